@@ -1,0 +1,30 @@
+// Which instructions a kernel may use. Chosen at run time: by cpuid, or by SPARSEKERN_CPU_ISA, which works or throws.
+#pragma once
+
+#include <string>
+
+namespace sparsekern::cpu {
+
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// The ISA to use for this call. Throws std::invalid_argument if SPARSEKERN_CPU_ISA names none, or one that the CPU lacks.
+Isa current_isa();
+// The best ISA of this CPU.
+Isa detected_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace sparsekern::cpu
+
+// Per-function targets: no file is compiled with global -m flags, so nothing outside these functions can fault on an older CPU.
+// A kernel is written once as a SPARSEKERN_INLINE body; a small entry function a target inlines it and so vectorises it.
+#if defined(__x86_64__)
+#define SPARSEKERN_X86 1
+#define SPARSEKERN_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
+#define SPARSEKERN_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")))
+#define SPARSEKERN_AVX512_BF16 \
+  __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")))
+#else
+#define SPARSEKERN_X86 0
+#endif
+#define SPARSEKERN_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,2 @@
+class SparsekernWarning(UserWarning):
+    """Something was done otherwise than asked for, and the result is still valid."""

@@ -1,0 +1,71 @@
+"""Argument checks that name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(
+    name: str,
+    value: torch.Tensor,
+    *,
+    ndim: int,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise `TypeError` or `ValueError` unless `value` has the dimensions, dtype, sizes (None: any) and device asked for."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
+    if value.dim() != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
+    if shape is not None:
+        for axis, size in enumerate(shape):
+            if size is not None and value.shape[axis] != size:
+                expected = tuple("any" if s is None else s for s in shape)
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_square(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
+    check_tensor(name, value, ndim=2, dtypes=dtypes)
+    if value.shape[0] != value.shape[1]:
+        raise ValueError(f"{name}: expected a square matrix, got shape {tuple(value.shape)}")
+
+
+def check_row_mask(row_mask: torch.Tensor | None, x: torch.Tensor) -> None:
+    if row_mask is not None:
+        check_tensor("row_mask", row_mask, ndim=1, dtypes=(torch.bool,), shape=(x.shape[0],), device=x.device)
+
+
+def check_finite(name: str, value: torch.Tensor, row_mask: torch.Tensor | None = None) -> None:
+    """Raise `ValueError` naming the first NaN or Inf of a 2-D tensor (rows that `row_mask` drops are not looked at)."""
+    bad = ~torch.isfinite(value)
+    if row_mask is not None:
+        bad &= row_mask[:, None]
+    if bad.any():
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{name}: expected finite values, got {float(value[row, column])} at [{row}, {column}]")
+
+
+def check_no_nan(name: str, value: torch.Tensor) -> None:
+    """Raise `ValueError` naming the first NaN of a 2-D tensor; infinities pass, since they can be ordered."""
+    bad = torch.isnan(value)
+    if bad.any():
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{name}: expected no NaN, got nan at [{row}, {column}]")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(_name(d) for d in dtypes)

@@ -1,0 +1,88 @@
+"""Sparsity patterns: `"N:M"` keeps N of every M consecutive inputs of a row (as the hardware has it); a float is the share of zeros."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `n` of every `m` consecutive input features of each output row."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        for field, value in (("n", self.n), ("m", self.m)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"pattern: expected whole numbers N:M, got {field}={value!r}")
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '{self.n}:{self.m}'")
+        if self.m > 64:
+            raise ValueError(f"pattern: expected M of at most 64, got '{self.n}:{self.m}'")
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.n / self.m
+
+    def check_features(self, features: int, name: str = "weight") -> None:
+        if features % self.m:
+            raise ValueError(f"{name}: expected input features divisible by M={self.m} for pattern '{self}', got {features}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Set the share `sparsity` of the weights to zero, anywhere."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
+            raise TypeError(f"pattern: expected a sparsity between 0 and 1, got {self.sparsity!r}")
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"pattern: expected a sparsity of at least 0 and below 1, got {self.sparsity}")
+
+    def check_features(self, features: int, name: str = "weight") -> None:
+        """Any number of features can be pruned without structure."""
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}"
+
+
+Pattern = NM | Unstructured
+
+
+def parse_pattern(pattern: str | float | Pattern) -> Pattern:
+    """Turn `"2:4"`, `0.5`, `"0.5"`, `"50%"` or a pattern object into a pattern object.
+
+    Raises:
+        ValueError, TypeError: for anything else, naming what was expected.
+    """
+    if isinstance(pattern, (NM, Unstructured)):
+        return pattern
+    if isinstance(pattern, str):
+        return _parse_text(pattern.strip())
+    if isinstance(pattern, (int, float)) and not isinstance(pattern, bool):
+        return Unstructured(float(pattern))
+    raise TypeError(f"pattern: expected 'N:M', a sparsity or a pattern object, got {pattern!r}")
+
+
+def _parse_text(text: str) -> Pattern:
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    percent = text.endswith("%")
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise ValueError(f"pattern: expected 'N:M' (keep N of every M) or a sparsity such as 0.5, got {text!r}") from None
+    return Unstructured(value / 100 if percent else value)
+
+
+def pruned_count(total: int, sparsity: float) -> int:
+    """How many of `total` weights a sparsity sets to zero: the floor, forgiving the rounding of the product (0.29 * 100 is 29)."""
+    return math.floor(total * sparsity + 1e-9)
