@@ -84,12 +84,12 @@ def reference(
     check_finite("weight", weight)
     check_finite("factor", factor)
     rows, columns = weight.shape
-    start = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    start = weight.contiguous().to(torch.promote_types(weight.dtype, torch.float32))
     factor = factor.to(start.dtype)
     dead = torch.signbit(factor.diagonal())
     diagonal = torch.where(dead, 1.0, factor.diagonal())
     delta = torch.zeros_like(start)  # weight - new_weight of the columns done
-    keep = torch.ones_like(start, dtype=torch.bool) if mask is None else mask.clone()
+    keep = torch.ones_like(start, dtype=torch.bool) if mask is None else mask.clone(memory_format=torch.contiguous_format)
     if mask is None and not m and scope == "matrix":
         keep = _keep_best(_score(start, diagonal, dead), rows * columns - pruned_count(rows * columns, sparsity), "matrix")
     row_error = torch.zeros(rows, dtype=start.dtype, device=weight.device)
