@@ -1,12 +1,30 @@
 """Drop-in torch ops, one file each. The compiled library is loaded after the definitions, so that it can only implement them."""
 
 from . import _library
+from .bitmask_pack import bitmask_pack
+from .bitmask_unpack import bitmask_unpack
 from .feature_norm import feature_norm_
 from .gram import gram_
 from .gram_symmetrize import gram_symmetrize_
+from .nm_mask import nm_mask
+from .nm_pack import nm_pack
+from .nm_unpack import nm_unpack
 from .obs_sweep import obs_sweep
 from .reverse_cholesky import reverse_cholesky
+from .topk_mask import topk_mask
 
 _library.load()
 
-__all__ = ["feature_norm_", "gram_", "gram_symmetrize_", "obs_sweep", "reverse_cholesky"]
+__all__ = [
+    "bitmask_pack",
+    "bitmask_unpack",
+    "feature_norm_",
+    "gram_",
+    "gram_symmetrize_",
+    "nm_mask",
+    "nm_pack",
+    "nm_unpack",
+    "obs_sweep",
+    "reverse_cholesky",
+    "topk_mask",
+]
