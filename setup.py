@@ -1,16 +1,22 @@
 """Builds `sparsekern._C` (CPU kernels) and `sparsekern._C_cuda`; everything else about the package is in pyproject.toml.
 
 Environment:
-  SPARSEKERN_BUILD     auto (default) | 0        0 installs without native code: every op then runs its PyTorch reference.
+  SPARSEKERN_BUILD     auto (default) | 0 | 1    auto builds where a C++ compiler is found and warns where none is; 0 installs
+                                                 without native code (every op runs its PyTorch reference); 1 must find a compiler.
   SPARSEKERN_CUDA      auto (default) | 0 | 1    auto builds the CUDA library where nvcc is found; 1 makes a missing nvcc an error.
-  TORCH_CUDA_ARCH_LIST as in PyTorch             default "8.0;9.0".
+  TORCH_CUDA_ARCH_LIST as in PyTorch             default "8.0;9.0+PTX".
   MAX_JOBS             as in PyTorch             compiler processes at once.
   DEBUG                0 (default) | 1 | asan    1: -O0 -g; asan: AddressSanitizer and UndefinedBehaviorSanitizer.
 No decision looks at whether a GPU is present: a wheel built on a CPU machine is the wheel for a GPU machine.
 """
 
 import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -42,52 +48,77 @@ def sources(folder: str, *suffixes: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).iterdir() if p.suffix in suffixes)
 
 
+def missing_compiler() -> str | None:
+    """The first compiler that a build would call and this machine lacks: ours for the sources, Python's own to link."""
+    commands = (os.environ.get("CXX", "c++"), os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    return next((command for command in commands if not shutil.which(shlex.split(command)[0])), None)
+
+
 def extensions() -> tuple[list, dict]:
-    if environment_choice("SPARSEKERN_BUILD", ("auto", "0")) == "0":
+    build = environment_choice("SPARSEKERN_BUILD", ("auto", "0", "1"))
+    if build == "0":
+        return [], {}
+    if missing := missing_compiler():
+        message = f"the C++ compiler '{missing}' was not found"
+        if build == "1":
+            raise SystemExit(f"SPARSEKERN_BUILD=1: {message}")
+        print(f"warning: sparsekern: {message}; installing without native kernels (slow references only)", file=sys.stderr)
         return [], {}
     # torch is imported only when something is built, so that a pure-Python install needs no torch at build time.
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags, link_flags = compile_flags()
-    include = [str(ROOT / "csrc")]
-    found = [
-        CppExtension(
-            "sparsekern._C",
-            sources("cpu", ".cpp"),
-            include_dirs=include,
-            extra_compile_args={"cxx": [*flags, *ABI_FLAGS]},
-            extra_link_args=link_flags,
-            py_limited_api=True,
-        )
-    ]
+    native = CppExtension(
+        "sparsekern._C",
+        sources("cpu", ".cpp"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": [*flags, *ABI_FLAGS]},
+        extra_link_args=link_flags,
+        py_limited_api=True,
+    )
+    native.libraries = ["torch_cpu"]  # the stable ABI lives here; CppExtension would add c10 and torch, which nothing calls
     cuda = environment_choice("SPARSEKERN_CUDA", ("auto", "0", "1"))
+    built = [native]
     if cuda != "0" and os.environ.get("DEBUG") != "asan":
-        found += cuda_extension(required=cuda == "1", include=include, flags=flags)
-    return found, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}
+        built += cuda_extension(required=cuda == "1", flags=flags)
+    return built, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}
 
 
-def cuda_extension(required: bool, include: list[str], flags: list[str]) -> list:
-    if "CUDA_HOME" not in os.environ and shutil.which("nvcc"):
-        os.environ["CUDA_HOME"] = str(Path(shutil.which("nvcc")).resolve().parent.parent)
-    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+def cuda_home() -> str | None:
+    """The toolkit's folder as nvcc itself states it: the nvcc on the path may be a wrapper that lies elsewhere."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return home if (Path(home) / "bin" / "nvcc").exists() else None
+    if not shutil.which("nvcc"):
+        return None
+    told = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return str(Path(top[1]).resolve()) if top else None
 
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+
+def cuda_extension(required: bool, flags: list[str]) -> list:
+    from torch.utils import cpp_extension
+
+    home = cuda_home()
+    if home is None:
         if required:
             raise SystemExit("SPARSEKERN_CUDA=1: nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
         return []
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
-    return [
-        CUDAExtension(
-            "sparsekern._C_cuda",
-            sources("cuda", ".cpp", ".cu"),
-            include_dirs=include,
-            extra_compile_args={
-                "cxx": [*flags, *ABI_FLAGS, "-DUSE_CUDA"],
-                "nvcc": ["-O3", "-std=c++17", "-lineinfo", "--threads=2", *ABI_FLAGS, "-DUSE_CUDA"],
-            },
-            py_limited_api=True,
-        )
-    ]
+    cpp_extension.CUDA_HOME = home  # torch looks for it only where torch itself has CUDA
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    extension = cpp_extension.CUDAExtension(
+        "sparsekern._C_cuda",
+        sources("cuda", ".cpp", ".cu"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={
+            "cxx": [*flags, *ABI_FLAGS, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-std=c++17", "-lineinfo", "--threads=2", *ABI_FLAGS, "-DUSE_CUDA"],
+        },
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],  # which pulls the CUDA half of torch in at run time
+        py_limited_api=True,
+    )
+    # Nothing here exists only in a CUDA torch, so it links beside a CPU torch too; a static CUDA runtime fits any newer driver.
+    extension.libraries = ["torch_cpu", "cudart_static", "rt", "dl", "pthread"]
+    return [extension]
 
 
 ext_modules, cmdclass = extensions()
