@@ -1,0 +1,73 @@
+"""What all tests share: seeds, the instruction sets of this CPU, and uninitialised memory that cannot pass for a result."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import sparsekern.ops  # noqa: F401  (loads the compiled library, or finds out that there is none)
+from sparsekern.ops._library import LIBRARIES
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+COMPILED = LIBRARIES["_C"].loaded
+
+
+def cpu_has(isa: str) -> bool:
+    """Whether this CPU has the instructions, by torch's word and not by the library under test."""
+    if isa == "scalar":
+        return True
+    asked = {
+        "avx2": torch.cpu._is_avx2_supported,
+        "avx512": torch.cpu._is_avx512_supported,
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
+    }
+    return asked[isa]()
+
+
+CPU_ISAS = [isa for isa in ISAS if cpu_has(isa)]
+
+
+@pytest.fixture(params=CPU_ISAS if COMPILED else ["reference"])
+def isa(request, monkeypatch) -> str:
+    """Runs the test once for each instruction set of this CPU; once, through the references, where nothing is compiled."""
+    if COMPILED:
+        monkeypatch.setenv("SPARSEKERN_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """`torch.empty` returns NaN, True and the largest integers, so that an element nobody wrote shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    mode = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(mode)
+
+
+@pytest.fixture
+def threads():
+    """A setter of torch's number of threads that is undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_report_header() -> str:
+    asked = os.environ.get("SPARSEKERN_CPU_ISA", "")
+    what = f"kernels for {', '.join(CPU_ISAS)}" if COMPILED else f"references ({LIBRARIES['_C'].reason})"
+    return f"sparsekern: {what}{f'; SPARSEKERN_CPU_ISA={asked}' if asked else ''}"

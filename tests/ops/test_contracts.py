@@ -1,0 +1,126 @@
+"""What every op of the registry keeps, checked on the samples that each op brings."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from sparsekern.ops._library import LIBRARIES
+from sparsekern.ops._registry import NAMESPACE, OPS, Op, Sample
+from tests.conftest import COMPILED, ISAS, cpu_has
+
+BIT_EXACT = {
+    "bitmask_pack", "bitmask_unpack", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_unpack", "topk_mask",
+}  # fmt: skip
+RELATIVE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+WITHOUT_ISA = {"gram_symmetrize_"}  # moves data only: one code for every instruction set
+
+EVERY_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+
+
+def samples(op: Op) -> list[Sample]:
+    return list(op.samples(torch.Generator().manual_seed(0)))
+
+
+def has_kernel(op: Op) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op.name}", "CPU")
+
+
+def call(function, sample: Sample) -> list[torch.Tensor]:
+    """The tensors that a call returns, then those it was given, as they are after the call."""
+    sample = copy.deepcopy(sample)
+    result = function(*sample.args, **sample.kwargs)
+    returned = [] if result is None else [result] if isinstance(result, torch.Tensor) else list(result)
+    given = [v for v in (*sample.args, *sample.kwargs.values()) if isinstance(v, torch.Tensor)]
+    return returned + given
+
+
+def assert_same(op: Op, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for got, want in zip(actual, expected, strict=True):
+        if op.name == "gram_" and got.dim() == 2 and got.shape[0] == got.shape[1]:
+            got, want = got.tril(), want.tril()  # the upper triangle is not part of the contract
+        assert got.dtype == want.dtype and got.shape == want.shape
+        if op.name in BIT_EXACT or not want.is_floating_point():
+            assert_bits_equal(got, want)
+        else:
+            largest = want.abs().max().item() if want.numel() else 0.0
+            relative = RELATIVE[want.dtype]
+            torch.testing.assert_close(got, want, rtol=relative, atol=relative * largest)
+
+
+def assert_bits_equal(got: torch.Tensor, want: torch.Tensor) -> None:
+    got, want = (t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for t in (got, want))
+    assert torch.equal(got, want)
+
+
+def strided(value):
+    """The same values in memory with gaps, or with the last axis not the fastest."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    return value.repeat_interleave(2, dim=0)[::2] if value.dim() == 1 else value.mT.contiguous().mT
+
+
+def test_this_run_says_what_it_checked(record_property):
+    kernels = sorted(name for name, op in OPS.items() if has_kernel(op))
+    record_property("implementation", "compiled" if COMPILED else "references")
+    record_property("kernels", ", ".join(kernels))
+    assert bool(kernels) == COMPILED
+    assert bool(LIBRARIES["_C"].reason) != COMPILED
+
+
+@EVERY_OP
+def test_every_op_brings_samples(op):
+    assert len(samples(op)) >= 3
+
+
+@EVERY_OP
+def test_opcheck(op):
+    for sample in samples(op):
+        torch.library.opcheck(op.overload, sample.args, sample.kwargs)
+
+
+@EVERY_OP
+def test_kernel_equals_reference(op, isa, poisoned):
+    for sample in samples(op):
+        assert_same(op, call(op.overload, sample), call(op.reference, sample))
+
+
+@EVERY_OP
+def test_strides_do_not_change_the_result(op, isa, poisoned):
+    for sample in samples(op):
+        moved = Sample(tuple(map(strided, sample.args)), {k: strided(v) for k, v in sample.kwargs.items()})
+        assert_same(op, call(op.overload, moved), call(op.overload, sample))
+
+
+@EVERY_OP
+def test_threads_do_not_change_the_result(op, threads):
+    for sample in samples(op):
+        threads(1)
+        alone = call(op.overload, sample)
+        threads(3)
+        for got, want in zip(call(op.overload, sample), alone, strict=True):
+            assert_bits_equal(got, want)
+
+
+@EVERY_OP
+def test_compiles_into_one_graph(op):
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lambda *a, **k: op.overload(*a, **k), fullgraph=True, backend="aot_eager")
+        sample = samples(op)[-1]
+        assert_same(op, call(compiled, sample), call(op.overload, sample))
+
+
+@EVERY_OP
+def test_an_isa_that_the_cpu_lacks_is_refused(op, monkeypatch):
+    sample = samples(op)[0]
+    for isa in (*(i for i in ISAS if not cpu_has(i)), "neon"):
+        monkeypatch.setenv("SPARSEKERN_CPU_ISA", isa)
+        if has_kernel(op) and op.name not in WITHOUT_ISA:
+            with pytest.raises(ValueError, match=f"SPARSEKERN_CPU_ISA: .*{isa}"):
+                call(op.overload, sample)
+        else:
+            call(op.overload, sample)
