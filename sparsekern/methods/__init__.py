@@ -1,0 +1,26 @@
+"""Pruning methods: the papers' mathematics, one small file each, built on `sparsekern.ops`."""
+
+from .base import Method, Solution, Statistics
+from .magnitude import Magnitude
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, SparseGPT, Wanda)}
+
+
+def resolve_method(method: str | Method) -> Method:
+    """A method's name (with the paper's defaults) or config, as a config.
+
+    Raises:
+        ValueError: for an unknown name; TypeError: for anything else.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method: expected a name or a config such as SparseGPT(), got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))} or a config such as SparseGPT(), got {method!r}")
+    return METHODS[method]()
+
+
+__all__ = ["METHODS", "Magnitude", "Method", "Solution", "SparseGPT", "Statistics", "Wanda", "resolve_method"]

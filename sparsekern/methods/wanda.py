@@ -1,0 +1,30 @@
+"""Wanda: a weight counts for its size times the norm of the input it multiplies; no weight is updated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..pattern import Pattern
+from .base import Method, Solution, Statistics
+from .selection import keep_mask
+
+
+@dataclass(frozen=True)
+class Wanda(Method):
+    """Prune, in each output row, the weights of the smallest `|W_ij| * ||X_j||_2`.
+
+    A sparsity `s` prunes exactly `floor(in_features * s)` weights of every row; N:M keeps N of each M consecutive inputs.
+
+    Source: Sun et al., A simple and effective pruning approach for large language models, 2023, equation 1.
+    """
+
+    name: ClassVar[str] = "wanda"
+    statistic: ClassVar[str] = "feature_norm"
+
+    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+        scores = weight.abs().float() * statistics.sum_squares.sqrt()
+        mask = keep_mask(scores, pattern, "row")
+        return Solution(weight.masked_fill(~mask, 0), mask)

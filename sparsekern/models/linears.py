@@ -1,0 +1,66 @@
+"""Linear layers behind one face: `nn.Linear` and the `Conv1D` of GPT-2, whose weight lies transposed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One weight matrix of a model, with the modules that multiply by it (more than one where a weight is shared)."""
+
+    name: str
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out_features, in_features]`, a view of the model's own storage; writing to it writes to the model."""
+        weight = self.modules[0].weight.detach()
+        return weight.T if _is_conv1d(self.modules[0]) else weight
+
+    @property
+    def features(self) -> int:
+        return self.weight.shape[1]
+
+
+def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
+    """The linears under `root`, in the model's order; modules that share one weight are one entry, named after the first.
+
+    Args:
+        prefix: name of `root` in its model, put before each linear's name.
+
+    Raises:
+        ValueError: a linear whose weight is no plain float matrix (quantised, parametrised, on the meta device).
+    """
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in root.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            _check_prunable(name, module)
+            owners.setdefault(id(module.weight), []).append((name, module))
+    return [Linear(found[0][0], tuple(module for _, module in found)) for found in owners.values()]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # Looked up rather than imported: where transformers is not loaded, no module can be one of its classes.
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def _check_prunable(name: str, module: nn.Module) -> None:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(f"{name}: its weight is computed from other tensors (a parametrisation); remove that before pruning")
+    if weight.is_meta:
+        raise ValueError(f"{name}: its weight is on the meta device; load the model's weights before pruning")
+    if weight.dim() != 2 or weight.dtype not in DTYPES:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: expected a float32, bfloat16 or float16 matrix, got {dtype} {tuple(weight.shape)}; "
+            "prune before quantising"
+        )

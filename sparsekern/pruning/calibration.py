@@ -1,0 +1,130 @@
+"""Calibration tokens in whatever form they come, as a list of batches that a model can be called with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# Enough rows for the matrix products to run at full speed; more only makes the activations fall out of the caches.
+TOKENS_PER_BATCH = 2048
+Calibration = torch.Tensor | Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the model.
+
+    `inputs` are its keyword arguments, with `input_ids` `[samples, length]`; `first_sample` is the number of the first row among
+    all calibration samples; `token_mask` `[samples, length]` bool is True at real tokens, None where there is no padding.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    first_sample: int
+    token_mask: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.inputs["input_ids"].shape)
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs["input_ids"].numel() if self.token_mask is None else int(self.token_mask.sum())
+
+    def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """An activation of this batch as `(rows [n, features], row_mask [n] or None)`.
+
+        Raises:
+            ValueError: there is padding, and which rows of `x` are padding cannot be told from its shape.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if self.token_mask is None:
+            return rows, None
+        leading, (samples, length) = x.shape[:-1], self.shape
+        if leading[:2] == (samples, length):
+            mask, trailing = self.token_mask, leading[2:]
+        elif leading[:1] == (samples * length,):
+            mask, trailing = self.token_mask.flatten(), leading[1:]
+        else:
+            raise ValueError(
+                f"an input of shape {tuple(x.shape)} in a padded batch of {samples} x {length} tokens does not tell which "
+                "rows are padding; calibrate with samples of one length"
+            )
+        return rows, mask[(...,) + (None,) * len(trailing)].expand(leading).flatten()
+
+    def sample_of_row(self, row: int, rows: int) -> int | None:
+        """The number of the calibration sample that row `row` of `rows` belongs to, where the rows follow the samples."""
+        return None if rows % self.shape[0] else self.first_sample + row // (rows // self.shape[0])
+
+
+def as_batches(calibration: Calibration, batch_size: int | None, device: torch.device, vocabulary: int | None) -> list[Batch]:
+    """Check calibration data and cut it into batches on `device`.
+
+    Args:
+        calibration: LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids` and
+            `attention_mask` (0 at padding).
+        batch_size: samples in a batch where `calibration` is one tensor; None chooses about 2048 tokens.
+        vocabulary: ids must be below it, where it is known.
+
+    Raises:
+        TypeError, ValueError: other types, wrong shapes, no tokens, ids that the model does not know.
+    """
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    if isinstance(calibration, Mapping):
+        calibration = [calibration]
+    elif isinstance(calibration, torch.Tensor):
+        _check_ids(calibration, vocabulary)
+        size = batch_size or max(1, TOKENS_PER_BATCH // max(calibration.shape[1], 1))
+        calibration = calibration.split(size)
+    batches, samples = [], 0
+    for given in calibration:
+        batch = _as_batch(given, samples, device, vocabulary)
+        samples += batch.shape[0]
+        batches.append(batch)
+    if not sum(batch.tokens for batch in batches):
+        raise ValueError("calibration: expected at least one token, got none")
+    return batches
+
+
+def fingerprint(batches: list[Batch]) -> str:
+    """A digest of the tokens, their padding and how they are batched."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch.inputs):
+            value = batch.inputs[name].cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _as_batch(given, first_sample: int, device: torch.device, vocabulary: int | None) -> Batch:
+    inputs = dict(given) if isinstance(given, Mapping) else {"input_ids": given}
+    if not isinstance(inputs.get("input_ids"), torch.Tensor):
+        raise TypeError(f"calibration: expected token tensors or mappings with 'input_ids', got {type(given).__name__}")
+    ids = inputs["input_ids"]
+    _check_ids(ids, vocabulary)
+    inputs.pop("labels", None)
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"calibration: expected attention_mask of shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    padded = mask is not None and not bool(mask.all())
+    return Batch(inputs, first_sample, mask.bool() if padded else None)
+
+
+def _check_ids(ids: torch.Tensor, vocabulary: int | None) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"calibration: expected token ids of dtype int64, got {str(ids.dtype).removeprefix('torch.')}")
+    if ids.dim() != 2:
+        raise ValueError(f"calibration: expected token ids of shape [samples, length], got {tuple(ids.shape)}")
+    if not ids.numel():
+        raise ValueError(f"calibration: expected at least one token, got shape {tuple(ids.shape)}")
+    low, high = (int(v) for v in ids.aminmax())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError(
+            f"calibration: expected token ids from 0 to {'' if vocabulary is None else vocabulary - 1}, "
+            f"got {low if low < 0 else high}; is this the model's own tokenizer?"
+        )

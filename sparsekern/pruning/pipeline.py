@@ -1,0 +1,284 @@
+"""`prune`: a model's linears, one block at a time.
+
+For each block: run it dense up to the inputs of its last linear and gather statistics; solve its linears; run it pruned to make the
+inputs of the next block. Nothing else of the model is run, and nothing that is run is thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+
+import torch
+from torch import nn
+
+from ..methods import Method, Solution, resolve_method
+from ..methods.base import StatisticKind
+from ..models import Linear
+from ..pattern import parse_pattern
+from .activations import OUTSIDE, Activations, probe
+from .calibration import Batch, Calibration, as_batches
+from .calibration import fingerprint as calibration_fingerprint
+from .checkpoint import Checkpoint, finish, model_fingerprint
+from .plan import Globs, PatternLike, Plan, make_plan
+from .progress import Clock, Notices, Progress
+from .report import LayerReport, Report
+from .statistics import FeatureNorm, Gram, SharedStatistics
+
+
+def prune(
+    model: nn.Module,
+    method: str | Method = "sparsegpt",
+    pattern: PatternLike = "2:4",
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    out: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    *,
+    include: Globs = None,
+    exclude: Globs = None,
+    patterns: Mapping[str, PatternLike | None] | None = None,
+    batch_size: int | None = None,
+    report_error: bool = False,
+) -> Report:
+    """Prune the linears of a transformers decoder in place, and say what was done.
+
+    Blocks and linears are found by looking at the model, not by its name. Embeddings and `lm_head` stay as they are unless they are
+    asked for. Tied weights stay tied, and every mode and hook of the model is put back.
+
+    Args:
+        model: a transformers `PreTrainedModel` (or any module called the same way) on one device, in float32, bfloat16 or float16.
+        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, or a config such as `SparseGPT(damping=0.01)`.
+        pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
+        calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
+            and `attention_mask` (padding is left out of every statistic). Magnitude needs none.
+        seed: for whatever draws random numbers on the way; the same seed gives the same result. The global generator is left alone.
+        out: a new or empty folder. Each finished block is kept there until, at the end, the pruned model and `report.json` are
+            saved to it.
+        resume: go on with the unfinished run in `out`; `model` is the dense model again. The result is the same, bit for bit.
+        progress: show a progress bar.
+        include: names or globs of linears to prune, such as `"*.mlp.*"`; all linears of the blocks where it is None. A linear outside
+            the blocks is pruned only where its whole name is given, as in `include=["*", "lm_head"]`.
+        exclude: names or globs of linears to leave as they are.
+        patterns: glob -> pattern, or None to leave dense; the first match wins over `pattern`.
+        batch_size: samples run at once where `calibration` is one tensor; None chooses. A matter of speed and memory only.
+        report_error: take a Gram matrix just to report each layer's error also for methods that do without one (Wanda, magnitude).
+            It costs about as much as the forwards. SparseGPT always reports it.
+
+    Returns:
+        A `Report`: each layer's pattern, sparsity, error and seconds. `print` it or write it with `to_json`.
+
+    Raises:
+        ValueError, TypeError: bad arguments, and a model that cannot be pruned so, before any work is done; NaN or Inf in an
+            activation, naming the linear and the calibration sample. The block at hand is then unchanged, earlier ones are pruned
+            (and on disk with `out`).
+        OSError: no space left in `out`; the blocks finished before are intact.
+    """
+    method = resolve_method(method)
+    plan = make_plan(model, pattern, patterns, include, exclude)
+    kind = "gram" if report_error else method.statistic
+    batches = _batches_for(model, method, calibration, batch_size) if kind else None
+    if out is not None and not hasattr(model, "save_pretrained"):
+        raise TypeError(f"out: expected a model with save_pretrained, got {type(model).__name__}")
+    settings = {
+        "method": method.settings(),
+        "patterns": {name: str(value) for name, value in plan.patterns.items()},
+        "seed": seed,
+        "report_error": report_error,
+        "calibration": batches and calibration_fingerprint(batches),
+    }
+    checkpoint = None
+    if out is not None:
+        settings["model"] = model_fingerprint(model)
+        checkpoint = Checkpoint(out, settings, _environment(model), resume=resume)
+    elif resume:
+        raise ValueError("resume: expected out, the folder of the run to go on with")
+    report = Report(
+        settings={**settings, "pattern": str(parse_pattern(pattern)), "versions": _environment(model)},
+        calibration_tokens=sum(batch.tokens for batch in batches or ()),
+    )
+    bar = Progress(len(plan.linears), progress)
+    clock = Clock(next(model.parameters()).device)
+    start = clock.now()
+    try:
+        with _prepared(model, seed):
+            _Run(model, plan, method, kind, batches, checkpoint, report, bar, clock).prune_all()
+        if out is not None:
+            with clock.phase("write"):
+                model.save_pretrained(out)
+    finally:
+        bar.close()
+    report.seconds = {**clock.seconds, "total": clock.now() - start}
+    if out is not None:
+        report.to_json(os.path.join(out, "report.json"))
+        finish(out)
+    return report
+
+
+class _Run:
+    """One call of `prune`, everything being checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        method: Method,
+        kind: StatisticKind | None,
+        batches: list[Batch] | None,
+        checkpoint: Checkpoint | None,
+        report: Report,
+        bar: Progress,
+        clock: Clock,
+    ) -> None:
+        self.model, self.plan, self.method, self.kind, self.batches = model, plan, method, kind, batches
+        self.checkpoint, self.report, self.bar, self.clock = checkpoint, report, bar, clock
+        self.notices = Notices()
+
+    def prune_all(self) -> None:
+        blocks, outside = self.plan.blocks, self.plan.outside_linears
+        if self.batches:
+            with self.clock.phase("capture"):
+                self.probe = probe(self.model, blocks, self.plan.linears, self.batches[0], to_the_end=bool(outside))
+                self.activations = Activations(self.model, blocks, self.batches, self.probe.returns_tuple)
+        last = max((i for i, linears in enumerate(self.plan.block_linears) if linears), default=-1)
+        if outside:
+            last = len(blocks.modules)
+        resuming = True
+        for index, linears in enumerate((*self.plan.block_linears, outside)):
+            if linears:
+                resuming = resuming and self._restore(index, linears)
+                if not resuming:
+                    self._prune_block(index, linears)
+            if self.batches and index < last:
+                with self.clock.phase("forward"):
+                    self.activations.advance(index)
+
+    def _restore(self, index: int, linears: Sequence[Linear]) -> bool:
+        found = self.checkpoint.load(index, linears) if self.checkpoint else None
+        if found is None:
+            return False
+        weights, layers = found
+        self._write(linears, weights)
+        self.report.resumed_blocks += 1
+        self._record(layers)
+        return True
+
+    def _prune_block(self, index: int, linears: Sequence[Linear]) -> None:
+        shared = self._gather(index, linears) if self.kind else None
+        weights: dict[str, torch.Tensor] = {}
+        layers: dict[str, LayerReport] = {}
+        groups = shared.groups if shared else [(linears, None)]
+        for members, statistic in groups:
+            for linear in members:
+                with self.clock.phase("solve"):
+                    weights[linear.name], layers[linear.name] = self._solve(linear, statistic)
+        ordered = [layers[linear.name] for linear in linears]
+        if self.checkpoint:
+            with self.clock.phase("write"):
+                self.checkpoint.save(index, weights, ordered)
+        self._write(linears, weights)
+        self._record(ordered)
+
+    def _gather(self, index: int, linears: Sequence[Linear]) -> SharedStatistics:
+        shared = SharedStatistics(linears, self.kind)
+        if index < len(self.plan.blocks.modules):
+            order = self.probe.calls[self.plan.blocks.block_name(index)]
+            batches = self.activations.inputs_of(index, linears, order)
+        else:
+            batches = self.activations.inputs_outside(linears, self.probe.calls[OUTSIDE])
+        while True:
+            with self.clock.phase("forward"):
+                step = next(batches, None)
+            if step is None:
+                break
+            with self.clock.phase("statistics"):
+                shared.add(*step)
+        for members, statistic in shared.groups:
+            self._check_statistic(members, statistic)
+        return shared
+
+    def _check_statistic(self, members: Sequence[Linear], statistic: FeatureNorm | Gram) -> None:
+        name, features = members[0].name, members[0].features
+        if not statistic.tokens:
+            raise ValueError(f"{name}: no calibration token reached it; calibrate with more text or leave it out with exclude")
+        if statistic.tokens < features and self.kind == "gram":
+            self.notices.once(
+                "few tokens",
+                f"{name}: {statistic.tokens} calibration tokens for {features} input features; the result rests on the damping "
+                "where the tokens say nothing (this is said once)",
+            )
+        if dead := int((statistic.sum_squares == 0).sum()):
+            self.notices.once(
+                "dead features",
+                f"{name}: {dead} of {features} input features were never active in calibration; their weights are pruned first "
+                "(this is said once)",
+            )
+
+    def _solve(self, linear: Linear, statistic: FeatureNorm | Gram | None) -> tuple[torch.Tensor, LayerReport]:
+        start = self.clock.now()
+        weight, pattern = linear.weight, self.plan.patterns[linear.name]
+        try:
+            solution = self.method.solve(weight, statistic, pattern)
+        except ValueError as error:
+            raise ValueError(f"{linear.name}: {error}") from error
+        error = _relative_error(weight, solution, statistic) if isinstance(statistic, Gram) else None
+        zeros = weight.numel() - int(torch.count_nonzero(solution.weight))
+        seconds = self.clock.now() - start
+        return solution.weight, LayerReport(linear.name, str(pattern), tuple(weight.shape), zeros, error, seconds)
+
+    def _write(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
+        for linear in linears:
+            linear.weight.copy_(weights[linear.name])
+
+    def _record(self, layers: Sequence[LayerReport]) -> None:
+        for layer in layers:
+            self.report.layers.append(layer)
+            self.bar.layer_done(layer)
+
+
+def _relative_error(weight: torch.Tensor, solution: Solution, statistic: Gram) -> float:
+    row_error = solution.row_error
+    if row_error is None:
+        row_error = statistic.row_energy(solution.weight.float() - weight.float())
+    energy = float(statistic.row_energy(weight).sum())
+    return float(row_error.sum()) / energy if energy else 0.0
+
+
+def _batches_for(model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
+    if calibration is None:
+        raise ValueError(f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None")
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return as_batches(
+        calibration, batch_size, next(model.parameters()).device, getattr(embeddings, "num_embeddings", None)
+    )
+
+
+@contextmanager
+def _prepared(model: nn.Module, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradients, a seeded generator; all as before afterwards, whatever happens."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _environment(model: nn.Module) -> dict[str, object]:
+    """What the last bit of a result may hang on besides the settings."""
+    from .. import __version__
+
+    return {
+        "sparsekern": __version__,
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "device": str(next(model.parameters()).device),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,66 @@
+"""What the user sees and what the report counts while a model is pruned: a bar of layers, and seconds by phase."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .._warnings import SparsekernWarning
+from .report import LayerReport
+
+
+class Clock:
+    """Seconds by phase. Phases do not nest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    def now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+
+class Progress:
+    """A bar over the layers, labelled with the last one's name, error and time; nothing at all where `enabled` is False."""
+
+    def __init__(self, layers: int, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=layers, disable=not enabled, unit="layer", desc="pruning", dynamic_ncols=True)
+
+    def layer_done(self, layer: LayerReport) -> None:
+        error = "" if layer.error is None else f" error {layer.error:.2e}"
+        self._bar.set_postfix_str(f"{layer.name}{error} {layer.seconds:.2f}s", refresh=False)
+        self._bar.update()
+
+    def say(self, what: str) -> None:
+        self._bar.set_description(what)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Notices:
+    """Says each kind of thing once in a run, however many layers it is true of."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def once(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, SparsekernWarning, stacklevel=4)

@@ -1,0 +1,79 @@
+"""What a run did: every layer's pattern, sparsity, error and time, and where the seconds went."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .files import write_atomically
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned linear.
+
+    `sparsity` is the share of zeros in its weight; `error` the relative squared output error over the calibration tokens,
+    `tr((Ŵ-W) G (Ŵ-W)^T) / tr(W G W^T)` with the undamped Gram matrix `G` of its inputs and `Ŵ` as it is stored in the model (None
+    where no Gram matrix was taken); `seconds` the time to solve it, with the factorisation where it was the first to need it.
+    """
+
+    name: str
+    pattern: str
+    shape: tuple[int, int]
+    zeros: int
+    error: float | None
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+
+@dataclass
+class Report:
+    """The result of `sparsekern.prune`.
+
+    `seconds` by phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks), `statistics`,
+    `solve`, `write` (checkpoints and the final model) and `total`. `settings` holds the method, the seed and the versions.
+    `resumed_blocks` counts the blocks taken from a checkpoint; their layers' seconds are those of the run that solved them.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+    calibration_tokens: int = 0
+    resumed_blocks: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros among the weights of all pruned linears."""
+        return sum(layer.zeros for layer in self.layers) / sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "sparsity": self.sparsity,
+            "calibration_tokens": self.calibration_tokens,
+            "resumed_blocks": self.resumed_blocks,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
+        }
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write everything as JSON; the file is there whole or not at all."""
+        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=5)
+        lines = [f"{'layer':<{width}}  {'shape':>13}  {'pattern':>7}  {'zeros':>7}  {'error':>9}  {'seconds':>7}"]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]} x {layer.shape[1]}"
+            error = "-" if layer.error is None else f"{layer.error:.3e}"
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>13}  {layer.pattern:>7}  {layer.sparsity:>7.2%}  {error:>9}  {layer.seconds:>7.2f}"
+            )
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros; seconds: {phases}")
+        return "\n".join(lines)

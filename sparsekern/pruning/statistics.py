@@ -1,0 +1,162 @@
+"""What is kept of a linear layer's calibration inputs, and which linears may share it.
+
+Linears that are fed the very same tensor (query, key and value; gate and up) need one Gram matrix and one factor between them.
+Which ones these are is observed while the model runs; no table of names could know every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from .. import ops
+from ..methods.base import StatisticKind
+from ..models import Linear
+from .calibration import Batch
+
+
+class FeatureNorm:
+    """Sum of squares of each input feature: all that Wanda needs."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.sum_squares = torch.zeros(features, device=device)
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        """Take in the rows of `x` `[tokens, features]` where `row_mask` is True (None: all).
+
+        Raises:
+            ValueError: NaN or Inf in a row that is used.
+        """
+        ops.feature_norm_(self.sum_squares, x, row_mask=row_mask)
+        self.tokens += _rows(x, row_mask)
+
+    def clone(self) -> FeatureNorm:
+        copy = FeatureNorm.__new__(FeatureNorm)
+        copy.tokens, copy.sum_squares = self.tokens, self.sum_squares.clone()
+        return copy
+
+
+class Gram:
+    """The Gram matrix `G = X^T X` of the inputs, and the factor of it that every linear with these inputs shares."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._gram = torch.zeros(features, features, device=device)  # lower triangle
+        self._factor: torch.Tensor | None = None
+        self._damping = self._shift = 0.0
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        """Take in the rows of `x` `[tokens, features]` where `row_mask` is True (None: all).
+
+        Raises:
+            ValueError: NaN or Inf in a row that is used.
+        """
+        ops.gram_(self._gram, x, row_mask=row_mask)
+        self.tokens += _rows(x, row_mask)
+        self._factor = None
+
+    def clone(self) -> Gram:
+        copy = Gram.__new__(Gram)
+        copy.tokens, copy._gram = self.tokens, self._gram.clone()
+        copy._factor, copy._damping, copy._shift = None, 0.0, 0.0
+        return copy
+
+    @property
+    def sum_squares(self) -> torch.Tensor:
+        return self._gram.diagonal()
+
+    def factor(self, damping: float) -> torch.Tensor:
+        if self._factor is None or self._damping != damping:
+            self._factor, self._damping = ops.reverse_cholesky(self._gram, damping), damping
+            # From the traces of `V V^T = G + shift I`, so that whatever damping the factorisation ended up with is included.
+            trace = torch.linalg.vector_norm(self._factor, dtype=torch.float64) ** 2 - self.sum_squares.double().sum()
+            self._shift = max(float(trace) / len(self._gram), 0.0)
+        return self._factor
+
+    @property
+    def shift(self) -> float:
+        self._any_factor()
+        return self._shift
+
+    def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
+        # `||w V||^2 - shift ||w||^2` is a sum of squares, where `w G w^T` cancels badly once a few features dominate the rest.
+        weight = weight.float()
+        damped = (weight @ self._any_factor()).double().square().sum(1)
+        return (damped - self.shift * weight.double().square().sum(1)).clamp_(min=0)
+
+    def _any_factor(self) -> torch.Tensor:
+        return self.factor(0.01) if self._factor is None else self._factor
+
+
+STATISTICS: dict[StatisticKind, Callable[[int, torch.device], FeatureNorm | Gram]] = {"feature_norm": FeatureNorm, "gram": Gram}
+
+
+class SharedStatistics:
+    """One statistic for each set of linears that have had the same inputs in every batch so far.
+
+    Linears with equally many features start in one set; a batch that feeds them different tensors splits the set, and each part
+    goes on from a copy of what they had in common.
+    """
+
+    def __init__(self, linears: Iterable[Linear], kind: StatisticKind) -> None:
+        by_features: dict[int, list[Linear]] = {}
+        for linear in linears:
+            by_features.setdefault(linear.features, []).append(linear)
+        make = STATISTICS[kind]
+        self.groups = [(members, make(width, members[0].weight.device)) for width, members in by_features.items()]
+
+    def add(self, batch: Batch, inputs: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Take in one batch: for each linear's name, the tensors `[..., features]` that it was called with.
+
+        Raises:
+            ValueError: NaN or Inf in an input, naming the linear and the calibration sample.
+        """
+        refined = []
+        for members, statistic in self.groups:
+            parts: dict[tuple, list[Linear]] = {}
+            for linear in members:
+                parts.setdefault(tuple(map(_identity, inputs[linear.name])), []).append(linear)
+            statistics = [statistic] + [statistic.clone() for _ in range(len(parts) - 1)]
+            refined += zip(parts.values(), statistics, strict=True)
+        self.groups = refined
+        for members, statistic in self.groups:
+            for x in inputs[members[0].name]:
+                _add_input(statistic, members[0].name, x, batch)
+
+
+def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Batch) -> None:
+    try:
+        rows, row_mask = batch.flatten(x)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    try:
+        statistic.add(rows, row_mask)
+    except ValueError as error:
+        raise _named(error, name, rows, row_mask, batch) from error
+
+
+def _named(error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Tensor | None, batch: Batch) -> ValueError:
+    bad = ~torch.isfinite(rows).all(1)
+    if row_mask is not None:
+        bad &= row_mask
+    if not bad.any():
+        return ValueError(f"{name}: {error}")
+    row = int(bad.nonzero()[0])
+    value = float(rows[row][~torch.isfinite(rows[row])][0])
+    sample = batch.sample_of_row(row, len(rows))
+    where = "an unknown calibration sample" if sample is None else f"calibration sample {sample}"
+    return ValueError(
+        f"{name}: its input is {value} in {where} (row {row} of the batch); no damping can help. "
+        "Leave that sample out, or run the model in float32 or bfloat16 if float16 overflowed"
+    )
+
+
+def _identity(x: torch.Tensor) -> tuple:
+    """Equal for two tensors, both alive, only if they are the same values in the same memory."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
+
+
+def _rows(x: torch.Tensor, row_mask: torch.Tensor | None) -> int:
+    return len(x) if row_mask is None else int(row_mask.sum())
