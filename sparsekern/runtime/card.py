@@ -1,0 +1,65 @@
+"""The model card: what was done to the model, with what, and what came of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+
+import torch
+
+from .. import __version__
+
+USE = """The zeros are stored like any other weight, so every loader takes this folder:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def versions() -> dict[str, str]:
+    return {
+        "sparsekern": __version__,
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def model_card(
+    model: torch.nn.Module,
+    *,
+    command: str | None = None,
+    results: Mapping[str, object] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads.
+
+    Args:
+        model: the pruned model.
+        command: the command line that made it, shown as it was typed.
+        results: name -> number or text.
+        settings: name -> number or text.
+    """
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- sparsekern\n- pruned\n---\n",
+        f"# {type(model).__name__}, pruned with sparsekern\n",
+        USE,
+    ]
+    if command:
+        parts.append(f"Made with:\n\n```\n{command}\n```\n")
+    for title, rows in (("Results", results), ("Settings", settings), ("Versions", versions())):
+        if rows:
+            parts.append(f"## {title}\n\n{_table(rows)}\n")
+    return "\n".join(parts)
+
+
+def _table(rows: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
