@@ -22,16 +22,65 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-inline float bf16_to_float(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
+// The storage of one element; each converts to and from float, exactly one way and to the nearest even the other.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 
-// Exact for every half value, subnormals, infinities and NaN included.
-inline float f16_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t{half & 0x8000u} << 16;
-  const uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-  return sign != 0 ? -subnormal : subnormal;
+inline float to_float(float value) { return value; }
+
+inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+
+// Without branches, so that loops over it vectorise: the product rescales the exponent, subnormals included.
+inline float to_float(Half value) {
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  const uint32_t finite = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
+  const uint32_t special = 0x7f800000u | magnitude << 13;
+  return bits_to_float((magnitude >= 0x7c00u ? special : finite) | uint32_t{value.bits & 0x8000u} << 16);
+}
+
+template <class T>
+T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+inline BFloat16 from_float<BFloat16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+template <>
+inline Half from_float<Half>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {
+    // Adding 0.5 leaves the subnormal half, rounded to nearest even, in the low bits.
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};
+  }
+  return {static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13)};
+}
+
+// Calls f with a null pointer of the element type, for code that is a template over it.
+template <class F>
+auto dispatch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::f16: return f(static_cast<Half*>(nullptr));
+    case DType::f32: break;
+  }
+  return f(static_cast<float*>(nullptr));
 }
 
 }  // namespace sparsekern

@@ -12,4 +12,86 @@ namespace sparsekern::cpu {
 
 void gram_symmetrize_(float* gram, int64_t features, const Executor& executor);
 
+void feature_norm_(
+    float* sum_squares,
+    float* sum,  // null: not wanted
+    const void* x,
+    DType dtype,
+    int64_t tokens,
+    int64_t features,
+    const uint8_t* row_mask,  // null: every token counts
+    const Executor& executor);
+
+// Masks are bytes, 1 where kept. `columns` is divisible by m, m at most 64.
+void nm_mask(
+    const void* scores,
+    DType dtype,
+    int64_t rows,
+    int64_t columns,
+    int64_t n,
+    int64_t m,
+    uint8_t* mask,
+    const Executor& executor);
+
+// k is at most `columns`, or at most `rows * columns` for the whole matrix.
+void topk_mask(
+    const void* scores,
+    DType dtype,
+    int64_t rows,
+    int64_t columns,
+    int64_t k,
+    bool whole_matrix,
+    uint8_t* mask,
+    const Executor& executor);
+
+// What common/nm_layout.h lays out; shapes are multiples of its format's.
+enum class NmType { i8, bf16, f16, f32 };
+void nm_pack(
+    const void* weight,
+    NmType type,
+    int64_t rows,
+    int64_t columns,
+    void* values,
+    void* meta,
+    const Executor& executor);
+void nm_unpack(
+    const void* values,
+    const void* meta,
+    int element_size,
+    int64_t rows,
+    int64_t columns,  // of the weight
+    void* weight,
+    const Executor& executor);
+
+// bitmask_pack in two steps, since the number of values is known only after the first: `bitmask_mark` writes the bits and where
+// each row's values start, and returns how many there are; `bitmask_gather` moves them.
+int64_t bitmask_mark(
+    const void* weight,
+    DType dtype,
+    int64_t rows,
+    int64_t columns,
+    uint8_t* bits,
+    int64_t* row_start,  // [rows]
+    const Executor& executor);
+void bitmask_gather(
+    const void* weight,
+    DType dtype,
+    int64_t rows,
+    int64_t columns,
+    const uint8_t* bits,
+    const int64_t* row_start,
+    void* values,
+    const Executor& executor);
+void bitmask_unpack(
+    const void* values,
+    DType dtype,
+    int64_t value_count,
+    const uint8_t* bits,
+    int64_t rows,
+    int64_t columns,
+    void* weight,
+    const Executor& executor);
+// Turns the number of values of each row into the place of its first, and returns how many there are in all.
+int64_t counts_to_starts(int64_t* counts, int64_t rows);
+
 }  // namespace sparsekern::cpu

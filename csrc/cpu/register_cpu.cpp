@@ -4,9 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "common/bitmask_layout.h"
+#include "common/nm_layout.h"
 #include "cpu/kernels.h"
 
 using torch::headeronly::ScalarType;
@@ -34,6 +39,30 @@ void check_square_float(const Tensor& tensor, const char* message) {
   check(tensor.dim() == 2 && tensor.size(0) == tensor.size(1) && tensor.scalar_type() == ScalarType::Float, message);
 }
 
+DType dtype_of(const Tensor& tensor, const char* message) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: throw std::invalid_argument(message);
+  }
+}
+
+// A contiguous copy where one is needed, kept alive beside its pointer.
+struct RowMask {
+  std::optional<Tensor> tensor;
+  const uint8_t* data = nullptr;
+
+  RowMask(const std::optional<Tensor>& row_mask, int64_t tokens) {
+    if (!row_mask) return;
+    check(
+        row_mask->dim() == 1 && row_mask->size(0) == tokens && row_mask->scalar_type() == ScalarType::Bool,
+        "row_mask: expected one bool a token");
+    tensor = torch::stable::contiguous(*row_mask);
+    data = static_cast<const uint8_t*>(tensor->const_data_ptr());
+  }
+};
+
 // Runs f on contiguous memory and copies back where the caller's tensor was strided.
 template <class F>
 void in_place(Tensor& tensor, const F& f) {
@@ -47,8 +76,149 @@ void gram_symmetrize(Tensor gram) {
   in_place(gram, [](Tensor& dense) { gram_symmetrize_(float_data(dense), dense.size(0), torch_executor()); });
 }
 
+void check_feature_sums(const Tensor& tensor, int64_t features, const char* message) {
+  check(tensor.dim() == 1 && tensor.size(0) == features && tensor.scalar_type() == ScalarType::Float, message);
+}
+
+void feature_norm(Tensor sum_squares, Tensor x, std::optional<Tensor> row_mask, std::optional<Tensor> sum) {
+  check(x.dim() == 2, "x: expected [tokens, features]");
+  check_feature_sums(sum_squares, x.size(1), "sum_squares: expected a float32 for each feature of x");
+  if (sum) check_feature_sums(*sum, x.size(1), "sum: expected a float32 for each feature of x");
+  const DType dtype = dtype_of(x, "x: expected dtype float32, bfloat16 or float16");
+  const Tensor rows = torch::stable::contiguous(x);
+  const RowMask mask(row_mask, x.size(0));
+  const auto run = [&](Tensor& squares, float* sums) {
+    feature_norm_(
+        float_data(squares), sums, rows.const_data_ptr(), dtype, x.size(0), x.size(1), mask.data, torch_executor());
+  };
+  in_place(sum_squares, [&](Tensor& squares) {
+    if (!sum) return run(squares, nullptr);
+    in_place(*sum, [&](Tensor& sums) { run(squares, float_data(sums)); });
+  });
+}
+
+Tensor new_mask(const Tensor& scores) {
+  return torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, ScalarType::Bool);
+}
+
+uint8_t* byte_data(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
+
+Tensor nm_mask_of(Tensor scores, int64_t n, int64_t m) {
+  const DType dtype = dtype_of(scores, "scores: expected dtype float32, bfloat16 or float16");
+  check(scores.dim() == 2, "scores: expected 2 dimensions");
+  check(n >= 1 && n < m && m <= 64, "n, m: expected 1 <= n < m <= 64");
+  check(scores.size(1) % m == 0, "scores: expected columns divisible by m");
+  const Tensor dense = torch::stable::contiguous(scores);
+  Tensor mask = new_mask(scores);
+  nm_mask(dense.const_data_ptr(), dtype, scores.size(0), scores.size(1), n, m, byte_data(mask), torch_executor());
+  return mask;
+}
+
+Tensor topk_mask_of(Tensor scores, int64_t k, std::string scope) {
+  const DType dtype = dtype_of(scores, "scores: expected dtype float32, bfloat16 or float16");
+  check(scores.dim() == 2, "scores: expected 2 dimensions");
+  check(scope == "row" || scope == "matrix", "scope: expected row or matrix");
+  check(k >= 0 && k <= (scope == "row" ? scores.size(1) : scores.numel()), "k: expected 0 to the number of scores");
+  const Tensor dense = torch::stable::contiguous(scores);
+  Tensor mask = new_mask(scores);
+  topk_mask(
+      dense.const_data_ptr(), dtype, scores.size(0), scores.size(1), k, scope == "matrix", byte_data(mask), torch_executor());
+  return mask;
+}
+
+NmType nm_type_of(const Tensor& tensor, const char* message) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Char: return NmType::i8;
+    case ScalarType::BFloat16: return NmType::bf16;
+    case ScalarType::Half: return NmType::f16;
+    case ScalarType::Float: return NmType::f32;
+    default: throw std::invalid_argument(message);
+  }
+}
+
+std::tuple<Tensor, Tensor> nm_pack_of(Tensor weight) {
+  const NmType type = nm_type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
+  const nm::Format format = nm::format_of(static_cast<int>(weight.element_size()));
+  check(
+      weight.dim() == 2 && weight.size(0) % format.row_multiple == 0 && weight.size(1) % format.column_multiple() == 0,
+      "weight: expected a shape that the layout divides");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t rows = weight.size(0);
+  const int64_t columns = weight.size(1);
+  Tensor values = torch::stable::new_empty(weight, {rows, columns / 2});
+  Tensor meta = torch::stable::new_empty(
+      weight, {rows, columns / format.columns_per_word()}, format.word_bits == 32 ? ScalarType::Int : ScalarType::Short);
+  nm_pack(dense.const_data_ptr(), type, rows, columns, values.mutable_data_ptr(), meta.mutable_data_ptr(), torch_executor());
+  return {values, meta};
+}
+
+Tensor nm_unpack_of(Tensor values, Tensor meta) {
+  nm_type_of(values, "values: expected dtype bfloat16, float16, float32 or int8");
+  const auto element_size = static_cast<int>(values.element_size());
+  const nm::Format format = nm::format_of(element_size);
+  check(values.dim() == 2 && meta.dim() == 2, "values, meta: expected 2 dimensions");
+  const int64_t rows = values.size(0);
+  const int64_t columns = 2 * values.size(1);
+  check(
+      rows % format.row_multiple == 0 && columns % format.column_multiple() == 0,
+      "values: expected a shape that the layout divides");
+  check(
+      meta.scalar_type() == (format.word_bits == 32 ? ScalarType::Int : ScalarType::Short) && meta.size(0) == rows &&
+          meta.size(1) == columns / format.columns_per_word(),
+      "meta: expected the dtype and shape that go with values");
+  const Tensor dense_values = torch::stable::contiguous(values);
+  const Tensor dense_meta = torch::stable::contiguous(meta);
+  Tensor weight = torch::stable::new_empty(values, {rows, columns});
+  nm_unpack(
+      dense_values.const_data_ptr(), dense_meta.const_data_ptr(), element_size, rows, columns, weight.mutable_data_ptr(),
+      torch_executor());
+  return weight;
+}
+
+std::tuple<Tensor, Tensor> bitmask_pack_of(Tensor weight) {
+  const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
+  check(weight.dim() == 2, "weight: expected 2 dimensions");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t rows = weight.size(0);
+  const int64_t columns = weight.size(1);
+  Tensor bits = torch::stable::new_empty(weight, {rows, bitmask::bytes_per_row(columns)}, ScalarType::Byte);
+  std::vector<int64_t> starts(static_cast<size_t>(rows));
+  const int64_t count =
+      bitmask_mark(dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), torch_executor());
+  Tensor values = torch::stable::new_empty(weight, {count});
+  bitmask_gather(
+      dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), values.mutable_data_ptr(),
+      torch_executor());
+  return {values, bits};
+}
+
+Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
+  const DType dtype = dtype_of(values, "values: expected dtype float32, bfloat16 or float16");
+  check(values.dim() == 1, "values: expected 1 dimension");
+  check(
+      features >= 0 && bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte &&
+          bitmask.size(1) == bitmask::bytes_per_row(features),
+      "bitmask: expected uint8 [rows, ceil(features / 8)]");
+  const Tensor dense_values = torch::stable::contiguous(values);
+  const Tensor bits = torch::stable::contiguous(bitmask);
+  Tensor weight = torch::stable::new_empty(values, {bitmask.size(0), features});
+  bitmask_unpack(
+      dense_values.const_data_ptr(), dtype, values.size(0), static_cast<const uint8_t*>(bits.const_data_ptr()),
+      bitmask.size(0), features, weight.mutable_data_ptr(), torch_executor());
+  return weight;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) { m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize)); }
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack_of));
+  m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
+  m.impl("feature_norm_", TORCH_BOX(&feature_norm));
+  m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize));
+  m.impl("nm_mask", TORCH_BOX(&nm_mask_of));
+  m.impl("nm_pack", TORCH_BOX(&nm_pack_of));
+  m.impl("nm_unpack", TORCH_BOX(&nm_unpack_of));
+  m.impl("topk_mask", TORCH_BOX(&topk_mask_of));
+}
 
 }  // namespace sparsekern::cpu
