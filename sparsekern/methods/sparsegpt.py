@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from .. import ops
-from ..pattern import Pattern
+from ..pattern import NM, Pattern, pruned_count
 from .base import Method, Solution, Statistics, check_choice
 from .magnitude import Magnitude
 from .wanda import Wanda
@@ -25,8 +25,7 @@ class SparseGPT(Method):
         scope: for a sparsity, where the exact number of pruned weights is counted: `"block"` (paper: over all rows of each block
             of columns, chosen when the block is reached), `"row"` or `"matrix"`.
         mask: None lets the sweep choose. `"magnitude"` or `"wanda"` fixes that method's mask from the dense weights first, and the
-            sweep only compensates. `"zeros"` keeps exactly the zeros that the weight has already, whatever the pattern: a refit
-            of a model that was pruned before.
+            sweep only compensates. `"zeros"` takes the zeros that the weight has already, which must make up the pattern.
 
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1.
     """
@@ -65,5 +64,16 @@ class SparseGPT(Method):
         if self.mask is None:
             return None
         if self.mask == "zeros":
-            return weight != 0
+            return _existing_zeros(weight, pattern)
         return (Magnitude() if self.mask == "magnitude" else Wanda()).solve(weight, statistics, pattern).mask
+
+
+def _existing_zeros(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    mask = weight != 0
+    if isinstance(pattern, NM):
+        made_up = bool((mask.unflatten(1, (-1, pattern.m)).sum(2) <= pattern.n).all())
+    else:
+        made_up = int((~mask).sum()) >= pruned_count(mask.numel(), pattern.sparsity)
+    if not made_up:
+        raise ValueError(f"SparseGPT.mask='zeros': the weight's zeros do not make up the pattern {pattern}")
+    return mask
