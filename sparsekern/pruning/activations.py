@@ -177,12 +177,15 @@ class Activations:
 def _record_inputs(linears: list[Linear], order: list[str], forward: Callable[[], object]) -> dict[str, list[torch.Tensor]]:
     """The tensors that each linear is called with during `forward`, which ends as soon as nothing of interest can follow."""
     inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in linears}
+    versions: list[tuple[str, torch.Tensor, int]] = []
     # Only where the probe saw all linears called can it be known that none comes after the last (experts may sit out a few tokens).
     last = order[-1] if set(order) == set(inputs) else None
 
     def hook(name: str):
         def record(module, args, kwargs):
-            inputs[name].append(args[0] if args else kwargs["input"])
+            x = args[0] if args else kwargs["input"]
+            inputs[name].append(x)
+            versions.append((name, x, x._version))
             if name == last and len(inputs[name]) == order.count(last):
                 raise _Stop
 
@@ -193,6 +196,9 @@ def _record_inputs(linears: list[Linear], order: list[str], forward: Callable[[]
             for module in linear.modules:
                 stack.callback(module.register_forward_pre_hook(hook(linear.name), with_kwargs=True).remove)
         _stopped(forward)
+    for name, x, version in versions:
+        if x._version != version:
+            raise ValueError(f"model: the input of {name} is overwritten after its use, which pruning cannot follow")
     return inputs
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from .._warnings import SparsekernWarning
 from ..models import Linear
+from ..runtime import check_output_folder
 from .files import write_atomically
 from .report import LayerReport
 
@@ -40,14 +41,20 @@ class Checkpoint:
             environment: versions and threads; where they differ the user is told, since rounding may then differ.
 
         Raises:
-            ValueError: `out` holds something else, an unfinished run without `resume`, or the checkpoint of another run.
+            FileExistsError: `out` holds something else.
+            ValueError: `out` holds an unfinished run without `resume`, or the checkpoint of another run.
         """
         self.folder = Path(out) / FOLDER
         state = {"format": FORMAT, "settings": settings, "environment": environment}
         state = json.loads(json.dumps(state))  # as it will be read back: tuples are lists
-        _check_out_folder(Path(out), self.folder, resume)
+        if not self.folder.exists():
+            check_output_folder(out)
+        elif not resume:
+            raise ValueError(f"out: {out} holds an unfinished run; pass resume=True to go on with it, or remove {self.folder}")
         if (self.folder / STATE).exists():
             self._check_state(state)
+        elif self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
+            raise ValueError(f"out: {self.folder} holds no {STATE}, so it is not a checkpoint of a run; remove it to start anew")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / STATE, json.dumps(state, indent=1).encode())
@@ -95,15 +102,13 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                layers = [LayerReport(**layer) for layer in json.loads(file.metadata()["layers"])]
+                layers = [LayerReport.from_dict(layer) for layer in json.loads(file.metadata()["layers"])]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"out: {path} is damaged ({error}); remove it to prune that block again") from error
         expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
         if {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()} != expected:
             raise ValueError(f"out: {path} holds other layers than the model's; remove it to prune that block again")
-        return weights, [
-            LayerReport(**{**asdict(layer), "shape": tuple(layer.shape)}) for layer in layers
-        ]
+        return weights, layers
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -124,15 +129,6 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))};".encode())
         digest.update(some)
     return digest.hexdigest()
-
-
-def _check_out_folder(out: Path, folder: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
-    if folder.exists() and not resume:
-        raise ValueError(f"out: {out} holds an unfinished run; pass resume=True to go on with it, or remove {folder}")
-    if not folder.exists() and out.exists() and any(out.iterdir()):
-        raise ValueError(f"out: {out} is not empty and holds no unfinished run; choose an empty or new folder")
 
 
 def _differences(found: dict, expected: dict) -> list[str]:

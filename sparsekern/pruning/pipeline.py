@@ -6,6 +6,7 @@ inputs of the next block. Nothing else of the model is run, and nothing that is 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,8 +82,8 @@ def prune(
     plan = make_plan(model, pattern, patterns, include, exclude)
     kind = "gram" if report_error else method.statistic
     batches = _batches_for(model, method, calibration, batch_size) if kind else None
-    if out is not None and not hasattr(model, "save_pretrained"):
-        raise TypeError(f"out: expected a model with save_pretrained, got {type(model).__name__}")
+    if out is not None:
+        _check_saveable(model)
     settings = {
         "method": method.settings(),
         "patterns": {name: str(value) for name, value in plan.patterns.items()},
@@ -108,7 +109,7 @@ def prune(
             _Run(model, plan, method, kind, batches, checkpoint, report, bar, clock).prune_all()
         if out is not None:
             with clock.phase("write"):
-                model.save_pretrained(out)
+                _save_model(model, out)
     finally:
         bar.close()
     report.seconds = {**clock.seconds, "total": clock.now() - start}
@@ -256,6 +257,30 @@ def _batches_for(model: nn.Module, method: Method, calibration: Calibration | No
     )
 
 
+def _check_saveable(model: nn.Module) -> None:
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"out: expected a model with save_pretrained, got {type(model).__name__}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_serializable():
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"out: transformers refuses to save a model that it loaded as {getattr(method, 'value', method)}; "
+            "load it with sparsekern.load, or save it dense and load that"
+        )
+
+
+def _save_model(model: nn.Module, out: str | os.PathLike) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(out)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
+        what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
+        number = errno.ENOSPC if full else errno.EIO
+        raise OSError(number, f"{what}; all its blocks are kept in the checkpoint, so resume=True needs only to save it", str(out)) from error
+
+
 @contextmanager
 def _prepared(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, a seeded generator; all as before afterwards, whatever happens."""
@@ -281,4 +306,5 @@ def _environment(model: nn.Module) -> dict[str, object]:
         "transformers": metadata.version("transformers"),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from .._warnings import SparsekernWarning
 from ..models import Blocks, Linear, find_blocks, find_linears
 from ..pattern import Pattern, parse_pattern
 
@@ -77,6 +79,7 @@ def make_plan(
     for linear in plan.linears:
         kept[linear.name].check_features(linear.features, linear.name)
         _check_finite(linear)
+    _say_what_stays_dense(blocks)
     return plan
 
 
@@ -114,6 +117,22 @@ def _check_device(model: nn.Module) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"model: expected all weights on one device, got {', '.join(devices)}")
+
+
+def _say_what_stays_dense(blocks: Blocks) -> None:
+    """Fused experts are one tensor of three dimensions, not linears: to leave most of a model dense must not go unsaid."""
+    stacked = [
+        f"{blocks.block_name(index)}.{name}"
+        for index, block in enumerate(blocks.modules)
+        for name, parameter in block.named_parameters()
+        if parameter.dim() > 2
+    ]
+    if stacked:
+        warnings.warn(
+            f"{stacked[0]} and {len(stacked) - 1} more parameters of the blocks are no linear layers and stay dense",
+            SparsekernWarning,
+            stacklevel=4,
+        )
 
 
 def _check_finite(linear: Linear) -> None:

@@ -30,6 +30,11 @@ class LayerReport:
     def sparsity(self) -> float:
         return self.zeros / (self.shape[0] * self.shape[1])
 
+    @classmethod
+    def from_dict(cls, fields: dict) -> LayerReport:
+        """From what `dataclasses.asdict` and JSON made of it."""
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
+
 
 @dataclass
 class Report:

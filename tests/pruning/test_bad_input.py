@@ -1,0 +1,285 @@
+"""Bad input: each message names what was expected and what came, and nothing is changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern
+from sparsekern import SparsekernWarning
+from tests.models.families import tiny_ids, tiny_model
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture
+def model():
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    yield model
+    # Not a weight may have moved where a call was refused; the tests that prune change `model.pruned`.
+    if not getattr(model, "pruned", False):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value.nan_to_num(9), before[name].nan_to_num(9)) or name in getattr(model, "spoilt", ()), name
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"method": "optimal"}, ValueError, "method: expected one of magnitude, sparsegpt, wanda"),
+        ({"method": 3}, TypeError, "method: expected a name or a config"),
+        ({"pattern": "4:2"}, ValueError, "pattern: .* needs 1 <= N < M; got '4:2'"),
+        ({"pattern": "0:4"}, ValueError, "pattern: .* got '0:4'"),
+        ({"pattern": 1.5}, ValueError, "pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
+        ({"pattern": -0.1}, ValueError, "pattern: .* got -0.1"),
+        ({"pattern": None}, TypeError, "pattern: expected 'N:M', a sparsity or a pattern object, got None"),
+        ({"pattern": "3:7"}, ValueError, "model.layers.0.self_attn.q_proj: expected input features divisible by M=7 .* got 32"),
+        ({"patterns": {"*.down_proj": "1:5"}}, ValueError, "model.layers.0.mlp.down_proj: .* divisible by M=5 .* got 48"),
+        ({"include": "*.fc1"}, ValueError, r"include: '\*.fc1' matches no linear .* like 'model.layers.0.self_attn.q_proj'"),
+        ({"exclude": ["nothing"]}, ValueError, "exclude: 'nothing' matches no linear"),
+        ({"patterns": {"nothing": None}}, ValueError, "patterns: 'nothing' matches no linear"),
+        ({"exclude": "*"}, ValueError, "together they leave no linear to prune"),
+        ({"include": [3]}, TypeError, "include: expected names or globs, got 3"),
+        ({"include": "model.embed_tokens"}, ValueError, "include: 'model.embed_tokens' matches no linear"),
+        ({"calibration": None}, ValueError, "calibration: expected token ids, which SparseGPT needs .* got None"),
+        ({"calibration": []}, ValueError, "calibration: expected at least one token, got none"),
+        ({"calibration": torch.zeros(0, 8, dtype=torch.long)}, ValueError, r"expected at least one token, got shape \(0, 8\)"),
+        ({"calibration": torch.zeros(8, 0, dtype=torch.long)}, ValueError, r"expected at least one token, got shape \(8, 0\)"),
+        ({"calibration": torch.zeros(8, dtype=torch.long)}, ValueError, r"of shape \[samples, length\], got \(8,\)"),
+        ({"calibration": torch.zeros(2, 8)}, TypeError, "calibration: expected token ids of dtype int64, got float32"),
+        ({"calibration": ["text"]}, TypeError, "expected token tensors or mappings with 'input_ids', got str"),
+        ({"calibration": torch.full((2, 8), 96)}, ValueError, "token ids from 0 to 95, got 96; is this the model's own tokenizer"),
+        ({"calibration": torch.full((2, 8), -1)}, ValueError, "token ids from 0 to 95, got -1"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"resume": True}, ValueError, "resume: expected out"),
+    ],
+)
+def test_refused_before_any_work(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        sparsekern.prune(model, **{"calibration": tiny_ids(), **QUIET, **arguments})
+
+
+def test_only_padding(model):
+    batch = {"input_ids": tiny_ids(2, 8), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}
+    with pytest.raises(ValueError, match="calibration: expected at least one token, got none"):
+        sparsekern.prune(model, calibration=[batch], **QUIET)
+
+
+def test_attention_mask_of_another_shape(model):
+    batch = {"input_ids": tiny_ids(2, 8), "attention_mask": torch.ones(2, 9)}
+    with pytest.raises(ValueError, match=r"expected attention_mask of shape \(2, 8\), got \(2, 9\)"):
+        sparsekern.prune(model, calibration=[batch], **QUIET)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_weight_that_is_not_finite(model, method, value):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    model.spoilt = ["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match=rf"model.layers.1.mlp.up_proj: expected finite weights, got {value} at \[3, 5\]"):
+        sparsekern.prune(model, method, calibration=tiny_ids(), **QUIET)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_an_activation_that_is_not_finite_names_layer_and_sample(model, method):
+    """Sample 5 alone has the token whose embedding is spoilt."""
+    ids = tiny_ids(8, 16).clamp_(min=4)
+    ids[5, 9] = 3
+    model.model.embed_tokens.weight.data[3] = float("nan")
+    model.spoilt = ["model.embed_tokens.weight"]
+    with pytest.raises(
+        ValueError, match="model.layers.0.self_attn.q_proj: its input is nan in calibration sample 5 .* no damping can help"
+    ):
+        sparsekern.prune(model, method, calibration=ids, batch_size=3, **QUIET)
+
+
+def test_overflow_in_a_later_block_names_it_and_keeps_what_is_done():
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    model.model.layers[1].post_attention_layernorm.weight.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="model.layers.1.mlp.gate_proj: its input is .* in calibration sample 0"):
+        sparsekern.prune(model, "sparsegpt", calibration=tiny_ids(), **QUIET)
+    assert (model.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
+    for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"):
+        weight = model.get_submodule(f"model.layers.1.{name}").weight
+        assert torch.equal(weight, before[f"model.layers.1.{name}.weight"])
+
+
+def test_values_behind_the_padding_may_be_anything():
+    model, ids = tiny_model("llama"), tiny_ids(4, 16)
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    clean = copy.deepcopy(model)
+    sparsekern.prune(clean, "wanda", calibration=[{"input_ids": ids[:, :12]}], **QUIET)
+    ids[:, 12:] = 0
+    model.model.embed_tokens.weight.data[0] = 1e30  # overflows to inf in the first norm
+    sparsekern.prune(model, "wanda", calibration=[{"input_ids": ids, "attention_mask": mask}], **QUIET)
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        one, other = (m.model.layers[0].get_submodule(name).weight for m in (clean, model))
+        assert torch.equal(one != 0, other != 0)
+
+
+def test_dead_feature_and_few_tokens_are_said_once(model):
+    model.pruned = True
+    for block in model.model.layers:
+        block.input_layernorm.weight.data[4] = 0
+    with pytest.warns(SparsekernWarning) as said:
+        report = sparsekern.prune(model, "sparsegpt", calibration=tiny_ids(1, 12), **QUIET)
+    messages = [str(warning.message) for warning in said]
+    assert len(messages) == 2
+    assert "self_attn.q_proj: 12 calibration tokens for 32 input features" in messages[0]
+    assert "self_attn.q_proj: 1 of 32 input features were never active" in messages[1]
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_model_without_linears(model):
+    with pytest.raises(ValueError, match="model: found no linear layers in Sequential"):
+        sparsekern.prune(nn.Sequential(nn.LayerNorm(4)), "magnitude", **QUIET)
+
+
+def test_a_model_without_blocks(model):
+    with pytest.raises(ValueError, match="model: found no repeated blocks in Sequential"):
+        sparsekern.prune(nn.Sequential(nn.Linear(4, 4)), "magnitude", **QUIET)
+
+
+def test_a_model_that_cannot_be_saved(model, tmp_path):
+    blocks = nn.Module()
+    blocks.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    with pytest.raises(TypeError, match="out: expected a model with save_pretrained, got Module"):
+        sparsekern.prune(blocks, "magnitude", out=tmp_path / "out", **QUIET)
+
+
+def test_a_model_that_transformers_will_not_save(model, tmp_path):
+    class Quantizer:
+        class quantization_config:
+            quant_method = "gguf"
+
+        def is_serializable(self):
+            return False
+
+    model.hf_quantizer = Quantizer()
+    with pytest.raises(ValueError, match="out: transformers refuses to save a model that it loaded as gguf"):
+        sparsekern.prune(model, "magnitude", out=tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+class Toy(nn.Module):
+    """Called like a transformers model, with a block list to misuse."""
+
+    def __init__(self, blocks, order=None, between=None):
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(blocks)
+        self.order = order or range(len(blocks))
+        self.between = between or (lambda x: x)
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids)
+        for index in self.order:
+            x = self.between(self.layers[index](x))
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.in_place = in_place
+
+    def forward(self, x):
+        y = self.linear(x)
+        return x.add_(y) if self.in_place else x + y
+
+
+IDS = torch.arange(16).view(2, 8)
+
+
+def test_blocks_run_out_of_order():
+    with pytest.raises(ValueError, match="expected a forward to run layers in order.* layers.1 was run otherwise"):
+        sparsekern.prune(Toy([Block(), Block()], order=[1, 0]), "wanda", calibration=IDS, **QUIET)
+
+
+def test_something_between_the_blocks():
+    with pytest.raises(ValueError, match="layers.1 was run otherwise"):
+        sparsekern.prune(Toy([Block(), Block()], between=lambda x: 2 * x), "wanda", calibration=IDS, **QUIET)
+
+
+def test_a_block_that_is_not_run():
+    with pytest.raises(ValueError, match="a forward did not run layers.1"):
+        sparsekern.prune(Toy([Block(), Block()], order=[0]), "wanda", calibration=IDS, **QUIET)
+
+
+def test_a_block_that_overwrites_its_input():
+    with pytest.raises(ValueError, match="layers.0 changes its input in place"):
+        sparsekern.prune(Toy([Block(in_place=True), Block()]), "wanda", calibration=IDS, **QUIET)
+
+
+def test_a_linear_s_input_overwritten_later():
+    class Overwriting(Block):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = x + 1
+            z = self.linear(y)
+            return x + z + self.other(y.mul_(2))
+
+    with pytest.raises(ValueError, match="the input of layers.0.linear is overwritten after its use"):
+        sparsekern.prune(Toy([Overwriting(), Overwriting()]), "wanda", calibration=IDS, **QUIET)
+
+
+def test_one_block_twice():
+    block = Block()
+    with pytest.raises(ValueError, match="layers runs the same block more than once"):
+        sparsekern.prune(Toy([block, block]), "wanda", calibration=IDS, **QUIET)
+
+
+def test_one_weight_in_two_blocks():
+    blocks = [Block(), Block()]
+    blocks[1].linear.weight = blocks[0].linear.weight
+    with pytest.raises(ValueError, match="shares its weight with a linear of another block"):
+        sparsekern.prune(Toy(blocks), "wanda", calibration=IDS, **QUIET)
+
+
+def test_a_linear_that_no_token_reaches():
+    class Lazy(Block):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match="layers.0.unused: no calibration token reached it"):
+        sparsekern.prune(Toy([Lazy(), Lazy()]), "wanda", calibration=IDS, **QUIET)
+
+
+def test_two_devices():
+    model = Toy([Block(), Block()])
+    model.embed.weight = nn.Parameter(torch.empty(16, 8, device="meta"))
+    with pytest.raises(ValueError, match="model: expected all weights on one device, got cpu, meta"):
+        sparsekern.prune(model, "magnitude", **QUIET)
+
+
+def test_fused_experts_stay_dense_and_it_is_said():
+    class Experts(Block):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(2, 8, 8))
+
+    with pytest.warns(SparsekernWarning, match="layers.0.experts and 1 more parameters .* no linear layers and stay dense"):
+        sparsekern.prune(Toy([Experts(), Experts()]), "magnitude", **QUIET)
+
+
+def test_rows_that_cannot_be_told_from_padding():
+    class Routed(Block):
+        def forward(self, x):
+            return x + self.linear(x.flatten(0, 1)[:5]).sum(0)
+
+    class Masked(Toy):
+        def forward(self, input_ids, attention_mask, use_cache=False):
+            return super().forward(input_ids)
+
+    batch = {"input_ids": IDS, "attention_mask": (IDS > 3).long()}
+    with pytest.raises(ValueError, match=r"layers.0.linear: an input of shape \(5, 8\) in a padded batch of 2 x 8 tokens"):
+        sparsekern.prune(Masked([Routed(), Routed()]), "wanda", calibration=[batch], **QUIET)

@@ -1,0 +1,94 @@
+"""The direction of imports, and what `import sparsekern` may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "sparsekern"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Each part may import those of its own row and below.
+LAYERS = [
+    {"", "cli", "_commands", "__main__"},
+    {"methods", "pruning", "models", "runtime", "data", "_info"},
+    {"ops"},
+    {"backends"},
+    {"triton_kernels", "_C", "_C_cuda"},
+    {"pattern", "_warnings"},
+]
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+WITHOUT_TRANSFORMERS = {"methods", "ops", "backends", "triton_kernels", "pattern", "_warnings"}
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imports_of(path: Path):
+    """Every import as (absolute module name, whether it is inside a function)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for node in ast.walk(f)}
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test).endswith("TYPE_CHECKING")
+        for node in ast.walk(branch)
+    }
+    package = ("sparsekern", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(tree):
+        inside = id(node) in lazy or id(node) in typing_only
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join((*base, *((node.module,) if node.module else ())))
+            if name == "sparsekern":  # `from .. import ops, __version__`
+                yield from ((f"sparsekern.{alias.name}" if alias.name in RANK else name, inside) for alias in node.names)
+            else:
+                yield name, inside
+
+
+def test_every_part_has_its_place():
+    assert {part_of(path) for path in MODULES} <= set(RANK)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    own = part_of(path)
+    for name, _ in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "sparsekern" and len(parts) > 1:
+            assert RANK[own] <= RANK[parts[1]], f"{own} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_transformers_is_imported_late_and_not_below_the_pipeline(path):
+    for name, inside in imports_of(path):
+        if name.split(".")[0] in ("transformers", "datasets", "pyarrow", "gguf"):
+            assert inside, f"{name} is imported with the package"
+            assert part_of(path) not in WITHOUT_TRANSFORMERS, f"{name} below the pipeline"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    return done.stdout.strip()
+
+
+def test_import_loads_no_transformers_and_takes_no_cuda_context():
+    loaded = run(
+        "import sys, torch, sparsekern\n"
+        "heavy = ('transformers', 'datasets', 'triton', 'tqdm', 'safetensors', 'numpy.f2py', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())"
+    )
+    before = run("import sys, torch; print([name for name in ('triton', 'tqdm', 'safetensors') if name in sys.modules])")
+    assert loaded == f"{before} False"
+
+
+def test_import_takes_under_three_tenths_of_a_second_beyond_torch():
+    # Processor time, and the best of several: a busy machine must not decide.
+    code = "import time, torch; start = time.process_time(); import sparsekern; print(time.process_time() - start)"
+    assert min(float(run(code)) for _ in range(3)) < 0.3
