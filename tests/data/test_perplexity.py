@@ -1,0 +1,104 @@
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sparsekern
+from tests import tiny
+from tests.models.families import FAMILIES, VOCABULARY
+
+module = importlib.import_module("sparsekern.data.perplexity")
+
+
+def textbook(model, ids, length):
+    losses = []
+    for row in torch.atleast_2d(ids):
+        for start in range(0, len(row) - length + 1, length):
+            window = row[None, start : start + length]
+            with torch.no_grad():
+                logits = model(window).logits[0, :-1].double()
+            losses.append(F.cross_entropy(logits, window[0, 1:], reduction="none"))
+    return float(torch.cat(losses).mean().exp())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_equals_the_textbook(rows):
+    model, ids = tiny.llama(), torch.randint(320, (rows, 100))
+    assert sparsekern.perplexity(model, ids, 24) == pytest.approx(textbook(model, ids, 24), rel=1e-5)
+    assert sparsekern.perplexity(model, ids[0], 24) == pytest.approx(textbook(model, ids[0], 24), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_whatever_it_does_to_its_logits(family):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    ids = torch.randint(3, VOCABULARY, (50,))
+    assert sparsekern.perplexity(model, ids, 20) == pytest.approx(textbook(model, ids, 20), rel=1e-5)
+
+
+def test_a_model_that_caps_its_logits_takes_the_whole_path():
+    from transformers import AutoModelForCausalLM
+
+    config = FAMILIES["gemma2"]()
+    config.final_logit_softcapping = 0.01
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, VOCABULARY, (40,))
+    assert sparsekern.perplexity(model, ids, 20) == pytest.approx(textbook(model, ids, 20), rel=1e-5)
+
+
+def test_the_logits_of_a_window_are_never_held_at_once(monkeypatch):
+    monkeypatch.setattr(module, "LOGIT_ROWS", 8)
+    model, ids = tiny.llama(), torch.randint(320, (60,))
+    rows = []
+    model.lm_head.register_forward_hook(lambda _, args, output: rows.append(output.numel() // output.shape[-1]))
+    value = sparsekern.perplexity(model, ids, 60)
+    assert max(rows) == 8 and sum(rows) == 60  # 59 predictions, and the one position that the model itself asked for
+    assert value == pytest.approx(textbook(model, ids, 60), rel=1e-5)
+
+
+def test_the_model_is_as_it_was():
+    model = tiny.llama().train()
+    sparsekern.perplexity(model, torch.randint(320, (40,)), 20)
+    assert model.training and not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
+
+
+def test_half_precision():
+    model, ids = tiny.llama().bfloat16(), torch.randint(320, (64,))
+    assert sparsekern.perplexity(model, ids, 32) == pytest.approx(textbook(model, ids, 32), rel=2e-2)
+
+
+def test_a_hopeless_model_is_infinitely_perplexed():
+    model = tiny.llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert sparsekern.perplexity(model, torch.randint(320, (40,)), 20) == math.inf
+
+
+def test_nan_is_named():
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = math.nan
+    ids = torch.zeros(60, dtype=torch.int64)
+    ids[45] = 7
+    with pytest.raises(ValueError, match="perplexity: the model's output for window 2 holds NaN or Inf"):
+        sparsekern.perplexity(model, ids, 20)
+
+
+@pytest.mark.parametrize(
+    "ids, length, error, message",
+    [
+        (torch.zeros(19, dtype=torch.int64), 20, ValueError, "ids: one window of length 20 needs 20 tokens, got 19"),
+        (torch.zeros(0, 20, dtype=torch.int64), 20, ValueError, "ids: one window of length 20 needs 20 tokens, got 0"),
+        (torch.zeros(99, dtype=torch.int64), 1, ValueError, "length: expected at least 2, got 1"),
+        (torch.zeros(99, dtype=torch.int64), 65, ValueError, "length: expected at most 64, the positions of this model, got 65"),
+        (torch.zeros(99), 20, TypeError, "ids: expected an integer tensor"),
+        ([1, 2, 3], 2, TypeError, "ids: expected an integer tensor"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), 2, TypeError, "ids: expected an integer tensor"),
+    ],
+)
+def test_bad_arguments_are_named(ids, length, error, message):
+    with pytest.raises(error, match=message):
+        sparsekern.perplexity(tiny.llama(), ids, length)

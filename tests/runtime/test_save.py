@@ -1,0 +1,66 @@
+import errno
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sparsekern
+from tests import tiny
+
+
+def test_plain_transformers_loads_what_was_saved(tmp_path):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    path = sparsekern.save(model, tmp_path / "a" / "b", tokenizer=tiny.tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert AutoTokenizer.from_pretrained(path)("the fox")["input_ids"] == tiny.tokenizer()("the fox")["input_ids"]
+    assert f"| sparsekern | {sparsekern.__version__} |" in (path / "README.md").read_text()
+    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    sparsekern.save(tiny.llama(), tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_what_is_there_is_never_overwritten(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=r"already holds something else \(a, b, c, …\); name a new or empty one"):
+        sparsekern.save(tiny.llama(), tmp_path)
+    with pytest.raises(FileExistsError, match="out: '.*a' is a file, expected a folder"):
+        sparsekern.save(tiny.llama(), tmp_path / "a")
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["mine"] * 4
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    model = tiny.llama()
+
+    def fails(path):
+        (path / "model.safetensors").write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", fails)
+    with pytest.raises(OSError, match="No space left on device"):
+        sparsekern.save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match="out: no space left: the weights need 0 MB, 0 MB are free") as caught:
+        sparsekern.save(tiny.llama(), tmp_path / "out")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "format, message",
+    [("packed", "format: 'packed' comes with a later release"), ("onnx", "format: expected one of dense, got 'onnx'")],
+)
+def test_unknown_formats(tmp_path, format, message):
+    with pytest.raises(ValueError, match=message):
+        sparsekern.save(tiny.llama(), tmp_path / "out", format=format)

@@ -1,0 +1,66 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparsekern
+from sparsekern import _info
+from sparsekern.ops._library import LIBRARIES, Library
+from sparsekern.ops._registry import OPS
+from tests.conftest import COMPILED, CPU_ISAS
+
+
+def test_every_op_has_every_backend_or_a_reason():
+    found = sparsekern.info()
+    assert set(found.ops) == set(OPS)
+    for states in found.ops.values():
+        assert set(states) == {"reference", "cpu", "cuda", "triton"} and all(states.values())
+        assert states["reference"] == "yes"
+    text = str(found)
+    for name in OPS:
+        assert re.search(rf"^  {re.escape(name)} +yes", text, re.MULTILINE)
+    assert json.loads(json.dumps(found.to_dict()))["versions"]["torch"] == torch.__version__
+
+
+def test_the_reason_of_a_missing_library_is_told(monkeypatch):
+    monkeypatch.setitem(LIBRARIES, "_C", Library("_C", False, "not built"))
+    found = sparsekern.info()
+    assert found.libraries["_C"] == "not built" and found.cpu["in use"] == "reference"
+    assert all(states["cpu"] == "not built" for states in found.ops.values())
+    assert "[1] not built" in str(found)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_is_the_reason_for_no_cuda():
+    found = sparsekern.info()
+    assert found.libraries["_C_cuda"] == "this torch is built without CUDA"
+    assert found.devices == [] and "cpu only" in str(found)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled library")
+def test_instruction_sets(monkeypatch):
+    monkeypatch.delenv("SPARSEKERN_CPU_ISA", raising=False)
+    assert sparsekern.info().cpu["detected"] == sparsekern.info().cpu["in use"] == CPU_ISAS[-1]
+    monkeypatch.setenv("SPARSEKERN_CPU_ISA", "scalar")
+    assert sparsekern.info().cpu["in use"] == "scalar"
+    monkeypatch.setenv("SPARSEKERN_CPU_ISA", "mmx")
+    assert sparsekern.info().cpu["in use"].startswith("SPARSEKERN_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16")
+
+
+def test_an_absent_package_says_what_it_is_for():
+    assert _info._version("no-such-package", "something") == "not installed (for something)"
+
+
+def test_import_is_light():
+    """No CUDA context, no transformers, and at most 0.3 s beyond torch (the best of three, since the machine is shared)."""
+    program = (
+        "import sys, time, torch; before = set(sys.modules); start = time.perf_counter(); import sparsekern;"
+        "taken = time.perf_counter() - start; new = set(sys.modules) - before;"
+        "heavy = sorted(new & {'transformers', 'triton', 'gguf', 'datasets', 'pyarrow'});"
+        "assert not heavy, heavy; assert not torch.cuda.is_initialized(); print(taken)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 0.3
