@@ -9,6 +9,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from . import __version__
 from ._commands import UsageError, eval_command, prune_command
 from ._info import info
@@ -52,7 +54,7 @@ def _one_line(error: Exception) -> str:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     place = "" if issubclass(category, SparsekernWarning) else f"{filename}:{lineno}: "
-    print(f"warning: {place}{message}", file=sys.stderr)
+    tqdm.write(f"warning: {place}{message}", file=sys.stderr)  # beside a progress bar, not into it
 
 
 class _Parser(argparse.ArgumentParser):

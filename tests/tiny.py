@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 POSITIONS = 64
@@ -15,6 +15,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs far away from every
 def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=320, special_tokens=["<unk>"], initial_alphabet=alphabet))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")

@@ -39,7 +39,9 @@ def test_what_is_no_model_is_refused(load, tmp_path):
     with pytest.raises(ValueError, match="model: the folder '.*' holds no model"):
         load(tmp_path)
     (tmp_path / "a.bin").touch()
-    with pytest.raises(ValueError, match="model: expected a local folder, a .gguf file, a hub id or builtin:.*, got the file '.*a.bin'"):
+    with pytest.raises(
+        ValueError, match="model: expected a local folder, a .gguf file, a hub id or builtin:.*, got the file '.*a.bin'"
+    ):
         load(tmp_path / "a.bin")
     with pytest.raises(FileNotFoundError, match="model: no file or folder './a/b/c'"):
         load("./a/b/c")

