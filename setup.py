@@ -40,7 +40,8 @@ def compile_flags() -> tuple[list[str], list[str]]:
         return [*common, "-O0", "-g"], []
     if debug == "asan":
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-        return [*common, "-O1", "-g", *sanitizers], sanitizers
+        # Python's own flags hold -fwrapv, which would hide overflows.
+        return [*common, "-O1", "-g", "-fno-wrapv", *sanitizers], sanitizers
     return [*common, "-O3", "-g0"], []
 
 
@@ -68,9 +69,11 @@ def extensions() -> tuple[list, dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags, link_flags = compile_flags()
+    # The sanitized build has a fault planted in it, for the test that shows that a fault is found.
+    planted = ["csrc/testing/planted_fault.cpp"] if os.environ.get("DEBUG") == "asan" else []
     native = CppExtension(
         "sparsekern._C",
-        sources("cpu", ".cpp"),
+        [*sources("cpu", ".cpp"), *planted],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": [*flags, *ABI_FLAGS]},
         extra_link_args=link_flags,

@@ -37,7 +37,7 @@ def bitmask_unpack(values: torch.Tensor, bitmask: torch.Tensor, features: int) -
 
 def reference(values: torch.Tensor, bitmask: torch.Tensor, features: int) -> torch.Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    flags = ((bitmask.unsqueeze(-1) >> shifts) & 1).bool().reshape(bitmask.shape[0], -1)
+    flags = ((bitmask.unsqueeze(-1) >> shifts) & 1).bool().flatten(1)
     stray = flags[:, features:].any(1)
     if stray.any():
         raise ValueError(f"bitmask: expected zeros past column {features - 1}, got a set bit in row {int(stray.nonzero()[0])}")

@@ -45,10 +45,10 @@ def reference(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     offsets = word_offsets(rows, words, fmt, meta.device)
     word = meta.reshape(-1).gather(0, offsets.view(-1)).view(rows, words, 1)
     shifts = 4 * torch.arange(fmt.codes_per_word, device=meta.device)
-    codes = ((word.long() >> shifts) & 15).view(rows, -1)
+    codes = ((word.long() >> shifts) & 15).flatten(1)
     _check_codes(codes, fmt.group)
     index = torch.stack((codes & 3, codes >> 2), dim=-1) if fmt.group == 4 else (codes & 3).unsqueeze(-1) // 2
-    stored = values.reshape(rows, -1, fmt.group // 2)
+    stored = values.reshape(rows, codes.shape[1], fmt.group // 2)
     groups = values.new_zeros(rows, codes.shape[1], fmt.group).scatter_(-1, index, stored)
     return groups.view(rows, 2 * values.shape[1])
 

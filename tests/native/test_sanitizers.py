@@ -1,0 +1,94 @@
+"""The op tests once more, through kernels that are built with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The real library is built (not a harness around it), beside a copy of the package, so every test under tests/ops counts here too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsekern
+from tests.conftest import COMPILED
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "asan"  # kept: ninja rebuilds what has changed
+# Tracing runs no kernel that the plain calls do not run.
+NOT_AGAIN = "not opcheck and not compile"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMPILED, reason="sparsekern._C is not built, so there are no kernels to sanitize"),
+]
+
+
+def runtime_libraries() -> str:
+    """What must be loaded before Python for a sanitized library to work in it."""
+    compiler = os.environ.get("CXX", "c++").split()
+    paths = [
+        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(path).is_absolute() for path in paths):
+        pytest.skip(f"{compiler[0]} comes without sanitizer libraries")
+    return " ".join(paths)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """A folder with the package, its tests and the sanitized library."""
+    runtime_libraries()
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={BUILD / 'lib'}", f"--build-temp={BUILD / 'temp'}"]
+    environment = {**os.environ, "DEBUG": "asan", "SPARSEKERN_BUILD": "1", "SPARSEKERN_CUDA": "0"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
+    folder = tmp_path_factory.mktemp("sanitized")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(sparsekern.__file__).parent, folder / "sparsekern", ignore=ignore)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copy(BUILD / "lib" / "sparsekern" / "_C.so", folder / "sparsekern")
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime_libraries(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(folder),
+    }
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_op_tests_pass_with_sanitized_kernels(sanitized):
+    selection = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", NOT_AGAIN]
+    result = run(sanitized, "-m", "pytest", "tests/ops", *selection)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+
+
+FAULT = """
+import ctypes, torch, sparsekern._C
+library = ctypes.CDLL(sparsekern._C.__file__)
+data = torch.zeros(24, dtype=torch.uint8)
+library.sparsekern_read_past.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+{call}
+"""
+
+
+def test_a_planted_read_past_the_end_of_a_tensor_is_caught(sanitized):
+    inside = run(sanitized, "-c", FAULT.format(call="library.sparsekern_read_past(data.data_ptr(), 23)"))
+    assert inside.returncode == 0, inside.stderr
+    outside = run(sanitized, "-c", FAULT.format(call="library.sparsekern_read_past(data.data_ptr(), 24)"))
+    assert outside.returncode != 0 and "heap-buffer-overflow" in outside.stderr
+
+
+def test_a_planted_overflow_is_caught(sanitized):
+    result = run(sanitized, "-c", FAULT.format(call="library.sparsekern_overflow(2**31 - 1)"))
+    assert result.returncode != 0 and "signed integer overflow" in result.stderr

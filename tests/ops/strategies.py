@@ -1,0 +1,57 @@
+"""What the property tests draw: small matrices full of the values that selection and packing get wrong."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# Few distinct values, so that ties are the rule; 2^-14 and 2^-24 are the smallest normal and subnormal float16.
+AWKWARD = (0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 2.0**-14, -(2.0**-14), 2.0**-24, 3.0, 60000.0, math.inf, -math.inf)
+
+# The `isa` fixture sets an environment variable once for all examples, which is what is wanted.
+PROPERTY = settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+ROWS, COLUMNS, NO_ZEROS = st.integers(0, 5), st.integers(0, 70), st.just(0.0)
+
+
+@st.composite
+def matrices(draw, *, columns=COLUMNS, rows=ROWS, zeros=NO_ZEROS):
+    """`[rows, columns]` of a floating dtype; about the share `zeros` of it is zero, of either sign."""
+    shape = (draw(rows), draw(columns))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    if draw(st.booleans()):
+        matrix = torch.tensor(AWKWARD)[torch.randint(len(AWKWARD), shape, generator=generator)]
+    else:
+        matrix = torch.randn(shape, generator=generator)
+    dropped = torch.rand(shape, generator=generator) < draw(zeros)
+    signed_zeros = torch.tensor([0.0, -0.0])[torch.randint(2, shape, generator=generator)]
+    return torch.where(dropped, signed_zeros, matrix).to(draw(st.sampled_from(FLOATS)))
+
+
+def best(row: list[float], k: int) -> list[bool]:
+    """The k largest of a list, of equal ones the first: the definition, one comparison at a time."""
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    return [i in set(order[:k]) for i in range(len(row))]
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The memory of a tensor's values, so that -0.0 differs from 0.0."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def with_nan(matrix: torch.Tensor, *places: tuple[int, int]) -> torch.Tensor:
+    matrix = matrix.clone()
+    for place in places:
+        matrix[place] = math.nan
+    return matrix
