@@ -91,9 +91,9 @@ def source(tmp_path_factory):
     copy = tmp_path_factory.mktemp("source") / "sparsekern"
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("sparsekern", "csrc"):
+    for name in ("sparsekern", "csrc", "tools"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     return copy
 
@@ -163,6 +163,15 @@ def test_a_missing_nvcc_is_an_error_where_it_was_asked_for(source):
 def test_settings_of_the_build_are_checked(source, name):
     refused = setup_py(source, "--version", **{name: "maybe"})
     assert refused.returncode != 0 and re.search(rf"{name}: expected one of .*, got 'maybe'", refused.stderr)
+
+
+@pytest.mark.parametrize("hook", ["wheel", "editable"])
+def test_torch_is_asked_for_only_to_build_native_code(hook):
+    program = f"import build_backend; print(build_backend.get_requires_for_build_{hook}())"
+    for environment, expected in (({"SPARSEKERN_BUILD": "0"}, False), ({"SPARSEKERN_BUILD": "auto"}, True)):
+        environment = os.environ | environment | {"PYTHONPATH": str(ROOT / "tools")}
+        told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert ("torch" in told.stdout.splitlines()[-1]) is expected
 
 
 @pytest.mark.slow
