@@ -34,7 +34,7 @@ def environment_choice(name: str, allowed: tuple[str, ...]) -> str:
 
 
 def compile_flags() -> tuple[list[str], list[str]]:
-    common = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Werror=return-type"]
+    common = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Werror=return-type"]
     debug = environment_choice("DEBUG", ("0", "1", "asan"))
     if debug == "1":
         return [*common, "-O0", "-g"], []

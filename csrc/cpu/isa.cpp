@@ -7,7 +7,7 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16_emulated, Isa::avx512_bf16};
 
 Isa detect() {
 #if SPARSEKERN_X86
@@ -24,13 +24,14 @@ Isa detect() {
 Isa requested(const std::string& name) {
   for (Isa isa : kAll) {
     if (name != isa_name(isa)) continue;
-    if (isa > detected_isa()) {
+    const Isa needed = isa == Isa::avx512_bf16_emulated ? Isa::avx512 : isa;
+    if (needed > detected_isa()) {
       throw std::invalid_argument(
           "SPARSEKERN_CPU_ISA: asked for " + name + ", but this CPU has at most " + isa_name(detected_isa()));
     }
     return isa;
   }
-  throw std::invalid_argument("SPARSEKERN_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16, got '" + name + "'");
+  throw std::invalid_argument("SPARSEKERN_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or avx512_bf16_emulated, got '" + name + "'");
 }
 
 }  // namespace
@@ -50,6 +51,7 @@ const char* isa_name(Isa isa) {
     case Isa::scalar: return "scalar";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16_emulated: return "avx512_bf16_emulated";
     case Isa::avx512_bf16: return "avx512_bf16";
   }
   return "unknown";

@@ -5,7 +5,8 @@
 
 namespace sparsekern::cpu {
 
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+// avx512_bf16_emulated is never chosen by itself: it runs what avx512_bf16 runs, with vdpbf16ps spelled out in AVX-512F.
+enum class Isa { scalar, avx2, avx512, avx512_bf16_emulated, avx512_bf16 };
 
 // The ISA to use for this call. Throws std::invalid_argument if SPARSEKERN_CPU_ISA names none, or one that the CPU lacks.
 Isa current_isa();
@@ -22,8 +23,6 @@ const char* isa_name(Isa isa);
 #define SPARSEKERN_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define SPARSEKERN_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")))
-#define SPARSEKERN_AVX512_BF16 \
-  __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")))
 #else
 #define SPARSEKERN_X86 0
 #endif

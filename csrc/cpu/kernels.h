@@ -10,6 +10,16 @@
 
 namespace sparsekern::cpu {
 
+void gram_(
+    float* gram,
+    const void* x,
+    DType dtype,
+    int64_t tokens,
+    int64_t features,
+    const uint8_t* row_mask,  // null: every token counts
+    float alpha,
+    const Executor& executor);
+
 void gram_symmetrize_(float* gram, int64_t features, const Executor& executor);
 
 void feature_norm_(
@@ -93,5 +103,32 @@ void bitmask_unpack(
     const Executor& executor);
 // Turns the number of values of each row into the place of its first, and returns how many there are in all.
 int64_t counts_to_starts(int64_t* counts, int64_t rows);
+
+// Writes V and returns the damping used: negative (or -inf for 0) says that float64 arithmetic was needed.
+double reverse_cholesky(const float* gram, int64_t features, double damping, float* factor, const Executor& executor);
+
+// Where the exact number of pruned weights of a sparsity is counted.
+enum class Scope { block, row, matrix };
+
+struct SweepPattern {
+  int64_t n, m;  // n = 0: a sparsity
+  double sparsity;
+  Scope scope;
+  int64_t block_size;
+};
+
+// Throws where columns are not divisible by m. A diagonal entry of the factor with a sign bit marks a dead feature.
+void obs_sweep(
+    const void* weight,
+    DType dtype,
+    const float* factor,
+    const uint8_t* mask,  // null: chosen by the pattern
+    const SweepPattern& pattern,
+    int64_t rows,
+    int64_t columns,
+    void* new_weight,
+    uint8_t* new_mask,
+    float* row_error,
+    const Executor& executor);
 
 }  // namespace sparsekern::cpu

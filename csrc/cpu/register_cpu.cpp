@@ -71,6 +71,17 @@ void in_place(Tensor& tensor, const F& f) {
   if (dense.data_ptr() != tensor.data_ptr()) torch::stable::copy_(tensor, dense);
 }
 
+void gram(Tensor gram, Tensor x, std::optional<Tensor> row_mask, double alpha) {
+  check_square_float(gram, "gram: expected a square float32 matrix");
+  check(x.dim() == 2 && x.size(1) == gram.size(0), "x: expected [tokens, features] with the features of gram");
+  const DType dtype = dtype_of(x, "x: expected dtype float32, bfloat16 or float16");
+  const Tensor rows = torch::stable::contiguous(x);
+  const RowMask mask(row_mask, x.size(0));
+  in_place(gram, [&](Tensor& dense) {
+    gram_(float_data(dense), rows.const_data_ptr(), dtype, x.size(0), x.size(1), mask.data, static_cast<float>(alpha), torch_executor());
+  });
+}
+
 void gram_symmetrize(Tensor gram) {
   check_square_float(gram, "gram: expected a square float32 matrix");
   in_place(gram, [](Tensor& dense) { gram_symmetrize_(float_data(dense), dense.size(0), torch_executor()); });
@@ -208,16 +219,72 @@ Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
   return weight;
 }
 
+std::tuple<Tensor, Tensor> reverse_cholesky_of(Tensor gram, double damping) {
+  check_square_float(gram, "gram: expected a square float32 matrix");
+  const Tensor dense = torch::stable::contiguous(gram);
+  Tensor factor = torch::stable::new_empty(gram, {gram.size(0), gram.size(1)});
+  Tensor damping_used = torch::stable::new_empty(gram, {}, ScalarType::Double);
+  *static_cast<double*>(damping_used.mutable_data_ptr()) = cpu::reverse_cholesky(
+      static_cast<const float*>(dense.const_data_ptr()), gram.size(0), damping, float_data(factor), torch_executor());
+  return {factor, damping_used};
+}
+
+Scope scope_of(const std::string& name) {
+  if (name == "block") return Scope::block;
+  if (name == "row") return Scope::row;
+  check(name == "matrix", "scope: expected block, row or matrix");
+  return Scope::matrix;
+}
+
+std::tuple<Tensor, Tensor, Tensor> obs_sweep_of(
+    Tensor weight,
+    Tensor factor,
+    int64_t n,
+    int64_t m,
+    double sparsity,
+    std::string scope,
+    int64_t block_size,
+    std::optional<Tensor> mask) {
+  check(weight.dim() == 2, "weight: expected 2 dimensions");
+  check_square_float(factor, "factor: expected a square float32 matrix");
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  check(factor.size(0) == columns, "factor: expected one row and column for each input feature of weight");
+  check(block_size > 0, "block_size: expected at least 1");
+  check(n >= 0 && (n == 0 || n < m), "n, m: expected 0 < n < m, or 0 for a sparsity");
+  check(sparsity >= 0.0 && sparsity <= 1.0, "sparsity: expected a share between 0 and 1");
+  const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
+  std::optional<Tensor> fixed;
+  if (mask) {
+    check(
+        mask->dim() == 2 && mask->size(0) == rows && mask->size(1) == columns && mask->scalar_type() == ScalarType::Bool,
+        "mask: expected bool of the shape of weight");
+    fixed = torch::stable::contiguous(*mask);
+  }
+  const Tensor dense_weight = torch::stable::contiguous(weight), dense_factor = torch::stable::contiguous(factor);
+  Tensor new_weight = torch::stable::new_empty(weight, {rows, columns});
+  Tensor chosen = new_mask(weight);
+  Tensor row_error = torch::stable::new_empty(weight, {rows}, ScalarType::Float);
+  obs_sweep(
+      dense_weight.const_data_ptr(), dtype, static_cast<const float*>(dense_factor.const_data_ptr()),
+      fixed ? static_cast<const uint8_t*>(fixed->const_data_ptr()) : nullptr,
+      {mask ? 0 : n, m, sparsity, scope_of(scope), block_size}, rows, columns, new_weight.mutable_data_ptr(),
+      byte_data(chosen), float_data(row_error), torch_executor());
+  return {new_weight, chosen, row_error};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack_of));
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
   m.impl("feature_norm_", TORCH_BOX(&feature_norm));
+  m.impl("gram_", TORCH_BOX(&gram));
   m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize));
   m.impl("nm_mask", TORCH_BOX(&nm_mask_of));
   m.impl("nm_pack", TORCH_BOX(&nm_pack_of));
   m.impl("nm_unpack", TORCH_BOX(&nm_unpack_of));
+  m.impl("obs_sweep", TORCH_BOX(&obs_sweep_of));
+  m.impl("reverse_cholesky", TORCH_BOX(&reverse_cholesky_of));
   m.impl("topk_mask", TORCH_BOX(&topk_mask_of));
 }
 

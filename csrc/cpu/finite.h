@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/parallel.h"
+
+namespace sparsekern::cpu {
+
+// Throws std::invalid_argument naming the first NaN or Inf of a row-major matrix. Rows where `row_mask` is 0 are not looked at.
+void require_finite(
+    const char* name,
+    const void* data,
+    DType dtype,
+    int64_t rows,
+    int64_t columns,
+    const uint8_t* row_mask,
+    const Executor& executor);
+
+// The same for the lower triangle of a square matrix.
+void require_finite_lower(const char* name, const float* data, int64_t size, const Executor& executor);
+
+}  // namespace sparsekern::cpu

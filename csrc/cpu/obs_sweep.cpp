@@ -1,0 +1,580 @@
+// obs_sweep: prune column by column, compensating each removal in the columns to the right, from one factor V and no inverse.
+//
+// With D = weight - new_weight, the column errors are E = D V. When column j is reached it stands at
+//     weight_j + (sum_{i<j} D_i V_ij) / V_jj,
+// so nothing to the right is ever updated: the pending sums of a block of columns are one long product with the D of all columns
+// before it, and a short recurrence inside the block. Floor: rows * columns^2 / 2 multiply-adds in that product.
+//
+// Sixteen rows make a panel, and rows go through the recurrence in the lanes of vectors. D is stored in panels as it is found,
+// which is the layout in which the next product reads it.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/finite.h"
+#include "cpu/kernels.h"
+#include "cpu/panels.h"
+#include "cpu/select.h"
+
+namespace sparsekern::cpu {
+
+namespace {
+
+constexpr int64_t kBlock = 128;     // columns in a block where the caller's block size has no influence on the result
+constexpr int64_t kSumUnits = 512;  // earlier columns multiplied at a time: keeps a tile's operands in L2
+constexpr int64_t kTilePanels = 3;
+constexpr int64_t kMaxGroup = 64;
+
+int64_t pruned_count(double total, double sparsity) { return static_cast<int64_t>(std::floor(total * sparsity + 1e-9)); }
+
+// A block of columns and the parts of V that it needs.
+struct Block {
+  int64_t begin = 0, end = 0;
+  Buffer<float> earlier;           // V[0:begin, block] as panels of 16 columns: element (i, j) at [j / 16][i][j % 16]
+  std::vector<float> inside;       // transposed: inside[j * size + i] = V[begin + i, begin + j], i < j
+  std::vector<float> diagonal;     // |V_jj|, 0 for a dead feature
+  std::vector<float> reciprocal;   // 1 / V_jj, 0 for a dead feature
+
+  int64_t size() const { return end - begin; }
+};
+
+struct Sweep {
+  const SweepPattern& pattern;
+  int64_t rows, columns;
+  Buffer<float> delta;     // D in panels; in the columns of the current block first their pending sums
+  Buffer<int8_t> keep;     // the mask in panels: -1 where kept, 0 where pruned
+  Buffer<float> scores;    // of the current block, in panels
+  std::vector<double> row_error;
+
+  int64_t panels() const { return ceil_div(rows, kLanes); }
+  int64_t panel_stride() const { return columns * kLanes; }
+  float* delta_at(int64_t panel, int64_t column) const { return delta.get() + panel * panel_stride() + column * kLanes; }
+  int8_t* keep_at(int64_t panel, int64_t column) const { return keep.get() + panel * panel_stride() + column * kLanes; }
+};
+
+// Some panels of rows in one block, in panels of the block's columns: the weights, on entry as given, on exit pruned; and scratch.
+struct Tile {
+  int64_t panel, panels;
+  float* weight;
+  float* scratch;
+
+  int64_t weight_stride(const Block& block) const { return block.size() * kLanes; }
+};
+
+void load_block(const float* factor, int64_t columns, int64_t begin, int64_t end, Block& block, const Executor& executor) {
+  block.begin = begin;
+  block.end = end;
+  const int64_t size = block.size();
+  block.earlier = allocate<float>(ceil_div(size, kLanes) * begin * kLanes);
+  parallel_for(executor, begin, 64, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float* row = factor + i * columns + begin;
+      for (int64_t j = 0; j < size; j += kLanes) {
+        float* out = block.earlier.get() + j * begin + i * kLanes;
+        const int64_t lanes = std::min(kLanes, size - j);
+        std::copy_n(row + j, lanes, out);
+        std::fill(out + lanes, out + kLanes, 0.0f);
+      }
+    }
+  });
+  block.inside.assign(static_cast<size_t>(size * size), 0.0f);
+  block.diagonal.resize(static_cast<size_t>(size));
+  block.reciprocal.resize(static_cast<size_t>(size));
+  for (int64_t j = 0; j < size; ++j) {
+    const float diagonal = factor[(begin + j) * columns + begin + j];
+    const bool dead = std::signbit(diagonal);
+    block.diagonal[j] = dead ? 0.0f : diagonal;
+    block.reciprocal[j] = dead ? 0.0f : 1.0f / diagonal;
+    for (int64_t i = 0; i < j; ++i) block.inside[j * size + i] = factor[(begin + i) * columns + begin + j];
+  }
+}
+
+// pending = D[:, :begin] V[:begin, block], written where the block's D will be.
+template <class Target>
+SPARSEKERN_INLINE void multiply_earlier(const Sweep& sweep, const Block& block, int64_t panel, int64_t panels) {
+  for (int64_t p = 0; p < panels; ++p) std::fill_n(sweep.delta_at(panel + p, block.begin), block.size() * kLanes, 0.0f);
+  alignas(64) float spill[kTilePanels * kLanes * kLanes];
+  for (int64_t k = 0; k < block.begin; k += kSumUnits) {
+    const int64_t units = std::min(kSumUnits, block.begin - k);
+    for (int64_t j = 0; j < block.size(); j += kLanes) {
+      const float* broadcast = block.earlier.get() + j * block.begin + k * kLanes;
+      const float* vectors = sweep.delta_at(panel, k);
+      const int64_t lanes = std::min(kLanes, block.size() - j);
+      if (lanes == kLanes) {
+        panel_product<Target, FloatArithmetic<Target>>(
+            units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f,
+            {sweep.delta_at(panel, block.begin + j), kLanes, sweep.panel_stride()});
+        continue;
+      }
+      std::fill_n(spill, panels * kLanes * kLanes, 0.0f);
+      panel_product<Target, FloatArithmetic<Target>>(
+          units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f, {spill, kLanes, kLanes * kLanes});
+      for (int64_t p = 0; p < panels; ++p) {
+        float* out = sweep.delta_at(panel + p, block.begin + j);
+        for (int64_t i = 0; i < lanes * kLanes; ++i) out[i] += spill[p * kLanes * kLanes + i];
+      }
+    }
+  }
+}
+
+// The recurrence inside a block, for kPanels panels of rows at once.
+template <class Target, int kPanels>
+struct Recurrence {
+  using Columns = Column<Target, kPanels>;
+  using Vectors = VectorOf<Target::kWidth>;
+  using Float = typename Vectors::Float;
+  using Int = typename Vectors::Int;
+  using Byte = typename Vectors::Byte;
+  static constexpr int kRegisters = Columns::kRegisters;
+
+  const Sweep& sweep;
+  const Block& block;
+  int64_t panel;
+  float* weight;         // the tile's weights
+  float* scratch;        // as large
+  int64_t stride;        // floats between panels of sweep.delta
+  int64_t weight_stride;  // floats between panels of weight and of scratch
+
+  static SPARSEKERN_INLINE Float absolute(Float x) {
+    const Int bits = reinterpret_cast<const Int&>(x) & 0x7fffffff;
+    return reinterpret_cast<const Float&>(bits);
+  }
+
+  SPARSEKERN_INLINE float* pending(int64_t j) const { return sweep.delta_at(panel, block.begin + j); }
+  SPARSEKERN_INLINE const float* coefficients(int64_t j) const { return block.inside.data() + j * block.size(); }
+
+  // pending[j] += sum over source columns i in [first, last) of source_i V_ij, for j in [j, j + kColumns).
+  template <int kColumns>
+  SPARSEKERN_INLINE void add_columns(const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j) const {
+    Columns sums[kColumns];
+    for (int c = 0; c < kColumns; ++c) sums[c] = Columns::load(out + (j + c) * kLanes, out_stride);
+    add_combination<Target, kPanels, kColumns>(
+        last - first, source + first * kLanes, source_stride, coefficients(j) + first, block.size(), sums);
+    for (int c = 0; c < kColumns; ++c) sums[c].store(out + (j + c) * kLanes, out_stride);
+  }
+
+  // The same for any number of columns from j on: four at a time share the loads of the source.
+  SPARSEKERN_INLINE void add_to_group(const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j, int64_t columns) const {
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) add_columns<4>(source, source_stride, out, out_stride, first, last, j + c);
+    for (; c < columns; ++c) add_columns<1>(source, source_stride, out, out_stride, first, last, j + c);
+  }
+
+  // y = pending V_bb^-1 for columns [first, last): what the columns before them would add to each weight. In place in `out`.
+  SPARSEKERN_INLINE void solve(float* out, int64_t out_stride, int64_t first, int64_t last) const {
+    constexpr int64_t kStep = 4;
+    for (int64_t j = first; j < last; j += kStep) {
+      const int64_t columns = std::min(kStep, last - j);
+      for (int64_t c = 0; c < columns; ++c) {
+        // Solved columns are stored negated, so that they are subtracted by the same multiply-adds.
+        if (c == 0) add_to_group(out, out_stride, out, out_stride, first, j, j, columns);
+        if (c > 0) add_columns<1>(out, out_stride, out, out_stride, j, j + c, j + c);
+        Columns column = Columns::load(out + (j + c) * kLanes, out_stride);
+        const float factor = -block.reciprocal[j + c];
+        for (int r = 0; r < kRegisters; ++r) column.part[r] *= factor;
+        column.store(out + (j + c) * kLanes, out_stride);
+      }
+    }
+  }
+
+  // The error that removing each weight of column j would cause, |current weight| V_jj, over the negated solution in `out`.
+  SPARSEKERN_INLINE void score(float* out, int64_t out_stride, int64_t j) const {
+    const Columns start = Columns::load(weight + j * kLanes, weight_stride);
+    Columns column = Columns::load(out + j * kLanes, out_stride);
+    for (int r = 0; r < kRegisters; ++r) column.part[r] = absolute(start.part[r] - column.part[r]) * block.diagonal[j];
+    column.store(out + j * kLanes, out_stride);
+  }
+
+  // Scores of the whole block as it stands before any of it is pruned.
+  SPARSEKERN_INLINE void score_block(float* scores) const {
+    for (int64_t j = 0; j < block.size(); ++j) Columns::load(pending(j), stride).store(scores + j * kLanes, weight_stride);
+    solve(scores, weight_stride, 0, block.size());
+    for (int64_t j = 0; j < block.size(); ++j) score(scores, weight_stride, j);
+  }
+
+  // The n largest of each group of m columns from j on, by counting for each how many come before it; of equals the first does.
+  SPARSEKERN_INLINE void choose_group(int64_t j, int64_t n, int64_t m) const {
+    for (int64_t c = j; c < j + m; ++c) Columns::load(pending(c), stride).store(scratch + c * kLanes, weight_stride);
+    solve(scratch, weight_stride, j, j + m);
+    for (int64_t c = j; c < j + m; ++c) score(scratch, weight_stride, c);
+    for (int64_t c = j; c < j + m; ++c) {
+      const Columns own = Columns::load(scratch + c * kLanes, weight_stride);
+      Int before[kRegisters] = {};
+      for (int64_t other = j; other < j + m; ++other) {
+        const Columns theirs = Columns::load(scratch + other * kLanes, weight_stride);
+        for (int r = 0; r < kRegisters; ++r) {
+          if (other < c) before[r] -= theirs.part[r] >= own.part[r];
+          if (other > c) before[r] -= theirs.part[r] > own.part[r];
+        }
+      }
+      for (int r = 0; r < kRegisters; ++r) store_keep(c, r, before[r] < static_cast<int32_t>(n));
+    }
+  }
+
+  SPARSEKERN_INLINE int8_t* keep_register(int64_t j, int r) const {
+    return sweep.keep_at(panel + r / Columns::kParts, block.begin + j) + r % Columns::kParts * Target::kWidth;
+  }
+  SPARSEKERN_INLINE void store_keep(int64_t j, int r, Int kept) const {
+    *reinterpret_cast<Byte*>(keep_register(j, r)) = __builtin_convertvector(kept, Byte);
+  }
+  SPARSEKERN_INLINE Int load_keep(int64_t j, int r) const {
+    return __builtin_convertvector(*reinterpret_cast<const Byte*>(keep_register(j, r)), Int);
+  }
+
+  // Column j, whose pending sum is complete: prune it, record what was taken from it, and add to the rows' errors.
+  SPARSEKERN_INLINE void finish_column(int64_t j, Columns& error) const {
+    const Columns sum = Columns::load(pending(j), stride);
+    Columns start = Columns::load(weight + j * kLanes, weight_stride);
+    Columns taken;
+    const bool dead = block.diagonal[j] == 0.0f;
+    for (int r = 0; r < kRegisters; ++r) {
+      const Float now = start.part[r] + sum.part[r] * block.reciprocal[j];
+      const Int kept_bits = reinterpret_cast<const Int&>(now) & load_keep(j, r);
+      const Float kept = dead ? Float{} : reinterpret_cast<const Float&>(kept_bits);
+      const Float column_error = dead ? Float{} : (now - kept) * block.diagonal[j];
+      error.part[r] += column_error * column_error;
+      taken.part[r] = dead ? Float{} : start.part[r] - kept;
+      start.part[r] = kept;
+    }
+    start.store(weight + j * kLanes, weight_stride);
+    taken.store(pending(j), stride);
+  }
+
+  // Prunes the block's columns in groups of `group`; n > 0 chooses each group's mask when it is reached.
+  SPARSEKERN_INLINE void run(int64_t n, int64_t group, float* row_error) const {
+    Columns error = {};
+    for (int64_t j = 0; j < block.size(); j += group) {
+      const int64_t columns = std::min(group, block.size() - j);
+      add_to_group(pending(0), stride, pending(0), stride, 0, j, j, columns);
+      if (n > 0) choose_group(j, n, group);
+      for (int64_t c = 0; c < columns; ++c) {
+        if (c > 0) add_columns<1>(pending(0), stride, pending(0), stride, j, j + c, j + c);
+        finish_column(j + c, error);
+      }
+    }
+    error.store(row_error, kLanes);
+  }
+};
+
+template <class Target, int kPanels>
+SPARSEKERN_INLINE Recurrence<Target, kPanels> recurrence(const Sweep& sweep, const Block& block, const Tile& tile, int64_t p) {
+  const int64_t offset = p * tile.weight_stride(block);
+  return {
+      sweep, block, tile.panel + p, tile.weight + offset, tile.scratch + offset, sweep.panel_stride(), tile.weight_stride(block)};
+}
+
+template <class Target>
+SPARSEKERN_INLINE void score_tile(const Sweep& sweep, const Block& block, const Tile& tile) {
+  float* scores = sweep.scores.get() + tile.panel * block.size() * kLanes;
+  int64_t p = 0;
+  for (; p + Target::kTilePanels <= tile.panels; p += Target::kTilePanels) {
+    recurrence<Target, Target::kTilePanels>(sweep, block, tile, p).score_block(scores + p * block.size() * kLanes);
+  }
+  for (; p < tile.panels; ++p) recurrence<Target, 1>(sweep, block, tile, p).score_block(scores + p * block.size() * kLanes);
+}
+
+template <class Target>
+SPARSEKERN_INLINE void run_tile(const Sweep& sweep, const Block& block, const Tile& tile, float* row_error) {
+  const int64_t n = sweep.pattern.n;
+  const int64_t group = n > 0 ? sweep.pattern.m : 4;
+  int64_t p = 0;
+  for (; p + Target::kTilePanels <= tile.panels; p += Target::kTilePanels) {
+    recurrence<Target, Target::kTilePanels>(sweep, block, tile, p).run(n, group, row_error + p * kLanes);
+  }
+  for (; p < tile.panels; ++p) recurrence<Target, 1>(sweep, block, tile, p).run(n, group, row_error + p * kLanes);
+}
+
+struct Kernels {
+  void (*multiply_earlier)(const Sweep& sweep, const Block& block, int64_t panel, int64_t panels);
+  void (*score_tile)(const Sweep& sweep, const Block& block, const Tile& tile);
+  void (*run_tile)(const Sweep& sweep, const Block& block, const Tile& tile, float* row_error);
+};
+
+#define SPARSEKERN_SWEEP_KERNELS(suffix, target_attribute, Target)                                                            \
+  target_attribute void multiply_earlier_##suffix(const Sweep& sweep, const Block& block, int64_t panel, int64_t panels) {    \
+    multiply_earlier<Target>(sweep, block, panel, panels);                                                                   \
+  }                                                                                                                           \
+  target_attribute void score_tile_##suffix(const Sweep& sweep, const Block& block, const Tile& tile) {                       \
+    score_tile<Target>(sweep, block, tile);                                                                                  \
+  }                                                                                                                           \
+  target_attribute void run_tile_##suffix(const Sweep& sweep, const Block& block, const Tile& tile, float* row_error) {       \
+    run_tile<Target>(sweep, block, tile, row_error);                                                                         \
+  }
+
+SPARSEKERN_SWEEP_KERNELS(baseline, , Baseline)
+#if SPARSEKERN_X86
+SPARSEKERN_SWEEP_KERNELS(avx2, SPARSEKERN_AVX2, Avx2)
+SPARSEKERN_SWEEP_KERNELS(avx512, SPARSEKERN_AVX512, Avx512)
+#endif
+
+Kernels choose_kernels(Isa isa) {
+#if SPARSEKERN_X86
+  if (isa >= Isa::avx512) return {&multiply_earlier_avx512, &score_tile_avx512, &run_tile_avx512};
+  if (isa >= Isa::avx2) return {&multiply_earlier_avx2, &score_tile_avx2, &run_tile_avx2};
+#endif
+  return {&multiply_earlier_baseline, &score_tile_baseline, &run_tile_baseline};
+}
+
+// Rows of a matrix to panels of 16 rows and back; rows past the last are zero in panels.
+template <class T, class Out, class Convert>
+void to_panel(const T* matrix, int64_t rows, int64_t stride, int64_t columns, Out* panel, const Convert& convert) {
+  for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
+    const int64_t count = std::min(kLanes, columns - j0);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t j = 0; j < count; ++j) {
+        panel[(j0 + j) * kLanes + lane] = lane < rows ? convert(matrix[lane * stride + j0 + j]) : Out{};
+      }
+    }
+  }
+}
+
+template <class T, class In, class Convert>
+void from_panel(const In* panel, int64_t rows, int64_t columns, T* matrix, int64_t stride, const Convert& convert) {
+  for (int64_t lane = 0; lane < rows; ++lane) {
+    for (int64_t j = 0; j < columns; ++j) matrix[lane * stride + j] = convert(panel[j * kLanes + lane]);
+  }
+}
+
+// keep = score above the threshold, or equal to it and among the first `ties` in row-major order.
+void apply_threshold(const PanelScores& scores, const Threshold& threshold, const Sweep& sweep, int64_t begin, const Executor& executor) {
+  std::vector<int64_t> quota(static_cast<size_t>(scores.rows), threshold.ties == 0 ? 0 : scores.columns);
+  const bool divided = threshold.ties != 0 && threshold.ties != threshold.equal;
+  const auto score_at = [&](int64_t row, int64_t j) {
+    return scores.data[row / kLanes * scores.panel_stride + j * kLanes + row % kLanes];
+  };
+  if (divided) {
+    int64_t left = threshold.ties;
+    for (int64_t row = 0; row < scores.rows; ++row) {
+      int64_t equal = 0;
+      for (int64_t j = 0; j < scores.columns; ++j) equal += score_at(row, j) == threshold.value;
+      quota[row] = std::min(equal, left);
+      left -= quota[row];
+    }
+  }
+  parallel_for(executor, sweep.panels(), 4, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      const float* in = scores.data + panel * scores.panel_stride;
+      int8_t* out = sweep.keep_at(panel, begin);
+      const bool ties_kept = threshold.ties != 0 && !divided;
+      for (int64_t i = 0; i < scores.columns * kLanes; ++i) {
+        out[i] = static_cast<int8_t>(-static_cast<int>(ties_kept ? in[i] >= threshold.value : in[i] > threshold.value));
+      }
+      if (!divided) continue;
+      for (int64_t lane = 0; lane < std::min(kLanes, scores.rows - panel * kLanes); ++lane) {
+        int64_t left = quota[panel * kLanes + lane];
+        for (int64_t j = 0; j < scores.columns && left > 0; ++j) {
+          if (in[j * kLanes + lane] != threshold.value) continue;
+          out[j * kLanes + lane] = -1;
+          --left;
+        }
+      }
+    }
+  });
+}
+
+void keep_largest(const PanelScores& scores, int64_t kept, const Sweep& sweep, int64_t begin, const Executor& executor) {
+  const int64_t total = scores.rows * scores.columns;
+  if (kept >= total) {
+    apply_threshold(scores, {-1.0f, 0, 0}, sweep, begin, executor);
+  } else if (kept == 0) {
+    apply_threshold(scores, {std::numeric_limits<float>::infinity(), 0, 0}, sweep, begin, executor);
+  } else {
+    apply_threshold(scores, select_threshold(scores, kept, executor), sweep, begin, executor);
+  }
+}
+
+// Each row of a panel by itself.
+void keep_largest_of_rows(const float* scores, int64_t columns, int64_t kept, int8_t* keep) {
+  std::vector<int64_t> order(static_cast<size_t>(columns));
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const auto before = [&](int64_t a, int64_t b) {
+      const float x = scores[a * kLanes + lane], y = scores[b * kLanes + lane];
+      return x > y || (x == y && a < b);
+    };
+    std::iota(order.begin(), order.end(), int64_t{0});
+    if (kept > 0 && kept < columns) std::nth_element(order.begin(), order.begin() + kept - 1, order.end(), before);
+    for (int64_t i = 0; i < columns; ++i) keep[order[i] * kLanes + lane] = static_cast<int8_t>(i < kept ? -1 : 0);
+  }
+}
+
+template <class T>
+struct Matrices {
+  const T* weight;
+  const uint8_t* mask;  // null: chosen by the pattern
+  const float* factor;
+  T* new_weight;
+  uint8_t* new_mask;
+};
+
+// Chosen before the sweep, from the starting weights. D is not used yet and holds the scores.
+template <class T>
+void choose_matrix(const Matrices<T>& matrices, const Sweep& sweep, const Executor& executor) {
+  std::vector<float> diagonal(static_cast<size_t>(sweep.columns));
+  for (int64_t j = 0; j < sweep.columns; ++j) {
+    const float v = matrices.factor[j * sweep.columns + j];
+    diagonal[j] = std::signbit(v) ? 0.0f : v;
+  }
+  parallel_for(executor, sweep.panels(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t row0 = panel * kLanes;
+      float* scores = sweep.delta_at(panel, 0);
+      to_panel(
+          matrices.weight + row0 * sweep.columns, std::min(kLanes, sweep.rows - row0), sweep.columns, sweep.columns, scores,
+          [](T value) { return std::fabs(to_float(value)); });
+      for (int64_t i = 0; i < sweep.panel_stride(); ++i) scores[i] *= diagonal[i / kLanes];
+    }
+  });
+  const int64_t total = sweep.rows * sweep.columns;
+  const int64_t kept = total - pruned_count(static_cast<double>(total), sweep.pattern.sparsity);
+  keep_largest({sweep.delta.get(), sweep.rows, sweep.columns, sweep.panel_stride()}, kept, sweep, 0, executor);
+}
+
+template <class T>
+class BlockSweeper {
+ public:
+  BlockSweeper(const Matrices<T>& matrices, Sweep& sweep, const Executor& executor)
+      : matrices_(matrices), sweep_(sweep), executor_(executor), kernels_(choose_kernels(current_isa())) {}
+
+  void run(const Block& block) {
+    const Scope scope = sweep_.pattern.scope;
+    const bool choose_all_rows = scope == Scope::block && sweep_.pattern.n == 0 && matrices_.mask == nullptr;
+    const bool choose_rows = scope == Scope::row && sweep_.pattern.n == 0 && matrices_.mask == nullptr;
+    for_each_tile(block, [&](const Tile& tile) {
+      kernels_.multiply_earlier(sweep_, block, tile.panel, tile.panels);
+      load_weight(block, tile);
+      if (choose_all_rows || choose_rows) kernels_.score_tile(sweep_, block, tile);
+      if (choose_all_rows) return;
+      if (choose_rows) choose_each_row(block, tile);
+      finish(block, tile);
+    });
+    if (!choose_all_rows) return;
+    const PanelScores scores{sweep_.scores.get(), sweep_.rows, block.size(), block.size() * kLanes};
+    keep_largest(scores, kept_of(block, sweep_.rows), sweep_, block.begin, executor_);
+    for_each_tile(block, [&](const Tile& tile) {
+      load_weight(block, tile);
+      finish(block, tile);
+    });
+  }
+
+ private:
+  template <class F>
+  void for_each_tile(const Block& block, const F& f) {
+    const int64_t floats = kTilePanels * block.size() * kLanes;
+    parallel_tasks(executor_, ceil_div(sweep_.panels(), kTilePanels), [&](int64_t index) {
+      const auto buffer = allocate<float>(2 * floats);
+      const int64_t panel = index * kTilePanels;
+      f(Tile{panel, std::min(kTilePanels, sweep_.panels() - panel), buffer.get(), buffer.get() + floats});
+    });
+  }
+
+  int64_t rows_of(int64_t panel) const { return std::min(kLanes, sweep_.rows - panel * kLanes); }
+
+  // Counting the pruned weights up to each border of a block makes the total exact whatever the block size.
+  int64_t kept_of(const Block& block, int64_t rows) const {
+    const double sparsity = sweep_.pattern.sparsity;
+    const int64_t pruned =
+        pruned_count(static_cast<double>(rows * block.end), sparsity) - pruned_count(static_cast<double>(rows * block.begin), sparsity);
+    return rows * block.size() - pruned;
+  }
+
+  void load_weight(const Block& block, const Tile& tile) {
+    for (int64_t p = 0; p < tile.panels; ++p) {
+      const int64_t row0 = (tile.panel + p) * kLanes;
+      to_panel(
+          matrices_.weight + row0 * sweep_.columns + block.begin, rows_of(tile.panel + p), sweep_.columns, block.size(),
+          tile.weight + p * tile.weight_stride(block), [](T value) { return to_float(value); });
+      if (matrices_.mask == nullptr) continue;
+      to_panel(
+          matrices_.mask + row0 * sweep_.columns + block.begin, rows_of(tile.panel + p), sweep_.columns, block.size(),
+          sweep_.keep_at(tile.panel + p, block.begin), [](uint8_t kept) { return static_cast<int8_t>(kept != 0 ? -1 : 0); });
+    }
+  }
+
+  void choose_each_row(const Block& block, const Tile& tile) {
+    for (int64_t p = 0; p < tile.panels; ++p) {
+      keep_largest_of_rows(
+          sweep_.scores.get() + (tile.panel + p) * block.size() * kLanes, block.size(), kept_of(block, 1),
+          sweep_.keep_at(tile.panel + p, block.begin));
+    }
+  }
+
+  void finish(const Block& block, const Tile& tile) {
+    float error[kTilePanels * kLanes];
+    kernels_.run_tile(sweep_, block, tile, error);
+    for (int64_t p = 0; p < tile.panels; ++p) {
+      const int64_t row0 = (tile.panel + p) * kLanes;
+      const int64_t rows = rows_of(tile.panel + p);
+      const int64_t offset = row0 * sweep_.columns + block.begin;
+      for (int64_t lane = 0; lane < rows; ++lane) sweep_.row_error[row0 + lane] += error[p * kLanes + lane];
+      from_panel(
+          tile.weight + p * tile.weight_stride(block), rows, block.size(), matrices_.new_weight + offset, sweep_.columns,
+          [](float value) { return from_float<T>(value); });
+      from_panel(
+          sweep_.keep_at(tile.panel + p, block.begin), rows, block.size(), matrices_.new_mask + offset, sweep_.columns,
+          [](int8_t kept) { return static_cast<uint8_t>(kept != 0); });
+    }
+  }
+
+  const Matrices<T>& matrices_;
+  Sweep& sweep_;
+  const Executor& executor_;
+  Kernels kernels_;
+};
+
+// Only where the block decides which weights compete is its size the caller's; N:M groups must not straddle blocks.
+int64_t block_columns(const SweepPattern& pattern, bool fixed_mask) {
+  if (fixed_mask || (pattern.n == 0 && pattern.scope == Scope::matrix)) return kBlock;
+  if (pattern.n > 0) return std::max<int64_t>(1, kBlock / pattern.m) * pattern.m;
+  return pattern.block_size;
+}
+
+template <class T>
+void sweep_columns(
+    const Matrices<T>& matrices, const SweepPattern& pattern, int64_t rows, int64_t columns, float* row_error, const Executor& executor) {
+  const int64_t panels = ceil_div(rows, kLanes);
+  const int64_t step = std::min(block_columns(pattern, matrices.mask != nullptr), columns);
+  Sweep sweep{
+      pattern, rows, columns, allocate<float>(panels * columns * kLanes), allocate<int8_t>(panels * columns * kLanes),
+      allocate<float>(panels * step * kLanes), std::vector<double>(static_cast<size_t>(rows), 0.0)};
+  if (matrices.mask == nullptr && pattern.n == 0 && pattern.scope == Scope::matrix) choose_matrix(matrices, sweep, executor);
+  BlockSweeper<T> sweeper(matrices, sweep, executor);
+  Block block;
+  for (int64_t begin = 0; begin < columns; begin += step) {
+    load_block(matrices.factor, columns, begin, std::min(begin + step, columns), block, executor);
+    sweeper.run(block);
+  }
+  std::copy(sweep.row_error.begin(), sweep.row_error.end(), row_error);
+}
+
+}  // namespace
+
+void obs_sweep(
+    const void* weight,
+    DType dtype,
+    const float* factor,
+    const uint8_t* mask,
+    const SweepPattern& pattern,
+    int64_t rows,
+    int64_t columns,
+    void* new_weight,
+    uint8_t* new_mask,
+    float* row_error,
+    const Executor& executor) {
+  if (pattern.n > 0 && (pattern.m > kMaxGroup || columns % pattern.m != 0)) {
+    throw std::invalid_argument("m: expected at most 64 and a divisor of the input features");
+  }
+  std::fill_n(row_error, rows, 0.0f);
+  if (rows == 0 || columns == 0) return;
+  require_finite("weight", weight, dtype, rows, columns, nullptr, executor);
+  require_finite("factor", factor, DType::f32, columns, columns, nullptr, executor);
+  dispatch_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Matrices<T> matrices{static_cast<const T*>(weight), mask, factor, static_cast<T*>(new_weight), new_mask};
+    sweep_columns(matrices, pattern, rows, columns, row_error, executor);
+  });
+}
+
+}  // namespace sparsekern::cpu

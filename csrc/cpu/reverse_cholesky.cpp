@@ -1,0 +1,267 @@
+// reverse_cholesky: H = V V^T with V upper triangular, from the last block of columns to the first (left-looking).
+//
+// Floor: features^3 / 6 multiply-adds, nearly all of them in the product of finished columns. V is kept in panels of 16 rows, so
+// that it serves as both operands of that product, and the rows of H's lower triangle are read as they lie.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/finite.h"
+#include "cpu/kernels.h"
+#include "cpu/panels.h"
+
+namespace sparsekern::cpu {
+
+namespace {
+
+constexpr int64_t kBlock = 96;      // columns finished at a time: six panels, a multiple of the widest tile
+constexpr int64_t kSumUnits = 512;  // finished columns multiplied at a time: keeps a tile's operands in L2
+constexpr double kSmallestEscalation = 1e-6;
+constexpr int kEscalations = 3;
+
+// V while it is made: element (row, column) lies at panel(row / 16)[16 * column + row % 16]. Rows past the last are zero.
+struct Factor {
+  Buffer<float> data;
+  int64_t features;
+
+  int64_t panel_stride() const { return features * kLanes; }
+  float* column(int64_t panel, int64_t column) const { return data.get() + panel * panel_stride() + column * kLanes; }
+  float& at(int64_t row, int64_t col) const { return column(row / kLanes, col)[row % kLanes]; }
+};
+
+struct Block {
+  int64_t begin, end;  // columns, and rows of the diagonal block
+
+  int64_t size() const { return end - begin; }
+  int64_t first_panel() const { return begin / kLanes; }
+  int64_t last_panel() const { return ceil_div(end, kLanes); }
+};
+
+constexpr Block block_of(int64_t column, int64_t features) {
+  const int64_t begin = column / kBlock * kBlock;
+  return {begin, std::min(begin + kBlock, features)};
+}
+
+// Row j of the lower triangle becomes column j of V, in every panel down to the end of its diagonal block.
+void load_damped(const float* gram, double shift, const Factor& factor, const Executor& executor) {
+  const int64_t c = factor.features;
+  parallel_for(executor, c, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const float* row = gram + j * c;
+      const int64_t full = j / kLanes;
+      for (int64_t panel = 0; panel < full; ++panel) std::copy_n(row + panel * kLanes, kLanes, factor.column(panel, j));
+      for (int64_t i = full * kLanes; i < block_of(j, c).last_panel() * kLanes; ++i) factor.at(i, j) = i <= j ? row[i] : 0.0f;
+      factor.at(j, j) = row[j] == 0.0f ? 1.0f : row[j] + static_cast<float>(shift);
+    }
+  });
+}
+
+// S = H - (finished columns of V) (finished columns of the block's rows)^T, in place in the block's columns of some row panels.
+template <class Target>
+SPARSEKERN_INLINE void subtract_finished(const Factor& factor, const Block& block, int64_t panel, int64_t panels) {
+  for (int64_t k = block.end; k < factor.features; k += kSumUnits) {
+    const int64_t units = std::min(kSumUnits, factor.features - k);
+    for (int64_t i = 0; i < block.size(); i += kLanes) {
+      panel_product<Target, FloatArithmetic<Target>>(
+          units, factor.column(block.first_panel() + i / kLanes, k), kLanes, factor.column(panel, k), panels, factor.panel_stride(),
+          -1.0f, {factor.column(panel, block.begin + i), kLanes, factor.panel_stride()});
+    }
+  }
+}
+
+// Column j of some panels minus its combination of the block's columns to the right, which are finished.
+// coefficients[i * kBlock + k] = V(block.begin + i, block.begin + k).
+template <class Target, int kPanels>
+SPARSEKERN_INLINE Column<Target, kPanels> pending_column(
+    const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t j) {
+  using Columns = Column<Target, kPanels>;
+  Columns sums[1] = {};
+  const int64_t local = j - block.begin;
+  add_combination<Target, kPanels, 1>(
+      block.end - j - 1, factor.column(panel, j + 1), factor.panel_stride(), coefficients + local * kBlock + local + 1, kBlock, sums);
+  Columns column = Columns::load(factor.column(panel, j), factor.panel_stride());
+#pragma GCC unroll 12
+  for (int r = 0; r < Columns::kRegisters; ++r) column.part[r] -= sums[0].part[r];
+  return column;
+}
+
+// The diagonal block, last column first. Returns false at a pivot that is not positive.
+template <class Target>
+SPARSEKERN_INLINE bool factor_diagonal_block(const Factor& factor, const Block& block, float* coefficients) {
+  for (int64_t j = block.end - 1; j >= block.begin; --j) {
+    for (int64_t panel = block.first_panel(); panel <= j / kLanes; ++panel) {
+      pending_column<Target, 1>(factor, block, coefficients, panel, j).store(factor.column(panel, j), factor.panel_stride());
+    }
+    const float pivot = factor.at(j, j);
+    if (!(pivot > 0.0f)) return false;
+    const float diagonal = std::sqrt(pivot);
+    for (int64_t i = block.begin; i < j; ++i) {
+      factor.at(i, j) /= diagonal;
+      coefficients[(i - block.begin) * kBlock + j - block.begin] = factor.at(i, j);
+    }
+    factor.at(j, j) = diagonal;
+    for (int64_t i = j + 1; i < block.last_panel() * kLanes; ++i) factor.at(i, j) = 0.0f;
+  }
+  return true;
+}
+
+// The block's columns of panels above the diagonal block.
+template <class Target, int kPanels>
+SPARSEKERN_INLINE void solve_panels(const Factor& factor, const Block& block, const float* coefficients, int64_t panel) {
+  using Columns = Column<Target, kPanels>;
+  for (int64_t j = block.end - 1; j >= block.begin; --j) {
+    Columns column = pending_column<Target, kPanels>(factor, block, coefficients, panel, j);
+    const float diagonal = factor.at(j, j);
+#pragma GCC unroll 12
+    for (int r = 0; r < Columns::kRegisters; ++r) column.part[r] /= diagonal;
+    column.store(factor.column(panel, j), factor.panel_stride());
+  }
+}
+
+template <class Target>
+SPARSEKERN_INLINE void solve_tile(const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t panels) {
+  int64_t p = 0;
+  for (; p + Target::kTilePanels <= panels; p += Target::kTilePanels) {
+    solve_panels<Target, Target::kTilePanels>(factor, block, coefficients, panel + p);
+  }
+  for (; p < panels; ++p) solve_panels<Target, 1>(factor, block, coefficients, panel + p);
+}
+
+struct Kernels {
+  void (*subtract_finished)(const Factor& factor, const Block& block, int64_t panel, int64_t panels);
+  bool (*factor_diagonal_block)(const Factor& factor, const Block& block, float* coefficients);
+  void (*solve_tile)(const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t panels);
+};
+
+#define SPARSEKERN_CHOLESKY_KERNELS(suffix, target_attribute, Target)                                                               \
+  target_attribute void subtract_finished_##suffix(const Factor& factor, const Block& block, int64_t panel, int64_t panels) {       \
+    subtract_finished<Target>(factor, block, panel, panels);                                                                       \
+  }                                                                                                                                 \
+  target_attribute bool factor_diagonal_block_##suffix(const Factor& factor, const Block& block, float* coefficients) {             \
+    return factor_diagonal_block<Target>(factor, block, coefficients);                                                             \
+  }                                                                                                                                 \
+  target_attribute void solve_tile_##suffix(                                                                                        \
+      const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t panels) {                        \
+    solve_tile<Target>(factor, block, coefficients, panel, panels);                                                                \
+  }
+
+SPARSEKERN_CHOLESKY_KERNELS(baseline, , Baseline)
+#if SPARSEKERN_X86
+SPARSEKERN_CHOLESKY_KERNELS(avx2, SPARSEKERN_AVX2, Avx2)
+SPARSEKERN_CHOLESKY_KERNELS(avx512, SPARSEKERN_AVX512, Avx512)
+#endif
+
+Kernels choose_kernels(Isa isa) {
+#if SPARSEKERN_X86
+  if (isa >= Isa::avx512) return {&subtract_finished_avx512, &factor_diagonal_block_avx512, &solve_tile_avx512};
+  if (isa >= Isa::avx2) return {&subtract_finished_avx2, &factor_diagonal_block_avx2, &solve_tile_avx2};
+#endif
+  return {&subtract_finished_baseline, &factor_diagonal_block_baseline, &solve_tile_baseline};
+}
+
+bool factorise(const Factor& factor, const Executor& executor) {
+  constexpr int64_t kTile = Avx512::kTilePanels;
+  const Kernels kernels = choose_kernels(current_isa());
+  std::vector<float> coefficients(kBlock * kBlock);
+  for (int64_t index = ceil_div(factor.features, kBlock) - 1; index >= 0; --index) {
+    const Block block = block_of(index * kBlock, factor.features);
+    const int64_t panels = block.last_panel();
+    if (block.end < factor.features) {
+      parallel_tasks(executor, ceil_div(panels, kTile), [&](int64_t tile) {
+        kernels.subtract_finished(factor, block, tile * kTile, std::min(kTile, panels - tile * kTile));
+      });
+    }
+    if (!kernels.factor_diagonal_block(factor, block, coefficients.data())) return false;
+    const int64_t above = block.first_panel();
+    parallel_tasks(executor, ceil_div(above, kTile), [&](int64_t tile) {
+      kernels.solve_tile(factor, block, coefficients.data(), tile * kTile, std::min(kTile, above - tile * kTile));
+    });
+  }
+  return true;
+}
+
+void store_factor(const Factor& factor, const float* gram, double shift, float* out, const Executor& executor) {
+  const int64_t c = factor.features;
+  const auto dead_diagonal = static_cast<float>(-std::sqrt(shift));
+  parallel_tasks(executor, ceil_div(c, kLanes), [&](int64_t panel) {
+    const int64_t row0 = panel * kLanes;
+    const int64_t rows = std::min(kLanes, c - row0);
+    for (int64_t lane = 0; lane < rows; ++lane) std::fill_n(out + (row0 + lane) * c, row0, 0.0f);
+    for (int64_t j0 = row0; j0 < c; j0 += kLanes) {
+      const float* columns = factor.column(panel, j0);
+      const int64_t count = std::min(kLanes, c - j0);
+      for (int64_t lane = 0; lane < rows; ++lane) {
+        for (int64_t j = 0; j < count; ++j) out[(row0 + lane) * c + j0 + j] = columns[j * kLanes + lane];
+      }
+    }
+    for (int64_t i = row0; i < row0 + rows; ++i) {
+      if (gram[i * c + i] == 0.0f) out[i * c + i] = dead_diagonal;
+    }
+  });
+}
+
+double mean_diagonal(const float* gram, int64_t features) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < features; ++i) sum += gram[i * features + i];
+  return sum / static_cast<double>(features);
+}
+
+bool factorise_float(const float* gram, int64_t features, double shift, float* out, const Executor& executor) {
+  const Factor factor{allocate<float>(round_up(features, kLanes) * features), features};
+  load_damped(gram, shift, factor, executor);
+  if (!factorise(factor, executor)) return false;
+  store_factor(factor, gram, shift, out, executor);
+  return true;
+}
+
+// The last resort, so written for clarity: the textbook recurrence in double, rows in parallel.
+bool factorise_double(const float* gram, int64_t features, double shift, float* out, const Executor& executor) {
+  const int64_t c = features;
+  std::vector<double> v(static_cast<size_t>(c * c), 0.0);
+  for (int64_t j = c - 1; j >= 0; --j) {
+    const double* row_j = v.data() + j * c;
+    parallel_for(executor, j + 1, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        double* row_i = v.data() + i * c;
+        double sum = gram[j * c + i];
+        if (i == j) sum = sum == 0.0 ? 1.0 : sum + shift;
+        for (int64_t k = j + 1; k < c; ++k) sum -= row_i[k] * row_j[k];
+        row_i[j] = sum;
+      }
+    });
+    const double pivot = row_j[j];
+    if (!(pivot > 0.0)) return false;
+    for (int64_t i = 0; i <= j; ++i) v[static_cast<size_t>(i * c + j)] /= std::sqrt(pivot);
+  }
+  for (int64_t i = 0; i < c * c; ++i) out[i] = static_cast<float>(v[static_cast<size_t>(i)]);
+  for (int64_t i = 0; i < c; ++i) {
+    if (gram[i * c + i] == 0.0f) out[i * c + i] = static_cast<float>(-std::sqrt(shift));
+  }
+  return true;
+}
+
+}  // namespace
+
+double reverse_cholesky(const float* gram, int64_t features, double damping, float* factor, const Executor& executor) {
+  if (features == 0) return damping;
+  require_finite_lower("gram", gram, features, executor);
+  const double mean = mean_diagonal(gram, features);
+  double attempt = damping;
+  for (int escalation = 0; escalation <= kEscalations; ++escalation) {
+    if (factorise_float(gram, features, attempt * mean, factor, executor)) return attempt;
+    attempt = 10.0 * (escalation == 0 ? std::max(damping, kSmallestEscalation / 10) : attempt);
+  }
+  if (factorise_double(gram, features, damping * mean, factor, executor)) {
+    return damping > 0.0 ? -damping : -std::numeric_limits<double>::infinity();
+  }
+  char text[64];
+  std::snprintf(text, sizeof text, "%g", damping);
+  throw std::invalid_argument(
+      std::string("gram: not positive semi-definite (damping ") + text + " and up to 1000 times that were tried, then float64)");
+}
+
+}  // namespace sparsekern::cpu
