@@ -1,3 +1,6 @@
+// gram_symmetrize_: the lower triangle onto the upper one, in place.
+//
+// Floor: one read and one write of half the matrix.
 #include <stdexcept>
 
 #include "cuda/kernels.h"
@@ -49,8 +52,7 @@ void gram_symmetrize_(float* gram, int64_t features, cudaStream_t stream) {
   const int64_t tiles = (features + kTile - 1) / kTile;
   if ((tiles + 1) / 2 > kMaxGridY) throw std::invalid_argument("gram: expected at most 4194240 features");
   const dim3 grid(static_cast<unsigned>(tiles + 1), static_cast<unsigned>((tiles + 1) / 2));
-  mirror_lower<<<grid, dim3(kTile, kRowsAtOnce), 0, stream>>>(gram, features, static_cast<int>(tiles));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(mirror_lower, grid, dim3(kTile, kRowsAtOnce), stream, gram, features, static_cast<int>(tiles));
 }
 
 }  // namespace sparsekern::cuda

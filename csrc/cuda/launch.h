@@ -1,24 +1,22 @@
-// What every launch needs: the caller's device and stream, and a check that the kernel was accepted.
+// How every kernel is launched: without the <<<>>> of nvcc, so that csrc/testing can compile and run the same file on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+#include <string>
 
 namespace sparsekern::cuda {
 
-// The stream that torch would use now on the tensor's device. (A torch StreamId is not a cudaStream_t; only this call gives one.)
-inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Makes the tensor's device the current one for a scope.
-inline torch::stable::accelerator::DeviceGuard device_guard(const torch::stable::Tensor& tensor) {
-  return torch::stable::accelerator::DeviceGuard(tensor.get_device_index());
+// Throws if the launch was refused. What goes wrong while the kernel runs is reported by a later call, as with any CUDA code.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA launch failed: ") + cudaGetErrorString(error));
 }
 
 }  // namespace sparsekern::cuda

@@ -1,5 +1,7 @@
 // The stable-ABI side of the CUDA kernels: checks that keep a kernel inside its memory, the device, and torch's current stream.
 #include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,7 +9,6 @@
 #include <stdexcept>
 
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -15,6 +16,13 @@ using torch::stable::Tensor;
 namespace sparsekern::cuda {
 
 namespace {
+
+// The stream that torch would use now on the tensor's device. (A torch StreamId is not a cudaStream_t; only this call gives one.)
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
 void check(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -24,7 +32,7 @@ void gram_symmetrize(Tensor gram) {
   check(
       gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.scalar_type() == ScalarType::Float,
       "gram: expected a square float32 matrix");
-  const auto guard = device_guard(gram);
+  const torch::stable::accelerator::DeviceGuard guard(gram.get_device_index());
   Tensor dense = torch::stable::contiguous(gram);
   gram_symmetrize_(static_cast<float*>(dense.mutable_data_ptr()), dense.size(0), current_stream(gram));
   if (dense.data_ptr() != gram.data_ptr()) torch::stable::copy_(gram, dense);
