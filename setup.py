@@ -23,7 +23,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = "0x020a000000000000"  # 2.10, the first release with a stable parallel_for
-ABI_FLAGS = [f"-DTORCH_TARGET_VERSION={MINIMUM_TORCH}", "-DPy_LIMITED_API=0x030a0000"]
+ABI_FLAGS = [f"-DTORCH_TARGET_VERSION={MINIMUM_TORCH}", "-DPy_LIMITED_API=0x030A0000"]
 
 
 def environment_choice(name: str, allowed: tuple[str, ...]) -> str:
