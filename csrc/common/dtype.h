@@ -34,12 +34,13 @@ inline float to_float(float value) { return value; }
 
 inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
 
-// Without branches, so that loops over it vectorise: the product rescales the exponent, subnormals included.
+// Without branches or a multiplication under a condition, so that loops over it vectorise: the product rescales the exponent,
+// subnormals included, and what stood for NaN and Inf gets the exponent that stands for them in a float.
 inline float to_float(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
-  const uint32_t finite = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
-  const uint32_t special = 0x7f800000u | magnitude << 13;
-  return bits_to_float((magnitude >= 0x7c00u ? special : finite) | uint32_t{value.bits & 0x8000u} << 16);
+  const uint32_t scaled = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
+  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return bits_to_float(scaled | special | uint32_t{value.bits & 0x8000u} << 16);
 }
 
 template <class T>

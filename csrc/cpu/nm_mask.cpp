@@ -1,8 +1,8 @@
 // nm_mask: the N largest of every M consecutive scores.
 //
-// Floor: one read of the scores and one write of the mask. Every member of a group is ranked by comparing all pairs, with no
+// Floor: one read of the scores and one write of the mask. Every member of a small group is ranked by comparing all pairs, with no
 // branch: of two equal ones the lower column ranks first. Where M divides the lanes of a register, the register is compared with its
-// own rotations within the groups; otherwise 16 groups stand side by side, one in each lane.
+// own rotations within the groups; otherwise 16 groups stand side by side, one in each lane. Large groups are bisected.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/order_key.h"
+#include "cpu/threshold.h"
 
 #if SPARSEKERN_X86
 #include <immintrin.h>
@@ -19,14 +20,14 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kLargestM = 64;
+constexpr int64_t kLanes = 16;  // of rank_groups
+constexpr int64_t kLargestRanked = 11;  // by measurement: from 12 on, bisection is faster
 constexpr int64_t kChunkKeys = 4096;  // 16 KiB: the keys of a task's chunk stay in L1
 
 // Groups [0, groups) of keys that follow one another.
 SPARSEKERN_INLINE void rank_groups(const int32_t* keys, int64_t groups, int64_t n, int64_t m, uint8_t* mask) {
-  int32_t column[kLargestM][kLanes] = {};
-  int32_t rank[kLargestM][kLanes];
+  int32_t column[kLargestRanked][kLanes] = {};
+  int32_t rank[kLargestRanked][kLanes];
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int64_t lanes = std::min(kLanes, groups - first);
     for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -48,6 +49,11 @@ SPARSEKERN_INLINE void rank_groups(const int32_t* keys, int64_t groups, int64_t 
       for (int64_t j = 0; j < m; ++j) mask[(first + lane) * m + j] = rank[j][lane] < n;
     }
   }
+}
+
+// The pairs of a large group are too many: its N-th largest is found as that of a row is.
+SPARSEKERN_INLINE void bisect_groups(const int32_t* keys, int64_t groups, int64_t n, int64_t m, uint8_t* mask) {
+  for (int64_t group = 0; group < groups; ++group, keys += m, mask += m) write_mask(keys, m, kth_largest(keys, m, n), mask);
 }
 
 #if SPARSEKERN_X86
@@ -122,7 +128,7 @@ Ranker choose_ranker([[maybe_unused]] int64_t m) {
     if (m == 8) return &rank_in_8_lanes<8>;
   }
 #endif
-  return Entries<&rank_groups>::choose();
+  return m <= kLargestRanked ? Entries<&rank_groups>::choose() : Entries<&bisect_groups>::choose();
 }
 
 template <class T>

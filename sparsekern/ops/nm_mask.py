@@ -51,6 +51,7 @@ def _samples(generator: torch.Generator):
         yield sample(scores, 2, 4)
         yield sample(scores.T.contiguous().T, 4, 8)
         yield sample(scores.round(), 1, 16)  # rounded: full of ties and of both zeros
+        yield sample(scores.round(), 5, 6)
         yield sample(scores.round(), 7, 12)
 
 

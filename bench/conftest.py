@@ -1,0 +1,77 @@
+"""What all benchmarks share: the ceilings of this machine, taken in the same run, and how a time is set against them.
+
+A benchmark first asserts that what it times gives the right result. Ours and the baselines are one group of the report, which
+shows the ratios; absolute times from a machine that does other work mean little.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+
+def best_seconds(function: Callable[[], object], rounds: int = 5) -> float:
+    function()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def gemm_rate(dtype: torch.dtype, size: int) -> float:
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    return 2 * size**3 / best_seconds(lambda: a @ b, rounds=3)
+
+
+@pytest.fixture(scope="session")
+def read_bandwidth() -> float:
+    """Bytes a second of a sum over 256 MiB, too large for any cache."""
+    data = torch.ones(2**26)
+    return data.nbytes / best_seconds(data.sum)
+
+
+@pytest.fixture(scope="session")
+def sgemm_rate() -> float:
+    """float32 FLOP a second of a matrix product."""
+    return gemm_rate(torch.float32, 2048)
+
+
+@pytest.fixture(scope="session")
+def bf16_gemm_rate() -> float:
+    """bfloat16 FLOP a second of a matrix product."""
+    return gemm_rate(torch.bfloat16, 2048)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    """`measure(function, group=..., bytes=..., flops=...)`: times it and stores what share of the ceilings it reaches.
+
+    `bytes` is what the operation must read at least, `flops` what it must compute; `setup` runs untimed before each round.
+    """
+
+    def run(function, *, group: str, bytes: int = 0, flops: int = 0, ceiling: str = "sgemm_rate", setup=None, rounds: int = 5):
+        benchmark.group = group
+        result = benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable: called once, for its assertions
+            return result
+        seconds = benchmark.stats.stats.min
+        benchmark.extra_info["threads"] = torch.get_num_threads()
+        if bytes:
+            share = bytes / seconds / request.getfixturevalue("read_bandwidth")
+            benchmark.extra_info |= {"bytes": bytes, "share_of_read_bandwidth": round(share, 3)}
+        if flops:
+            share = flops / seconds / request.getfixturevalue(ceiling)
+            benchmark.extra_info |= {"flops": flops, f"share_of_{ceiling.removesuffix('_rate')}": round(share, 3)}
+        return result
+
+    return run

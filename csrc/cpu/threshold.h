@@ -1,0 +1,71 @@
+// The k-th largest of some integer keys, found by bisection over their range: each step is a vectorised count, and no more than 32
+// steps are taken whatever the keys.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace sparsekern::cpu {
+
+// Kept are the keys above `key`, and of those equal to it the ones before index `ties_end`.
+struct Threshold {
+  int32_t key;
+  int64_t ties_end;
+};
+
+SPARSEKERN_INLINE int64_t count_above(const int32_t* keys, int64_t count, int32_t key) {
+  int32_t above = 0;  // wide enough: a row is shorter than 2^31
+  for (int64_t i = 0; i < count; ++i) above += keys[i] > key;
+  return above;
+}
+
+SPARSEKERN_INLINE int64_t count_equal(const int32_t* keys, int64_t count, int32_t key) {
+  int32_t equal = 0;
+  for (int64_t i = 0; i < count; ++i) equal += keys[i] == key;
+  return equal;
+}
+
+// One past the index of the `needed`-th key that equals `key`, of which there are at least that many.
+SPARSEKERN_INLINE int64_t end_of_ties(const int32_t* keys, int64_t count, int32_t key, int64_t needed) {
+  constexpr int64_t kStride = 256;
+  int64_t i = 0;
+  for (; i + kStride < count; i += kStride) {
+    const int64_t equal = count_equal(keys + i, kStride, key);
+    if (equal >= needed) break;
+    needed -= equal;
+  }
+  for (; needed > 0; ++i) needed -= keys[i] == key;
+  return i;
+}
+
+SPARSEKERN_INLINE Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k) {
+  int32_t low = keys[0];
+  int32_t high = keys[0];
+  for (int64_t i = 0; i < count; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  int64_t above = 0;  // how many keys are above `high`, always fewer than k
+  while (low < high) {
+    const auto middle = static_cast<int32_t>((int64_t{low} + high) >> 1);
+    const int64_t above_middle = count_above(keys, count, middle);
+    if (above_middle == k) return {middle, 0};
+    if (above_middle < k) {
+      high = middle;
+      above = above_middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return {high, end_of_ties(keys, count, high, k - above)};
+}
+
+SPARSEKERN_INLINE void write_mask(const int32_t* keys, int64_t count, Threshold threshold, uint8_t* mask) {
+  const int64_t ties_end = std::clamp<int64_t>(threshold.ties_end, 0, count);
+  for (int64_t i = 0; i < ties_end; ++i) mask[i] = keys[i] >= threshold.key;
+  for (int64_t i = ties_end; i < count; ++i) mask[i] = keys[i] > threshold.key;
+}
+
+}  // namespace sparsekern::cpu
