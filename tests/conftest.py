@@ -10,7 +10,7 @@ import torch
 import sparsekern.ops  # noqa: F401  (loads the compiled library, or finds out that there is none)
 from sparsekern.ops._library import LIBRARIES
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16_emulated", "avx512_bf16")
 COMPILED = LIBRARIES["_C"].loaded
 
 
@@ -21,6 +21,7 @@ def cpu_has(isa: str) -> bool:
     asked = {
         "avx2": torch.cpu._is_avx2_supported,
         "avx512": torch.cpu._is_avx512_supported,
+        "avx512_bf16_emulated": torch.cpu._is_avx512_supported,
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
     }
     return asked[isa]()

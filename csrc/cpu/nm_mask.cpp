@@ -10,7 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/order_key.h"
-#include "cpu/threshold.h"
+#include "cpu/kth_largest.h"
 
 #if SPARSEKERN_X86
 #include <immintrin.h>

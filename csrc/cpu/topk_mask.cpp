@@ -11,7 +11,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/order_key.h"
-#include "cpu/threshold.h"
+#include "cpu/kth_largest.h"
 
 namespace sparsekern::cpu {
 

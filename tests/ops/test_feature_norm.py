@@ -48,6 +48,15 @@ def test_no_less_accurate_than_torch(isa, generator, dtype):
         assert (got - want).abs().max() <= 2 * (torchs - want).abs().max()
 
 
+def test_threads_do_not_change_a_bit(isa, threads, generator):
+    x = torch.randn(2100, 1300, generator=generator)
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        results.append(feature_norm_(torch.zeros(1300), x))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_a_long_run_of_equal_tokens_loses_nothing(isa):
     squares = feature_norm_(torch.zeros(3), torch.full((100_000, 3), 0.1))
     assert squares.tolist() == pytest.approx([100_000 * torch.tensor(0.1).double().item() ** 2] * 3, rel=1e-7)

@@ -42,6 +42,15 @@ def test_larger_than_a_chunk(isa, generator, dtype, scope, ties):
         assert torch.equal(topk_mask(scores, k, scope=scope), reference(scores, k, scope=scope))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_threads_do_not_change_which_ties_are_kept(isa, threads, generator, dtype):
+    scores = torch.randn(31, 997, generator=generator).round().to(dtype)
+    expected = reference(scores, 15_000, scope="matrix")
+    for count in (1, 2, 3, 5):
+        threads(count)
+        assert torch.equal(topk_mask(scores, 15_000, scope="matrix"), expected)
+
+
 def test_ties_go_to_the_lower_index_and_both_zeros_are_equal(isa):
     scores = torch.tensor([[0.0, -0.0, 1.0, -0.0, 0.0], [math.inf, -math.inf, 5.0, math.inf, -1.0]])
     assert topk_mask(scores, 3).tolist() == [[True, True, True, False, False], [True, False, True, True, False]]

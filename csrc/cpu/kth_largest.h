@@ -10,7 +10,7 @@
 namespace sparsekern::cpu {
 
 // Kept are the keys above `key`, and of those equal to it the ones before index `ties_end`.
-struct Threshold {
+struct Cut {
   int32_t key;
   int64_t ties_end;
 };
@@ -40,7 +40,7 @@ SPARSEKERN_INLINE int64_t end_of_ties(const int32_t* keys, int64_t count, int32_
   return i;
 }
 
-SPARSEKERN_INLINE Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k) {
+SPARSEKERN_INLINE Cut kth_largest(const int32_t* keys, int64_t count, int64_t k) {
   int32_t low = keys[0];
   int32_t high = keys[0];
   for (int64_t i = 0; i < count; ++i) {
@@ -62,10 +62,10 @@ SPARSEKERN_INLINE Threshold kth_largest(const int32_t* keys, int64_t count, int6
   return {high, end_of_ties(keys, count, high, k - above)};
 }
 
-SPARSEKERN_INLINE void write_mask(const int32_t* keys, int64_t count, Threshold threshold, uint8_t* mask) {
-  const int64_t ties_end = std::clamp<int64_t>(threshold.ties_end, 0, count);
-  for (int64_t i = 0; i < ties_end; ++i) mask[i] = keys[i] >= threshold.key;
-  for (int64_t i = ties_end; i < count; ++i) mask[i] = keys[i] > threshold.key;
+SPARSEKERN_INLINE void write_mask(const int32_t* keys, int64_t count, Cut cut, uint8_t* mask) {
+  const int64_t ties_end = std::clamp<int64_t>(cut.ties_end, 0, count);
+  for (int64_t i = 0; i < ties_end; ++i) mask[i] = keys[i] >= cut.key;
+  for (int64_t i = ties_end; i < count; ++i) mask[i] = keys[i] > cut.key;
 }
 
 }  // namespace sparsekern::cpu
