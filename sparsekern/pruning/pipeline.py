@@ -23,6 +23,7 @@ from .activations import OUTSIDE, Activations, probe
 from .calibration import Batch, Calibration, as_batches
 from .calibration import fingerprint as calibration_fingerprint
 from .checkpoint import Checkpoint, finish, model_fingerprint
+from .host_memory import freed_memory_kept
 from .plan import Globs, PatternLike, Plan, make_plan
 from .progress import Clock, Notices, Progress
 from .report import LayerReport, Report
@@ -105,7 +106,7 @@ def prune(
     clock = Clock(next(model.parameters()).device)
     start = clock.now()
     try:
-        with _prepared(model, seed):
+        with _prepared(model, seed), freed_memory_kept():
             _Run(model, plan, method, kind, batches, checkpoint, report, bar, clock).prune_all()
         if out is not None:
             with clock.phase("write"):
