@@ -55,7 +55,8 @@ class SparseGPT(Method):
         )
         delta = new_weight.float() - weight.float()
         if weight.dtype == torch.float32:
-            row_error = damped_error.double() - statistics.shift * delta.double().square().sum(1)
+            moved = torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()
+            row_error = damped_error.double() - statistics.shift * moved
         else:  # the sweep's own error does not know of the rounding to a half dtype
             row_error = statistics.row_energy(delta)
         return Solution(new_weight, mask, row_error.clamp_(min=0))

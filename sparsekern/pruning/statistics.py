@@ -83,11 +83,15 @@ class Gram:
     def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
         # `||w V||^2 - shift ||w||^2` is a sum of squares, where `w G w^T` cancels badly once a few features dominate the rest.
         weight = weight.float()
-        damped = (weight @ self._any_factor()).double().square().sum(1)
-        return (damped - self.shift * weight.double().square().sum(1)).clamp_(min=0)
+        damped = _square_norms(weight @ self._any_factor())
+        return (damped - self.shift * _square_norms(weight)).clamp_(min=0)
 
     def _any_factor(self) -> torch.Tensor:
         return self.factor(0.01) if self._factor is None else self._factor
+
+
+def _square_norms(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
 
 STATISTICS: dict[StatisticKind, Callable[[int, torch.device], FeatureNorm | Gram]] = {"feature_norm": FeatureNorm, "gram": Gram}
