@@ -16,7 +16,6 @@ namespace sparsekern::cpu {
 namespace {
 
 constexpr int64_t kChunkUnits = 1024;  // packed at once: 64 KiB a panel, so that 4096 features stay in a last-level cache
-constexpr int64_t kSumUnits = 512;     // summed in registers before being added to gram: bounds the rounding error, and a strip of it stays in L2
 constexpr int64_t kStripPanels = 3;
 
 // The rows of x that count.
@@ -141,21 +140,18 @@ SPARSEKERN_INLINE void multiply_strip(
   const int64_t all_panels = ceil_div(features, kLanes);
   const int64_t column0 = strip * kLanes;
   const int64_t columns = panels * kLanes;
-  for (int64_t k = 0; k < units; k += kSumUnits) {
-    const int64_t step = std::min(kSumUnits, units - k);
-    const auto* vectors = packed + strip * chunk.stride + k * kLanes;
-    for (int64_t panel = strip; panel < all_panels; ++panel) {
-      const auto* broadcast = packed + panel * chunk.stride + k * kLanes;
-      const int64_t row0 = panel * kLanes;
-      const bool inside = panel >= strip + panels && row0 + kLanes <= features && column0 + columns <= features;
-      if (inside) {
-        panel_product<Target, Arithmetic>(
-            step, broadcast, kLanes, vectors, panels, chunk.stride, alpha, {gram + row0 * features + column0, features, kLanes});
-      } else {
-        alignas(64) float tile[kLanes * kStripPanels * kLanes] = {};
-        panel_product<Target, Arithmetic>(step, broadcast, kLanes, vectors, panels, chunk.stride, alpha, {tile, columns, kLanes});
-        add_clipped(tile, kLanes, columns, gram, features, row0, column0);
-      }
+  const auto* vectors = packed + strip * chunk.stride;
+  for (int64_t panel = strip; panel < all_panels; ++panel) {
+    const auto* broadcast = packed + panel * chunk.stride;
+    const int64_t row0 = panel * kLanes;
+    const bool inside = panel >= strip + panels && row0 + kLanes <= features && column0 + columns <= features;
+    if (inside) {
+      panel_product<Target, Arithmetic>(
+          units, broadcast, kLanes, vectors, panels, chunk.stride, alpha, {gram + row0 * features + column0, features, kLanes});
+    } else {
+      alignas(64) float tile[kLanes * kStripPanels * kLanes] = {};
+      panel_product<Target, Arithmetic>(units, broadcast, kLanes, vectors, panels, chunk.stride, alpha, {tile, columns, kLanes});
+      add_clipped(tile, kLanes, columns, gram, features, row0, column0);
     }
   }
 }

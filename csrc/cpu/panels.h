@@ -89,6 +89,9 @@ struct TileOutput {
 // How many units ahead to fetch: the second-level cache answers in time, and the last level nearly so.
 constexpr int64_t kPrefetchUnits = 16;
 
+// How many units are summed in registers before they join the tile's total: short runs keep the rounding error of long sums small.
+constexpr int64_t kRunUnits = 128;
+
 // output[i][v] += alpha * sum_k broadcast[k][i] * vectors[v][k], for kRows broadcast lanes and kPanels vector panels.
 template <class Target, class Arithmetic, int kRows, int kPanels>
 SPARSEKERN_INLINE void tile_product(
@@ -105,34 +108,39 @@ SPARSEKERN_INLINE void tile_product(
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kPanels; ++v) __builtin_prefetch(output.data + i * output.row_stride + v * output.panel_stride, 1);
   }
-  Vector acc[kRows][kColumns] = {};
+  Vector total[kRows][kColumns] = {};
+  for (int64_t begin = 0; begin < units; begin += kRunUnits) {
+    const int64_t end = std::min(begin + kRunUnits, units);
+    Vector acc[kRows][kColumns] = {};
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < units; ++k) {
-    Vector vector[kColumns];
+    for (int64_t k = begin; k < end; ++k) {
+      Vector vector[kColumns];
 #pragma GCC unroll 3
-    for (int v = 0; v < kPanels; ++v) {
-      const auto* p = vectors + v * vector_panel_stride + k * kLanes;
-      __builtin_prefetch(p + kPrefetchUnits * kLanes);
+      for (int v = 0; v < kPanels; ++v) {
+        const auto* p = vectors + v * vector_panel_stride + k * kLanes;
+        __builtin_prefetch(p + kPrefetchUnits * kLanes);
 #pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        vector[v * kParts + part] = *reinterpret_cast<const Vector*>(p + part * Target::kWidth);
+        for (int part = 0; part < kParts; ++part) {
+          vector[v * kParts + part] = *reinterpret_cast<const Vector*>(p + part * Target::kWidth);
+        }
+      }
+      const auto* b = broadcast + k * kLanes;
+      __builtin_prefetch(b + kPrefetchUnits * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kColumns; ++c) Arithmetic::multiply_add(acc[i][c], b[i], vector[c]);
       }
     }
-    const auto* b = broadcast + k * kLanes;
-    __builtin_prefetch(b + kPrefetchUnits * kLanes);
-#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 12
-      for (int c = 0; c < kColumns; ++c) Arithmetic::multiply_add(acc[i][c], b[i], vector[c]);
+      for (int c = 0; c < kColumns; ++c) total[i][c] += acc[i][c];
     }
   }
-#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 12
     for (int c = 0; c < kColumns; ++c) {
       float* p = output.data + i * output.row_stride + c / kParts * output.panel_stride + c % kParts * Target::kWidth;
       auto* q = reinterpret_cast<typename VectorOf<Target::kWidth>::Float*>(p);
-      *q = *q + alpha * acc[i][c];
+      *q = *q + alpha * total[i][c];
     }
   }
 }

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from sparsekern._warnings import SparsekernWarning
+from sparsekern.ops import reverse_cholesky
+from sparsekern.ops.reverse_cholesky import reference
+
+SIZES = (1, 2, 15, 16, 17, 95, 96, 97, 130, 193, 300)
+
+
+def gram_of(features: int, generator: torch.Generator, tokens: int | None = None) -> torch.Tensor:
+    x = torch.randn(tokens or 2 * features + 3, features, generator=generator)
+    return x.T @ x
+
+
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    gram = gram.double()
+    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def residual(factor: torch.Tensor, target: torch.Tensor) -> float:
+    factor = factor.double()
+    return ((factor @ factor.T - target).norm() / target.norm()).item()
+
+
+@pytest.mark.parametrize("features", SIZES)
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_factor_times_its_transpose_is_the_damped_gram(isa, generator, features, damping):
+    gram = gram_of(features, generator)
+    factor = reverse_cholesky(gram, damping)
+    assert torch.equal(factor, factor.triu()) and factor.diagonal().gt(0).all()
+    theirs, _ = reference(gram, damping)
+    assert residual(factor, damped(gram, damping)) <= 2 * residual(theirs, damped(gram, damping)) + 1e-7
+
+
+def test_its_inverse_is_the_textbook_factor(isa, generator):
+    gram = gram_of(120, generator)
+    textbook = torch.linalg.cholesky(torch.linalg.inv(damped(gram, 0.01)), upper=True)
+    inverse = torch.linalg.inv(reverse_cholesky(gram).double())
+    torch.testing.assert_close(inverse, textbook, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_lower_triangle_is_read(isa, generator):
+    gram = gram_of(70, generator)
+    garbage = gram.tril() + torch.full_like(gram, math.nan).triu(1)
+    assert torch.equal(reverse_cholesky(garbage), reverse_cholesky(gram))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_dead_features_are_marked_by_the_sign_of_their_diagonal(isa, generator, damping):
+    x = torch.randn(200, 50, generator=generator)
+    x[:, [0, 7, 33, 49]] = 0
+    gram = x.T @ x
+    factor = reverse_cholesky(gram, damping)
+    assert torch.signbit(factor.diagonal()).nonzero().flatten().tolist() == [0, 7, 33, 49]
+    assert residual(factor, damped(gram, damping)) < 1e-6
+    assert factor[7].count_nonzero() == factor[:, 7].count_nonzero() == (1 if damping else 0)
+
+
+def test_fewer_tokens_than_features(isa, generator):
+    gram = gram_of(100, generator, tokens=20)
+    assert residual(reverse_cholesky(gram), damped(gram, 0.01)) < 1e-6
+
+
+def test_an_indefinite_matrix_escalates_the_damping_and_says_so(isa, generator):
+    gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.02]))
+    with pytest.warns(SparsekernWarning, match="not positive definite with damping 0.01; used 0.1 instead"):
+        factor = reverse_cholesky(gram, 0.01)
+    assert residual(factor, damped(gram, 0.1)) < 1e-6
+
+
+def test_no_damping_starts_its_escalation_small(isa, generator):
+    gram = gram_of(60, generator, tokens=10)
+    with pytest.warns(SparsekernWarning, match="used 1e-0[654] instead"):
+        factor = reverse_cholesky(gram, 0.0)
+    assert residual(factor, gram.double()) < 1e-3
+
+
+def test_float64_where_float32_cannot(isa):
+    # Positive definite by less than a float32 rounding of its diagonal: only float64 sees it, and damping is too small to help.
+    gap = 2.0**-24
+    gram = torch.tensor([[1.0, 0.0], [1.0 - gap, 1.0 - gap]])
+    gram[1, 0], gram[1, 1] = 1.0, 1.0 + 2.0**-23
+    gram = gram * 1.0
+    for function in (lambda g: torch.ops.sparsekern.reverse_cholesky(g, 1e-13), lambda g: reference(g, 1e-13)):
+        factor, used = function(gram)
+        symmetric = gram.tril() + gram.tril(-1).T
+        assert residual(factor, damped(symmetric, abs(used.item()))) < 1e-6
+
+
+@pytest.mark.parametrize("function", [reverse_cholesky, reference])
+def test_a_matrix_no_damping_mends_is_refused(isa, function):
+    with pytest.raises(ValueError, match=r"gram: not positive semi-definite \(damping 0.01 and up to 1000 times that were tried"):
+        function(torch.tensor([[1.0, 50.0], [50.0, 1.0]]))
+
+
+@pytest.mark.parametrize("function", [reverse_cholesky, reference])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_named(isa, function, bad):
+    gram = torch.eye(40)
+    gram[30, 20] = bad
+    with pytest.raises(ValueError, match=rf"gram: expected finite values, got {bad} at \[30, 20\]"):
+        function(gram)
+
+
+@pytest.mark.parametrize(
+    ("gram", "damping", "error", "message"),
+    [
+        (torch.eye(3), -0.1, ValueError, "damping: expected at least 0, got -0.1"),
+        (torch.eye(3), math.nan, ValueError, "damping: expected at least 0, got nan"),
+        (torch.zeros(2, 3), 0.01, ValueError, r"gram: expected a square matrix, got shape \(2, 3\)"),
+        (torch.eye(3).half(), 0.01, TypeError, "gram: expected dtype float32, got float16"),
+    ],
+)
+def test_refusals(gram, damping, error, message):
+    with pytest.raises(error, match=message):
+        reverse_cholesky(gram, damping)
+
+
+def test_a_good_matrix_warns_of_nothing(isa, generator):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reverse_cholesky(gram_of(30, generator))
+
+
+def test_empty(isa):
+    assert reverse_cholesky(torch.zeros(0, 0)).shape == (0, 0)
