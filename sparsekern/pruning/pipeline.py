@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -79,6 +80,7 @@ def prune(
             (and on disk with `out`).
         OSError: no space left in `out`; the blocks finished before are intact.
     """
+    start = time.perf_counter()
     method = resolve_method(method)
     plan = make_plan(model, pattern, patterns, include, exclude)
     kind = "gram" if report_error else method.statistic
@@ -104,7 +106,6 @@ def prune(
     )
     bar = Progress(len(plan.linears), progress)
     clock = Clock(next(model.parameters()).device)
-    start = clock.now()
     try:
         with _prepared(model, seed), freed_memory_kept():
             _Run(model, plan, method, kind, batches, checkpoint, report, bar, clock).prune_all()
@@ -113,7 +114,7 @@ def prune(
                 _save_model(model, out)
     finally:
         bar.close()
-    report.seconds = {**clock.seconds, "total": clock.now() - start}
+    report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
     if out is not None:
         report.to_json(os.path.join(out, "report.json"))
         finish(out)

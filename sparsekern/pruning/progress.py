@@ -47,9 +47,6 @@ class Progress:
         self._bar.set_postfix_str(f"{layer.name}{error} {layer.seconds:.2f}s", refresh=False)
         self._bar.update()
 
-    def say(self, what: str) -> None:
-        self._bar.set_description(what)
-
     def close(self) -> None:
         self._bar.close()
 
