@@ -24,16 +24,25 @@ namespace sparsekern::cpu {
 namespace {
 
 constexpr int64_t kBlock = 128;     // columns in a block where the caller's block size has no influence on the result
+constexpr int64_t kSpan = 512;      // columns whose sums over all earlier spans are taken at once: how often D is read from memory
 constexpr int64_t kSumUnits = 512;  // earlier columns multiplied at a time: keeps a tile's operands in L2
 constexpr int64_t kTilePanels = 3;
 constexpr int64_t kMaxGroup = 64;
 
 int64_t pruned_count(double total, double sparsity) { return static_cast<int64_t>(std::floor(total * sparsity + 1e-9)); }
 
-// A block of columns and the parts of V that it needs.
+// A rectangle of V, rows [row_begin, row_end) and columns [begin, end), as panels of 16 columns: the multiplier of D.
+struct FactorPanels {
+  int64_t row_begin = 0, row_end = 0, begin = 0, end = 0;
+  Buffer<float> data;
+
+  int64_t units() const { return row_end - row_begin; }
+  const float* panel(int64_t column) const { return data.get() + column * units(); }  // column - begin, a multiple of 16
+};
+
+// A block of columns and the triangle of V that its recurrence needs.
 struct Block {
   int64_t begin = 0, end = 0;
-  Buffer<float> earlier;           // V[0:begin, block] as panels of 16 columns: element (i, j) at [j / 16][i][j % 16]
   std::vector<float> inside;       // transposed: inside[j * size + i] = V[begin + i, begin + j], i < j
   std::vector<float> diagonal;     // |V_jj|, 0 for a dead feature
   std::vector<float> reciprocal;   // 1 / V_jj, 0 for a dead feature
@@ -64,56 +73,58 @@ struct Tile {
   int64_t weight_stride(const Block& block) const { return block.size() * kLanes; }
 };
 
-void load_block(const float* factor, int64_t columns, int64_t begin, int64_t end, Block& block, const Executor& executor) {
-  block.begin = begin;
-  block.end = end;
-  const int64_t size = block.size();
-  block.earlier = allocate<float>(ceil_div(size, kLanes) * begin * kLanes);
-  parallel_for(executor, begin, 64, [&](int64_t first, int64_t last) {
+FactorPanels load_panels(
+    const float* factor, int64_t columns, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, const Executor& executor) {
+  FactorPanels panels{row_begin, row_end, begin, end, allocate<float>(round_up(end - begin, kLanes) * (row_end - row_begin))};
+  parallel_for(executor, panels.units(), 64, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const float* row = factor + i * columns + begin;
-      for (int64_t j = 0; j < size; j += kLanes) {
-        float* out = block.earlier.get() + j * begin + i * kLanes;
-        const int64_t lanes = std::min(kLanes, size - j);
+      const float* row = factor + (row_begin + i) * columns + begin;
+      for (int64_t j = 0; j < end - begin; j += kLanes) {
+        float* out = panels.data.get() + j * panels.units() + i * kLanes;
+        const int64_t lanes = std::min(kLanes, end - begin - j);
         std::copy_n(row + j, lanes, out);
         std::fill(out + lanes, out + kLanes, 0.0f);
       }
     }
   });
-  block.inside.assign(static_cast<size_t>(size * size), 0.0f);
-  block.diagonal.resize(static_cast<size_t>(size));
-  block.reciprocal.resize(static_cast<size_t>(size));
-  for (int64_t j = 0; j < size; ++j) {
-    const float diagonal = factor[(begin + j) * columns + begin + j];
+  return panels;
+}
+
+Block load_block(const float* factor, int64_t columns, int64_t begin, int64_t end) {
+  const auto size = static_cast<size_t>(end - begin);
+  Block block{begin, end, std::vector<float>(size * size), std::vector<float>(size), std::vector<float>(size)};
+  for (size_t j = 0; j < size; ++j) {
+    const float* column = factor + begin * columns + begin + static_cast<int64_t>(j);
+    for (size_t i = 0; i < j; ++i) block.inside[j * size + i] = column[static_cast<int64_t>(i) * columns];
+    const float diagonal = column[static_cast<int64_t>(j) * columns];
     const bool dead = std::signbit(diagonal);
     block.diagonal[j] = dead ? 0.0f : diagonal;
     block.reciprocal[j] = dead ? 0.0f : 1.0f / diagonal;
-    for (int64_t i = 0; i < j; ++i) block.inside[j * size + i] = factor[(begin + i) * columns + begin + j];
   }
+  return block;
 }
 
-// pending = D[:, :begin] V[:begin, block], written where the block's D will be.
+// pending += D[:, rows] V[rows, columns] for the rectangle of V, where pending sums stand in the columns' place in D.
 template <class Target>
-SPARSEKERN_INLINE void multiply_earlier(const Sweep& sweep, const Block& block, int64_t panel, int64_t panels) {
-  for (int64_t p = 0; p < panels; ++p) std::fill_n(sweep.delta_at(panel + p, block.begin), block.size() * kLanes, 0.0f);
+SPARSEKERN_INLINE void add_product(const Sweep& sweep, const FactorPanels& factor, int64_t panel, int64_t panels) {
   alignas(64) float spill[kTilePanels * kLanes * kLanes];
-  for (int64_t k = 0; k < block.begin; k += kSumUnits) {
-    const int64_t units = std::min(kSumUnits, block.begin - k);
-    for (int64_t j = 0; j < block.size(); j += kLanes) {
-      const float* broadcast = block.earlier.get() + j * block.begin + k * kLanes;
-      const float* vectors = sweep.delta_at(panel, k);
-      const int64_t lanes = std::min(kLanes, block.size() - j);
+  for (int64_t k = 0; k < factor.units(); k += kSumUnits) {
+    const int64_t units = std::min(kSumUnits, factor.units() - k);
+    const float* vectors = sweep.delta_at(panel, factor.row_begin + k);
+    for (int64_t j = 0; j < factor.end - factor.begin; j += kLanes) {
+      const float* broadcast = factor.panel(j) + k * kLanes;
+      const int64_t lanes = std::min(kLanes, factor.end - factor.begin - j);
       if (lanes == kLanes) {
         panel_product<Target, FloatArithmetic<Target>>(
             units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f,
-            {sweep.delta_at(panel, block.begin + j), kLanes, sweep.panel_stride()});
+            {sweep.delta_at(panel, factor.begin + j), kLanes, sweep.panel_stride()});
         continue;
       }
       std::fill_n(spill, panels * kLanes * kLanes, 0.0f);
       panel_product<Target, FloatArithmetic<Target>>(
           units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f, {spill, kLanes, kLanes * kLanes});
       for (int64_t p = 0; p < panels; ++p) {
-        float* out = sweep.delta_at(panel + p, block.begin + j);
+        float* out = sweep.delta_at(panel + p, factor.begin + j);
         for (int64_t i = 0; i < lanes * kLanes; ++i) out[i] += spill[p * kLanes * kLanes + i];
       }
     }
@@ -288,14 +299,14 @@ SPARSEKERN_INLINE void run_tile(const Sweep& sweep, const Block& block, const Ti
 }
 
 struct Kernels {
-  void (*multiply_earlier)(const Sweep& sweep, const Block& block, int64_t panel, int64_t panels);
+  void (*add_product)(const Sweep& sweep, const FactorPanels& factor, int64_t panel, int64_t panels);
   void (*score_tile)(const Sweep& sweep, const Block& block, const Tile& tile);
   void (*run_tile)(const Sweep& sweep, const Block& block, const Tile& tile, float* row_error);
 };
 
 #define SPARSEKERN_SWEEP_KERNELS(suffix, target_attribute, Target)                                                            \
-  target_attribute void multiply_earlier_##suffix(const Sweep& sweep, const Block& block, int64_t panel, int64_t panels) {    \
-    multiply_earlier<Target>(sweep, block, panel, panels);                                                                   \
+  target_attribute void add_product_##suffix(const Sweep& sweep, const FactorPanels& factor, int64_t panel, int64_t panels) { \
+    add_product<Target>(sweep, factor, panel, panels);                                                                       \
   }                                                                                                                           \
   target_attribute void score_tile_##suffix(const Sweep& sweep, const Block& block, const Tile& tile) {                       \
     score_tile<Target>(sweep, block, tile);                                                                                  \
@@ -312,10 +323,10 @@ SPARSEKERN_SWEEP_KERNELS(avx512, SPARSEKERN_AVX512, Avx512)
 
 Kernels choose_kernels(Isa isa) {
 #if SPARSEKERN_X86
-  if (isa >= Isa::avx512) return {&multiply_earlier_avx512, &score_tile_avx512, &run_tile_avx512};
-  if (isa >= Isa::avx2) return {&multiply_earlier_avx2, &score_tile_avx2, &run_tile_avx2};
+  if (isa >= Isa::avx512) return {&add_product_avx512, &score_tile_avx512, &run_tile_avx512};
+  if (isa >= Isa::avx2) return {&add_product_avx2, &score_tile_avx2, &run_tile_avx2};
 #endif
-  return {&multiply_earlier_baseline, &score_tile_baseline, &run_tile_baseline};
+  return {&add_product_baseline, &score_tile_baseline, &run_tile_baseline};
 }
 
 // Rows of a matrix to panels of 16 rows and back; rows past the last are zero in panels.
@@ -438,12 +449,23 @@ class BlockSweeper {
   BlockSweeper(const Matrices<T>& matrices, Sweep& sweep, const Executor& executor)
       : matrices_(matrices), sweep_(sweep), executor_(executor), kernels_(choose_kernels(current_isa())) {}
 
-  void run(const Block& block) {
+  // The pending sums of the columns of a span, over all columns before it.
+  void start_span(int64_t begin, int64_t end) {
+    const FactorPanels factor = load_panels(matrices_.factor, sweep_.columns, 0, begin, begin, end, executor_);
+    for_each_tile([&](int64_t panel, int64_t panels) {
+      for (int64_t p = panel; p < panel + panels; ++p) std::fill_n(sweep_.delta_at(p, begin), (end - begin) * kLanes, 0.0f);
+      kernels_.add_product(sweep_, factor, panel, panels);
+    });
+  }
+
+  void run_block(const Block& block, int64_t span_begin) {
+    const FactorPanels factor =
+        load_panels(matrices_.factor, sweep_.columns, span_begin, block.begin, block.begin, block.end, executor_);
     const Scope scope = sweep_.pattern.scope;
     const bool choose_all_rows = scope == Scope::block && sweep_.pattern.n == 0 && matrices_.mask == nullptr;
     const bool choose_rows = scope == Scope::row && sweep_.pattern.n == 0 && matrices_.mask == nullptr;
     for_each_tile(block, [&](const Tile& tile) {
-      kernels_.multiply_earlier(sweep_, block, tile.panel, tile.panels);
+      kernels_.add_product(sweep_, factor, tile.panel, tile.panels);
       load_weight(block, tile);
       if (choose_all_rows || choose_rows) kernels_.score_tile(sweep_, block, tile);
       if (choose_all_rows) return;
@@ -461,12 +483,19 @@ class BlockSweeper {
 
  private:
   template <class F>
+  void for_each_tile(const F& f) {
+    parallel_tasks(executor_, ceil_div(sweep_.panels(), kTilePanels), [&](int64_t index) {
+      const int64_t panel = index * kTilePanels;
+      f(panel, std::min(kTilePanels, sweep_.panels() - panel));
+    });
+  }
+
+  template <class F>
   void for_each_tile(const Block& block, const F& f) {
     const int64_t floats = kTilePanels * block.size() * kLanes;
-    parallel_tasks(executor_, ceil_div(sweep_.panels(), kTilePanels), [&](int64_t index) {
+    for_each_tile([&](int64_t panel, int64_t panels) {
       const auto buffer = allocate<float>(2 * floats);
-      const int64_t panel = index * kTilePanels;
-      f(Tile{panel, std::min(kTilePanels, sweep_.panels() - panel), buffer.get(), buffer.get() + floats});
+      f(Tile{panel, panels, buffer.get(), buffer.get() + floats});
     });
   }
 
@@ -541,10 +570,13 @@ void sweep_columns(
       allocate<float>(panels * step * kLanes), std::vector<double>(static_cast<size_t>(rows), 0.0)};
   if (matrices.mask == nullptr && pattern.n == 0 && pattern.scope == Scope::matrix) choose_matrix(matrices, sweep, executor);
   BlockSweeper<T> sweeper(matrices, sweep, executor);
-  Block block;
-  for (int64_t begin = 0; begin < columns; begin += step) {
-    load_block(matrices.factor, columns, begin, std::min(begin + step, columns), block, executor);
-    sweeper.run(block);
+  const int64_t span = std::max<int64_t>(1, kSpan / step) * step;
+  for (int64_t span_begin = 0; span_begin < columns; span_begin += span) {
+    const int64_t span_end = std::min(span_begin + span, columns);
+    sweeper.start_span(span_begin, span_end);
+    for (int64_t begin = span_begin; begin < span_end; begin += step) {
+      sweeper.run_block(load_block(matrices.factor, columns, begin, std::min(begin + step, span_end)), span_begin);
+    }
   }
   std::copy(sweep.row_error.begin(), sweep.row_error.end(), row_error);
 }
