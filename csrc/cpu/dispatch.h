@@ -5,18 +5,23 @@
 
 namespace sparsekern::cpu {
 
-// `kBody` is a SPARSEKERN_INLINE function; its loops are vectorised anew in each entry it is inlined into.
-template <auto kBody>
-struct Entries;
+// The bodies are SPARSEKERN_INLINE functions; their loops are vectorised anew in each entry they are inlined into.
+template <auto kBaseline, auto kAvx2, auto kAvx512>
+struct TargetEntries;
 
-template <class Result, class... Arguments, Result (*kBody)(Arguments...)>
-struct Entries<kBody> {
+template <
+    class Result,
+    class... Arguments,
+    Result (*kBaseline)(Arguments...),
+    Result (*kAvx2)(Arguments...),
+    Result (*kAvx512)(Arguments...)>
+struct TargetEntries<kBaseline, kAvx2, kAvx512> {
   using Function = Result (*)(Arguments...);
 
-  static Result scalar(Arguments... arguments) { return kBody(arguments...); }
+  static Result scalar(Arguments... arguments) { return kBaseline(arguments...); }
 #if SPARSEKERN_X86
-  SPARSEKERN_AVX2 static Result avx2(Arguments... arguments) { return kBody(arguments...); }
-  SPARSEKERN_AVX512 static Result avx512(Arguments... arguments) { return kBody(arguments...); }
+  SPARSEKERN_AVX2 static Result avx2(Arguments... arguments) { return kAvx2(arguments...); }
+  SPARSEKERN_AVX512 static Result avx512(Arguments... arguments) { return kAvx512(arguments...); }
 #endif
 
   static Function choose() {
@@ -28,5 +33,9 @@ struct Entries<kBody> {
     return &scalar;
   }
 };
+
+// One body for every target.
+template <auto kBody>
+using Entries = TargetEntries<kBody, kBody, kBody>;
 
 }  // namespace sparsekern::cpu

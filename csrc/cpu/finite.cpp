@@ -6,7 +6,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cpu/isa.h"
+#include "cpu/dispatch.h"
 
 namespace sparsekern::cpu {
 
@@ -30,13 +30,6 @@ SPARSEKERN_INLINE bool has_nonfinite(const T* row, int64_t columns) {
   return found != 0;
 }
 
-#if SPARSEKERN_X86
-template <class T>
-SPARSEKERN_AVX2 bool has_nonfinite_avx2(const T* row, int64_t columns) {
-  return has_nonfinite(row, columns);
-}
-#endif
-
 template <class T>
 [[noreturn]] void report(const char* name, const T* data, int64_t row, int64_t columns) {
   int64_t column = 0;
@@ -51,10 +44,7 @@ template <class T>
 // `columns_of(row)` is how much of a row is looked at; 0 leaves it out.
 template <class T, class ColumnsOf>
 void scan(const char* name, const T* data, int64_t rows, int64_t columns, const ColumnsOf& columns_of, const Executor& executor) {
-  auto* row_has_nonfinite = &has_nonfinite<T>;
-#if SPARSEKERN_X86
-  if (current_isa() >= Isa::avx2) row_has_nonfinite = &has_nonfinite_avx2<T>;
-#endif
+  const auto row_has_nonfinite = Entries<&has_nonfinite<T>>::choose();
   std::atomic<int64_t> first{rows};
   parallel_for(executor, rows, 1 + 65536 / (columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end && row < first.load(std::memory_order_relaxed); ++row) {

@@ -5,8 +5,10 @@
 // Half inputs become float while they are packed (products of two bf16 or two fp16 are exact in float); where the CPU has
 // vdpbf16ps, bf16 stays bf16 and two tokens make one unit.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "cpu/finite.h"
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
@@ -164,46 +166,20 @@ struct Kernels {
       const Chunk& chunk, int64_t units, int64_t strip, int64_t panels, float alpha, float* gram, int64_t features);
 };
 
-template <class Pack>
-void pack_baseline(const Tokens& tokens, int64_t first_token, int64_t begin, int64_t end, const Chunk& chunk) {
-  pack_units<Pack>(tokens, first_token, begin, end, chunk);
-}
-void multiply_baseline(
-    const Chunk& chunk, int64_t units, int64_t strip, int64_t panels, float alpha, float* gram, int64_t features) {
-  multiply_strip<Baseline, FloatArithmetic<Baseline>>(chunk, units, strip, panels, alpha, gram, features);
-}
-
-#if SPARSEKERN_X86
-template <class Pack>
-SPARSEKERN_AVX2 void pack_avx2(const Tokens& tokens, int64_t first_token, int64_t begin, int64_t end, const Chunk& chunk) {
-  pack_units<Pack>(tokens, first_token, begin, end, chunk);
-}
-template <class Pack>
-SPARSEKERN_AVX512 void pack_avx512(const Tokens& tokens, int64_t first_token, int64_t begin, int64_t end, const Chunk& chunk) {
-  pack_units<Pack>(tokens, first_token, begin, end, chunk);
-}
-SPARSEKERN_AVX2 void multiply_avx2(
-    const Chunk& chunk, int64_t units, int64_t strip, int64_t panels, float alpha, float* gram, int64_t features) {
-  multiply_strip<Avx2, FloatArithmetic<Avx2>>(chunk, units, strip, panels, alpha, gram, features);
-}
-template <class Arithmetic>
-SPARSEKERN_AVX512 void multiply_avx512(
-    const Chunk& chunk, int64_t units, int64_t strip, int64_t panels, float alpha, float* gram, int64_t features) {
-  multiply_strip<Avx512, Arithmetic>(chunk, units, strip, panels, alpha, gram, features);
-}
-#endif
-
 template <class T>
-Kernels choose_kernels(Isa isa) {
+Kernels choose_kernels() {
 #if SPARSEKERN_X86
   if (std::is_same_v<T, BFloat16>) {
-    if (isa == Isa::avx512_bf16) return {2, &pack_avx512<PackPair>, &multiply_avx512<BFloat16Arithmetic>};
-    if (isa == Isa::avx512_bf16_emulated) return {2, &pack_avx512<PackPair>, &multiply_avx512<BFloat16Emulated>};
+    const Isa isa = current_isa();
+    const auto pack = &Entries<&pack_units<PackPair>>::avx512;
+    if (isa == Isa::avx512_bf16) return {2, pack, &Entries<&multiply_strip<Avx512, BFloat16Arithmetic>>::avx512};
+    if (isa == Isa::avx512_bf16_emulated) return {2, pack, &Entries<&multiply_strip<Avx512, BFloat16Emulated>>::avx512};
   }
-  if (isa >= Isa::avx512) return {1, &pack_avx512<PackFloat<T>>, &multiply_avx512<FloatArithmetic<Avx512>>};
-  if (isa >= Isa::avx2) return {1, &pack_avx2<PackFloat<T>>, &multiply_avx2};
 #endif
-  return {1, &pack_baseline<PackFloat<T>>, &multiply_baseline};
+  using Multiply = TargetEntries<
+      &multiply_strip<Baseline, FloatArithmetic<Baseline>>, &multiply_strip<Avx2, FloatArithmetic<Avx2>>,
+      &multiply_strip<Avx512, FloatArithmetic<Avx512>>>;
+  return {1, Entries<&pack_units<PackFloat<T>>>::choose(), Multiply::choose()};
 }
 
 void accumulate(const Kernels& kernels, const Tokens& tokens, float alpha, float* gram, const Executor& executor) {
@@ -239,7 +215,7 @@ void gram_(
   require_finite("x", x, dtype, tokens, features, row_mask, executor);
   const Tokens selected = select_tokens(x, tokens, features, row_mask);
   const Kernels kernels = dispatch_dtype(
-      dtype, [](auto* type) { return choose_kernels<std::remove_pointer_t<decltype(type)>>(current_isa()); });
+      dtype, [](auto* type) { return choose_kernels<std::remove_pointer_t<decltype(type)>>(); });
   accumulate(kernels, selected, alpha, gram, executor);
 }
 

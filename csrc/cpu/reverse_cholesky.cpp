@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "cpu/finite.h"
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
@@ -131,54 +132,25 @@ SPARSEKERN_INLINE void solve_tile(const Factor& factor, const Block& block, cons
   for (; p < panels; ++p) solve_panels<Target, 1>(factor, block, coefficients, panel + p);
 }
 
-struct Kernels {
-  void (*subtract_finished)(const Factor& factor, const Block& block, int64_t panel, int64_t panels);
-  bool (*factor_diagonal_block)(const Factor& factor, const Block& block, float* coefficients);
-  void (*solve_tile)(const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t panels);
-};
-
-#define SPARSEKERN_CHOLESKY_KERNELS(suffix, target_attribute, Target)                                                               \
-  target_attribute void subtract_finished_##suffix(const Factor& factor, const Block& block, int64_t panel, int64_t panels) {       \
-    subtract_finished<Target>(factor, block, panel, panels);                                                                       \
-  }                                                                                                                                 \
-  target_attribute bool factor_diagonal_block_##suffix(const Factor& factor, const Block& block, float* coefficients) {             \
-    return factor_diagonal_block<Target>(factor, block, coefficients);                                                             \
-  }                                                                                                                                 \
-  target_attribute void solve_tile_##suffix(                                                                                        \
-      const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t panels) {                        \
-    solve_tile<Target>(factor, block, coefficients, panel, panels);                                                                \
-  }
-
-SPARSEKERN_CHOLESKY_KERNELS(baseline, , Baseline)
-#if SPARSEKERN_X86
-SPARSEKERN_CHOLESKY_KERNELS(avx2, SPARSEKERN_AVX2, Avx2)
-SPARSEKERN_CHOLESKY_KERNELS(avx512, SPARSEKERN_AVX512, Avx512)
-#endif
-
-Kernels choose_kernels(Isa isa) {
-#if SPARSEKERN_X86
-  if (isa >= Isa::avx512) return {&subtract_finished_avx512, &factor_diagonal_block_avx512, &solve_tile_avx512};
-  if (isa >= Isa::avx2) return {&subtract_finished_avx2, &factor_diagonal_block_avx2, &solve_tile_avx2};
-#endif
-  return {&subtract_finished_baseline, &factor_diagonal_block_baseline, &solve_tile_baseline};
-}
-
 bool factorise(const Factor& factor, const Executor& executor) {
   constexpr int64_t kTile = Avx512::kTilePanels;
-  const Kernels kernels = choose_kernels(current_isa());
+  const auto subtract = TargetEntries<&subtract_finished<Baseline>, &subtract_finished<Avx2>, &subtract_finished<Avx512>>::choose();
+  const auto factor_diagonal =
+      TargetEntries<&factor_diagonal_block<Baseline>, &factor_diagonal_block<Avx2>, &factor_diagonal_block<Avx512>>::choose();
+  const auto solve = TargetEntries<&solve_tile<Baseline>, &solve_tile<Avx2>, &solve_tile<Avx512>>::choose();
   std::vector<float> coefficients(kBlock * kBlock);
   for (int64_t index = ceil_div(factor.features, kBlock) - 1; index >= 0; --index) {
     const Block block = block_of(index * kBlock, factor.features);
     const int64_t panels = block.last_panel();
     if (block.end < factor.features) {
       parallel_tasks(executor, ceil_div(panels, kTile), [&](int64_t tile) {
-        kernels.subtract_finished(factor, block, tile * kTile, std::min(kTile, panels - tile * kTile));
+        subtract(factor, block, tile * kTile, std::min(kTile, panels - tile * kTile));
       });
     }
-    if (!kernels.factor_diagonal_block(factor, block, coefficients.data())) return false;
+    if (!factor_diagonal(factor, block, coefficients.data())) return false;
     const int64_t above = block.first_panel();
     parallel_tasks(executor, ceil_div(above, kTile), [&](int64_t tile) {
-      kernels.solve_tile(factor, block, coefficients.data(), tile * kTile, std::min(kTile, above - tile * kTile));
+      solve(factor, block, coefficients.data(), tile * kTile, std::min(kTile, above - tile * kTile));
     });
   }
   return true;

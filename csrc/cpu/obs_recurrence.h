@@ -1,0 +1,251 @@
+// What obs_sweep keeps while it runs, and its inner loops: the product with earlier columns and the recurrence inside a block.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/panels.h"
+
+namespace sparsekern::cpu {
+
+constexpr int64_t kSweepUnits = 512;  // earlier columns multiplied at a time: keeps a tile's operands in L2
+constexpr int64_t kTilePanels = 3;
+
+// A rectangle of V, rows [row_begin, row_end) and columns [begin, end), as panels of 16 columns: the multiplier of D.
+struct FactorPanels {
+  int64_t row_begin = 0, row_end = 0, begin = 0, end = 0;
+  Buffer<float> data;
+
+  int64_t units() const { return row_end - row_begin; }
+  const float* panel(int64_t column) const { return data.get() + column * units(); }  // column - begin, a multiple of 16
+};
+
+// A block of columns and the triangle of V that its recurrence needs.
+struct Block {
+  int64_t begin = 0, end = 0;
+  std::vector<float> inside;       // transposed: inside[j * size + i] = V[begin + i, begin + j], i < j
+  std::vector<float> diagonal;     // |V_jj|, 0 for a dead feature
+  std::vector<float> reciprocal;   // 1 / V_jj, 0 for a dead feature
+
+  int64_t size() const { return end - begin; }
+};
+
+struct Sweep {
+  const SweepPattern& pattern;
+  int64_t rows, columns;
+  Buffer<float> delta;     // D in panels; in the columns of the current block first their pending sums
+  Buffer<int8_t> keep;     // the mask in panels: -1 where kept, 0 where pruned
+  Buffer<float> scores;    // of the current block, in panels
+  std::vector<double> row_error;
+
+  int64_t panels() const { return ceil_div(rows, kLanes); }
+  int64_t panel_stride() const { return columns * kLanes; }
+  float* delta_at(int64_t panel, int64_t column) const { return delta.get() + panel * panel_stride() + column * kLanes; }
+  int8_t* keep_at(int64_t panel, int64_t column) const { return keep.get() + panel * panel_stride() + column * kLanes; }
+};
+
+// Some panels of rows in one block, in panels of the block's columns: the weights, on entry as given, on exit pruned; and scratch.
+struct Tile {
+  int64_t panel, panels;
+  float* weight;
+  float* scratch;
+
+  int64_t weight_stride(const Block& block) const { return block.size() * kLanes; }
+};
+
+// pending += D[:, rows] V[rows, columns] for the rectangle of V, where pending sums stand in the columns' place in D.
+template <class Target>
+SPARSEKERN_INLINE void add_product(const Sweep& sweep, const FactorPanels& factor, int64_t panel, int64_t panels) {
+  alignas(64) float spill[kTilePanels * kLanes * kLanes];
+  for (int64_t k = 0; k < factor.units(); k += kSweepUnits) {
+    const int64_t units = std::min(kSweepUnits, factor.units() - k);
+    const float* vectors = sweep.delta_at(panel, factor.row_begin + k);
+    for (int64_t j = 0; j < factor.end - factor.begin; j += kLanes) {
+      const float* broadcast = factor.panel(j) + k * kLanes;
+      const int64_t lanes = std::min(kLanes, factor.end - factor.begin - j);
+      if (lanes == kLanes) {
+        panel_product<Target, FloatArithmetic<Target>>(
+            units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f,
+            {sweep.delta_at(panel, factor.begin + j), kLanes, sweep.panel_stride()});
+        continue;
+      }
+      std::fill_n(spill, panels * kLanes * kLanes, 0.0f);
+      panel_product<Target, FloatArithmetic<Target>>(
+          units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f, {spill, kLanes, kLanes * kLanes});
+      for (int64_t p = 0; p < panels; ++p) {
+        float* out = sweep.delta_at(panel + p, factor.begin + j);
+        for (int64_t i = 0; i < lanes * kLanes; ++i) out[i] += spill[p * kLanes * kLanes + i];
+      }
+    }
+  }
+}
+
+// The recurrence inside a block, for kPanels panels of rows at once.
+template <class Target, int kPanels>
+struct Recurrence {
+  using Columns = Column<Target, kPanels>;
+  using Vectors = VectorOf<Target::kWidth>;
+  using Float = typename Vectors::Float;
+  using Int = typename Vectors::Int;
+  using Byte = typename Vectors::Byte;
+  static constexpr int kRegisters = Columns::kRegisters;
+
+  const Sweep& sweep;
+  const Block& block;
+  int64_t panel;
+  float* weight;         // the tile's weights
+  float* scratch;        // as large
+  int64_t stride;        // floats between panels of sweep.delta
+  int64_t weight_stride;  // floats between panels of weight and of scratch
+
+  static SPARSEKERN_INLINE Float absolute(Float x) {
+    const Int bits = reinterpret_cast<const Int&>(x) & 0x7fffffff;
+    return reinterpret_cast<const Float&>(bits);
+  }
+
+  SPARSEKERN_INLINE float* pending(int64_t j) const { return sweep.delta_at(panel, block.begin + j); }
+  SPARSEKERN_INLINE const float* coefficients(int64_t j) const { return block.inside.data() + j * block.size(); }
+
+  // pending[j] += sum over source columns i in [first, last) of source_i V_ij, for j in [j, j + kColumns).
+  template <int kColumns>
+  SPARSEKERN_INLINE void add_columns(const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j) const {
+    Columns sums[kColumns];
+    for (int c = 0; c < kColumns; ++c) sums[c] = Columns::load(out + (j + c) * kLanes, out_stride);
+    add_combination<Target, kPanels, kColumns>(
+        last - first, source + first * kLanes, source_stride, coefficients(j) + first, block.size(), sums);
+    for (int c = 0; c < kColumns; ++c) sums[c].store(out + (j + c) * kLanes, out_stride);
+  }
+
+  // The same for any number of columns from j on: four at a time share the loads of the source.
+  SPARSEKERN_INLINE void add_to_group(const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j, int64_t columns) const {
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) add_columns<4>(source, source_stride, out, out_stride, first, last, j + c);
+    for (; c < columns; ++c) add_columns<1>(source, source_stride, out, out_stride, first, last, j + c);
+  }
+
+  // y = pending V_bb^-1 for columns [first, last): what the columns before them would add to each weight. In place in `out`.
+  SPARSEKERN_INLINE void solve(float* out, int64_t out_stride, int64_t first, int64_t last) const {
+    constexpr int64_t kStep = 4;
+    for (int64_t j = first; j < last; j += kStep) {
+      const int64_t columns = std::min(kStep, last - j);
+      for (int64_t c = 0; c < columns; ++c) {
+        // Solved columns are stored negated, so that they are subtracted by the same multiply-adds.
+        if (c == 0) add_to_group(out, out_stride, out, out_stride, first, j, j, columns);
+        if (c > 0) add_columns<1>(out, out_stride, out, out_stride, j, j + c, j + c);
+        Columns column = Columns::load(out + (j + c) * kLanes, out_stride);
+        const float factor = -block.reciprocal[j + c];
+        for (int r = 0; r < kRegisters; ++r) column.part[r] *= factor;
+        column.store(out + (j + c) * kLanes, out_stride);
+      }
+    }
+  }
+
+  // The error that removing each weight of column j would cause, |current weight| V_jj, over the negated solution in `out`.
+  SPARSEKERN_INLINE void score(float* out, int64_t out_stride, int64_t j) const {
+    const Columns start = Columns::load(weight + j * kLanes, weight_stride);
+    Columns column = Columns::load(out + j * kLanes, out_stride);
+    for (int r = 0; r < kRegisters; ++r) column.part[r] = absolute(start.part[r] - column.part[r]) * block.diagonal[j];
+    column.store(out + j * kLanes, out_stride);
+  }
+
+  // Scores of the whole block as it stands before any of it is pruned.
+  SPARSEKERN_INLINE void score_block(float* scores) const {
+    for (int64_t j = 0; j < block.size(); ++j) Columns::load(pending(j), stride).store(scores + j * kLanes, weight_stride);
+    solve(scores, weight_stride, 0, block.size());
+    for (int64_t j = 0; j < block.size(); ++j) score(scores, weight_stride, j);
+  }
+
+  // The n largest of each group of m columns from j on, by counting for each how many come before it; of equals the first does.
+  SPARSEKERN_INLINE void choose_group(int64_t j, int64_t n, int64_t m) const {
+    for (int64_t c = j; c < j + m; ++c) Columns::load(pending(c), stride).store(scratch + c * kLanes, weight_stride);
+    solve(scratch, weight_stride, j, j + m);
+    for (int64_t c = j; c < j + m; ++c) score(scratch, weight_stride, c);
+    for (int64_t c = j; c < j + m; ++c) {
+      const Columns own = Columns::load(scratch + c * kLanes, weight_stride);
+      Int before[kRegisters] = {};
+      for (int64_t other = j; other < j + m; ++other) {
+        const Columns theirs = Columns::load(scratch + other * kLanes, weight_stride);
+        for (int r = 0; r < kRegisters; ++r) {
+          if (other < c) before[r] -= theirs.part[r] >= own.part[r];
+          if (other > c) before[r] -= theirs.part[r] > own.part[r];
+        }
+      }
+      for (int r = 0; r < kRegisters; ++r) store_keep(c, r, before[r] < static_cast<int32_t>(n));
+    }
+  }
+
+  SPARSEKERN_INLINE int8_t* keep_register(int64_t j, int r) const {
+    return sweep.keep_at(panel + r / Columns::kParts, block.begin + j) + r % Columns::kParts * Target::kWidth;
+  }
+  SPARSEKERN_INLINE void store_keep(int64_t j, int r, Int kept) const {
+    *reinterpret_cast<Byte*>(keep_register(j, r)) = __builtin_convertvector(kept, Byte);
+  }
+  SPARSEKERN_INLINE Int load_keep(int64_t j, int r) const {
+    return __builtin_convertvector(*reinterpret_cast<const Byte*>(keep_register(j, r)), Int);
+  }
+
+  // Column j, whose pending sum is complete: prune it, record what was taken from it, and add to the rows' errors.
+  SPARSEKERN_INLINE void finish_column(int64_t j, Columns& error) const {
+    const Columns sum = Columns::load(pending(j), stride);
+    Columns start = Columns::load(weight + j * kLanes, weight_stride);
+    Columns taken;
+    const bool dead = block.diagonal[j] == 0.0f;
+    for (int r = 0; r < kRegisters; ++r) {
+      const Float now = start.part[r] + sum.part[r] * block.reciprocal[j];
+      const Int kept_bits = reinterpret_cast<const Int&>(now) & load_keep(j, r);
+      const Float kept = dead ? Float{} : reinterpret_cast<const Float&>(kept_bits);
+      const Float column_error = dead ? Float{} : (now - kept) * block.diagonal[j];
+      error.part[r] += column_error * column_error;
+      taken.part[r] = dead ? Float{} : start.part[r] - kept;
+      start.part[r] = kept;
+    }
+    start.store(weight + j * kLanes, weight_stride);
+    taken.store(pending(j), stride);
+  }
+
+  // Prunes the block's columns in groups of `group`; n > 0 chooses each group's mask when it is reached.
+  SPARSEKERN_INLINE void run(int64_t n, int64_t group, float* row_error) const {
+    Columns error = {};
+    for (int64_t j = 0; j < block.size(); j += group) {
+      const int64_t columns = std::min(group, block.size() - j);
+      add_to_group(pending(0), stride, pending(0), stride, 0, j, j, columns);
+      if (n > 0) choose_group(j, n, group);
+      for (int64_t c = 0; c < columns; ++c) {
+        if (c > 0) add_columns<1>(pending(0), stride, pending(0), stride, j, j + c, j + c);
+        finish_column(j + c, error);
+      }
+    }
+    error.store(row_error, kLanes);
+  }
+};
+
+template <class Target, int kPanels>
+SPARSEKERN_INLINE Recurrence<Target, kPanels> recurrence(const Sweep& sweep, const Block& block, const Tile& tile, int64_t p) {
+  const int64_t offset = p * tile.weight_stride(block);
+  return {
+      sweep, block, tile.panel + p, tile.weight + offset, tile.scratch + offset, sweep.panel_stride(), tile.weight_stride(block)};
+}
+
+template <class Target>
+SPARSEKERN_INLINE void score_tile(const Sweep& sweep, const Block& block, const Tile& tile) {
+  float* scores = sweep.scores.get() + tile.panel * block.size() * kLanes;
+  int64_t p = 0;
+  for (; p + Target::kTilePanels <= tile.panels; p += Target::kTilePanels) {
+    recurrence<Target, Target::kTilePanels>(sweep, block, tile, p).score_block(scores + p * block.size() * kLanes);
+  }
+  for (; p < tile.panels; ++p) recurrence<Target, 1>(sweep, block, tile, p).score_block(scores + p * block.size() * kLanes);
+}
+
+template <class Target>
+SPARSEKERN_INLINE void run_tile(const Sweep& sweep, const Block& block, const Tile& tile, float* row_error) {
+  const int64_t n = sweep.pattern.n;
+  const int64_t group = n > 0 ? sweep.pattern.m : 4;
+  int64_t p = 0;
+  for (; p + Target::kTilePanels <= tile.panels; p += Target::kTilePanels) {
+    recurrence<Target, Target::kTilePanels>(sweep, block, tile, p).run(n, group, row_error + p * kLanes);
+  }
+  for (; p < tile.panels; ++p) recurrence<Target, 1>(sweep, block, tile, p).run(n, group, row_error + p * kLanes);
+}
+
+}  // namespace sparsekern::cpu
