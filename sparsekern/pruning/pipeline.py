@@ -26,7 +26,7 @@ from .calibration import fingerprint as calibration_fingerprint
 from .checkpoint import Checkpoint, finish, model_fingerprint
 from .host_memory import freed_memory_kept
 from .plan import Globs, PatternLike, Plan, make_plan
-from .progress import Clock, Notices, Progress
+from .progress import Clock, Notices, Progress, warnings_named
 from .report import LayerReport, Report
 from .statistics import FeatureNorm, Gram, SharedStatistics
 
@@ -224,7 +224,8 @@ class _Run:
         start = self.clock.now()
         weight, pattern = linear.weight, self.plan.patterns[linear.name]
         try:
-            solution = self.method.solve(weight, statistic, pattern)
+            with warnings_named(linear.name):
+                solution = self.method.solve(weight, statistic, pattern)
         except ValueError as error:
             raise ValueError(f"{linear.name}: {error}") from error
         error = _relative_error(weight, solution, statistic) if isinstance(statistic, Gram) else None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsekern
-from sparsekern import SparsekernWarning
+from sparsekern import SparseGPT, SparsekernWarning
 from tests.models.families import tiny_ids, tiny_model
 
 QUIET = {"progress": False}
@@ -283,3 +283,11 @@ def test_rows_that_cannot_be_told_from_padding():
     batch = {"input_ids": IDS, "attention_mask": (IDS > 3).long()}
     with pytest.raises(ValueError, match=r"layers.0.linear: an input of shape \(5, 8\) in a padded batch of 2 x 8 tokens"):
         sparsekern.prune(Masked([Routed(), Routed()]), "wanda", calibration=[batch], **QUIET)
+
+
+def test_a_damping_that_had_to_grow_is_reported_with_the_layer(model):
+    model.pruned = True
+    with pytest.warns(SparsekernWarning) as caught:
+        sparsekern.prune(model, SparseGPT(damping=0.0), calibration=tiny_ids(1, 12), **QUIET)
+    grown = [str(w.message) for w in caught if "not positive definite" in str(w.message)]
+    assert grown and all(message.startswith("model.layers.") and ": gram: not positive definite" in message for message in grown)
