@@ -1,6 +1,6 @@
 # make demo    prune SmolLM2-135M to 2:4 and compare it with the dense model
 # make test    build and run the tests             ARGS='-k gram' passes arguments to pytest
-# make bench   run the benchmarks                  ARGS as above
+# make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
 # make lint    ruff
 # make clean   remove what was built
 #
@@ -36,7 +36,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench $(ARGS)
+	$(BIN)/python -m bench.cpu $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ shows the ratios; absolute times from a machine that does other work mean little
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -57,21 +58,56 @@ def measure(benchmark, request):
     """`measure(function, group=..., bytes=..., flops=...)`: times it and stores what share of the ceilings it reaches.
 
     `bytes` is what the operation must read at least, `flops` what it must compute; `setup` runs untimed before each round.
+    `against` is a baseline that is timed between the rounds of `function` (ours, baseline, ours, ...), so that both see the same
+    machine; the ratio of the medians is stored, with the `goal` it is to reach, and the ratio that a kernel at the ceiling would have.
+    `bench.cpu` collects those.
     """
 
-    def run(function, *, group: str, bytes: int = 0, flops: int = 0, ceiling: str = "sgemm_rate", setup=None, rounds: int = 5):
+    def run(
+        function,
+        *,
+        group: str,
+        bytes: int = 0,
+        flops: int = 0,
+        ceiling: str = "sgemm_rate",
+        setup=None,
+        rounds: int = 5,
+        warmup: bool = True,
+        against=None,
+        goal: float | None = None,
+        **notes,
+    ):
         benchmark.group = group
-        result = benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=1)
+        baseline_seconds: list[float] = []
+        if against is not None:
+            setup = _timed(against, baseline_seconds)
+        result = benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=int(warmup))
         if benchmark.stats is None:  # --benchmark-disable: called once, for its assertions
             return result
-        seconds = benchmark.stats.stats.min
-        benchmark.extra_info["threads"] = torch.get_num_threads()
+        stats = benchmark.stats.stats
+        benchmark.extra_info |= {"threads": torch.get_num_threads(), **notes}
+        if against is not None:
+            baseline = statistics.median(baseline_seconds[-rounds:])
+            ratio = baseline / stats.median
+            benchmark.extra_info |= {"baseline_seconds": baseline, "ratio": round(ratio, 3), "goal": goal}
         if bytes:
-            share = bytes / seconds / request.getfixturevalue("read_bandwidth")
+            share = bytes / stats.min / request.getfixturevalue("read_bandwidth")
             benchmark.extra_info |= {"bytes": bytes, "share_of_read_bandwidth": round(share, 3)}
         if flops:
-            share = flops / seconds / request.getfixturevalue(ceiling)
+            rate = request.getfixturevalue(ceiling)
+            share = flops / stats.min / rate
             benchmark.extra_info |= {"flops": flops, f"share_of_{ceiling.removesuffix('_rate')}": round(share, 3)}
+            if against is not None:
+                benchmark.extra_info["ratio_at_ceiling"] = round(baseline * rate / flops, 3)
         return result
 
     return run
+
+
+def _timed(function: Callable[[], object], seconds: list[float]) -> Callable[[], None]:
+    def call() -> None:
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+
+    return call

@@ -1,0 +1,89 @@
+"""Everything that is measured on a CPU, in one command: `python -m bench.cpu`, which is what `make bench` runs.
+
+Runs the op suites under pytest-benchmark and collects each comparison of medians that they took; where LLMCOMPRESSOR_PYTHON names an
+environment with llm-compressor, prunes SmolLM2-135M with both; where `--wikitext` names a folder, measures quality. Figures go to
+`bench/results/<CPU model>-cpu.json`, with a table beside it; those that were not taken this time stay as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import results
+from .results import Row
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("ops", "prune", "quality")
+
+
+def run_ops(pytest_arguments: list[str]) -> list[Row]:
+    """Run the suites and make a row of every benchmark that was timed against a baseline.
+
+    Raises:
+        SystemExit: a benchmark's assertion failed; nothing is recorded then.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
+        file = Path(folder) / "benchmarks.json"
+        command = [sys.executable, "-m", "pytest", "bench/ops", "-q", f"--benchmark-json={file}", "--benchmark-sort=name", *pytest_arguments]
+        if code := subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit(code)
+        taken = json.loads(file.read_text())["benchmarks"]
+    return [_row(benchmark) for benchmark in taken if "ratio" in benchmark["extra_info"]]
+
+
+def _row(benchmark: dict) -> Row:
+    extra, median = benchmark["extra_info"], benchmark["stats"]["median"]
+    goal, ratio = extra["goal"], extra["ratio"]
+    shares = [f"{share:.0%} of {name.removeprefix('share_of_')}" for name, share in extra.items() if name.startswith("share_of_")]
+    return Row(
+        "ops",
+        benchmark["group"],
+        f"{ratio:.2f}x ({', '.join([results.seconds(median), *shares])})",
+        f"{extra['baseline']} {results.seconds(extra['baseline_seconds'])}",
+        _goal(goal, extra),
+        ratio >= goal if goal else None,
+        {"seconds": median, "rounds": benchmark["stats"]["rounds"], **extra},
+    )
+
+
+def _goal(goal: float | None, extra: dict) -> str:
+    if goal is None:
+        return ""
+    ceiling = extra.get("ratio_at_ceiling", goal)
+    return f">= {goal}x" if ceiling >= goal else f">= {goal}x (at the full sgemm rate it would be {ceiling:.1f}x)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=PARTS, help="may be given more than once")
+    parser.add_argument("--llmcompressor", default=os.environ.get("LLMCOMPRESSOR_PYTHON"), metavar="PYTHON")
+    parser.add_argument("--wikitext", type=Path, metavar="FOLDER", help="with valid.txt and test.txt of WikiText-2")
+    arguments, pytest_arguments = parser.parse_known_args()
+    parts = arguments.only or PARTS
+    if "ops" in parts:
+        results.record(run_ops(pytest_arguments))
+    if "prune" in parts:
+        if arguments.llmcompressor:
+            from . import bench_prune
+
+            results.record(bench_prune.compare(arguments.llmcompressor))
+        else:
+            print("prune: not measured, LLMCOMPRESSOR_PYTHON is not set")
+    if "quality" in parts:
+        if arguments.wikitext:
+            from . import quality
+
+            results.record(quality.run(arguments.wikitext, list(quality.TARGETS)))
+        else:
+            print("quality: not measured, --wikitext was not given")
+    print(results.record([]).read_text())
+
+
+if __name__ == "__main__":
+    main()

