@@ -30,7 +30,8 @@ def run_ops(pytest_arguments: list[str]) -> list[Row]:
     """
     with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         file = Path(folder) / "benchmarks.json"
-        command = [sys.executable, "-m", "pytest", "bench/ops", "-q", f"--benchmark-json={file}", "--benchmark-sort=name", *pytest_arguments]
+        paths = [] if any(argument.startswith("bench/") for argument in pytest_arguments) else ["bench/ops"]
+        command = [sys.executable, "-m", "pytest", "-q", f"--benchmark-json={file}", *paths, *pytest_arguments]
         if code := subprocess.run(command, cwd=ROOT).returncode:
             raise SystemExit(code)
         taken = json.loads(file.read_text())["benchmarks"]
