@@ -61,7 +61,8 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    # Not splitlines, which also splits at characters that JSON allows inside a string (U+2028 and such).
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -75,7 +76,10 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
 
 def _parquet_documents(path: Path) -> Iterator[str]:
     parquet = _optional("pyarrow.parquet", "parquet", f"to read {path}")
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
+        raise ValueError(f"text: {path} is not a parquet file ({error})") from error
     if "text" not in file.schema_arrow.names:
         raise ValueError(f"text: {path} has no column 'text' (its columns: {', '.join(file.schema_arrow.names)})")
     for batch in file.iter_batches(columns=["text"]):

@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import re
+import struct
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,18 +38,24 @@ def load(
         A transformers model in evaluation mode.
 
     Raises:
-        ValueError: a folder that holds no model, or an unknown dtype.
+        ValueError: a folder or file that holds no model or a damaged one, one whose weights are not all there (transformers would
+            fill the gaps with random numbers), or an unknown dtype. Weights are read from safetensors or GGUF: nothing is unpickled.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
     """
     from transformers import AutoModelForCausalLM
 
     place, gguf = _locate(source)
-    options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code}
+    options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if gguf:
         options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
-        options |= {"gguf_file": gguf.name, "config": copy.deepcopy(_gguf_config(gguf))}
-    model = _from_pretrained(AutoModelForCausalLM, place, options)
+    else:
+        options["use_safetensors"] = True
+    model, loading = _from_pretrained(AutoModelForCausalLM, source, place, gguf, options)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"model: {str(source)!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them"
+        )
     if gguf:
         _forget_quantization(model)
     return model.eval().to(device)
@@ -59,10 +66,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     place, gguf = _locate(source)
-    options = {"trust_remote_code": trust_remote_code}
-    if gguf:
-        options |= {"gguf_file": gguf.name, "config": copy.deepcopy(_gguf_config(gguf))}
-    return _from_pretrained(AutoTokenizer, place, options)
+    return _from_pretrained(AutoTokenizer, source, place, gguf, {"trust_remote_code": trust_remote_code})
 
 
 def builtin_gguf() -> Path:
@@ -100,13 +104,21 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
     return name, None
 
 
-def _from_pretrained(kind, place: str, options: dict):
+def _from_pretrained(kind, source: str | Path, place: str, gguf: Path | None, options: dict):
+    """`kind.from_pretrained`, whose errors do not say what was being loaded."""
+    from safetensors import SafetensorError
+
     try:
+        if gguf:
+            options |= {"gguf_file": gguf.name, "config": copy.deepcopy(_gguf_config(gguf))}
         return kind.from_pretrained(place, **options)
-    except OSError as error:
-        if Path(place).is_dir():
-            raise
+    except (OSError, ValueError, LookupError, struct.error, SafetensorError) as error:  # the latter three: a damaged file
         reason = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason += " (trust_remote_code=True or --trust-remote-code allows it)"
+        if gguf or Path(place).is_dir():
+            what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
+            raise ValueError(f"model: no {what} can be loaded from {str(source)!r}: {reason}") from error
         raise OSError(f"model: {place!r} is no local folder, and as a hub id it cannot be loaded: {reason}") from error
 
 

@@ -31,6 +31,12 @@ def test_jsonl_file_is_a_document_a_line(tmp_path):
     assert read_documents(tmp_path / "a.jsonl") == ["one\nline", "two"]
 
 
+def test_only_a_newline_ends_a_line_of_jsonl(tmp_path):
+    text = "one\u2028line\x85still the same"
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{text}"}}\r\n{{"text": "two"}}\n', encoding="utf-8", newline="")
+    assert read_documents(tmp_path / "a.jsonl") == [text, "two"]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -121,6 +127,19 @@ def test_parquet_reads_the_text_column(tmp_path, monkeypatch):
     assert read_documents(tmp_path / "a.parquet") == ["one", "two"]
     monkeypatch.setattr(importlib, "import_module", lambda name: FakeParquet({"body": ["one"], "id": [1]}))
     with pytest.raises(ValueError, match=r"a.parquet has no column 'text' \(its columns: body, id\)"):
+        read_documents(tmp_path / "a.parquet")
+
+
+def test_a_file_that_is_no_parquet_file(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_text("nope")
+
+    class Refusing:
+        @staticmethod
+        def ParquetFile(path):  # noqa: N802
+            raise ValueError("magic bytes not found")
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: Refusing)
+    with pytest.raises(ValueError, match=r"text: .*a.parquet is not a parquet file \(magic bytes not found\)"):
         read_documents(tmp_path / "a.parquet")
 
 

@@ -1,8 +1,11 @@
 import importlib.metadata
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sparsekern
 from sparsekern.models.load import BUILTIN, builtin_gguf, load_tokenizer
@@ -49,6 +52,61 @@ def test_what_is_no_model_is_refused(load, tmp_path):
         load("nothing.gguf")
     with pytest.raises(ValueError, match="model: expected builtin:smollm2-135m, the only built-in model, got 'builtin:gpt2'"):
         load("builtin:gpt2")
+
+
+def damaged(folder, tmp_path, name):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if name == "pickled":
+        torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+        (copy / "model.safetensors").unlink()
+    elif name == "truncated":
+        with open(copy / "model.safetensors", "r+b") as file:
+            file.truncate(1000)
+    elif name == "not all there":
+        weights = load_file(copy / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    elif name == "no tokenizer":
+        for file in copy.glob("tokenizer*"):
+            file.unlink()
+    else:
+        (copy / "config.json").write_text("{")
+    return copy
+
+
+@pytest.mark.parametrize(
+    "load, name, message",
+    [
+        (sparsekern.load, "pickled", "no model can be loaded from '.*copy': .*no file named model.safetensors"),
+        (sparsekern.load, "truncated", "no model can be loaded from '.*copy': .*header"),
+        (sparsekern.load, "not all there", "'.*copy' lacks 1 weights of a LlamaForCausalLM, model.layers.1.mlp.up_proj.weight among"),
+        (sparsekern.load, "bad config", "no model can be loaded from '.*copy': .*config.json"),
+        (load_tokenizer, "no tokenizer", "no tokenizer can be loaded from '.*copy': "),
+    ],
+)
+def test_a_damaged_folder_is_refused(folder, tmp_path, load, name, message):
+    """Pickles too, whatever is in them."""
+    with pytest.raises(ValueError, match=f"model: {message}"):
+        load(damaged(folder, tmp_path, name))
+
+
+@pytest.mark.parametrize("content", [b"no magic", b"GGUF", b"GGUF" + 40 * b"\x03"])
+def test_a_damaged_gguf_file_is_refused(tmp_path, content):
+    pytest.importorskip("gguf", reason="the extra sparsekern[gguf] is not installed")
+    (tmp_path / "a.gguf").write_bytes(content)
+    for load, what in ((sparsekern.load, "model"), (load_tokenizer, "tokenizer")):
+        with pytest.raises(ValueError, match=f"model: no {what} can be loaded from '.*a.gguf'"):
+            load(tmp_path / "a.gguf")
+
+
+def test_code_that_a_model_brings_along_is_not_run(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "own.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ValueError, match=r"copy.*\(trust_remote_code=True or --trust-remote-code allows it\)"):
+        sparsekern.load(copy)
 
 
 def test_unknown_dtype(folder):
