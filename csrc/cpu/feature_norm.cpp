@@ -5,12 +5,10 @@
 // the same on any number of threads.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/finite.h"
 #include "cpu/kernels.h"
 
 namespace sparsekern::cpu {
@@ -60,19 +58,6 @@ SPARSEKERN_INLINE bool add_strip(Strip<T> strip, double* squares, double* sums) 
   return finite;
 }
 
-template <class T>
-[[noreturn]] void refuse(const T* x, int64_t features, const uint8_t* mask) {
-  for (int64_t token = 0;; ++token) {
-    for (int64_t j = 0; (mask == nullptr || mask[token] != 0) && j < features; ++j) {
-      const float value = to_float(x[token * features + j]);
-      if (std::isfinite(value)) continue;
-      const std::string text = std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
-      throw std::invalid_argument(
-          "x: expected finite values, got " + text + " at [" + std::to_string(token) + ", " + std::to_string(j) + "]");
-    }
-  }
-}
-
 void add_chunks(const std::vector<double>& partial, int64_t chunks, int64_t features, float* total) {
   for (int64_t j = 0; j < features; ++j) {
     double sum = 0.0;
@@ -83,7 +68,14 @@ void add_chunks(const std::vector<double>& partial, int64_t chunks, int64_t feat
 
 template <class T>
 void accumulate(
-    float* sum_squares, float* sum, const T* x, int64_t tokens, int64_t features, const uint8_t* mask, const Executor& executor) {
+    float* sum_squares,
+    float* sum,
+    const T* x,
+    DType dtype,
+    int64_t tokens,
+    int64_t features,
+    const uint8_t* mask,
+    const Executor& executor) {
   const auto add = Entries<&add_strip<T>>::choose();
   const int64_t chunks = (tokens + kChunkTokens - 1) / kChunkTokens;
   const int64_t strips = (features + kStrip - 1) / kStrip;
@@ -101,7 +93,7 @@ void accumulate(
       if (!add(strip, squares.data() + place, sum == nullptr ? nullptr : sums.data() + place)) finite = false;
     }
   });
-  if (!finite) refuse(x, features, mask);
+  if (!finite) require_finite("x", x, dtype, tokens, features, mask, executor);  // throws, naming the place
   add_chunks(squares, chunks, features, sum_squares);
   if (sum != nullptr) add_chunks(sums, chunks, features, sum);
 }
@@ -119,7 +111,7 @@ void feature_norm_(
     const Executor& executor) {
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    accumulate(sum_squares, sum, static_cast<const T*>(x), tokens, features, row_mask, executor);
+    accumulate(sum_squares, sum, static_cast<const T*>(x), dtype, tokens, features, row_mask, executor);
   });
 }
 
