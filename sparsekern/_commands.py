@@ -44,12 +44,32 @@ def prune_command(arguments: argparse.Namespace) -> None:
     length = _window_length(arguments.length, model)
     evaluation = _Evaluation(arguments, model, tokenizer) if arguments.evaluate else None
     ids = None
-    if method.statistic is not None:
+    if method.statistic is not None or arguments.report_error:
         ids = calibration_ids(arguments.calibration, tokenizer, samples=arguments.samples, length=length, seed=arguments.seed)
     seconds = {"load": time.perf_counter() - start}
     results: dict[str, object] = {}
     if evaluation:
         results["perplexity, dense"] = evaluation.perplexity()
+
+    settings = {
+        "model": arguments.model,
+        "method": _describe(method),
+        "pattern": str(pattern),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if ids is not None:
+        settings["calibration"] = f"{len(ids)} x {length} tokens of {arguments.calibration}, seed {arguments.seed}"
+
+    def complete(report: Report) -> None:
+        if evaluation:
+            results["perplexity, pruned"] = evaluation.perplexity()
+            results["evaluated on"] = evaluation.description
+        results.update(_zeros(model, report))
+        command = shlex.join(arguments.command_line)
+        tokenizer.save_pretrained(out)
+        (out / "README.md").write_text(model_card(model, command=command, results=results, settings=settings), encoding="utf-8")
+        whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
+        (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     report = prune(
         model,
@@ -63,27 +83,12 @@ def prune_command(arguments: argparse.Namespace) -> None:
         exclude=arguments.exclude,
         patterns=patterns,
         batch_size=arguments.batch_size,
+        report_error=arguments.report_error,
+        complete=complete,
     )
     seconds |= {f"prune: {phase}": taken for phase, taken in report.seconds.items() if phase != "total"}
     if evaluation:
-        results["perplexity, pruned"] = evaluation.perplexity()
         seconds["evaluate"] = evaluation.seconds
-        results["evaluated on"] = evaluation.description
-    results |= _zeros(model, report)
-
-    settings = {
-        "model": arguments.model,
-        "method": _describe(method),
-        "pattern": str(pattern),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    if ids is not None:
-        settings["calibration"] = f"{len(ids)} x {length} tokens of {arguments.calibration}, seed {arguments.seed}"
-    command = shlex.join(arguments.command_line)
-    tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(model_card(model, command=command, results=results, settings=settings), encoding="utf-8")
-    whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
-    (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     seconds["total"] = time.perf_counter() - start
     print(_summary(settings, results, seconds))
     print(_next_steps(out))

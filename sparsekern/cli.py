@@ -113,6 +113,11 @@ def _add_prune(commands) -> None:
     settings.add_argument("--damping", type=float, help="share of the mean diagonal added to the Gram matrix")
     settings.add_argument("--block-size", type=int, help="columns in a block")
     settings.add_argument("--scope", help="where a sparsity is counted: block, row or matrix")
+    prune.add_argument(
+        "--report-error",
+        action="store_true",
+        help="report each layer's output error also for wanda and magnitude, which do without a Gram matrix (sparsegpt always does)",
+    )
     prune.add_argument("--evaluate", action="store_true", help="perplexity before and after, on --text")
     _add_text(prune)
     prune.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")

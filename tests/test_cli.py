@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
+from sparsekern import _commands
 from sparsekern.cli import main
 from sparsekern.pruning import pipeline
 from tests import tiny
@@ -130,6 +131,40 @@ def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["resumed_blocks"] == 2
     assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_run_killed_after_the_last_block_loses_nothing(prune, text, tmp_path, monkeypatch, capsys):
+    """The pruned model is saved, but not its tokenizer, card and results: the folder must still be one to go on with."""
+    evaluation, calls = ("--evaluate", "--text", text, "--windows", "1"), []
+
+    def killed(*_, **__):
+        calls.append(1)
+        if len(calls) == 2:  # the first is the dense model's
+            raise KeyboardInterrupt
+        return 1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_commands, "perplexity", killed)
+        assert prune(*evaluation) == 130
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+    def unneeded(*_, **__):
+        raise AssertionError("all blocks are done: no hidden states are needed")
+
+    monkeypatch.setattr(pipeline, "Activations", unneeded)
+    assert prune(*evaluation, "--resume") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["resumed_blocks"] == 3 and report["results"]["perplexity, pruned"] > 1
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("the fox")["input_ids"]) == 2
+    assert (tmp_path / "out" / "README.md").exists() and not (tmp_path / "out" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_the_error_of_methods_without_a_gram_matrix(prune, tmp_path, method):
+    assert prune("--method", method) == 0
+    assert prune("--method", method, "--report-error", out="with") == 0
+    found = [json.loads((tmp_path / name / "report.json").read_text())["layers"] for name in ("out", "with")]
+    assert all(layer["error"] is None for layer in found[0]) and all(0 < layer["error"] < 1 for layer in found[1])
 
 
 @pytest.mark.parametrize(

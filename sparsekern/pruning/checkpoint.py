@@ -63,7 +63,7 @@ class Checkpoint:
         path = self.folder / STATE
         try:
             found = json.loads(path.read_bytes())
-            settings, environment, version = found["settings"], found["environment"], found["format"]
+            settings, environment, version = dict(found["settings"]), dict(found["environment"]), found["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"out: {path} is not a checkpoint's state ({error}); remove {self.folder} to start anew") from error
         if version != FORMAT:
@@ -88,6 +88,9 @@ class Checkpoint:
         metadata = {"layers": json.dumps([asdict(layer) for layer in layers])}
         write_atomically(self._path(index), save(tensors, metadata))
 
+    def holds(self, index: int) -> bool:
+        return self._path(index).exists()
+
     def load(self, index: int, linears: Sequence[Linear]) -> tuple[dict[str, torch.Tensor], list[LayerReport]] | None:
         """The weights and reports of block `index`, or None where it is not finished.
 
@@ -97,7 +100,7 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         path = self._path(index)
-        if not path.exists():
+        if not self.holds(index):
             return None
         try:
             with safe_open(path, framework="pt") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
@@ -46,6 +46,7 @@ def prune(
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
     report_error: bool = False,
+    complete: Callable[[Report], None] | None = None,
 ) -> Report:
     """Prune the linears of a transformers decoder in place, and say what was done.
 
@@ -70,6 +71,8 @@ def prune(
         batch_size: samples run at once where `calibration` is one tensor; None chooses. A matter of speed and memory only.
         report_error: take a Gram matrix just to report each layer's error also for methods that do without one (Wanda, magnitude).
             It costs about as much as the forwards. SparseGPT always reports it.
+        complete: called with the report once model and report are in `out`, while the checkpoint is still there: puts whatever else
+            belongs in the folder. A run killed meanwhile can be resumed, and then needs only to do this again.
 
     Returns:
         A `Report`: each layer's pattern, sparsity, error and seconds. `print` it or write it with `to_json`.
@@ -117,6 +120,8 @@ def prune(
     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
     if out is not None:
         report.to_json(os.path.join(out, "report.json"))
+        if complete is not None:
+            complete(report)
         finish(out)
     return report
 
@@ -142,20 +147,22 @@ class _Run:
 
     def prune_all(self) -> None:
         blocks, outside = self.plan.blocks, self.plan.outside_linears
-        if self.batches:
+        parts = (*self.plan.block_linears, outside)
+        planned = [index for index, linears in enumerate(parts) if linears]
+        batches = self.batches
+        if self.checkpoint and all(map(self.checkpoint.holds, planned)):
+            batches = None  # nothing is left to solve, so no hidden states are needed
+        if batches:
             with self.clock.phase("capture"):
-                self.probe = probe(self.model, blocks, self.plan.linears, self.batches[0], to_the_end=bool(outside))
-                self.activations = Activations(self.model, blocks, self.batches, self.probe.returns_tuple)
-        last = max((i for i, linears in enumerate(self.plan.block_linears) if linears), default=-1)
-        if outside:
-            last = len(blocks.modules)
+                self.probe = probe(self.model, blocks, self.plan.linears, batches[0], to_the_end=bool(outside))
+                self.activations = Activations(self.model, blocks, batches, self.probe.returns_tuple)
         resuming = True
-        for index, linears in enumerate((*self.plan.block_linears, outside)):
+        for index, linears in enumerate(parts):
             if linears:
                 resuming = resuming and self._restore(index, linears)
                 if not resuming:
                     self._prune_block(index, linears)
-            if self.batches and index < last:
+            if batches and index < planned[-1]:
                 with self.clock.phase("forward"):
                     self.activations.advance(index)
 

@@ -210,7 +210,7 @@ def test_a_block_of_other_layers_is_refused(unfinished):
         run(unfinished, resume=True)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "settings": 3, "environment": {}}'])
 def test_a_damaged_state_is_refused(unfinished, content):
     (unfinished / "checkpoint" / "state.json").write_text(content)
     with pytest.raises(ValueError, match="state.json is not a checkpoint's state .* to start anew"):
