@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +40,24 @@ def check_square(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype] =
     check_tensor(name, value, ndim=2, dtypes=dtypes)
     if value.shape[0] != value.shape[1]:
         raise ValueError(f"{name}: expected a square matrix, got shape {tuple(value.shape)}")
+
+
+def check_whole(name: str, value: int, least: int | None = None) -> None:
+    """Raise `TypeError` or `ValueError` unless `value` is a whole number, numpy's and traced ones included, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_finite_number(name: str, value: float, least: float = -math.inf) -> None:
+    """Raise `TypeError` or `ValueError` unless `value` is a finite number, traced ones included, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least:g}, got {value}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def check_row_mask(row_mask: torch.Tensor | None, x: torch.Tensor) -> None:

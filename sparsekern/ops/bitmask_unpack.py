@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import HALF_OR_FLOAT, check_tensor
+from ._checks import HALF_OR_FLOAT, check_tensor, check_whole
 from ._registry import define_op, sample
 from .bitmask_pack import reference as pack
 from .bitmask_pack import sparse_weight
@@ -28,8 +28,7 @@ def bitmask_unpack(values: torch.Tensor, bitmask: torch.Tensor, features: int) -
             Both are checked before any value is read, so damaged or hostile input is refused.
     """
     check_tensor("values", values, ndim=1, dtypes=HALF_OR_FLOAT)
-    if features < 0:
-        raise ValueError(f"features: expected at least 0, got {features}")
+    check_whole("features", features, 0)
     shape = (None, (features + 7) // 8)
     check_tensor("bitmask", bitmask, ndim=2, dtypes=(torch.uint8,), shape=shape, device=values.device)
     return _op(values, bitmask, features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import HALF_OR_FLOAT, check_finite, check_row_mask, check_square, check_tensor
+from ._checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_row_mask, check_square, check_tensor
 from ._registry import define_op, sample
 
 SCHEMA = "(Tensor(a!) gram, Tensor x, *, Tensor? row_mask=None, float alpha=1.0) -> ()"
@@ -28,13 +28,15 @@ def gram_(
         `gram`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in a row of `x` that is used (`gram` is then unchanged).
+        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in `alpha` or in a row of `x` that is used (`gram` is then
+            unchanged).
 
     Source: `H = X^T X`, Frantar and Alistarh, SparseGPT, 2023, section 3.
     """
     check_square("gram", gram)
     check_tensor("x", x, ndim=2, dtypes=HALF_OR_FLOAT, shape=(None, gram.shape[0]), device=gram.device)
     check_row_mask(row_mask, x)
+    check_finite_number("alpha", alpha)
     _op(gram, x, row_mask=row_mask, alpha=alpha)
     return gram
 

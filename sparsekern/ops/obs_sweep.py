@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..pattern import NM, Pattern, parse_pattern, pruned_count
-from ._checks import HALF_OR_FLOAT, check_finite, check_square, check_tensor
+from ._checks import HALF_OR_FLOAT, check_finite, check_square, check_tensor, check_whole
 from ._registry import define_op, sample
 
 SCHEMA = (
@@ -56,8 +56,7 @@ def obs_sweep(
     check_tensor("factor", factor, ndim=2, dtypes=(torch.float32,), shape=(weight.shape[1],) * 2, device=weight.device)
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    if block_size < 1:
-        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    check_whole("block_size", block_size, 1)
     if (pattern is None) == (mask is None):
         raise ValueError("pattern, mask: expected exactly one of them")
     if mask is not None:

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from .._warnings import SparsekernWarning
-from ._checks import check_finite, check_square
+from ._checks import check_finite, check_finite_number, check_square
 from ._registry import define_op, sample
 
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor factor, Tensor damping_used)"
@@ -35,14 +35,13 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
         `V`, `[features, features]` float32, zero below the diagonal.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape, negative damping, NaN or Inf in `gram` (damping cannot help there: an input
+        TypeError, ValueError: wrong dtype or shape, negative or infinite damping, NaN or Inf in `gram` (damping cannot help there: an input
             of the layer was not finite), or a matrix that is indefinite in float64 too.
 
     Source: the reversed-order Cholesky factor; equal to the inverse of the `chol(H^-1)` of Frantar and Alistarh, SparseGPT, 2023.
     """
     check_square("gram", gram)
-    if not damping >= 0:
-        raise ValueError(f"damping: expected at least 0, got {damping}")
+    check_finite_number("damping", damping, 0)
     factor, damping_used = _op(gram, damping)
     if not torch.compiler.is_compiling() and factor.device.type == "cpu":
         _report_departure(damping, float(damping_used))

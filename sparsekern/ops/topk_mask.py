@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import HALF_OR_FLOAT, check_no_nan, check_tensor
+from ._checks import HALF_OR_FLOAT, check_no_nan, check_tensor, check_whole
 from ._registry import define_op, sample
 
 SCHEMA = '(Tensor scores, int k, *, str scope="row") -> Tensor'
@@ -33,6 +33,7 @@ def topk_mask(scores: torch.Tensor, k: int, *, scope: str = "row") -> torch.Tens
     check_tensor("scores", scores, ndim=2, dtypes=HALF_OR_FLOAT)
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    check_whole("k", k)
     available = scores.shape[1] if scope == "row" else scores.numel()
     if not 0 <= k <= available:
         raise ValueError(f"k: expected 0 to {available} for scope '{scope}' of scores {tuple(scores.shape)}, got {k}")

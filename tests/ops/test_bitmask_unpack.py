@@ -56,6 +56,8 @@ def test_arguments_are_refused():
         bitmask_unpack(values, bitmask, 17)
     with pytest.raises(ValueError, match="features: expected at least 0, got -1"):
         bitmask_unpack(values, bitmask, -1)
+    with pytest.raises(TypeError, match="features: expected a whole number, got 13.0"):
+        bitmask_unpack(values, bitmask, 13.0)
     with pytest.raises(TypeError, match="bitmask: expected dtype uint8, got bool"):
         bitmask_unpack(values, bitmask.bool(), 13)
     with pytest.raises(ValueError, match=r"values: expected 1 dimensions, got shape \(5, 13\)"):

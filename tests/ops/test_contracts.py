@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from sparsekern import ops
 from sparsekern.ops._library import LIBRARIES
 from sparsekern.ops._registry import NAMESPACE, OPS, Op, Sample
 from tests.conftest import COMPILED, ISAS, cpu_has
@@ -112,6 +113,31 @@ def test_compiles_into_one_graph(op):
         compiled = torch.compile(lambda *a, **k: op.overload(*a, **k), fullgraph=True, backend="aot_eager")
         sample = samples(op)[-1]
         assert_same(op, call(compiled, sample), call(op.overload, sample))
+
+
+def test_the_wrappers_compile_into_one_graph():
+    """With their checks and parsed patterns, and again for other sizes."""
+
+    def layer(weight, x):
+        features = x.shape[1]
+        gram = ops.gram_(torch.zeros(features, features), x, row_mask=torch.arange(len(x)) > 3, alpha=0.5)
+        factor = ops.reverse_cholesky(ops.gram_symmetrize_(gram), damping=0.01)
+        norm = ops.feature_norm_(torch.zeros(features), x)
+        new_weight, mask, error = ops.obs_sweep(weight, factor, pattern="2:4", block_size=32)
+        again = ops.obs_sweep(weight, factor, mask=ops.nm_mask(weight, "2:4"))[0]
+        sparse = ops.obs_sweep(weight, factor, pattern=0.5, scope="row")[0]
+        unpacked = ops.nm_unpack(*ops.nm_pack(new_weight.bfloat16()))
+        values, bitmask = ops.bitmask_pack(sparse)
+        kept = ops.topk_mask(weight, features // 2)
+        return gram, norm, new_weight, mask, error, again, unpacked, ops.bitmask_unpack(values, bitmask, features), kept
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for rows, features in ((32, 64), (64, 96)):
+            weight, x = torch.randn(rows, features), torch.randn(2 * features, features)
+            for got, want in zip(compiled(weight, x), layer(weight, x), strict=True):
+                assert torch.equal(got, want)
 
 
 @EVERY_OP

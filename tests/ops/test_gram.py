@@ -96,6 +96,8 @@ def test_the_first_value_that_is_not_finite_is_named_and_nothing_changes(isa, dt
         (torch.zeros(3, 3), torch.zeros(2, 3, device="meta"), {}, ValueError, "x: expected device cpu, got meta"),
         (torch.zeros(3, 3), [[1.0]], {}, TypeError, "x: expected a tensor, got list"),
         (torch.zeros(3, 3), torch.zeros(2, 3), {"row_mask": torch.ones(3) > 0}, ValueError, r"row_mask: expected shape \(2,\)"),
+        (torch.zeros(3, 3), torch.zeros(2, 3), {"alpha": float("nan")}, ValueError, "alpha: expected a finite number, got nan"),
+        (torch.zeros(3, 3), torch.zeros(2, 3), {"alpha": "1"}, TypeError, "alpha: expected a number, got '1'"),
         (torch.zeros(3, 3), torch.zeros(2, 3), {"row_mask": torch.ones(2)}, TypeError, "row_mask: expected dtype bool"),
     ],
 )

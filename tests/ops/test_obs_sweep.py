@@ -194,6 +194,7 @@ def test_values_that_are_not_finite_are_named(isa, function, bad):
         ({"pattern": "3:5"}, ValueError, "weight: expected input features divisible by M=5 for pattern '3:5', got 8"),
         ({"pattern": 0.5, "scope": "column"}, ValueError, "scope: expected one of block, row, matrix, got 'column'"),
         ({"pattern": 0.5, "block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
+        ({"pattern": 0.5, "block_size": 1.5}, TypeError, "block_size: expected a whole number, got 1.5"),
         ({"mask": torch.ones(4, 8)}, TypeError, "mask: expected dtype bool, got float32"),
         ({"mask": torch.ones(4, 7) > 0}, ValueError, r"mask: expected shape \(4, 8\), got \(4, 7\)"),
         ({"pattern": 0.5, "factor": torch.eye(7)}, ValueError, r"factor: expected shape \(8, 8\), got \(7, 7\)"),

@@ -112,7 +112,9 @@ def test_values_that_are_not_finite_are_named(isa, function, bad):
     ("gram", "damping", "error", "message"),
     [
         (torch.eye(3), -0.1, ValueError, "damping: expected at least 0, got -0.1"),
-        (torch.eye(3), math.nan, ValueError, "damping: expected at least 0, got nan"),
+        (torch.eye(3), math.nan, ValueError, "damping: expected a finite number, got nan"),
+        (torch.eye(3), math.inf, ValueError, "damping: expected a finite number, got inf"),
+        (torch.eye(3), "0.01", TypeError, "damping: expected a number, got '0.01'"),
         (torch.zeros(2, 3), 0.01, ValueError, r"gram: expected a square matrix, got shape \(2, 3\)"),
         (torch.eye(3).half(), 0.01, TypeError, "gram: expected dtype float32, got float16"),
     ],

@@ -83,6 +83,7 @@ def test_the_first_nan_is_named(isa, dtype, scope):
     ("arguments", "error", "message"),
     [
         ((torch.zeros(2, 3), 4), ValueError, r"k: expected 0 to 3 for scope 'row' of scores \(2, 3\), got 4"),
+        ((torch.zeros(2, 3), 1.5), TypeError, "k: expected a whole number, got 1.5"),
         ((torch.zeros(2, 3), -1), ValueError, "k: expected 0 to 3 .* got -1"),
         ((torch.zeros(2, 3, dtype=torch.float64), 1), TypeError, "scores: expected dtype .* got float64"),
         ((torch.zeros(3), 1), ValueError, r"scores: expected 2 dimensions, got shape \(3,\)"),
