@@ -17,7 +17,7 @@ from .data import calibration_ids, encode, perplexity, read_documents
 from .methods import METHODS, Method
 from .models.load import DTYPES, load, load_tokenizer
 from .pattern import Pattern, parse_pattern
-from .pruning import Report, prune
+from .pruning import Report, check_seed, prune
 from .runtime import check_format, check_output_folder, check_space, model_card, versions
 
 DEFAULT_LENGTH = 2048
@@ -36,6 +36,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
     _checked(lambda: _check_out(out, arguments.resume))
     device = _checked(lambda: _device(arguments.device))
     _checked(lambda: _check_counts(arguments, ("samples", "length", "windows", "batch_size")))
+    _checked(lambda: check_seed(arguments.seed))
 
     start = time.perf_counter()
     _say(f"loading {arguments.model}")

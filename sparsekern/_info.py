@@ -90,7 +90,7 @@ def _cpu(native: str) -> dict[str, str]:
     try:
         in_use = library.current_isa()
     except ValueError as error:
-        in_use = str(error)
+        in_use = f"none: {error}"
     return {"detected": library.detected_isa(), "in use": in_use, **found}
 
 
@@ -108,6 +108,8 @@ def _backends(op: str, libraries: dict[str, str], isa: str) -> dict[str, str]:
     cpu, cuda = libraries["_C"], libraries["_C_cuda"]
     if cpu == "loaded":
         cpu = f"yes ({isa})" if _has_kernel(op, "CPU") else "no kernel: the reference runs"
+        if isa.startswith("none: "):
+            cpu = isa.removeprefix("none: ")
     if cuda == "loaded":
         cuda = "yes" if _has_kernel(op, "CUDA") else "no kernel: the reference runs"
     return {"reference": "yes", "cpu": cpu, "cuda": cuda, "triton": "no kernel"}

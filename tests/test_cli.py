@@ -188,6 +188,7 @@ def test_the_error_of_methods_without_a_gram_matrix(prune, tmp_path, method):
         (["--samples", "0"], "samples: expected at least 1, got 0"),
         (["--batch-size", "0"], "batch-size: expected at least 1, got 0"),
         (["--windows", "0"], "windows: expected at least 1, got 0"),
+        (["--seed", "99999999999999999999"], "seed: expected a whole number from 0 to 2**63 - 1, got 99999999999999999999"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(prune, capsys, arguments, message):

@@ -48,7 +48,9 @@ def test_instruction_sets(monkeypatch):
     monkeypatch.setenv("SPARSEKERN_CPU_ISA", "scalar")
     assert sparsekern.info().cpu["in use"] == "scalar"
     monkeypatch.setenv("SPARSEKERN_CPU_ISA", "mmx")
-    assert sparsekern.info().cpu["in use"].startswith("SPARSEKERN_CPU_ISA: expected scalar, avx2, avx512")
+    reason = "SPARSEKERN_CPU_ISA: expected scalar, avx2, avx512"
+    assert sparsekern.info().cpu["in use"].startswith(f"none: {reason}")
+    assert sparsekern.info().ops["gram_"]["cpu"].startswith(reason) and f"[1] {reason}" in str(sparsekern.info())
 
 
 def test_an_absent_package_says_what_it_is_for():

@@ -1,6 +1,6 @@
 """The block-by-block pipeline: calibration batches in, a pruned model and a report out."""
 
-from .pipeline import prune
+from .pipeline import check_seed, prune
 from .report import LayerReport, Report
 
-__all__ = ["LayerReport", "Report", "prune"]
+__all__ = ["LayerReport", "Report", "check_seed", "prune"]

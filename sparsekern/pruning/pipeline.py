@@ -85,6 +85,7 @@ def prune(
     """
     start = time.perf_counter()
     method = resolve_method(method)
+    check_seed(seed)
     plan = make_plan(model, pattern, patterns, include, exclude)
     kind = "gram" if report_error else method.statistic
     batches = _batches_for(model, method, calibration, batch_size) if kind else None
@@ -256,6 +257,12 @@ def _relative_error(weight: torch.Tensor, solution: Solution, statistic: Gram) -
         row_error = statistic.row_energy(solution.weight.float() - weight.float())
     energy = float(statistic.row_energy(weight).sum())
     return float(row_error.sum()) / energy if energy else 0.0
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` unless every generator takes `seed`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
 def _batches_for(model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:

@@ -58,10 +58,11 @@ def check_format(format: str) -> None:
 
 
 def check_output_folder(path: str | os.PathLike) -> None:
-    """Raise `FileExistsError` unless `path` is new or an empty folder."""
+    """Raise `FileExistsError` unless `path` is new or an empty folder, and could be made."""
     path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"out: {str(path)!r} is a file, expected a folder")
+    for file in (path, *path.parents):
+        if file.exists() and not file.is_dir():
+            raise FileExistsError(f"out: {str(file)!r} is a file, expected a folder")
     held = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     if held:
         shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")

@@ -53,6 +53,8 @@ def model():
         ({"calibration": torch.full((2, 8), -1)}, ValueError, "token ids from 0 to 95, got -1"),
         ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1, got 0"),
         ({"resume": True}, ValueError, "resume: expected out"),
+        ({"seed": -1}, ValueError, r"seed: expected a whole number from 0 to 2\*\*63 - 1, got -1"),
+        ({"seed": "now"}, ValueError, "seed: expected a whole number .* got 'now'"),
     ],
 )
 def test_refused_before_any_work(model, arguments, error, message):

@@ -241,8 +241,9 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, resume):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(FileExistsError, match="out: .* is a file, expected a folder"):
-        run(tmp_path / "out")
+    for out in (tmp_path / "out", tmp_path / "out" / "below" / "it"):
+        with pytest.raises(FileExistsError, match="out: '.*/out' is a file, expected a folder"):
+            run(out)
 
 
 def test_resuming_nothing_starts(tmp_path):
