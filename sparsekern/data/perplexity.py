@@ -27,8 +27,8 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, length: int = 2048, *,
         A float; `inf` where the mean exceeds what `exp` can hold.
 
     Raises:
-        ValueError: fewer tokens than one window; a window longer than the model's positions; NaN or Inf in the model's output.
-        TypeError: `ids` is not an integer tensor.
+        ValueError: fewer tokens than one window; a window longer than the model's positions; ids that the model does not know; NaN or Inf in the model's output.
+        TypeError: `ids` is not an integer tensor, or `model` no model.
 
     Source: the protocol of the GPTQ and SparseGPT papers (raw text joined, windows of 2048).
     """
@@ -51,11 +51,20 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, length: int = 2048, *,
 def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
         raise TypeError("ids: expected an integer tensor [tokens] or [rows, tokens]")
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
     if length < 2:
         raise ValueError(f"length: expected at least 2, got {length}")
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"length: expected at most {positions}, the positions of this model, got {length}")
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError(
+            f"ids: expected token ids from 0 to {'' if vocabulary is None else vocabulary - 1}, got {low if low < 0 else high}; "
+            "is this the model's own tokenizer?"
+        )
     rows = ids if ids.dim() == 2 else ids[None]
     if rows.shape[1] < length or not len(rows):
         raise ValueError(f"ids: one window of length {length} needs {length} tokens, got {rows.numel()}")

@@ -59,7 +59,13 @@ class Batch:
         return None if rows % self.shape[0] else self.first_sample + row // (rows // self.shape[0])
 
 
-def as_batches(calibration: Calibration, batch_size: int | None, device: torch.device, vocabulary: int | None) -> list[Batch]:
+def as_batches(
+    calibration: Calibration,
+    batch_size: int | None,
+    device: torch.device,
+    vocabulary: int | None,
+    positions: int | None = None,
+) -> list[Batch]:
     """Check calibration data and cut it into batches on `device`.
 
     Args:
@@ -67,9 +73,10 @@ def as_batches(calibration: Calibration, batch_size: int | None, device: torch.d
             `attention_mask` (0 at padding).
         batch_size: samples in a batch where `calibration` is one tensor; None chooses about 2048 tokens.
         vocabulary: ids must be below it, where it is known.
+        positions: samples must not be longer, where it is known.
 
     Raises:
-        TypeError, ValueError: other types, wrong shapes, no tokens, ids that the model does not know.
+        TypeError, ValueError: other types, wrong shapes, no tokens, ids that the model does not know, samples that are too long.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
@@ -79,10 +86,16 @@ def as_batches(calibration: Calibration, batch_size: int | None, device: torch.d
         _check_ids(calibration, vocabulary)
         size = batch_size or max(1, TOKENS_PER_BATCH // max(calibration.shape[1], 1))
         calibration = calibration.split(size)
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration: expected token ids or an iterable of batches, got {calibration!r}")
     batches, samples = [], 0
     for given in calibration:
         batch = _as_batch(given, samples, device, vocabulary)
         samples += batch.shape[0]
+        if positions is not None and batch.shape[1] > positions:
+            raise ValueError(
+                f"calibration: expected samples of at most {positions} tokens, the positions of this model, got {batch.shape[1]}"
+            )
         batches.append(batch)
     if not sum(batch.tokens for batch in batches):
         raise ValueError("calibration: expected at least one token, got none")

@@ -84,6 +84,8 @@ def prune(
         OSError: no space left in `out`; the blocks finished before are intact.
     """
     start = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
     method = resolve_method(method)
     check_seed(seed)
     plan = make_plan(model, pattern, patterns, include, exclude)
@@ -269,9 +271,9 @@ def _batches_for(model: nn.Module, method: Method, calibration: Calibration | No
     if calibration is None:
         raise ValueError(f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None")
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return as_batches(
-        calibration, batch_size, next(model.parameters()).device, getattr(embeddings, "num_embeddings", None)
-    )
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary, positions)
 
 
 def _check_saveable(model: nn.Module) -> None:

@@ -29,10 +29,13 @@ def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense",
         `path`.
 
     Raises:
+        TypeError: a model without `save_pretrained`.
         ValueError: an unknown format.
         FileExistsError: `path` is a file, or a folder that holds something.
         OSError: no space left; nothing is left behind then.
     """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     check_format(format)
     path = Path(path).expanduser().absolute()
     check_output_folder(path)

@@ -51,6 +51,8 @@ def model():
         ({"calibration": ["text"]}, TypeError, "expected token tensors or mappings with 'input_ids', got str"),
         ({"calibration": torch.full((2, 8), 96)}, ValueError, "token ids from 0 to 95, got 96; is this the model's own tokenizer"),
         ({"calibration": torch.full((2, 8), -1)}, ValueError, "token ids from 0 to 95, got -1"),
+        ({"calibration": 5}, TypeError, "calibration: expected token ids or an iterable of batches, got 5"),
+        ({"calibration": torch.zeros(2, 65).long()}, ValueError, "samples of at most 64 tokens, the positions of this model, got 65"),
         ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1, got 0"),
         ({"resume": True}, ValueError, "resume: expected out"),
         ({"seed": -1}, ValueError, r"seed: expected a whole number from 0 to 2\*\*63 - 1, got -1"),
@@ -60,6 +62,11 @@ def model():
 def test_refused_before_any_work(model, arguments, error, message):
     with pytest.raises(error, match=message):
         sparsekern.prune(model, **{"calibration": tiny_ids(), **QUIET, **arguments})
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match="model: expected a transformers model, got str; sparsekern.load makes one of a name"):
+        sparsekern.prune("gpt2", "magnitude")
 
 
 def test_only_padding(model):

@@ -64,3 +64,8 @@ def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
 def test_unknown_formats(tmp_path, format, message):
     with pytest.raises(ValueError, match=message):
         sparsekern.save(tiny.llama(), tmp_path / "out", format=format)
+
+
+def test_only_a_transformers_model_can_be_saved(tmp_path):
+    with pytest.raises(TypeError, match="model: expected a transformers model, got Linear"):
+        sparsekern.save(torch.nn.Linear(2, 2), tmp_path / "out")
