@@ -143,6 +143,11 @@ def test_dead_feature_and_few_tokens_are_said_once(model):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_few_tokens_are_no_matter_for_a_method_without_damping(model):
+    model.pruned = True
+    sparsekern.prune(model, "wanda", calibration=tiny_ids(1, 12), report_error=True, **QUIET)  # a warning would be an error
+
+
 def test_a_model_without_linears(model):
     with pytest.raises(ValueError, match="model: found no linear layers in Sequential"):
         sparsekern.prune(nn.Sequential(nn.LayerNorm(4)), "magnitude", **QUIET)
