@@ -16,6 +16,7 @@ import torch
 from .data import calibration_ids, encode, perplexity, read_documents
 from .methods import METHODS, Method
 from .models.load import DTYPES, load, load_tokenizer
+from .ops._library import check_isa
 from .pattern import Pattern, parse_pattern
 from .pruning import Report, check_seed, prune
 from .runtime import check_format, check_output_folder, check_space, model_card, versions
@@ -37,6 +38,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
     device = _checked(lambda: _device(arguments.device))
     _checked(lambda: _check_counts(arguments, ("samples", "length", "windows", "batch_size")))
     _checked(lambda: check_seed(arguments.seed))
+    _checked(check_isa)
 
     start = time.perf_counter()
     _say(f"loading {arguments.model}")

@@ -38,3 +38,9 @@ def _load(name: str) -> None:
         LIBRARIES[name] = Library(name, False, str(error))
     else:
         LIBRARIES[name] = Library(name, True, "")
+
+
+def check_isa() -> None:
+    """Raise `ValueError` if `SPARSEKERN_CPU_ISA` names no instruction set, or one that this CPU lacks: before the first op does."""
+    if LIBRARIES["_C"].loaded:
+        importlib.import_module("sparsekern._C").current_isa()

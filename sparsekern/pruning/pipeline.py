@@ -19,6 +19,7 @@ from torch import nn
 from ..methods import Method, Solution, resolve_method
 from ..methods.base import StatisticKind
 from ..models import Linear
+from ..ops._library import check_isa
 from ..pattern import parse_pattern
 from .activations import OUTSIDE, Activations, probe
 from .calibration import Batch, Calibration, as_batches
@@ -88,6 +89,7 @@ def prune(
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
     method = resolve_method(method)
     check_seed(seed)
+    check_isa()
     plan = make_plan(model, pattern, patterns, include, exclude)
     kind = "gram" if report_error else method.statistic
     batches = _batches_for(model, method, calibration, batch_size) if kind else None

@@ -8,6 +8,7 @@ from torch import nn
 
 import sparsekern
 from sparsekern import SparseGPT, SparsekernWarning
+from sparsekern.ops._library import LIBRARIES
 from tests.models.families import tiny_ids, tiny_model
 
 QUIET = {"progress": False}
@@ -305,3 +306,11 @@ def test_a_damping_that_had_to_grow_is_reported_with_the_layer(model):
         sparsekern.prune(model, SparseGPT(damping=0.0), calibration=tiny_ids(1, 12), **QUIET)
     grown = [str(w.message) for w in caught if "not positive definite" in str(w.message)]
     assert grown and all(message.startswith("model.layers.") and ": gram: not positive definite" in message for message in grown)
+
+
+@pytest.mark.skipif(not LIBRARIES["_C"].loaded, reason="no compiled library, so no instruction set to choose")
+def test_an_instruction_set_that_is_none_is_refused_before_any_work(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKERN_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="^SPARSEKERN_CPU_ISA: expected scalar, avx2, .* got 'mmx'"):
+        sparsekern.prune(model, calibration=tiny_ids(), out=tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()
