@@ -9,7 +9,7 @@
 // which is the layout in which the next product reads it.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <vector>

@@ -43,7 +43,7 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     check_square("gram", gram)
     check_finite_number("damping", damping, 0)
     factor, damping_used = _op(gram, damping)
-    if not torch.compiler.is_compiling() and factor.device.type == "cpu":
+    if not torch.compiler.is_compiling() and not factor.is_meta:
         _report_departure(damping, float(damping_used))
     return factor
 
