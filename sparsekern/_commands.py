@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from .backends.libraries import check_isa
 from .data import calibration_ids, encode, perplexity, read_documents
 from .methods import METHODS, Method
 from .models.load import DTYPES, load, load_tokenizer
-from .ops._library import check_isa
 from .pattern import Pattern, parse_pattern
 from .pruning import Report, check_seed, prune
 from .runtime import check_format, check_output_folder, check_space, model_card, versions

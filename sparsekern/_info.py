@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import __version__
+from . import __version__, backends
 
 PACKAGES = {  # name: what it is needed for, where it is optional
     "torch": "",
@@ -24,6 +24,7 @@ PACKAGES = {  # name: what it is needed for, where it is optional
     "datasets": "hf: text, pip install 'sparsekern[datasets]'",
 }
 ABSENT = "-"
+TAKEN = ("cuda", "triton", backends.REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Info:
         cpu: the instruction sets detected and in use, and torch's threads.
         devices: the CUDA devices that torch sees, by name and compute capability.
         libraries: the compiled libraries; `"loaded"` or the reason why not.
-        ops: for each op, each backend's state: `"yes"`, `"yes (<instruction set>)"`, or the reason why not.
+        ops: for each op, each backend's state: `"yes"`, `"yes (<instruction set>)"`, or the reason why not; and which of them is
+            taken on CUDA devices for a call that it supports (`use` and `SPARSEKERN_BACKENDS` included).
     """
 
     versions: dict[str, str]
@@ -60,7 +62,7 @@ def info() -> Info:
 
     Loads transformers no more than a version look-up does, and never initialises CUDA unless this torch has it.
     """
-    from .ops._library import LIBRARIES
+    from .backends.libraries import LIBRARIES
     from .ops._registry import OPS
 
     libraries = {name: "loaded" if library.loaded else library.reason for name, library in LIBRARIES.items()}
@@ -105,14 +107,20 @@ def _devices() -> list[str]:
 
 
 def _backends(op: str, libraries: dict[str, str], isa: str) -> dict[str, str]:
-    cpu, cuda = libraries["_C"], libraries["_C_cuda"]
+    cpu = libraries["_C"]
     if cpu == "loaded":
         cpu = f"yes ({isa})" if _has_kernel(op, "CPU") else "no kernel: the reference runs"
         if isa.startswith("none: "):
             cpu = isa.removeprefix("none: ")
-    if cuda == "loaded":
-        cuda = "yes" if _has_kernel(op, "CUDA") else "no kernel: the reference runs"
-    return {"reference": "yes", "cpu": cpu, "cuda": cuda, "triton": "no kernel"}
+    on_devices = {backend: _state_on_devices(op, backend) for backend in ("cuda", "triton")}
+    return {"reference": "yes", "cpu": cpu, **on_devices, "taken on CUDA": backends.preferred(op)}
+
+
+def _state_on_devices(op: str, backend: str) -> str:
+    if all(implementation.name != backend for implementation in backends.implementations(op)):
+        return "no kernel"
+    available = backends.availability(backend)
+    return "yes" if available.ok else available.reason
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -124,7 +132,7 @@ def _op_table(ops: dict[str, dict[str, str]]) -> list[str]:
     notes: dict[str, int] = {}
 
     def cell(state: str) -> str:
-        if state.startswith("yes"):
+        if state.startswith("yes") or state in TAKEN:
             return state
         return f"{ABSENT} [{notes.setdefault(state, len(notes) + 1)}]"
 

@@ -8,10 +8,43 @@ import pytest
 import torch
 
 import sparsekern.ops  # noqa: F401  (loads the compiled library, or finds out that there is none)
-from sparsekern.ops._library import LIBRARIES
+from sparsekern.backends import dispatcher, implementations, table
+from sparsekern.backends.libraries import LIBRARIES, Library
+from sparsekern.ops._registry import NAMESPACE, OPS
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16_emulated", "avx512_bf16")
 COMPILED = LIBRARIES["_C"].loaded
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--kernels",
+        choices=("cuda", "triton"),
+        help="run the ops' CUDA implementations of one kind on CPU tensors: C++ through --simt-library, or Triton's interpreter",
+    )
+    parser.addoption("--simt-library", metavar="FILE", help="the CUDA kernels built for this CPU (tests/native/simt.py)")
+
+
+def pytest_configure(config) -> None:
+    kind = config.getoption("--kernels")
+    if kind:
+        serve_on_cpu(kind, config.getoption("--simt-library"))
+
+
+def serve_on_cpu(kind: str, simt_library: str | None) -> None:
+    """Put the `kind` implementations behind the ops on CPU tensors; an op without one keeps its reference."""
+    if COMPILED:
+        raise pytest.UsageError("--kernels: expected a copy of the package without sparsekern._C, whose kernels would run instead")
+    if kind == "cuda":
+        torch.ops.load_library(simt_library)
+        LIBRARIES["_C_cuda"] = Library("_C_cuda", True, "")
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("--kernels=triton: expected TRITON_INTERPRET=1 in the environment")
+    for other in set(table.AVAILABILITY) - {kind}:
+        table.AVAILABILITY[other] = lambda: table.Support(False, "it is not under test")
+    for op in OPS.values():
+        if any(implementation.name == kind for implementation in implementations(op.name)):
+            torch.library.register_kernel(f"{NAMESPACE}::{op.name}", "cpu")(dispatcher(op.name, op.reference))
 
 
 def cpu_has(isa: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern.ops._library import LIBRARIES
+from sparsekern.backends.libraries import LIBRARIES
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE, CUDA = (

@@ -1,6 +1,6 @@
 """Drop-in torch ops, one file each. The compiled library is loaded after the definitions, so that it can only implement them."""
 
-from . import _library
+from ..backends import libraries
 from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
 from .feature_norm import feature_norm_
@@ -13,7 +13,7 @@ from .obs_sweep import obs_sweep
 from .reverse_cholesky import reverse_cholesky
 from .topk_mask import topk_mask
 
-_library.load()
+libraries.load()
 
 __all__ = [
     "bitmask_pack",

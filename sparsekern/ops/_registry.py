@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import backends
+
 NAMESPACE = "sparsekern"
 
 
@@ -44,11 +46,14 @@ OPS: dict[str, Op] = {}
 def define_op(name: str, schema: str, *, reference: Callable, fake: Callable, samples: Callable) -> torch._ops.OpOverload:
     """Define `torch.ops.sparsekern.<name>` and return its overload.
 
-    `register_kernel("default")` makes the reference serve every device; a compiled kernel registered for a device wins there.
+    `register_kernel("default")` makes the reference serve every device; a compiled kernel registered for a device wins there. On
+    CUDA devices that is the choice among the implementations in `sparsekern.backends`, where the op has any.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_kernel(qualified, "default")(reference)
+    if backends.has_implementations(name):
+        torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(name, reference))
     torch.library.register_fake(qualified)(fake)
     op = Op(name, schema, reference, samples)
     OPS[name] = op

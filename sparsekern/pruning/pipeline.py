@@ -16,10 +16,10 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from ..backends.libraries import check_isa
 from ..methods import Method, Solution, resolve_method
 from ..methods.base import StatisticKind
 from ..models import Linear
-from ..ops._library import check_isa
 from ..pattern import parse_pattern
 from .activations import OUTSIDE, Activations, probe
 from .calibration import Batch, Calibration, as_batches

@@ -1,4 +1,9 @@
-"""The bodies of the CUDA kernels, run on this CPU as fibers (csrc/testing/simt) under AddressSanitizer and UBSan."""
+"""The bodies of the CUDA kernels, run on this CPU as fibers (csrc/testing/simt) under AddressSanitizer and UBSan.
+
+The kernels' own files and their torch wrappers are compiled as they are, and every test under tests/ops runs on them.
+"""
+
+from __future__ import annotations
 
 import shutil
 import subprocess
@@ -6,36 +11,66 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
-FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+from . import sanitizers, simt
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-
-
-def run_kernels(folder: Path, kernels: Path) -> subprocess.CompletedProcess:
-    sources = [CSRC / "testing" / "run_cuda_kernels.cpp", "-x", "c++", *sorted(kernels.glob("*.cu"))]
-    include = ["-I", CSRC, "-I", CSRC / "testing", "-I", CSRC / "testing" / "simt"]
-    subprocess.run(["c++", *FLAGS, *include, *sources, "-o", folder / "run"], check=True)
-    return subprocess.run([folder / "run"], capture_output=True, text=True)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(sanitizers.compiler()[0]) is None, reason="no C++ compiler"),
+]
 
 
-def test_kernels_are_right_and_stay_in_their_memory(tmp_path):
-    done = run_kernels(tmp_path, CSRC / "cuda")
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    sanitizers.runtime_libraries()
+    return sanitizers.copy_package(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.mark.parametrize("order", ["forward", "reversed"])
+def test_op_tests_pass_on_the_cuda_kernels(package, order):
+    library = simt.build_library()
+    result = sanitizers.run_op_tests(package, "--kernels=cuda", f"--simt-library={library}", SPARSEKERN_SIMT_ORDER=order)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+
+
+MIRROR = """
+import torch
+torch.ops.load_library({library!r})
+for features in (1, 31, 32, 33, 64, 97):
+    lower = torch.randn(features, features).tril()
+    gram = lower + torch.full_like(lower, float("nan")).triu(1)
+    torch.ops.sparsekern_cuda.gram_symmetrize_(gram)
+    assert torch.equal(gram, lower + lower.tril(-1).T), f"wrong at {{features}}"
+"""
+
+
+def mirror(package: Path, folder: Path, whole: str, broken: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs gram_symmetrize_ with a fault planted into its kernel."""
+    cuda = folder / "cuda"
+    shutil.copytree(simt.CSRC / "cuda", cuda, ignore=shutil.ignore_patterns("*.cu", "*_op.cpp"))
+    shutil.copy(simt.CSRC / "cuda" / "gram_symmetrize_op.cpp", cuda)
+    source = (simt.CSRC / "cuda" / "gram_symmetrize.cu").read_text()
+    assert source.count(whole) == 1
+    (cuda / "gram_symmetrize.cu").write_text(source.replace(whole, broken))
+    library = simt.build_library(cuda, folder / "build")
+    return sanitizers.run(package, "-c", MIRROR.format(library=str(library)), **environment)
+
+
+def test_the_unbroken_kernel_passes_where_faults_are_planted(package, tmp_path):
+    done = mirror(package, tmp_path, "__syncthreads();", "__syncthreads();")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     "whole, broken, noticed",
     [
-        ("  __syncthreads();\n", "", "gram_symmetrize_: wrong"),
+        ("  __syncthreads();\n", "", "wrong at"),
         ("column < features && row < column", "row < column", "AddressSanitizer: heap-buffer-overflow"),
         ("row < features && column <= row)", "row < features && column <= row && (__syncthreads(), true))", "while others wait"),
+        ("  __syncthreads();\n", "  __syncthreads();\n  if (threadIdx.x < 31) __shfl_sync(~0u, 1, 0);\n", "has left the kernel"),
+        ("  __syncthreads();\n", "  __syncthreads();\n  if (threadIdx.x < 31) __syncwarp(); else __syncthreads();\n", "deadlock"),
     ],
-    ids=["missing barrier", "missing bound", "divergent barrier"],
+    ids=["race: missing barrier", "out of bounds", "divergent barrier", "missing lane", "warp against block"],
 )
-def test_a_planted_fault_is_found(tmp_path, whole, broken, noticed):
-    source = (CSRC / "cuda" / "gram_symmetrize.cu").read_text()
-    assert source.count(whole) == 1
-    (tmp_path / "gram_symmetrize.cu").write_text(source.replace(whole, broken))
-    done = run_kernels(tmp_path, tmp_path)
-    assert done.returncode != 0 and noticed in done.stderr
+def test_a_planted_fault_is_found(package, tmp_path, whole, broken, noticed):
+    done = mirror(package, tmp_path, whole, broken)
+    assert done.returncode != 0 and noticed in done.stderr, done.stderr

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import sparsekern
 from tests.conftest import COMPILED
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "asan"  # kept: ninja rebuilds what has changed
-# Tracing runs no kernel that the plain calls do not run.
-NOT_AGAIN = "not opcheck and not compile"
+from .sanitizers import BUILD, ROOT, copy_package, run, run_op_tests, runtime_libraries
+
+LIBRARY = BUILD / "asan"
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,49 +25,21 @@ pytestmark = [
 ]
 
 
-def runtime_libraries() -> str:
-    """What must be loaded before Python for a sanitized library to work in it."""
-    compiler = os.environ.get("CXX", "c++").split()
-    paths = [
-        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    if not all(Path(path).is_absolute() for path in paths):
-        pytest.skip(f"{compiler[0]} comes without sanitizer libraries")
-    return " ".join(paths)
-
-
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
     """A folder with the package, its tests and the sanitized library."""
     runtime_libraries()
-    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={BUILD / 'lib'}", f"--build-temp={BUILD / 'temp'}"]
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={LIBRARY / 'lib'}", f"--build-temp={LIBRARY / 'temp'}"]
     environment = {**os.environ, "DEBUG": "asan", "SPARSEKERN_BUILD": "1", "SPARSEKERN_CUDA": "0"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
-    folder = tmp_path_factory.mktemp("sanitized")
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(Path(sparsekern.__file__).parent, folder / "sparsekern", ignore=ignore)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    shutil.copy(BUILD / "lib" / "sparsekern" / "_C.so", folder / "sparsekern")
+    folder = copy_package(tmp_path_factory.mktemp("sanitized"))
+    shutil.copy(LIBRARY / "lib" / "sparsekern" / "_C.so", folder / "sparsekern")
     return folder
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": runtime_libraries(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(folder),
-    }
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def test_op_tests_pass_with_sanitized_kernels(sanitized):
-    selection = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", NOT_AGAIN]
-    result = run(sanitized, "-m", "pytest", "tests/ops", *selection)
+    result = run_op_tests(sanitized)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekern
 from sparsekern import SparseGPT, SparsekernWarning
-from sparsekern.ops._library import LIBRARIES
+from sparsekern.backends.libraries import LIBRARIES
 from tests.models.families import tiny_ids, tiny_model
 
 QUIET = {"progress": False}

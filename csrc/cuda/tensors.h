@@ -1,0 +1,85 @@
+// What every stable-ABI wrapper of a CUDA kernel (<op>_op.cpp) needs: checks, the device, and torch's current stream.
+//
+// With SPARSEKERN_SIMT the same wrappers serve CPU tensors, through kernels that csrc/testing/simt runs on the CPU.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#ifndef SPARSEKERN_SIMT
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "common/dtype.h"
+
+#ifdef SPARSEKERN_SIMT
+#define SPARSEKERN_DEVICE_KEY CPU
+#else
+#define SPARSEKERN_DEVICE_KEY CUDA
+#endif
+
+namespace sparsekern::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef SPARSEKERN_SIMT
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor&) {}
+};
+inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+#else
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor& tensor) : guard_(tensor.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+// The stream that torch would use now on the tensor's device. (A torch StreamId is not a cudaStream_t; only this call gives one.)
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+inline void check(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// Raw ops are called by sparsekern.backends with contiguous tensors on one device; these keep a direct call inside memory.
+inline void check_contiguous(const Tensor& tensor, const char* message) { check(tensor.is_contiguous(), message); }
+
+inline void check_same_device(const Tensor& a, const Tensor& b, const char* message) {
+  check(a.get_device_index() == b.get_device_index(), message);
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* message) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: throw std::invalid_argument(message);
+  }
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// A cleared word on the tensor's device, for the bits of cuda/status.h.
+inline Tensor new_status(const Tensor& like) {
+  Tensor status = torch::stable::new_empty(like, {}, ScalarType::Int);
+  torch::stable::zero_(status);
+  return status;
+}
+
+}  // namespace sparsekern::cuda
