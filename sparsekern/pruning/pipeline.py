@@ -240,8 +240,7 @@ class _Run:
                 solution = self.method.solve(weight, statistic, pattern)
         except ValueError as error:
             raise ValueError(f"{linear.name}: {error}") from error
-        error = _relative_error(weight, solution, statistic) if isinstance(statistic, Gram) else None
-        zeros = weight.numel() - int(torch.count_nonzero(solution.weight))
+        zeros, error = _outcome(weight, solution, statistic)
         seconds = self.clock.now() - start
         return solution.weight, LayerReport(linear.name, str(pattern), tuple(weight.shape), zeros, error, seconds)
 
@@ -255,12 +254,19 @@ class _Run:
             self.bar.layer_done(layer)
 
 
-def _relative_error(weight: torch.Tensor, solution: Solution, statistic: Gram) -> float:
-    row_error = solution.row_error
-    if row_error is None:
-        row_error = statistic.row_energy(solution.weight.float() - weight.float())
-    energy = float(statistic.row_energy(weight).sum())
-    return float(row_error.sum()) / energy if energy else 0.0
+def _outcome(weight: torch.Tensor, solution: Solution, statistic: FeatureNorm | Gram | None) -> tuple[int, float | None]:
+    """How many zeros there are, and the relative error where it is known: one read from the device a linear."""
+    found = [(solution.weight == 0).sum().double()]
+    if isinstance(statistic, Gram):
+        row_error = solution.row_error
+        if row_error is None:
+            row_error = statistic.row_energy(solution.weight.float() - weight.float())
+        found += [row_error.double().sum(), statistic.row_energy(weight).sum()]
+    zeros, *figures = torch.stack(found).tolist()
+    if not figures:
+        return int(zeros), None
+    error, energy = figures
+    return int(zeros), error / energy if energy else 0.0
 
 
 def check_seed(seed: int) -> None:

@@ -14,24 +14,48 @@ from .report import LayerReport
 
 
 class Clock:
-    """Seconds by phase. Phases do not nest."""
+    """Seconds by phase. Phases do not nest.
+
+    On a GPU a phase lasts from where the device has reached its beginning to where it has reached its end. Nobody waits for that
+    until the seconds are asked for.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
         self._device = device
+        self._phases: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        self._wait()
+        seconds: dict[str, float] = {}
+        for name, start, end in self._phases:
+            taken = start.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - start
+            seconds[name] = seconds.get(name, 0.0) + taken
+        return seconds
 
     def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        """The time at which everything launched so far is done."""
+        self._wait()
         return time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = self.now()
+        start = self._mark()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+            self._phases.append((name, start, self._mark()))
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 class Progress:
