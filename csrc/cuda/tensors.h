@@ -45,7 +45,7 @@ struct DeviceGuard {
 // The stream that torch would use now on the tensor's device. (A torch StreamId is not a cudaStream_t; only this call gives one.)
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 #endif
