@@ -31,6 +31,27 @@ def pytest_configure(config) -> None:
         serve_on_cpu(kind, config.getoption("--simt-library"))
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    """With --kernels, only the tests of ops that have such an implementation: the references are tested elsewhere."""
+    kind = config.getoption("--kernels")
+    if kind:
+        without = [item for item in items if (op := op_of(item)) and not has_implementation(op, kind)]
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in set(without)]
+
+
+def op_of(item) -> str | None:
+    """The op that a test is about: its parameter of that name, or the one its file is named after."""
+    if hasattr(item, "callspec") and "op" in item.callspec.params:
+        return item.callspec.params["op"].name
+    name = item.path.stem.removeprefix("test_")
+    return next((op for op in OPS if op.rstrip("_") == name), None)
+
+
+def has_implementation(op: str, kind: str) -> bool:
+    return any(implementation.name == kind for implementation in implementations(op))
+
+
 def serve_on_cpu(kind: str, simt_library: str | None) -> None:
     """Put the `kind` implementations behind the ops on CPU tensors; an op without one keeps its reference."""
     if COMPILED:
@@ -43,7 +64,7 @@ def serve_on_cpu(kind: str, simt_library: str | None) -> None:
     for other in set(table.AVAILABILITY) - {kind}:
         table.AVAILABILITY[other] = lambda: table.Support(False, "it is not under test")
     for op in OPS.values():
-        if any(implementation.name == kind for implementation in implementations(op.name)):
+        if has_implementation(op.name, kind):
             torch.library.register_kernel(f"{NAMESPACE}::{op.name}", "cpu")(dispatcher(op.name, op.reference))
 
 
