@@ -3,14 +3,16 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace sparsekern::bitmask {
 
 constexpr int64_t kBitsPerByte = 8;
 
-constexpr int64_t bytes_per_row(int64_t columns) { return (columns + kBitsPerByte - 1) / kBitsPerByte; }
+SPARSEKERN_HOST_DEVICE constexpr int64_t bytes_per_row(int64_t columns) { return (columns + kBitsPerByte - 1) / kBitsPerByte; }
 
 // The bits of a row's last byte that stand for no column.
-constexpr uint8_t padding_bits(int64_t columns) {
+SPARSEKERN_HOST_DEVICE constexpr uint8_t padding_bits(int64_t columns) {
   const int64_t used = columns % kBitsPerByte;
   return used == 0 ? 0 : static_cast<uint8_t>(0xff << used);
 }

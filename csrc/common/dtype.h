@@ -4,19 +4,21 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/host_device.h"
+
 namespace sparsekern {
 
 enum class DType { f32, bf16, f16 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+SPARSEKERN_HOST_DEVICE constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-inline float bits_to_float(uint32_t bits) {
+SPARSEKERN_HOST_DEVICE inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+SPARSEKERN_HOST_DEVICE inline uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
@@ -30,13 +32,13 @@ struct Half {
   uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
+SPARSEKERN_HOST_DEVICE inline float to_float(float value) { return value; }
 
-inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+SPARSEKERN_HOST_DEVICE inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
 
 // Without branches or a multiplication under a condition, so that loops over it vectorise: the product rescales the exponent,
 // subnormals included, and what stood for NaN and Inf gets the exponent that stands for them in a float.
-inline float to_float(Half value) {
+SPARSEKERN_HOST_DEVICE inline float to_float(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t scaled = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
   const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
@@ -44,22 +46,22 @@ inline float to_float(Half value) {
 }
 
 template <class T>
-T from_float(float value);
+SPARSEKERN_HOST_DEVICE T from_float(float value);
 
 template <>
-inline float from_float<float>(float value) {
+SPARSEKERN_HOST_DEVICE inline float from_float<float>(float value) {
   return value;
 }
 
 template <>
-inline BFloat16 from_float<BFloat16>(float value) {
+SPARSEKERN_HOST_DEVICE inline BFloat16 from_float<BFloat16>(float value) {
   const uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
 template <>
-inline Half from_float<Half>(float value) {
+SPARSEKERN_HOST_DEVICE inline Half from_float<Half>(float value) {
   const uint32_t bits = float_to_bits(value);
   const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;

@@ -9,7 +9,7 @@
 #include "common/bitmask_layout.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
-#include "cpu/order_key.h"
+#include "cpu/load_keys.h"
 
 namespace sparsekern::cpu {
 

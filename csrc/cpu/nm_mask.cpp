@@ -9,8 +9,8 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
-#include "cpu/order_key.h"
 #include "cpu/kth_largest.h"
+#include "cpu/load_keys.h"
 
 #if SPARSEKERN_X86
 #include <immintrin.h>

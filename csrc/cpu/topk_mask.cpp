@@ -10,8 +10,8 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
-#include "cpu/order_key.h"
 #include "cpu/kth_largest.h"
+#include "cpu/load_keys.h"
 
 namespace sparsekern::cpu {
 
