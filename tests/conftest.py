@@ -14,30 +14,64 @@ from sparsekern.ops._registry import NAMESPACE, OPS
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16_emulated", "avx512_bf16")
 COMPILED = LIBRARIES["_C"].loaded
+GPU_RUNS = ("gpu", "gpu-triton")
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption(
         "--kernels",
-        choices=("cuda", "triton"),
-        help="run the ops' CUDA implementations of one kind on CPU tensors: C++ through --simt-library, or Triton's interpreter",
+        choices=("cuda", "triton", "gpu", "gpu-triton"),
+        help="run the ops' CUDA implementations of one kind on CPU tensors: C++ through --simt-library, or Triton's interpreter; "
+        "or make every tensor of the tests on the GPU (gpu: with the implementations as they are chosen, gpu-triton: without C++)",
     )
     parser.addoption("--simt-library", metavar="FILE", help="the CUDA kernels built for this CPU (tests/native/simt.py)")
 
 
 def pytest_configure(config) -> None:
     kind = config.getoption("--kernels")
-    if kind:
+    if kind in GPU_RUNS:
+        make_everything_on_gpu(kind)
+    elif kind:
         serve_on_cpu(kind, config.getoption("--simt-library"))
 
 
+def make_everything_on_gpu(kind: str) -> None:
+    """Let tensors be made on the GPU where a test does not say otherwise; random numbers stay those that the CPU draws."""
+    if not torch.cuda.is_available():
+        raise pytest.UsageError(f"--kernels={kind}: expected a CUDA device, torch {torch.__version__} sees none")
+    if kind == "gpu-triton":
+        table.AVAILABILITY["cuda"] = lambda: table.Support(False, "it is not under test")
+    for name in ("rand", "randn", "randint", "randperm"):
+        setattr(torch, name, drawn_on_cpu(getattr(torch, name)))
+    torch.set_default_device("cuda")
+
+
+def drawn_on_cpu(draw):
+    """`draw`, but with a CPU generator it draws on the CPU, wherever the tensor is to be."""
+
+    def on_default_device(*args, generator=None, **kwargs):
+        if generator is None:
+            return draw(*args, **kwargs)
+        return draw(*args, generator=generator, device=generator.device, **kwargs).to(torch.get_default_device())
+
+    return on_default_device
+
+
 def pytest_collection_modifyitems(config, items) -> None:
-    """With --kernels, only the tests of ops that have such an implementation: the references are tested elsewhere."""
     kind = config.getoption("--kernels")
-    if kind:
-        without = [item for item in items if (op := op_of(item)) and not has_implementation(op, kind)]
-        config.hook.pytest_deselected(items=without)
-        items[:] = [item for item in items if item not in set(without)]
+    kept = [item for item in items if can_run(item) and is_about(item, kind)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def can_run(item) -> bool:
+    return torch.cuda.is_available() or item.get_closest_marker("gpu") is None
+
+
+def is_about(item, kind: str | None) -> bool:
+    """With --kernels, only the tests of ops that have such an implementation: the references are tested elsewhere."""
+    op = op_of(item) if kind not in (None, "gpu") else None
+    return op is None or has_implementation(op, kind.removeprefix("gpu-"))
 
 
 def op_of(item) -> str | None:
@@ -84,10 +118,16 @@ def cpu_has(isa: str) -> bool:
 CPU_ISAS = [isa for isa in ISAS if cpu_has(isa)]
 
 
-@pytest.fixture(params=CPU_ISAS if COMPILED else ["reference"])
+def pytest_generate_tests(metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        every = ["gpu"] if metafunc.config.getoption("--kernels") in GPU_RUNS else CPU_ISAS if COMPILED else ["reference"]
+        metafunc.parametrize("isa", every, indirect=True)
+
+
+@pytest.fixture
 def isa(request, monkeypatch) -> str:
-    """Runs the test once for each instruction set of this CPU; once, through the references, where nothing is compiled."""
-    if COMPILED:
+    """Runs the test once for each instruction set of this CPU; once on a GPU, or through the references where nothing is compiled."""
+    if request.param in CPU_ISAS:
         monkeypatch.setenv("SPARSEKERN_CPU_ISA", request.param)
     return request.param
 
@@ -107,7 +147,7 @@ def poisoned():
     """`torch.empty` returns NaN, True and the largest integers, so that an element nobody wrote shows."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     mode = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # not every function that a reference calls has a deterministic one
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before

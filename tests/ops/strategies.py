@@ -47,7 +47,7 @@ def best(row: list[float], k: int) -> list[bool]:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The memory of a tensor's values, so that -0.0 differs from 0.0."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes() if tensor.numel() else b""
 
 
 def with_nan(matrix: torch.Tensor, *places: tuple[int, int]) -> torch.Tensor:

@@ -17,12 +17,12 @@ from .strategies import FLOATS, PROPERTY, bits, matrices, with_nan
 @given(weight=matrices(columns=st.integers(0, 200), zeros=st.sampled_from([0.0, 0.5, 0.95, 1.0])))
 def test_is_values_and_little_endian_bits_and_comes_back(isa, weight):
     flags = weight != 0
-    expected_bits = numpy.packbits(flags.numpy(), axis=1, bitorder="little")
+    expected_bits = numpy.packbits(flags.cpu().numpy(), axis=1, bitorder="little")
     restored = torch.where(flags, weight, torch.zeros_like(weight))  # the one thing lost is the sign of a zero
     for pack, unpack in ((bitmask_pack, bitmask_unpack), (reference, unpack_reference)):
         values, bitmask = pack(weight)
         assert bits(values) == bits(weight[flags])
-        assert bitmask.dtype is torch.uint8 and numpy.array_equal(bitmask.numpy(), expected_bits)
+        assert bitmask.dtype is torch.uint8 and numpy.array_equal(bitmask.cpu().numpy(), expected_bits)
         assert bits(unpack(values, bitmask, weight.shape[1])) == bits(restored)
 
 

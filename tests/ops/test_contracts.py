@@ -147,7 +147,8 @@ def test_the_wrappers_compile_into_one_graph():
 
 @EVERY_OP
 def test_an_isa_that_the_cpu_lacks_is_refused(op, monkeypatch):
-    sample = samples(op)[0]
+    with torch.device("cpu"):
+        sample = samples(op)[0]
     for isa in (*(i for i in ISAS if not cpu_has(i)), "neon"):
         monkeypatch.setenv("SPARSEKERN_CPU_ISA", isa)
         if has_kernel(op) and op.name not in WITHOUT_ISA:
