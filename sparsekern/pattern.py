@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 
@@ -73,8 +72,9 @@ def parse_pattern(pattern: str | float | Pattern) -> Pattern:
 
 
 def _parse_text(text: str) -> Pattern:
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return NM(int(match[1]), int(match[2]))
+    n, colon, m = text.partition(":")
+    if colon and n.isdecimal() and m.isdecimal():  # no regular expression: torch.compile of torch 2.11 cannot trace one
+        return NM(int(n), int(m))
     percent = text.endswith("%")
     try:
         value = float(text.removesuffix("%"))
