@@ -8,6 +8,9 @@
 
 namespace sparsekern::nm {
 
+// The element types that have a layout.
+enum class Type { i8, bf16, f16, f32 };
+
 // How a weight of `element_size` bytes is laid out: a group of columns keeps half of them.
 struct Format {
   int group;          // columns: 4, or 2 of float32

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/nm_layout.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -55,10 +56,20 @@ void topk_mask(
     const Executor& executor);
 
 // What common/nm_layout.h lays out; shapes are multiples of its format's.
-enum class NmType { i8, bf16, f16, f32 };
 void nm_pack(
     const void* weight,
-    NmType type,
+    nm::Type type,
+    int64_t rows,
+    int64_t columns,
+    void* values,
+    void* meta,
+    const Executor& executor);
+// Keeps as many of each group as fit the layout, the largest by `scores`; a weight of int8 has none of this.
+void nm_prune_pack(
+    const void* weight,
+    DType dtype,
+    const void* scores,  // null: the magnitudes of the weight
+    DType scores_dtype,
     int64_t rows,
     int64_t columns,
     void* values,

@@ -5,9 +5,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/nm_layout.h"
+#include "common/nm_group.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/nm_words.h"
 
 namespace sparsekern::cpu {
 
@@ -20,28 +21,22 @@ constexpr unsigned valid_codes(int group) {
   return valid;
 }
 
-// Unpacks words [begin, end) of a row. Returns whether every code was one that packing writes.
-template <class Element, class Group, class Word>
+// Unpacks words [begin, end) of a row, from and to where `values` and `weight` point. Returns whether every code was one that packing writes.
+template <class K>
 SPARSEKERN_INLINE bool unpack_words(
-    const Element* values, const Word* meta, int64_t row, int64_t rows, int64_t begin, int64_t end, Element* weight) {
-  constexpr nm::Format format = nm::format_of(sizeof(Element));
+    const typename K::element* values, const typename K::word* meta, int64_t row, int64_t rows, int64_t begin, int64_t end,
+    typename K::element* weight) {
+  constexpr nm::Format format = K::format;
   constexpr unsigned valid = valid_codes(format.group);
-  constexpr unsigned bits = 8 * sizeof(Element);
   unsigned all_valid = 1;
-  values += begin * format.columns_per_word() / 2;
-  weight += begin * format.columns_per_word();
   for (int64_t word = begin; word < end; ++word) {
     uint32_t codes = meta[nm::word_offset(row, word, rows, format.row_multiple)];
     for (int i = 0; i < format.codes_per_word(); ++i, codes >>= 4) {
       const unsigned code = codes & 15u;
       all_valid &= valid >> code;
-      Group group;
-      if constexpr (format.group == 4) {
-        group = static_cast<Group>(values[0]) << (nm::first_position(code) * bits) |
-            static_cast<Group>(values[1]) << (nm::second_position(code) * bits);
-      } else {
-        group = static_cast<Group>(values[0]) << (nm::first_position(code) / 2 * bits);
-      }
+      typename K::stored stored;
+      std::memcpy(&stored, values, sizeof stored);
+      const auto group = nm::group_of<K>(stored, code);
       std::memcpy(weight, &group, sizeof group);
       weight += format.group;
       values += format.group / 2;
@@ -50,9 +45,9 @@ SPARSEKERN_INLINE bool unpack_words(
   return all_valid != 0;
 }
 
-template <class Element, class Word>
-void refuse(const Word* meta, int64_t rows, int64_t words) {
-  constexpr nm::Format format = nm::format_of(sizeof(Element));
+template <class K>
+void refuse(const typename K::word* meta, int64_t rows, int64_t words) {
+  constexpr nm::Format format = K::format;
   for (int64_t i = 0; i < rows * words * format.codes_per_word(); ++i) {
     const int64_t group = i % (words * format.codes_per_word());
     const int64_t row = i / (words * format.codes_per_word());
@@ -67,27 +62,20 @@ void refuse(const Word* meta, int64_t rows, int64_t words) {
   }
 }
 
-template <class Element, class Group, class Word>
+template <class K>
 void unpack(const void* values, const void* meta, int64_t rows, int64_t columns, void* weight, const Executor& executor) {
-  constexpr nm::Format format = nm::format_of(sizeof(Element));
-  const auto unpack_some = Entries<&unpack_words<Element, Group, Word>>::choose();
-  const int64_t words = columns / format.columns_per_word();
-  const auto* stored = static_cast<const Element*>(values);
-  const auto* codes = static_cast<const Word*>(meta);
-  constexpr int64_t block = format.row_multiple;
+  using Element = typename K::element;
+  const auto unpack_some = Entries<&unpack_words<K>>::choose();
+  constexpr int64_t columns_per_word = K::format.columns_per_word();
+  const int64_t words = columns / columns_per_word;
+  const auto* codes = static_cast<const typename K::word*>(meta);
   std::atomic<bool> valid{true};
-  const auto unpack_tile = [&](int64_t first_row, int64_t begin, int64_t end) {
-    for (int64_t row = first_row; row < first_row + block; ++row) {
-      Element* out = static_cast<Element*>(weight) + row * columns;
-      if (!unpack_some(stored + row * (columns / 2), codes, row, rows, begin, end, out)) valid = false;
-    }
-  };
-  parallel_for(executor, rows / block, 1 + 16384 / (block * columns + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * block; row < end * block; row += block) {
-      for (int64_t word = 0; word < words; word += nm::kTileWords) unpack_tile(row, word, std::min(word + nm::kTileWords, words));
-    }
+  for_row_tiles<K>(executor, rows, words, [&](int64_t row, int64_t begin, int64_t end) {
+    const int64_t first = row * columns + begin * columns_per_word;
+    const Element* stored = static_cast<const Element*>(values) + first / 2;
+    if (!unpack_some(stored, codes, row, rows, begin, end, static_cast<Element*>(weight) + first)) valid = false;
   });
-  if (!valid) refuse<Element>(codes, rows, words);
+  if (!valid) refuse<K>(codes, rows, words);
 }
 
 }  // namespace
@@ -101,9 +89,9 @@ void nm_unpack(
     void* weight,
     const Executor& executor) {
   switch (element_size) {
-    case 1: return unpack<uint8_t, uint32_t, uint32_t>(values, meta, rows, columns, weight, executor);
-    case 2: return unpack<uint16_t, uint64_t, uint16_t>(values, meta, rows, columns, weight, executor);
-    default: return unpack<uint32_t, uint64_t, uint16_t>(values, meta, rows, columns, weight, executor);
+    case 1: return unpack<nm::Int8>(values, meta, rows, columns, weight, executor);
+    case 2: return unpack<nm::Bf16>(values, meta, rows, columns, weight, executor);
+    default: return unpack<nm::F32>(values, meta, rows, columns, weight, executor);
   }
 }
 

@@ -137,30 +137,60 @@ Tensor topk_mask_of(Tensor scores, int64_t k, std::string scope) {
   return mask;
 }
 
-NmType nm_type_of(const Tensor& tensor, const char* message) {
+nm::Type nm_type_of(const Tensor& tensor, const char* message) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Char: return NmType::i8;
-    case ScalarType::BFloat16: return NmType::bf16;
-    case ScalarType::Half: return NmType::f16;
-    case ScalarType::Float: return NmType::f32;
+    case ScalarType::Char: return nm::Type::i8;
+    case ScalarType::BFloat16: return nm::Type::bf16;
+    case ScalarType::Half: return nm::Type::f16;
+    case ScalarType::Float: return nm::Type::f32;
     default: throw std::invalid_argument(message);
   }
 }
 
-std::tuple<Tensor, Tensor> nm_pack_of(Tensor weight) {
-  const NmType type = nm_type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
+struct Packed {
+  Tensor values, meta;
+};
+
+// Room for the packed form of a weight, whose shape is checked.
+Packed new_packed(const Tensor& weight) {
   const nm::Format format = nm::format_of(static_cast<int>(weight.element_size()));
   check(
       weight.dim() == 2 && weight.size(0) % format.row_multiple == 0 && weight.size(1) % format.column_multiple() == 0,
       "weight: expected a shape that the layout divides");
-  const Tensor dense = torch::stable::contiguous(weight);
   const int64_t rows = weight.size(0);
   const int64_t columns = weight.size(1);
-  Tensor values = torch::stable::new_empty(weight, {rows, columns / 2});
-  Tensor meta = torch::stable::new_empty(
-      weight, {rows, columns / format.columns_per_word()}, format.word_bits == 32 ? ScalarType::Int : ScalarType::Short);
-  nm_pack(dense.const_data_ptr(), type, rows, columns, values.mutable_data_ptr(), meta.mutable_data_ptr(), torch_executor());
-  return {values, meta};
+  const ScalarType word = format.word_bits == 32 ? ScalarType::Int : ScalarType::Short;
+  return {
+      torch::stable::new_empty(weight, {rows, columns / 2}),
+      torch::stable::new_empty(weight, {rows, columns / format.columns_per_word()}, word)};
+}
+
+std::tuple<Tensor, Tensor> nm_pack_of(Tensor weight) {
+  const nm::Type type = nm_type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
+  Packed packed = new_packed(weight);
+  const Tensor dense = torch::stable::contiguous(weight);
+  nm_pack(
+      dense.const_data_ptr(), type, weight.size(0), weight.size(1), packed.values.mutable_data_ptr(),
+      packed.meta.mutable_data_ptr(), torch_executor());
+  return {packed.values, packed.meta};
+}
+
+std::tuple<Tensor, Tensor> nm_prune_pack_of(Tensor weight, std::optional<Tensor> scores) {
+  const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
+  Packed packed = new_packed(weight);
+  const Tensor dense = torch::stable::contiguous(weight);
+  DType scores_dtype = dtype;
+  if (scores) {
+    scores_dtype = dtype_of(*scores, "scores: expected dtype float32, bfloat16 or float16");
+    check(
+        scores->dim() == 2 && scores->size(0) == weight.size(0) && scores->size(1) == weight.size(1),
+        "scores: expected the shape of weight");
+    scores = torch::stable::contiguous(*scores);
+  }
+  nm_prune_pack(
+      dense.const_data_ptr(), dtype, scores ? scores->const_data_ptr() : nullptr, scores_dtype, weight.size(0), weight.size(1),
+      packed.values.mutable_data_ptr(), packed.meta.mutable_data_ptr(), torch_executor());
+  return {packed.values, packed.meta};
 }
 
 Tensor nm_unpack_of(Tensor values, Tensor meta) {
@@ -282,6 +312,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize));
   m.impl("nm_mask", TORCH_BOX(&nm_mask_of));
   m.impl("nm_pack", TORCH_BOX(&nm_pack_of));
+  m.impl("nm_prune_pack", TORCH_BOX(&nm_prune_pack_of));
   m.impl("nm_unpack", TORCH_BOX(&nm_unpack_of));
   m.impl("obs_sweep", TORCH_BOX(&obs_sweep_of));
   m.impl("reverse_cholesky", TORCH_BOX(&reverse_cholesky_of));

@@ -8,6 +8,7 @@ from .gram import gram_
 from .gram_symmetrize import gram_symmetrize_
 from .nm_mask import nm_mask
 from .nm_pack import nm_pack
+from .nm_prune_pack import nm_prune_pack
 from .nm_unpack import nm_unpack
 from .obs_sweep import obs_sweep
 from .reverse_cholesky import reverse_cholesky
@@ -23,6 +24,7 @@ __all__ = [
     "gram_symmetrize_",
     "nm_mask",
     "nm_pack",
+    "nm_prune_pack",
     "nm_unpack",
     "obs_sweep",
     "reverse_cholesky",

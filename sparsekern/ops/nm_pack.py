@@ -33,6 +33,12 @@ def nm_pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Source: Mishra et al., Accelerating Sparse Deep Neural Networks, 2021; the permutation is CUTLASS's `reorder_meta`.
     """
     check_tensor("weight", weight, ndim=2, dtypes=tuple(FORMATS))
+    check_divides(weight)
+    return _op(weight)
+
+
+def check_divides(weight: torch.Tensor) -> None:
+    """Raise `ValueError` unless the layout of the weight's dtype divides its shape."""
     fmt = FORMATS[weight.dtype]
     rows, columns = weight.shape
     if rows % fmt.row_multiple or columns % fmt.column_multiple:
@@ -40,7 +46,6 @@ def nm_pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             f"weight: expected a shape that is a multiple of ({fmt.row_multiple}, {fmt.column_multiple}) for "
             f"{str(weight.dtype).removeprefix('torch.')}, got {tuple(weight.shape)}"
         )
-    return _op(weight)
 
 
 def reference(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,12 +77,17 @@ def _check_counts(counts: torch.Tensor, group: int) -> None:
         )
 
 
-def _fake(weight):
+def new_packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty values and metadata for a weight."""
     fmt = FORMATS[weight.dtype]
-    torch._check(weight.dim() == 2)
     rows, columns = weight.shape
     words = columns // (fmt.group * fmt.codes_per_word)
     return weight.new_empty((rows, columns // 2)), weight.new_empty((rows, words), dtype=fmt.meta_dtype)
+
+
+def _fake(weight):
+    torch._check(weight.dim() == 2)
+    return new_packed(weight)
 
 
 def sparse_weight(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
