@@ -31,6 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the figures and the logs go")
     parser.add_argument("-k", dest="selection", default="", metavar="TEXT", help="only benchmarks and test files whose name has TEXT in it")
     parser.add_argument("--no-build", action="store_true", help="take the extensions as they are")
+    parser.add_argument("--profile", action="store_true", help="e2e under torch's profiler: the kernels that take longest, in bench.log")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU, nothing recorded: to try this program out")
     return parser.parse_args(arguments)
 
@@ -68,12 +69,13 @@ def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
             return _say(found, budget)
     if "tests" in parts and not options.rehearse:
         alone = set(parts) == {"tests"}
-        record(checks.tests(budget.part(0.7 if alone else 0.4), logs / "tests.log", options.selection))
-        record(checks.sanitizers(budget.part(1.0 if alone else 0.3), logs / "sanitizer.log"))
+        record(checks.tests(budget.part(0.7 if alone else 0.35), logs / "tests.log", options.selection))
+        record(checks.sanitizers(budget.part(1.0 if alone else 0.25), logs / "sanitizer.log"))
     wanted = {"ops": [case.name for case in worker.CASES], "e2e": [run.name for run in worker.e2e.RUNS]}
     names = [name for part in ("ops", "e2e") if part in parts for name in wanted[part] if options.selection in name]
     if names:
-        record(measure(names, budget, logs / "bench.log", rehearse=options.rehearse))
+        passed_on = [f"--{name}" for name in ("rehearse", "profile") if getattr(options, name)]
+        record(measure(names, budget, logs / "bench.log", passed_on))
     return _say(found, budget)
 
 

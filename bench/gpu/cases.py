@@ -55,7 +55,7 @@ class Share:
         return f">= {self.share:.0%} of the floor"
 
     def met(self, taken: Taken) -> bool:
-        return taken.floor / taken.on_device >= self.share
+        return taken.share >= self.share
 
 
 Goal = Faster | Within | Share
@@ -82,12 +82,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds of a call as a program makes it, of its replay, of each baseline, and the least there could be."""
+    """Seconds of a call as a program makes it, of its replay (None: not captured), of each baseline, and the least there could be."""
 
     called: float
-    on_device: float
+    on_device: float | None
     against: dict[str, float]
     floor: float
+
+    @property
+    def share(self) -> float:
+        return self.floor / (self.on_device or self.called)
 
 
 class NotHere(Exception):
@@ -96,11 +100,12 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where benchmarks run, and whether with toy sizes."""
+    """Where benchmarks run, whether with toy sizes, and whether whole models are run under torch's profiler."""
 
     device: torch.device
     small: bool
     ceilings: Ceilings
+    profile: bool = False
 
     def size(self, real: int, toy: int) -> int:
         return toy if self.small else real
@@ -145,7 +150,7 @@ class Case:
         try:
             problem.check(problem.calls[0]())
             called = seconds_of(problem.calls, place.device)
-            on_device = replayed_seconds_of(problem.calls, place.device) if problem.captured else called
+            on_device = replayed_seconds_of(problem.calls, place.device) if problem.captured else None
         except (AssertionError, ValueError, RuntimeError) as error:
             if "CUDA error" in str(error):  # the device is lost to this process
                 raise
@@ -168,7 +173,7 @@ class Case:
                 "unit": problem.unit,
                 "bytes": problem.bytes,
                 "floor_seconds": floor,
-                "share_of_floor": round(floor / on_device, 4),
+                "share_of_floor": round(taken.share, 4),
             },
         )
 
@@ -177,9 +182,9 @@ def _reached(taken: Taken, problem: Problem) -> str:
     parts = [f"**{took / taken.called:.2f}x** {name}" for name, took in taken.against.items()]
     parts.append(f"{seconds(taken.called)} a call")
     if problem.captured:
-        parts.append(f"{seconds(taken.on_device)} on the device")
+        parts.append("not captured" if taken.on_device is None else f"{seconds(taken.on_device)} on the device")
     if taken.floor:
-        parts.append(f"{taken.floor / taken.on_device:.0%} of the floor {seconds(taken.floor)}")
+        parts.append(f"{taken.share:.0%} of the floor {seconds(taken.floor)}")
     return ", ".join(parts)
 
 
@@ -190,7 +195,7 @@ def one_line(error: Exception) -> str:
 CASES: list[Case] = []
 
 
-def case(name: str, op: str | None = None, likely_seconds: float = 4.0) -> Callable:
+def case(name: str, op: str | None = None, likely_seconds: float = 3.0) -> Callable:
     """Adds a function that makes a `Problem` to `CASES`, the most important first."""
 
     def add(make: Callable[[Place], Problem]) -> Callable:

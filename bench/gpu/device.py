@@ -88,20 +88,29 @@ def seconds_of(calls: Sequence[Call], device: torch.device) -> float:
     return statistics.median([first, *(_round_seconds(calls, device) for _ in range(more))]) / len(calls)
 
 
-def replayed_seconds_of(calls: Sequence[Call], device: torch.device) -> float:
-    """The same on the device alone: the calls are captured in one CUDA graph, without checks of values, and replayed."""
+def replayed_seconds_of(calls: Sequence[Call], device: torch.device) -> float | None:
+    """The same on the device alone: the calls are captured in one CUDA graph, without checks of values, and replayed.
+
+    None where they cannot be captured because something in them waits for the device.
+    """
     if device.type != "cuda":
         return seconds_of(calls, device)
+    graph = torch.cuda.CUDAGraph()
     with backends.value_checks(False):
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls:
                 call()
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            return None
     return seconds_of([graph.replay], device) / len(calls)
 
 

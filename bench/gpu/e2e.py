@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,21 @@ def floor_seconds(place: Place, blocks: int, tokens: int, length: int) -> float:
     return blocks * (on_bf16 / place.ceilings.bf16 + on_fp32 / place.ceilings.fp32)
 
 
+@contextmanager
+def _profiled(place: Place) -> Iterator[None]:
+    """Prints the kernels that take the most time, where that was asked for."""
+    if not place.profile:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    on_device = place.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA] if on_device else [ProfilerActivity.CPU]) as seen:
+        yield
+    column = "self_device_time_total" if on_device else "self_cpu_time_total"
+    print(seen.key_averages().table(sort_by=column, row_limit=40, max_name_column_width=90))
+
+
 @dataclass(frozen=True)
 class Run:
     """SparseGPT to 2:4 on `samples` of 2048 random tokens."""
@@ -68,8 +84,9 @@ class Run:
         if place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        report = sparsekern.prune(model, "sparsegpt", "2:4", ids, progress=False)
-        synchronize(place.device)
+        with _profiled(place):
+            report = sparsekern.prune(model, "sparsegpt", "2:4", ids, progress=False)
+            synchronize(place.device)
         taken = time.perf_counter() - start
         wrong = self._what_is_wrong(model, report)
         phases = {name: value for name, value in report.seconds.items() if name != "total"}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..results import Row
@@ -20,14 +20,17 @@ SECONDS_WITHOUT_A_WORD = 100.0  # after which a benchmark is taken to hang
 SECTION = "ops"
 
 
-def measure(names: list[str], budget: Budget, log: Path, *, rehearse: bool = False) -> list[Row]:
-    """The rows of the benchmarks `names`, in their order, as far as time allows; `budget.cut` gets the others."""
+def measure(names: list[str], budget: Budget, log: Path, options: Sequence[str] = ()) -> list[Row]:
+    """The rows of the benchmarks `names`, in their order, as far as time allows; `budget.cut` gets the others.
+
+    `options` are the worker's.
+    """
     rows: list[Row] = []
     while names := _affordable(names, budget):
         with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
             file = Path(folder) / "rows.jsonl"
             file.touch()
-            ended = _run_worker(names, file, budget, log, rehearse)
+            ended = _run_worker(names, file, budget, log, options)
             found, running = _read(file)
         rows += found
         if running is None:
@@ -51,9 +54,9 @@ def _affordable(names: list[str], budget: Budget) -> list[str]:
     return kept
 
 
-def _run_worker(names: Iterable[str], file: Path, budget: Budget, log: Path, rehearse: bool) -> str:
+def _run_worker(names: Sequence[str], file: Path, budget: Budget, log: Path, options: Sequence[str]) -> str:
     """Waits for a worker; how it ended, in words, if it did not get to its end."""
-    command = [sys.executable, "-m", "bench.gpu.worker", str(file), *names, *(["--rehearse"] if rehearse else [])]
+    command = [sys.executable, "-m", "bench.gpu.worker", *options, "--", str(file), *names]
     with open(log, "a") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         heard, size = time.monotonic(), 0

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("names", nargs="+", choices=ordered(), metavar="NAME")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.rehearse else "cuda")
     with open(arguments.file, "a", buffering=1) as file:
@@ -67,7 +68,7 @@ def main() -> None:
         ceilings = measure_ceilings(device, small=arguments.rehearse)
         for row in ceiling_rows(ceilings):
             tell_row(row)
-        place = Place(device, arguments.rehearse, ceilings)
+        place = Place(device, arguments.rehearse, ceilings, arguments.profile)
         for name in arguments.names:
             tell(start=name)
             for row in run(name, place):

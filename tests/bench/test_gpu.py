@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_rehearsal_of_every_benchmark(tmp_path):
     file = tmp_path / "rows.jsonl"
     names = worker.ordered()
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.worker", file, *names, "--rehearse"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "bench.gpu.worker", "--rehearse", "--profile", file, *names], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     rows, running = measure._read(file)
@@ -82,6 +83,7 @@ def test_a_rehearsal_of_every_benchmark(tmp_path):
     assert len(rows) == 3 + len(names)
     assert not [row for row in rows if "failed" in row.reached]
     assert {row.section for row in rows} == {"ceilings", "ops", "prune"}
+    assert "Self CPU time total" in done.stdout
 
 
 def test_the_order_and_the_likely_time_of_benchmarks():
@@ -101,7 +103,7 @@ def test_a_crash_costs_one_row_and_a_restart(budget, monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "likely_seconds", lambda name: 1)
     started = []
 
-    def crashing(names, file, budget, log, rehearse):
+    def crashing(names, file, budget, log, options):
         started.append(list(names))
         lines = [{"start": "ceilings"}, {"start": names[0]}, {"row": {"section": "ops", "what": names[0], "reached": "1 ms"}}]
         lines.append({"start": "crasher"} if "crasher" in names else {"start": None})
@@ -128,7 +130,7 @@ def test_a_worker_that_hangs_is_stopped(budget, monkeypatch, tmp_path):
     (tmp_path / "hang").write_text("#!/bin/sh\nsleep 60 & sleep 60\n")
     (tmp_path / "hang").chmod(0o755)
     (tmp_path / "rows").touch()
-    assert measure._run_worker(["a"], tmp_path / "rows", budget, tmp_path / "log", False).startswith("stopped after 0 s")
+    assert measure._run_worker(["a"], tmp_path / "rows", budget, tmp_path / "log", []).startswith("stopped after 0 s")
 
 
 def test_commands_are_logged_and_stopped(tmp_path):
@@ -181,6 +183,7 @@ def test_goals():
     taken = Taken(called=2e-3, on_device=1e-3, against={"textbook": 0.3}, floor=0.85e-3)
     assert Faster(100, "textbook").met(taken) and not Faster(200, "textbook").met(taken)
     assert Within(3e-3).met(taken) and not Within(1e-3).met(taken)
+    assert replace(taken, on_device=None).share == 0.425
     assert Share(0.8).met(taken) and not Share(0.9).met(taken)
     assert [str(goal) for goal in (Faster(100, "textbook"), Within(3e-3), Share(0.8))] == [
         ">= 100x textbook", "<= 3 ms", ">= 80% of the floor",
