@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparsekern.ops import topk_mask
 from sparsekern.ops.topk_mask import reference
 
-from .strategies import FLOATS, PROPERTY, best, matrices, with_nan
+from .strategies import AWKWARD, FLOATS, PROPERTY, best, matrices, with_nan
 
 
 @PROPERTY
@@ -40,6 +40,37 @@ def test_larger_than_a_chunk(isa, generator, dtype, scope, ties):
     for k in (1, 2500, 5002):
         k = k if scope == "row" else 7 * k
         assert torch.equal(topk_mask(scores, k, scope=scope), reference(scores, k, scope=scope))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "scope, shape, shares",
+    [("row", (2, 30_001), (0.5,)), ("row", (2, 65_600), (0.9,)), ("matrix", (70, 1031), (0.0, 0.5, 1.0))],
+)
+def test_rows_and_matrices_that_many_threads_share(generator, dtype, scope, shape, shares):
+    awkward = torch.tensor(AWKWARD)[torch.randint(len(AWKWARD), shape, generator=generator)]
+    scores = torch.where(torch.rand(shape, generator=generator) < 0.3, awkward, torch.randn(shape, generator=generator)).to(dtype)
+    for share in shares:
+        k = round(share * (shape[1] if scope == "row" else scores.numel()))
+        assert torch.equal(topk_mask(scores, k, scope=scope), reference(scores, k, scope=scope))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_scores_that_begin_inside_a_vector_of_memory(isa, generator, dtype, scope):
+    for shape in ((5, 64), (33, 640)):
+        scores = torch.randn(1 + math.prod(shape), generator=generator).to(dtype)[1:].view(shape)
+        assert scores.is_contiguous() and scores.data_ptr() % 16 != 0
+        assert torch.equal(topk_mask(scores, 31, scope=scope), reference(scores, 31, scope=scope))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_nothing_but_equal_scores(isa, dtype, scope):
+    for value in (0.0, -1.0, math.inf, -math.inf):
+        for shape in ((3, 70), (9, 2056)):
+            scores = torch.full(shape, value, dtype=dtype)
+            assert torch.equal(topk_mask(scores, 37, scope=scope), reference(scores, 37, scope=scope))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

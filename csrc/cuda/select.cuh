@@ -1,0 +1,192 @@
+// Exact selection without sorting: which k of many scores are the highest, of equal ones those that come first.
+//
+// The k-th key is found by radix, from the top digit down: each step counts one digit of the keys that share the digits known so
+// far, and finds the digit at which k is reached. Counts are integers, so no result depends on the order of threads or blocks.
+// select_in_block has one block's keys, select_in_grid those of all blocks of a cooperative launch; both take `each_key(f)`, which
+// calls f(rank) for every key that the block holds, as often as it is asked to.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/order_key.h"
+#include "cuda/block.h"
+#include "cuda/launch.h"
+
+namespace sparsekern::cuda {
+
+// The bits of a score (uint32_t of a float32, uint16_t of a half dtype) as a key of as many bits: the higher the score, the lower.
+template <class Bits>
+__device__ inline uint32_t rank_of(Bits bits) {
+  constexpr uint32_t kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const int32_t extended = static_cast<std::make_signed_t<Bits>>(bits);
+  return kMagnitude - static_cast<uint32_t>(order_key(extended, static_cast<int32_t>(bits & kMagnitude)));
+}
+
+// Where the best end: kept are the keys below `key`, and the first `needed` of those that equal it, which are at most `equal`.
+struct Cut {
+  uint32_t key;
+  uint32_t needed, equal;
+
+  // Whether it matters which of the equal keys come first; where it does not, 0 will do for the ordinal of each.
+  __device__ bool splits_ties() const { return needed != 0 && needed != equal; }
+  __device__ bool keeps(uint32_t rank, uint32_t ordinal) const { return rank < key || (rank == key && ordinal < needed); }
+};
+
+// A digit of a key: the bits from `shift` up to where the known ones begin.
+struct Digit {
+  int shift, bits;
+};
+
+template <int kDigitBits>
+__device__ constexpr Digit digit_below(int known_from) {
+  return known_from > kDigitBits ? Digit{known_from - kDigitBits, kDigitBits} : Digit{0, known_from};
+}
+
+// The counts of a digit's values, in shared memory, spread so that the threads' runs of consecutive values share no bank.
+template <int kThreads, int kDigitBits>
+class Bins {
+ public:
+  static constexpr uint32_t kBins = 1u << kDigitBits;
+  static_assert(kBins >= kThreads, "every thread clears and searches bins of its own");
+  static constexpr uint32_t kEach = kBins > kThreads ? kBins / kThreads : 1;  // bins of a thread
+
+  __device__ void clear() {
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; ++i) counts_[place(first_of_thread()) + i] = 0;
+  }
+  __device__ void add(uint32_t bin) { atomicAdd(&counts_[place(bin)], 1u); }
+  __device__ uint32_t operator[](uint32_t bin) const { return counts_[place(bin)]; }
+
+  __device__ static uint32_t first_of_thread() { return threadIdx.x * kEach; }
+
+ private:
+  static constexpr uint32_t kPadding = kEach > 1 ? 1 : 0;  // an odd pitch
+
+  __device__ static uint32_t place(uint32_t bin) { return bin + bin / kEach * kPadding; }
+
+  uint32_t counts_[kBins + kBins / kEach * kPadding];
+};
+
+template <class Count>
+struct Found {
+  uint32_t digit;
+  Count needed, equal;  // of the keys with this digit
+};
+
+// The shared memory of a selection whose counts are of type Count.
+template <int kThreads, int kDigitBits, class Count>
+struct SelectScratch {
+  Bins<kThreads, kDigitBits> bins;
+  ScanScratch<kThreads, Count> scan;
+  Found<Count> found;
+};
+
+// Counts a digit of the block's keys that agree with `known` in all higher bits.
+template <int kThreads, int kDigitBits, class EachKey>
+__device__ inline void count_digit(Bins<kThreads, kDigitBits>& bins, Digit digit, uint32_t known, const EachKey& each_key) {
+  const uint32_t count = 1u << digit.bits;
+  bins.clear();
+  __syncthreads();
+  each_key([&](uint32_t rank) {
+    const uint32_t value = (rank ^ known) >> digit.shift;  // has higher bits where the key does not agree
+    if (value < count) bins.add(value);
+  });
+  __syncthreads();
+}
+
+// The digit at which `needed` keys are reached, counting from the lowest; `count_of(bin)` says how many have the digit `bin`, and
+// all together are at least `needed`.
+template <int kThreads, int kDigitBits, class Count, class CountOf>
+__device__ inline Found<Count> find_digit(
+    Count needed, SelectScratch<kThreads, kDigitBits, Count>& scratch, const CountOf& count_of) {
+  constexpr uint32_t kEach = Bins<kThreads, kDigitBits>::kEach;
+  const uint32_t first = Bins<kThreads, kDigitBits>::first_of_thread();
+  Count sum = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kEach; ++i) sum += count_of(first + i);
+  Count before = block_scan<kThreads>(sum, scratch.scan).before;
+  if (before < needed && needed <= before + sum) {
+    // Read again rather than kept: by one thread, all at once.
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; ++i) {
+      const Count here = count_of(first + i);
+      if (before < needed && needed <= before + here) scratch.found = {first + i, needed - before, here};
+      before += here;
+    }
+  }
+  __syncthreads();
+  return scratch.found;
+}
+
+// The cut that keeps the `k` best of the block's `count` keys of `key_bits` bits.
+template <int kThreads, int kDigitBits, class EachKey>
+__device__ inline Cut select_in_block(
+    int key_bits, uint32_t k, uint32_t count, SelectScratch<kThreads, kDigitBits, uint32_t>& scratch, const EachKey& each_key) {
+  if (k == 0) return {0, 0, 0};
+  uint32_t known = 0;
+  Found<uint32_t> found = {0, k, count};
+  int known_from = key_bits;
+#pragma unroll 1
+  while (known_from > 0 && found.needed < found.equal) {
+    const Digit digit = digit_below<kDigitBits>(known_from);
+    count_digit(scratch.bins, digit, known, each_key);
+    found = find_digit(found.needed, scratch, [&](uint32_t bin) { return scratch.bins[bin]; });
+    known |= found.digit << digit.shift;
+    known_from = digit.shift;
+  }
+  return {known | static_cast<uint32_t>((uint64_t{1} << known_from) - 1), found.needed, found.equal};
+}
+
+// What the blocks of a grid tell each other while they select, in device memory: cleared before use, and used once.
+template <int kDigitBits>
+struct GridSelection {
+  unsigned long long* totals;  // [steps of the key][2^kDigitBits]: the counts of all blocks
+  uint32_t* own;               // [blocks][2^bits of the last digit]: each block's last counts; need not be cleared
+
+  SPARSEKERN_HOST_DEVICE static constexpr int steps(int key_bits) { return (key_bits + kDigitBits - 1) / kDigitBits; }
+  SPARSEKERN_HOST_DEVICE static constexpr int last_bits(int key_bits) { return key_bits - (steps(key_bits) - 1) * kDigitBits; }
+};
+
+// As select_in_block, for the keys of all blocks of a cooperative launch; keys of a lower block come before those of a higher one.
+// The cut that a block gets back is that of its own keys: `needed` and `equal` are its share of the ties. `barriers` counts the
+// calls of grid_barrier (see there) that the kernel has made on `arrivals`.
+template <int kThreads, int kDigitBits, class EachKey>
+__device__ inline Cut select_in_grid(
+    int key_bits, uint64_t k, uint64_t count, const GridSelection<kDigitBits>& grid, unsigned* arrivals, unsigned& barriers,
+    SelectScratch<kThreads, kDigitBits, uint64_t>& scratch, const EachKey& each_key) {
+  if (k == 0) return {0, 0, 0};
+  uint32_t known = 0;
+  Found<uint64_t> found = {0, k, count};
+  int known_from = key_bits;
+#pragma unroll 1
+  for (unsigned long long* totals = grid.totals; known_from > 0 && found.needed < found.equal; totals += 1 << kDigitBits) {
+    const Digit digit = digit_below<kDigitBits>(known_from);
+    count_digit(scratch.bins, digit, known, each_key);
+    for (uint32_t bin = threadIdx.x; bin < 1u << digit.bits; bin += kThreads) {
+      const uint32_t own = scratch.bins[bin];
+      if (own != 0) atomicAdd(totals + bin, static_cast<unsigned long long>(own));
+      if (digit.shift == 0) grid.own[(uint64_t{blockIdx.x} << digit.bits) + bin] = own;
+    }
+    grid_barrier(arrivals, ++barriers);
+    // Past L1, which does not see what other blocks have written.
+    found = find_digit(found.needed, scratch, [&](uint32_t bin) { return uint64_t{__ldcg(totals + bin)}; });
+    known |= found.digit << digit.shift;
+    known_from = digit.shift;
+  }
+  const uint32_t key = known | static_cast<uint32_t>((uint64_t{1} << known_from) - 1);
+  if (found.needed == found.equal) return {key, ~0u, ~0u};
+  const uint32_t equal = scratch.bins[found.digit];
+  const int last_bits = GridSelection<kDigitBits>::last_bits(key_bits);
+  uint64_t earlier = 0;
+  for (unsigned block = threadIdx.x; block < blockIdx.x; block += kThreads) {
+    earlier += __ldcg(grid.own + (uint64_t{block} << last_bits) + found.digit);
+  }
+  earlier = block_sum<kThreads>(earlier, scratch.scan);
+  const uint64_t left = found.needed > earlier ? found.needed - earlier : 0;
+  return {key, left < equal ? static_cast<uint32_t>(left) : equal, equal};
+}
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,347 @@
+// topk_mask: exactly k kept, by radix selection (cuda/select.cuh).
+//
+// Floor: one read of the scores and one byte written for each.
+// Rows: a block holds a row in registers, up to 32768 float32 or 65536 halves, so the floor is what is moved. Each step of the
+// selection costs a shared-memory atomic for the scores that agree in all higher digits: all of them in the first step of 11 bits,
+// some 12 % of normally distributed ones in the second, next to none in the third. Longer rows are read again for every step, from L2.
+// Matrix: one cooperative launch in which every block owns a run of the matrix; it is read once a digit and once for the mask, so
+// 17 bytes a score move for float32 (digits of 11, 11 and 10 bits) and 7 for half dtypes (11 and 5). Readings go to and fro, so each
+// begins with what the L2 cache still holds of the one before: for a matrix of its size, memory sees hardly more than the floor.
+#include <algorithm>
+#include <stdexcept>
+
+#include "common/order_key.h"
+#include "cuda/block.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/select.cuh"
+#include "cuda/status.h"
+#include "cuda/vector.h"
+
+namespace sparsekern::cuda {
+
+namespace {
+
+constexpr int kHeldVectors = 8;    // of a thread's tile: half of its registers, as many threads as an SM has room for with 64 each
+constexpr int kStreamVectors = 4;  // as many as are in flight at once
+
+template <class Bits>
+constexpr int kKeyBits = 8 * sizeof(Bits);
+
+// The scores of a tile (cuda/block.h) of a run, as they are or as ranks.
+template <class Bits, int kThreads, int kVectors>
+struct Tile {
+  static constexpr int kSize = Vector<Bits>::kSize;
+
+  Vector<Bits> vectors[kVectors];
+  int64_t first;  // vector of this thread
+  int owned;      // vectors of this thread, the others lie past the end
+
+  __device__ Tile(const Run<Bits>& run, int64_t begin, int64_t end) : first(begin + threadIdx.x) {
+    const int64_t left = (end - first + kThreads - 1) / kThreads;
+    owned = static_cast<int>(left < 0 ? 0 : left < kVectors ? left : kVectors);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (v < owned) vectors[v] = run.read(first + v * kThreads);
+    }
+  }
+
+  // Returns whether a score is NaN.
+  __device__ bool to_ranks(Bits infinity) {
+    bool nan = false;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (v >= owned) continue;
+      Vector<Bits> ranks = {};
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const Bits bits = vectors[v][i];
+        nan |= (bits & static_cast<Bits>(~Bits{0}) >> 1) > infinity;
+        ranks.set(i, rank_of(bits));
+      }
+      vectors[v] = ranks;
+    }
+    return nan;
+  }
+
+  template <class F>
+  __device__ void each(const F& f) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (v >= owned) continue;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) f(vectors[v][i]);
+    }
+  }
+
+  // For a tile of ranks. `ties` is how many equal the cut in the tiles before this one, and is carried on where it matters.
+  __device__ void write_mask(
+      const Cut& cut, unsigned& ties, const Run<Bits>& run, uint8_t* mask, ScanScratch<kThreads, uint64_t>& scratch) const {
+    unsigned ordinals[kVectors] = {};
+    if (cut.splits_ties()) {
+      TileCounts<kVectors> counts;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        unsigned equal = 0;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) equal += v < owned && vectors[v][i] == cut.key;
+        counts.set(v, equal);
+      }
+      const unsigned in_tile = scan_tile<kThreads>(counts, ordinals, scratch);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) ordinals[v] += ties;
+      ties += in_tile;
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (v < owned) write_vector(vectors[v], cut, ordinals[v], run, (first + v * kThreads) * kSize, mask);
+    }
+  }
+
+ private:
+  // A byte a score: lanes store 4 or 8 of them, so a warp's store is 128 or 256 bytes on end.
+  __device__ static void write_vector(
+      const Vector<Bits>& ranks, const Cut& cut, unsigned ordinal, const Run<Bits>& run, int64_t place, uint8_t* mask) {
+    uint32_t bytes[kSize / 4] = {};
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      bytes[i / 4] |= uint32_t{cut.keeps(ranks[i], ordinal)} << 8 * (i % 4);
+      ordinal += ranks[i] == cut.key;
+    }
+    if (run.aligned && place + kSize <= run.count) {
+      if constexpr (kSize == 4) *reinterpret_cast<uint32_t*>(mask + place) = bytes[0];
+      if constexpr (kSize == 8) *reinterpret_cast<uint2*>(mask + place) = make_uint2(bytes[0], bytes[1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (place + i < run.count) mask[place + i] = static_cast<uint8_t>(bytes[i / 4] >> 8 * (i % 4));
+      }
+    }
+  }
+};
+
+// The vectors from `begin` to `end` of a run too long to be held, tile by tile.
+template <class Bits, int kThreads>
+struct Stream {
+  static constexpr int64_t kTile = int64_t{kThreads} * kStreamVectors;
+
+  Run<Bits> run;
+  int64_t begin, end;
+
+  template <class F>
+  __device__ void each_rank(bool backward, const F& f) const {
+    const int64_t tiles = (end - begin + kTile - 1) / kTile;
+#pragma unroll 1
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      Tile<Bits, kThreads, kStreamVectors>(run, begin + (backward ? tiles - 1 - tile : tile) * kTile, end).each([&](Bits bits) { f(rank_of(bits)); });
+    }
+  }
+
+  // Returns whether a score is NaN.
+  __device__ bool write_mask(const Cut& cut, Bits infinity, uint8_t* mask, ScanScratch<kThreads, uint64_t>& scratch) const {
+    unsigned ties = 0;
+    bool nan = false;
+#pragma unroll 1
+    for (int64_t first = begin; first < end; first += kTile) {
+      Tile<Bits, kThreads, kStreamVectors> tile(run, first, end);
+      nan |= tile.to_ranks(infinity);
+      tile.write_mask(cut, ties, run, mask, scratch);
+    }
+    return nan;
+  }
+};
+
+// Scores in memory; the filler of a last vector ranks with -infinity, but after all scores, so it is never kept before one.
+template <class Bits>
+struct Scores {
+  const Bits* data;
+  Bits infinity;
+  bool aligned;  // data and mask, at every run
+
+  __device__ Run<Bits> run(int64_t first, int64_t count) const {
+    return {data + first, count, aligned, static_cast<Bits>(infinity | Bits{1} << (kKeyBits<Bits> - 1))};
+  }
+};
+
+// Rows of at most a tile. A single warp counts digits of 8 bits, whose bins it clears and searches in a few instructions.
+template <class Bits, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    keep_best_of_held_rows(Scores<Bits> scores, int64_t rows, int64_t columns, uint32_t k, uint8_t* mask, int* status) {
+  constexpr int kDigitBits = kThreads == kWarp ? 8 : 11;
+  __shared__ SelectScratch<kThreads, kDigitBits, uint32_t> scratch;
+  __shared__ ScanScratch<kThreads, uint64_t> tie_scratch;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const Run<Bits> run = scores.run(row * columns, columns);
+    Tile<Bits, kThreads, kHeldVectors> tile(run, 0, run.vectors());
+    if (tile.to_ranks(scores.infinity)) atomicOr(status, int{kNotFinite});
+    const Cut cut = select_in_block(
+        kKeyBits<Bits>, k, static_cast<uint32_t>(columns), scratch, [&](const auto& count) { tile.each(count); });
+    unsigned ties = 0;
+    tile.write_mask(cut, ties, run, mask + row * columns, tie_scratch);
+  }
+}
+
+constexpr int kLongRowThreads = 1024;
+
+template <class Bits>
+__global__ void __launch_bounds__(kLongRowThreads)
+    keep_best_of_long_rows(Scores<Bits> scores, int64_t rows, int64_t columns, uint32_t k, uint8_t* mask, int* status) {
+  __shared__ SelectScratch<kLongRowThreads, 11, uint32_t> scratch;
+  __shared__ ScanScratch<kLongRowThreads, uint64_t> tie_scratch;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const Run<Bits> run = scores.run(row * columns, columns);
+    const Stream<Bits, kLongRowThreads> stream = {run, 0, run.vectors()};
+    const Cut cut = select_in_block(
+        kKeyBits<Bits>, k, static_cast<uint32_t>(columns), scratch, [&](const auto& count) { stream.each_rank(false, count); });
+    if (stream.write_mask(cut, scores.infinity, mask + row * columns, tie_scratch)) atomicOr(status, int{kNotFinite});
+  }
+}
+
+constexpr int kMatrixThreads = 512;
+constexpr int kMatrixDigit = 11;
+
+struct MatrixScratch {
+  SelectScratch<kMatrixThreads, kMatrixDigit, uint64_t> select;
+  ScanScratch<kMatrixThreads, uint64_t> ties;
+};
+
+template <class Bits>
+__global__ void __launch_bounds__(kMatrixThreads, 2) keep_best_of_matrix(
+    Scores<Bits> scores, int64_t count, int64_t k, GridSelection<kMatrixDigit> grid, unsigned* arrivals, uint8_t* mask, int* status) {
+  MatrixScratch& scratch = *dynamic_shared<MatrixScratch>();
+  const Run<Bits> run = scores.run(0, count);
+  const int64_t share = (run.vectors() + gridDim.x - 1) / gridDim.x;
+  const int64_t begin = min(run.vectors(), share * blockIdx.x);
+  const Stream<Bits, kMatrixThreads> stream = {run, begin, min(run.vectors(), begin + share)};
+  unsigned barriers = 0;
+  bool backward = GridSelection<kMatrixDigit>::steps(kKeyBits<Bits>) % 2 == 1;  // so that the mask is written forward
+  const auto each_key = [&](const auto& f) {
+    stream.each_rank(backward, f);
+    backward = !backward;
+  };
+  const Cut cut = select_in_grid(kKeyBits<Bits>, k, count, grid, arrivals, barriers, scratch.select, each_key);
+  if (stream.write_mask(cut, scores.infinity, mask, scratch.ties)) atomicOr(status, int{kNotFinite});
+}
+
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+template <class Bits>
+struct RowCall {
+  Scores<Bits> scores;
+  int64_t rows, columns, k;
+  uint8_t* mask;
+  int* status;
+  cudaStream_t stream;
+
+  // Whether a block of this many threads holds a row.
+  template <int kThreads>
+  bool held() const {
+    if (columns > kThreads * kHeldVectors * Vector<Bits>::kSize) return false;
+    run(keep_best_of_held_rows<Bits, kThreads>, kThreads);
+    return true;
+  }
+
+  template <class Kernel>
+  void run(Kernel kernel, int threads) const {
+    const auto blocks = static_cast<unsigned>(std::min(rows, kMostBlocks));
+    launch(kernel, dim3(blocks), dim3(threads), stream, scores, rows, columns, static_cast<uint32_t>(k), mask, status);
+  }
+};
+
+template <class Bits>
+void keep_best_of_rows(const RowCall<Bits>& call) {
+  const bool held = call.template held<32>() || call.template held<128>() || call.template held<256>() ||
+                    call.template held<512>() || call.template held<1024>();
+  if (!held) call.run(keep_best_of_long_rows<Bits>, kLongRowThreads);
+}
+
+// The grid of the matrix kernel and what its blocks share.
+struct MatrixPlan {
+  unsigned blocks;
+  int64_t barrier_bytes, total_bytes, own_bytes;
+
+  int64_t cleared_bytes() const { return barrier_bytes + total_bytes; }
+  int64_t bytes() const { return cleared_bytes() + own_bytes; }
+};
+
+template <class Bits>
+MatrixPlan plan_matrix(int64_t count) {
+  using Selection = GridSelection<kMatrixDigit>;
+  constexpr int64_t kTile = Stream<Bits, kMatrixThreads>::kTile * Vector<Bits>::kSize;
+  const int64_t resident = resident_blocks(keep_best_of_matrix<Bits>, kMatrixThreads, sizeof(MatrixScratch));
+  const int64_t blocks = std::min(resident, (count + kTile - 1) / kTile);
+  constexpr int64_t kTotals = int64_t{Selection::steps(kKeyBits<Bits>)} << kMatrixDigit;
+  constexpr int64_t kOwn = int64_t{1} << Selection::last_bits(kKeyBits<Bits>);
+  return {
+      static_cast<unsigned>(blocks), sizeof(unsigned long long), kTotals * int64_t{sizeof(unsigned long long)},
+      blocks * kOwn * int64_t{sizeof(uint32_t)}};
+}
+
+template <class Bits>
+void keep_best_of_all(
+    const Scores<Bits>& scores, int64_t count, int64_t k, void* workspace, uint8_t* mask, int* status, cudaStream_t stream) {
+  const MatrixPlan plan = plan_matrix<Bits>(count);
+  auto* memory = static_cast<unsigned char*>(workspace);
+  check_cuda(cudaMemsetAsync(memory, 0, static_cast<size_t>(plan.cleared_bytes()), stream), "memset");
+  const GridSelection<kMatrixDigit> grid = {
+      reinterpret_cast<unsigned long long*>(memory + plan.barrier_bytes),
+      reinterpret_cast<uint32_t*>(memory + plan.cleared_bytes())};
+  launch_cooperative(
+      keep_best_of_matrix<Bits>, dim3(plan.blocks), dim3(kMatrixThreads), sizeof(MatrixScratch), stream, scores, count, k, grid,
+      reinterpret_cast<unsigned*>(memory), mask, status);
+}
+
+// What one block selects from faster than all of them would meet.
+constexpr int64_t kSmallMatrix = 16384;
+// Beyond, a block would count past 32 bits.
+constexpr int64_t kLongestRow = 0xffffffff;
+
+bool by_grid(int64_t rows, int64_t columns, bool whole_matrix) {
+  if (rows * columns <= kSmallMatrix) return false;
+  return whole_matrix || rows == 1 || columns > kLongestRow;
+}
+
+template <class Bits>
+void topk_mask_of(
+    const Bits* data, Bits infinity, int64_t rows, int64_t columns, int64_t k, bool whole_matrix, uint8_t* mask, void* workspace,
+    int* status, cudaStream_t stream) {
+  const bool grid = by_grid(rows, columns, whole_matrix);
+  if (whole_matrix) {
+    columns *= rows;
+    rows = 1;
+  }
+  const bool aligned = is_aligned(data, 16) && is_aligned(mask, 8) && (rows == 1 || columns % Vector<Bits>::kSize == 0);
+  if (!grid) {
+    keep_best_of_rows<Bits>({{data, infinity, aligned}, rows, columns, k, mask, status, stream});
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first = row * columns;
+    keep_best_of_all<Bits>({data + first, infinity, aligned}, columns, k, workspace, mask + first, status, stream);
+  }
+}
+
+}  // namespace
+
+int64_t topk_mask_workspace(DType dtype, int64_t rows, int64_t columns, bool whole_matrix) {
+  if (!by_grid(rows, columns, whole_matrix)) return 0;
+  const int64_t count = whole_matrix ? rows * columns : columns;
+  return size_of(dtype) == 4 ? plan_matrix<uint32_t>(count).bytes() : plan_matrix<uint16_t>(count).bytes();
+}
+
+void topk_mask(
+    const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t k, bool whole_matrix, uint8_t* mask, void* workspace,
+    int* status, cudaStream_t stream) {
+  if (rows == 0 || columns == 0) return;
+  if (dtype == DType::f32) {
+    topk_mask_of<uint32_t>(
+        static_cast<const uint32_t*>(scores), infinity_bits(float{}), rows, columns, k, whole_matrix, mask, workspace, status, stream);
+  } else {
+    const int32_t infinity = dtype == DType::bf16 ? infinity_bits(BFloat16{}) : infinity_bits(Half{});
+    topk_mask_of<uint16_t>(
+        static_cast<const uint16_t*>(scores), static_cast<uint16_t>(infinity), rows, columns, k, whole_matrix, mask, workspace, status,
+        stream);
+  }
+}
+
+}  // namespace sparsekern::cuda
