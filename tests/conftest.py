@@ -12,6 +12,8 @@ from sparsekern.backends import dispatcher, implementations, table
 from sparsekern.backends.libraries import LIBRARIES, Library
 from sparsekern.ops._registry import NAMESPACE, OPS
 
+from . import interpreter
+
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16_emulated", "avx512_bf16")
 COMPILED = LIBRARIES["_C"].loaded
 GPU_RUNS = ("gpu", "gpu-triton")
@@ -95,6 +97,8 @@ def serve_on_cpu(kind: str, simt_library: str | None) -> None:
         LIBRARIES["_C_cuda"] = Library("_C_cuda", True, "")
     elif os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("--kernels=triton: expected TRITON_INTERPRET=1 in the environment")
+    else:
+        interpreter.teach_bfloat16_products()
     for other in set(table.AVAILABILITY) - {kind}:
         table.AVAILABILITY[other] = lambda: table.Support(False, "it is not under test")
     for op in OPS.values():

@@ -28,8 +28,11 @@ def gram_(
         `gram`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in `alpha` or in a row of `x` that is used (`gram` is then
-            unchanged).
+        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in `alpha` or in a row of `x` that is used. On a CPU `gram` is
+            then unchanged. On a CUDA device it is spoiled: the Triton kernel does not read `x` twice to look for them first, but
+            finds them by the diagonal of the result.
+
+    Products too large for float32 are no error: they leave Inf in `gram`, which `reverse_cholesky` refuses.
 
     Source: `H = X^T X`, Frantar and Alistarh, SparseGPT, 2023, section 3.
     """

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,9 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def run_op_tests(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """All of tests/ops but what only traces and what is slow."""
+def run_op_tests(
+    folder: Path, *arguments: str, tests: Sequence[str] = ("tests/ops",), **environment: str
+) -> subprocess.CompletedProcess:
+    """All of `tests` but what only traces and what is slow."""
     selection = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu", "-k", NOT_AGAIN]
-    return run(folder, "-m", "pytest", "tests/ops", *selection, *arguments, **environment)
+    return run(folder, "-m", "pytest", *tests, *selection, *arguments, **environment)

@@ -1,1 +1,0 @@
-"""The benchmarks of 2:4 linears at run time."""

@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op. Imported only when one is to run: `import sparsekern` does not need triton."""

@@ -1,0 +1,90 @@
+"""Every shipped configuration of every Triton kernel, compiled for GPUs that need not be there: no spills, shared memory that the
+architecture has, and the tensor-core instructions that are meant."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from .sanitizers import BUILD
+
+pytest.importorskip("triton", reason="Triton kernels need triton")
+
+from sparsekern.triton_kernels import gram  # noqa: E402
+
+from . import triton_build  # noqa: E402
+from .triton_build import ARCHITECTURES, build, faults, shipped  # noqa: E402
+
+ON_EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache():
+    """Kept, so that what has not changed is not compiled again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(BUILD / "triton"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def processes(cache):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@ON_EVERY_ARCHITECTURE
+def test_every_shipped_configuration(architecture, processes):
+    numbers = range(len(list(shipped(architecture))))
+    assert numbers
+    found = processes.map(triton_build.faults_of_number, numbers, [architecture] * len(numbers), chunksize=4)
+    assert not [fault for faults in found for fault in faults]
+
+
+def wide_case(**changes):
+    """The Gram kernel as a large bf16 input gets it on Hopper."""
+    cases = gram.compile_cases((9, 0))
+    wanted = {"COLUMNS": 256, "DESCRIPTORS": True, "partials": None}
+    case = next(
+        case
+        for case in cases
+        if case.signature["x"].startswith("tensordesc<bf16") and wanted.items() <= case.constexprs.items()
+    )
+    return case._replace(**changes)
+
+
+def test_on_hopper_both_operands_of_the_gram_product_come_from_shared_memory_as_they_lie():
+    sass = build(wide_case(), ARCHITECTURES[1]).sass
+    products = [match.start() for match in re.finditer("HGMMA", sass)]
+    loop = sass[products[0] : sass.index("BRA", products[-1])]
+    # 64 x 256 accumulators a warpgroup, the largest there are; either operand read transposed by the tensor cores themselves.
+    assert len(re.findall(r"HGMMA\.64x256x16\.F32\.BF16 R\d+, gdesc\[UR\d+\]\.tnspA\.tnspB", loop)) == len(products) == 4
+    assert len(re.findall("UTMALDG", loop)) == 2
+    assert not re.findall(r"\b(LDS|STS|LDSM|STSM|MOVM|SHFL|PRMT|LDG|LDL|STL)\b", loop)
+    # One wait an iteration, for the products before the last: the tensor cores never run dry.
+    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", loop) == ["0x1"]
+
+
+def test_spills_are_found():
+    case = wide_case(num_warps=4)  # 256 accumulators a thread
+    assert any("spills" in fault for fault in faults(case, ARCHITECTURES[1]))
+
+
+def test_too_much_shared_memory_is_found():
+    case = wide_case(num_stages=6)
+    assert any("bytes of shared memory, 232448 are there" in fault for fault in faults(case, ARCHITECTURES[1]))
+
+
+def test_a_missing_tensor_core_instruction_is_found():
+    assert faults(wide_case(), ARCHITECTURES[1]) == []
+    other = ARCHITECTURES[1]._replace(tensor_core=ARCHITECTURES[0].tensor_core)
+    assert any("among the instructions" in fault for fault in faults(wide_case(), other))
+
+
+def test_a_case_that_does_not_fit_its_kernel_is_found():
+    case = wide_case()
+    with pytest.raises(AssertionError, match=r"product_over_tokens: .* disagree about \['alpha'\]"):
+        build(case._replace(signature={name: kind for name, kind in case.signature.items() if name != "alpha"}), ARCHITECTURES[1])

@@ -1,0 +1,18 @@
+"""The Triton kernels in Triton's interpreter, in a process of its own: every test under tests/ops, and those of tests/triton_kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import sanitizers
+
+pytest.importorskip("triton", reason="Triton kernels need triton")
+
+pytestmark = pytest.mark.slow
+
+
+def test_op_tests_pass_on_the_triton_kernels(tmp_path):
+    package = sanitizers.copy_package(tmp_path)
+    tests = ("tests/ops", "tests/triton_kernels")
+    result = sanitizers.run_op_tests(package, "--kernels=triton", tests=tests, TRITON_INTERPRET="1", LD_PRELOAD="")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]

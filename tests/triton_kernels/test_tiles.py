@@ -1,0 +1,82 @@
+"""Tile choices and schedules: pure functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton kernels need triton")
+
+from sparsekern.triton_kernels._common import lower_tile_at, lower_tiles, tile_at  # noqa: E402
+from sparsekern.triton_kernels.gram import CHAIN, START, config, schedule  # noqa: E402
+
+H200 = 132
+
+
+@pytest.mark.parametrize("group", [2, 4, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 33])
+def test_every_tile_is_taken_once(rows, group):
+    for columns in (1, 2, 5, 16):
+        taken = [tile_at.fn(index, rows, columns, group) for index in range(rows * columns)]
+        assert sorted(taken) == [(i, j) for i in range(rows) for j in range(columns)]
+
+
+@pytest.mark.parametrize("wide", [1, 2])
+@pytest.mark.parametrize("group", [2, 4, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 32, 33, 50])
+def test_every_tile_that_reaches_the_lower_triangle_is_taken_once(rows, group, wide):
+    reach = [(i, j) for i in range(rows) for j in range(rows) if j * wide <= i]
+    assert lower_tiles(rows, wide) == len(reach)
+    assert sorted(lower_tile_at.fn(index, rows, wide, group) for index in range(len(reach))) == reach
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    tiles=st.integers(0, 5000),
+    tokens=st.one_of(st.integers(0, 3000), st.integers(0, 2**33)),
+    step=st.sampled_from([16, 32, 64]),
+    multiprocessors=st.sampled_from([1, 108, 132, 148]),
+)
+def test_a_schedule_covers_every_token_of_every_tile_once(tiles, tokens, step, multiprocessors):
+    covered = {}
+    for part in schedule(tiles, tokens, step, multiprocessors):
+        assert part.first_tile == 0 or part.first_tile % multiprocessors == 0
+        if part.splits > 1:
+            assert part.tokens % step == 0  # or splits would overlap
+            assert part.tiles * part.splits <= max(8 * multiprocessors, part.tiles * -(-tokens // CHAIN) * 2)
+        assert (part.splits - 1) * part.tokens < part.last_token - part.first_token <= part.splits * part.tokens
+        assert part.tokens <= CHAIN
+        covered.setdefault((part.first_tile, part.tiles), []).append((part.first_token, part.last_token))
+    assert sum(count for _, count in covered) == (tiles if tokens else 0)
+    for ranges in covered.values():
+        assert [first for first, _ in ranges] == [0, *(last for _, last in ranges[:-1])] and ranges[-1][1] == tokens
+
+
+def waves(part) -> int:
+    return -(-part.tiles * part.splits // H200)
+
+
+@pytest.mark.parametrize(
+    ("features", "tokens", "least"),
+    [(4096, 262144, 0.97), (4096, 32768, 0.94), (4096, 2048, 0.65), (11008, 32768, 0.97), (768, 262144, 0.95), (576, 2048, 0.15)],
+)
+def test_the_multiprocessors_of_an_h200_are_kept_busy(features, tokens, least):
+    """The share of the time in which tiles are multiplied, by the model that chooses the split."""
+    tile = config(torch.bfloat16, features, (9, 0))
+    tiles = lower_tiles(-(-features // tile.rows), tile.columns // tile.rows)
+    steps = -(-tokens // tile.tokens)
+    needed = sum(waves(part) * (-(-part.tokens // tile.tokens) + START) for part in schedule(tiles, tokens, tile.tokens, H200))
+    assert tiles * steps / H200 >= least * needed
+
+
+def test_the_whole_waves_add_to_the_result_themselves():
+    whole, *_, rest = schedule(272, 262144, 64, H200)
+    assert (whole.first_tile, whole.tiles, whole.splits) == (0, 264, 1)
+    assert (rest.first_tile, rest.tiles, rest.splits) == (264, 8, 16)
+
+
+def test_shared_memory_that_only_some_devices_have_is_asked_of_those():
+    assert config(torch.bfloat16, 4096, (9, 0)).tokens == config(torch.bfloat16, 4096, (10, 0)).tokens == 64
+    assert config(torch.bfloat16, 4096, (8, 0)) == config(torch.bfloat16, 4096, (12, 0))
