@@ -1,10 +1,12 @@
 # make demo    prune SmolLM2-135M to 2:4 and compare it with the dense model
 # make test    build and run the tests             ARGS='-k gram' passes arguments to pytest
 # make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
+# make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
+#              torch must have CUDA, and installs nothing
 # make lint    ruff
 # make clean   remove what was built
 #
-# Each sets up its own virtual environment first; the second time there is nothing to do.
+# Each but gpu sets up its own virtual environment first; the second time there is nothing to do.
 # VENV=DIR     where it lies (.venv)
 # PYTHON=...   what it is made with (python3; 3.10 or later)
 # TORCH='...'  pip arguments that install torch, such as TORCH='torch==2.11.0' (see tools/install_torch.py for the default)
@@ -24,7 +26,7 @@ REQUIRED  := $(VENV)/.required-$(call digest,$(TORCH))
 INSTALLED := $(VENV)/.installed-$(call digest,$(TORCH) $(SPARSEKERN_BUILD) $(SPARSEKERN_CUDA) $(TORCH_CUDA_ARCH_LIST) $(DEBUG))
 SOURCES   := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -37,6 +39,9 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.cpu $(ARGS)
+
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

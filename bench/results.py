@@ -1,4 +1,4 @@
-"""Where figures go: `bench/results/<CPU model>-cpu.json`, and the same as a table a person can read beside it."""
+"""Where figures go: `bench/results/<machine>.json`, and the same as a table a person can read beside it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,17 @@ class Row:
     details: dict[str, object] = field(default_factory=dict)
 
 
-def record(rows: list[Row], folder: Path = FOLDER) -> Path:
-    """Put `rows` in the place of those of the same name, keep the others, and write both files anew. Returns the table's path."""
-    path = folder / f"{_slug(cpu_model())}-cpu.json"
+def record(rows: list[Row], folder: Path = FOLDER, machine: dict[str, str] | None = None) -> Path:
+    """Put `rows` in the place of those of the same name, keep the others, and write both files anew. Returns the table's path.
+
+    `machine` is what they were measured on, its name first; None is this CPU.
+    """
+    machine = machine or this_cpu()
+    path = folder / f"{_slug(title_of(machine))}{'-cpu' if 'cpu' in machine else ''}.json"
     kept = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.is_file() else []
     merged = {(row.section, row.what): row for row in (*kept, *rows)}
     ordered = sorted(merged.values(), key=lambda row: (row.section, row.what))
-    content = {"machine": machine(), "rows": [asdict(row) for row in ordered]}
+    content = {"machine": machine, "rows": [asdict(row) for row in ordered]}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(path.with_suffix(".md"), as_table(content["machine"], ordered).encode())
@@ -42,7 +46,7 @@ def record(rows: list[Row], folder: Path = FOLDER) -> Path:
 
 
 def as_table(machine: dict[str, str], rows: list[Row]) -> str:
-    lines = ["# " + machine["cpu"], "", ", ".join(f"{name} {value}" for name, value in machine.items() if name != "cpu") + "."]
+    lines = ["# " + title_of(machine), "", ", ".join(f"{name} {value}" for name, value in list(machine.items())[1:]) + "."]
     for section in dict.fromkeys(row.section for row in rows):
         lines += ["", f"## {section}", "", "| what | goal | reached | met | against |", "|---|---|---|---|---|"]
         for row in rows:
@@ -52,7 +56,11 @@ def as_table(machine: dict[str, str], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def machine() -> dict[str, str]:
+def title_of(machine: dict[str, str]) -> str:
+    return next(iter(machine.values()))
+
+
+def this_cpu() -> dict[str, str]:
     found = sparsekern.info()
     return {
         "cpu": cpu_model(),

@@ -31,13 +31,22 @@ def textbook_sparsegpt(
         The pruned weights and the mask, True where kept.
     """
     work, hessian = weight.to(hessian.dtype).clone(), hessian.clone()
-    rows, columns = work.shape
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     work[:, dead] = 0
     hessian.diagonal().add_(percdamp * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
+    new_weight, mask = textbook_sweep(work, upper, sparsity, n_zeros, m, blocksize)
+    return new_weight.to(weight.dtype), mask
+
+
+def textbook_sweep(
+    weight: torch.Tensor, upper: torch.Tensor, sparsity: float = 0.0, n_zeros: int = 0, m: int = 0, blocksize: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loop over columns alone, from `upper`, the upper Cholesky factor of the inverse Hessian, in its dtype."""
+    work = weight.to(upper.dtype, copy=True)
+    columns = work.shape[1]
     pruned = torch.zeros_like(work, dtype=torch.bool)
     for start in range(0, columns, blocksize):
         stop = min(start + blocksize, columns)
@@ -60,7 +69,7 @@ def textbook_sparsegpt(
         work[:, start:stop] = block
         work[:, stop:] -= errors @ upper[start:stop, stop:]
         pruned[:, start:stop] = block_pruned
-    return work.to(weight.dtype), ~pruned
+    return work, ~pruned
 
 
 def textbook_wanda(

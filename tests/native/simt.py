@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -17,31 +19,36 @@ FLAGS = [
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-unused-function", "-Wno-psabi"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 ]
+INCLUDE = [f"-I{folder}" for folder in (CSRC, CSRC / "testing", CSRC / "testing" / "simt", *include_paths())]
 
 
-def build_library(kernels: Path = CSRC / "cuda", build: Path = BUILD / "simt") -> Path:
-    """A library of the raw ops of `kernels` for CPU tensors. Only what has changed is compiled.
+def build_library(library: Path = BUILD / "simt" / "_C_simt.so", instead: Mapping[str, Path] = MappingProxyType({})) -> Path:
+    """A library of the raw ops for CPU tensors. Only what has changed is compiled.
+
+    Args:
+        library: the file to make.
+        instead: source files to take in place of those of the same name in csrc/cuda, compiled beside themselves.
 
     Raises:
         RuntimeError: with the compiler's words, if something does not compile.
     """
-    build.mkdir(parents=True, exist_ok=True)
-    include = [f"-I{folder}" for folder in (kernels.parent, CSRC, CSRC / "testing", CSRC / "testing" / "simt", *include_paths())]
-    sources = sorted([*kernels.glob("*.cu"), *kernels.glob("*_op.cpp")])
-    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *kernels.rglob("*.h"), Path(__file__)]
+    objects = BUILD / "simt"
+    objects.mkdir(parents=True, exist_ok=True)
+    cuda = CSRC / "cuda"
+    sources = [instead.get(source.name, source) for source in sorted([*cuda.glob("*.cu"), *cuda.glob("*_op.cpp")])]
+    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), Path(__file__)]
     newest = max(header.stat().st_mtime for header in headers)
 
     def compile_one(source: Path) -> Path:
-        target = build / f"{source.name}-{torch.__version__}.o"
+        target = (objects if source.parent == cuda else source.parent) / f"{source.name}-{torch.__version__}.o"
         if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):
-            _run(*compiler(), *FLAGS, *include, "-c", "-x", "c++", source, "-o", target)
+            _run(*compiler(), *FLAGS, *INCLUDE, "-c", "-x", "c++", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    library = build / "_C_simt.so"
+        compiled = list(pool.map(compile_one, sources))
     link = [f"-L{folder}" for folder in library_paths()]
-    _run(*compiler(), "-shared", "-fsanitize=address,undefined", *objects, *link, "-ltorch_cpu", "-o", library)
+    _run(*compiler(), "-shared", "-fsanitize=address,undefined", *compiled, *link, "-ltorch_cpu", "-o", library)
     return library
 
 

@@ -45,13 +45,11 @@ for features in (1, 31, 32, 33, 64, 97):
 
 def mirror(package: Path, folder: Path, whole: str, broken: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs gram_symmetrize_ with a fault planted into its kernel."""
-    cuda = folder / "cuda"
-    shutil.copytree(simt.CSRC / "cuda", cuda, ignore=shutil.ignore_patterns("*.cu", "*_op.cpp"))
-    shutil.copy(simt.CSRC / "cuda" / "gram_symmetrize_op.cpp", cuda)
     source = (simt.CSRC / "cuda" / "gram_symmetrize.cu").read_text()
     assert source.count(whole) == 1
-    (cuda / "gram_symmetrize.cu").write_text(source.replace(whole, broken))
-    library = simt.build_library(cuda, folder / "build")
+    kernel = folder / "gram_symmetrize.cu"
+    kernel.write_text(source.replace(whole, broken))
+    library = simt.build_library(folder / "_C_simt.so", {kernel.name: kernel})
     return sanitizers.run(package, "-c", MIRROR.format(library=str(library)), **environment)
 
 

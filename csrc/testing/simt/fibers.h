@@ -1,8 +1,6 @@
 // The threads of CUDA blocks as fibers of one CPU thread: they run one at a time and give way where CUDA threads wait for each other.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "simt/stack.h"
 
 struct dim3 {
   unsigned x, y, z;
@@ -60,8 +60,7 @@ struct Fiber {
   Block* block = nullptr;
   dim3 index;
   unsigned linear = 0;
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Stack stack;
   bool finished = false;
 };
 
@@ -85,11 +84,12 @@ class Scheduler {
       if (left != 0 && !progress_) throw std::logic_error("deadlock: every thread waits for one that will not come, or spins for ever");
     }
     running = nullptr;
+    for (auto& fiber : fibers_) fiber->stack.give_back();
   }
 
   Fiber& current() { return *current_; }
 
-  void give_way() { swapcontext(&current_->context, &main_); }
+  void give_way() { current_->stack.leave(main_); }
 
   // Something that another thread may be waiting for has happened.
   void progressed() { progress_ = true; }
@@ -109,7 +109,6 @@ class Scheduler {
   static inline Scheduler* running = nullptr;
 
  private:
-  static constexpr size_t kStack = 128 * 1024;
   static constexpr uint64_t kMostSpins = 4'000'000;
 
   void start(dim3 index, size_t shared_bytes) {
@@ -126,12 +125,7 @@ class Scheduler {
       fiber.block = &block;
       fiber.linear = linear;
       fiber.index = dim3(linear % blockDim.x, linear / blockDim.x % blockDim.y, linear / blockDim.x / blockDim.y);
-      fiber.stack.reset(new char[kStack]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &main_;
-      makecontext(&fiber.context, &Scheduler::enter, 0);
+      fiber.stack = Stack::take(&Scheduler::enter);
     }
   }
 
@@ -139,7 +133,7 @@ class Scheduler {
     current_ = &fiber;
     threadIdx = fiber.index;
     blockIdx = fiber.block->index;
-    swapcontext(&main_, &fiber.context);
+    fiber.stack.enter(main_);
   }
 
   static void enter() {
@@ -152,13 +146,14 @@ class Scheduler {
     block.finished += 1;
     block.warps[fiber.linear / kWarp].finished |= 1u << fiber.linear % kWarp;
     if (block.arrived != 0) scheduler.error_ = "some threads of a block left the kernel while others wait at __syncthreads";
+    scheduler.give_way();  // for ever
   }
 
   const std::function<void()>& body_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Fiber* current_ = nullptr;
-  ucontext_t main_;
+  Context main_;
   bool progress_ = false;
   uint64_t spins_ = 0;
   std::string error_;

@@ -1,0 +1,160 @@
+"""What comes before any time is taken: the build, the tests on the device, and compute-sanitizer on small cases."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..results import Row
+from .budget import Budget
+from .run import ROOT, TIMED_OUT, last_lines, run
+
+SECTION = "checks"
+AT_ONCE = 6  # test files; most of their time is Python's
+SECONDS_A_FILE = 150.0
+SANITIZERS = {"memcheck": ("cuda", "triton"), "racecheck": ("cuda",)}  # tool -> implementations it is run on
+SECONDS_A_SANITIZER = 100.0
+ERRORS_FOUND = 86  # what compute-sanitizer is told to end with
+
+
+def build(budget: Budget, log: Path) -> Row | None:
+    """Builds the extensions in place for this device with this Python; a row where that fails."""
+    capability = ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "9.0"
+    environment = {
+        "SPARSEKERN_CUDA": "1",
+        "SPARSEKERN_BUILD": "1",
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", capability),
+        "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
+    }
+    code = run([sys.executable, "setup.py", "build_ext", "--inplace"], log, budget.left, environment)
+    if code == 0:
+        return None
+    why = "stopped when the time was up" if code is TIMED_OUT else last_lines(log, 1)
+    return Row(SECTION, "build", f"**failed**: {why}; see {log.name}", met=False)
+
+
+@dataclass(frozen=True)
+class TestRun:
+    """One file of tests, with `--kernels` as given."""
+
+    __test__ = False
+
+    path: str
+    kernels: str | None
+
+    @property
+    def name(self) -> str:
+        return self.path + (f" --kernels={self.kernels}" if self.kernels else "")
+
+    def row(self, budget: Budget, folder: Path) -> Row:
+        log = folder / f"{Path(self.path).stem}-{self.kernels or 'plain'}.log"
+        arguments = ["-v", "--tb=short", "-p", "no:cacheprovider", *([f"--kernels={self.kernels}"] if self.kernels else [])]
+        code = run([sys.executable, "-m", "pytest", self.path, *arguments], log, budget.share(SECONDS_A_FILE))
+        return as_row(self.name, code, log.read_text(errors="replace"))
+
+
+def as_row(name: str, code: int | None, output: str) -> Row:
+    """What came of a file of tests, from its exit code (None: it was stopped) and the words of `pytest -v`."""
+    outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", output, re.MULTILINE)
+    count = {kind: sum(outcome == kind for _, outcome in outcomes) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    words = [f"{number} {kind.lower()}" for kind, number in count.items() if number] or ["nothing ran"]
+    bad = [test for test, outcome in outcomes if outcome in ("FAILED", "ERROR")]
+    if code is TIMED_OUT:
+        begun = re.findall(r"^(\S+::.+?) ", output, re.MULTILINE)
+        words.append(f"stopped in {begun[-1]}" if begun else "stopped")
+    elif code not in (0, 5) and not bad:
+        words.append(f"ended with {code}: {output.strip().splitlines()[-1] if output.strip() else ''}")
+    met = None if code == 5 else code == 0
+    return Row(SECTION, name, ", ".join(words), met=met, details={"failed": bad, "why": _reasons(output)})
+
+
+def _reasons(output: str) -> list[str]:
+    """The first lines that say what was wrong."""
+    return re.findall(r"^E   +(.+)$", output, re.MULTILINE)[:20]
+
+
+def tests(budget: Budget, log: Path, selection: str = "") -> list[Row]:
+    """All that is marked `gpu`, and tests/ops with every tensor on the device: as it is chosen there, and without C++."""
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("ops/test_*.py"))
+    on_device = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("gpu/test_*.py"))
+    runs = [TestRun(path, None) for path in on_device] + [TestRun(path, kernels) for kernels in ("gpu", "gpu-triton") for path in files]
+    runs = [one for one in runs if selection in one.name]
+    # What takes longest starts first.
+    runs.sort(key=lambda one: "contracts" not in one.path)
+    folder = log.parent / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def unless_time_is_up(one: TestRun) -> Row | None:
+        return one.row(budget, folder) if budget.allows(one.name, 5) else None
+
+    for old in folder.glob("*.log"):
+        old.unlink()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        rows = [row for row in pool.map(unless_time_is_up, runs) if row]
+    log.write_text("".join(f"==== {part.stem}\n{part.read_text(errors='replace')}\n" for part in sorted(folder.glob("*.log"))))
+    shutil.rmtree(folder)
+    return rows
+
+
+def kernel_names(backend: str) -> list[str]:
+    """Parts of the names of our kernels, so that torch's own are not looked at."""
+    if backend == "cuda":
+        return ["sparsekern"]
+    sources = (ROOT / "sparsekern" / "triton_kernels").glob("*.py")
+    return sorted({name for path in sources for name in re.findall(r"@triton\.jit\ndef (\w+)", path.read_text())})
+
+
+def sanitizers(budget: Budget, log: Path) -> list[Row]:
+    tool_path = find_sanitizer()
+    if tool_path is None:
+        return [Row(SECTION, "compute-sanitizer", "not run: it is neither on the path nor beside nvcc")]
+    rows = []
+    for tool, implementations in SANITIZERS.items():
+        for implementation in implementations:
+            name = f"{tool} on small cases ({implementation})"
+            names = kernel_names(implementation)
+            if not names or implementation == "triton" and importlib.util.find_spec("triton") is None:
+                continue
+            if budget.allows(name, 20):
+                rows.append(_sanitize(name, tool_path, tool, implementation, names, budget.share(SECONDS_A_SANITIZER), log))
+    return rows
+
+
+def find_sanitizer() -> str | None:
+    beside = [Path(home) / "bin" / "compute-sanitizer" for home in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda") if home]
+    return shutil.which("compute-sanitizer") or next((str(path) for path in beside if path.is_file()), None)
+
+
+def _sanitize(name: str, tool_path: str, tool: str, implementation: str, names: list[str], seconds: float, log: Path) -> Row:
+    options = ["--tool", tool, "--error-exitcode", ERRORS_FOUND, "--report-api-errors", "no", "--print-limit", 20]
+    filters = [part for known in names for part in ("--kernel-name", f"kns={known}")]
+    before = log.stat().st_size if log.is_file() else 0
+    command = [tool_path, *options, *filters, sys.executable, "-m", "bench.gpu.small_cases", implementation]
+    code = run(command, log, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    with open(log, errors="replace") as file:
+        file.seek(before)
+        output = file.read()
+    return as_sanitizer_row(name, code, output)
+
+
+def as_sanitizer_row(name: str, code: int | None, output: str) -> Row:
+    """What compute-sanitizer found, from its exit code (None: it was stopped) and its words."""
+    ran = re.findall(r"^ran (\d+) calls", output, re.MULTILINE)
+    if "Device not supported" in output:
+        return Row(SECTION, name, "not run: compute-sanitizer refuses this device")
+    if code is TIMED_OUT:
+        done = len(re.findall(r"^call ", output, re.MULTILINE))
+        return Row(SECTION, name, f"stopped after {done} calls, nothing found until then" if done else "stopped before the first call")
+    if code == 0 and ran:
+        return Row(SECTION, name, f"{ran[-1]} calls, nothing found", met=True)
+    found = re.findall(r"ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+)", output)
+    what = f"{max(map(int, filter(None, found[-1])))} errors" if found else f"ended with {code}"
+    return Row(SECTION, name, f"**failed**: {what}", met=False, details={"output": output[-4000:]})

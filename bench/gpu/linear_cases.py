@@ -1,0 +1,1 @@
+"""The benchmarks of 2:4 linears at run time."""

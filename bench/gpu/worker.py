@@ -1,0 +1,83 @@
+"""Runs benchmarks in a process of their own: `python -m bench.gpu.worker FILE NAME...`.
+
+A line of JSON a row goes to FILE as soon as it is known, and one before each benchmark starts. A kernel that crashes or hangs takes
+this process with it and nothing else; `bench.gpu.measure` sees which benchmark it was and goes on with the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..results import Row
+from . import e2e
+from .cases import CASES, Place
+from .device import Ceilings, measure_ceilings
+
+for module in ("solve_cases", "linear_cases", "select_cases"):  # each adds its own, the most important first
+    importlib.import_module(f"{__package__}.{module}")
+
+
+def ordered() -> list[str]:
+    """The names of all benchmarks, the most important first and whole models last."""
+    return [case.name for case in CASES] + [run.name for run in e2e.RUNS]
+
+
+def likely_seconds(name: str) -> float:
+    return next(known.likely_seconds for known in (*CASES, *e2e.RUNS) if known.name == name)
+
+
+def ceiling_rows(ceilings: Ceilings) -> Iterator[Row]:
+    details = {"copy_bytes_a_second": ceilings.copy, "bf16_flops_a_second": ceilings.bf16, "fp32_flops_a_second": ceilings.fp32}
+    yield Row("ceilings", "copy on the device, read and written", f"{ceilings.copy / 1e12:.2f} TB/s", details=details)
+    yield Row("ceilings", "matrix product of 8192, bf16", f"{ceilings.bf16 / 1e12:.0f} TFLOP/s")
+    yield Row("ceilings", "matrix product of 8192, fp32", f"{ceilings.fp32 / 1e12:.1f} TFLOP/s")
+
+
+def run(name: str, place: Place) -> Iterator[Row]:
+    for known in (*CASES, *e2e.RUNS):
+        if known.name == name:
+            yield from known.rows(place)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("names", nargs="+", choices=ordered(), metavar="NAME")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.device("cpu" if arguments.rehearse else "cuda")
+    with open(arguments.file, "a", buffering=1) as file:
+
+        def tell(**entry: object) -> None:
+            print(json.dumps(entry), file=file)
+
+        def tell_row(row: Row) -> None:
+            tell(row=asdict(row))
+            print(f"{row.what}: {row.reached}", flush=True)
+
+        tell(start="ceilings")
+        ceilings = measure_ceilings(device, small=arguments.rehearse)
+        for row in ceiling_rows(ceilings):
+            tell_row(row)
+        place = Place(device, arguments.rehearse, ceilings, arguments.profile)
+        for name in arguments.names:
+            tell(start=name)
+            for row in run(name, place):
+                tell_row(row)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        tell(start=None)
+
+
+if __name__ == "__main__":
+    main()

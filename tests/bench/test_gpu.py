@@ -1,0 +1,255 @@
+"""`python -m bench.gpu` without a GPU: what it says then, and everything in it that does not need one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import results
+from bench.gpu import __main__ as command
+from bench.gpu import cases, checks, device, measure, run, worker
+from bench.gpu.budget import Budget
+from bench.gpu.cases import Faster, Problem, Share, Taken, Within
+from bench.results import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Time:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def budget() -> Budget:
+    return Budget(300, Time())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_a_line():
+    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--only", "ops"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("bench.gpu: torch ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "is built without CUDA; run with a Python whose torch has it"),
+        ("13.0", "has CUDA 13.0 but sees no device; is there a GPU, and does its driver fit?"),
+    ],
+)
+def test_what_is_wrong_with_cuda_is_told(monkeypatch, version, message):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert message in device.problem_with_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.problem_with_cuda() is None
+
+
+def test_a_budget_is_spent_and_names_what_it_cut(budget):
+    assert budget.left == 300 and budget.share(100) == 100 and budget.allows("first", 200)
+    part = budget.part(0.4)
+    assert part.left == 120 and not part.allows("second", 121)
+    budget._now.seconds = 250
+    assert budget.left == 50 and budget.share(100) == 50 and part.left == 0
+    assert not budget.allows("third", 60) and budget.cut == ["second", "third"]
+    budget._now.seconds = 400
+    assert budget.left == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_rehearsal_of_every_benchmark(tmp_path):
+    """Each with toy sizes on the CPU: its inputs, its check, its baselines and its row."""
+    file = tmp_path / "rows.jsonl"
+    names = worker.ordered()
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu.worker", "--rehearse", "--profile", file, *names], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows, running = measure._read(file)
+    assert running is None
+    assert len(rows) == 3 + len(names)
+    assert not [row for row in rows if "failed" in row.reached]
+    assert {row.section for row in rows} == {"ceilings", "ops", "prune"}
+    assert "Self CPU time total" in done.stdout
+
+
+def test_the_order_and_the_likely_time_of_benchmarks():
+    names = worker.ordered()
+    assert len(set(names)) == len(names)
+    assert names[0] == "obs_sweep 4096x4096 2:4" and "the whole call" in names[-1]
+    assert sum(map(worker.likely_seconds, names)) < 300
+
+
+def test_what_does_not_fit_is_cut_and_shorter_ones_are_not(budget, monkeypatch):
+    seconds = {"a": 100, "b": 250, "c": 100}
+    monkeypatch.setattr(worker, "likely_seconds", seconds.__getitem__)
+    assert measure._affordable(["a", "b", "c"], budget) == ["a", "c"] and budget.cut == ["b"]
+
+
+def test_a_crash_costs_one_row_and_a_restart(budget, monkeypatch, tmp_path):
+    monkeypatch.setattr(worker, "likely_seconds", lambda name: 1)
+    started = []
+
+    def crashing(names, file, budget, log, options):
+        started.append(list(names))
+        lines = [{"start": "ceilings"}, {"start": names[0]}, {"row": {"section": "ops", "what": names[0], "reached": "1 ms"}}]
+        lines.append({"start": "crasher"} if "crasher" in names else {"start": None})
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return "the process ended with -11"
+
+    monkeypatch.setattr(measure, "_run_worker", crashing)
+    rows = measure.measure(["first", "crasher", "last"], budget, tmp_path / "bench.log")
+    assert started == [["first", "crasher", "last"], ["last"]]
+    assert [(row.what, row.met) for row in rows] == [("first", None), ("crasher", False), ("last", None)]
+    assert "the process ended with -11; see bench.log" in rows[1].reached
+
+
+def test_ceilings_that_crash_end_it(budget, monkeypatch, tmp_path):
+    monkeypatch.setattr(worker, "likely_seconds", lambda name: 1)
+    monkeypatch.setattr(measure, "_run_worker", lambda names, file, *rest: "the process ended with 1")
+    rows = measure.measure(["first", "second"], budget, tmp_path / "bench.log")
+    assert [row.what for row in rows] == ["the start of the process"] and rows[0].met is False
+
+
+def test_a_worker_that_hangs_is_stopped(budget, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "SECONDS_WITHOUT_A_WORD", 0.3)
+    monkeypatch.setattr(measure.sys, "executable", str(tmp_path / "hang"))
+    (tmp_path / "hang").write_text("#!/bin/sh\nsleep 60 & sleep 60\n")
+    (tmp_path / "hang").chmod(0o755)
+    (tmp_path / "rows").touch()
+    assert measure._run_worker(["a"], tmp_path / "rows", budget, tmp_path / "log", []).startswith("stopped after 0 s")
+
+
+def test_commands_are_logged_and_stopped(tmp_path):
+    log = tmp_path / "log"
+    assert run.run([sys.executable, "-c", "print('hello'); raise SystemExit(3)"], log, 60) == 3
+    assert run.run([sys.executable, "-c", "import time; time.sleep(60)"], log, 0.2) is run.TIMED_OUT
+    assert run.last_lines(log, 1) == "stopped after 0 s" and "hello" in log.read_text()
+    assert run.last_lines(tmp_path / "none") == ""
+
+
+PYTEST = """
+tests/gpu/test_calls.py::test_a[x y-cuda] PASSED                         [ 10%]
+tests/gpu/test_calls.py::test_b SKIPPED (needs two CUDA devices)         [ 20%]
+tests/gpu/test_calls.py::test_c FAILED                                   [ 30%]
+tests/gpu/test_calls.py::test_d """
+
+
+def test_what_came_of_tests():
+    row = checks.as_row("some tests", 1, PYTEST + "\nE   assert 1 == 2\n")
+    assert row.reached == "1 passed, 1 failed, 1 skipped" and row.met is False
+    assert row.details == {"failed": ["tests/gpu/test_calls.py::test_c"], "why": ["assert 1 == 2"]}
+    assert "stopped in tests/gpu/test_calls.py::test_d" in checks.as_row("some tests", None, PYTEST).reached
+    assert checks.as_row("some tests", 0, PYTEST[:80]).met is True
+    assert checks.as_row("some tests", 5, "").met is None
+    crashed = checks.as_row("some tests", -11, PYTEST[:80] + "\nFatal Python error: Segmentation fault")
+    assert crashed.met is False and crashed.reached == "1 passed, ended with -11: Fatal Python error: Segmentation fault"
+
+
+def test_what_a_sanitizer_found():
+    clean = "call gram_\nran 3 calls\n========= ERROR SUMMARY: 0 errors\n"
+    assert checks.as_sanitizer_row("memcheck", 0, clean).reached == "3 calls, nothing found"
+    found = checks.as_sanitizer_row("memcheck", 86, "ran 3 calls\n========= ERROR SUMMARY: 7 errors\n")
+    assert found.met is False and found.reached == "**failed**: 7 errors"
+    races = checks.as_sanitizer_row("racecheck", 86, "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n")
+    assert races.met is False and "2 errors" in races.reached
+    assert checks.as_sanitizer_row("memcheck", None, "call a\ncall b\n").reached.startswith("stopped after 2 calls")
+    assert "refuses this device" in checks.as_sanitizer_row("memcheck", 1, "========= Error: Device not supported.\n").reached
+    assert checks.as_sanitizer_row("memcheck", 1, "Traceback").met is False
+
+
+def test_every_part_that_is_checked_exists():
+    for path in ("tests/ops", "tests/gpu", "setup.py"):
+        assert (ROOT / path).exists()
+    for name in ("small_cases", "worker"):
+        assert (ROOT / "bench" / "gpu" / f"{name}.py").is_file()
+    assert checks.kernel_names("cuda") == ["sparsekern"]
+
+
+def test_goals():
+    taken = Taken(called=2e-3, on_device=1e-3, against={"textbook": 0.3}, floor=0.85e-3)
+    assert Faster(100, "textbook").met(taken) and not Faster(200, "textbook").met(taken)
+    assert Within(3e-3).met(taken) and not Within(1e-3).met(taken)
+    assert replace(taken, on_device=None).share == 0.425
+    assert Share(0.8).met(taken) and not Share(0.9).met(taken)
+    assert [str(goal) for goal in (Faster(100, "textbook"), Within(3e-3), Share(0.8))] == [
+        ">= 100x textbook", "<= 3 ms", ">= 80% of the floor",
+    ]  # fmt: skip
+
+
+def place() -> cases.Place:
+    return cases.Place(torch.device("cpu"), True, device.Ceilings(1e9, 1e9, 1e9))
+
+
+def made_of(check, baselines=None) -> cases.Case:
+    return cases.Case("c", None, lambda place: Problem([lambda: 1], check, baselines or {}, bytes=1e3, goals=(Within(10),)), 1)
+
+
+def test_a_benchmark_whose_result_is_wrong_is_not_timed():
+    def wrong(result):
+        raise AssertionError("not the expected bits")
+
+    (row,) = made_of(wrong).rows(place())
+    assert row.met is False and row.reached == "**failed**: AssertionError: not the expected bits"
+
+
+def test_a_benchmark_that_cannot_run_here_says_why():
+    def not_here(place):
+        raise cases.NotHere("no cuSPARSELt")
+
+    (row,) = cases.Case("c", None, not_here, 1).rows(place())
+    assert row.met is None and row.reached == "not run: no cuSPARSELt"
+
+
+def test_a_row_has_the_ratio_the_time_and_the_floor():
+    (row,) = made_of(lambda result: None, {"slow": [lambda: sum(range(10000))]}).rows(place())
+    assert row.met is True and row.goal == "<= 10 s" and row.against.startswith("slow ")
+    assert "x** slow" in row.reached and "of the floor 0.001 ms" in row.reached
+    assert row.details["floor_seconds"] == 1e-6 and row.details["bytes"] == 1e3
+
+
+def test_parts_put_their_rows_into_one_file(tmp_path):
+    machine = {"device": "NVIDIA H200", "driver": "1"}
+    results.record([Row("ops", "a", "1 ms"), Row("ops", "b", "2 ms")], tmp_path, machine)
+    table = results.record([Row("checks", "t", "3 passed", met=True), Row("ops", "b", "4 ms")], tmp_path, machine)
+    assert table == tmp_path / "nvidia-h200.md"
+    content = json.loads(table.with_suffix(".json").read_text())
+    assert content["machine"] == machine
+    assert [(row["what"], row["reached"]) for row in content["rows"]] == [("t", "3 passed"), ("a", "1 ms"), ("b", "4 ms")]
+    assert table.read_text().startswith("# NVIDIA H200\n\ndriver 1.\n") and "| b |  | 4 ms |  |  |" in table.read_text()
+
+
+def test_the_last_words(capsys, budget):
+    budget.cut.append("obs_sweep 4096x11008 2:4")
+    rows = [
+        Row("ops", "gram_", "**1.7x** torch.mm", goal=">= 1.6x", met=True),
+        Row("ops", "nm_pack", "**failed**: wrong bits", met=False),
+        Row("checks", "tests/ops/test_gram.py", "1 failed", met=False, details={"failed": ["test_a"]}),
+        Row("checks", "tests/ops/test_nm_pack.py", "9 passed", met=True),
+    ]
+    assert command._say(rows, budget) == 1
+    said = capsys.readouterr().out
+    assert "met  gram_: 1.7x torch.mm [goal >= 1.6x]" in said and "checks: 1 of 2 passed" in said
+    assert "FAILED nm_pack: failed: wrong bits" in said and "    test_a" in said
+    assert said.endswith("cut, no time was left: obs_sweep 4096x11008 2:4\n")
+    assert command._say(rows[:1], Budget(1)) == 0
+
+
+def test_arguments():
+    assert command.parse([]).minutes == 9 and command.parse([]).only is None
+    assert command.parse(["--only", "ops", "--only", "e2e", "-k", "gram"]).only == ["ops", "e2e"]
+    with pytest.raises(SystemExit):
+        command.parse(["--only", "everything"])
