@@ -135,6 +135,9 @@ class Case:
         except NotHere as reason:
             yield Row(SECTION, self.name, f"not run: {reason}")
             return
+        except RuntimeError as error:
+            yield _failed(self.name, error)
+            return
         against = {name: seconds_of(calls, place.device) for name, calls in problem.baselines.items()}
         for by in self._implementations(place):
             name = f"{self.name} ({by})" if by else self.name
@@ -152,10 +155,7 @@ class Case:
             called = seconds_of(problem.calls, place.device)
             on_device = replayed_seconds_of(problem.calls, place.device) if problem.captured else None
         except (AssertionError, ValueError, RuntimeError) as error:
-            if "CUDA error" in str(error):  # the device is lost to this process
-                raise
-            missing = "was asked for, but" in str(error)  # the words of sparsekern.backends
-            return Row(SECTION, name, f"{'not run' if missing else '**failed**'}: {one_line(error)}", goal=goals, met=None if missing else False)
+            return _failed(name, error, goals)
         floor = place.ceilings.floor(flops=problem.flops, unit=problem.unit, bytes=problem.bytes)
         taken = Taken(called, on_device, against, floor)
         return Row(
@@ -188,8 +188,14 @@ def _reached(taken: Taken, problem: Problem) -> str:
     return ", ".join(parts)
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _failed(name: str, error: Exception, goals: str = "") -> Row:
+    """A row for what an error has ended; raises the error if the device is lost to this process."""
+    if "CUDA error" in str(error):
+        raise error
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if "was asked for, but" in what:  # the words of sparsekern.backends
+        return Row(SECTION, name, f"not run: {what}", goal=goals)
+    return Row(SECTION, name, f"**failed**: {what}", goal=goals, met=False)
 
 
 CASES: list[Case] = []

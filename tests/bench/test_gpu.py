@@ -214,6 +214,22 @@ def test_a_benchmark_that_cannot_run_here_says_why():
     assert row.met is None and row.reached == "not run: no cuSPARSELt"
 
 
+def raising(message: str):
+    def make(place):
+        raise RuntimeError(message)
+
+    return cases.Case("c", None, make, 1)
+
+
+def test_an_error_is_a_row_unless_the_device_is_lost():
+    (row,) = raising("no such algorithm").rows(place())
+    assert row.met is False and row.reached == "**failed**: RuntimeError: no such algorithm"
+    (row,) = raising("gram_: the cuda implementation was asked for, but it is not built").rows(place())
+    assert row.met is None and row.reached.startswith("not run: ")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(raising("CUDA error: an illegal memory access was encountered").rows(place()))
+
+
 def test_a_row_has_the_ratio_the_time_and_the_floor():
     (row,) = made_of(lambda result: None, {"slow": [lambda: sum(range(10000))]}).rows(place())
     assert row.met is True and row.goal == "<= 10 s" and row.against.startswith("slow ")
