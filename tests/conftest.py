@@ -130,7 +130,7 @@ def pytest_generate_tests(metafunc) -> None:
 
 @pytest.fixture
 def isa(request, monkeypatch) -> str:
-    """Runs the test once for each instruction set of this CPU; once on a GPU, or through the references where nothing is compiled."""
+    """Runs the test once for each instruction set of this CPU; once on a GPU, and once where nothing is compiled."""
     if request.param in CPU_ISAS:
         monkeypatch.setenv("SPARSEKERN_CPU_ISA", request.param)
     return request.param

@@ -1,8 +1,8 @@
-"""Checks and measures this GPU: builds in place with the Python at hand, runs the tests on the device, compute-sanitizer on small cases,
-then the benchmarks; all of it, without a network, in the minutes it is given. What did not fit is named at the end.
+"""Checks and measures this GPU: builds in place with the Python at hand, runs the tests on the device, compute-sanitizer on
+small cases, then the benchmarks; all of it, without a network, in the minutes it is given. What did not fit is named at the end.
 
-Figures go to `bench/results/<device>.json` and the table beside it, logs to `build/gpu`; with --out both go there. Each part puts its
-rows in the place of those of the same name, so that the parts can be run one by one.
+Figures go to `bench/results/<device>.json` and the table beside it, logs to `build/gpu`; with --out both go there. Each part puts
+its rows in the place of those of the same name, so that the parts can be run one by one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ KEPT_BACK = 5.0  # seconds at the end for what comes after the last step
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=PARTS, help="may be given more than once; tests includes compute-sanitizer")
+    parser.add_argument(
+        "--only", action="append", choices=PARTS, help="may be given more than once; tests includes compute-sanitizer"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything, the build included (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the figures and the logs go")
-    parser.add_argument("-k", dest="selection", default="", metavar="TEXT", help="only benchmarks and test files whose name has TEXT in it")
+    parser.add_argument(
+        "-k", dest="selection", default="", metavar="TEXT", help="only benchmarks and test files whose name has TEXT in it"
+    )
     parser.add_argument("--no-build", action="store_true", help="take the extensions as they are")
-    parser.add_argument("--profile", action="store_true", help="e2e under torch's profiler: the kernels that take longest, in bench.log")
+    parser.add_argument(
+        "--profile", action="store_true", help="e2e under torch's profiler: the kernels that take longest, in bench.log"
+    )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU, nothing recorded: to try this program out")
     return parser.parse_args(arguments)
 

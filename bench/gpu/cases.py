@@ -1,4 +1,4 @@
-"""What one benchmark is, and how it becomes rows: correct first, then timed, each implementation by itself, against its baselines."""
+"""What one benchmark is, and how it becomes rows: correct first, then timed, each implementation by itself, against baselines."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds of a call as a program makes it, of its replay (None: not captured), of each baseline, and the least there could be."""
+    """Seconds of a call as a program makes it, of its replay (None: not captured) and of each baseline; and the least there is."""
 
     called: float
     on_device: float | None

@@ -85,7 +85,9 @@ def tests(budget: Budget, log: Path, selection: str = "") -> list[Row]:
     """All that is marked `gpu`, and tests/ops with every tensor on the device: as it is chosen there, and without C++."""
     files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("ops/test_*.py"))
     on_device = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("gpu/test_*.py"))
-    runs = [TestRun(path, None) for path in on_device] + [TestRun(path, kernels) for kernels in ("gpu", "gpu-triton") for path in files]
+    runs = [TestRun(path, None) for path in on_device] + [
+        TestRun(path, kernels) for kernels in ("gpu", "gpu-triton") for path in files
+    ]
     runs = [one for one in runs if selection in one.name]
     # What takes longest starts first.
     runs.sort(key=lambda one: "contracts" not in one.path)
@@ -152,7 +154,9 @@ def as_sanitizer_row(name: str, code: int | None, output: str) -> Row:
         return Row(SECTION, name, "not run: compute-sanitizer refuses this device")
     if code is TIMED_OUT:
         done = len(re.findall(r"^call ", output, re.MULTILINE))
-        return Row(SECTION, name, f"stopped after {done} calls, nothing found until then" if done else "stopped before the first call")
+        return Row(
+            SECTION, name, f"stopped after {done} calls, nothing found until then" if done else "stopped before the first call"
+        )
     if code == 0 and ran:
         return Row(SECTION, name, f"{ran[-1]} calls, nothing found", met=True)
     found = re.findall(r"ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+)", output)

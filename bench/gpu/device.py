@@ -30,7 +30,9 @@ def problem_with_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; run with a Python whose torch has it (make gpu PYTHON=...)"
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} has CUDA {torch.version.cuda} but sees no device; is there a GPU, and does its driver fit?"
+        return (
+            f"torch {torch.__version__} has CUDA {torch.version.cuda} but sees no device; is there a GPU, and does its driver fit?"
+        )
     return None
 
 

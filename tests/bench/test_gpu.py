@@ -41,6 +41,12 @@ def test_without_a_gpu_it_says_so_in_a_line():
     assert done.stderr.startswith("bench.gpu: torch ") and done.stderr.count("\n") == 1
 
 
+def test_without_torch_it_says_so_in_a_line():
+    done = subprocess.run([sys.executable, "-S", "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("bench.gpu: this Python has no torch; ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [
@@ -75,7 +81,10 @@ def test_a_rehearsal_of_every_benchmark(tmp_path):
     file = tmp_path / "rows.jsonl"
     names = worker.ordered()
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.worker", "--rehearse", "--profile", file, *names], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "bench.gpu.worker", "--rehearse", "--profile", file, *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     rows, running = measure._read(file)

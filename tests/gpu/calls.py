@@ -10,7 +10,17 @@ from sparsekern.ops._registry import OPS, Op, Sample
 
 DEVICE = "cuda"
 # Those that neither have an output whose size depends on values nor choose what to do next by a value.
-CAPTURABLE = ("feature_norm_", "gram_", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_unpack", "obs_sweep", "topk_mask")
+CAPTURABLE = (
+    "feature_norm_",
+    "gram_",
+    "gram_symmetrize_",
+    "nm_mask",
+    "nm_pack",
+    "nm_prune_pack",
+    "nm_unpack",
+    "obs_sweep",
+    "topk_mask",
+)
 
 IMPLEMENTED = [(op, known.name) for op in OPS for known in backends.implementations(op)]
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("name", "backend"), IMPLEMENTED, ids=lambda value: value, indirect=["backend"])
