@@ -7,6 +7,7 @@ import functools
 import torch
 
 from sparsekern import ops
+from sparsekern.ops.topk_mask import reference as topk_by_sort
 from tests.textbook import textbook_sparsegpt, textbook_sweep
 
 from ..problems import DAMPING
@@ -46,7 +47,7 @@ def assert_as_good_as(weight, gram, ours, theirs) -> None:
     assert not new_weight[~mask].any(), "a pruned weight is not zero"
 
 
-def sweep(place: Place, rows: int, columns: int, pattern, *, textbook: bool, goals=()) -> Problem:
+def sweep(place: Place, rows: int, columns: int, pattern, *, scope: str = "block", textbook: bool = False, goals=()) -> Problem:
     gram = correlated_gram(place, columns)
     factor = ops.reverse_cholesky(gram, DAMPING)
     weight = place.randn(rows, columns)
@@ -61,18 +62,20 @@ def sweep(place: Place, rows: int, columns: int, pattern, *, textbook: bool, goa
 
     def check(result) -> None:
         new_weight, mask, _ = result
+        assert int(mask.sum()) == mask.numel() // 2, "not half of the weights are kept"
         if textbook:
             assert_as_good_as(weight, gram, (new_weight, mask), expected_of_loop())
-        else:
+        elif scope == "matrix":  # chosen from the starting weights
+            score = weight.abs() * factor.diagonal()
+            assert torch.equal(mask, topk_by_sort(score, mask.numel() // 2, scope="matrix")), "not the mask of the best weights"
+        else:  # rows do not know of each other
             few = slice(0, CHECKED)
-            expected = ops.obs_sweep(weight[few].cpu(), factor.cpu(), pattern)
-            if pattern == "2:4":
-                agreement = float((mask[few].cpu() == expected[1]).float().mean())
-                assert agreement > 0.999, f"only {agreement:.4%} of the mask is that of the CPU kernel"
-        assert int(mask.sum()) == mask.numel() // 2
+            expected = ops.obs_sweep(weight[few].cpu(), factor.cpu(), pattern, scope=scope)[1]
+            agreement = float((mask[few].cpu() == expected).float().mean())
+            assert agreement > 0.999, f"only {agreement:.4%} of the mask is that of the CPU kernel"
 
     return Problem(
-        calls=[lambda: ops.obs_sweep(weight, factor, pattern)],
+        calls=[lambda: ops.obs_sweep(weight, factor, pattern, scope=scope)],
         check=check,
         baselines={"textbook loop": [loop]} if textbook else {},
         flops=rows * columns**2,
@@ -233,9 +236,19 @@ def factor(place: Place, features: int) -> Problem:
 
 @case("obs_sweep 11008x4096 2:4", "obs_sweep")
 def sweep_wide(place: Place) -> Problem:
-    return sweep(place, place.size(11008, 320), place.size(4096, 256), "2:4", textbook=False)
+    return sweep(place, place.size(11008, 320), place.size(4096, 256), "2:4")
 
 
 @case("obs_sweep 4096x11008 2:4", "obs_sweep")
 def sweep_long(place: Place) -> Problem:
-    return sweep(place, place.size(4096, 256), place.size(11008, 320), "2:4", textbook=False)
+    return sweep(place, place.size(4096, 256), place.size(11008, 320), "2:4")
+
+
+@case("obs_sweep 4096x4096 50 % by row", "obs_sweep")
+def sweep_by_row(place: Place) -> Problem:
+    return sweep(place, place.size(4096, 256), place.size(4096, 256), 0.5, scope="row")
+
+
+@case("obs_sweep 4096x4096 50 % of all", "obs_sweep")
+def sweep_of_all(place: Place) -> Problem:
+    return sweep(place, place.size(4096, 256), place.size(4096, 256), 0.5, scope="matrix")

@@ -73,6 +73,14 @@ def test_the_phases_add_up(ids):
     assert 0 < sum(phases) <= 1.05 * report.seconds["total"]
 
 
+def test_perplexity_and_a_saved_model(ids, tmp_path):
+    model = llama().cuda()
+    sparsekern.prune(model, "magnitude", "2:4", progress=False)
+    there = sparsekern.perplexity(model, ids.flatten(), length=48)
+    sparsekern.save(model, tmp_path / "saved")
+    assert there == pytest.approx(sparsekern.perplexity(sparsekern.load(tmp_path / "saved"), ids.flatten(), length=48), rel=1e-4)
+
+
 def test_a_killed_run_goes_on(ids, tmp_path, monkeypatch):
     from sparsekern.pruning.pipeline import _Run
 
