@@ -27,12 +27,25 @@ def test_is_values_and_little_endian_bits_and_comes_back(isa, weight):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_many_rows(isa, threads, generator, dtype):
+@pytest.mark.parametrize("rows, columns", [(301, 523), (41, 640)])
+def test_many_rows(isa, threads, generator, dtype, rows, columns):
     threads(3)
-    weight = torch.randn(301, 523, generator=generator).clamp_min(0).to(dtype)
+    weight = torch.randn(rows, columns, generator=generator).clamp_min(0).to(dtype)
+    weight[rows // 4 : rows // 2] = 0
+    weight[rows // 2 :, ::2] = 1
     for got, want in zip(bitmask_pack(weight), reference(weight), strict=True):
         assert bits(got) == bits(want)
-    assert bits(bitmask_unpack(*bitmask_pack(weight), 523)) == bits(weight)
+    assert bits(bitmask_unpack(*bitmask_pack(weight), columns)) == bits(weight)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tensors_that_begin_inside_a_vector_of_memory(isa, generator, dtype):
+    weight = torch.randn(1 + 41 * 640, generator=generator).clamp_min(0).to(dtype)[1:].view(41, 640)
+    values, bitmask = bitmask_pack(weight)
+    assert bits(values) == bits(reference(weight)[0])
+    values, bitmask = (torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (values, bitmask))
+    assert all(t.is_contiguous() and t.data_ptr() % 16 != 0 for t in (weight, values, bitmask))
+    assert bits(bitmask_unpack(values, bitmask, 640)) == bits(weight)
 
 
 def test_compiles_where_the_size_depends_on_the_data(generator):

@@ -26,6 +26,15 @@ def test_not_as_many_values_as_bits(isa, unpack, dtype, change):
 
 
 @BOTH
+@pytest.mark.parametrize("change", [-1, 1])
+def test_one_value_more_or_less_than_many_bits(isa, unpack, change):
+    values, bitmask = bitmask_pack(torch.ones(31, 640))
+    wrong = torch.ones(31 * 640 + change)
+    with pytest.raises(ValueError, match=rf"^values: expected as many as bits are set in bitmask \(19840\), got {19840 + change}"):
+        unpack(wrong, bitmask, 640)
+
+
+@BOTH
 def test_a_set_bit_past_the_last_column(isa, unpack):
     values, bitmask = bitmask_pack(torch.ones(5, 13))
     bitmask[3, 1] |= 0b0010_0000
