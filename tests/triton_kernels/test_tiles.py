@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
 from sparsekern.triton_kernels._common import lower_tile_at, lower_tiles, tile_at  # noqa: E402
-from sparsekern.triton_kernels.gram import CHAIN, START, config, schedule  # noqa: E402
+from sparsekern.triton_kernels._product import CHAIN, START, config, schedule  # noqa: E402
 
 H200 = 132
 
@@ -35,23 +35,23 @@ def test_every_tile_that_reaches_the_lower_triangle_is_taken_once(rows, group, w
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     tiles=st.integers(0, 5000),
-    tokens=st.one_of(st.integers(0, 3000), st.integers(0, 2**33)),
+    depth=st.one_of(st.integers(0, 3000), st.integers(0, 2**33)),
     step=st.sampled_from([16, 32, 64]),
     multiprocessors=st.sampled_from([1, 108, 132, 148]),
 )
-def test_a_schedule_covers_every_token_of_every_tile_once(tiles, tokens, step, multiprocessors):
+def test_a_schedule_covers_all_the_depth_of_every_tile_once(tiles, depth, step, multiprocessors):
     covered = {}
-    for part in schedule(tiles, tokens, step, multiprocessors):
+    for part in schedule(tiles, depth, step, multiprocessors):
         assert part.first_tile == 0 or part.first_tile % multiprocessors == 0
         if part.splits > 1:
-            assert part.tokens % step == 0  # or splits would overlap
-            assert part.tiles * part.splits <= max(8 * multiprocessors, part.tiles * -(-tokens // CHAIN) * 2)
-        assert (part.splits - 1) * part.tokens < part.last_token - part.first_token <= part.splits * part.tokens
-        assert part.tokens <= CHAIN
-        covered.setdefault((part.first_tile, part.tiles), []).append((part.first_token, part.last_token))
-    assert sum(count for _, count in covered) == (tiles if tokens else 0)
+            assert part.depth % step == 0  # or splits would overlap
+            assert part.tiles * part.splits <= max(8 * multiprocessors, part.tiles * -(-depth // CHAIN) * 2)
+        assert (part.splits - 1) * part.depth < part.end - part.begin <= part.splits * part.depth
+        assert part.depth <= CHAIN
+        covered.setdefault((part.first_tile, part.tiles), []).append((part.begin, part.end))
+    assert sum(count for _, count in covered) == (tiles if depth else 0)
     for ranges in covered.values():
-        assert [first for first, _ in ranges] == [0, *(last for _, last in ranges[:-1])] and ranges[-1][1] == tokens
+        assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])] and ranges[-1][1] == depth
 
 
 def waves(part) -> int:
@@ -66,8 +66,8 @@ def test_the_multiprocessors_of_an_h200_are_kept_busy(features, tokens, least):
     """The share of the time in which tiles are multiplied, by the model that chooses the split."""
     tile = config(torch.bfloat16, features, (9, 0))
     tiles = lower_tiles(-(-features // tile.rows), tile.columns // tile.rows)
-    steps = -(-tokens // tile.tokens)
-    needed = sum(waves(part) * (-(-part.tokens // tile.tokens) + START) for part in schedule(tiles, tokens, tile.tokens, H200))
+    steps = -(-tokens // tile.depth)
+    needed = sum(waves(part) * (-(-part.depth // tile.depth) + START) for part in schedule(tiles, tokens, tile.depth, H200))
     assert tiles * steps / H200 >= least * needed
 
 
@@ -78,5 +78,5 @@ def test_the_whole_waves_add_to_the_result_themselves():
 
 
 def test_shared_memory_that_only_some_devices_have_is_asked_of_those():
-    assert config(torch.bfloat16, 4096, (9, 0)).tokens == config(torch.bfloat16, 4096, (10, 0)).tokens == 64
+    assert config(torch.bfloat16, 4096, (9, 0)).depth == config(torch.bfloat16, 4096, (10, 0)).depth == 64
     assert config(torch.bfloat16, 4096, (8, 0)) == config(torch.bfloat16, 4096, (12, 0))

@@ -1,0 +1,272 @@
+"""The product that `gram_`, `cross_gram_` and `add_product` share: `out += alpha * x^T y`, summed over a long common index.
+
+Floor, on an H200: `depth * features^2` operations for one triangle of a Gram matrix. bf16 [262144, 4096] is 4.4 TFLOP, 5.6 ms at
+790 TFLOP/s, against 11.1 ms for the full product; with what sticks out over the diagonal 272 of 512 tiles, 5.9 ms.
+
+* Both operands lie as the tensor cores want them: `x` is `[depth, rows]`, rows contiguous, and wgmma takes either operand of 16 bits
+  with its non-reduced index contiguous in shared memory. So the bulk copy engine (or cp.async) puts tiles of `x` where the tensor
+  cores read them, and no register, shuffle or transposition is in between.
+* A tile of 128 x 256 accumulators fills the registers of two warpgroups. It asks 48 KB of the L2 cache for 4.2 MFLOP, which at full
+  speed is already 9 TB/s; nothing smaller would do. Tiles are worked through in bands, so that programs that run at a time share
+  their columns, and all run through the depth together: `x` comes out of memory about once a wave.
+* Waves: as many whole waves of tiles as there are go through the whole depth and add to `out` themselves. The tiles left over are
+  split along it to fill the machine, into a workspace that a second kernel sums in a fixed order. No atomics: the same bits on
+  every run.
+* Products of 16-bit inputs are exact. Tensor cores truncate when they accumulate, which over a long sum of squares is a bias: about
+  depth / 16 * 2e-8 of the result. A sum is therefore carried to `out`, where additions round, after `CHAIN`: 9e-5 at most.
+* float32 is multiplied as three products of TF32 pieces ("tf32x3"), whose error is that of float32: 131 TFLOP/s at the very most.
+* Masked rows of `x` and `y` are loaded as zeros, so that what is in them does not matter. The copy engine cannot do that, cp.async can.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._common import (
+    GROUP,
+    SLICE,
+    STRIP,
+    CompileCase,
+    add_partials,
+    add_tile,
+    case_of_partials,
+    check_operand,
+    device_of,
+    lower_tile_at,
+    lower_tiles,
+    on_device_of,
+    takes_descriptor,
+    tile_at,
+)
+
+CHAIN = 65536  # depth that one accumulator takes in
+# What a split costs, in steps of the inner loop of 0.6 us: to fill the pipeline and write the tile; to launch the second kernel;
+# and for that kernel to read one tile more.
+START, SECOND, READ = 10, 5, 0.05
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class Config(NamedTuple):
+    """One tile of the result, `rows` x `columns`, and the `depth` of a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool  # whether the bulk copy engine may load the tiles
+    precision: str
+
+
+class Part(NamedTuple):
+    """Tiles `[first_tile, first_tile + tiles)` over the depth `[begin, end)`, in `splits` of `depth` each."""
+
+    first_tile: int
+    tiles: int
+    begin: int
+    end: int
+    splits: int
+    depth: int
+
+
+def config(dtype: torch.dtype, columns: int, capability: tuple[int, int]) -> Config:
+    """Tile sizes for inputs of `dtype` and a result of that many columns."""
+    large = capability[0] in (9, 10)  # 227 KB of shared memory and the bulk copy engine; the others have 99 KB at least
+    if dtype == torch.float32:
+        return Config(128, 128, 32 if large else 16, 8, 3, large, "tf32x3")
+    return Config(128, 256 if columns > 128 else 128, 64 if large else 32, 8, 4, large, "ieee")
+
+
+@functools.lru_cache(maxsize=1024)
+def schedule(tiles: int, depth: int, step: int, multiprocessors: int) -> tuple[Part, ...]:
+    """The parts that cover all tiles and all the depth, for programs that take `step` of it at a time, one a multiprocessor."""
+    if not tiles or not depth:
+        return ()
+    parts = []
+    rest = tiles % multiprocessors
+    if tiles > rest:
+        chains = [(begin, min(begin + CHAIN, depth)) for begin in range(0, depth, CHAIN)]
+        parts += [Part(0, tiles - rest, begin, end, 1, end - begin) for begin, end in chains]
+    if rest:
+        each = _depth_of_a_split(rest, depth, step, multiprocessors)
+        parts.append(Part(tiles - rest, rest, 0, depth, triton.cdiv(depth, each), each))
+    return tuple(parts)
+
+
+def _depth_of_a_split(tiles: int, depth: int, step: int, multiprocessors: int) -> int:
+    """What finishes `tiles` soonest, a multiple of `step`, in a workspace of eight waves of tiles at most."""
+    steps = triton.cdiv(depth, step)
+    least = triton.cdiv(depth, CHAIN)
+    most = max(least, min(steps, 8 * multiprocessors // tiles))
+
+    def cost(splits: int) -> float:
+        units = tiles * splits
+        second = SECOND + READ * units if splits > 1 else 0
+        return triton.cdiv(units, multiprocessors) * (triton.cdiv(steps, splits) + START) + second
+
+    return triton.cdiv(steps, min(range(least, most + 1), key=cost)) * step
+
+
+@triton.jit(do_not_specialize=["first_tile", "begin", "end"])
+def product(
+    x, y, row_mask, out, partials, rows, columns, x_stride, y_stride, out_stride, first_tile, begin, end, split_depth, alpha,
+    LOWER: tl.constexpr, TURNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """One tile of `x^T y` over one split of the depth: added to `out`, or where `partials` is given, written there.
+
+    `x` and `y` are pointers, or with `DESCRIPTORS` tensor descriptors of tiles `[DEPTH, ROWS]` and `[DEPTH, COLUMNS]`. With `TURNED`
+    `x` lies as `[rows, depth]`. Only the first `begin + split_depth * splits` of the depth are a multiple of `DEPTH`.
+    """
+    index, split = tl.program_id(0), tl.program_id(1)
+    if LOWER:
+        i, j = lower_tile_at(first_tile + index, tl.cdiv(rows, ROWS), COLUMNS // ROWS, GROUP)
+    else:
+        i, j = tile_at(first_tile + index, tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    row, column = i * ROWS, j * COLUMNS
+    begin += split * split_depth
+    stop = min(begin + split_depth, end)
+
+    accumulators = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if DESCRIPTORS:
+        for k in range(begin, stop, DEPTH):  # past the end of a tensor the copy engine fills in zeros
+            a = x.load([row, k]) if TURNED else x.load([k, row]).T
+            b = y.load([k, column])
+            accumulators = tl.dot(a, b, accumulators, input_precision=PRECISION)
+    else:
+        lane = tl.arange(0, DEPTH)
+        a_row = row + tl.arange(0, ROWS)
+        b_column = column + tl.arange(0, COLUMNS)
+        first = (begin + lane).to(tl.int64)
+        step = tl.full((), DEPTH, tl.int64)
+        if TURNED:
+            a_place = x + a_row.to(tl.int64)[:, None] * x_stride + first[None, :]
+            a_step = step
+        else:
+            a_place = x + first[None, :] * x_stride + a_row[:, None]
+            a_step = step * x_stride
+        b_place = y + first[:, None] * y_stride + b_column[None, :]
+        for k in range(begin, stop, DEPTH):
+            used = k + lane < end
+            if row_mask is not None:
+                used &= tl.load(row_mask + k + lane, mask=used, other=0) != 0
+            a = tl.load(a_place, mask=used[None, :] & (a_row < rows)[:, None], other=0.0)
+            b = tl.load(b_place, mask=used[:, None] & (b_column < columns)[None, :], other=0.0)
+            accumulators = tl.dot(a, b, accumulators, input_precision=PRECISION)
+            a_place += a_step
+            b_place += step * y_stride
+
+    if partials is None:
+        add_tile(out, accumulators, row, column, rows, columns, out_stride, alpha, LOWER, ROWS, COLUMNS, SLICE)
+    else:
+        place = partials + (split * tl.num_programs(0) + index).to(tl.int64) * (ROWS * COLUMNS)
+        tl.store(place + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], accumulators)
+
+
+def add_product_over_rows(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    row_mask: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    lower: bool = False,
+    turned: bool = False,
+    names: tuple[str, str, str] = ("out", "x", "y"),
+) -> None:
+    """`out += alpha * x^T y` over the rows of `x` and `y` that `row_mask` keeps.
+
+    With `lower` only the lower triangle of a square `out` is touched, and what is above must not matter; with `turned`, `x` is given
+    as `[rows of out, depth]`. Errors call the tensors by `names`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together.
+    """
+    (rows, columns), depth = out.shape, y.shape[0]
+    check_operand(names[1], x, y, (rows, depth) if turned else (depth, rows), DTYPES)
+    check_operand(names[2], y, x, (depth, columns), (x.dtype,))
+    check_operand(names[0], out, x, (rows, columns))
+    if row_mask is not None:
+        check_operand("row_mask", row_mask, x, (depth,), (torch.bool,))
+        row_mask = row_mask.contiguous()
+    x, y = (z if z.stride(1) == 1 else z.contiguous() for z in (x, y))
+    dense = out if out.stride(1) == 1 else out.contiguous()
+    with on_device_of(x):
+        _launch(dense, x, y, row_mask, alpha, lower, turned)
+    if dense is not out:
+        out.copy_(dense)
+
+
+def _launch(out, x, y, row_mask, alpha: float, lower: bool, turned: bool) -> None:
+    (rows, columns), device = out.shape, device_of(x)
+    tile = config(x.dtype, columns, device.capability)
+    descriptors = tile.descriptors and row_mask is None and takes_descriptor(x) and takes_descriptor(y)
+    a, b = x, y
+    if descriptors:
+        a = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth] if turned else [tile.depth, tile.rows])
+        b = TensorDescriptor.from_tensor(y, [tile.depth, tile.columns])
+    shape = _shape(tile, lower)
+    for part in schedule(_tiles(rows, columns, tile, lower), y.shape[0], tile.depth, device.multiprocessors):
+        partials = None
+        if part.splits > 1:
+            partials = x.new_empty((part.splits, part.tiles, tile.rows, tile.columns), dtype=torch.float32)
+        product[(part.tiles, part.splits)](
+            a, b, row_mask, out, partials, rows, columns, x.stride(0), y.stride(0), out.stride(0),
+            part.first_tile, part.begin, part.end, part.depth, alpha,
+            **shape, **_loop(tile, turned, descriptors), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if partials is not None:
+            add_partials[(part.tiles, tile.rows // STRIP)](
+                out, partials, rows, columns, out.stride(0), part.first_tile, part.splits, alpha, **shape, STRIP=STRIP
+            )
+
+
+def _tiles(rows: int, columns: int, tile: Config, lower: bool) -> int:
+    row_tiles = triton.cdiv(rows, tile.rows)
+    return lower_tiles(row_tiles, tile.columns // tile.rows) if lower else row_tiles * triton.cdiv(columns, tile.columns)
+
+
+def _shape(tile: Config, lower: bool) -> dict:
+    return {"LOWER": lower, "ROWS": tile.rows, "COLUMNS": tile.columns, "GROUP": GROUP}
+
+
+def _loop(tile: Config, turned: bool, descriptors: bool) -> dict:
+    return {"TURNED": turned, "DESCRIPTORS": descriptors, "PRECISION": tile.precision, "DEPTH": tile.depth, "SLICE": SLICE}
+
+
+def compile_cases(
+    capability: tuple[int, int], dtypes=tuple(DTYPES), *, masks: bool = True, lower: bool = False, turned: bool = False
+) -> Iterator[CompileCase]:
+    """What is shipped for devices of that compute capability. Where there can be a row mask, the loop with it is the fuller one."""
+    tiles = {(dtype, config(dtype, columns, capability)) for dtype in dtypes for columns in (128, 4096)}
+    for dtype, tile in sorted(tiles, key=repr):
+        for split, (descriptors, masked) in itertools.product((False, True), [(False, masks), (tile.descriptors, False)]):
+            yield _case(tile, DTYPES[dtype], lower, turned, descriptors, masked, split)
+    yield from (case_of_partials(_shape(tile, lower)) for tile in sorted({tile for _, tile in tiles}))
+
+
+def _case(tile: Config, dtype: str, lower: bool, turned: bool, descriptors: bool, masked: bool, split: bool) -> CompileCase:
+    operands = {"x": f"*{dtype}:16", "y": f"*{dtype}:16"}
+    if descriptors:
+        x_block = (tile.rows, tile.depth) if turned else (tile.depth, tile.rows)
+        blocks = {"x": x_block, "y": (tile.depth, tile.columns)}
+        operands = {name: f"tensordesc<{dtype}[{height}, {width}]>" for name, (height, width) in blocks.items()}
+    numbers = dict.fromkeys(("rows", "columns", "x_stride", "y_stride", "out_stride", "split_depth"), "i32:16")
+    numbers |= dict.fromkeys(("first_tile", "begin", "end"), "i32")
+    optional = {"row_mask": "*i1:16" if masked else None, "partials": "*fp32:16" if split else None}
+    return CompileCase(
+        product,
+        {**operands, **{name: kind for name, kind in optional.items() if kind}, "out": "*fp32:16", **numbers, "alpha": "fp32"},
+        {**{name: None for name, kind in optional.items() if not kind}, **_shape(tile, lower), **_loop(tile, turned, descriptors)},
+        tile.num_warps,
+        tile.num_stages,
+        tensor_cores=True,
+    )
