@@ -171,7 +171,6 @@ def bitmask_unpack(place: Place) -> Problem:
         check=same(lambda: given[0]),
         baselines={"masked_scatter": [lambda: torch.zeros_like(given[0]).masked_scatter_(mask, packed[0][0])]},
         bytes=bitmask_bytes(given[0]),
-        captured=False,
     )
 
 

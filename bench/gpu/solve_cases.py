@@ -11,7 +11,7 @@ from sparsekern.ops.topk_mask import reference as topk_by_sort
 from tests.textbook import textbook_sparsegpt, textbook_sweep
 
 from ..problems import DAMPING
-from .cases import Faster, Place, Problem, Within, case
+from .cases import Faster, NotHere, Place, Problem, Within, case
 
 TEXTBOOK = {"2:4": {"n_zeros": 2, "m": 4}, 0.5: {"sparsity": 0.5}}
 CHECKED = 64  # columns or rows whose products are computed in float64 too
@@ -252,3 +252,31 @@ def sweep_by_row(place: Place) -> Problem:
 @case("obs_sweep 4096x4096 50 % of all", "obs_sweep")
 def sweep_of_all(place: Place) -> Problem:
     return sweep(place, place.size(4096, 256), place.size(4096, 256), 0.5, scope="matrix")
+
+
+@case("float32 product 4096x4096x4096 in Triton")
+def product(place: Place) -> Problem:
+    """What the sweep multiplies with between its blocks, where that is not cuBLAS."""
+    if place.device.type != "cuda":
+        raise NotHere("Triton's kernels need a GPU")
+    from sparsekern.triton_kernels.matmul import add_product
+
+    a, b = place.randn(4096, 4096), place.randn(4096, 4096)
+    ours, theirs = torch.zeros_like(a), torch.zeros_like(a)
+
+    def error(result: torch.Tensor) -> float:
+        exact = a[:CHECKED].double() @ b.double()
+        return float((result[:CHECKED].double() - exact).norm() / exact.norm())
+
+    def check(_) -> None:
+        fresh = torch.zeros_like(a)
+        add_product(fresh, a, b)
+        assert error(fresh) <= 2 * error(a @ b), f"error {error(fresh):.2e}, cuBLAS's is {error(a @ b):.2e}"
+
+    return Problem(
+        calls=[lambda: add_product(ours, a, b)],
+        check=check,
+        baselines={"addmm in float32": [lambda: torch.addmm(theirs, a, b, out=theirs)]},
+        flops=2 * 4096**3,
+        bytes=4 * a.nbytes,
+    )

@@ -11,6 +11,7 @@ from sparsekern.ops._registry import OPS, Op, Sample
 DEVICE = "cuda"
 # Those that neither have an output whose size depends on values nor choose what to do next by a value.
 CAPTURABLE = (
+    "bitmask_unpack",
     "feature_norm_",
     "gram_",
     "gram_symmetrize_",
