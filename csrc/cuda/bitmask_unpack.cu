@@ -55,8 +55,7 @@ __global__ void __launch_bounds__(kThreads) expand_chunk(
   for (int v = 0; v < kVectors; ++v) flags[v] = byte_of(v) < chunk_bytes ? bits[chunk * kBytes + byte_of(v)] : 0u;
   const auto range = range_of<Bits>(ends, chunk, value_count);
   stage.copy_in(values, aligned, range);
-  scan_bits(flags, place, scratch);
-  __syncthreads();
+  scan_bits(flags, place, scratch);  // and waits for the block, so all values are in place
   const Columns<Bits> columns(weight, chunk);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {

@@ -33,42 +33,60 @@ def test_op_tests_pass_on_the_cuda_kernels(package, order):
 
 
 MIRROR = """
-import torch
-torch.ops.load_library({library!r})
 for features in (1, 31, 32, 33, 64, 97):
     lower = torch.randn(features, features).tril()
     gram = lower + torch.full_like(lower, float("nan")).triu(1)
     torch.ops.sparsekern_cuda.gram_symmetrize_(gram)
-    assert torch.equal(gram, lower + lower.tril(-1).T), f"wrong at {{features}}"
+    assert torch.equal(gram, lower + lower.tril(-1).T), f"wrong at {features}"
+"""
+
+PACK = """
+weight = torch.randn(41, 640).clamp_min(0)
+bitmask, counts, status = torch.ops.sparsekern_cuda.bitmask_mark(weight)
+values = torch.ops.sparsekern_cuda.bitmask_gather(weight, counts.cumsum(0), int(counts.sum()))
+assert torch.equal(values, weight[weight != 0]), "wrong values"
 """
 
 
-def mirror(package: Path, folder: Path, whole: str, broken: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs gram_symmetrize_ with a fault planted into its kernel."""
-    source = (simt.CSRC / "cuda" / "gram_symmetrize.cu").read_text()
+SYMMETRIZE, PACK_BITS = "gram_symmetrize.cu", "bitmask_pack.cu"
+PROGRAMS = {SYMMETRIZE: MIRROR, PACK_BITS: PACK}
+BARRIER = "  __syncthreads();\n"
+SUM = "  set = block_sum<kThreads>(set, scratch);\n"
+
+
+def planted(package: Path, folder: Path, kernel: str, whole: str, broken: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a kernel with a fault planted into it."""
+    source = (simt.CSRC / "cuda" / kernel).read_text()
     assert source.count(whole) == 1
-    kernel = folder / "gram_symmetrize.cu"
-    kernel.write_text(source.replace(whole, broken))
-    library = simt.build_library(folder / "_C_simt.so", {kernel.name: kernel})
-    return sanitizers.run(package, "-c", MIRROR.format(library=str(library)), **environment)
+    (folder / kernel).write_text(source.replace(whole, broken))
+    library = simt.build_library(folder / "_C_simt.so", {kernel: folder / kernel})
+    program = f"import torch\ntorch.ops.load_library({str(library)!r})\n{PROGRAMS[kernel]}"
+    return sanitizers.run(package, "-c", program, **environment)
 
 
-def test_the_unbroken_kernel_passes_where_faults_are_planted(package, tmp_path):
-    done = mirror(package, tmp_path, "__syncthreads();", "__syncthreads();")
+@pytest.mark.parametrize("kernel", PROGRAMS)
+def test_the_unbroken_kernel_passes_where_faults_are_planted(package, tmp_path, kernel):
+    done = planted(package, tmp_path, kernel, "__syncthreads();", "__syncthreads();")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    "whole, broken, noticed",
+    "kernel, whole, broken, noticed",
     [
-        ("  __syncthreads();\n", "", "wrong at"),
-        ("column < features && row < column", "row < column", "AddressSanitizer: heap-buffer-overflow"),
-        ("row < features && column <= row)", "row < features && column <= row && (__syncthreads(), true))", "while others wait"),
-        ("  __syncthreads();\n", "  __syncthreads();\n  if (threadIdx.x < 31) __shfl_sync(~0u, 1, 0);\n", "has left the kernel"),
-        ("  __syncthreads();\n", "  __syncthreads();\n  if (threadIdx.x < 31) __syncwarp(); else __syncthreads();\n", "deadlock"),
+        (SYMMETRIZE, BARRIER, "", "wrong at"),
+        (SYMMETRIZE, "column < features && row < column", "row < column", "AddressSanitizer: heap-buffer-overflow"),
+        (SYMMETRIZE, "features && column <= row)", "features && column <= row && (__syncthreads(), true))", "while others wait"),
+        (SYMMETRIZE, BARRIER, BARRIER + "  if (threadIdx.x < 31) __shfl_sync(~0u, 1, 0);\n", "has left the kernel"),
+        (SYMMETRIZE, BARRIER, BARRIER + "  if (threadIdx.x < 31) __syncwarp(); else __syncthreads();\n", "deadlock"),
+        (PACK_BITS, BARRIER, "", "wrong values"),
+        (PACK_BITS, SUM, "  if (threadIdx.x != 77)" + SUM, "has left the kernel"),
+        (PACK_BITS, SUM, "  set = warp_sum(set);\n", "wrong values"),
     ],
-    ids=["race: missing barrier", "out of bounds", "divergent barrier", "missing lane", "warp against block"],
+    ids=[
+        *("race: missing barrier", "out of bounds", "divergent barrier", "missing lane", "warp against block"),
+        *("race over shared memory", "a thread leaves a sum", "a sum over too few"),
+    ],
 )
-def test_a_planted_fault_is_found(package, tmp_path, whole, broken, noticed):
-    done = mirror(package, tmp_path, whole, broken)
+def test_a_planted_fault_is_found(package, tmp_path, kernel, whole, broken, noticed):
+    done = planted(package, tmp_path, kernel, whole, broken)
     assert done.returncode != 0 and noticed in done.stderr, done.stderr
