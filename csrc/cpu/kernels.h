@@ -115,8 +115,23 @@ void bitmask_unpack(
 // Turns the number of values of each row into the place of its first, and returns how many there are in all.
 int64_t counts_to_starts(int64_t* counts, int64_t rows);
 
-// Writes V and returns the damping used: negative (or -inf for 0) says that float64 arithmetic was needed.
-double reverse_cholesky(const float* gram, int64_t features, double damping, float* factor, const Executor& executor);
+// Writes V and returns the damping used: negative (or -inf for 0) says that float64 arithmetic was needed. A pivot below
+// `smallest_pivot` of its entry of the damped diagonal, in units of the arithmetic's epsilon, counts as not positive.
+double reverse_cholesky(
+    const float* gram, int64_t features, double damping, float* factor, const Executor& executor, double smallest_pivot = 0.0);
+
+// solution (gram + shift I) = cross; returns what reverse_cholesky does.
+double gram_solve(
+    const float* gram,
+    const float* cross,
+    int64_t rows,
+    int64_t columns,
+    double damping,
+    float* solution,
+    const Executor& executor);
+
+// The symmetric (gram + shift I)^-1, with rows and columns of zeros for dead features; returns what reverse_cholesky does.
+double gram_inverse(const float* gram, int64_t columns, double damping, float* inverse, const Executor& executor);
 
 // Where the exact number of pruned weights of a sparsity is counted.
 enum class Scope { block, row, matrix };

@@ -1,25 +1,13 @@
-// What obs_sweep keeps while it runs, and its inner loops: the product with earlier columns and the recurrence inside a block.
+// What obs_sweep keeps while it runs, and its inner loop: the recurrence inside a block of columns.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/panels.h"
+#include "cpu/panel_matrix.h"
 
 namespace sparsekern::cpu {
-
-constexpr int64_t kSweepUnits = 512;  // earlier columns multiplied at a time: keeps a tile's operands in L2
-constexpr int64_t kTilePanels = 3;
-
-// A rectangle of V, rows [row_begin, row_end) and columns [begin, end), as panels of 16 columns: the multiplier of D.
-struct FactorPanels {
-  int64_t row_begin = 0, row_end = 0, begin = 0, end = 0;
-  Buffer<float> data;
-
-  int64_t units() const { return row_end - row_begin; }
-  const float* panel(int64_t column) const { return data.get() + column * units(); }  // column - begin, a multiple of 16
-};
 
 // A block of columns and the triangle of V that its recurrence needs.
 struct Block {
@@ -53,33 +41,6 @@ struct Tile {
 
   int64_t weight_stride(const Block& block) const { return block.size() * kLanes; }
 };
-
-// pending += D[:, rows] V[rows, columns] for the rectangle of V, where pending sums stand in the columns' place in D.
-template <class Target>
-SPARSEKERN_INLINE void add_product(const Sweep& sweep, const FactorPanels& factor, int64_t panel, int64_t panels) {
-  alignas(64) float spill[kTilePanels * kLanes * kLanes];
-  for (int64_t k = 0; k < factor.units(); k += kSweepUnits) {
-    const int64_t units = std::min(kSweepUnits, factor.units() - k);
-    const float* vectors = sweep.delta_at(panel, factor.row_begin + k);
-    for (int64_t j = 0; j < factor.end - factor.begin; j += kLanes) {
-      const float* broadcast = factor.panel(j) + k * kLanes;
-      const int64_t lanes = std::min(kLanes, factor.end - factor.begin - j);
-      if (lanes == kLanes) {
-        panel_product<Target, FloatArithmetic<Target>>(
-            units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f,
-            {sweep.delta_at(panel, factor.begin + j), kLanes, sweep.panel_stride()});
-        continue;
-      }
-      std::fill_n(spill, panels * kLanes * kLanes, 0.0f);
-      panel_product<Target, FloatArithmetic<Target>>(
-          units, broadcast, kLanes, vectors, panels, sweep.panel_stride(), 1.0f, {spill, kLanes, kLanes * kLanes});
-      for (int64_t p = 0; p < panels; ++p) {
-        float* out = sweep.delta_at(panel + p, factor.begin + j);
-        for (int64_t i = 0; i < lanes * kLanes; ++i) out[i] += spill[p * kLanes * kLanes + i];
-      }
-    }
-  }
-}
 
 // The recurrence inside a block, for kPanels panels of rows at once.
 template <class Target, int kPanels>

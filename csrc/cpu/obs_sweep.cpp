@@ -33,30 +33,12 @@ int64_t pruned_count(double total, double sparsity) { return static_cast<int64_t
 
 // The inner loops, for the instruction set of this call.
 struct Kernels {
-  decltype(&add_product<Baseline>) add_product =
-      TargetEntries<&cpu::add_product<Baseline>, &cpu::add_product<Avx2>, &cpu::add_product<Avx512>>::choose();
+  MultiplyAdd multiply_add = choose_multiply_add();
   decltype(&score_tile<Baseline>) score_tile =
       TargetEntries<&cpu::score_tile<Baseline>, &cpu::score_tile<Avx2>, &cpu::score_tile<Avx512>>::choose();
   decltype(&run_tile<Baseline>) run_tile =
       TargetEntries<&cpu::run_tile<Baseline>, &cpu::run_tile<Avx2>, &cpu::run_tile<Avx512>>::choose();
 };
-
-FactorPanels load_panels(
-    const float* factor, int64_t columns, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, const Executor& executor) {
-  FactorPanels panels{row_begin, row_end, begin, end, allocate<float>(round_up(end - begin, kLanes) * (row_end - row_begin))};
-  parallel_for(executor, panels.units(), 64, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const float* row = factor + (row_begin + i) * columns + begin;
-      for (int64_t j = 0; j < end - begin; j += kLanes) {
-        float* out = panels.data.get() + j * panels.units() + i * kLanes;
-        const int64_t lanes = std::min(kLanes, end - begin - j);
-        std::copy_n(row + j, lanes, out);
-        std::fill(out + lanes, out + kLanes, 0.0f);
-      }
-    }
-  });
-  return panels;
-}
 
 Block load_block(const float* factor, int64_t columns, int64_t begin, int64_t end) {
   const auto size = static_cast<size_t>(end - begin);
@@ -70,26 +52,6 @@ Block load_block(const float* factor, int64_t columns, int64_t begin, int64_t en
     block.reciprocal[j] = dead ? 0.0f : 1.0f / diagonal;
   }
   return block;
-}
-
-// Rows of a matrix to panels of 16 rows and back; rows past the last are zero in panels.
-template <class T, class Out, class Convert>
-void to_panel(const T* matrix, int64_t rows, int64_t stride, int64_t columns, Out* panel, const Convert& convert) {
-  for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
-    const int64_t count = std::min(kLanes, columns - j0);
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t j = 0; j < count; ++j) {
-        panel[(j0 + j) * kLanes + lane] = lane < rows ? convert(matrix[lane * stride + j0 + j]) : Out{};
-      }
-    }
-  }
-}
-
-template <class T, class In, class Convert>
-void from_panel(const In* panel, int64_t rows, int64_t columns, T* matrix, int64_t stride, const Convert& convert) {
-  for (int64_t lane = 0; lane < rows; ++lane) {
-    for (int64_t j = 0; j < columns; ++j) matrix[lane * stride + j] = convert(panel[j * kLanes + lane]);
-  }
 }
 
 // keep = score above the threshold, or equal to it and among the first `ties` in row-major order.
@@ -194,21 +156,20 @@ class BlockSweeper {
 
   // The pending sums of the columns of a span, over all columns before it.
   void start_span(int64_t begin, int64_t end) {
-    const FactorPanels factor = load_panels(matrices_.factor, sweep_.columns, 0, begin, begin, end, executor_);
+    const Multiplier factor = factor_above(0, begin, end);
     for_each_tile([&](int64_t panel, int64_t panels) {
       for (int64_t p = panel; p < panel + panels; ++p) std::fill_n(sweep_.delta_at(p, begin), (end - begin) * kLanes, 0.0f);
-      kernels_.add_product(sweep_, factor, panel, panels);
+      add_product(factor, 0, begin, panel, panels);
     });
   }
 
   void run_block(const Block& block, int64_t span_begin) {
-    const FactorPanels factor =
-        load_panels(matrices_.factor, sweep_.columns, span_begin, block.begin, block.begin, block.end, executor_);
+    const Multiplier factor = factor_above(span_begin, block.begin, block.end);
     const Scope scope = sweep_.pattern.scope;
     const bool choose_all_rows = scope == Scope::block && sweep_.pattern.n == 0 && matrices_.mask == nullptr;
     const bool choose_rows = scope == Scope::row && sweep_.pattern.n == 0 && matrices_.mask == nullptr;
     for_each_tile(block, [&](const Tile& tile) {
-      kernels_.add_product(sweep_, factor, tile.panel, tile.panels);
+      add_product(factor, span_begin, block.begin, tile.panel, tile.panels);
       load_weight(block, tile);
       if (choose_all_rows || choose_rows) kernels_.score_tile(sweep_, block, tile);
       if (choose_all_rows) return;
@@ -225,12 +186,21 @@ class BlockSweeper {
   }
 
  private:
+  // What the columns [row, begin) are multiplied by to give the columns [begin, end).
+  Multiplier factor_above(int64_t row, int64_t begin, int64_t end) const {
+    return load_multiplier(matrices_.factor + row * sweep_.columns + begin, sweep_.columns, begin - row, end - begin, executor_);
+  }
+
+  // Pending sums from column `begin` on += D times a rectangle of V that begins at row `row`.
+  void add_product(const Multiplier& factor, int64_t row, int64_t begin, int64_t panel, int64_t panels) const {
+    const int64_t stride = sweep_.panel_stride();
+    kernels_.multiply_add(
+        factor, factor.units, factor.outputs, 1.0f, sweep_.delta_at(panel, row), stride, sweep_.delta_at(panel, begin), stride, panels);
+  }
+
   template <class F>
   void for_each_tile(const F& f) {
-    parallel_tasks(executor_, ceil_div(sweep_.panels(), kTilePanels), [&](int64_t index) {
-      const int64_t panel = index * kTilePanels;
-      f(panel, std::min(kTilePanels, sweep_.panels() - panel));
-    });
+    cpu::for_each_tile(sweep_.panels(), executor_, f);
   }
 
   template <class F>

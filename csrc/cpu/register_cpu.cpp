@@ -35,6 +35,8 @@ void check(bool condition, const char* message) {
 
 float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+const float* const_float_data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
 void check_square_float(const Tensor& tensor, const char* message) {
   check(tensor.dim() == 2 && tensor.size(0) == tensor.size(1) && tensor.scalar_type() == ScalarType::Float, message);
 }
@@ -249,14 +251,40 @@ Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
   return weight;
 }
 
+// A result, and the damping that the function which writes it returns.
+template <class F>
+std::tuple<Tensor, Tensor> with_damping_used(Tensor result, const Tensor& gram, const F& f) {
+  Tensor damping_used = torch::stable::new_empty(gram, {}, ScalarType::Double);
+  *static_cast<double*>(damping_used.mutable_data_ptr()) = f(float_data(result));
+  return {result, damping_used};
+}
+
 std::tuple<Tensor, Tensor> reverse_cholesky_of(Tensor gram, double damping) {
   check_square_float(gram, "gram: expected a square float32 matrix");
   const Tensor dense = torch::stable::contiguous(gram);
-  Tensor factor = torch::stable::new_empty(gram, {gram.size(0), gram.size(1)});
-  Tensor damping_used = torch::stable::new_empty(gram, {}, ScalarType::Double);
-  *static_cast<double*>(damping_used.mutable_data_ptr()) = cpu::reverse_cholesky(
-      static_cast<const float*>(dense.const_data_ptr()), gram.size(0), damping, float_data(factor), torch_executor());
-  return {factor, damping_used};
+  return with_damping_used(torch::stable::new_empty(gram, {gram.size(0), gram.size(1)}), gram, [&](float* factor) {
+    return cpu::reverse_cholesky(const_float_data(dense), gram.size(0), damping, factor, torch_executor());
+  });
+}
+
+std::tuple<Tensor, Tensor> gram_inverse_of(Tensor gram, double damping) {
+  check_square_float(gram, "gram: expected a square float32 matrix");
+  const Tensor dense = torch::stable::contiguous(gram);
+  return with_damping_used(torch::stable::new_empty(gram, {gram.size(0), gram.size(1)}), gram, [&](float* inverse) {
+    return gram_inverse(const_float_data(dense), gram.size(0), damping, inverse, torch_executor());
+  });
+}
+
+std::tuple<Tensor, Tensor> gram_solve_of(Tensor gram, Tensor cross, double damping) {
+  check_square_float(gram, "gram: expected a square float32 matrix");
+  check(
+      cross.dim() == 2 && cross.size(1) == gram.size(0) && cross.scalar_type() == ScalarType::Float,
+      "cross: expected float32 [out_features, features] with the features of gram");
+  const Tensor dense = torch::stable::contiguous(gram), dense_cross = torch::stable::contiguous(cross);
+  return with_damping_used(torch::stable::new_empty(cross, {cross.size(0), cross.size(1)}), gram, [&](float* solution) {
+    return gram_solve(
+        const_float_data(dense), const_float_data(dense_cross), cross.size(0), cross.size(1), damping, solution, torch_executor());
+  });
 }
 
 Scope scope_of(const std::string& name) {
@@ -309,6 +337,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
   m.impl("feature_norm_", TORCH_BOX(&feature_norm));
   m.impl("gram_", TORCH_BOX(&gram));
+  m.impl("gram_inverse", TORCH_BOX(&gram_inverse_of));
+  m.impl("gram_solve", TORCH_BOX(&gram_solve_of));
   m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize));
   m.impl("nm_mask", TORCH_BOX(&nm_mask_of));
   m.impl("nm_pack", TORCH_BOX(&nm_pack_of));

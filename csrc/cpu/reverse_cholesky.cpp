@@ -3,6 +3,7 @@
 // Floor: features^3 / 6 multiply-adds, nearly all of them in the product of finished columns. V is kept in panels of 16 rows, so
 // that it serves as both operands of that product, and the rows of H's lower triangle are read as they lie.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -182,16 +183,30 @@ double mean_diagonal(const float* gram, int64_t features) {
   return sum / static_cast<double>(features);
 }
 
-bool factorise_float(const float* gram, int64_t features, double shift, float* out, const Executor& executor) {
+// Whether each pivot V_jj^2 stands out from the rounding errors of what it is the rest of; dead features have none.
+template <class Pivot>
+bool all_resolved(const float* gram, int64_t features, double shift, double smallest_share, const Pivot& pivot) {
+  for (int64_t j = 0; j < features; ++j) {
+    const double entry = gram[j * features + j];
+    if (entry != 0.0 && pivot(j) < smallest_share * (entry + shift)) return false;
+  }
+  return true;
+}
+
+bool factorise_float(
+    const float* gram, int64_t features, double shift, double smallest_pivot, float* out, const Executor& executor) {
   const Factor factor{allocate<float>(round_up(features, kLanes) * features), features};
   load_damped(gram, shift, factor, executor);
   if (!factorise(factor, executor)) return false;
+  const auto pivot = [&](int64_t j) { return double{factor.at(j, j)} * factor.at(j, j); };
+  if (!all_resolved(gram, features, shift, smallest_pivot * FLT_EPSILON, pivot)) return false;
   store_factor(factor, gram, shift, out, executor);
   return true;
 }
 
 // The last resort, so written for clarity: the textbook recurrence in double, rows in parallel.
-bool factorise_double(const float* gram, int64_t features, double shift, float* out, const Executor& executor) {
+bool factorise_double(
+    const float* gram, int64_t features, double shift, double smallest_pivot, float* out, const Executor& executor) {
   const int64_t c = features;
   std::vector<double> v(static_cast<size_t>(c * c), 0.0);
   for (int64_t j = c - 1; j >= 0; --j) {
@@ -209,6 +224,8 @@ bool factorise_double(const float* gram, int64_t features, double shift, float* 
     if (!(pivot > 0.0)) return false;
     for (int64_t i = 0; i <= j; ++i) v[static_cast<size_t>(i * c + j)] /= std::sqrt(pivot);
   }
+  const auto pivot = [&](int64_t j) { return v[static_cast<size_t>(j * c + j)] * v[static_cast<size_t>(j * c + j)]; };
+  if (!all_resolved(gram, c, shift, smallest_pivot * DBL_EPSILON, pivot)) return false;
   for (int64_t i = 0; i < c * c; ++i) out[i] = static_cast<float>(v[static_cast<size_t>(i)]);
   for (int64_t i = 0; i < c; ++i) {
     if (gram[i * c + i] == 0.0f) out[i * c + i] = static_cast<float>(-std::sqrt(shift));
@@ -218,16 +235,17 @@ bool factorise_double(const float* gram, int64_t features, double shift, float* 
 
 }  // namespace
 
-double reverse_cholesky(const float* gram, int64_t features, double damping, float* factor, const Executor& executor) {
+double reverse_cholesky(
+    const float* gram, int64_t features, double damping, float* factor, const Executor& executor, double smallest_pivot) {
   if (features == 0) return damping;
   require_finite_lower("gram", gram, features, executor);
   const double mean = mean_diagonal(gram, features);
   double attempt = damping;
   for (int escalation = 0; escalation <= kEscalations; ++escalation) {
-    if (factorise_float(gram, features, attempt * mean, factor, executor)) return attempt;
+    if (factorise_float(gram, features, attempt * mean, smallest_pivot, factor, executor)) return attempt;
     attempt = 10.0 * (escalation == 0 ? std::max(damping, kSmallestEscalation / 10) : attempt);
   }
-  if (factorise_double(gram, features, damping * mean, factor, executor)) {
+  if (factorise_double(gram, features, damping * mean, smallest_pivot, factor, executor)) {
     return damping > 0.0 ? -damping : -std::numeric_limits<double>::infinity();
   }
   char text[64];

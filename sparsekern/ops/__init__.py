@@ -5,6 +5,8 @@ from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
 from .feature_norm import feature_norm_
 from .gram import gram_
+from .gram_inverse import gram_inverse
+from .gram_solve import gram_solve
 from .gram_symmetrize import gram_symmetrize_
 from .nm_mask import nm_mask
 from .nm_pack import nm_pack
@@ -21,6 +23,8 @@ __all__ = [
     "bitmask_unpack",
     "feature_norm_",
     "gram_",
+    "gram_inverse",
+    "gram_solve",
     "gram_symmetrize_",
     "nm_mask",
     "nm_pack",

@@ -13,6 +13,7 @@ from ._registry import define_op, sample
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor factor, Tensor damping_used)"
 SMALLEST_ESCALATION = 1e-6  # what an escalation starts from where no damping was asked for
 ESCALATIONS = 3  # float32 attempts with ten times the damping of the one before
+RESOLVED_PIVOT = 32  # epsilons: for whoever solves with the factor, a pivot below this share of its diagonal entry is rounding error
 
 
 def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
@@ -44,11 +45,11 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     check_finite_number("damping", damping, 0)
     factor, damping_used = _op(gram, damping)
     if not torch.compiler.is_compiling() and not factor.is_meta:
-        _report_departure(damping, float(damping_used))
+        report_departure(damping, float(damping_used))
     return factor
 
 
-def _report_departure(damping: float, used: float) -> None:
+def report_departure(damping: float, used: float) -> None:
     if used < 0:
         warnings.warn(
             f"gram: not positive definite in float32 with damping {damping:g}; factored in float64", SparsekernWarning, stacklevel=3
@@ -59,15 +60,18 @@ def _report_departure(damping: float, used: float) -> None:
         )
 
 
-def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the factor and the damping that was used (float64, 0-dim); a negative value says float64 arithmetic was needed."""
+def reference(gram: torch.Tensor, damping: float = 0.01, smallest_pivot: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the factor and the damping that was used (float64, 0-dim); a negative value says float64 arithmetic was needed.
+
+    A pivot below `smallest_pivot` of its entry of the damped diagonal, in epsilons of the arithmetic, counts as not positive.
+    """
     lower = torch.tril(gram)
     check_finite("gram", lower)
     for attempt in damping_schedule(damping):
-        factor = _attempt(lower, attempt)
+        factor = _attempt(lower, attempt, smallest_pivot)
         if factor is not None:
             return factor, torch.tensor(attempt, dtype=torch.float64, device=gram.device)
-    factor = _attempt(lower.double(), damping)
+    factor = _attempt(lower.double(), damping, smallest_pivot)
     if factor is None:
         raise ValueError(indefinite_message(damping))
     used = -damping if damping > 0 else -float("inf")
@@ -84,7 +88,7 @@ def indefinite_message(damping: float) -> str:
     return f"gram: not positive semi-definite (damping {damping:g} and up to {10**ESCALATIONS} times that were tried, then float64)"
 
 
-def _attempt(lower: torch.Tensor, damping: float) -> torch.Tensor | None:
+def _attempt(lower: torch.Tensor, damping: float, smallest_pivot: float) -> torch.Tensor | None:
     diagonal = lower.diagonal()
     dead = diagonal == 0
     shift = damping * diagonal.double().mean() if len(diagonal) else diagonal.double().sum()
@@ -95,8 +99,19 @@ def _attempt(lower: torch.Tensor, damping: float) -> torch.Tensor | None:
     if info.any():
         return None
     factor = flipped.flip(0, 1).contiguous()
+    smallest_share = smallest_pivot * torch.finfo(lower.dtype).eps
+    if (factor.diagonal().square() < smallest_share * damped.diagonal())[~dead].any():
+        return None
     factor.diagonal()[dead] = -shift.sqrt().to(lower.dtype)
     return factor
+
+
+def alive(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor with a one where dead features have their mark, for solving with it, and which features are dead."""
+    dead = torch.signbit(factor.diagonal())
+    factor = factor.clone()
+    factor.diagonal()[dead] = 1.0
+    return factor, dead
 
 
 def _fake(gram, damping=0.01):

@@ -96,7 +96,7 @@ def test_float64_is_the_last_resort_and_is_reported(monkeypatch, generator):
     # No small matrix is known on which float32 fails at every damping of the schedule and float64 does not, so float32 is made to.
     module = importlib.import_module("sparsekern.ops.reverse_cholesky")
     attempt = module._attempt
-    monkeypatch.setattr(module, "_attempt", lambda m, d: attempt(m, d) if m.dtype == torch.float64 else None)
+    monkeypatch.setattr(module, "_attempt", lambda m, d, p: attempt(m, d, p) if m.dtype == torch.float64 else None)
     monkeypatch.setattr(module, "_op", reference)
     gram = gram_of(30, generator)
     with pytest.warns(SparsekernWarning, match="not positive definite in float32 with damping 0.01; factored in float64"):

@@ -1,0 +1,41 @@
+// Solves with the factor V of reverse_cholesky for the rows of a matrix in panels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/panel_matrix.h"
+
+namespace sparsekern::cpu {
+
+// A pivot of the factorisation below this many epsilons of its diagonal entry is rounding error, which a solution would be full of.
+constexpr double kResolvedPivot = 32.0;
+
+class TriangularSolver {
+ public:
+  // V: row-major [columns, columns], upper triangular. A diagonal entry with a sign bit marks a dead feature; its column of every
+  // solution is zero.
+  TriangularSolver(const float* factor, int64_t columns, const Executor& executor);
+
+  // X := X (V V^T)^-1, in place. With `lower_only` only what is not right of the diagonal of X is read and computed, with the columns
+  // up to the next multiple of 48 beside it: for rows that are zero there, and a result that is symmetric.
+  void solve(PanelMatrix& x, bool lower_only = false) const;
+
+ private:
+  struct Block;
+  enum class Side { transposed, plain };  // V^T is divided by from the last column to the first, V from the first to the last
+
+  const float* at(int64_t row, int64_t column) const { return factor_ + row * columns_ + column; }
+  Multiplier connection(Side side, int64_t from, int64_t to, int64_t begin, int64_t end) const;
+  std::vector<Block> blocks_of(Side side, int64_t span_begin, int64_t span_end) const;
+  void divide_span(PanelMatrix& x, Side side, int64_t begin, bool lower_only) const;
+  void divide_block(const PanelMatrix& x, const Block& block, int64_t limit, int64_t panel, int64_t panels) const;
+
+  const float* factor_;
+  int64_t columns_;
+  const Executor& executor_;
+  MultiplyAdd multiply_add_ = choose_multiply_add();
+  std::vector<std::vector<float>> inverses_;  // of the triangles on the diagonal
+};
+
+}  // namespace sparsekern::cpu

@@ -1,0 +1,63 @@
+"""`gram_inverse`: the inverse of a damped Gram matrix, for whoever multiplies with it many times."""
+
+from __future__ import annotations
+
+import torch
+
+from ._checks import check_finite_number, check_square
+from ._registry import define_op, sample
+from .reverse_cholesky import RESOLVED_PIVOT, alive, report_departure
+from .reverse_cholesky import reference as factorise
+
+SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor inverse, Tensor damping_used)"
+
+
+def gram_inverse(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    """The symmetric inverse of `gram + damping * mean(diag(gram)) * I`, by one Cholesky factorisation.
+
+    To solve once, `gram_solve` is faster and more accurate. Rows and columns of features that were never active (a zero on the
+    diagonal of `gram`) are zero: what is multiplied by them stays zero. Rank deficiency is treated as in `gram_solve`.
+
+    Args:
+        gram: `[features, features]` float32. Only the lower triangle is read.
+        damping: share of the mean diagonal that is added to the diagonal, at least 0.
+
+    Returns:
+        `[features, features]` float32, exactly symmetric.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape, negative or infinite damping, NaN or Inf in `gram`, or a matrix that is
+            indefinite in float64 too.
+    """
+    check_square("gram", gram)
+    check_finite_number("damping", damping, 0)
+    inverse, damping_used = _op(gram, damping)
+    if not torch.compiler.is_compiling() and not inverse.is_meta:
+        report_departure(damping, float(damping_used))
+    return inverse
+
+
+def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the inverse and the damping that was used, as `reverse_cholesky` has it."""
+    factor, damping_used = factorise(gram, damping, RESOLVED_PIVOT)
+    factor, dead = alive(factor)
+    identity = torch.diag_embed(torch.where(dead, 0.0, torch.ones_like(factor.diagonal())))
+    root = torch.linalg.solve_triangular(factor, identity, upper=True)
+    inverse = root.T @ root
+    return torch.tril(inverse) + torch.tril(inverse, -1).T, damping_used
+
+
+def _fake(gram, damping=0.01):
+    torch._check(gram.dim() == 2 and gram.shape[0] == gram.shape[1])
+    return torch.empty_like(gram, memory_format=torch.contiguous_format), gram.new_empty((), dtype=torch.float64)
+
+
+def _samples(generator: torch.Generator):
+    for features in (1, 24, 137):
+        x = torch.randn(2 * features + 3, features, generator=generator)
+        yield sample(x.T @ x + torch.eye(features) * 1e-2)
+        x[:, features // 3] = 0
+        yield sample(x.T @ x, 0.1)
+
+
+_op = define_op("gram_inverse", SCHEMA, reference=reference, fake=_fake, samples=_samples)

@@ -1,0 +1,69 @@
+"""`gram_solve`: ridge least squares from a Gram matrix and a cross-Gram matrix, by one Cholesky factorisation."""
+
+from __future__ import annotations
+
+import torch
+
+from ._checks import check_finite, check_finite_number, check_square, check_tensor
+from ._registry import define_op, sample
+from .reverse_cholesky import RESOLVED_PIVOT, alive, report_departure
+from .reverse_cholesky import reference as factorise
+
+SCHEMA = "(Tensor gram, Tensor cross, float damping=0.01) -> (Tensor solution, Tensor damping_used)"
+
+
+def gram_solve(gram: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    """The weights `W` that bring `x W^T` closest to `y`, from `gram = x^T x` and `cross = y^T x`.
+
+    `W (gram + shift I) = cross` with `shift = damping * mean(diag(gram))`. The inputs `x` themselves are not needed. Weights of
+    features that were never active (a zero on the diagonal of `gram`) are zero, since nothing is known of them.
+
+    Where the tokens do not determine the weights (rank deficiency), the damping does. If there is none, or too little for a pivot
+    to stand out from rounding, it is multiplied by ten, at most three times, and then float64 is tried, as in `reverse_cholesky`;
+    each departure is reported by a `SparsekernWarning`.
+
+    Args:
+        gram: `[features, features]` float32. Only the lower triangle is read.
+        cross: `[out_features, features]` float32, any strides.
+        damping: share of the mean diagonal that is added to the diagonal, at least 0.
+
+    Returns:
+        `W`, `[out_features, features]` float32.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device, negative or infinite damping, NaN or Inf in `gram` or `cross`, or a matrix
+            that is indefinite in float64 too.
+    """
+    check_square("gram", gram)
+    check_tensor("cross", cross, ndim=2, dtypes=(torch.float32,), shape=(None, gram.shape[0]), device=gram.device)
+    check_finite_number("damping", damping, 0)
+    solution, damping_used = _op(gram, cross, damping)
+    if not torch.compiler.is_compiling() and not solution.is_meta:
+        report_departure(damping, float(damping_used))
+    return solution
+
+
+def reference(gram: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the solution and the damping that was used, as `reverse_cholesky` has it."""
+    check_finite("cross", cross)
+    factor, damping_used = factorise(gram, damping, RESOLVED_PIVOT)
+    factor, dead = alive(factor)
+    half_solved = torch.linalg.solve_triangular(factor.T, cross.masked_fill(dead, 0), upper=False, left=False)
+    return torch.linalg.solve_triangular(factor, half_solved, upper=True, left=False).contiguous(), damping_used
+
+
+def _fake(gram, cross, damping=0.01):
+    torch._check(gram.dim() == 2 and cross.dim() == 2 and gram.shape[0] == gram.shape[1] == cross.shape[1])
+    return torch.empty_like(cross, memory_format=torch.contiguous_format), gram.new_empty((), dtype=torch.float64)
+
+
+def _samples(generator: torch.Generator):
+    for outputs, features in ((1, 1), (5, 24), (40, 137)):
+        x = torch.randn(2 * features + 3, features, generator=generator)
+        y = torch.randn(len(x), outputs, generator=generator)
+        yield sample(x.T @ x + torch.eye(features) * 1e-2, y.T @ x)
+        x[:, features // 3] = 0
+        yield sample(x.T @ x, (x.T @ y).T, 0.1)
+
+
+_op = define_op("gram_solve", SCHEMA, reference=reference, fake=_fake, samples=_samples)
