@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability
+from .devices import needs_capability, refuse_not_finite
 from .table import Implementation, Support
-from .values import BadValues, values_are_checked
+from .values import values_are_checked
 
 
 def _triton(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None, alpha: float = 1.0) -> None:
@@ -14,13 +14,6 @@ def _triton(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | Non
     # A NaN or Inf in a feature makes its diagonal element one too, so that `x` need only be read again where something is wrong.
     if values_are_checked(gram) and not gram.diagonal().isfinite().all():
         refuse_not_finite(x, row_mask)
-
-
-def refuse_not_finite(x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
-    """Raise `BadValues` if a row of `x` that is used holds a NaN or Inf."""
-    good = x.isfinite().all(1)
-    if not (good if row_mask is None else good | ~row_mask).all():
-        raise BadValues("x: expected finite values")
 
 
 def _supports(gram: torch.Tensor, *args, **kwargs) -> Support:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+from sparsekern.triton_kernels import feature_norm  # noqa: E402
 from sparsekern.triton_kernels._common import lower_tile_at, lower_tiles, tile_at  # noqa: E402
 from sparsekern.triton_kernels._product import CHAIN, START, config, schedule  # noqa: E402
 
@@ -80,3 +81,13 @@ def test_the_whole_waves_add_to_the_result_themselves():
 def test_shared_memory_that_only_some_devices_have_is_asked_of_those():
     assert config(torch.bfloat16, 4096, (9, 0)).depth == config(torch.bfloat16, 4096, (10, 0)).depth == 64
     assert config(torch.bfloat16, 4096, (8, 0)) == config(torch.bfloat16, 4096, (12, 0))
+
+
+@pytest.mark.parametrize(("features", "tokens"), [(4096, 262144), (11008, 2048), (64, 1000), (1, 1), (4096, 1)])
+def test_the_norms_of_features_keep_the_multiprocessors_busy(features, tokens):
+    each = feature_norm.split_tokens(tokens, features, torch.bfloat16, H200)
+    programs = -(-features // feature_norm.block_columns(torch.bfloat16)) * -(-tokens // each)
+    shortest = feature_norm.TOKENS * feature_norm.UNROLL
+    assert each % shortest == 0
+    assert programs <= feature_norm.PROGRAMS * H200
+    assert programs >= 4 * H200 or each == shortest
