@@ -39,10 +39,16 @@ SPARSEKERN_HOST_DEVICE inline float to_float(BFloat16 value) { return bits_to_fl
 // Without branches or a multiplication under a condition, so that loops over it vectorise: the product rescales the exponent,
 // subnormals included, and what stood for NaN and Inf gets the exponent that stands for them in a float.
 SPARSEKERN_HOST_DEVICE inline float to_float(Half value) {
+#if defined(__CUDA_ARCH__)
+  float converted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(value.bits));
+  return converted;
+#else
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t scaled = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
   const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
   return bits_to_float(scaled | special | uint32_t{value.bits & 0x8000u} << 16);
+#endif
 }
 
 template <class T>

@@ -20,10 +20,10 @@ struct Kind {
   static constexpr int bits = 8 * sizeof(Element);
   static constexpr uint64_t infinity = kInfinity;
 };
-using Int8 = Kind<uint8_t, uint32_t, uint16_t, uint32_t, 0>;
-using Bf16 = Kind<uint16_t, uint64_t, uint32_t, uint16_t, 0x7f80>;
-using F16 = Kind<uint16_t, uint64_t, uint32_t, uint16_t, 0x7c00>;
-using F32 = Kind<uint32_t, uint64_t, uint32_t, uint16_t, 0x7f800000>;
+struct Int8 : Kind<uint8_t, uint32_t, uint16_t, uint32_t, 0> {};
+struct Bf16 : Kind<uint16_t, uint64_t, uint32_t, uint16_t, 0x7f80> {};
+struct F16 : Kind<uint16_t, uint64_t, uint32_t, uint16_t, 0x7c00> {};
+struct F32 : Kind<uint32_t, uint64_t, uint32_t, uint16_t, 0x7f800000> {};
 
 // Calls f with a value of the Kind that goes with a weight's type.
 template <class F>
@@ -66,19 +66,21 @@ SPARSEKERN_HOST_DEVICE inline typename K::group nan_bits(typename K::group group
   return ((group & magnitudes) + everywhere<K>(kTop<K> - 1 - K::infinity)) & everywhere<K>(kTop<K>);
 }
 
+SPARSEKERN_HOST_DEVICE constexpr bool fits(unsigned flags) {
+  return (flags & 1) + (flags >> 1 & 1) + (flags >> 2 & 1) + (flags >> 3) <= 2;
+}
+
 // The flags as code_of wants them, four bits, from the top bits of the elements.
 template <class K>
 SPARSEKERN_HOST_DEVICE inline unsigned flags_of(typename K::group top_bits) {
-  unsigned flags = 0;
-  for (int j = 0; j < K::format.group; ++j) {
-    const auto set = static_cast<unsigned>(top_bits >> (j * K::bits + K::bits - 1)) & 1u;
-    flags |= K::format.group == 4 ? set << j : set * 3u << 2 * j;
+  if constexpr (K::bits == 8) {
+    return (top_bits >> 7) * 0x01020408u >> 24;  // no two of the sixteen products meet, and those of a flag with its own factor end up there
+  } else if constexpr (K::bits == 16) {
+    const auto spread = static_cast<unsigned>(top_bits >> 15) | static_cast<unsigned>(top_bits >> 45);  // at bits 0, 16, 2, 18
+    return (spread | spread >> 15) & 15u;
+  } else {
+    return (static_cast<unsigned>(top_bits >> 31) & 1u) * 3u | static_cast<unsigned>(top_bits >> 63) * 12u;
   }
-  return flags;
-}
-
-SPARSEKERN_HOST_DEVICE constexpr bool fits(unsigned flags) {
-  return (flags & 1) + (flags >> 1 & 1) + (flags >> 2 & 1) + (flags >> 3) <= 2;
 }
 
 // The elements at the positions that a code names, the first in the low bits.

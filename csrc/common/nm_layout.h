@@ -47,6 +47,13 @@ SPARSEKERN_HOST_DEVICE constexpr bool is_code(unsigned code, int group) {
   return first_position(code) < second_position(code);
 }
 
+// Bit `code` is set where packing can write that code.
+SPARSEKERN_HOST_DEVICE constexpr unsigned valid_codes(int group) {
+  unsigned valid = 0;
+  for (unsigned code = 0; code < 16; ++code) valid |= static_cast<unsigned>(is_code(code, group)) << code;
+  return valid;
+}
+
 // Where the metadata word of (row, column) is stored, in words: rows are spread within their block, two by two blocks of words
 // are transposed, and pairs of columns are stored one after another.
 SPARSEKERN_HOST_DEVICE constexpr int64_t word_offset(int64_t row, int64_t column, int64_t rows, int row_multiple) {

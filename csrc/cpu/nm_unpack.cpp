@@ -14,20 +14,14 @@ namespace sparsekern::cpu {
 
 namespace {
 
-// Bit `code` is set where packing can write that code.
-constexpr unsigned valid_codes(int group) {
-  unsigned valid = 0;
-  for (unsigned code = 0; code < 16; ++code) valid |= static_cast<unsigned>(nm::is_code(code, group)) << code;
-  return valid;
-}
-
-// Unpacks words [begin, end) of a row, from and to where `values` and `weight` point. Returns whether every code was one that packing writes.
+// Unpacks words [begin, end) of a row, whose first stored value and first group `values` and `weight` point to. Returns whether every
+// code was one that packing writes.
 template <class K>
 SPARSEKERN_INLINE bool unpack_words(
     const typename K::element* values, const typename K::word* meta, int64_t row, int64_t rows, int64_t begin, int64_t end,
     typename K::element* weight) {
   constexpr nm::Format format = K::format;
-  constexpr unsigned valid = valid_codes(format.group);
+  constexpr unsigned valid = nm::valid_codes(format.group);
   unsigned all_valid = 1;
   for (int64_t word = begin; word < end; ++word) {
     uint32_t codes = meta[nm::word_offset(row, word, rows, format.row_multiple)];

@@ -1,4 +1,4 @@
-// Every CUDA launcher, on raw pointers to contiguous row-major device data: one .cu file an op; register_cuda.cpp passes tensors in.
+// Every CUDA launcher, on raw pointers to contiguous row-major device data: one .cu file an op; its <op>_op.cpp passes tensors in.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/nm_layout.h"
 
 namespace sparsekern::cuda {
 
@@ -37,5 +38,18 @@ void bitmask_count(const uint8_t* bits, int64_t rows, int64_t columns, int* coun
 void bitmask_expand(
     const void* values, DType dtype, int64_t value_count, const uint8_t* bits, const int64_t* ends, int64_t rows, int64_t columns,
     void* weight, int* status, cudaStream_t stream);
+
+// Of 2:4 and N:M. Every pointer is one that 16 divides; shapes are multiples of the layout's (common/nm_layout.h); `status` gets bits
+// of cuda/status.h. A mask is a byte a score, 1 where kept.
+void nm_mask(
+    const void* scores, DType dtype, int64_t groups, int n, int m, uint8_t* mask, int* status, cudaStream_t stream);
+void nm_pack(
+    const void* weight, nm::Type type, int64_t rows, int64_t columns, void* values, void* meta, int* status, cudaStream_t stream);
+void nm_prune_pack(
+    const void* weight, DType dtype, const void* scores /* null: the magnitudes of the weight */, DType scores_dtype, int64_t rows,
+    int64_t columns, void* values, void* meta, int* status, cudaStream_t stream);
+void nm_unpack(
+    const void* values, const void* meta, int element_size, int64_t rows, int64_t columns /* of the weight */, void* weight,
+    int* status, cudaStream_t stream);
 
 }  // namespace sparsekern::cuda

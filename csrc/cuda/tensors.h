@@ -75,6 +75,11 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// The same values at an address that 16 divides, for kernels that read vectors: a contiguous view may begin at any element.
+inline Tensor aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 ? tensor : torch::stable::clone(tensor);
+}
+
 // A cleared word on the tensor's device, for the bits of cuda/status.h.
 inline Tensor new_status(const Tensor& like) {
   Tensor status = torch::stable::new_empty(like, {}, ScalarType::Int);

@@ -55,3 +55,9 @@ def with_nan(matrix: torch.Tensor, *places: tuple[int, int]) -> torch.Tensor:
     for place in places:
         matrix[place] = math.nan
     return matrix
+
+
+def misaligned(matrix: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, but beginning one element into their memory: where no vector can be read at once."""
+    moved = matrix.new_zeros(matrix.numel() + 1)[1:].view(matrix.shape)
+    return moved.copy_(matrix)

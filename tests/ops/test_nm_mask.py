@@ -9,7 +9,7 @@ from sparsekern.ops import nm_mask
 from sparsekern.ops.nm_mask import reference
 from sparsekern.pattern import NM
 
-from .strategies import FLOATS, PROPERTY, best, matrices, with_nan
+from .strategies import FLOATS, PROPERTY, best, matrices, misaligned, with_nan
 
 # Powers of two have their own code for each instruction set; 3, 12 and 63 do not fit a register evenly.
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (7, 8), (8, 16), (1, 3), (5, 12), (16, 32), (40, 63), (2, 64)]
@@ -33,6 +33,7 @@ def test_larger_than_a_chunk(isa, generator, dtype, pattern):
     scores = torch.randn(9, 4040, generator=generator).mul(3).round().to(dtype)
     n, m = map(int, pattern.split(":"))
     assert torch.equal(nm_mask(scores, pattern), reference(scores, n, m))
+    assert torch.equal(nm_mask(misaligned(scores), pattern), reference(scores, n, m))
 
 
 def test_ties_go_to_the_lower_column(isa):

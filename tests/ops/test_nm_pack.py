@@ -17,7 +17,7 @@ from sparsekern.ops._nm_layout import FORMATS
 from sparsekern.ops.nm_pack import reference, sparse_weight
 from sparsekern.ops.nm_unpack import reference as unpack_reference
 
-from .strategies import PROPERTY, bits, with_nan
+from .strategies import PROPERTY, bits, misaligned, with_nan
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FORMATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -42,6 +42,8 @@ def test_is_what_pytorch_makes(isa, generator, dtype, row_blocks, column_blocks)
     weight = sparse_weight(*shape, dtype, generator)
     assert_golden(weight)
     assert_golden(weight.T.contiguous().T)
+    assert_golden(misaligned(weight))
+    assert torch.equal(nm_unpack(*map(misaligned, nm_pack(weight))), weight)
 
 
 @EVERY_DTYPE

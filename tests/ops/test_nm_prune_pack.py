@@ -13,7 +13,7 @@ from sparsekern.ops import nm_mask, nm_prune_pack, nm_unpack
 from sparsekern.ops._nm_layout import FORMATS
 from sparsekern.ops.nm_prune_pack import reference
 
-from .strategies import AWKWARD, FLOATS, PROPERTY, bits, with_nan
+from .strategies import AWKWARD, FLOATS, PROPERTY, bits, misaligned, with_nan
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -38,7 +38,8 @@ def test_is_what_pytorch_makes(isa, generator, dtype, row_blocks, column_blocks,
     weight = torch.randn(shape, generator=generator).mul(3).round().to(dtype)
     scores = None if scores_dtype is None else torch.randn(shape, generator=generator).mul(3).round().to(scores_dtype)
     assert_golden(weight, scores)
-    assert_golden(weight.T.contiguous().T, None if scores is None else scores.T.contiguous().T)
+    for moved in (misaligned, lambda matrix: matrix.T.contiguous().T):
+        assert_golden(moved(weight), None if scores is None else moved(scores))
 
 
 @EVERY_DTYPE

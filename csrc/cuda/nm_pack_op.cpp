@@ -1,0 +1,28 @@
+#include <tuple>
+
+#include "cuda/kernels.h"
+#include "cuda/nm_tensors.h"
+
+namespace sparsekern::cuda {
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> nm_pack_of(Tensor weight) {
+  const nm::Type type = nm_type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
+  check_contiguous(weight, "weight: expected contiguous memory");
+  const DeviceGuard guard(weight);
+  const Packed packed = new_packed(weight);
+  const Tensor source = aligned(weight);
+  Tensor status = new_status(weight);
+  nm_pack(
+      source.const_data_ptr(), type, weight.size(0), weight.size(1), packed.values.mutable_data_ptr(), packed.meta.mutable_data_ptr(),
+      data_of<int>(status), current_stream(weight));
+  return {packed.values, packed.meta, status};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) { m.def("nm_pack(Tensor weight) -> (Tensor values, Tensor meta, Tensor status)"); }
+STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) { m.impl("nm_pack", TORCH_BOX(&nm_pack_of)); }
+
+}  // namespace sparsekern::cuda
