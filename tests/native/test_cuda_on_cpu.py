@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,25 @@ def package(tmp_path_factory) -> Path:
     return sanitizers.copy_package(tmp_path_factory.mktemp("simt"))
 
 
-@pytest.mark.parametrize("order", ["forward", "reversed"])
-def test_op_tests_pass_on_the_cuda_kernels(package, order):
+ORDERS = ("forward", "reversed")
+
+
+@pytest.fixture(scope="module")
+def op_tests(package) -> dict[str, subprocess.CompletedProcess]:
+    """The op tests with threads run in either order, both at once."""
     library = simt.build_library()
-    result = sanitizers.run_op_tests(package, "--kernels=cuda", f"--simt-library={library}", SPARSEKERN_SIMT_ORDER=order)
+
+    def run(order: str) -> subprocess.CompletedProcess:
+        options = ("--kernels=cuda", f"--simt-library={library}")
+        return sanitizers.run_op_tests(package, *options, SPARSEKERN_SIMT_ORDER=order)
+
+    with ThreadPoolExecutor(len(ORDERS)) as pool:
+        return dict(zip(ORDERS, pool.map(run, ORDERS), strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_op_tests_pass_on_the_cuda_kernels(op_tests, order):
+    result = op_tests[order]
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
 
 
