@@ -125,12 +125,12 @@ __device__ inline uint32_t bytes_of(int64_t chunk, int64_t all_bytes) {
 }
 
 // How many bits are set in the chunk before each of this thread's bytes.
-__device__ inline void scan_bits(
-    const unsigned (&bits)[kVectors], unsigned (&before)[kVectors], ScanScratch<kThreads, uint64_t>& scratch) {
+__device__ inline TileCounts<kVectors> scan_bits(const unsigned (&bits)[kVectors], ScanScratch<kThreads, uint64_t>& scratch) {
   TileCounts<kVectors> counts;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) counts.set(v, __popc(bits[v]));
-  scan_tile<kThreads>(counts, before, scratch);
+  scan_tile<kThreads>(counts, scratch);
+  return counts;
 }
 
 // The values of a chunk in shared memory, at the distance from a 16-byte boundary that they have in device memory: so both sides

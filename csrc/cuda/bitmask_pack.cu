@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ Stage<Bits> stage;
   const int64_t chunk = gridDim.x - 1 - blockIdx.x;
   const Part<Bits> part(weight, bytes, chunk);
-  unsigned place[kVectors];
-  scan_bits(part.bits, place, scratch);
+  const TileCounts<kVectors> before = scan_bits(part.bits, scratch);
   const auto range = range_of<Bits>(ends, chunk, value_count);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    unsigned place = before[v];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (part.bits[v] >> i & 1) stage.at(range, place[v]++) = part.columns[v][i];
+      if (part.bits[v] >> i & 1) stage.at(range, place++) = part.columns[v][i];
     }
   }
   __syncthreads();

@@ -50,22 +50,23 @@ __global__ void __launch_bounds__(kThreads) expand_chunk(
   __shared__ Stage<Bits> stage;
   const int64_t chunk = blockIdx.x;
   const uint32_t chunk_bytes = bytes_of(chunk, bytes);
-  unsigned flags[kVectors], place[kVectors];
+  unsigned flags[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) flags[v] = byte_of(v) < chunk_bytes ? bits[chunk * kBytes + byte_of(v)] : 0u;
   const auto range = range_of<Bits>(ends, chunk, value_count);
   stage.copy_in(values, aligned, range);
-  scan_bits(flags, place, scratch);  // and waits for the block, so all values are in place
+  const TileCounts<kVectors> before = scan_bits(flags, scratch);  // and waits for the block, so all values are in place
   const Columns<Bits> columns(weight, chunk);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     if (byte_of(v) >= chunk_bytes) continue;
     Eight<Bits> eight = {};
+    unsigned place = before[v];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool set = flags[v] >> i & 1;
-      eight.set(i, set && place[v] < static_cast<unsigned>(range.count) ? stage.at(range, place[v]) : Bits{0});
-      place[v] += set;
+      eight.set(i, set && place < static_cast<unsigned>(range.count) ? stage.at(range, place) : Bits{0});
+      place += set;
     }
     columns.write(byte_of(v), eight);
   }

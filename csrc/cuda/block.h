@@ -82,15 +82,16 @@ struct TileCounts {
 
 // Turns the counts of a tile's vectors into how many are counted before each, and returns how many there are in the tile.
 template <int kThreads, int kVectors>
-__device__ inline unsigned scan_tile(TileCounts<kVectors>& counts, unsigned (&before)[kVectors], ScanScratch<kThreads, uint64_t>& scratch) {
-  static_assert(8 * kThreads < 1 << 16, "the count of one reading of the block fits its 16 bits");
+__device__ inline unsigned scan_tile(TileCounts<kVectors>& counts, ScanScratch<kThreads, uint64_t>& scratch) {
+  static_assert(8 * kThreads * kVectors <= 1 << 16, "what is counted before a vector fits its 16 bits");
   unsigned earlier = 0;
 #pragma unroll
-  for (int word = 0; word < kVectors / 4; ++word) {
-    const Scan<uint64_t> scan = block_scan<kThreads>(counts.words[word], scratch);
+  for (uint64_t& word : counts.words) {
+    const Scan<uint64_t> scan = block_scan<kThreads>(word, scratch);
+    word = scan.before;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      before[4 * word + i] = earlier + (static_cast<unsigned>(scan.before >> 16 * i) & 0xffffu);
+      word += uint64_t{earlier} << 16 * i;
       earlier += static_cast<unsigned>(scan.total >> 16 * i) & 0xffffu;
     }
   }

@@ -9,7 +9,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/order_key.h"
 #include "cuda/block.h"
@@ -17,22 +16,38 @@
 
 namespace sparsekern::cuda {
 
-// The bits of a score (uint32_t of a float32, uint16_t of a half dtype) as a key of as many bits: the higher the score, the lower.
+// A score as a key of as many bits, the lower the higher the score: the greatest magnitude less its order key. Of the scores whose
+// bits are in a word, which are one float32 (Bits is uint32_t) or two halves (uint16_t), without a branch or a carry between them.
 template <class Bits>
-__device__ inline uint32_t rank_of(Bits bits) {
-  constexpr uint32_t kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
-  const int32_t extended = static_cast<std::make_signed_t<Bits>>(bits);
-  return kMagnitude - static_cast<uint32_t>(order_key(extended, static_cast<int32_t>(bits & kMagnitude)));
+SPARSEKERN_HOST_DEVICE constexpr uint32_t ranks_of(uint32_t word) {
+  constexpr uint32_t kAll = static_cast<Bits>(~Bits{0}), kOnes = 0xffffffffu / kAll;
+  const uint32_t negative = word >> (8 * sizeof(Bits) - 1) & kOnes;  // 1 for each score below or equal to -0
+  const uint32_t chosen = negative * kAll;
+  return ((word - negative) & chosen) | ((word ^ kOnes * (kAll >> 1)) & ~chosen);
 }
+
+SPARSEKERN_HOST_DEVICE constexpr uint32_t rank_of(uint32_t float_bits) { return ranks_of<uint32_t>(float_bits); }
+
+constexpr bool ranks_are_order_keys(uint32_t float_bits, uint16_t half_bits) {
+  const auto order32 = order_key(static_cast<int32_t>(float_bits), static_cast<int32_t>(float_bits & 0x7fffffffu));
+  const auto order16 = order_key(static_cast<int16_t>(half_bits), half_bits & 0x7fff);
+  return rank_of(float_bits) == 0x7fffffffu - static_cast<uint32_t>(order32) &&
+         ranks_of<uint16_t>(uint32_t{half_bits} << 16 | 0x8000u) == ((0x7fffu - static_cast<uint32_t>(order16)) << 16 | 0x7fffu);
+}
+static_assert(ranks_are_order_keys(0, 0) && ranks_are_order_keys(0x80000000u, 0x8000), "both zeros are equal");
+static_assert(ranks_are_order_keys(1, 1) && ranks_are_order_keys(0x80000001u, 0x8001), "a subnormal of each sign");
+static_assert(ranks_are_order_keys(0x7f800000u, 0x7c00) && ranks_are_order_keys(0xff800000u, 0xff80), "infinities");
+static_assert(ranks_are_order_keys(0x3f8abcdeu, 0x3f8a) && ranks_are_order_keys(0xbf8abcdeu, 0xbf8a), "a number of each sign");
 
 // Where the best end: kept are the keys below `key`, and the first `needed` of those that equal it, which are at most `equal`.
 struct Cut {
   uint32_t key;
   uint32_t needed, equal;
 
-  // Whether it matters which of the equal keys come first; where it does not, 0 will do for the ordinal of each.
+  // Whether it matters which of the equal keys come first.
   __device__ bool splits_ties() const { return needed != 0 && needed != equal; }
-  __device__ bool keeps(uint32_t rank, uint32_t ordinal) const { return rank < key || (rank == key && ordinal < needed); }
+  // The ranks below it are those of the kept, with or without the ties. No rank has all bits set.
+  __device__ uint32_t limit(bool with_ties) const { return with_ties && key != ~0u ? key + 1 : key; }
 };
 
 // A digit of a key: the bits from `shift` up to where the known ones begin.
@@ -41,7 +56,7 @@ struct Digit {
 };
 
 template <int kDigitBits>
-__device__ constexpr Digit digit_below(int known_from) {
+SPARSEKERN_HOST_DEVICE constexpr Digit digit_below(int known_from) {
   return known_from > kDigitBits ? Digit{known_from - kDigitBits, kDigitBits} : Digit{0, known_from};
 }
 
@@ -121,23 +136,35 @@ __device__ inline Found<Count> find_digit(
   return scratch.found;
 }
 
-// The cut that keeps the `k` best of the block's `count` keys of `key_bits` bits.
+// How far a selection has come: which bits of the k-th key are known, and what is left to find among the keys that share them.
+template <class Count>
+struct Progress {
+  uint32_t known;
+  int known_from;
+  Count needed, equal;
+
+  __device__ bool ended() const { return known_from == 0 || needed == equal; }
+  __device__ void add(const Found<Count>& found, Digit digit) {
+    *this = {known | found.digit << digit.shift, digit.shift, found.needed, found.equal};
+  }
+  // The last of the keys that share what is known.
+  __device__ uint32_t key() const { return known | static_cast<uint32_t>((uint64_t{1} << known_from) - 1); }
+};
+
+// The cut that keeps the `k` best of the block's `count` keys of `key_bits` bits, a constant to the compiler. The first step is compiled apart: there no key has to be compared.
 template <int kThreads, int kDigitBits, class EachKey>
 __device__ inline Cut select_in_block(
     int key_bits, uint32_t k, uint32_t count, SelectScratch<kThreads, kDigitBits, uint32_t>& scratch, const EachKey& each_key) {
   if (k == 0) return {0, 0, 0};
-  uint32_t known = 0;
-  Found<uint32_t> found = {0, k, count};
-  int known_from = key_bits;
-#pragma unroll 1
-  while (known_from > 0 && found.needed < found.equal) {
-    const Digit digit = digit_below<kDigitBits>(known_from);
+  Progress<uint32_t> progress = {0, key_bits, k, count};
+  const auto step = [&](Digit digit, uint32_t known) {
     count_digit(scratch.bins, digit, known, each_key);
-    found = find_digit(found.needed, scratch, [&](uint32_t bin) { return scratch.bins[bin]; });
-    known |= found.digit << digit.shift;
-    known_from = digit.shift;
-  }
-  return {known | static_cast<uint32_t>((uint64_t{1} << known_from) - 1), found.needed, found.equal};
+    progress.add(find_digit(progress.needed, scratch, [&](uint32_t bin) { return scratch.bins[bin]; }), digit);
+  };
+  if (!progress.ended()) step(digit_below<kDigitBits>(key_bits), 0);
+#pragma unroll 1
+  while (!progress.ended()) step(digit_below<kDigitBits>(progress.known_from), progress.known);
+  return {progress.key(), progress.needed, progress.equal};
 }
 
 // What the blocks of a grid tell each other while they select, in device memory: cleared before use, and used once.
@@ -157,36 +184,38 @@ template <int kThreads, int kDigitBits, class EachKey>
 __device__ inline Cut select_in_grid(
     int key_bits, uint64_t k, uint64_t count, const GridSelection<kDigitBits>& grid, unsigned* arrivals, unsigned& barriers,
     SelectScratch<kThreads, kDigitBits, uint64_t>& scratch, const EachKey& each_key) {
+  const int last_bits = GridSelection<kDigitBits>::last_bits(key_bits);
   if (k == 0) return {0, 0, 0};
-  uint32_t known = 0;
-  Found<uint64_t> found = {0, k, count};
-  int known_from = key_bits;
-#pragma unroll 1
-  for (unsigned long long* totals = grid.totals; known_from > 0 && found.needed < found.equal; totals += 1 << kDigitBits) {
-    const Digit digit = digit_below<kDigitBits>(known_from);
+  Progress<uint64_t> progress = {0, key_bits, k, count};
+  unsigned long long* totals = grid.totals;
+  uint32_t digit_found = 0;
+  const auto step = [&](Digit digit, uint32_t known) {
     count_digit(scratch.bins, digit, known, each_key);
     for (uint32_t bin = threadIdx.x; bin < 1u << digit.bits; bin += kThreads) {
       const uint32_t own = scratch.bins[bin];
       if (own != 0) atomicAdd(totals + bin, static_cast<unsigned long long>(own));
-      if (digit.shift == 0) grid.own[(uint64_t{blockIdx.x} << digit.bits) + bin] = own;
+      if (digit.shift == 0) grid.own[(uint64_t{blockIdx.x} << last_bits) + bin] = own;
     }
     grid_barrier(arrivals, ++barriers);
     // Past L1, which does not see what other blocks have written.
-    found = find_digit(found.needed, scratch, [&](uint32_t bin) { return uint64_t{__ldcg(totals + bin)}; });
-    known |= found.digit << digit.shift;
-    known_from = digit.shift;
-  }
-  const uint32_t key = known | static_cast<uint32_t>((uint64_t{1} << known_from) - 1);
-  if (found.needed == found.equal) return {key, ~0u, ~0u};
-  const uint32_t equal = scratch.bins[found.digit];
-  const int last_bits = GridSelection<kDigitBits>::last_bits(key_bits);
+    const auto found = find_digit(progress.needed, scratch, [&](uint32_t bin) { return uint64_t{__ldcg(totals + bin)}; });
+    progress.add(found, digit);
+    digit_found = found.digit;
+    totals += 1 << kDigitBits;
+  };
+  if (!progress.ended()) step(digit_below<kDigitBits>(key_bits), 0);
+#pragma unroll 1
+  while (!progress.ended()) step(digit_below<kDigitBits>(progress.known_from), progress.known);
+  if (progress.needed == progress.equal) return {progress.key(), ~0u, ~0u};
+
+  const uint32_t equal = scratch.bins[digit_found];
   uint64_t earlier = 0;
   for (unsigned block = threadIdx.x; block < blockIdx.x; block += kThreads) {
-    earlier += __ldcg(grid.own + (uint64_t{block} << last_bits) + found.digit);
+    earlier += __ldcg(grid.own + (uint64_t{block} << last_bits) + digit_found);
   }
   earlier = block_sum<kThreads>(earlier, scratch.scan);
-  const uint64_t left = found.needed > earlier ? found.needed - earlier : 0;
-  return {key, left < equal ? static_cast<uint32_t>(left) : equal, equal};
+  const uint64_t left = progress.needed > earlier ? progress.needed - earlier : 0;
+  return {progress.key(), left < equal ? static_cast<uint32_t>(left) : equal, equal};
 }
 
 }  // namespace sparsekern::cuda

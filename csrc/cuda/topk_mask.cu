@@ -32,6 +32,10 @@ constexpr int kKeyBits = 8 * sizeof(Bits);
 template <class Bits, int kThreads, int kVectors>
 struct Tile {
   static constexpr int kSize = Vector<Bits>::kSize;
+  // In a word of one float32 or two halves: a 1 in each, their magnitudes, their signs.
+  static constexpr uint32_t kOnes = 0xffffffffu / static_cast<Bits>(~Bits{0});
+  static constexpr uint32_t kMagnitudes = kOnes * (static_cast<Bits>(~Bits{0}) >> 1);
+  static constexpr uint32_t kSigns = ~kMagnitudes;
 
   Vector<Bits> vectors[kVectors];
   int64_t first;  // vector of this thread
@@ -48,20 +52,18 @@ struct Tile {
 
   // Returns whether a score is NaN.
   __device__ bool to_ranks(Bits infinity) {
-    bool nan = false;
+    const uint32_t to_sign = kMagnitudes - kOnes * infinity;  // what makes a magnitude above infinity reach the sign bit
+    uint32_t reached = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (v >= owned) continue;
-      Vector<Bits> ranks = {};
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const Bits bits = vectors[v][i];
-        nan |= (bits & static_cast<Bits>(~Bits{0}) >> 1) > infinity;
-        ranks.set(i, rank_of(bits));
+      for (uint32_t& word : vectors[v].words) {
+        reached |= (word & kMagnitudes) + to_sign;
+        word = ranks_of<Bits>(word);
       }
-      vectors[v] = ranks;
     }
-    return nan;
+    return (reached & kSigns) != 0;
   }
 
   template <class F>
@@ -70,51 +72,68 @@ struct Tile {
     for (int v = 0; v < kVectors; ++v) {
       if (v >= owned) continue;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) f(vectors[v][i]);
+      for (int i = 0; i < kSize; ++i) f(uint32_t{vectors[v][i]});
     }
   }
 
   // For a tile of ranks. `ties` is how many equal the cut in the tiles before this one, and is carried on where it matters.
   __device__ void write_mask(
       const Cut& cut, unsigned& ties, const Run<Bits>& run, uint8_t* mask, ScanScratch<kThreads, uint64_t>& scratch) const {
-    unsigned ordinals[kVectors] = {};
-    if (cut.splits_ties()) {
-      TileCounts<kVectors> counts;
+    TileCounts<kVectors> before;
+    const bool split = cut.splits_ties();
+    const unsigned earlier = ties;
+    if (split) {
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        unsigned equal = 0;
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) equal += v < owned && vectors[v][i] == cut.key;
-        counts.set(v, equal);
-      }
-      const unsigned in_tile = scan_tile<kThreads>(counts, ordinals, scratch);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) ordinals[v] += ties;
-      ties += in_tile;
+      for (int v = 0; v < kVectors; ++v) before.set(v, v < owned ? ties_of(v, cut) : 0);
+      ties += scan_tile<kThreads>(before, scratch);
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (v < owned) write_vector(vectors[v], cut, ordinals[v], run, (first + v * kThreads) * kSize, mask);
+      if (v >= owned) continue;
+      const unsigned left = cut.needed > earlier + before[v] ? cut.needed - earlier - before[v] : 0;
+      const bool some_ties = split && left != 0 && left < ties_of(v, cut);
+      const int64_t place = (first + v * kThreads) * kSize;
+      const int count = run.count - place < kSize ? static_cast<int>(run.count - place) : kSize;
+      write_vector(vectors[v], cut.limit(left != 0 && !some_ties), mask + place, count, run.aligned);
+      if (some_ties) write_ties(vectors[v], cut.key, left, mask + place, count);
     }
   }
 
  private:
-  // A byte a score: lanes store 4 or 8 of them, so a warp's store is 128 or 256 bytes on end.
-  __device__ static void write_vector(
-      const Vector<Bits>& ranks, const Cut& cut, unsigned ordinal, const Run<Bits>& run, int64_t place, uint8_t* mask) {
-    uint32_t bytes[kSize / 4] = {};
+  // Counted by the word: what two halves are compared to comes out zero below its sign bit and in it.
+  __device__ unsigned ties_of(int v, const Cut& cut) const {
+    unsigned others = 0;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      bytes[i / 4] |= uint32_t{cut.keeps(ranks[i], ordinal)} << 8 * (i % 4);
-      ordinal += ranks[i] == cut.key;
+    for (const uint32_t word : vectors[v].words) {
+      const uint32_t differs = word ^ cut.key * kOnes;
+      others += __popc((((differs & kMagnitudes) + kMagnitudes) | differs) & kSigns);
     }
-    if (run.aligned && place + kSize <= run.count) {
-      if constexpr (kSize == 4) *reinterpret_cast<uint32_t*>(mask + place) = bytes[0];
-      if constexpr (kSize == 8) *reinterpret_cast<uint2*>(mask + place) = make_uint2(bytes[0], bytes[1]);
+    return kSize - others;
+  }
+
+  // A byte a score: lanes store 4 or 8 of them, so a warp's store is 128 or 256 bytes on end.
+  __device__ static void write_vector(const Vector<Bits>& ranks, uint32_t limit, uint8_t* mask, int count, bool aligned) {
+    if (aligned && count == kSize) {
+      uint32_t bytes[kSize / 4] = {};
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) bytes[i / 4] |= uint32_t{ranks[i] < limit} << 8 * (i % 4);
+      if constexpr (kSize == 4) *reinterpret_cast<uint32_t*>(mask) = bytes[0];
+      if constexpr (kSize == 8) *reinterpret_cast<uint2*>(mask) = make_uint2(bytes[0], bytes[1]);
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        if (place + i < run.count) mask[place + i] = static_cast<uint8_t>(bytes[i / 4] >> 8 * (i % 4));
+        if (i < count) mask[i] = ranks[i] < limit;
+      }
+    }
+  }
+
+  // In the one vector that keeps some of its ties: the first `left`.
+  __device__ static void write_ties(const Vector<Bits>& ranks, uint32_t key, unsigned left, uint8_t* mask, int count) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (ranks[i] == key && left != 0 && i < count) {
+        mask[i] = 1;
+        --left;
       }
     }
   }
@@ -133,7 +152,9 @@ struct Stream {
     const int64_t tiles = (end - begin + kTile - 1) / kTile;
 #pragma unroll 1
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      Tile<Bits, kThreads, kStreamVectors>(run, begin + (backward ? tiles - 1 - tile : tile) * kTile, end).each([&](Bits bits) { f(rank_of(bits)); });
+      Tile<Bits, kThreads, kStreamVectors> part(run, begin + (backward ? tiles - 1 - tile : tile) * kTile, end);
+      part.to_ranks(0);
+      part.each(f);
     }
   }
 
@@ -158,43 +179,41 @@ struct Scores {
   Bits infinity;
   bool aligned;  // data and mask, at every run
 
+  Scores from(int64_t first) const { return {data + first, infinity, aligned}; }
+
   __device__ Run<Bits> run(int64_t first, int64_t count) const {
     return {data + first, count, aligned, static_cast<Bits>(infinity | Bits{1} << (kKeyBits<Bits> - 1))};
   }
 };
 
-// Rows of at most a tile. A single warp counts digits of 8 bits, whose bins it clears and searches in a few instructions.
+// A row a block, of at most a tile. A single warp counts digits of 8 bits, whose bins it clears and searches in a few instructions.
 template <class Bits, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
-    keep_best_of_held_rows(Scores<Bits> scores, int64_t rows, int64_t columns, uint32_t k, uint8_t* mask, int* status) {
+    keep_best_of_held_rows(Scores<Bits> scores, int64_t columns, uint32_t k, uint8_t* mask, int* status) {
   constexpr int kDigitBits = kThreads == kWarp ? 8 : 11;
   __shared__ SelectScratch<kThreads, kDigitBits, uint32_t> scratch;
   __shared__ ScanScratch<kThreads, uint64_t> tie_scratch;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Run<Bits> run = scores.run(row * columns, columns);
-    Tile<Bits, kThreads, kHeldVectors> tile(run, 0, run.vectors());
-    if (tile.to_ranks(scores.infinity)) atomicOr(status, int{kNotFinite});
-    const Cut cut = select_in_block(
-        kKeyBits<Bits>, k, static_cast<uint32_t>(columns), scratch, [&](const auto& count) { tile.each(count); });
-    unsigned ties = 0;
-    tile.write_mask(cut, ties, run, mask + row * columns, tie_scratch);
-  }
+  const Run<Bits> run = scores.run(blockIdx.x * columns, columns);
+  Tile<Bits, kThreads, kHeldVectors> tile(run, 0, run.vectors());
+  if (tile.to_ranks(scores.infinity)) atomicOr(status, int{kNotFinite});
+  const auto each_key = [&](const auto& count) { tile.each(count); };
+  const Cut cut = select_in_block(kKeyBits<Bits>, k, static_cast<uint32_t>(columns), scratch, each_key);
+  unsigned ties = 0;
+  tile.write_mask(cut, ties, run, mask + blockIdx.x * columns, tie_scratch);
 }
 
 constexpr int kLongRowThreads = 1024;
 
 template <class Bits>
 __global__ void __launch_bounds__(kLongRowThreads)
-    keep_best_of_long_rows(Scores<Bits> scores, int64_t rows, int64_t columns, uint32_t k, uint8_t* mask, int* status) {
+    keep_best_of_long_rows(Scores<Bits> scores, int64_t columns, uint32_t k, uint8_t* mask, int* status) {
   __shared__ SelectScratch<kLongRowThreads, 11, uint32_t> scratch;
   __shared__ ScanScratch<kLongRowThreads, uint64_t> tie_scratch;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Run<Bits> run = scores.run(row * columns, columns);
-    const Stream<Bits, kLongRowThreads> stream = {run, 0, run.vectors()};
-    const Cut cut = select_in_block(
-        kKeyBits<Bits>, k, static_cast<uint32_t>(columns), scratch, [&](const auto& count) { stream.each_rank(false, count); });
-    if (stream.write_mask(cut, scores.infinity, mask + row * columns, tie_scratch)) atomicOr(status, int{kNotFinite});
-  }
+  const Run<Bits> run = scores.run(blockIdx.x * columns, columns);
+  const Stream<Bits, kLongRowThreads> stream = {run, 0, run.vectors()};
+  const auto each_key = [&](const auto& count) { stream.each_rank(false, count); };
+  const Cut cut = select_in_block(kKeyBits<Bits>, k, static_cast<uint32_t>(columns), scratch, each_key);
+  if (stream.write_mask(cut, scores.infinity, mask + blockIdx.x * columns, tie_scratch)) atomicOr(status, int{kNotFinite});
 }
 
 constexpr int kMatrixThreads = 512;
@@ -243,8 +262,12 @@ struct RowCall {
 
   template <class Kernel>
   void run(Kernel kernel, int threads) const {
-    const auto blocks = static_cast<unsigned>(std::min(rows, kMostBlocks));
-    launch(kernel, dim3(blocks), dim3(threads), stream, scores, rows, columns, static_cast<uint32_t>(k), mask, status);
+    for (int64_t row = 0; row < rows; row += kMostBlocks) {
+      const auto blocks = static_cast<unsigned>(std::min(rows - row, kMostBlocks));
+      launch(
+          kernel, dim3(blocks), dim3(threads), stream, scores.from(row * columns), columns, static_cast<uint32_t>(k),
+          mask + row * columns, status);
+    }
   }
 };
 

@@ -50,9 +50,10 @@ struct Run {
   __device__ Vector<Bits> read(int64_t vector) const {
     const int64_t first = vector * kSize;
     if (aligned && first + kSize <= count) return Vector<Bits>::read(elements + first);
+    const int left = count - first < kSize ? static_cast<int>(count - first) : kSize;
     Vector<Bits> result = {};
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) result.set(i, first + i < count ? elements[first + i] : filler);
+    for (int i = 0; i < kSize; ++i) result.set(i, i < left ? elements[first + i] : filler);
     return result;
   }
 };
