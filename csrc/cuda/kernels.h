@@ -52,4 +52,43 @@ void nm_unpack(
     const void* values, const void* meta, int element_size, int64_t rows, int64_t columns /* of the weight */, void* weight,
     int* status, cudaStream_t stream);
 
+// How obs_sweep comes by the mask of a block.
+enum class ObsChoice {
+  given,  // by the caller
+  group,  // the best `kept` of every `group` columns, from the weights as they stand when the group is reached
+  row,    // the best `kept` of each row, from the weights as they stand when the block is reached
+  block,  // the best `kept` of all rows, likewise
+};
+
+// The columns [begin, begin + width) of a sweep, width at most 128. Columns and blocks begin at multiples of four elements and of 16
+// bytes; those up to the next multiple of four from the end are the block's, too, and `weight` is 0 there.
+struct ObsBlock {
+  const void* weight;   // [rows, columns] of dtype
+  DType dtype;
+  const float* factor;  // [columns, columns]
+  float* delta;         // from the block's first column on: on entry the products with the columns before, on exit weight - new weight
+  int64_t delta_stride;
+  uint8_t* mask;        // [rows, columns]; read or written
+  void* new_weight;     // [rows, columns] of dtype
+  float* row_error;     // [rows], added to
+  float* scores;        // laid out like delta; of obs_sweep_scores only
+  int* status;
+  int64_t rows, columns, begin;
+  int width;
+  ObsChoice choice;
+  int64_t kept;
+  int group;
+  int warps;            // 1 to 8 of a thread block, four rows each
+  int tiles;            // where all rows compete: of 32 rows of a thread block; obs_sweep_tiles(rows)
+  uint32_t* workspace;  // likewise: obs_sweep_workspace_words(rows), used once and zero before
+};
+void obs_sweep_block(const ObsBlock& block, cudaStream_t stream);
+// What it takes to have so many rows compete in one launch on the current device; 0 if that cannot be.
+int obs_sweep_tiles(int64_t rows);
+int64_t obs_sweep_workspace_words(int64_t rows);
+// Prunes nothing: writes what removing each weight would cost, and to `delta` weight - (weight as it stands).
+void obs_sweep_scores(const ObsBlock& block, cudaStream_t stream);
+// Flags NaN and infinities.
+void obs_sweep_check_factor(const float* factor, int64_t count, int* status, cudaStream_t stream);
+
 }  // namespace sparsekern::cuda

@@ -78,6 +78,14 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t share
   return int64_t{processors} * blocks;
 }
 
+// How much shared memory a block may ask for on the current device.
+inline size_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "device query");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device query");
+  return static_cast<size_t>(bytes);
+}
+
 #ifdef SPARSEKERN_SIMT
 template <class T>
 T* dynamic_shared() {

@@ -156,6 +156,45 @@ def test_equal_scores_keep_the_lower_index(isa):
     assert obs_sweep(-torch.zeros(2, 4), torch.eye(4), "1:4")[1].tolist() == [[True, False, False, False]] * 2
 
 
+def exact(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A problem full of ties, in which no rounding decides: small multiples of a half, and a diagonal factor of powers of two."""
+    weight = torch.randint(-3, 4, (rows, columns), generator=generator) / 2
+    return weight, torch.diag(2.0 ** torch.randint(-1, 2, (columns,), generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options"),
+    [
+        (3, 140, {"sparsity": 0.37}),
+        (70, 72, {"sparsity": 0.8, "block_size": 24}),
+        (300, 20, {"sparsity": 0.25, "block_size": 10}),
+        (2100, 8, {"sparsity": 0.5}),
+        (21, 150, {"sparsity": 0.3, "scope": "row"}),
+        (9, 290, {"sparsity": 0.6, "scope": "row", "block_size": 280}),
+        (9, 290, {"sparsity": 0.6, "block_size": 280}),
+        (40, 150, {"sparsity": 0.5, "scope": "matrix"}),
+        *((17, 3 * m, {"n": n, "m": m}) for n, m in ((1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (3, 5), (20, 64))),
+    ],
+    ids=str,
+)
+def test_ties_are_split_as_by_the_reference(isa, generator, rows, columns, options):
+    weight, factor = exact(rows, columns, generator)
+    new, mask, error = torch.ops.sparsekern.obs_sweep(weight, factor, **options)
+    expected = reference(weight, factor, **options)
+    assert torch.equal(mask, expected[1]) and torch.equal(new, expected[0])
+    torch.testing.assert_close(error, expected[2])
+
+
+def test_memory_may_begin_anywhere(isa, generator):
+    weight, gram = correlated(6, 20, generator)
+    factor = reverse_cholesky(gram)
+    shifted = torch.cat([torch.zeros(1), weight.flatten()])[1:].view(6, 20)
+    shifted_factor = torch.cat([torch.zeros(3), factor.flatten()])[3:].view(20, 20)
+    for options in ({"pattern": "2:4"}, {"pattern": 0.5}, {"mask": weight > 0}):
+        for got, expected in zip(obs_sweep(shifted, shifted_factor, **options), obs_sweep(weight, factor, **options), strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_weights_are_computed_in_float32_and_rounded_once(isa, generator, dtype):
     weight, gram = correlated(30, 128, generator)

@@ -1,0 +1,176 @@
+#include <initializer_list>
+#include <string>
+#include <tuple>
+
+#include "cuda/kernels.h"
+#include "cuda/tensors.h"
+
+namespace sparsekern::cuda {
+
+namespace {
+
+constexpr int64_t kMaxColumns = 128, kMaxGroup = 64, kMaxTiles = 8;
+
+void check_matrix(const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns, const char* message) {
+  check(
+      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.scalar_type() == type &&
+          tensor.is_contiguous(),
+      message);
+}
+
+// Vectors of four are read at these addresses; columns are multiples of four, so that the rest follows.
+void check_alignment(std::initializer_list<Tensor> tensors) {
+  for (const Tensor& tensor : tensors) {
+    check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, "expected tensors that begin at multiples of 16 bytes");
+  }
+}
+
+ObsBlock block_of(const Tensor& weight, const Tensor& factor, const Tensor& status, int64_t begin, int64_t end) {
+  check(weight.dim() == 2 && weight.is_contiguous(), "weight: expected a contiguous matrix");
+  ObsBlock block = {};
+  block.dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
+  block.rows = weight.size(0), block.columns = weight.size(1);
+  check_matrix(factor, ScalarType::Float, block.columns, block.columns, "factor: expected a contiguous square float32 matrix");
+  check(block.columns % 4 == 0 && begin % 4 == 0, "weight, begin: expected columns and blocks in multiples of four");
+  check(begin >= 0 && begin <= end && end <= block.columns, "begin, end: expected columns of weight");
+  check(end - begin <= kMaxColumns, "end: expected at most 128 columns");
+  check(status.numel() == 1 && status.scalar_type() == ScalarType::Int, "status: expected one int32");
+  check_alignment({weight, factor});
+  block.weight = weight.const_data_ptr();
+  block.factor = static_cast<const float*>(factor.const_data_ptr());
+  block.status = data_of<int>(status);
+  block.begin = begin;
+  block.width = static_cast<int>(end - begin);
+  return block;
+}
+
+void set_warps(ObsBlock& block, int64_t warps) {
+  check(warps == 1 || warps == 2 || warps == 4 || warps == 8, "warps: expected 1, 2, 4 or 8");
+  block.warps = static_cast<int>(warps);
+}
+
+void set_results(ObsBlock& block, const Tensor& delta, const Tensor& mask, const Tensor& new_weight, const Tensor& row_error) {
+  check_matrix(delta, ScalarType::Float, block.rows, block.columns, "delta: expected contiguous float32 of the shape of weight");
+  check_matrix(mask, ScalarType::Bool, block.rows, block.columns, "mask: expected contiguous bool of the shape of weight");
+  check(
+      new_weight.dim() == 2 && new_weight.size(0) == block.rows && new_weight.size(1) == block.columns &&
+          new_weight.is_contiguous() && dtype_of(new_weight, "new_weight: expected the dtype of weight") == block.dtype,
+      "new_weight: expected contiguous memory like weight");
+  check(
+      row_error.dim() == 1 && row_error.size(0) == block.rows && row_error.scalar_type() == ScalarType::Float &&
+          row_error.is_contiguous(),
+      "row_error: expected one float32 a row");
+  check_alignment({delta, mask, new_weight});
+  block.delta = data_of<float>(delta) + block.begin;
+  block.delta_stride = block.columns;
+  block.mask = data_of<uint8_t>(mask);
+  block.new_weight = new_weight.mutable_data_ptr();
+  block.row_error = data_of<float>(row_error);
+}
+
+void obs_sweep_block_of(
+    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, int64_t begin,
+    int64_t end, std::string choice, int64_t kept, int64_t group, int64_t warps) {
+  ObsBlock block = block_of(weight, factor, status, begin, end);
+  set_warps(block, warps);
+  set_results(block, delta, mask, new_weight, row_error);
+  check(choice == "given" || choice == "group" || choice == "row", "choice: expected given, group or row");
+  block.choice = choice == "given" ? ObsChoice::given : choice == "group" ? ObsChoice::group : ObsChoice::row;
+  if (choice == "group") {
+    check(
+        group > 0 && group <= kMaxGroup && block.width % group == 0,
+        "group: expected at most 64 and a divisor of the block's columns");
+    block.group = static_cast<int>(group);
+  }
+  check(kept >= 0 && kept <= kMaxColumns, "kept: expected a number of weights of a group or of a row");
+  block.kept = kept;
+  const DeviceGuard guard(weight);
+  obs_sweep_block(block, current_stream(weight));
+}
+
+// For obs_sweep_competing_block, of which each call uses a row of it, and the tiles to call it with; 0 where there are
+// too many rows.
+std::tuple<Tensor, int64_t> obs_sweep_workspace_of(Tensor weight, int64_t calls) {
+  check(weight.dim() == 2 && calls >= 0, "weight, calls: expected a matrix and a number of calls");
+  const DeviceGuard guard(weight);
+  const int64_t tiles = obs_sweep_tiles(weight.size(0));
+  const int64_t words = tiles == 0 ? 0 : obs_sweep_workspace_words(weight.size(0));
+  Tensor workspace = torch::stable::new_empty(weight, {calls, words}, ScalarType::Int);
+  torch::stable::zero_(workspace);
+  return {workspace, tiles};
+}
+
+void obs_sweep_competing_block_of(
+    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, Tensor workspace,
+    int64_t begin, int64_t end, int64_t kept, int64_t tiles, int64_t call) {
+  ObsBlock block = block_of(weight, factor, status, begin, end);
+  set_results(block, delta, mask, new_weight, row_error);
+  const int64_t words = obs_sweep_workspace_words(block.rows);
+  check(
+      workspace.dim() == 2 && workspace.size(1) == words && workspace.scalar_type() == ScalarType::Int && workspace.is_contiguous(),
+      "workspace: expected that of obs_sweep_workspace for this weight");
+  check(call >= 0 && call < workspace.size(0), "call: expected a row of workspace");
+  check(tiles >= 1 && tiles <= kMaxTiles, "tiles: expected those of obs_sweep_workspace");
+  check(kept >= 0 && kept <= block.rows * block.width, "kept: expected a number of weights of the block");
+  check_alignment({workspace});
+  block.choice = ObsChoice::block;
+  block.kept = kept;
+  block.tiles = static_cast<int>(tiles);
+  block.workspace = data_of<uint32_t>(workspace) + call * words;
+  const DeviceGuard guard(weight);
+  obs_sweep_block(block, current_stream(weight));
+}
+
+void obs_sweep_scores_of(
+    Tensor weight, Tensor factor, Tensor delta, Tensor scores, Tensor status, int64_t begin, int64_t end, int64_t first,
+    int64_t warps) {
+  ObsBlock block = block_of(weight, factor, status, begin, end);
+  set_warps(block, warps);
+  check(delta.dim() == 2, "delta: expected 2 dimensions");
+  const int64_t stride = delta.size(1);
+  check_matrix(delta, ScalarType::Float, block.rows, stride, "delta: expected contiguous float32 with the rows of weight");
+  check_matrix(scores, ScalarType::Float, block.rows, stride, "scores: expected the shape of delta");
+  check(first % 4 == 0 && stride % 4 == 0, "first, delta: expected multiples of four columns");
+  check(first <= begin && end <= first + stride, "first: expected the column of weight that delta begins with");
+  check_alignment({delta, scores});
+  block.delta = data_of<float>(delta) + (begin - first);
+  block.delta_stride = stride;
+  block.scores = data_of<float>(scores) + (begin - first);
+  const DeviceGuard guard(weight);
+  obs_sweep_scores(block, current_stream(weight));
+}
+
+void check_factor_of(Tensor factor, Tensor status) {
+  check(factor.scalar_type() == ScalarType::Float && factor.is_contiguous(), "factor: expected contiguous float32");
+  check(factor.numel() % 4 == 0, "factor: expected a multiple of four columns");
+  check_alignment({factor});
+  check(status.numel() == 1 && status.scalar_type() == ScalarType::Int, "status: expected one int32");
+  const DeviceGuard guard(factor);
+  const auto* values = static_cast<const float*>(factor.const_data_ptr());
+  obs_sweep_check_factor(values, factor.numel(), data_of<int>(status), current_stream(factor));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
+  m.def(
+      "obs_sweep_block(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, Tensor(d!) row_error, "
+      "Tensor(e!) status, int begin, int end, str choice, int kept, int group, int warps) -> ()");
+  m.def(
+      "obs_sweep_scores(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) scores, Tensor(c!) status, int begin, int end, "
+      "int first, int warps) -> ()");
+  m.def("obs_sweep_workspace(Tensor weight, int calls) -> (Tensor, int)");
+  m.def(
+      "obs_sweep_competing_block(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, "
+      "Tensor(d!) row_error, Tensor(e!) status, Tensor(f!) workspace, int begin, int end, int kept, int tiles, int call) -> ()");
+  m.def("obs_sweep_check_factor(Tensor factor, Tensor(a!) status) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) {
+  m.impl("obs_sweep_block", TORCH_BOX(&obs_sweep_block_of));
+  m.impl("obs_sweep_scores", TORCH_BOX(&obs_sweep_scores_of));
+  m.impl("obs_sweep_workspace", TORCH_BOX(&obs_sweep_workspace_of));
+  m.impl("obs_sweep_competing_block", TORCH_BOX(&obs_sweep_competing_block_of));
+  m.impl("obs_sweep_check_factor", TORCH_BOX(&check_factor_of));
+}
+
+}  // namespace sparsekern::cuda

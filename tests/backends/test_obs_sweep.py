@@ -1,0 +1,174 @@
+"""The loop of obs_sweep over blocks, with what is done inside a block written in PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsekern.backends.obs_sweep import (
+    LAUNCH_COLUMNS,
+    MAX_WARPS,
+    ROWS_PER_WARP,
+    block_size_for,
+    by_halves,
+    column_blocks,
+    full_float32,
+    sweep,
+    warps_for,
+)
+from sparsekern.ops.obs_sweep import reference
+
+
+@given(count=st.integers(1, 70))
+def test_by_halves_reaches_each_pair_once_and_in_time(count):
+    reached, done = set(), []
+
+    def run(i):
+        assert i == len(done) and all((k, i) in reached for k in range(i))
+        done.append(i)
+
+    def update(first, middle, last):
+        assert first < middle == len(done) < last <= count
+        pairs = {(k, i) for k in range(first, middle) for i in range(middle, last)}
+        assert not pairs & reached
+        reached.update(pairs)
+
+    by_halves(count, run, update)
+    assert len(done) == count and len(reached) == count * (count - 1) // 2
+
+
+def test_by_halves_makes_one_update_a_block_and_most_of_them_small():
+    widths = []
+    by_halves(32, lambda i: None, lambda first, middle, last: widths.append(last - middle))
+    assert len(widths) == 31 and sorted(widths, reverse=True)[:7] == [16, 8, 8, 4, 4, 4, 4]
+
+
+@given(columns=st.integers(0, 400), size=st.integers(1, 300), alignment=st.sampled_from([1, 4]))
+def test_blocks_cover_the_columns_and_begin_where_they_may(columns, size, alignment):
+    blocks = column_blocks(columns, size, alignment)
+    assert [j for block in blocks for j in range(block.begin, block.end)] == list(range(columns))
+    borders = [0, *(block.border for block in blocks)]
+    for block, border in zip(blocks, borders, strict=False):
+        assert block.first == border and border % alignment == 0
+        assert block.last - block.first == block.end - block.begin <= size
+        assert 0 <= block.border - block.last < alignment
+
+
+@pytest.mark.parametrize("m", range(65))
+def test_a_block_is_whole_groups_that_one_launch_takes(m):
+    size = block_size_for(m, 300, competing=False)
+    assert LAUNCH_COLUMNS // 2 < size <= LAUNCH_COLUMNS and (m == 0 or size % m == 0)
+    assert size % 4 == 0 or (m % 2 and 4 * m > LAUNCH_COLUMNS) or 2 * m > LAUNCH_COLUMNS // 2
+
+
+def test_where_weights_compete_a_block_is_the_callers():
+    assert block_size_for(0, 300, competing=True) == 300 and block_size_for(0, 7, competing=True) == 7
+
+
+@pytest.mark.parametrize(
+    ("rows", "warps"), [(1, 1), (128, 1), (1024, 2), (2048, 4), (4096, 8), (11008, 8), (28672, 8)]
+)
+def test_thread_blocks_for_an_h200(rows, warps):
+    assert warps_for(rows, processors=132) == warps
+
+
+@given(rows=st.integers(1, 100_000), processors=st.integers(1, 200))
+def test_few_multiprocessors_idle_while_others_have_rows_to_give_away(rows, processors):
+    warps = warps_for(rows, processors)
+    blocks = -(-rows // (ROWS_PER_WARP * warps))
+    assert warps in (1, 2, 4, MAX_WARPS) and (warps == 1 or 2 * blocks > processors)
+
+
+def test_tf32_is_off_inside_and_as_it_was_afterwards():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed in ("tf32", "ieee"):
+            matmul.fp32_precision = allowed
+            with pytest.raises(KeyError), full_float32():
+                assert matmul.fp32_precision == "ieee"
+                raise KeyError
+            assert matmul.fp32_precision == allowed
+    finally:
+        matmul.fp32_precision = before
+
+
+class PlainKernels:
+    """One column after the other. Cannot choose the best of more than a group."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def check_values(self):
+        self.state.status.fill_(not self.state.factor.isfinite().all())
+
+    def prune_best(self, first, last, kept, scope):
+        return False
+
+    def score(self, first, last, origin, delta, scores):
+        assert first % 4 == 0 and 0 < last - first <= LAUNCH_COLUMNS
+        here = slice(first - origin, last - origin)
+        now = self._run(first, last, delta[:, here], torch.ones_like(delta[:, here], dtype=torch.bool))
+        scores[:, here] = now.abs() * self.state.factor.diagonal()[first:last].clamp_min(0)
+
+    def prune(self, first, last, n, m):
+        assert first % 4 == 0 and 0 < last - first <= LAUNCH_COLUMNS
+        state, factor = self.state, self.state.factor
+        for a in range(first, last, m or last):
+            b = min(a + m, last) if m else last
+            if m:
+                state.delta[:, a:b] += state.delta[:, first:a] @ factor[first:a, a:b]
+                scores = torch.empty_like(state.delta[:, a:b])
+                self.score_group(a, b, state.delta[:, a:b].clone(), scores)
+                order = scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
+                state.mask[:, a:b] = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+            now = self._run(a, b, state.delta[:, a:b], state.mask[:, a:b])
+            alive = ~torch.signbit(factor.diagonal()[a:b])
+            state.new_weight[:, a:b] = torch.where(state.mask[:, a:b] & alive, now, 0.0)
+            cost = torch.where(state.mask[:, a:b], 0.0, now) * factor.diagonal()[a:b]
+            state.row_error.add_((cost * alive).square().sum(1))
+
+    def score_group(self, a, b, delta, scores):
+        now = self._run(a, b, delta, torch.ones_like(delta, dtype=torch.bool))
+        scores.copy_(now.abs() * self.state.factor.diagonal()[a:b].clamp_min(0))
+
+    def _run(self, a, b, delta, mask):
+        """The weights as they stood when they were reached; `delta` goes from what is pending to their change."""
+        now = torch.zeros_like(delta)
+        for j in range(b - a):
+            pending = delta[:, j] + delta[:, :j] @ self.state.factor[a : a + j, a + j]
+            diagonal, start = self.state.factor[a + j, a + j], self.state.weight[:, a + j].float()
+            if diagonal > 0:
+                now[:, j] = start + pending / diagonal
+            delta[:, j] = start - torch.where(mask[:, j], now[:, j], 0.0) if diagonal > 0 else 0.0
+        return now
+
+
+@pytest.mark.parametrize("columns", [24, 150, 300])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.5},
+        {"sparsity": 0.3, "block_size": 33},
+        {"sparsity": 0.6, "block_size": 290},
+        {"sparsity": 0.6, "block_size": 290, "scope": "row"},
+        {"sparsity": 0.5, "scope": "matrix"},
+        {"n": 2, "m": 3},
+        {"n": 1, "m": 6},
+        {"mask": True},
+    ],
+    ids=str,
+)
+def test_the_loop_around_plain_kernels_is_the_reference(generator, columns, options):
+    x = torch.randn(2 * columns, columns, generator=generator)
+    factor = torch.linalg.cholesky((x.T @ x).flip(0, 1)).flip(0, 1).contiguous()
+    factor[5, :], factor[:, 5], factor[5, 5] = 0, 0, -1
+    weight = torch.randn(11, columns, generator=generator)
+    if options.get("mask"):
+        options = {"mask": torch.rand(11, columns, generator=generator) > 0.5}
+    got, expected = sweep(PlainKernels, weight, factor, **options), reference(weight.double(), factor, **options)
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[2], expected[2], rtol=1e-4, atol=1e-5)
