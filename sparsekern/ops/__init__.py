@@ -3,6 +3,7 @@
 from ..backends import libraries
 from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
+from .cross_gram import cross_gram_
 from .feature_norm import feature_norm_
 from .gram import gram_
 from .gram_inverse import gram_inverse
@@ -21,6 +22,7 @@ libraries.load()
 __all__ = [
     "bitmask_pack",
     "bitmask_unpack",
+    "cross_gram_",
     "feature_norm_",
     "gram_",
     "gram_inverse",

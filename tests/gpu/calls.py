@@ -12,6 +12,7 @@ DEVICE = "cuda"
 # Those that neither have an output whose size depends on values nor choose what to do next by a value.
 CAPTURABLE = (
     "bitmask_unpack",
+    "cross_gram_",
     "feature_norm_",
     "gram_",
     "gram_symmetrize_",

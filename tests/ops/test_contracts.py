@@ -128,13 +128,14 @@ def test_the_wrappers_compile_into_one_graph():
         gram = ops.gram_(torch.zeros(features, features), x, row_mask=torch.arange(len(x)) > 3, alpha=0.5)
         factor = ops.reverse_cholesky(ops.gram_symmetrize_(gram), damping=0.01)
         norm = ops.feature_norm_(torch.zeros(features), x)
+        cross = ops.cross_gram_(torch.zeros(len(weight), features), x @ weight.T, x)
         new_weight, mask, error = ops.obs_sweep(weight, factor, pattern="2:4", block_size=32)
         again = ops.obs_sweep(weight, factor, mask=ops.nm_mask(weight, "2:4"))[0]
         sparse = ops.obs_sweep(weight, factor, pattern=0.5, scope="row")[0]
         unpacked = ops.nm_unpack(*ops.nm_pack(new_weight.bfloat16()))
         values, bitmask = ops.bitmask_pack(sparse)
         kept = ops.topk_mask(weight, features // 2)
-        return gram, norm, new_weight, mask, error, again, unpacked, ops.bitmask_unpack(values, bitmask, features), kept
+        return gram, norm, cross, new_weight, mask, error, again, unpacked, ops.bitmask_unpack(values, bitmask, features), kept
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

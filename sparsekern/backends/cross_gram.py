@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import torch
+
+from .devices import needs_capability, refuse_not_finite
+from .table import Implementation, Support
+from .values import values_are_checked
+
+
+def _triton(
+    cross: torch.Tensor, x: torch.Tensor, y: torch.Tensor, *, row_mask: torch.Tensor | None = None, alpha: float = 1.0
+) -> None:
+    from ..triton_kernels.cross_gram import cross_gram_
+
+    cross_gram_(cross, x, y, row_mask=row_mask, alpha=alpha)
+    # A NaN or Inf in a feature makes its whole row or column of the result one too.
+    if values_are_checked(cross) and not (cross[:, :1].isfinite().all() & cross[:1].isfinite().all()):
+        refuse_not_finite(x, row_mask)
+        refuse_not_finite(y, row_mask)
+
+
+def _supports(cross: torch.Tensor, *args, **kwargs) -> Support:
+    return needs_capability(cross, (8, 0))
+
+
+IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
