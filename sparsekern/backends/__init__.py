@@ -16,12 +16,13 @@ from .table import (
     preferred,
     use,
 )
-from .values import BadValues, raise_if, value_checks, values_are_checked
+from .values import BadValues, LeftToReference, raise_if, value_checks, values_are_checked
 
 __all__ = [
     "REFERENCE",
     "BadValues",
     "Implementation",
+    "LeftToReference",
     "Support",
     "availability",
     "choose",

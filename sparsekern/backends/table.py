@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from .libraries import LIBRARIES
-from .values import BadValues
+from .values import BadValues, LeftToReference
 
 REFERENCE = "reference"
 VARIABLE = "SPARSEKERN_BACKENDS"
@@ -170,6 +170,8 @@ def dispatcher(op: str, reference: Callable) -> Callable:
     def run(*args, **kwargs):
         try:
             return choose(op, reference, args, kwargs)(*args, **kwargs)
+        except LeftToReference:
+            return reference(*args, **kwargs)
         except BadValues:
             reference(*args, **kwargs)  # whose own checks raise the error that names the place
             raise

@@ -15,6 +15,10 @@ class BadValues(ValueError):
     """A kernel met values that its op refuses. The dispatcher turns this into the error of the reference, which names the place."""
 
 
+class LeftToReference(Exception):
+    """An implementation has come upon a case that is the reference's to handle, too rare to be worth a kernel. Nothing is changed."""
+
+
 @contextmanager
 def value_checks(enabled: bool) -> Iterator[None]:
     """Switch the checks of values on CUDA devices off (or on again) inside a `with` block.

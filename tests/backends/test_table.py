@@ -7,7 +7,7 @@ import torch
 
 import sparsekern
 from sparsekern import backends
-from sparsekern.backends import BadValues, Implementation, Support, table
+from sparsekern.backends import BadValues, Implementation, LeftToReference, Support, table
 
 
 def reference(x):
@@ -100,6 +100,16 @@ def test_a_refused_value_is_named_by_the_reference(monkeypatch):
     # A kernel that refuses what the reference takes is wrong, and must not be passed over.
     with pytest.raises(BadValues):
         backends.dispatcher("some_op", lambda x: "reference")(-3)
+
+
+def test_what_is_left_to_the_reference_is_its_result():
+    def declines(x):
+        raise LeftToReference("rare")
+
+    known = (Implementation("cuda", declines),)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "implementations", lambda op: known)
+        assert call(1) == "reference"
 
 
 def test_status_is_read_only_where_values_are_checked():

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import torch
+
+from .devices import needs_capability
+from .table import Implementation, Support
+from .values import BadValues, LeftToReference
+
+
+def _triton(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.reverse_cholesky import attempt
+
+    if not len(gram):
+        raise LeftToReference("an empty matrix")
+    found = attempt(gram, damping)
+    # Read whether or not values are checked: a factorisation that failed must not be taken for one.
+    failed, not_finite = torch.stack((found.failed, found.not_finite)).tolist()
+    if not_finite:
+        raise BadValues("gram: expected finite values")
+    if failed:
+        raise LeftToReference("the matrix is indefinite: more damping, or float64, is called for")
+    return found.factor, torch.full((), damping, dtype=torch.float64, device=gram.device)
+
+
+def _supports(gram: torch.Tensor, *args, **kwargs) -> Support:
+    return needs_capability(gram, (8, 0))
+
+
+IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
