@@ -48,13 +48,20 @@ def check_divides(weight: torch.Tensor) -> None:
         )
 
 
-def reference(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def check_fits(weight: torch.Tensor) -> None:
+    """Raise `ValueError` naming the first NaN, or the first group with more non-zeros than fit the layout of the weight's dtype."""
     check_no_nan("weight", weight)
+    group = FORMATS[weight.dtype].group
+    rows, columns = weight.shape
+    _check_counts((weight.reshape(rows, columns // group, group) != 0).sum(-1), group)
+
+
+def reference(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_fits(weight)
     fmt = FORMATS[weight.dtype]
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // fmt.group, fmt.group)
     flags = groups != 0
-    _check_counts(flags.sum(-1), fmt.group)
     codes = encode(flags.repeat_interleave(4 // fmt.group, dim=-1))
     index = torch.stack((codes & 3, codes >> 2), dim=-1) if fmt.group == 4 else (codes & 3).unsqueeze(-1) // 2
     values = groups.gather(-1, index).reshape(rows, columns // 2)

@@ -1,0 +1,89 @@
+"""`torch.ops.sparsekern.cslt_linear`: a linear layer on a weight that cuSPARSELt has compressed.
+
+On its own beside the ops of `sparsekern.ops`, since only a GPU can read such a weight: there is no reference to hold it against but the
+dense product. What runs is chosen in `sparsekern.backends`, as for them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from .. import backends
+
+NAME = "cslt_linear"
+SCHEMA = "(Tensor x, Tensor compressed, int out_features, Tensor? bias=None) -> Tensor"
+DTYPES = (torch.bfloat16, torch.float16)
+TOKEN_MULTIPLE = 8  # of cuSPARSELt's dense operands of two bytes
+
+
+class Algorithm(NamedTuple):
+    """What cuSPARSELt calls its ways to multiply; the defaults are its own."""
+
+    alg_id: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+# By device, dtype, out_features, in_features, tokens up to the next power of two, and whether there is a bias.
+_algorithms: dict[tuple, Algorithm] = {}
+
+
+def cslt_linear(x: torch.Tensor, compressed: torch.Tensor, out_features: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias` for a weight that `torch._cslt_compress` has compressed.
+
+    The algorithm is searched once for a shape, dtype and device, at the first call outside a CUDA graph. Numbers of tokens share it
+    up to the next power of two, so that prompts of any length cost a dozen searches at most.
+
+    Args:
+        x: `[tokens, in_features]` bfloat16 or float16 on a CUDA device, any strides, any number of tokens.
+        compressed: of `x`'s dtype.
+        out_features: of the weight.
+        bias: `[out_features]` of `x`'s dtype.
+
+    Returns:
+        `[tokens, out_features]` of `x`'s dtype.
+    """
+    return _op(x, compressed, out_features, bias)
+
+
+def through_torch(x, compressed, out_features, bias=None):
+    """By `torch._cslt_sparse_mm`, which makes its plan anew in each call."""
+    tokens = x.shape[0]
+    if tokens == 0:
+        return x.new_empty((0, out_features))
+    padding = -tokens % TOKEN_MULTIPLE
+    dense = (functional.pad(x, (0, 0, 0, padding)) if padding else x.contiguous()).t()
+    algorithm = _algorithm_for(dense, compressed, out_features, bias)
+    product = torch._cslt_sparse_mm(compressed, dense, bias=bias, transpose_result=True, **algorithm._asdict())
+    return product[:tokens]
+
+
+def _algorithm_for(dense, compressed, out_features, bias) -> Algorithm:
+    in_features, tokens = dense.shape
+    key = (dense.device.index, dense.dtype, out_features, in_features, (tokens - 1).bit_length(), bias is not None)
+    if key not in _algorithms:
+        if torch.cuda.is_current_stream_capturing():  # the search waits for the device
+            return Algorithm()
+        # On a copy: a search runs every algorithm there is, and nothing says that none writes to its operands.
+        found = torch._C._cusparselt.mm_search(compressed.clone(), dense, bias, None, None, True)
+        _algorithms[key] = Algorithm(*found[:3])
+    return _algorithms[key]
+
+
+def _fake(x, compressed, out_features, bias=None):
+    torch._check(x.dim() == 2)
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _define() -> torch._ops.OpOverload:
+    qualified = f"sparsekern::{NAME}"
+    torch.library.define(qualified, SCHEMA)
+    torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(NAME, through_torch))
+    torch.library.register_fake(qualified)(_fake)
+    return torch.ops.sparsekern.cslt_linear.default
+
+
+_op = _define()
