@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from sparsekern import ops
+from sparsekern.runtime import semi_structured_linear, to_semi_structured
 
 from .cases import Faster, Place, Problem, case
 from .device import Call, seconds_of
@@ -21,10 +22,8 @@ def sparse_linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
     values, meta = ops.nm_pack(weight)
     if weight.device.type != "cuda":
         return lambda x: functional.linear(x, ops.nm_unpack(values, meta))
-    packed = torch.sparse.SparseSemiStructuredTensorCUTLASS(
-        weight.shape, packed=values, meta=meta, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None
-    )
-    return lambda x: functional.linear(x, packed)
+    tensor = to_semi_structured((values, meta))
+    return lambda x: semi_structured_linear(x, tensor)
 
 
 def best_plan(weight: torch.Tensor, x: torch.Tensor, place: Place) -> Call:
