@@ -99,6 +99,7 @@ def serve_on_cpu(kind: str, simt_library: str | None) -> None:
         raise pytest.UsageError("--kernels=triton: expected TRITON_INTERPRET=1 in the environment")
     else:
         interpreter.teach_bfloat16_products()
+        interpreter.teach_bfloat16_rounding()
     for other in set(table.AVAILABILITY) - {kind}:
         table.AVAILABILITY[other] = lambda: table.Support(False, "it is not under test")
     for op in OPS.values():

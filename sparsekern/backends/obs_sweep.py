@@ -310,4 +310,10 @@ def _cuda(weight, factor, **options):
     return sweep(CudaKernels, weight, factor, **options)
 
 
-IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports),)
+def _triton(weight, factor, **options):
+    from ..triton_kernels.obs_sweep import TritonKernels
+
+    return sweep(TritonKernels, weight, factor, **options)
+
+
+IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports), Implementation("triton", _triton, _supports))

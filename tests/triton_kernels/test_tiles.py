@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from sparsekern.triton_kernels import feature_norm  # noqa: E402
+from sparsekern.triton_kernels import feature_norm, obs_sweep  # noqa: E402
 from sparsekern.triton_kernels._common import lower_tile_at, lower_tiles, tile_at  # noqa: E402
 from sparsekern.triton_kernels._product import CHAIN, START, config, schedule  # noqa: E402
 
@@ -91,3 +91,13 @@ def test_the_norms_of_features_keep_the_multiprocessors_busy(features, tokens):
     assert each % shortest == 0
     assert programs <= feature_norm.PROGRAMS * H200
     assert programs >= 4 * H200 or each == shortest
+
+
+@pytest.mark.parametrize("m", [0, *range(2, 65)])
+@pytest.mark.parametrize("columns", [1, 16, 17, 64, 128])
+def test_sub_blocks_of_a_sweep_hold_whole_groups_and_as_many_as_fit(columns, m):
+    tiles = obs_sweep.config(max(columns, m), m)
+    assert tiles.width <= tiles.size and tiles.size & (tiles.size - 1) == 0
+    assert tiles.width % tiles.part == 0 and tiles.width + tiles.part > tiles.size
+    assert tiles.part % (m or 1) == 0 and tiles.width > 0
+    assert tiles.num_warps in (2, 4, 8)
