@@ -80,12 +80,14 @@ struct ObsBlock {
   int group;
   int warps;            // 1 to 8 of a thread block, four rows each
   int tiles;            // where all rows compete: of 32 rows of a thread block; obs_sweep_tiles(rows)
-  uint32_t* workspace;  // likewise: obs_sweep_workspace_words(rows), used once and zero before
+  uint32_t* cleared;    // likewise: obs_sweep_cleared_words(), zero before and used once
+  uint32_t* shared;     // likewise: obs_sweep_shared_words(rows), anything
 };
 void obs_sweep_block(const ObsBlock& block, cudaStream_t stream);
 // What it takes to have so many rows compete in one launch on the current device; 0 if that cannot be.
 int obs_sweep_tiles(int64_t rows);
-int64_t obs_sweep_workspace_words(int64_t rows);
+int64_t obs_sweep_cleared_words();
+int64_t obs_sweep_shared_words(int64_t rows);
 // Prunes nothing: writes what removing each weight would cost, and to `delta` weight - (weight as it stands).
 void obs_sweep_scores(const ObsBlock& block, cudaStream_t stream);
 // Flags NaN and infinities.

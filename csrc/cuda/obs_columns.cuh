@@ -69,10 +69,12 @@ struct Triangle {
 
   __device__ explicit Triangle(float* shared)
       : coefficients(shared), diagonal(shared + L::offset(L::kChunks)), reciprocal(diagonal + kMaxColumns) {}
-  __device__ float at(int k, int column) const {
+  // Where column 0 of row k would be.
+  __device__ float* row(int k) const {
     const int chunk = k / L::kChunk;
-    return coefficients[L::offset(chunk) + (k - chunk * L::kChunk) * L::pitch(chunk) + column - chunk * L::kChunk];
+    return coefficients + L::offset(chunk) + (k - chunk * L::kChunk) * L::pitch(chunk) - chunk * L::kChunk;
   }
+  __device__ float at(int k, int column) const { return row(k)[column]; }
 };
 
 template <int kCount>
@@ -94,19 +96,30 @@ __device__ __forceinline__ void store_four(T* address, const float (&in)[4]) {
   }
 }
 
-// Fills the triangle of a block. A warp takes whole rows of V, so that a lane keeps its four columns and their
-// reciprocals.
+// Fills the triangle of a block. A warp takes whole rows of V, so that a lane keeps its four columns and their reciprocals;
+// with the most warps, it waits for memory twice.
 template <int kWidth>
 __device__ __forceinline__ void load_triangle(const ObsBlock& block, const Triangle<kWidth>& triangle) {
   using L = Layout<kWidth>;
-  const int64_t stride = block.columns;
-  const float* const corner = block.factor + block.begin * (stride + 1);
-  const int width = block.width;
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 8;
+  const int width = block.width, rows = (width + L::kChunk - 1) / L::kChunk * L::kChunk;
   const int column = lane_index() * 4, warps = static_cast<int>(blockDim.x) / kWarp;
+  const int64_t stride = block.columns, step = warps * stride;
+  const float* const corner = block.factor + block.begin * (stride + 1);
+  float4 raw[kAtOnce];
+  const auto load = [&](int first) {
+    const float* source = corner + first * stride + column;
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      const bool needed = first + r * warps < column + 3 && column < width;  // neither below the diagonal nor past the width
+      raw[r] = needed ? __ldg(reinterpret_cast<const float4*>(source)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      source += step;
+    }
+  };
   float diagonal[4], reciprocal[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) diagonal[i] = column + i < width ? __ldg(corner + (column + i) * (stride + 1)) : 0.0f;
+  load(warp_index());
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     diagonal[i] = diagonal[i] > 0.0f ? diagonal[i] : 0.0f;
@@ -116,31 +129,18 @@ __device__ __forceinline__ void load_triangle(const ObsBlock& block, const Trian
     store_four(triangle.diagonal + column, diagonal);
     store_four(triangle.reciprocal + column, reciprocal);
   }
-#pragma unroll
-  for (int c = 0; c < L::kChunks; ++c) {
-    if (c * L::kChunk >= width) break;
-    float* const rows = triangle.coefficients + L::offset(c) + column - c * L::kChunk;
-    const int64_t step = warps * stride;
-    const float* source = corner + (c * L::kChunk + warp_index()) * stride + column;
 #pragma unroll 1
-    for (int first = warp_index(); first < L::kChunk; first += kAtOnce * warps) {
-      float4 raw[kAtOnce];
+  for (int first = warp_index(); first < rows;) {
 #pragma unroll
-      for (int r = 0; r < kAtOnce; ++r) {
-        const int k = c * L::kChunk + first + r * warps;
-        const bool needed = k < column + 3 && column < width;  // neither below the diagonal nor past the width
-        raw[r] = needed ? __ldg(reinterpret_cast<const float4*>(source)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        source += step;
-      }
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int k = first + r * warps;
+      float four[4] = {raw[r].x, raw[r].y, raw[r].z, raw[r].w};
 #pragma unroll
-      for (int r = 0; r < kAtOnce; ++r) {
-        const int row = first + r * warps, before = c * L::kChunk + row - column;
-        float four[4] = {raw[r].x, raw[r].y, raw[r].z, raw[r].w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) four[i] = i > before ? four[i] * reciprocal[i] : 0.0f;
-        if (row < L::kChunk && column >= c * L::kChunk) store_four(rows + row * L::pitch(c), four);
-      }
+      for (int i = 0; i < 4; ++i) four[i] = k < column + i ? four[i] * reciprocal[i] : 0.0f;
+      if (k < rows && column >= k / L::kChunk * L::kChunk) store_four(triangle.row(k) + column, four);
     }
+    first += kAtOnce * warps;
+    if (first < rows) load(first);
   }
 }
 

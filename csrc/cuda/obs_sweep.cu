@@ -185,15 +185,14 @@ __global__ void __launch_bounds__(kMostThreads, 2) sweep_block(const ObsBlock bl
 
 // What the thread blocks of a cooperative launch share, in device memory.
 struct Workspace {
-  static constexpr int kTotals = 2 * (ScoreSelection::steps(kScoreBits) << kScoreDigit);  // words
-  static constexpr int kArrivals = 4;
-  static constexpr int kOwnEach = 1 << ScoreSelection::last_bits(kScoreBits);
+  static constexpr int kTotals = 2 * (ScoreSelection::steps(kScoreBits) << kScoreDigit), kArrivals = 4;  // words of a call
+  static constexpr int kOwn = 1 << ScoreSelection::last_bits(kScoreBits);                                // of a thread block
 
   ScoreSelection selection;
   unsigned* arrivals;
 
-  __device__ explicit Workspace(uint32_t* words)
-      : selection{reinterpret_cast<unsigned long long*>(words), words + kTotals + kArrivals}, arrivals(words + kTotals) {}
+  __device__ explicit Workspace(const ObsBlock& block)
+      : selection{reinterpret_cast<unsigned long long*>(block.cleared), block.shared}, arrivals(block.cleared + kTotals) {}
 };
 
 // All rows compete. Twice a thread block goes through its rows, in tiles of 32: first it scores them and leaves the
@@ -214,7 +213,7 @@ struct Competition {
   __device__ int* tile(int index) const { return keys + index * Keys<4>::kCount * kMostThreads + threadIdx.x; }
 
   __device__ Cut select(const ObsBlock& block) const {
-    const Workspace workspace(block.workspace);
+    const Workspace workspace(block);
     unsigned barriers = 0;
     return select_in_grid<kMostThreads>(
         kScoreBits, static_cast<uint64_t>(block.kept), static_cast<uint64_t>(block.rows) * block.width, workspace.selection,
@@ -324,9 +323,9 @@ int obs_sweep_tiles(int64_t rows) {
   return 0;
 }
 
-int64_t obs_sweep_workspace_words(int64_t rows) {
-  return Workspace::kTotals + Workspace::kArrivals + Workspace::kOwnEach * blocks_for(rows, kMostWarps);
-}
+int64_t obs_sweep_cleared_words() { return Workspace::kTotals + Workspace::kArrivals; }
+
+int64_t obs_sweep_shared_words(int64_t rows) { return Workspace::kOwn * blocks_for(rows, kMostWarps); }
 
 void obs_sweep_check_factor(const float* factor, int64_t count, int* status, cudaStream_t stream) {
   if (count == 0) return;

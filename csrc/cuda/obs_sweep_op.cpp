@@ -88,35 +88,38 @@ void obs_sweep_block_of(
   obs_sweep_block(block, current_stream(weight));
 }
 
-// For obs_sweep_competing_block, of which each call uses a row of it, and the tiles to call it with; 0 where there are
-// too many rows.
-std::tuple<Tensor, int64_t> obs_sweep_workspace_of(Tensor weight, int64_t calls) {
+// What obs_sweep_competing_block works in: words for each of `calls` calls, which are zero, and words that they share. And the
+// tiles to call it with; 0 where there are too many rows.
+std::tuple<Tensor, Tensor, int64_t> obs_sweep_workspace_of(Tensor weight, int64_t calls) {
   check(weight.dim() == 2 && calls >= 0, "weight, calls: expected a matrix and a number of calls");
   const DeviceGuard guard(weight);
-  const int64_t tiles = obs_sweep_tiles(weight.size(0));
-  const int64_t words = tiles == 0 ? 0 : obs_sweep_workspace_words(weight.size(0));
-  Tensor workspace = torch::stable::new_empty(weight, {calls, words}, ScalarType::Int);
-  torch::stable::zero_(workspace);
-  return {workspace, tiles};
+  Tensor cleared = torch::stable::new_empty(weight, {calls, obs_sweep_cleared_words()}, ScalarType::Int);
+  torch::stable::zero_(cleared);
+  Tensor shared = torch::stable::new_empty(weight, {obs_sweep_shared_words(weight.size(0))}, ScalarType::Int);
+  return {cleared, shared, obs_sweep_tiles(weight.size(0))};
 }
 
 void obs_sweep_competing_block_of(
-    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, Tensor workspace,
-    int64_t begin, int64_t end, int64_t kept, int64_t tiles, int64_t call) {
+    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, Tensor cleared,
+    Tensor shared, int64_t begin, int64_t end, int64_t kept, int64_t tiles, int64_t call) {
   ObsBlock block = block_of(weight, factor, status, begin, end);
   set_results(block, delta, mask, new_weight, row_error);
-  const int64_t words = obs_sweep_workspace_words(block.rows);
   check(
-      workspace.dim() == 2 && workspace.size(1) == words && workspace.scalar_type() == ScalarType::Int && workspace.is_contiguous(),
-      "workspace: expected that of obs_sweep_workspace for this weight");
-  check(call >= 0 && call < workspace.size(0), "call: expected a row of workspace");
+      cleared.dim() == 2 && cleared.size(1) == obs_sweep_cleared_words() && cleared.scalar_type() == ScalarType::Int &&
+          cleared.is_contiguous(),
+      "cleared: expected that of obs_sweep_workspace");
+  check(
+      shared.numel() == obs_sweep_shared_words(block.rows) && shared.scalar_type() == ScalarType::Int && shared.is_contiguous(),
+      "shared: expected that of obs_sweep_workspace for this weight");
+  check(call >= 0 && call < cleared.size(0), "call: expected a row of cleared");
   check(tiles >= 1 && tiles <= kMaxTiles, "tiles: expected those of obs_sweep_workspace");
   check(kept >= 0 && kept <= block.rows * block.width, "kept: expected a number of weights of the block");
-  check_alignment({workspace});
+  check_alignment({cleared, shared});
   block.choice = ObsChoice::block;
   block.kept = kept;
   block.tiles = static_cast<int>(tiles);
-  block.workspace = data_of<uint32_t>(workspace) + call * words;
+  block.cleared = data_of<uint32_t>(cleared) + call * obs_sweep_cleared_words();
+  block.shared = data_of<uint32_t>(shared);
   const DeviceGuard guard(weight);
   obs_sweep_block(block, current_stream(weight));
 }
@@ -159,10 +162,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
   m.def(
       "obs_sweep_scores(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) scores, Tensor(c!) status, int begin, int end, "
       "int first, int warps) -> ()");
-  m.def("obs_sweep_workspace(Tensor weight, int calls) -> (Tensor, int)");
+  m.def("obs_sweep_workspace(Tensor weight, int calls) -> (Tensor, Tensor, int)");
   m.def(
       "obs_sweep_competing_block(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, "
-      "Tensor(d!) row_error, Tensor(e!) status, Tensor(f!) workspace, int begin, int end, int kept, int tiles, int call) -> ()");
+      "Tensor(d!) row_error, Tensor(e!) status, Tensor(f!) cleared, Tensor(g!) shared, int begin, int end, int kept, int tiles, "
+      "int call) -> ()");
   m.def("obs_sweep_check_factor(Tensor factor, Tensor(a!) status) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) {

@@ -23,6 +23,7 @@ from .values import raise_if, value_checks, values_are_checked
 
 LAUNCH_COLUMNS = 128  # the most of one launch
 MAX_GROUP = 64
+TENSOR_CORES_FROM = math.inf  # multiply-adds of a product; not measured yet, so cuBLAS has them all
 ALIGNMENT = 4  # of columns, for the CUDA C++ kernels
 
 
@@ -149,10 +150,27 @@ def _product(delta: torch.Tensor, factor: torch.Tensor, borders: list[int], fres
     def update(first: int, middle: int, last: int) -> None:
         a, b, c = borders[first], borders[middle], borders[last]
         # Where nothing is pending yet, updates from the first tile on are the first to reach their columns.
-        beta = 0.0 if fresh and first == 0 else 1.0
-        delta[:, b - origin : c - origin].addmm_(delta[:, a - origin : b - origin], factor[a:b, b:c], beta=beta)
+        begins = fresh and first == 0
+        add_product(delta[:, b - origin : c - origin], delta[:, a - origin : b - origin], factor[a:b, b:c], begins)
 
     return update
+
+
+def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, begins: bool) -> None:
+    """`out += left @ right`, with the error of float32; `out` is taken for zeros if the sum `begins` here."""
+    if product_for(len(left), *right.shape) == "cublas":
+        out.addmm_(left, right, beta=0.0 if begins else 1.0)
+        return
+    from ..triton_kernels.matmul import add_product as add_on_tensor_cores
+
+    if begins:
+        out.zero_()
+    add_on_tensor_cores(out, left, right)
+
+
+def product_for(rows: int, depth: int, columns: int) -> str:
+    """cuBLAS, which multiplies float32 on plain units, or Triton, on tensor cores in three passes, which small products do not repay."""
+    return "triton" if rows * depth * columns >= TENSOR_CORES_FROM else "cublas"
 
 
 def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, sparsity: float) -> None:
@@ -245,7 +263,7 @@ class CudaKernels:
         self._state = state
         self._results = state.delta, state.mask, state.new_weight, state.row_error, state.status
         self._warps = warps_for(len(state.weight), _processors(state.weight.device))
-        self._workspace: torch.Tensor | None = None
+        self._workspace: list[torch.Tensor] | None = None
         self._tiles = self._calls = 0
 
     def check_values(self) -> None:
@@ -260,14 +278,16 @@ class CudaKernels:
             return True
         if self._workspace is None:
             calls = min(self.CALLS, len(self._state.blocks))
-            self._workspace, self._tiles = self._ops.obs_sweep_workspace(self._state.weight, calls)
+            *self._workspace, self._tiles = self._ops.obs_sweep_workspace(self._state.weight, calls)
         if self._tiles == 0:
             return False
-        if self._calls == len(self._workspace):
-            self._workspace.zero_()
+        cleared, shared = self._workspace
+        if self._calls == len(cleared):
+            cleared.zero_()
             self._calls = 0
+        state = self._state
         self._ops.obs_sweep_competing_block(
-            self._state.weight, self._state.factor, *self._results, self._workspace, first, last, kept, self._tiles, self._calls
+            state.weight, state.factor, *self._results, cleared, shared, first, last, kept, self._tiles, self._calls
         )
         self._calls += 1
         return True
