@@ -35,7 +35,7 @@ class Info:
         versions: of sparsekern, Python and the packages it can use; for an absent one, what it would be needed for.
         cpu: the instruction sets detected and in use, and torch's threads.
         devices: the CUDA devices that torch sees, by name and compute capability.
-        libraries: the compiled libraries; `"loaded"` or the reason why not.
+        libraries: the compiled libraries and NVIDIA's for 2:4 products; `"loaded"` or the reason why not.
         ops: for each op, each backend's state: `"yes"`, `"yes (<instruction set>)"`, or the reason why not; and which of them is
             taken on CUDA devices for a call that it supports (`use` and `SPARSEKERN_BACKENDS` included).
     """
@@ -62,10 +62,13 @@ def info() -> Info:
 
     Loads transformers no more than a version look-up does, and never initialises CUDA unless this torch has it.
     """
+    from .backends import cslt_linear
     from .backends.libraries import LIBRARIES
     from .ops._registry import OPS
 
     libraries = {name: "loaded" if library.loaded else library.reason for name, library in LIBRARIES.items()}
+    cusparselt = cslt_linear.library()
+    libraries["cuSPARSELt"] = "loaded" if cusparselt.ok else cusparselt.reason
     cpu = _cpu(libraries["_C"])
     return Info(
         versions={"sparsekern": __version__, "python": platform.python_version()}

@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
+from sparsekern import backends
+from sparsekern.backends.cslt_linear import library
 from sparsekern.ops import nm_pack, nm_prune_pack, nm_unpack
 from sparsekern.ops._nm_layout import FORMATS
 from sparsekern.ops.nm_pack import sparse_weight
@@ -260,6 +262,42 @@ def test_what_cusparselt_compresses_comes_back(generator, dtype):
     assert torch.equal(semi_structured_linear(identity, tensor).T, weight)
     assert torch.equal(tensor.to_dense(), weight)
     assert torch.equal(tensor.packed, torch._cslt_compress(weight))
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("implementation", ["cuda", "reference"])
+def test_each_way_to_cusparselt(generator, dtype, implementation):
+    """With plans that are kept, past torch, and by `torch._cslt_sparse_mm`."""
+    needs("cusparselt")
+    if implementation == "cuda" and not library().ok:
+        pytest.skip(library().reason)
+    weight = pruned(512, 256, dtype, generator).cuda()
+    bias = torch.randn(512, generator=generator).to(dtype).cuda()
+    tensor = to_semi_structured(weight)
+    with backends.use(cslt_linear=implementation):
+        for tokens in (0, 1, 8, 77, 1024):
+            x = torch.randn(256, tokens, generator=generator).to(dtype).cuda().T
+            for added in (None, bias, bias.flip(0)):
+                product = semi_structured_linear(x, tensor, added)
+                assert product.shape == (tokens, 512)
+                if tokens:
+                    assert_close_to_exact(product, x, weight, added)
+
+
+@pytest.mark.gpu
+def test_plans_are_kept(generator):
+    needs("cusparselt")
+    if not library().ok:
+        pytest.skip(library().reason)
+    tensor = to_semi_structured(pruned(288, 224, torch.bfloat16, generator).cuda())  # a shape of this test's own
+    x = torch.randn(64, 224, generator=generator).bfloat16().cuda()
+    plans, searches = torch.ops.sparsekern_cuda.cslt_counts()
+    for _ in range(5):
+        semi_structured_linear(x, tensor)
+        semi_structured_linear(x[:40], tensor)
+    # One to search with, one for each number of tokens, whose algorithm is the same.
+    assert torch.ops.sparsekern_cuda.cslt_counts() == (plans + 3, searches + 1)
 
 
 @pytest.mark.gpu

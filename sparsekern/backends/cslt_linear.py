@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .table import Implementation, Support, availability
+
+LIBRARY = "libcusparseLt.so.0"  # as a CUDA build of torch has loaded it
+
+
+def library() -> Support:
+    """Whether cuSPARSELt itself can be called, past torch."""
+    available = availability("cuda")
+    return _open(LIBRARY) if available.ok else available
+
+
+@functools.cache
+def _open(name: str) -> Support:
+    try:
+        torch.ops.sparsekern_cuda.cslt_open(name)
+    except RuntimeError as error:
+        return Support(False, str(error).splitlines()[0].removeprefix("cuSPARSELt: "))
+    return Support(True)
+
+
+def _supports(x, compressed, out_features, bias=None) -> Support:
+    return library()
+
+
+def _cuda(x, compressed, out_features, bias=None) -> torch.Tensor:
+    """With plans that are kept."""
+    search = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return torch.ops.sparsekern_cuda.cslt_linear(x, compressed, out_features, bias, search)
+
+
+IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports),)
