@@ -15,6 +15,7 @@ from .nm_prune_pack import nm_prune_pack
 from .nm_unpack import nm_unpack
 from .obs_sweep import obs_sweep
 from .reverse_cholesky import reverse_cholesky
+from .sensitivity import sensitivity_
 from .topk_mask import topk_mask
 
 libraries.load()
@@ -34,5 +35,6 @@ __all__ = [
     "nm_unpack",
     "obs_sweep",
     "reverse_cholesky",
+    "sensitivity_",
     "topk_mask",
 ]
