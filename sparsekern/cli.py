@@ -101,7 +101,7 @@ def _add_prune(commands) -> None:
         "--calibration",
         default="builtin:python-docs",
         metavar="SOURCE",
-        help="a .txt, .jsonl or .parquet file, hf:NAME[:split] or builtin:python-docs",
+        help="a .txt, .jsonl or .parquet file, hf:NAME[:split], builtin:python-docs or builtin:python-source",
     )
     data.add_argument("--samples", type=int, default=128, help="windows of text")
     data.add_argument(

@@ -1,16 +1,18 @@
-"""Where text comes from: files, `hf:` datasets, and the documentation that ships with Python."""
+"""Where text comes from: files, `hf:` datasets, and the documentation and the source code that ship with Python."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 BUILTIN = "builtin:python-docs"
+BUILTIN_SOURCE = "builtin:python-source"
 PARTS = ("calibration", "held-out")
-HELD_OUT_EVERY = 5  # every fifth topic of the built-in text is held out
-SOURCES = f"a .txt, .jsonl or .parquet file, hf:NAME[:split], or {BUILTIN}"
+HELD_OUT_EVERY = 5  # every fifth document of a built-in text is held out
+SOURCES = f"a .txt, .jsonl or .parquet file, hf:NAME[:split], {BUILTIN} or {BUILTIN_SOURCE}"
 
 
 def read_documents(source: str | Path, part: str = "calibration") -> list[str]:
@@ -18,8 +20,9 @@ def read_documents(source: str | Path, part: str = "calibration") -> list[str]:
 
     Args:
         source: a text file (one document), a `.jsonl` file (field `text` of each line), a `.parquet` file (column `text`),
-            `hf:NAME[:split]` or `hf:NAME:CONFIG:split` for a dataset of the Hugging Face hub, or `builtin:python-docs`.
-        part: `"calibration"` or `"held-out"`: the two disjoint parts of the built-in text. Other sources have one part only.
+            `hf:NAME[:split]` or `hf:NAME:CONFIG:split` for a dataset of the Hugging Face hub, `builtin:python-docs` (the language
+            reference of this Python) or `builtin:python-source` (the top-level modules of its standard library).
+        part: `"calibration"` or `"held-out"`: the two disjoint parts of a built-in text. Other sources have one part only.
 
     Raises:
         ValueError: an unknown source or part, a file without text or without the field `text`.
@@ -29,10 +32,10 @@ def read_documents(source: str | Path, part: str = "calibration") -> list[str]:
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
     name = str(source)
-    if name == BUILTIN:
-        documents = _builtin_documents(part)
+    if name in BUILTINS:
+        documents = _builtin_documents(BUILTINS[name](), part)
     elif name.startswith("builtin:"):
-        raise ValueError(f"text: expected {BUILTIN}, the only built-in text, got {name!r}")
+        raise ValueError(f"text: expected one of the built-in texts {', '.join(BUILTINS)}, got {name!r}")
     elif name.startswith("hf:"):
         documents = _hub_documents(name.removeprefix("hf:"))
     else:
@@ -106,19 +109,36 @@ def _optional(module: str, extra: str, purpose: str):
         raise ImportError(f"{package} is needed {purpose}: pip install 'sparsekern[{extra}]'") from error
 
 
-def _builtin_documents(part: str) -> list[str]:
-    """The language reference of this Python, a document a topic.
-
-    Topics quote one another, so a paragraph counts only where it first occurs: otherwise held-out text would have been seen.
-    """
+def _python_docs() -> Iterator[str]:
+    """The language reference of this Python, a document a topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(f"text: this Python comes without pydoc_data, which {BUILTIN} is read from") from error
+    return (topics[name] for name in sorted(topics))
+
+
+def _python_source() -> Iterator[str]:
+    """The top-level modules of the standard library, a document a module; none that says how this Python was built."""
+    folder = Path(os.__file__).parent
+    paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_sysconfigdata")]
+    if len(paths) < HELD_OUT_EVERY:
+        raise ValueError(f"text: this Python comes without the source of its standard library, which {BUILTIN_SOURCE} is read from")
+    return (path.read_text(encoding="utf-8") for path in paths)
+
+
+BUILTINS = {BUILTIN: _python_docs, BUILTIN_SOURCE: _python_source}
+
+
+def _builtin_documents(texts: Iterable[str], part: str) -> list[str]:
+    """The documents of one part of a built-in text.
+
+    They quote one another, so a paragraph counts only where it first occurs: otherwise held-out text would have been seen.
+    """
     seen: set[str] = set()
     documents = []
-    for name in sorted(topics):
-        paragraphs = [p for p in topics[name].split("\n\n") if p.strip() and p not in seen]
+    for text in texts:
+        paragraphs = [p for p in text.split("\n\n") if p.strip() and p not in seen]
         seen.update(paragraphs)
         if paragraphs:
             documents.append("\n\n".join(paragraphs))

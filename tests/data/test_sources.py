@@ -5,19 +5,32 @@ import json
 import pytest
 
 from sparsekern.data import read_documents
-from sparsekern.data.sources import BUILTIN
+from sparsekern.data.sources import BUILTIN, BUILTIN_SOURCE
 
 
 def paragraphs(documents: list[str]) -> set[str]:
     return {paragraph for document in documents for paragraph in document.split("\n\n")}
 
 
-def test_builtin_parts_share_no_paragraph():
-    calibration, held_out = read_documents(BUILTIN), read_documents(BUILTIN, "held-out")
+@pytest.mark.parametrize("source", [BUILTIN, BUILTIN_SOURCE])
+def test_builtin_parts_share_no_paragraph(source):
+    calibration, held_out = read_documents(source), read_documents(source, "held-out")
     assert len(calibration) > len(held_out) > 5
     assert sum(map(len, calibration)) > 100_000
     assert not paragraphs(calibration) & paragraphs(held_out)
-    assert read_documents(BUILTIN) == calibration
+    assert read_documents(source) == calibration
+
+
+def test_builtin_source_is_the_code_of_this_python():
+    code = "\n\n".join(read_documents(BUILTIN_SOURCE))
+    assert "class JSONDecoder" not in code  # of a package, not a top-level module
+    assert "import " in code and "    def " in code
+
+
+def test_a_python_without_source_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.__file__", str(tmp_path / "os.pyc"))
+    with pytest.raises(ValueError, match="without the source of its standard library, which builtin:python-source is read from"):
+        read_documents(BUILTIN_SOURCE)
 
 
 def test_text_file_is_one_document(tmp_path):
@@ -68,7 +81,7 @@ def test_missing_file_says_what_is_possible(tmp_path):
 @pytest.mark.parametrize(
     "source, part, message",
     [
-        ("builtin:wikitext", "calibration", "expected builtin:python-docs, the only built-in text, got 'builtin:wikitext'"),
+        ("builtin:wikitext", "calibration", "built-in texts builtin:python-docs, builtin:python-source, got 'builtin:wikitext'"),
         (BUILTIN, "test", "part: expected one of calibration, held-out, got 'test'"),
         ("hf:", "calibration", "expected hf:NAME, hf:NAME:split or hf:NAME:CONFIG:split, got 'hf:'"),
         ("hf:a:b:c:d", "calibration", "expected hf:NAME, hf:NAME:split or hf:NAME:CONFIG:split"),
