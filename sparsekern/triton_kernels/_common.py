@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+ALIGNED = 16  # elements whose multiples Triton knows of
 GROUP = 16  # tile rows that are worked through together, so that programs running at a time share columns in the L2 cache
 STRIP = 16  # rows of a tile that one program of `add_partials` sums
-SLICE = 64  # columns of an accumulator that are added to memory at a time: a whole tile would need its registers twice
+SLICE = 32  # columns of an accumulator that are added to memory at a time: a whole tile would need its registers twice
 
 
 class Device(NamedTuple):
@@ -74,10 +75,27 @@ def _device(index: int) -> Device:
 
 
 def takes_descriptor(x: torch.Tensor) -> bool:
-    """Whether the bulk copy engine can read the matrix `x`, whose rows are contiguous."""
+    """Whether the bulk copy engine can read the matrix `x` where it lies."""
     tokens, features = x.shape
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return aligned and x.stride(0) >= features > 0 and 0 < tokens < 2**31 - 1024
+
+
+def aligned_width(width: int) -> int:
+    return triton.cdiv(width, ALIGNED) * ALIGNED
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with rows that begin at 16-byte multiples and may be read to their `aligned_width`, copied only where they do not.
+
+    Triton loads 16 bytes at a time where it knows that addresses and bounds are multiples of 16 elements, and else one element.
+    """
+    tokens, features = x.shape
+    width = aligned_width(features)
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % ALIGNED == 0 and features == width:
+        return x
+    padded = x.new_empty((tokens, width))[:, :features]  # what is beyond a row is multiplied, but never stored
+    return padded.copy_(x)
 
 
 @triton.jit

@@ -37,6 +37,8 @@ from ._common import (
     CompileCase,
     add_partials,
     add_tile,
+    aligned_rows,
+    aligned_width,
     case_of_partials,
     check_operand,
     device_of,
@@ -117,14 +119,15 @@ def _depth_of_a_split(tiles: int, depth: int, step: int, multiprocessors: int) -
 
 @triton.jit(do_not_specialize=["first_tile", "begin", "end"])
 def product(
-    x, y, row_mask, out, partials, rows, columns, x_stride, y_stride, out_stride, first_tile, begin, end, split_depth, alpha,
+    x, y, row_mask, out, partials, x_width, y_width, rows, columns, x_stride, y_stride, out_stride,
+    first_tile, begin, end, split_depth, alpha,
     LOWER: tl.constexpr, TURNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """One tile of `x^T y` over one split of the depth: added to `out`, or where `partials` is given, written there.
 
-    `x` and `y` are pointers, or with `DESCRIPTORS` tensor descriptors of tiles `[DEPTH, ROWS]` and `[DEPTH, COLUMNS]`. With `TURNED`
-    `x` lies as `[rows, depth]`. Only the first `begin + split_depth * splits` of the depth are a multiple of `DEPTH`.
+    `x` and `y` are pointers to rows of `x_width` and `y_width`, of which only the first `rows` and `columns` matter; or with
+    `DESCRIPTORS` tensor descriptors of tiles `[DEPTH, ROWS]` and `[DEPTH, COLUMNS]`. With `TURNED`, `x` lies as `[rows, depth]`.
     """
     index, split = tl.program_id(0), tl.program_id(1)
     if LOWER:
@@ -132,7 +135,7 @@ def product(
     else:
         i, j = tile_at(first_tile + index, tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     row, column = i * ROWS, j * COLUMNS
-    begin += split * split_depth
+    begin = tl.multiple_of(begin + split * split_depth, DEPTH)
     stop = min(begin + split_depth, end)
 
     accumulators = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -158,8 +161,11 @@ def product(
             used = k + lane < end
             if row_mask is not None:
                 used &= tl.load(row_mask + k + lane, mask=used, other=0) != 0
-            a = tl.load(a_place, mask=used[None, :] & (a_row < rows)[:, None], other=0.0)
-            b = tl.load(b_place, mask=used[:, None] & (b_column < columns)[None, :], other=0.0)
+            if TURNED:
+                a = tl.load(a_place, mask=(k + lane < x_width)[None, :] & (a_row < rows)[:, None], other=0.0)
+            else:
+                a = tl.load(a_place, mask=used[None, :] & (a_row < x_width)[:, None], other=0.0)
+            b = tl.load(b_place, mask=used[:, None] & (b_column < y_width)[None, :], other=0.0)
             accumulators = tl.dot(a, b, accumulators, input_precision=PRECISION)
             a_place += a_step
             b_place += step * y_stride
@@ -197,7 +203,6 @@ def add_product_over_rows(
     if row_mask is not None:
         check_operand("row_mask", row_mask, x, (depth,), (torch.bool,))
         row_mask = row_mask.contiguous()
-    x, y = (z if z.stride(1) == 1 else z.contiguous() for z in (x, y))
     dense = out if out.stride(1) == 1 else out.contiguous()
     with on_device_of(x):
         _launch(dense, x, y, row_mask, alpha, lower, turned)
@@ -206,20 +211,27 @@ def add_product_over_rows(
 
 
 def _launch(out, x, y, row_mask, alpha: float, lower: bool, turned: bool) -> None:
-    (rows, columns), device = out.shape, device_of(x)
+    (rows, columns), depth, device = out.shape, y.shape[0], device_of(x)
     tile = config(x.dtype, columns, device.capability)
+    parts = schedule(_tiles(rows, columns, tile, lower), depth, tile.depth, device.multiprocessors)
+    if not parts:
+        return
     descriptors = tile.descriptors and row_mask is None and takes_descriptor(x) and takes_descriptor(y)
-    a, b = x, y
     if descriptors:
         a = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth] if turned else [tile.depth, tile.rows])
         b = TensorDescriptor.from_tensor(y, [tile.depth, tile.columns])
+    else:
+        y_is_x, x = y is x, aligned_rows(x)
+        y = x if y_is_x else aligned_rows(y)
+        a, b = x, y
+    widths = depth if turned else aligned_width(rows), aligned_width(columns)
     shape = _shape(tile, lower)
-    for part in schedule(_tiles(rows, columns, tile, lower), y.shape[0], tile.depth, device.multiprocessors):
+    for part in parts:
         partials = None
         if part.splits > 1:
             partials = x.new_empty((part.splits, part.tiles, tile.rows, tile.columns), dtype=torch.float32)
         product[(part.tiles, part.splits)](
-            a, b, row_mask, out, partials, rows, columns, x.stride(0), y.stride(0), out.stride(0),
+            a, b, row_mask, out, partials, *widths, rows, columns, x.stride(0), y.stride(0), out.stride(0),
             part.first_tile, part.begin, part.end, part.depth, alpha,
             **shape, **_loop(tile, turned, descriptors), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -245,8 +257,12 @@ def _loop(tile: Config, turned: bool, descriptors: bool) -> dict:
 def compile_cases(
     capability: tuple[int, int], dtypes=tuple(DTYPES), *, masks: bool = True, lower: bool = False, turned: bool = False
 ) -> Iterator[CompileCase]:
-    """What is shipped for devices of that compute capability. Where there can be a row mask, the loop with it is the fuller one."""
-    tiles = {(dtype, config(dtype, columns, capability)) for dtype in dtypes for columns in (128, 4096)}
+    """What is shipped for devices of that compute capability, without what differs from it for the better.
+
+    A loop with a row mask is a fuller one than that without; narrow tiles of float16 are those of bfloat16.
+    """
+    wide = {(dtype, config(dtype, 4096, capability)) for dtype in dtypes}
+    tiles = wide | {(dtype, config(dtype, 128, capability)) for dtype in dtypes if dtype != torch.float16}
     for dtype, tile in sorted(tiles, key=repr):
         for split, (descriptors, masked) in itertools.product((False, True), [(False, masks), (tile.descriptors, False)]):
             yield _case(tile, DTYPES[dtype], lower, turned, descriptors, masked, split)
@@ -259,7 +275,8 @@ def _case(tile: Config, dtype: str, lower: bool, turned: bool, descriptors: bool
         x_block = (tile.rows, tile.depth) if turned else (tile.depth, tile.rows)
         blocks = {"x": x_block, "y": (tile.depth, tile.columns)}
         operands = {name: f"tensordesc<{dtype}[{height}, {width}]>" for name, (height, width) in blocks.items()}
-    numbers = dict.fromkeys(("rows", "columns", "x_stride", "y_stride", "out_stride", "split_depth"), "i32:16")
+    multiples = ("x_width", "y_width", "rows", "columns", "x_stride", "y_stride", "out_stride", "split_depth")
+    numbers = dict.fromkeys(multiples, "i32:16")
     numbers |= dict.fromkeys(("first_tile", "begin", "end"), "i32")
     optional = {"row_mask": "*i1:16" if masked else None, "partials": "*fp32:16" if split else None}
     return CompileCase(

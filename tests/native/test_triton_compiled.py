@@ -88,3 +88,18 @@ def test_a_case_that_does_not_fit_its_kernel_is_found():
     case = wide_case()
     with pytest.raises(AssertionError, match=r"product: .* disagree about \['alpha'\]"):
         build(case._replace(signature={name: kind for name, kind in case.signature.items() if name != "alpha"}), ARCHITECTURES[1])
+
+
+@ON_EVERY_ARCHITECTURE
+def test_odd_sizes_of_the_result_do_not_spill(architecture):
+    case = next(
+        case for case in gram.compile_cases(architecture.capability) if {"COLUMNS": 256, "partials": None}.items() <= case.constexprs.items()
+    )
+    odd = {name: case.signature[name].removesuffix(":16") for name in ("rows", "columns", "out", "out_stride")}
+    assert not faults(case._replace(signature={**case.signature, **odd}), architecture)
+
+
+def test_without_the_copy_engine_operands_are_copied_to_shared_memory_by_16_bytes():
+    for case in gram.compile_cases((8, 0)):
+        if case.tensor_cores:
+            assert set(re.findall(r"LDGSTS\S*", build(case, ARCHITECTURES[0]).sass)) == {"LDGSTS.E.BYPASS.128"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
 from sparsekern.triton_kernels import feature_norm, obs_sweep  # noqa: E402
-from sparsekern.triton_kernels._common import lower_tile_at, lower_tiles, tile_at  # noqa: E402
+from sparsekern.triton_kernels._common import aligned_rows, lower_tile_at, lower_tiles, tile_at  # noqa: E402
 from sparsekern.triton_kernels._product import CHAIN, START, config, schedule  # noqa: E402
 
 H200 = 132
@@ -101,3 +101,12 @@ def test_sub_blocks_of_a_sweep_hold_whole_groups_and_as_many_as_fit(columns, m):
     assert tiles.width % tiles.part == 0 and tiles.width + tiles.part > tiles.size
     assert tiles.part % (m or 1) == 0 and tiles.width > 0
     assert tiles.num_warps in (2, 4, 8)
+
+
+def test_a_matrix_is_copied_only_where_its_rows_are_not_aligned():
+    large = torch.zeros(8, 64)
+    for x in (large, large[:, :32], large[:, 16:48], large[::2], large[:1].expand(5, 64)):
+        assert aligned_rows(x) is x
+    for x in (large[:, 1:33], large[:, :20], large.T, large[:, ::2], torch.zeros(8, 8)):
+        copy = aligned_rows(x)
+        assert torch.equal(copy, x) and copy.data_ptr() % 16 == 0 and copy.stride() == (-(-x.shape[1] // 16) * 16, 1)
