@@ -9,6 +9,7 @@ from .gram import gram_
 from .gram_inverse import gram_inverse
 from .gram_solve import gram_solve
 from .gram_symmetrize import gram_symmetrize_
+from .head_neuron_scores import head_neuron_scores
 from .nm_mask import nm_mask
 from .nm_pack import nm_pack
 from .nm_prune_pack import nm_prune_pack
@@ -29,6 +30,7 @@ __all__ = [
     "gram_inverse",
     "gram_solve",
     "gram_symmetrize_",
+    "head_neuron_scores",
     "nm_mask",
     "nm_pack",
     "nm_prune_pack",
