@@ -10,6 +10,7 @@ from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import Report, prune
 from .runtime import save
+from .training import keep_sparsity, merge_adapter
 
 __all__ = [
     "NM",
@@ -20,7 +21,9 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "info",
+    "keep_sparsity",
     "load",
+    "merge_adapter",
     "perplexity",
     "prune",
     "save",

@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each part may import those of its own row and below.
 LAYERS = [
     {"", "cli", "_commands", "__main__"},
-    {"methods", "pruning", "models", "runtime", "data", "_info"},
+    {"methods", "pruning", "training", "models", "runtime", "data", "_info"},
     {"ops"},
     {"backends"},
     {"triton_kernels", "_C", "_C_cuda"},

@@ -1,0 +1,6 @@
+"""Training a pruned model without losing its zeros."""
+
+from .adapter import merge_adapter
+from .keep_sparsity import SparsityKeeper, keep_sparsity
+
+__all__ = ["SparsityKeeper", "keep_sparsity", "merge_adapter"]

@@ -1,0 +1,187 @@
+"""`keep_sparsity`: the zeros of a pruned model stay zero, whatever trains it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..models import Linear, find_linears
+
+
+def keep_sparsity(
+    model: nn.Module, *, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> SparsityKeeper:
+    """Keep the weights of `model` that are zero now at zero while it is trained.
+
+    Two guards work together: the gradient of a kept zero is set to zero as soon as it is accumulated (so that it counts neither for
+    clipping nor for momentum), and after each step of any `torch.optim.Optimizer` the weights that it steps are masked again (which
+    undoes momentum from before, weight decay towards something, noise). Nothing is added to the model: its parameters, state
+    dictionary, copies and saved files are as they were, and `torch.compile` sees the plain model.
+
+        with sparsekern.keep_sparsity(model):
+            train(model)                                   # any loop, any optimizer, gradient accumulation, GradScaler, …
+
+        trainer = transformers.Trainer(model, …, callbacks=[sparsekern.keep_sparsity(model)])
+
+        with sparsekern.keep_sparsity(model):              # merging a LoRA adapter writes to the weights: they are masked on leaving
+            model = peft_model.merge_and_unload()
+
+    The guards live as long as the guarded modules, or until `remove()` or the end of the `with` block.
+
+    An optimizer that is no `torch.optim.Optimizer`, or one that keeps float32 copies of the weights and writes them back itself, is
+    seen only through the masked gradients, which keep zeros zero unless it had momentum before; call `apply()` after its step to be
+    certain. The same holds for `torch.compile(optimizer.step)`, which runs no hooks. Each process must hold the weights whole:
+    `DistributedDataParallel` does, sharded parameters do not.
+
+    Args:
+        model: a pruned model, or any module with pruned linears.
+        include: names or globs of the linears to guard. None guards every linear that has a zero, but leaves out those that are all
+            zero (the fresh half of a LoRA adapter) and those whose weight is also an embedding's.
+        exclude: names or globs of linears to leave unguarded.
+
+    Returns:
+        A `SparsityKeeper`, which is a context manager and serves as a `transformers.TrainerCallback`. It holds one byte (a bool) for
+        each weight of the guarded linears.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, no linear of it has a zero, or a glob matches none of its linears.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module with pruned linears, got {type(model).__name__}")
+    linears = find_linears(model)
+    include, exclude = (_matching(linears, "include", include), _matching(linears, "exclude", exclude))
+    wanted = include if include is not None else _pruned(model, linears)
+    chosen = [linear for linear in linears if linear.name in wanted and linear.name not in (exclude or ())]
+    if not chosen:
+        raise ValueError(f"model: expected linears with zeros to keep, found none in {type(model).__name__}; prune it first")
+    return SparsityKeeper(chosen)
+
+
+@dataclass(eq=False)
+class _Guard:
+    """One weight and its zeros. The module is held weakly: what guards a model must not keep it alive."""
+
+    name: str
+    module: weakref.ref[nn.Module]
+    zeros: torch.Tensor  # bool, as the parameter lies
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        module = self.module()
+        return None if module is None else module.weight
+
+    def mask_(self, values: torch.Tensor) -> None:
+        if self.zeros.device != values.device:
+            self.zeros = self.zeros.to(values.device)
+        values.detach().masked_fill_(self.zeros, 0)
+
+
+class SparsityKeeper:
+    """What `keep_sparsity` returns; see there. `names` are the guarded linears, `sparsity` the share of their weights kept at zero."""
+
+    def __init__(self, linears: list[Linear]) -> None:
+        self._guards = [
+            _Guard(linear.name, weakref.ref(linear.modules[0], self._module_gone), linear.modules[0].weight.detach() == 0)
+            for linear in linears
+        ]
+        self.names = tuple(guard.name for guard in self._guards)
+        zeros = sum(int(guard.zeros.sum()) for guard in self._guards)
+        self.sparsity = zeros / sum(guard.zeros.numel() for guard in self._guards)
+        self._handles = [register_optimizer_step_post_hook(self._after_step)]
+        for guard in self._guards:
+            if guard.weight.requires_grad:
+                self._handles.append(guard.weight.register_post_accumulate_grad_hook(_gradient_hook(guard)))
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """By linear name, as its parameter lies: bool, True where a weight may be other than zero."""
+        return {guard.name: ~guard.zeros for guard in self._guards}
+
+    def apply(self) -> None:
+        """Set the kept zeros to zero now. Only an optimizer that hooks do not reach needs it."""
+        for guard in self._guards:
+            if (weight := guard.weight) is not None:
+                guard.mask_(weight)
+
+    def remove(self) -> None:
+        """Mask the weights a last time and let them go; may be called again."""
+        self.apply()
+        self._let_go()
+
+    def __enter__(self) -> SparsityKeeper:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def on_step_end(self, *arguments: object, **keywords: object) -> None:
+        """Of `transformers.TrainerCallback`: before the model is evaluated or saved, whatever optimizer the trainer has."""
+        self.apply()
+
+    def __getattr__(self, name: str):
+        if name.startswith("on_"):  # the other events of a TrainerCallback, those of later versions too
+            return _nothing
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        return f"SparsityKeeper({len(self._guards)} linears, {self.sparsity:.2%} of their weights kept at zero)"
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # Only what this optimizer has changed: another's step may come between a forward and a backward, which forbids writing.
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for guard in self._guards:
+            if id(weight := guard.weight) in stepped:
+                guard.mask_(weight)
+
+    def _module_gone(self, module: weakref.ref) -> None:
+        self._guards = [guard for guard in self._guards if guard.module is not module]
+        if not self._guards:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._guards = [], []
+
+
+def _gradient_hook(guard: _Guard):
+    def mask_gradient(parameter: torch.Tensor) -> None:
+        guard.mask_(parameter.grad)
+
+    return mask_gradient
+
+
+def _nothing(*arguments: object, **keywords: object) -> None:
+    """An event of a `transformers.TrainerCallback` that needs no answer."""
+
+
+def _pruned(model: nn.Module, linears: list[Linear]) -> set[str]:
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), set()).add(module)
+    names = set()
+    for linear in linears:
+        if owners[id(linear.modules[0].weight)] <= set(linear.modules):
+            kept = int(torch.count_nonzero(linear.weight))
+            if 0 < kept < linear.weight.numel():
+                names.add(linear.name)
+    return names
+
+
+def _matching(linears: list[Linear], argument: str, globs: str | Iterable[str] | None) -> set[str] | None:
+    if globs is None:
+        return None
+    names = set()
+    for glob in [globs] if isinstance(globs, str) else globs:
+        found = {linear.name for linear in linears if fnmatchcase(linear.name, glob)}
+        if not found:
+            raise ValueError(f"{argument}: {glob!r} matches no linear of the model")
+        names |= found
+    return names
