@@ -1,5 +1,5 @@
 # make demo    prune SmolLM2-135M to 2:4 and compare it with the dense model
-# make test    build and run the tests             ARGS='-k gram' passes arguments to pytest
+# make test    build and run the tests             ARGS='-k gram' passes arguments to pytest, '-n 0' runs them in one process
 # make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
 # make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
 #              torch must have CUDA, and installs nothing
@@ -34,8 +34,9 @@ demo: $(INSTALLED)
 	$(BIN)/sparsekern prune builtin:smollm2-135m --method sparsegpt --pattern 2:4 \
 	    --calibration builtin:python-docs --samples 32 --length 512 --evaluate --out demo-out
 
+# A file of tests is one process's; most of them keep one core busy, and threads that wait must not keep the others from it.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.cpu $(ARGS)

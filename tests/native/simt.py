@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -45,11 +47,19 @@ def build_library(library: Path = BUILD / "simt" / "_C_simt.so", instead: Mappin
             _run(*compiler(), *FLAGS, *INCLUDE, "-c", "-x", "c++", source, "-o", target)
         return target
 
-    with ThreadPoolExecutor(2) as pool:
+    with _one_process_at_a_time(objects), ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(compile_one, sources))
-    link = [f"-L{folder}" for folder in library_paths()]
-    _run(*compiler(), "-shared", "-fsanitize=address,undefined", *compiled, *link, "-ltorch_cpu", "-o", library)
+        if not library.exists() or library.stat().st_mtime < max(file.stat().st_mtime for file in compiled):
+            link = [f"-L{folder}" for folder in library_paths()]
+            _run(*compiler(), "-shared", "-fsanitize=address,undefined", *compiled, *link, "-ltorch_cpu", "-o", library)
     return library
+
+
+@contextmanager
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _run(*command: object) -> None:
