@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparsekern
 from sparsekern import _commands
 from sparsekern.cli import main
+from sparsekern.methods import METHODS
 from sparsekern.pruning import pipeline
 from tests import tiny
 
@@ -170,7 +171,7 @@ def test_the_error_of_methods_without_a_gram_matrix(prune, tmp_path, method):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--method", "obc"], "method: expected one of magnitude, sparsegpt, wanda, got 'obc'"),
+        (["--method", "obc"], f"method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
         (["--pattern", "4:2"], "pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '4:2'"),
         (["--pattern", "0:4"], "pattern: N:M keeps N of every M weights"),
         (["--pattern", "1.5"], "pattern: expected a sparsity of at least 0 and below 1, got 1.5"),

@@ -34,6 +34,10 @@ class Statistics(Protocol):
     def sum_squares(self) -> torch.Tensor:
         """`[in_features]` float32, over tokens; where the kind is `"gram"` this is its diagonal."""
 
+    @property
+    def gram(self) -> torch.Tensor:
+        """`[in_features, in_features]` float32: `x^T x` over all tokens. Only the lower triangle is valid."""
+
     def factor(self, damping: float) -> torch.Tensor:
         """The reverse Cholesky factor of the damped Gram matrix; computed once, shared by all linears with the same input."""
 
@@ -44,12 +48,20 @@ class Statistics(Protocol):
     def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
         """`[out_features]` float64: `w G w^T` of each row, that is its squared output over the calibration tokens."""
 
+    @property
+    def importance(self) -> torch.Tensor:
+        """`[out_features, in_features]` float32: `|W| * (|Y|^T |X|)` of one linear, for a method that asks for `sensitivity`."""
+
 
 class Method:
-    """Base of the method configs. `statistic` says which statistic of the inputs `solve` needs (None: no data at all)."""
+    """Base of the method configs. `statistic` says which statistic of the inputs `solve` needs (None: no data at all).
+
+    `sensitivity` asks for each linear's own `importance` besides, which takes its outputs for every token.
+    """
 
     name: ClassVar[str]
     statistic: ClassVar[StatisticKind | None]
+    sensitivity: ClassVar[bool] = False
 
     def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
         """Prune `weight` `[out_features, in_features]` to `pattern`; device-free mathematics, nothing is changed in place."""

@@ -20,7 +20,7 @@ from ..backends.libraries import check_isa
 from ..methods import Method, Solution, resolve_method
 from ..methods.base import StatisticKind
 from ..models import Linear
-from ..pattern import parse_pattern
+from ..pattern import Pattern, parse_pattern
 from .activations import OUTSIDE, Activations, probe
 from .calibration import Batch, Calibration, as_batches
 from .calibration import fingerprint as calibration_fingerprint
@@ -29,7 +29,7 @@ from .host_memory import freed_memory_kept
 from .plan import Globs, PatternLike, Plan, make_plan
 from .progress import Clock, Notices, Progress, warnings_named
 from .report import LayerReport, Report
-from .statistics import FeatureNorm, Gram, SharedStatistics
+from .statistics import FeatureNorm, Gram, Sensitivity, SharedStatistics
 
 
 def prune(
@@ -189,7 +189,8 @@ class _Run:
         for members, statistic in groups:
             for linear in members:
                 with self.clock.phase("solve"):
-                    weights[linear.name], layers[linear.name] = self._solve(linear, statistic)
+                    statistics = shared.of(linear, statistic) if shared else None
+                    weights[linear.name], layers[linear.name] = self._solve(linear, statistics)
         ordered = [layers[linear.name] for linear in linears]
         if self.checkpoint:
             with self.clock.phase("write"):
@@ -198,7 +199,7 @@ class _Run:
         self._record(ordered)
 
     def _gather(self, index: int, linears: Sequence[Linear]) -> SharedStatistics:
-        shared = SharedStatistics(linears, self.kind)
+        shared = SharedStatistics(linears, self.kind, self.method.sensitivity)
         if index < len(self.plan.blocks.modules):
             order = self.probe.calls[self.plan.blocks.block_name(index)]
             batches = self.activations.inputs_of(index, linears, order)
@@ -219,7 +220,7 @@ class _Run:
         name, features = members[0].name, members[0].features
         if not statistic.tokens:
             raise ValueError(f"{name}: no calibration token reached it; calibrate with more text or leave it out with exclude")
-        if statistic.tokens < features and self.method.statistic == "gram":
+        if statistic.tokens < features and hasattr(self.method, "damping"):
             self.notices.once(
                 "few tokens",
                 f"{name}: {statistic.tokens} calibration tokens for {features} input features; the result rests on the damping "
@@ -232,17 +233,20 @@ class _Run:
                 "(this is said once)",
             )
 
-    def _solve(self, linear: Linear, statistic: FeatureNorm | Gram | None) -> tuple[torch.Tensor, LayerReport]:
+    def _solve(self, linear: Linear, statistic: FeatureNorm | Gram | Sensitivity | None) -> tuple[torch.Tensor, LayerReport]:
         start = self.clock.now()
         weight, pattern = linear.weight, self.plan.patterns[linear.name]
         try:
             with warnings_named(linear.name):
-                solution = self.method.solve(weight, statistic, pattern)
+                solution = self._solution(linear, statistic, pattern)
         except ValueError as error:
             raise ValueError(f"{linear.name}: {error}") from error
         zeros, error = _outcome(weight, solution, statistic)
         seconds = self.clock.now() - start
         return solution.weight, LayerReport(linear.name, str(pattern), tuple(weight.shape), zeros, error, seconds)
+
+    def _solution(self, linear: Linear, statistic: FeatureNorm | Gram | Sensitivity | None, pattern: Pattern) -> Solution:
+        return self.method.solve(linear.weight, statistic, pattern)
 
     def _write(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
         for linear in linears:
@@ -254,9 +258,13 @@ class _Run:
             self.bar.layer_done(layer)
 
 
-def _outcome(weight: torch.Tensor, solution: Solution, statistic: FeatureNorm | Gram | None) -> tuple[int, float | None]:
+def _outcome(
+    weight: torch.Tensor, solution: Solution, statistic: FeatureNorm | Gram | Sensitivity | None
+) -> tuple[int, float | None]:
     """How many zeros there are, and the relative error where it is known: one read from the device a linear."""
     found = [(solution.weight == 0).sum().double()]
+    if isinstance(statistic, Sensitivity):
+        statistic = statistic.inputs
     if isinstance(statistic, Gram):
         row_error = solution.row_error
         if row_error is None:

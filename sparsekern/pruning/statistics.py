@@ -7,6 +7,7 @@ Which ones these are is observed while the model runs; no table of names could k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -31,6 +32,15 @@ class FeatureNorm:
         """
         ops.feature_norm_(self.sum_squares, x, row_mask=row_mask)
         self.tokens += _rows(x, row_mask) if used is None else used
+
+    @property
+    def total(self) -> torch.Tensor:
+        """What adds up over data sets."""
+        return self.sum_squares
+
+    def include(self, total: torch.Tensor) -> None:
+        """Take in the `total` of earlier data sets."""
+        self.sum_squares += total
 
     def clone(self) -> FeatureNorm:
         copy = FeatureNorm.__new__(FeatureNorm)
@@ -57,6 +67,16 @@ class Gram:
         self.tokens += _rows(x, row_mask) if used is None else used
         self._factor = None
 
+    @property
+    def total(self) -> torch.Tensor:
+        """What adds up over data sets."""
+        return self._gram
+
+    def include(self, total: torch.Tensor) -> None:
+        """Take in the `total` of earlier data sets."""
+        self._gram += total
+        self._factor = None
+
     def clone(self) -> Gram:
         copy = Gram.__new__(Gram)
         copy.tokens, copy._gram = self.tokens, self._gram.clone()
@@ -66,6 +86,10 @@ class Gram:
     @property
     def sum_squares(self) -> torch.Tensor:
         return self._gram.diagonal()
+
+    @property
+    def gram(self) -> torch.Tensor:
+        return self._gram
 
     def factor(self, damping: float) -> torch.Tensor:
         if self._factor is None or self._damping != damping:
@@ -117,6 +141,22 @@ def _square_norms(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """A linear's own `importance` (see `ops.sensitivity_`) beside what is kept of its inputs."""
+
+    inputs: FeatureNorm | Gram
+    importance: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs.tokens
+
+    @property
+    def sum_squares(self) -> torch.Tensor:
+        return self.inputs.sum_squares
+
+
 STATISTICS: dict[StatisticKind, Callable[[int, torch.device], FeatureNorm | Gram]] = {"feature_norm": FeatureNorm, "gram": Gram}
 
 
@@ -124,13 +164,16 @@ class SharedStatistics:
     """One statistic for each set of linears that have had the same inputs in every batch so far.
 
     Linears with equally many features start in one set; a batch that feeds them different tensors splits the set, and each part
-    goes on from a copy of what they had in common.
+    goes on from a copy of what they had in common. With `sensitivity`, each linear's importance is added up besides.
     """
 
-    def __init__(self, linears: Iterable[Linear], kind: StatisticKind) -> None:
+    def __init__(self, linears: Iterable[Linear], kind: StatisticKind, sensitivity: bool = False) -> None:
         by_features: dict[int, list[Linear]] = {}
+        self._importance: dict[str, torch.Tensor] = {}
         for linear in linears:
             by_features.setdefault(linear.features, []).append(linear)
+            if sensitivity:
+                self._importance[linear.name] = torch.zeros_like(linear.weight, dtype=torch.float32)
         make = STATISTICS[kind]
         self.groups = [(members, make(width, members[0].weight.device)) for width, members in by_features.items()]
 
@@ -151,6 +194,12 @@ class SharedStatistics:
         for members, statistic in self.groups:
             for x in inputs[members[0].name]:
                 _add_input(statistic, members[0].name, x, batch)
+                for linear in members if self._importance else ():
+                    _add_sensitivity(self._importance[linear.name], linear, *batch.flatten(x))
+
+    def of(self, linear: Linear, statistic: FeatureNorm | Gram) -> FeatureNorm | Gram | Sensitivity:
+        """What a method may ask of `linear`, where `statistic` is that of its group."""
+        return Sensitivity(statistic, self._importance[linear.name]) if self._importance else statistic
 
 
 def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Batch) -> None:
@@ -162,6 +211,13 @@ def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch:
         statistic.add(rows, row_mask, None if row_mask is None else batch.used(len(rows)))
     except ValueError as error:
         raise _named(error, name, rows, row_mask, batch) from error
+
+
+def _add_sensitivity(importance: torch.Tensor, linear: Linear, rows: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+    try:
+        ops.sensitivity_(importance, linear.weight, rows, row_mask=row_mask)
+    except ValueError as error:
+        raise ValueError(f"{linear.name}: {error}") from error
 
 
 def _named(error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Tensor | None, batch: Batch) -> ValueError:

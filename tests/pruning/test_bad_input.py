@@ -9,6 +9,7 @@ from torch import nn
 import sparsekern
 from sparsekern import SparseGPT, SparsekernWarning
 from sparsekern.backends.libraries import LIBRARIES
+from sparsekern.methods import METHODS
 from tests.models.families import tiny_ids, tiny_model
 
 QUIET = {"progress": False}
@@ -28,7 +29,7 @@ def model():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"method": "optimal"}, ValueError, "method: expected one of magnitude, sparsegpt, wanda"),
+        ({"method": "optimal"}, ValueError, f"method: expected one of {', '.join(sorted(METHODS))}"),
         ({"method": 3}, TypeError, "method: expected a name or a config"),
         ({"pattern": "4:2"}, ValueError, "pattern: .* needs 1 <= N < M; got '4:2'"),
         ({"pattern": "0:4"}, ValueError, "pattern: .* got '0:4'"),
