@@ -69,11 +69,11 @@ def extensions() -> tuple[list, dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags, link_flags = compile_flags()
-    # The sanitized build has a fault planted in it, for the test that shows that a fault is found.
-    planted = ["csrc/testing/planted_fault.cpp"] if os.environ.get("DEBUG") == "asan" else []
+    # The sanitized build has a fault planted in it, for the test that shows that a fault is found, and a way to code that hardly runs.
+    testing = ["csrc/testing/planted_fault.cpp", "csrc/testing/last_resort.cpp"] if os.environ.get("DEBUG") == "asan" else []
     native = CppExtension(
         "sparsekern._C",
-        [*sources("cpu", ".cpp"), *planted],
+        [*sources("cpu", ".cpp"), *testing],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": [*flags, *ABI_FLAGS]},
         extra_link_args=link_flags,

@@ -62,3 +62,37 @@ def test_a_planted_read_past_the_end_of_a_tensor_is_caught(sanitized):
 def test_a_planted_overflow_is_caught(sanitized):
     result = run(sanitized, "-c", FAULT.format(call="library.sparsekern_overflow(2**31 - 1)"))
     assert result.returncode != 0 and "signed integer overflow" in result.stderr
+
+
+# Every pivot of a float32 factor is called too small, and none of a float64 one.
+LAST_RESORT = """
+import ctypes, math, torch, sparsekern._C
+factorise = ctypes.CDLL(sparsekern._C.__file__).sparsekern_reverse_cholesky
+factorise.restype = ctypes.c_double
+factorise.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_double, ctypes.c_void_p]
+
+def factored(gram, damping, smallest_pivot=2 / torch.finfo(torch.float32).eps):
+    factor = torch.full_like(gram, math.nan)
+    used = factorise(gram.data_ptr(), len(gram), damping, smallest_pivot, factor.data_ptr())
+    return factor.double(), used
+
+for features in (1, 17, 67):
+    x = torch.randn(3 * features, features, generator=torch.Generator().manual_seed(features))
+    x[:, 5:features:20] = 0
+    gram = x.T @ x
+    dead = gram.diagonal() == 0
+    for damping in (0.0, 0.01):
+        factor, used = factored(gram.tril() + torch.full_like(gram, math.nan).triu(1), damping)
+        shift = damping * gram.diagonal().double().mean()
+        assert used == (-damping or -math.inf), used
+        assert (factor.tril(-1) == 0).all() and (factor.diagonal()[dead] == -shift.sqrt().float()).all()
+        alive = factor[~dead][:, ~dead]
+        expected = gram.double()[~dead][:, ~dead] + shift * torch.eye(len(alive))
+        assert torch.allclose(alive @ alive.T, expected, rtol=1e-6, atol=1e-6), features
+        assert factored(gram, damping, 0.0)[1] == damping
+"""
+
+
+def test_float64_as_the_last_resort(sanitized):
+    result = run(sanitized, "-c", LAST_RESORT)
+    assert result.returncode == 0, result.stderr

@@ -94,6 +94,7 @@ def test_at_the_edge_of_float32_the_damping_reported_is_the_one_used(isa):
 
 def test_float64_is_the_last_resort_and_is_reported(monkeypatch, generator):
     # No small matrix is known on which float32 fails at every damping of the schedule and float64 does not, so float32 is made to.
+    # The kernel's float64 is reached in tests/native/test_sanitizers.py.
     module = importlib.import_module("sparsekern.ops.reverse_cholesky")
     attempt = module._attempt
     monkeypatch.setattr(module, "_attempt", lambda m, d, p: attempt(m, d, p) if m.dtype == torch.float64 else None)
