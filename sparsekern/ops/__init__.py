@@ -1,6 +1,7 @@
 """Drop-in torch ops, one file each. The compiled library is loaded after the definitions, so that it can only implement them."""
 
 from ..backends import libraries
+from .bitmask_linear import bitmask_linear
 from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
 from .cross_gram import cross_gram_
@@ -10,6 +11,7 @@ from .gram_inverse import gram_inverse
 from .gram_solve import gram_solve
 from .gram_symmetrize import gram_symmetrize_
 from .head_neuron_scores import head_neuron_scores
+from .nm_linear import nm_linear
 from .nm_mask import nm_mask
 from .nm_pack import nm_pack
 from .nm_prune_pack import nm_prune_pack
@@ -22,6 +24,7 @@ from .topk_mask import topk_mask
 libraries.load()
 
 __all__ = [
+    "bitmask_linear",
     "bitmask_pack",
     "bitmask_unpack",
     "cross_gram_",
@@ -31,6 +34,7 @@ __all__ = [
     "gram_solve",
     "gram_symmetrize_",
     "head_neuron_scores",
+    "nm_linear",
     "nm_mask",
     "nm_pack",
     "nm_prune_pack",

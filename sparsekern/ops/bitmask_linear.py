@@ -1,0 +1,75 @@
+"""`bitmask_linear`: `x W^T + b` straight from the non-zeros of `W` and one bit a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from ._checks import HALF_OR_FLOAT, check_tensor
+from ._packed_rows import SLACK, TILE_ROWS, lanes, pack_bitmask_rows, unpack_bitmask_rows, words
+from ._registry import define_op, sample
+from .bitmask_pack import sparse_weight
+
+SCHEMA = "(Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, Tensor? bias=None) -> Tensor"
+
+
+def bitmask_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bitmask: torch.Tensor,
+    starts: torch.Tensor,
+    order: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`torch.nn.functional.linear` with a weight of any sparsity, packed by `sparsekern.runtime.formats.Bitmask`.
+
+    Products are summed in float32. Where a weight is not zero, NaN and Inf spread as in the dense product; what a zero weight makes of
+    an Inf or NaN of `x` (NaN in the dense product) is left open.
+
+    Args:
+        x: `[..., in_features]` float32, bfloat16 or float16, any strides.
+        values, bitmask, starts, order: the packed weight; values of the dtype of `x`. What they hold is for `Bitmask.check` to check,
+            once. The kernel itself only makes sure that it stays inside their memory.
+        bias: `[out_features]` of the dtype of `x`.
+
+    Returns:
+        `[..., out_features]` of the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices; starts, rows or bits that lead out of the other tensors.
+    """
+    if not isinstance(x, torch.Tensor) or x.dim() == 0:
+        raise ValueError(f"x: expected [..., in_features], got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+    check_tensor("x", x, ndim=x.dim(), dtypes=HALF_OR_FLOAT)
+    check_tensor("values", values, ndim=1, dtypes=(x.dtype,), device=x.device)
+    check_tensor("order", order, ndim=1, dtypes=(torch.int32,), device=x.device)
+    rows = order.shape[0]
+    check_tensor("bitmask", bitmask, ndim=2, dtypes=(torch.int64,), shape=(rows, words(x.shape[-1])), device=x.device)
+    check_tensor("starts", starts, ndim=1, dtypes=(torch.int64,), shape=(-(-rows // TILE_ROWS) + 1,), device=x.device)
+    if values.shape[0] % lanes(x.dtype) or values.shape[0] < SLACK * lanes(x.dtype):
+        raise ValueError(f"values: expected whole units, {SLACK} of them to spare, got {values.shape[0]} values")
+    if bias is not None:
+        check_tensor("bias", bias, ndim=1, dtypes=(x.dtype,), shape=(rows,), device=x.device)
+    return _op(x, values, bitmask, starts, order, bias)
+
+
+def reference(x, values, bitmask, starts, order, bias=None) -> torch.Tensor:
+    weight = unpack_bitmask_rows(values, bitmask, order, x.shape[-1])
+    return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _fake(x, values, bitmask, starts, order, bias=None):
+    torch._check(x.dim() > 0 and order.dim() == 1)
+    return x.new_empty((*x.shape[:-1], order.shape[0]))
+
+
+def _samples(generator: torch.Generator):
+    for rows, columns, dtype in ((5, 24, torch.float32), (33, 71, torch.bfloat16), (18, 330, torch.float16)):
+        packed = tuple(pack_bitmask_rows(sparse_weight(rows, columns, dtype, generator)).values())
+        for shape in ((1,), (2, 3), (40,)):
+            x = torch.randn(*shape, columns, generator=generator).to(dtype)
+            bias = torch.randn(rows, generator=generator).to(dtype)
+            yield sample(x, *packed, *([bias] if len(shape) == 2 else []))
+
+
+_op = define_op("bitmask_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples)

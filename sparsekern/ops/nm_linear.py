@@ -1,0 +1,80 @@
+"""`nm_linear`: `x W^T + b` straight from the values that an N:M weight keeps and their positions."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from ._checks import HALF_OR_FLOAT, check_tensor, check_whole
+from ._packed_rows import MOST_M, code_bits, pack_nm_rows, stored_per_row, unpack_nm_rows
+from ._registry import define_op, sample
+
+SCHEMA = "(Tensor x, Tensor values, Tensor codes, int n, int m, Tensor? bias=None) -> Tensor"
+
+
+def nm_linear(
+    x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`torch.nn.functional.linear` with an N:M weight, packed by `sparsekern.runtime.formats.NMPacked`.
+
+    Products are summed in float32. Where a weight is stored, NaN and Inf spread as in the dense product; what a zero weight makes of an
+    Inf or NaN of `x` (NaN in the dense product) is left open.
+
+    Args:
+        x: `[..., in_features]` float32, bfloat16 or float16, any strides; features divisible by `m`.
+        values, codes: the packed weight; values of the dtype of `x`.
+        n, m: the weight keeps `n` of every `m` inputs; `m` at most 16.
+        bias: `[out_features]` of the dtype of `x`.
+
+    Returns:
+        `[..., out_features]` of the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices; a pattern that has no layout.
+    """
+    if not isinstance(x, torch.Tensor) or x.dim() == 0:
+        raise ValueError(f"x: expected [..., in_features], got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+    check_tensor("x", x, ndim=x.dim(), dtypes=HALF_OR_FLOAT)
+    check_pattern(n, m)
+    if x.shape[-1] % m:
+        raise ValueError(f"x: expected features divisible by m = {m}, got {x.shape[-1]}")
+    stored = stored_per_row(x.shape[-1], n, m, x.dtype)
+    check_tensor("values", values, ndim=2, dtypes=(x.dtype,), shape=(None, stored), device=x.device)
+    code_shape = (values.shape[0], stored * code_bits(m) // 32)
+    check_tensor("codes", codes, ndim=2, dtypes=(torch.int32,), shape=code_shape, device=x.device)
+    if bias is not None:
+        check_tensor("bias", bias, ndim=1, dtypes=(x.dtype,), shape=(values.shape[0],), device=x.device)
+    return _op(x, values, codes, n, m, bias)
+
+
+def check_pattern(n: int, m: int) -> None:
+    """Raise `TypeError` or `ValueError` unless N:M weights have a layout."""
+    check_whole("n", n, 1)
+    check_whole("m", m, 2)
+    if not n < m <= MOST_M:
+        raise ValueError(f"n, m: expected n < m <= {MOST_M} (a bitmask packs any other weight), got {n}:{m}")
+
+
+def reference(x, values, codes, n, m, bias=None) -> torch.Tensor:
+    weight = unpack_nm_rows(values, codes, n, m, x.shape[-1])
+    return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _fake(x, values, codes, n, m, bias=None):
+    torch._check(x.dim() > 0 and values.dim() == 2)
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+def _samples(generator: torch.Generator):
+    cases = ((5, 24, 2, 4, torch.float32), (33, 136, 2, 4, torch.bfloat16), (7, 80, 3, 8, torch.bfloat16), (18, 330, 1, 3, torch.float16))
+    for rows, columns, n, m, dtype in cases:
+        dense = torch.randn(rows, columns // m, m, generator=generator)
+        kept = torch.rand(dense.shape, generator=generator).argsort(-1).argsort(-1) < n
+        packed = tuple(pack_nm_rows((dense * kept).flatten(1).to(dtype), n, m).values())
+        for shape in ((1,), (2, 3), (40,)):
+            x = torch.randn(*shape, columns, generator=generator).to(dtype)
+            bias = torch.randn(rows, generator=generator).to(dtype)
+            yield sample(x, *packed, n, m, *([bias] if len(shape) == 2 else []))
+
+
+_op = define_op("nm_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples)
