@@ -8,13 +8,14 @@ from .data import perplexity
 from .methods import COPAL, Magnitude, SparseGPT, Wanda
 from .models.load import load
 from .pattern import NM, Unstructured
-from .pruning import Report, prune
+from .pruning import ContinualReport, Report, prune, prune_continually
 from .runtime import save
 from .training import keep_sparsity, merge_adapter
 
 __all__ = [
     "COPAL",
     "NM",
+    "ContinualReport",
     "Magnitude",
     "Report",
     "SparseGPT",
@@ -27,5 +28,6 @@ __all__ = [
     "merge_adapter",
     "perplexity",
     "prune",
+    "prune_continually",
     "save",
 ]

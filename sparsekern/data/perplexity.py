@@ -32,7 +32,7 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, length: int = 2048, *,
 
     Source: the protocol of the GPTQ and SparseGPT papers (raw text joined, windows of 2048).
     """
-    windows = list(_windows(model, ids, length))
+    windows = evaluation_windows(model, ids, length)
     training = model.training
     model.eval()
     try:
@@ -46,6 +46,11 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, length: int = 2048, *,
         model.train(training)
     mean = total / (len(windows) * (length - 1))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def evaluation_windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """The windows that `perplexity` takes of `ids`. Raises what it raises of them."""
+    return list(_windows(model, ids, length))
 
 
 def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:

@@ -1,6 +1,8 @@
 """The block-by-block pipeline: calibration batches in, a pruned model and a report out."""
 
+from .continual import prune_continually
+from .continual_report import ContinualReport, Step
 from .pipeline import check_seed, prune
 from .report import LayerReport, Report
 
-__all__ = ["LayerReport", "Report", "check_seed", "prune"]
+__all__ = ["ContinualReport", "LayerReport", "Report", "Step", "check_seed", "prune", "prune_continually"]

@@ -122,10 +122,16 @@ def finish(out: str | os.PathLike) -> None:
     shutil.rmtree(Path(out) / FOLDER)
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """A digest of a model's parameters: names, shapes, dtypes, the sum of all their bits and a sample of values."""
+def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) -> str:
+    """A digest of a model's parameters: names, shapes, dtypes, the sum of all their bits and a sample of values.
+
+    Those of `without` are left out.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
+    left_out = set(map(id, without))
     for name, parameter in model.named_parameters():
+        if id(parameter) in left_out:
+            continue
         flat = parameter.detach().flatten()
         bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
         some = bits[:: max(1, len(bits) // 256)].cpu().contiguous().numpy().tobytes()

@@ -6,7 +6,7 @@ Which ones these are is observed while the model runs; no table of names could k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from .. import ops
 from ..methods.base import StatisticKind
 from ..models import Linear
 from .calibration import Batch
+
+BETWEEN_NAMES = "|"
 
 
 class FeatureNorm:
@@ -183,19 +185,35 @@ class SharedStatistics:
         Raises:
             ValueError: NaN or Inf in an input, naming the linear and the calibration sample.
         """
-        refined = []
-        for members, statistic in self.groups:
-            parts: dict[tuple, list[Linear]] = {}
-            for linear in members:
-                parts.setdefault(tuple(map(_identity, inputs[linear.name])), []).append(linear)
-            statistics = [statistic] + [statistic.clone() for _ in range(len(parts) - 1)]
-            refined += zip(parts.values(), statistics, strict=True)
-        self.groups = refined
+        self._split(lambda linear: tuple(map(_identity, inputs[linear.name])))
         for members, statistic in self.groups:
             for x in inputs[members[0].name]:
                 _add_input(statistic, members[0].name, x, batch)
                 for linear in members if self._importance else ():
                     _add_sensitivity(self._importance[linear.name], linear, *batch.flatten(x))
+
+    def totals(self) -> dict[str, torch.Tensor]:
+        """What adds up over data sets, under the names of the linears that it is of."""
+        return {BETWEEN_NAMES.join(linear.name for linear in members): statistic.total for members, statistic in self.groups}
+
+    def include(self, totals: Mapping[str, torch.Tensor]) -> None:
+        """Take in the `totals` of earlier data sets."""
+        owner = {name: names for names in totals for name in names.split(BETWEEN_NAMES)}
+        self._split(lambda linear: owner[linear.name])
+        for members, statistic in self.groups:
+            total = totals[owner[members[0].name]]
+            statistic.include(total.to(members[0].weight.device))
+
+    def _split(self, key: Callable[[Linear], Hashable]) -> None:
+        """Leave only linears of the same `key` in one set."""
+        refined = []
+        for members, statistic in self.groups:
+            parts: dict[Hashable, list[Linear]] = {}
+            for linear in members:
+                parts.setdefault(key(linear), []).append(linear)
+            statistics = [statistic] + [statistic.clone() for _ in range(len(parts) - 1)]
+            refined += zip(parts.values(), statistics, strict=True)
+        self.groups = refined
 
     def of(self, linear: Linear, statistic: FeatureNorm | Gram) -> FeatureNorm | Gram | Sensitivity:
         """What a method may ask of `linear`, where `statistic` is that of its group."""

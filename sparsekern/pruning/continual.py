@@ -1,0 +1,316 @@
+"""`prune_continually`: a model that meets one calibration data set after another, without keeping any of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..backends.libraries import check_isa
+from ..data.perplexity import evaluation_windows, perplexity
+from ..methods import COPAL, Method, Solution, resolve_method
+from ..methods.base import check_choice
+from ..models import Linear
+from ..pattern import Pattern
+from ..runtime import check_output_folder, save
+from .calibration import Batch, Calibration, fingerprint
+from .checkpoint import _differences, model_fingerprint
+from .continual_report import ContinualReport, Step
+from .continual_state import State, StepFiles
+from .host_memory import freed_memory_kept
+from .pipeline import _batches_for, _check_saveable, _environment, _prepared, _Run, check_seed
+from .plan import Globs, PatternLike, Plan, make_plan
+from .progress import Clock, Progress
+from .report import Report
+from .statistics import SharedStatistics
+
+STRATEGIES = ("accumulate", "dense", "carry")
+
+
+def prune_continually(
+    model: nn.Module,
+    calibrations: Mapping[str, Calibration],
+    method: str | Method = "copal",
+    pattern: PatternLike = "2:4",
+    evaluate: Mapping[str, torch.Tensor] | None = None,
+    state: str | os.PathLike | None = None,
+    seed: int = 0,
+    out: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    *,
+    strategy: str = "accumulate",
+    include: Globs = None,
+    exclude: Globs = None,
+    patterns: Mapping[str, PatternLike | None] | None = None,
+    batch_size: int | None = None,
+    length: int = 2048,
+) -> ContinualReport:
+    """Prune a transformers decoder in place for one data set after another; it ends as pruned for all of them.
+
+    What is learned of a data set is added to what was learned of those before, and each mask is chosen anew from the dense weights
+    (`strategy="accumulate"`). So a weight that an earlier mask pruned can come back, and a weight that an earlier data set needs is
+    still known to be needed, although no earlier data are kept or read. What adds up is COPAL's importance, Wanda's feature norms and
+    SparseGPT's Gram matrices; magnitude learns nothing. The other strategies are what goes wrong without:
+
+    * `"dense"`: each data set prunes the dense weights by itself alone, and the ones before are forgotten;
+    * `"carry"`: each data set prunes what the one before left. At one sparsity the zeros are the least important weights again, so
+      nothing changes any more (weight stasis): neither for a method that only chooses nor for SparseGPT, which has nothing to make
+      up for.
+
+    Args:
+        model: the dense model, or with a `state` that has seen data, also the model as it was left then.
+        calibrations: name -> calibration data as `prune` takes them, in the order in which the model meets them.
+        method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or a config such as `COPAL(form="gram")`.
+        pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
+        evaluate: name of a data set -> token ids to take the perplexity on after its step and after every later one, and of the dense
+            model; `[tokens]` or `[rows, tokens]` as `perplexity` takes them.
+        state: a folder for what is to be known when the next data set comes, in this process or another: dense weights,
+            accumulated tensors and pruned weights of the linears, and the names of the data sets. None keeps it in memory for this
+            call. For COPAL in float32 it is three times the size of the linears; while a step is under way, five times.
+        seed: for whatever draws random numbers on the way.
+        out: a new or empty folder for the pruned model and `report.json`, saved once all data sets are done.
+        resume: go on with what `state` holds of a run that was killed: data sets that are done are not done again, and of the one
+            that was under way only the blocks that are missing. The result is the same, bit for bit.
+        progress: show a progress bar for each data set.
+        strategy: `"accumulate"`, `"dense"` or `"carry"`.
+        include, exclude, patterns, batch_size: as for `prune`.
+        length: tokens in a window of `evaluate`.
+
+    Returns:
+        A `ContinualReport` of every data set that the state has seen: the matrix of perplexities, their average after the last step,
+        and the backward transfer, negative where data sets were forgotten.
+
+    Raises:
+        ValueError, TypeError: bad arguments, before any work is done: also a state made with another model, method or pattern, a data
+            set that it has seen already (but with `resume`), an unfinished step (but with `resume`).
+        OSError: no space left in `state` or `out`; what was written before is intact.
+
+    Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024; see `COPAL` for what is theirs and what was chosen here.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
+    method = resolve_method(method)
+    check_choice("strategy", strategy, STRATEGIES)
+    check_seed(seed)
+    check_isa()
+    plan = make_plan(model, pattern, patterns, include, exclude)
+    data_sets = _data_sets(model, method, calibrations, batch_size)
+    known = State(state)
+    evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
+    if out is not None:
+        _check_saveable(model)
+        check_output_folder(out)
+    if resume and state is None:
+        raise ValueError("resume: expected state, the folder of the run to go on with")
+    run = _Continual(model, plan, method, strategy, known, evaluate, length, progress)
+    run.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
+    todo = _todo(known, data_sets, resume)
+    with torch.no_grad():
+        run.evaluate_dense()
+        for name, batches in todo:
+            with _prepared(model, seed), freed_memory_kept():
+                run.take_in(name, batches)
+        run.write_weights(known.step(len(known.steps)))
+    report = ContinualReport({**known.settings, "versions": _environment(model)}, known.dense, known.steps)
+    if out is not None:
+        report.to_json(save(model, out) / "report.json")
+    return report
+
+
+class _Continual:
+    """One call of `prune_continually`, every argument being checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        method: Method,
+        strategy: str,
+        state: State,
+        evaluate: Mapping[str, torch.Tensor],
+        length: int,
+        progress: bool,
+    ) -> None:
+        self.model, self.plan, self.method, self.strategy, self.state = model, plan, method, strategy, state
+        self.evaluate, self.length, self.progress = evaluate, length, progress
+        self.parts = [(i, part) for i, part in enumerate((*plan.block_linears, plan.outside_linears)) if part]
+
+    def begin(self, settings: dict) -> None:
+        """Store the dense weights, or see that the state is one of this model and these settings."""
+        if self.state.is_new:
+            if self.state.folder is not None:
+                self.state.folder.mkdir(parents=True, exist_ok=True)
+            for index, linears in self.parts:
+                self.state.store.put(f"dense-{index:05d}", {linear.name: linear.weight for linear in linears})
+            self.state.settings = settings
+            self.state.write()
+            return
+        if different := _differences(self.state.settings, settings):
+            raise ValueError(f"state: {self.state.folder} was made with another {', '.join(different)}")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """The model must be the dense one, or as some step left it."""
+        steps = [self.state.step(number) for number in range(1, len(self.state.seen) + 1)]
+        for index, linears in self.parts:
+            known = [self.state.dense_weights(index, linears)]
+            known += [step.load(index, linears)[0] for step in steps if step.holds(index)]
+            for linear in linears:
+                if not any(torch.equal(linear.weight.cpu(), weights[linear.name]) for weights in known):
+                    raise ValueError(
+                        f"state: {self.state.folder} is of another model: {linear.name} is neither the dense weight it began with "
+                        "nor the pruned one it came to"
+                    )
+
+    def evaluate_dense(self) -> None:
+        missing = [name for name in self.evaluate if name not in self.state.dense]
+        if missing:
+            self.write_weights(None)
+            self.state.dense |= {name: self._perplexity(name) for name in missing}
+            self.state.write()
+
+    def take_in(self, name: str, batches: list[Batch]) -> None:
+        """One step: prune for the data set `name`, on from what the state holds."""
+        start, state = time.perf_counter(), self.state
+        if not state.under_way:
+            state.seen.append([name, fingerprint(batches)])
+            state.write()
+        number = len(state.seen)
+        files, before = state.step(number), state.step(number - 1) if number > 1 else None
+        self.write_weights(before if self.strategy == "carry" else None)
+        report, bar = Report(), Progress(len(self.plan.linears), self.progress)
+        clock = Clock(next(self.model.parameters()).device)
+        kind = self.method.statistic
+        accumulate = self.strategy == "accumulate" and kind is not None
+        try:
+            run = (_Accumulating if accumulate else _Run)(
+                self.model, self.plan, self.method, kind, batches if kind else None, files, report, bar, clock
+            )
+            if accumulate:
+                run.before = before
+            run.prune_all()
+        finally:
+            bar.close()
+        changed = None if before is None else self._changed(before)
+        perplexities = {known: self._perplexity(known) for known, _ in state.seen if known in self.evaluate}
+        tokens = sum(batch.tokens for batch in batches)
+        state.steps.append(Step(name, tokens, report.sparsity, changed, time.perf_counter() - start, perplexities))
+        state.write()
+        for old in range(1, number):
+            state.step(old).drop()
+
+    def write_weights(self, step: StepFiles | None) -> None:
+        """Give the model the weights that `step` left, or the dense ones."""
+        for index, linears in self.parts:
+            weights = step.load(index, linears)[0] if step else self.state.dense_weights(index, linears)
+            for linear in linears:
+                linear.weight.copy_(weights[linear.name])
+
+    def _changed(self, before: StepFiles) -> float:
+        changed = total = 0
+        for index, linears in self.parts:
+            weights = before.load(index, linears)[0]
+            for linear in linears:
+                changed += int(((linear.weight == 0) != (weights[linear.name] == 0).to(linear.weight.device)).sum())
+                total += linear.weight.numel()
+        return changed / total
+
+    def _perplexity(self, name: str) -> float:
+        return perplexity(self.model, self.evaluate[name], self.length)
+
+
+class _Accumulating(_Run):
+    """A pruning run that adds what it learns of each block to what the step `before` knew of it, and keeps the sum."""
+
+    before: StepFiles | None = None
+
+    def _prune_block(self, index: int, linears: list[Linear]) -> None:
+        self._past = self.before.memory(index) if self.before else {}
+        super()._prune_block(index, linears)
+
+    def _gather(self, index: int, linears: list[Linear]) -> SharedStatistics:
+        shared = super()._gather(index, linears)
+        if not isinstance(self.method, COPAL):
+            if self._past:
+                shared.include(self._past)
+            self.checkpoint.accumulated = shared.totals()
+        return shared
+
+    def _solution(self, linear: Linear, statistic, pattern: Pattern) -> Solution:
+        if not isinstance(self.method, COPAL):
+            return super()._solution(linear, statistic, pattern)
+        importance = self.method.importance(linear.weight, statistic)
+        if self._past:
+            importance = importance + self._past[linear.name].to(importance.device)
+        self.checkpoint.accumulated[linear.name] = importance
+        return self.method.choose(linear.weight, importance, pattern)
+
+
+def _data_sets(
+    model: nn.Module, method: Method, calibrations: Mapping[str, Calibration], batch_size: int | None
+) -> dict[str, list[Batch]]:
+    if not isinstance(calibrations, Mapping):
+        raise TypeError(f"calibrations: expected a mapping of names to calibration data, got {type(calibrations).__name__}")
+    if not calibrations:
+        raise ValueError("calibrations: expected at least one data set, got none")
+    data_sets = {}
+    for name, calibration in calibrations.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"calibrations: expected names of data sets, got {name!r}")
+        try:
+            data_sets[name] = _batches_for(model, method, calibration, batch_size)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"calibrations[{name!r}]: {error}") from error
+    return data_sets
+
+
+def _checked_evaluation(
+    model: nn.Module, evaluate: Mapping[str, torch.Tensor] | None, names: set[str], length: int
+) -> Mapping[str, torch.Tensor]:
+    if evaluate is None:
+        return {}
+    if not isinstance(evaluate, Mapping):
+        raise TypeError(f"evaluate: expected a mapping of names to token ids, got {type(evaluate).__name__}")
+    for name, ids in evaluate.items():
+        if name not in names:
+            raise ValueError(f"evaluate: expected names of data sets ({', '.join(sorted(names))}), got {name!r}")
+        try:
+            evaluation_windows(model, ids, length)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"evaluate[{name!r}]: {error}") from error
+    return evaluate
+
+
+def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:
+    weights = [module.weight for linear in plan.linears for module in linear.modules]
+    return {
+        "method": method.settings(),
+        "patterns": {name: str(value) for name, value in plan.patterns.items()},
+        "model": model_fingerprint(model, without=weights),
+    }
+
+
+def _todo(state: State, data_sets: Mapping[str, list[Batch]], resume: bool) -> list[tuple[str, list[Batch]]]:
+    """The data sets that the state has not taken in yet."""
+    if state.under_way and not resume:
+        raise ValueError(
+            f"state: {state.folder} holds an unfinished step, {state.seen[-1][0]!r}; pass resume=True and that data set to go on"
+        )
+    todo, seen = [], dict(state.seen[: len(state.steps)])
+    for name, batches in data_sets.items():
+        if name not in seen:
+            todo.append((name, batches))
+        elif not resume:
+            raise ValueError(
+                f"calibrations: {name!r} was taken in already; leave it out (it is not read again), give new data another name, or "
+                "pass resume=True to skip it"
+            )
+        elif seen[name] != fingerprint(batches):
+            raise ValueError(f"calibrations: {name!r} is not what was taken in under that name")
+    if state.under_way and (not todo or state.seen[-1] != [todo[0][0], fingerprint(todo[0][1])]):
+        raise ValueError(f"calibrations: expected {state.seen[-1][0]!r} next, unchanged, to finish its step in {state.folder}")
+    return todo
