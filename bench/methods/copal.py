@@ -1,0 +1,186 @@
+"""What continual pruning forgets, on three domains in all six orders: `python -m bench.methods.copal WIKITEXT --work FOLDER`.
+
+WIKITEXT holds `valid.txt` and `test.txt` of WikiText-2; the other two domains, the documentation and the source of the Python that
+runs this, ship with Python. SmolLM2-135M-Instruct in float32; 8 x 512 tokens of calibration a domain (seed 0); perplexity of the
+first 2 windows of 2048 tokens of `test.txt` and of the held-out parts.
+
+A data set's step depends only on those before it, so orders that begin alike share their steps: 3 + 6 + 6 for what accumulates, and 3
+where each data set prunes the dense weights. What is carried over never changes after the first data set
+(`tests/pruning/test_continual.py` shows it to the bit), so its figures are those of the first data set's model. FOLDER keeps each
+step's figures, and the states of the steps under way: a run that is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import sparsekern
+from sparsekern import COPAL, Magnitude, SparseGPT, Wanda
+from sparsekern.data import calibration_ids, encode, read_documents
+from sparsekern.pruning import ContinualReport, Step
+
+from .. import smollm2
+
+RESULTS = Path(__file__).parents[1] / "results"
+SAMPLES, LENGTH = 8, 512
+WINDOWS, WINDOW = 2, 2048
+DOMAINS = ("wiki", "docs", "code")
+ORDERS = list(permutations(DOMAINS))
+METHODS = {
+    "magnitude": (Magnitude(), "dense"),
+    "Wanda, from dense": (Wanda(), "dense"),
+    "Wanda, carried": (Wanda(), "carry"),
+    "Wanda, accumulated": (Wanda(), "accumulate"),
+    "SparseGPT, from dense": (SparseGPT(), "dense"),
+    "SparseGPT, carried": (SparseGPT(), "carry"),
+    "SparseGPT, accumulated": (SparseGPT(), "accumulate"),
+    "COPAL, from dense": (COPAL(), "dense"),
+    "COPAL": (COPAL(), "accumulate"),
+}
+PATTERNS = ("0.5", "2:4")
+
+
+class Texts:
+    """The tokens of the three domains."""
+
+    def __init__(self, wikitext: Path) -> None:
+        words = smollm2.tokenizer()
+        sources = {"wiki": wikitext / "valid.txt", "docs": "builtin:python-docs", "code": "builtin:python-source"}
+        self.calibration = {n: calibration_ids(s, words, samples=SAMPLES, length=LENGTH, seed=0) for n, s in sources.items()}
+        sources["wiki"] = wikitext / "test.txt"
+        held_out = {name: encode(read_documents(source, "held-out"), words) for name, source in sources.items()}
+        self.evaluation = {name: ids[: WINDOWS * WINDOW] for name, ids in held_out.items()}
+
+    def perplexities(self, model: torch.nn.Module, names: tuple[str, ...] = DOMAINS) -> dict[str, float]:
+        return {name: sparsekern.perplexity(model, self.evaluation[name], WINDOW) for name in names}
+
+
+def kept(path: Path, measure: Callable[[], dict]) -> dict:
+    """What `measure` returns, from `path` where it was measured before."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = json.dumps(measure())
+        path.with_suffix(".tmp").write_text(found)
+        os.replace(path.with_suffix(".tmp"), path)
+        print(path, found, flush=True)
+    return json.loads(path.read_text())
+
+
+def of_one_data_set(method, pattern: str, name: str, texts: Texts, work: Path) -> dict[str, float]:
+    """Perplexities of the dense model pruned for one data set."""
+
+    def measure() -> dict[str, float]:
+        model = smollm2.dense_model()
+        sparsekern.prune_continually(model, {name: texts.calibration[name]}, method, pattern, strategy="dense", progress=False)
+        return texts.perplexities(model)
+
+    return kept(work / f"{name}.json", measure)
+
+
+def accumulated(method, pattern: str, before: tuple[str, ...], texts: Texts, work: Path) -> dict[tuple[str, ...], dict[str, float]]:
+    """For each order that begins with `before` and goes on, the perplexities after its last step that its figures need."""
+    results = {}
+    for name in (name for name in DOMAINS if name not in before):
+        names = (*before, name)
+        path, state = work / f"{'-'.join(names)}.json", work / "-".join(names)
+
+        def measure(name=name, names=names, state=state) -> dict[str, float]:
+            if before and not state.exists():  # the files of a state never change, so links will do
+                shutil.rmtree(state.with_suffix(".tmp"), ignore_errors=True)
+                shutil.copytree(work / "-".join(before), state.with_suffix(".tmp"), copy_function=os.link)
+                state.with_suffix(".tmp").rename(state)
+            model, calibration = smollm2.dense_model(), {name: texts.calibration[name]}
+            sparsekern.prune_continually(model, calibration, method, pattern, state=state, resume=True, progress=False)
+            return texts.perplexities(model, DOMAINS if len(names) == len(DOMAINS) else (name,))
+
+        results[names] = kept(path, measure)
+        results |= accumulated(method, pattern, names, texts, work)
+        shutil.rmtree(state, ignore_errors=True)
+    return results
+
+
+def reports(label: str, pattern: str, texts: Texts, work: Path) -> list[ContinualReport]:
+    """Of each order, what `prune_continually` would report of the method."""
+    method, strategy = METHODS[label]
+    if strategy == "accumulate":
+        after = accumulated(method, pattern, (), texts, work / pattern / label)
+    else:
+        folder = work / pattern / label.replace("carried", "from dense")  # of which the carried figures are some
+        alone = {name: of_one_data_set(method, pattern, name, texts, folder) for name in DOMAINS}
+        after = {order[:t]: alone[order[0 if strategy == "carry" else t - 1]] for order in ORDERS for t in (1, 2, 3)}
+
+    def step(names: tuple[str, ...]) -> Step:
+        found = {name: after[names][name] for name in names if name in after[names]}
+        return Step(names[-1], SAMPLES * LENGTH, float("nan"), None, float("nan"), found)
+
+    return [ContinualReport(steps=[step(order[:t]) for t in (1, 2, 3)]) for order in ORDERS]
+
+
+def row(found: list[ContinualReport]) -> dict:
+    forgotten = [report.backward_transfer for report in found]
+    last = {name: mean(report.steps[-1].perplexity[name] for report in found) for name in DOMAINS}
+    return {
+        "average perplexity": mean(report.average_perplexity for report in found),
+        "backward transfer": mean(forgotten),
+        "worst order": min(forgotten),
+        "best order": max(forgotten),
+        "after the last step": last,
+        "orders": [{"order": report.names, "matrix": report.matrix} for report in found],
+    }
+
+
+def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
+    """The section of the results, in Markdown."""
+    lines = [
+        "## Continual pruning (COPAL)",
+        "",
+        f"SmolLM2-135M-Instruct, float32; {SAMPLES} x {LENGTH} tokens of calibration a domain, seed 0; perplexity of {WINDOWS} windows of "
+        f"{WINDOW} tokens a domain; means over all six orders of WikiText-2, Python's documentation and Python's source. Backward "
+        "transfer is the mean of `R[i, i] - R[T, i]`: **negative is forgetting**. COPAL is a reconstruction.",
+        "",
+        "Dense: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + f"; average {mean(dense.values()):.2f}.",
+    ]
+    for pattern, by_label in rows.items():
+        lines += ["", f"### {pattern}", ""]
+        lines += ["| method | average perplexity at the end | backward transfer (worst, best order) | wiki | docs | code |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for label, found in by_label.items():
+            each = " | ".join(f"{found['after the last step'][name]:.2f}" for name in DOMAINS)
+            lines.append(
+                f"| {label} | {found['average perplexity']:.2f} | {found['backward transfer']:+.2f} "
+                f"({found['worst order']:+.2f}, {found['best order']:+.2f}) | {each} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def run(wikitext: Path, work: Path, labels: list[str], patterns: list[str]) -> str:
+    texts = Texts(wikitext)
+    dense = kept(work / "dense.json", lambda: texts.perplexities(smollm2.dense_model()))
+    rows = {pattern: {label: row(reports(label, pattern, texts, work)) for label in labels} for pattern in patterns}
+    section = table(dense, rows)
+    (RESULTS / "quality-copal.json").write_text(json.dumps({"dense": dense, "patterns": rows}, indent=1) + "\n")
+    (RESULTS / "quality-copal.md").write_text(section)
+    return section
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wikitext", type=Path, metavar="WIKITEXT")
+    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--only", action="append", choices=list(METHODS), help="may be given more than once")
+    parser.add_argument("--pattern", action="append", choices=PATTERNS, help="may be given more than once")
+    arguments = parser.parse_args()
+    print(run(arguments.wikitext, arguments.work, arguments.only or list(METHODS), arguments.pattern or list(PATTERNS)))
+
+
+if __name__ == "__main__":
+    main()
