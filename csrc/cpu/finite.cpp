@@ -34,11 +34,7 @@ template <class T>
 [[noreturn]] void report(const char* name, const T* data, int64_t row, int64_t columns) {
   int64_t column = 0;
   while (std::isfinite(to_float(data[row * columns + column]))) ++column;
-  const float value = to_float(data[row * columns + column]);
-  const std::string text = std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
-  throw std::invalid_argument(
-      std::string(name) + ": expected finite values, got " + text + " at [" + std::to_string(row) + ", " + std::to_string(column) +
-      "]");
+  refuse_nonfinite(name, to_float(data[row * columns + column]), row * columns + column, columns);
 }
 
 // `columns_of(row)` is how much of a row is looked at; 0 leaves it out.
@@ -58,6 +54,12 @@ void scan(const char* name, const T* data, int64_t rows, int64_t columns, const 
 }
 
 }  // namespace
+
+void refuse_nonfinite(const char* name, float value, int64_t index, int64_t columns) {
+  const std::string text = std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
+  const std::string place = std::to_string(index / columns) + ", " + std::to_string(index % columns);
+  throw std::invalid_argument(std::string(name) + ": expected finite values, got " + text + " at [" + place + "]");
+}
 
 void require_finite(
     const char* name,

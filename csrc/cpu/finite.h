@@ -7,6 +7,9 @@
 
 namespace sparsekern::cpu {
 
+// Throws std::invalid_argument for a value that is not finite, at `index` of a row-major matrix.
+[[noreturn]] void refuse_nonfinite(const char* name, float value, int64_t index, int64_t columns);
+
 // Throws std::invalid_argument naming the first NaN or Inf of a row-major matrix. Rows where `row_mask` is 0 are not looked at.
 void require_finite(
     const char* name,

@@ -27,3 +27,4 @@ const char* isa_name(Isa isa);
 #define SPARSEKERN_X86 0
 #endif
 #define SPARSEKERN_INLINE inline __attribute__((always_inline))
+#define SPARSEKERN_INLINE_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda that such a body calls

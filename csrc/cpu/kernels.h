@@ -115,6 +115,49 @@ void bitmask_unpack(
 // Turns the number of values of each row into the place of its first, and returns how many there are in all.
 int64_t counts_to_starts(int64_t* counts, int64_t rows);
 
+enum class Solver { automatic, cholesky, conjugate_gradients };
+
+struct LeastSquares {
+  double damping, tolerance;
+  int64_t max_iterations;
+  Solver solver;
+
+  // Whether rows of this support are factored.
+  bool exact(int64_t support, int64_t columns) const;
+};
+
+// `start` may be null (the weight itself). Returns how many rows conjugate gradients left unfinished.
+int64_t masked_lstsq(
+    const void* weight,
+    const void* start,
+    DType dtype,
+    const float* gram,
+    const uint8_t* mask,
+    const LeastSquares& settings,
+    int64_t rows,
+    int64_t columns,
+    void* new_weight,
+    float* row_error,
+    const Executor& executor);
+
+struct StepPattern {
+  int64_t n, m;  // n = 0: the k largest
+  int64_t k;     // of each row, or of the whole matrix
+  bool whole_matrix;
+};
+
+// In place on offset, dual and mask; returns how many entries of the mask changed. `columns` is divisible by m, m at most 64; k is at
+// most `columns`, or `rows * columns` for the whole matrix.
+int64_t admm_step_(
+    float* offset,
+    float* dual,
+    uint8_t* mask,
+    const float* weight,
+    const StepPattern& pattern,
+    int64_t rows,
+    int64_t columns,
+    const Executor& executor);
+
 // Writes V and returns the damping used: negative (or -inf for 0) says that float64 arithmetic was needed. A pivot below
 // `smallest_pivot` of its entry of the damped diagonal, in units of the arithmetic's epsilon, counts as not positive.
 double reverse_cholesky(

@@ -25,17 +25,24 @@ void parallel_for(const Executor& executor, int64_t n, int64_t grain, const F& f
       const_cast<F*>(&f));
 }
 
-// f(i) once for each i in [0, n), handed out one by one: for tasks of unequal length, or on a machine with other work to do.
-// Which thread does a task has no influence on its result, so results are the same for any number of threads.
-template <class F>
-void parallel_tasks(const Executor& executor, int64_t n, const F& f) {
+// f(i, state) once for each i in [0, n), handed out one by one: for tasks of unequal length, or on a machine with other work to do.
+// `state` is made once a thread. Which thread does a task has no influence on its result, so results are the same for any number of
+// threads.
+template <class Make, class F>
+void parallel_tasks(const Executor& executor, int64_t n, const Make& make, const F& f) {
   std::atomic<int64_t> next{0};
   const int64_t workers = n < executor.threads ? n : executor.threads;
   parallel_for(executor, workers, 1, [&](int64_t begin, int64_t end) {
+    auto state = make();
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) f(i);
+      for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) f(i, state);
     }
   });
+}
+
+template <class F>
+void parallel_tasks(const Executor& executor, int64_t n, const F& f) {
+  parallel_tasks(executor, n, [] { return 0; }, [&](int64_t i, int) { f(i); });
 }
 
 }  // namespace sparsekern::cpu

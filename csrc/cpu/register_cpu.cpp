@@ -287,6 +287,73 @@ std::tuple<Tensor, Tensor> gram_solve_of(Tensor gram, Tensor cross, double dampi
   });
 }
 
+void check_like(const Tensor& tensor, const Tensor& weight, ScalarType type, const char* message) {
+  check(
+      tensor.dim() == 2 && tensor.size(0) == weight.size(0) && tensor.size(1) == weight.size(1) && tensor.scalar_type() == type, message);
+}
+
+Tensor admm_step(Tensor offset, Tensor dual, Tensor mask, Tensor weight, int64_t n, int64_t m, int64_t k, std::string scope) {
+  check(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float, "weight: expected 2 dimensions of float32");
+  check_like(offset, weight, ScalarType::Float, "offset: expected float32 of the shape of weight");
+  check_like(dual, weight, ScalarType::Float, "dual: expected float32 of the shape of weight");
+  check_like(mask, weight, ScalarType::Bool, "mask: expected bool of the shape of weight");
+  check(n == 0 || (n >= 1 && n < m && m <= 64 && weight.size(1) % m == 0), "n, m: expected 1 <= n < m <= 64 with columns divisible by m");
+  check(scope == "row" || scope == "matrix", "scope: expected row or matrix");
+  const bool whole_matrix = scope == "matrix";
+  check(n > 0 || (k >= 0 && k <= (whole_matrix ? weight.numel() : weight.size(1))), "k: expected 0 to the number of weights");
+  const Tensor dense_weight = torch::stable::contiguous(weight);
+  Tensor changed = torch::stable::new_empty(weight, {}, ScalarType::Long);
+  in_place(offset, [&](Tensor& dense_offset) {
+    in_place(dual, [&](Tensor& dense_dual) {
+      in_place(mask, [&](Tensor& dense_mask) {
+        *static_cast<int64_t*>(changed.mutable_data_ptr()) = admm_step_(
+            float_data(dense_offset), float_data(dense_dual), byte_data(dense_mask), const_float_data(dense_weight),
+            {n, m, k, whole_matrix}, weight.size(0), weight.size(1), torch_executor());
+      });
+    });
+  });
+  return changed;
+}
+
+Solver solver_of(const std::string& name) {
+  if (name == "auto") return Solver::automatic;
+  if (name == "cholesky") return Solver::cholesky;
+  check(name == "cg", "solver: expected auto, cholesky or cg");
+  return Solver::conjugate_gradients;
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_lstsq_of(
+    Tensor weight,
+    Tensor gram,
+    Tensor mask,
+    std::optional<Tensor> start,
+    double damping,
+    double tolerance,
+    int64_t max_iterations,
+    std::string solver) {
+  check(weight.dim() == 2, "weight: expected 2 dimensions");
+  const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
+  check_square_float(gram, "gram: expected a square float32 matrix");
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  check(gram.size(0) == columns, "gram: expected one row and column for each input feature of weight");
+  check_like(mask, weight, ScalarType::Bool, "mask: expected bool of the shape of weight");
+  const Tensor dense_weight = torch::stable::contiguous(weight), dense_gram = torch::stable::contiguous(gram);
+  const Tensor dense_mask = torch::stable::contiguous(mask);
+  std::optional<Tensor> dense_start;
+  if (start) {
+    check_like(*start, weight, weight.scalar_type(), "start: expected the shape and dtype of weight");
+    dense_start = torch::stable::contiguous(*start);
+  }
+  Tensor new_weight = torch::stable::new_empty(weight, {rows, columns});
+  Tensor row_error = torch::stable::new_empty(weight, {rows}, ScalarType::Float);
+  Tensor unfinished = torch::stable::new_empty(weight, {}, ScalarType::Long);
+  *static_cast<int64_t*>(unfinished.mutable_data_ptr()) = masked_lstsq(
+      dense_weight.const_data_ptr(), dense_start ? dense_start->const_data_ptr() : nullptr, dtype, const_float_data(dense_gram),
+      static_cast<const uint8_t*>(dense_mask.const_data_ptr()), {damping, tolerance, max_iterations, solver_of(solver)}, rows, columns,
+      new_weight.mutable_data_ptr(), float_data(row_error), torch_executor());
+  return {new_weight, row_error, unfinished};
+}
+
 Scope scope_of(const std::string& name) {
   if (name == "block") return Scope::block;
   if (name == "row") return Scope::row;
@@ -333,6 +400,7 @@ std::tuple<Tensor, Tensor, Tensor> obs_sweep_of(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  m.impl("admm_step_", TORCH_BOX(&admm_step));
   m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack_of));
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
   m.impl("feature_norm_", TORCH_BOX(&feature_norm));
@@ -340,6 +408,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("gram_inverse", TORCH_BOX(&gram_inverse_of));
   m.impl("gram_solve", TORCH_BOX(&gram_solve_of));
   m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize));
+  m.impl("masked_lstsq", TORCH_BOX(&masked_lstsq_of));
   m.impl("nm_mask", TORCH_BOX(&nm_mask_of));
   m.impl("nm_pack", TORCH_BOX(&nm_pack_of));
   m.impl("nm_prune_pack", TORCH_BOX(&nm_prune_pack_of));

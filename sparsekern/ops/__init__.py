@@ -1,6 +1,7 @@
 """Drop-in torch ops, one file each. The compiled library is loaded after the definitions, so that it can only implement them."""
 
 from ..backends import libraries
+from .admm_step import admm_step_
 from .bitmask_linear import bitmask_linear
 from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
@@ -11,6 +12,7 @@ from .gram_inverse import gram_inverse
 from .gram_solve import gram_solve
 from .gram_symmetrize import gram_symmetrize_
 from .head_neuron_scores import head_neuron_scores
+from .masked_lstsq import masked_lstsq
 from .nm_linear import nm_linear
 from .nm_mask import nm_mask
 from .nm_pack import nm_pack
@@ -24,6 +26,7 @@ from .topk_mask import topk_mask
 libraries.load()
 
 __all__ = [
+    "admm_step_",
     "bitmask_linear",
     "bitmask_pack",
     "bitmask_unpack",
@@ -34,6 +37,7 @@ __all__ = [
     "gram_solve",
     "gram_symmetrize_",
     "head_neuron_scores",
+    "masked_lstsq",
     "nm_linear",
     "nm_mask",
     "nm_pack",

@@ -42,8 +42,8 @@ def matrices(draw, *, columns=COLUMNS, rows=ROWS, zeros=NO_ZEROS):
 
 def best(row: list[float], k: int) -> list[bool]:
     """The k largest of a list, of equal ones the first: the definition, one comparison at a time."""
-    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
-    return [i in set(order[:k]) for i in range(len(row))]
+    kept = set(sorted(range(len(row)), key=lambda i: (-row[i], i))[:k])
+    return [i in kept for i in range(len(row))]
 
 
 def bits(tensor: torch.Tensor) -> bytes:

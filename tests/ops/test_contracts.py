@@ -14,7 +14,7 @@ from sparsekern.ops._registry import NAMESPACE, OPS, Op, Sample
 from tests.conftest import COMPILED, ISAS, cpu_has
 
 BIT_EXACT = {
-    "bitmask_pack", "bitmask_unpack", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_prune_pack", "nm_unpack", "topk_mask",
+    "admm_step_", "bitmask_pack", "bitmask_unpack", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_prune_pack", "nm_unpack", "topk_mask",
 }  # fmt: skip
 RELATIVE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 WITHOUT_ISA = {"gram_symmetrize_"}  # moves data only: one code for every instruction set
