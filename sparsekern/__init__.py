@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from ._info import info
 from ._warnings import SparsekernWarning
 from .data import perplexity
-from .methods import COPAL, Magnitude, SparseGPT, Wanda
+from .methods import ALPS, COPAL, Magnitude, SparseGPT, Wanda
 from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import ContinualReport, Report, prune, prune_continually
@@ -13,6 +13,7 @@ from .runtime import save
 from .training import keep_sparsity, merge_adapter
 
 __all__ = [
+    "ALPS",
     "COPAL",
     "NM",
     "ContinualReport",

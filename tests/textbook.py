@@ -104,3 +104,87 @@ def textbook_magnitude(
     threshold = weight.abs().flatten().sort().values[int(weight.numel() * sparsity)]
     pruned = weight.abs() <= threshold
     return weight.masked_fill(pruned, 0), ~pruned
+
+
+def textbook_alps(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    sparsity: float = 0.0,
+    n_kept: int = 0,
+    m: int = 0,
+    damping: float = 0.01,
+    rho: float = 0.1,
+    iterations: int = 300,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Meng et al., 2024, as its public program runs: ADMM with the eigenvectors of `gram` in float64, then conjugate gradients.
+
+    Everything is transposed (`[columns, rows]`), and nothing is left out that the program computes: the inverse from the eigenvectors for
+    every penalty, a full sort of all scores, the trace of the error by a product of all rows with all rows, and three products an
+    iteration of conjugate gradients, whose stopping test never passes. `n_kept` of every `m` weights are *kept*.
+
+    Args:
+        weight: `[rows, columns]`; gram: `[columns, columns]`, `X^T X`, whose dtype is that of the computation.
+
+    Returns:
+        The pruned weights and the mask, True where kept.
+    """
+    gram = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    scale = gram.diagonal().sqrt() + 1e-8
+    gram = gram / scale / scale[:, None]
+    dense = (weight.to(gram.dtype) * scale).T
+    right = gram @ dense
+    total = dense.numel()
+    kept = total * n_kept // m if m else round((1 - sparsity) * total)
+    values, vectors = torch.linalg.eigh(gram.double())
+
+    def inverse(rho: float) -> torch.Tensor:
+        return ((vectors / (values + rho)) @ vectors.T).to(gram.dtype)
+
+    def project(z: torch.Tensor) -> torch.Tensor:
+        if m:
+            groups = z.T.reshape(-1, m)
+            dropped = groups.square().topk(m - n_kept, dim=1, largest=False).indices
+            return groups.scatter(1, dropped, 0).view_as(z.T).T
+        dropped = (-z.square()).flatten().topk(total - kept).indices
+        return z.flatten().scatter(0, dropped, 0).view_as(z)
+
+    solution, dual, sparse = dense, torch.zeros_like(dense), project(dense)
+    support, started, step = sparse == 0, False, inverse(rho)
+    for iteration in range(iterations):
+        solution = step @ (right - dual + rho * sparse)
+        sparse = project(solution + dual / rho)
+        dual = dual + rho * (solution - sparse)
+        if (iteration + 1) % 3:
+            continue
+        changed = int(((sparse == 0) != support).sum())
+        support = sparse == 0
+        ((sparse - dense).T @ (gram @ sparse - right)).diagonal().sum()  # the trace that nothing reads
+        if changed > 0.1 * kept:
+            started, rho = True, rho * 1.3
+        elif changed > 0.005 * kept:
+            started, rho = True, rho * 1.2
+        elif changed and started:
+            rho *= 1.1
+        elif changed:
+            rho, solution, dual, sparse = rho / 5, dense, torch.zeros_like(dense), project(dense)
+        elif started:
+            break
+        else:
+            rho /= 5
+        step = inverse(min(rho, 1e6))
+        if iteration >= 30 and changed < 3e-4 * kept:
+            break
+    solution = project(solution)
+    mask = solution != 0
+    residual = (right - gram @ solution) * mask
+    direction, power = residual, residual.square().sum(0)
+    for _ in range(10):
+        curvature = (direction * (gram @ direction)).sum(0)
+        alpha = power / curvature.where(curvature != 0, 1e-8)
+        solution = solution + alpha * direction
+        residual = residual - alpha * (gram @ direction) * mask
+        (gram @ solution - right).norm(dim=1).max()  # the stopping test: unmasked, over the wrong axis
+        next_power = residual.square().sum(0)
+        direction = residual + next_power / power.where(power != 0, 1e-8) * direction
+        power = next_power
+    return (solution.T / scale).to(weight.dtype), mask.T.contiguous()

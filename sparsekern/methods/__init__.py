@@ -1,12 +1,13 @@
 """Pruning methods: the papers' mathematics, one small file each, built on `sparsekern.ops`."""
 
+from .alps import ALPS
 from .base import Method, Solution, Statistics
 from .copal import COPAL
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (COPAL, Magnitude, SparseGPT, Wanda)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ALPS, COPAL, Magnitude, SparseGPT, Wanda)}
 
 
 def resolve_method(method: str | Method) -> Method:
@@ -24,4 +25,4 @@ def resolve_method(method: str | Method) -> Method:
     return METHODS[method]()
 
 
-__all__ = ["COPAL", "METHODS", "Magnitude", "Method", "Solution", "SparseGPT", "Statistics", "Wanda", "resolve_method"]
+__all__ = ["ALPS", "COPAL", "METHODS", "Magnitude", "Method", "Solution", "SparseGPT", "Statistics", "Wanda", "resolve_method"]

@@ -56,7 +56,7 @@ def prune(
 
     Args:
         model: a transformers `PreTrainedModel` (or any module called the same way) on one device, in float32, bfloat16 or float16.
-        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, or a config such as `SparseGPT(damping=0.01)`.
+        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `SparseGPT(damping=0.01)`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
             and `attention_mask` (padding is left out of every statistic). Magnitude needs none.
@@ -71,7 +71,7 @@ def prune(
         patterns: glob -> pattern, or None to leave dense; the first match wins over `pattern`.
         batch_size: samples run at once where `calibration` is one tensor; None chooses. A matter of speed and memory only.
         report_error: take a Gram matrix just to report each layer's error also for methods that do without one (Wanda, magnitude).
-            It costs about as much as the forwards. SparseGPT always reports it.
+            It costs about as much as the forwards. SparseGPT and ALPS always report it.
         complete: called with the report once model and report are in `out`, while the checkpoint is still there: puts whatever else
             belongs in the folder. A run killed meanwhile can be resumed, and then needs only to do this again.
 

@@ -21,7 +21,7 @@ def ids(generator):
     return torch.randint(320, (12, 48), generator=generator)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("pattern", ["2:4", 0.5])
 def test_as_on_the_cpu(ids, method, pattern):
     there = copy.deepcopy(here := llama()).cuda()

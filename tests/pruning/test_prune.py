@@ -22,7 +22,7 @@ def model():
     return tiny_model("llama")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", 0.5, "30%", NM(4, 8), Unstructured(0.25)])
 def test_every_method_reaches_every_pattern(model, method, pattern):
     report = sparsekern.prune(model, method, pattern, tiny_ids(), **QUIET)
@@ -39,7 +39,7 @@ def test_every_method_reaches_every_pattern(model, method, pattern):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_half_precision_models_stay_half(method, dtype):
     model = tiny_model("llama", dtype)
     report = sparsekern.prune(model, method, "2:4", tiny_ids(), report_error=True, **QUIET)
@@ -66,7 +66,7 @@ def test_errors_are_those_of_the_definition(model):
         module.register_forward_pre_hook(lambda module, args, name=name: inputs.setdefault(name, args[0]))
     with torch.no_grad():
         dense(ids)
-    for method in ("magnitude", "wanda", "sparsegpt"):
+    for method in ("magnitude", "wanda", "sparsegpt", "alps"):
         pruned = copy.deepcopy(model)
         report = sparsekern.prune(pruned, method, "2:4", ids, report_error=True, **QUIET)
         errors = {layer.name: layer.error for layer in report.layers}

@@ -1,0 +1,154 @@
+"""ALPS: choose the mask and the weights together, by the alternating directions method, then solve for the weights exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from .. import ops
+from ..ops._checks import check_finite
+from ..pattern import Pattern
+from .base import Method, Solution, Statistics, check_choice
+from .selection import keep_mask
+
+LOOK_EVERY = 3  # iterations between looks at how much of the mask has changed, after which the penalty is adapted
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, where more than this share of the mask has changed
+STUCK = 0.1  # a mask of which no more than this changes at the first look has not begun to move: the penalty is too large,
+RESTART = 0.2  # and is multiplied by this before everything starts anew,
+SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless it is below the former already
+REFINED = 1e-3  # the tolerance of the final least-squares solution: a thousandth of its error
+
+
+@dataclass(frozen=True)
+class ALPS(Method):
+    """Alternating directions method of multipliers (ADMM) on each linear, then least squares on the support that it found.
+
+    Everything happens in the basis in which the damped Gram matrix has a unit diagonal. The support settles as the penalty grows,
+    and how fast the penalty grows depends on how much of the support still changes. Features that were never active are pruned
+    first, and their weights are cleared where the pattern keeps them.
+
+    Args:
+        damping: share of the Gram matrix's mean diagonal added to its diagonal (paper: 0.01), at least 0.
+        scope: for a sparsity, where the exact number of pruned weights is counted: `"matrix"` (paper) or `"row"`.
+        rho: the penalty to start with (paper: 0.1), relative to the unit diagonal.
+        tolerance: ADMM ends when three iterations change no more than this share of the mask (of its kept or of its pruned entries,
+            whichever are fewer).
+        max_iterations: the most ADMM iterations (paper: 300).
+
+    Source: Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024, algorithms
+    1 and 2, with the dual scaled by the penalty and one Cholesky factorisation for each penalty in place of an eigendecomposition.
+    """
+
+    name: ClassVar[str] = "alps"
+    statistic: ClassVar[str] = "gram"
+
+    damping: float = 0.01
+    scope: str = "matrix"
+    rho: float = 0.1
+    tolerance: float = 0.01
+    max_iterations: int = 300
+
+    def __post_init__(self) -> None:
+        for field, low in (("damping", "at least 0"), ("rho", "above 0"), ("tolerance", "at least 0")):
+            value = getattr(self, field)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+            if not number or (value == 0 and low == "above 0"):
+                raise ValueError(f"ALPS.{field}: expected a number {low}, got {value!r}")
+        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
+            raise ValueError(f"ALPS.max_iterations: expected a whole number of at least 1, got {self.max_iterations!r}")
+        check_choice("ALPS.scope", self.scope, ("matrix", "row"))
+
+    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+        check_finite("weight", weight)
+        check_finite("gram", statistics.gram.tril())
+        basis = _unit_basis(statistics.gram, self.damping)
+        target = weight.float() * basis.scale
+        mask = keep_mask(target.abs(), pattern, self.scope)
+        start = None
+        if 0 < int(mask.sum()) < mask.numel():  # else there is nothing to choose
+            start, mask = self._find_support(_Admm(target, mask, basis.gram, pattern, self.scope, self.rho))
+        found, _ = ops.masked_lstsq(target, basis.gram, mask, start=start, tolerance=REFINED)
+        new_weight = (found * basis.inverse_scale).to(weight.dtype)
+        return Solution(new_weight, mask, statistics.row_energy(new_weight.float() - weight.float()))
+
+    def _find_support(self, admm: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sparse weights that ADMM ends with, and their mask."""
+        moving = False
+        for left in range(self.max_iterations, 0, -LOOK_EVERY):
+            changed = admm.run(min(LOOK_EVERY, left))
+            moving = moving or changed > STUCK or admm.rho < SMALLEST_PENALTY
+            if not moving:
+                admm.restart(admm.rho * RESTART)
+            elif changed <= self.tolerance:
+                break
+            else:
+                admm.set_penalty(min(admm.rho * next(growth for share, growth in GROWTH if changed > share), LARGEST_PENALTY))
+        return admm.solution(), admm.mask
+
+
+class _Admm:
+    """The alternating directions method on one weight: the state, which `ops.admm_step_` describes, and the penalty `rho`.
+
+    `target`: the dense weights in the basis of `gram`; `first`: the mask to start with.
+    """
+
+    def __init__(
+        self, target: torch.Tensor, first: torch.Tensor, gram: torch.Tensor, pattern: Pattern, scope: str, rho: float
+    ) -> None:
+        self._target, self._first, self._gram, self._pattern, self._scope = target, first, gram, pattern, scope
+        kept = int(first.sum())
+        self._fewer, self._live = min(kept, first.numel() - kept), float(gram.diagonal().mean()) or 1.0
+        self._product = torch.empty_like(target)
+        self.restart(rho)
+
+    def restart(self, rho: float) -> None:
+        self._offset = -self._target.masked_fill(self._first, 0)
+        self._dual = torch.zeros_like(self._target)
+        self.mask = self._first.clone()
+        self._factor(rho)
+
+    def run(self, iterations: int) -> float:
+        """Go on for so many iterations; returns how many entries of the mask have changed, as a share of the kept or the pruned."""
+        before = self.mask.clone()
+        for left in range(iterations, 0, -1):
+            self._offset, self._product = torch.mm(self._offset, self._step, out=self._product), self._offset
+            mask = before if left == 1 else self.mask  # so that the last one counts what all of them have changed
+            changed = ops.admm_step_(self._offset, self._dual, mask, self._target, self._pattern, scope=self._scope)
+        self.mask = before
+        return int(changed) / self._fewer
+
+    def set_penalty(self, rho: float) -> None:
+        # The dual is scaled by the penalty, and offset = projected - dual - target with it.
+        factor = self.rho / rho
+        self._offset.add_(self._dual, alpha=1 - factor)
+        self._dual.mul_(factor)
+        self._factor(rho)
+
+    def solution(self) -> torch.Tensor:
+        return (self._offset + self._target).masked_fill_(~self.mask, 0)
+
+    def _factor(self, rho: float) -> None:
+        """`rho (gram + rho I)^-1`: what the target's distance from the weights is multiplied by to give the solution's."""
+        self.rho = rho
+        self._step = ops.gram_inverse(self._gram, rho / self._live).mul_(rho)
+
+
+class _Basis(NamedTuple):
+    """`gram`: lower triangle, with a unit diagonal but for zeros where features are dead; `scale`: of weights on the way to it."""
+
+    gram: torch.Tensor
+    scale: torch.Tensor
+    inverse_scale: torch.Tensor
+
+
+def _unit_basis(gram: torch.Tensor, damping: float) -> _Basis:
+    diagonal = gram.diagonal().double()
+    dead = diagonal == 0
+    damped = (diagonal + damping * diagonal.mean()).masked_fill(dead, 1)
+    scale, inverse_scale = damped.sqrt().masked_fill(dead, 0).float(), damped.rsqrt().masked_fill(dead, 0).float()
+    unit = (gram * inverse_scale).mul_(inverse_scale[:, None])
+    unit.diagonal().copy_(~dead)
+    return _Basis(unit, scale, inverse_scale)
