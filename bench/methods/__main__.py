@@ -1,0 +1,64 @@
+"""Measure the quality of the methods and write `bench/results/quality.md`: `python -m bench.methods --wikitext FOLDER`.
+
+Each method has a section of its own (`bench/results/quality-<name>.md`); sections that are not measured this time stay as they are.
+`--only` without a name puts the page together from what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+from pathlib import Path
+
+from sparsekern.pruning.files import write_atomically
+
+from .. import results
+from . import Unavailable, __path__, path_of
+
+TITLE = """# Quality
+
+What the methods reach on real models, each section with its conditions. `python -m bench.methods` measures and writes this page;
+`--only NAME` measures one section anew. Perplexities are lower where better.
+"""
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def measure(name: str, wikitext: Path | None, quick: bool, folder: Path = results.FOLDER) -> None:
+    """Take one section's measurements and keep it; where it cannot be taken, say why and keep what there was."""
+    try:
+        section = importlib.import_module(f".{name}", __package__).run(wikitext, quick)
+    except Unavailable as reason:
+        print(f"{name}: not measured, {reason}")
+        return
+    print(section)
+    if not quick:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path_of(name, ".md", folder), (section.strip() + "\n").encode())
+
+
+def write_page(folder: Path = results.FOLDER) -> Path:
+    """Put all stored sections into one page, in the order of their names."""
+    sections = [path.read_text().strip() for path in sorted(folder.glob("quality-*.md"))]
+    page = folder / "quality.md"
+    write_atomically(page, "\n\n".join([TITLE.strip(), *sections, ""]).encode())
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wikitext", type=Path, metavar="FOLDER", help="with valid.txt and test.txt of WikiText-2")
+    parser.add_argument("--only", nargs="*", choices=names(), metavar="NAME", help=f"of {', '.join(names())}; none: no measurement")
+    parser.add_argument("--quick", action="store_true", help="a smaller problem; nothing is kept")
+    arguments = parser.parse_args()
+    for name in names() if arguments.only is None else arguments.only:
+        measure(name, arguments.wikitext, arguments.quick)
+    if not arguments.quick:
+        print(f"wrote {write_page()}")
+
+
+if __name__ == "__main__":
+    main()
