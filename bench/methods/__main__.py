@@ -44,7 +44,7 @@ def write_page(folder: Path = results.FOLDER) -> Path:
     """Put all stored sections into one page, in the order of their names."""
     sections = [path.read_text().strip() for path in sorted(folder.glob("quality-*.md"))]
     page = folder / "quality.md"
-    write_atomically(page, "\n\n".join([TITLE.strip(), *sections, ""]).encode())
+    write_atomically(page, ("\n\n".join([TITLE.strip(), *sections]) + "\n").encode())
     return page
 
 

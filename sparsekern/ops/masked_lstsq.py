@@ -37,7 +37,7 @@ def masked_lstsq(
     `H = gram + damping * mean(diag(gram)) * I`. All rows are solved at once by conjugate gradients with Jacobi preconditioning, one
     product with `H` an iteration; rows with a small support exactly, by a Cholesky factorisation each. Features that were never
     active (a zero on the diagonal of `gram`) get zero weights. Where `H` does not determine the weights, any solution does: the one
-    that conjugate gradients reach from `start`.
+    that conjugate gradients reach from `start`. On a GPU this is a composition of torch's operators, one matrix product an iteration.
 
     Args:
         weight: `[out_features, in_features]` float32, bfloat16 or float16: the dense weights. Computed in float32.
@@ -47,8 +47,8 @@ def masked_lstsq(
         damping: share of the mean diagonal that is added to the diagonal, at least 0; it draws the result towards `weight`.
         tolerance: a row is done when two iterations lower its error by less than this share of it.
         max_iterations: the most iterations a row gets. Rows that are not done then are reported by a `SparsekernWarning`.
-        solver: `"cholesky"` or `"cg"` for all rows, `"auto"` for the faster one by the size of a row's support. A row whose support
-            is rank-deficient is solved by `"cg"` in any case.
+        solver: `"cholesky"` or `"cg"` for all rows, `"auto"` for the faster one by the size of a row's support (on a GPU, `"cg"`). A
+            row whose support is rank-deficient is solved by `"cg"` in any case.
 
     Returns:
         `(new_weight, row_error)`: `[out_features, in_features]` in the dtype of `weight`; `[out_features]` float32, `d H d^T` of each
@@ -132,6 +132,8 @@ def _unit_gram(lower: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch
 
 def _small(mask: torch.Tensor) -> torch.Tensor:
     support = mask.sum(1)
+    if mask.is_cuda:  # a factorisation a row is launches a row; an iteration is one product for all rows, which nothing beats there
+        return torch.zeros_like(support, dtype=torch.bool)
     return (support <= LARGEST_EXACT) & (support**3 <= EXACT_SHARE * mask.shape[1] ** 2)
 
 

@@ -84,7 +84,7 @@ def test_attention_mask_of_another_shape(model):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_a_weight_that_is_not_finite(model, method, value):
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
     model.spoilt = ["model.layers.1.mlp.up_proj.weight"]
@@ -92,7 +92,7 @@ def test_a_weight_that_is_not_finite(model, method, value):
         sparsekern.prune(model, method, calibration=tiny_ids(), **QUIET)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
 def test_an_activation_that_is_not_finite_names_layer_and_sample(model, method):
     """Sample 5 alone has the token whose embedding is spoilt."""
     ids = tiny_ids(8, 16).clamp_(min=4)

@@ -103,7 +103,7 @@ def test_magnitude_and_the_head_resume_too(tmp_path, monkeypatch):
         if index == 3:  # the head comes after three blocks
             raise Interrupted
 
-    for method in ("magnitude", "wanda"):
+    for method in ("magnitude", "wanda", "alps"):
         arguments = {"method": method, "include": ["*", "lm_head"]}
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.Checkpoint, "save", interrupted)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import torch
+
+from .devices import needs_capability
+from .table import Implementation, Support
+from .values import BadValues, value_checks, values_are_checked
+
+
+def _triton(
+    offset: torch.Tensor,
+    dual: torch.Tensor,
+    mask: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    n: int = 0,
+    m: int = 0,
+    k: int = 0,
+    scope: str = "matrix",
+) -> torch.Tensor:
+    from ..triton_kernels import admm_step
+
+    state = offset, dual, mask
+    dense = [tensor.contiguous() for tensor in state]
+    weight = weight.contiguous()
+    found = admm_step.magnitudes_of(dense[0], dense[1], weight)
+    if values_are_checked(weight) and int(found.suspect):
+        raise BadValues("offset, dual, weight: expected finite values")
+    with value_checks(False):  # a NaN would have been found
+        if n:
+            kept = torch.ops.sparsekern.nm_mask(found.values, n, m)
+        else:
+            kept = torch.ops.sparsekern.topk_mask(found.values, k, scope=scope)
+    changed = admm_step.take_step_(*dense, weight, kept)
+    for tensor, new in zip(state, dense, strict=True):
+        if tensor is not new:
+            tensor.copy_(new)
+    return changed
+
+
+def _supports(offset: torch.Tensor, *args, **kwargs) -> Support:
+    return needs_capability(offset, (8, 0))
+
+
+IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
