@@ -6,6 +6,7 @@
 
 #include "common/dtype.h"
 #include "common/nm_layout.h"
+#include "cpu/activation.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -198,6 +199,32 @@ void obs_sweep(
     void* new_weight,
     uint8_t* new_mask,
     float* row_error,
+    const Executor& executor);
+
+// The auxiliary activations of SparseLLM (cpu/split.h); `ratio` is positive, all arrays hold `entries` elements of `dtype`.
+void plain_split(
+    const void* activated,
+    const void* preactivation,
+    const void* start,
+    DType dtype,
+    int64_t entries,
+    Activation activation,
+    float ratio,
+    int64_t steps,
+    void* z,
+    const Executor& executor);
+void gated_split(
+    const void* activated,
+    const void* up,
+    const void* gate,
+    const void* start,
+    DType dtype,
+    int64_t entries,
+    Activation activation,
+    float ratio,
+    int64_t steps,
+    void* z,
+    void* s,
     const Executor& executor);
 
 }  // namespace sparsekern::cpu

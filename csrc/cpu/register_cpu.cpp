@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -397,6 +398,53 @@ std::tuple<Tensor, Tensor, Tensor> obs_sweep_of(
   return {new_weight, chosen, row_error};
 }
 
+Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  check(name == "gelu_tanh", "activation: expected relu, silu, gelu or gelu_tanh");
+  return Activation::gelu_tanh;
+}
+
+// Contiguous tensors of one shape and dtype.
+template <size_t kCount>
+struct Alike {
+  std::array<Tensor, kCount> tensors;
+  DType dtype;
+
+  explicit Alike(std::array<Tensor, kCount> given)
+      : tensors(given), dtype(dtype_of(given[0], "activated: expected dtype float32, bfloat16 or float16")) {
+    for (Tensor& tensor : tensors) {
+      check(
+          tensor.dim() == 2 && tensor.size(0) == given[0].size(0) && tensor.size(1) == given[0].size(1) &&
+              tensor.scalar_type() == given[0].scalar_type(),
+          "activated, up, gate, preactivation, start: expected one shape [tokens, features] and one dtype");
+      tensor = torch::stable::contiguous(tensor);
+    }
+  }
+  const void* data(size_t which) const { return tensors[which].const_data_ptr(); }
+  Tensor new_one() const { return torch::stable::new_empty(tensors[0], {tensors[0].size(0), tensors[0].size(1)}); }
+};
+
+Tensor plain_split_of(Tensor activated, Tensor preactivation, Tensor start, std::string activation, double ratio, int64_t steps) {
+  const Alike<3> in({activated, preactivation, start});
+  Tensor z = in.new_one();
+  plain_split(
+      in.data(0), in.data(1), in.data(2), in.dtype, activated.numel(), activation_of(activation), static_cast<float>(ratio),
+      steps, z.mutable_data_ptr(), torch_executor());
+  return z;
+}
+
+std::tuple<Tensor, Tensor> gated_split_of(
+    Tensor activated, Tensor up, Tensor gate, Tensor start, std::string activation, double ratio, int64_t steps) {
+  const Alike<4> in({activated, up, gate, start});
+  Tensor z = in.new_one(), s = in.new_one();
+  gated_split(
+      in.data(0), in.data(1), in.data(2), in.data(3), in.dtype, activated.numel(), activation_of(activation),
+      static_cast<float>(ratio), steps, z.mutable_data_ptr(), s.mutable_data_ptr(), torch_executor());
+  return {z, s};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
@@ -404,6 +452,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack_of));
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
   m.impl("feature_norm_", TORCH_BOX(&feature_norm));
+  m.impl("gated_split", TORCH_BOX(&gated_split_of));
   m.impl("gram_", TORCH_BOX(&gram));
   m.impl("gram_inverse", TORCH_BOX(&gram_inverse_of));
   m.impl("gram_solve", TORCH_BOX(&gram_solve_of));
@@ -414,6 +463,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("nm_prune_pack", TORCH_BOX(&nm_prune_pack_of));
   m.impl("nm_unpack", TORCH_BOX(&nm_unpack_of));
   m.impl("obs_sweep", TORCH_BOX(&obs_sweep_of));
+  m.impl("plain_split", TORCH_BOX(&plain_split_of));
   m.impl("reverse_cholesky", TORCH_BOX(&reverse_cholesky_of));
   m.impl("topk_mask", TORCH_BOX(&topk_mask_of));
 }

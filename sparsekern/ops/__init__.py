@@ -7,6 +7,7 @@ from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
 from .cross_gram import cross_gram_
 from .feature_norm import feature_norm_
+from .gated_split import gated_split
 from .gram import gram_
 from .gram_inverse import gram_inverse
 from .gram_solve import gram_solve
@@ -19,6 +20,7 @@ from .nm_pack import nm_pack
 from .nm_prune_pack import nm_prune_pack
 from .nm_unpack import nm_unpack
 from .obs_sweep import obs_sweep
+from .plain_split import plain_split
 from .reverse_cholesky import reverse_cholesky
 from .sensitivity import sensitivity_
 from .topk_mask import topk_mask
@@ -32,6 +34,7 @@ __all__ = [
     "bitmask_unpack",
     "cross_gram_",
     "feature_norm_",
+    "gated_split",
     "gram_",
     "gram_inverse",
     "gram_solve",
@@ -44,6 +47,7 @@ __all__ = [
     "nm_prune_pack",
     "nm_unpack",
     "obs_sweep",
+    "plain_split",
     "reverse_cholesky",
     "sensitivity_",
     "topk_mask",

@@ -1,0 +1,135 @@
+// What plain_split and gated_split share: the search, entry by entry, for the pre-activation that pays best.
+//
+// An entry minimises `ratio * fit(t) + (s - gate)^2` over s, where t = act(s) and
+//   plain:  fit(t) = (p - t)^2
+//   gated:  fit(t) = (p - t up)^2 / (1 + ratio t^2), which is `(p - t z)^2 + (z - up)^2 / ratio` at its best z = (up + ratio t p) /
+//           (1 + ratio t^2); so z and s are found together.
+// It is not convex. The best of a few starting points, the old value among them, is improved by Gauss-Newton steps (whose curvature is
+// at least 1) that are taken only where they help, a quarter as long after each that did not: the objective never rises.
+#pragma once
+
+#include <algorithm>
+
+#include "common/dtype.h"
+#include "cpu/activation.h"
+#include "cpu/isa.h"
+
+namespace sparsekern::cpu::split {
+
+// What each entry is given; `up` is null in the plain form.
+template <class T>
+struct Inputs {
+  const T* p;
+  const T* up;
+  const T* gate;
+  const T* start;
+};
+
+template <class T>
+struct Outputs {
+  T* z;  // null in the plain form
+  T* s;
+};
+
+constexpr int64_t kLanes = 64;  // entries at a time: their state stays in L1
+constexpr float kStarts[] = {-1.25f, 0.0f, 1.0f, 3.0f};  // near the minimum, at zero, and where the slope is about one
+
+struct Fit {
+  float value;
+  float gradient;   // of half the fit by t
+  float curvature;  // of the same, by Gauss and Newton
+};
+
+// By t, without the factor `ratio` that all three have.
+template <bool kGated>
+SPARSEKERN_INLINE Fit fit_of(float t, float p, float up, float ratio) {
+  if constexpr (kGated) {
+    const float scale = 1.0f / (1.0f + ratio * t * t);
+    const float miss = p - t * up;
+    const float z = (up + ratio * t * p) * scale;
+    return {miss * miss * scale, -miss * scale * z, z * z * scale};
+  } else {
+    return {(p - t) * (p - t), t - p, 1.0f};
+  }
+}
+
+template <bool kGated, Activation kActivation, class T>
+SPARSEKERN_INLINE void split_lanes(const Inputs<T>& in, const Outputs<T>& out, int64_t count, float ratio, int64_t steps) {
+  float p[kLanes] = {}, up[kLanes] = {}, gate[kLanes] = {}, s[kLanes] = {};
+  float t[kLanes], slope[kLanes], objective[kLanes], length[kLanes];
+  for (int64_t i = 0; i < count; ++i) p[i] = to_float(in.p[i]);
+  for (int64_t i = 0; i < count; ++i) gate[i] = to_float(in.gate[i]);
+  for (int64_t i = 0; i < count; ++i) s[i] = to_float(in.start[i]);
+  if constexpr (kGated) {
+    for (int64_t i = 0; i < count; ++i) up[i] = to_float(in.up[i]);
+  }
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const Activated here = activate<kActivation>(s[i]);
+    t[i] = here.value;
+    slope[i] = here.slope;
+    objective[i] = ratio * fit_of<kGated>(here.value, p[i], up[i], ratio).value + (s[i] - gate[i]) * (s[i] - gate[i]);
+    length[i] = 1.0f;
+  }
+  // Two starts that each entry has of its own: its target, and what would fit p without a change of up (act(s) is about s there).
+  for (int64_t i = 0; i < kLanes; ++i) {
+    float wanted = p[i];
+    if constexpr (kGated) wanted = p[i] * up[i] > 0.0f ? p[i] / up[i] : 0.0f;
+    wanted = wanted > 0.0f ? wanted : 0.0f;
+    const Activated at_gate = activate<kActivation>(gate[i]), at_wanted = activate<kActivation>(wanted);
+    const float gate_objective = ratio * fit_of<kGated>(at_gate.value, p[i], up[i], ratio).value;
+    const float wanted_objective =
+        ratio * fit_of<kGated>(at_wanted.value, p[i], up[i], ratio).value + (wanted - gate[i]) * (wanted - gate[i]);
+    const bool first = gate_objective < objective[i];
+    const float best = first ? gate_objective : objective[i];
+    const bool second = wanted_objective < best;
+    s[i] = second ? wanted : first ? gate[i] : s[i];
+    t[i] = second ? at_wanted.value : first ? at_gate.value : t[i];
+    slope[i] = second ? at_wanted.slope : first ? at_gate.slope : slope[i];
+    objective[i] = second ? wanted_objective : best;
+  }
+  for (const float place : kStarts) {
+    const Activated there = activate<kActivation>(place);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const float value = ratio * fit_of<kGated>(there.value, p[i], up[i], ratio).value + (place - gate[i]) * (place - gate[i]);
+      const bool better = value < objective[i];
+      s[i] = better ? place : s[i];
+      t[i] = better ? there.value : t[i];
+      slope[i] = better ? there.slope : slope[i];
+      objective[i] = better ? value : objective[i];
+    }
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const Fit fit = fit_of<kGated>(t[i], p[i], up[i], ratio);
+      const float gradient = s[i] - gate[i] + ratio * fit.gradient * slope[i];
+      const float curvature = 1.0f + ratio * fit.curvature * slope[i] * slope[i];
+      const float place = s[i] - length[i] * gradient / curvature;
+      const Activated there = activate<kActivation>(place);
+      const float value = ratio * fit_of<kGated>(there.value, p[i], up[i], ratio).value + (place - gate[i]) * (place - gate[i]);
+      const bool better = value < objective[i];
+      s[i] = better ? place : s[i];
+      t[i] = better ? there.value : t[i];
+      slope[i] = better ? there.slope : slope[i];
+      objective[i] = better ? value : objective[i];
+      const float longer = length[i] < 0.5f ? 2.0f * length[i] : 1.0f;
+      length[i] = better ? longer : 0.25f * length[i];
+    }
+  }
+  for (int64_t i = 0; i < kLanes; ++i) s[i] = objective[i] == objective[i] ? s[i] : objective[i];  // NaN where anything was
+  if constexpr (kGated) {
+    for (int64_t i = 0; i < count; ++i) out.z[i] = from_float<T>((up[i] + ratio * t[i] * p[i]) / (1.0f + ratio * t[i] * t[i]));
+  }
+  for (int64_t i = 0; i < count; ++i) out.s[i] = from_float<T>(s[i]);
+}
+
+// Entries [begin, end).
+template <bool kGated, Activation kActivation, class T>
+SPARSEKERN_INLINE void split_range(Inputs<T> in, Outputs<T> out, int64_t begin, int64_t end, float ratio, int64_t steps) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const Inputs<T> here{in.p + i, kGated ? in.up + i : nullptr, in.gate + i, in.start + i};
+    const Outputs<T> there{kGated ? out.z + i : nullptr, out.s + i};
+    split_lanes<kGated, kActivation>(here, there, std::min(kLanes, end - i), ratio, steps);
+  }
+}
+
+}  // namespace sparsekern::cpu::split
