@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from ._info import info
 from ._warnings import SparsekernWarning
 from .data import perplexity
-from .methods import ALPS, COPAL, Magnitude, SparseGPT, Wanda
+from .methods import ALPS, COPAL, Magnitude, SparseGPT, SparseLLM, Wanda
 from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import ContinualReport, Report, prune, prune_continually
@@ -20,6 +20,7 @@ __all__ = [
     "Magnitude",
     "Report",
     "SparseGPT",
+    "SparseLLM",
     "SparsekernWarning",
     "Unstructured",
     "Wanda",

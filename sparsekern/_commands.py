@@ -22,7 +22,7 @@ from .pruning import Report, check_seed, prune
 from .runtime import check_format, check_output_folder, check_space, model_card, versions
 
 DEFAULT_LENGTH = 2048
-METHOD_SETTINGS = ("damping", "block_size", "scope", "form")
+METHOD_SETTINGS = ("damping", "block_size", "scope", "form", "solver")
 
 
 class UsageError(Exception):

@@ -85,7 +85,7 @@ def _add_prune(commands) -> None:
     prune = commands.add_parser("prune", help="prune a model and save it", formatter_class=_Help)
     _add_model(prune)
     prune.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the pruned model")
-    prune.add_argument("--method", default="sparsegpt", help="magnitude, wanda, sparsegpt, alps or copal")
+    prune.add_argument("--method", default="sparsegpt", help="magnitude, wanda, sparsegpt, alps, sparsellm or copal")
     prune.add_argument("--pattern", default="2:4", help="N:M keeps N of every M inputs; 0.5 or 50%% is the share of zeros")
     prune.add_argument(
         "--layer-pattern",
@@ -114,6 +114,7 @@ def _add_prune(commands) -> None:
     settings.add_argument("--block-size", type=int, help="columns in a block")
     settings.add_argument("--scope", help="where a sparsity is counted: block, row or matrix")
     settings.add_argument("--form", help="of copal's importance: sample or gram")
+    settings.add_argument("--solver", help="what prunes each linear inside sparsellm: sparsegpt, alps, wanda or magnitude")
     prune.add_argument(
         "--report-error",
         action="store_true",

@@ -5,9 +5,10 @@ from .base import Method, Solution, Statistics
 from .copal import COPAL
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
+from .sparsellm import SparseLLM
 from .wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ALPS, COPAL, Magnitude, SparseGPT, Wanda)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ALPS, COPAL, Magnitude, SparseGPT, SparseLLM, Wanda)}
 
 
 def resolve_method(method: str | Method) -> Method:
@@ -25,4 +26,4 @@ def resolve_method(method: str | Method) -> Method:
     return METHODS[method]()
 
 
-__all__ = ["ALPS", "COPAL", "METHODS", "Magnitude", "Method", "Solution", "SparseGPT", "Statistics", "Wanda", "resolve_method"]
+__all__ = ["ALPS", "COPAL", "METHODS", "Magnitude", "Method", "Solution", "SparseGPT", "SparseLLM", "Statistics", "Wanda", "resolve_method"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -45,6 +46,15 @@ class Statistics(Protocol):
     def shift(self) -> float:
         """What `factor` added to the diagonal: `factor factor^T = G + shift I`."""
 
+    def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
+        """`W` of `W (G + shift I) = cross`, by the factor of that damping; zero where a feature was never active."""
+
+    def empty(self) -> Statistics:
+        """A statistic of the same kind and width that has seen no token."""
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        """Take in the rows of `x` `[tokens, in_features]`, where `row_mask` is True or all."""
+
     def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
         """`[out_features]` float64: `w G w^T` of each row, that is its squared output over the calibration tokens."""
 
@@ -70,6 +80,69 @@ class Method:
     def settings(self) -> dict[str, object]:
         """The name and every field, as JSON can hold them."""
         return {"name": self.name, **asdict(self)}
+
+
+class Rows(Protocol):
+    """`[tokens, width]` in the model's dtype, kept outside the device's memory (see `sparsekern.pruning.feed_forward`)."""
+
+    def read(self, rows: slice) -> torch.Tensor:
+        """Some rows in float32 on the model's device."""
+
+    def write(self, rows: slice, values: torch.Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear of a feed-forward network: its dense weight `[out_features, in_features]`, its bias, and what it is pruned to."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class FeedForwardProblem:
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where there is a gate, with all its calibration inputs `x`.
+
+    `inputs` and `hidden` are the statistics of what goes into up (and gate) and into down while all three are dense;
+    `new_rows(width)` makes room for that many numbers a token; `tiles` are slices of the tokens, each small enough for the device.
+    """
+
+    up: Layer
+    gate: Layer | None
+    down: Layer
+    activation: str
+    inputs: Statistics
+    hidden: Statistics
+    x: Rows
+    new_rows: Callable[[int], Rows]
+    tiles: Sequence[slice]
+
+
+class FeedForwardSolution(NamedTuple):
+    """Pruned weights (`gate` None where there is none), and the relative squared error of the network's output over all tokens,
+    bias aside: `alone` with each linear solved on its own, `error` with these weights.
+    """
+
+    up: torch.Tensor
+    gate: torch.Tensor | None
+    down: torch.Tensor
+    error: float
+    alone: float
+
+
+class FeedForwardMethod(Method):
+    """Base of the methods that solve the feed-forward network of each block together; `solve` is for all other linears.
+
+    `attention` says what the inputs of the network are taken behind: the block's other linears while they are `"dense"`, or once
+    they are `"pruned"`.
+    """
+
+    attention: str
+
+    def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
+        """Prune the linears of one feed-forward network; nothing of `problem` but rows and statistics of its own making is changed."""
+        raise NotImplementedError
 
 
 def check_choice(argument: str, value: object, choices: tuple) -> None:

@@ -25,6 +25,11 @@ class Linear:
         return weight.T if _is_conv1d(self.modules[0]) else weight
 
     @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self.modules[0].bias
+        return None if bias is None else bias.detach()
+
+    @property
     def features(self) -> int:
         return self.weight.shape[1]
 

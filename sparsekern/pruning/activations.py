@@ -99,11 +99,7 @@ def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Ba
             for module in linear.modules:
                 hook = module.register_forward_pre_hook(lambda module, args, name=linear.name: seen.calls[place].append(name))
                 stack.callback(hook.remove)
-        inputs = {
-            name: value[:1, :PROBE_TOKENS] if isinstance(value, torch.Tensor) and value.shape[:2] == batch.shape else value
-            for name, value in batch.inputs.items()
-        }
-        _stopped(lambda: model(**inputs, use_cache=False))
+        _stopped(lambda: model(**batch.beginning(PROBE_TOKENS), use_cache=False))
     if len(versions) < len(blocks.modules):
         raise ValueError(f"model: a forward did not run {blocks.block_name(len(versions))}")
     return seen

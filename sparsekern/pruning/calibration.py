@@ -39,6 +39,13 @@ class Batch:
         """Real ones; counted once, since to read a count waits for the device."""
         return self.inputs["input_ids"].numel() if self.token_mask is None else int(self.token_mask.sum())
 
+    def beginning(self, tokens: int) -> dict[str, torch.Tensor]:
+        """The inputs of the first sample's first tokens alone."""
+        return {
+            name: value[:1, :tokens] if isinstance(value, torch.Tensor) and value.shape[:2] == self.shape else value
+            for name, value in self.inputs.items()
+        }
+
     def used(self, rows: int) -> int:
         """How many of the `rows` that `flatten` makes of an activation are of real tokens."""
         return self.tokens * (rows // self.inputs["input_ids"].numel())

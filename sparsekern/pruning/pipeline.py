@@ -18,13 +18,14 @@ from torch import nn
 
 from ..backends.libraries import check_isa
 from ..methods import Method, Solution, resolve_method
-from ..methods.base import StatisticKind
-from ..models import Linear
+from ..methods.base import FeedForwardMethod, StatisticKind
+from ..models import FeedForward, Linear
 from ..pattern import Pattern, parse_pattern
 from .activations import OUTSIDE, Activations, probe
 from .calibration import Batch, Calibration, as_batches
 from .calibration import fingerprint as calibration_fingerprint
 from .checkpoint import Checkpoint, finish, model_fingerprint
+from .feed_forward import FeedForwardRun, networks_of
 from .host_memory import freed_memory_kept
 from .plan import Globs, PatternLike, Plan, make_plan
 from .progress import Clock, Notices, Progress, warnings_named
@@ -93,6 +94,10 @@ def prune(
     plan = make_plan(model, pattern, patterns, include, exclude)
     kind = "gram" if report_error else method.statistic
     batches = _batches_for(model, method, calibration, batch_size) if kind else None
+    networks = None
+    if isinstance(method, FeedForwardMethod):
+        with _prepared(model, seed):
+            networks = networks_of(model, plan, batches[0], method)
     if out is not None:
         _check_saveable(model)
     settings = {
@@ -116,7 +121,7 @@ def prune(
     clock = Clock(next(model.parameters()).device)
     try:
         with _prepared(model, seed), freed_memory_kept():
-            _Run(model, plan, method, kind, batches, checkpoint, report, bar, clock).prune_all()
+            _Run(model, plan, networks, method, kind, batches, checkpoint, report, bar, clock).prune_all()
         if out is not None:
             with clock.phase("write"):
                 _save_model(model, out)
@@ -138,6 +143,7 @@ class _Run:
         self,
         model: nn.Module,
         plan: Plan,
+        networks: list[FeedForward | None] | None,
         method: Method,
         kind: StatisticKind | None,
         batches: list[Batch] | None,
@@ -146,7 +152,8 @@ class _Run:
         bar: Progress,
         clock: Clock,
     ) -> None:
-        self.model, self.plan, self.method, self.kind, self.batches = model, plan, method, kind, batches
+        self.model, self.plan, self.networks = model, plan, networks
+        self.method, self.kind, self.batches = method, kind, batches
         self.checkpoint, self.report, self.bar, self.clock = checkpoint, report, bar, clock
         self.notices = Notices()
 
@@ -182,15 +189,23 @@ class _Run:
         return True
 
     def _prune_block(self, index: int, linears: Sequence[Linear]) -> None:
-        shared = self._gather(index, linears) if self.kind else None
+        network = self.networks[index] if self.networks and index < len(self.networks) else None
+        together = network.linears if network else ()
+        alone = [linear for linear in linears if linear not in together]
         weights: dict[str, torch.Tensor] = {}
         layers: dict[str, LayerReport] = {}
-        groups = shared.groups if shared else [(linears, None)]
-        for members, statistic in groups:
-            for linear in members:
-                with self.clock.phase("solve"):
-                    statistics = shared.of(linear, statistic) if shared else None
-                    weights[linear.name], layers[linear.name] = self._solve(linear, statistics)
+        if network is None or self.method.attention == "dense":
+            run = self._start_run(network)
+            shared = self._gather(index, linears, run) if self.kind else None
+            self._solve_alone(alone, shared, weights, layers)
+        else:
+            if alone:
+                self._solve_alone(alone, self._gather(index, alone), weights, layers)
+            with self._written_meanwhile(alone, weights):
+                run = self._start_run(network)
+                shared = self._gather(index, together, run)
+        if run is not None:
+            self._solve_together(run, shared, weights, layers)
         ordered = [layers[linear.name] for linear in linears]
         if self.checkpoint:
             with self.clock.phase("write"):
@@ -198,11 +213,57 @@ class _Run:
         self._write(linears, weights)
         self._record(ordered)
 
-    def _gather(self, index: int, linears: Sequence[Linear]) -> SharedStatistics:
+    def _solve_alone(
+        self, linears: Sequence[Linear], shared: SharedStatistics | None, weights: dict[str, torch.Tensor], layers: dict[str, LayerReport]
+    ) -> None:
+        groups = shared.groups if shared else [(linears, None)]
+        for members, statistic in groups:
+            for linear in members:
+                if linear in linears:
+                    with self.clock.phase("solve"):
+                        statistics = shared.of(linear, statistic) if shared else None
+                        weights[linear.name], layers[linear.name] = self._solve(linear, statistics)
+
+    def _start_run(self, network: FeedForward | None) -> FeedForwardRun | None:
+        return None if network is None else FeedForwardRun(network, self.plan, sum(batch.tokens for batch in self.batches))
+
+    def _solve_together(
+        self, run: FeedForwardRun, shared: SharedStatistics, weights: dict[str, torch.Tensor], layers: dict[str, LayerReport]
+    ) -> None:
+        linears = run.network.linears
+        statistics = {linear.name: statistic for members, statistic in shared.groups for linear in members}
+        start = self.clock.now()
+        with self.clock.phase("solve"):
+            try:
+                with warnings_named(run.network.down.name):
+                    solved, solution = run.solve(self.method, statistics)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
+        weights |= solved
+        seconds = (self.clock.now() - start) / len(linears)
+        for linear in linears:
+            found = Solution(solved[linear.name], solved[linear.name] != 0)
+            zeros, error = _outcome(linear.weight, found, statistics[linear.name])
+            whole = (solution.error, solution.alone) if linear is run.network.down else ()
+            pattern, shape = str(self.plan.patterns[linear.name]), tuple(linear.weight.shape)
+            layers[linear.name] = LayerReport(linear.name, pattern, shape, zeros, error, seconds, *whole)
+
+    @contextmanager
+    def _written_meanwhile(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The block with new weights for `linears`; as it was afterwards, so that a failure leaves it unchanged."""
+        dense = {linear.name: linear.weight.clone() for linear in linears}
+        self._write(linears, weights)
+        try:
+            yield
+        finally:
+            self._write(linears, dense)
+
+    def _gather(self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None) -> SharedStatistics:
         shared = SharedStatistics(linears, self.kind, self.method.sensitivity)
+        names = {linear.name for linear in linears}
         if index < len(self.plan.blocks.modules):
             order = self.probe.calls[self.plan.blocks.block_name(index)]
-            batches = self.activations.inputs_of(index, linears, order)
+            batches = self.activations.inputs_of(index, linears, [name for name in order if name in names])
         else:
             batches = self.activations.inputs_outside(linears, self.probe.calls[OUTSIDE])
         while True:
@@ -212,6 +273,8 @@ class _Run:
                 break
             with self.clock.phase("statistics"):
                 shared.add(*step)
+                if run is not None:
+                    run.add(step[0], step[1][run.network.up.name])
         for members, statistic in shared.groups:
             self._check_statistic(members, statistic)
         return shared

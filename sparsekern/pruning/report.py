@@ -17,6 +17,9 @@ class LayerReport:
     `sparsity` is the share of zeros in its weight; `error` the relative squared output error over the calibration tokens,
     `tr((Ŵ-W) G (Ŵ-W)^T) / tr(W G W^T)` with the undamped Gram matrix `G` of its inputs and `Ŵ` as it is stored in the model (None
     where no Gram matrix was taken); `seconds` the time to solve it, with the factorisation where it was the first to need it.
+
+    Where a whole feed-forward network was solved together, its last linear holds the relative squared error of the network's output
+    as `output_error`, and as `output_error_alone` what the same solver reaches linear by linear; `seconds` are then equal shares.
     """
 
     name: str
@@ -25,6 +28,8 @@ class LayerReport:
     zeros: int
     error: float | None
     seconds: float
+    output_error: float | None = None
+    output_error_alone: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -79,6 +84,10 @@ class Report:
             lines.append(
                 f"{layer.name:<{width}}  {shape:>13}  {layer.pattern:>7}  {layer.sparsity:>7.2%}  {error:>9}  {layer.seconds:>7.2f}"
             )
+        together = [layer for layer in self.layers if layer.output_error is not None]
+        if together:
+            error, alone = (sum(getattr(t, name) for t in together) / len(together) for name in ("output_error", "output_error_alone"))
+            lines.append(f"{len(together)} feed-forward networks, mean output error {error:.3e} (linear by linear {alone:.3e})")
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros; seconds: {phases}")
         return "\n".join(lines)

@@ -14,6 +14,7 @@ import torch
 from .. import ops
 from ..methods.base import StatisticKind
 from ..models import Linear
+from ..ops.reverse_cholesky import alive
 from .calibration import Batch
 
 BETWEEN_NAMES = "|"
@@ -100,6 +101,14 @@ class Gram:
             trace = torch.linalg.vector_norm(self._factor, dtype=torch.float64) ** 2 - self.sum_squares.double().sum()
             self._shift = max(float(trace) / len(self._gram), 0.0)
         return self._factor
+
+    def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
+        factor, dead = alive(self.factor(damping))
+        half_solved = torch.linalg.solve_triangular(factor.T, cross.masked_fill(dead, 0), upper=False, left=False)
+        return torch.linalg.solve_triangular(factor, half_solved, upper=True, left=False)
+
+    def empty(self) -> Gram:
+        return Gram(len(self._gram), self._gram.device)
 
     @property
     def shift(self) -> float:

@@ -1,0 +1,199 @@
+"""SparseLLM (AdaGP): the linears of a feed-forward network are pruned together, held to what the dense network puts out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+
+from .. import ops
+from ..ops._activations import activate
+from ..pattern import Pattern
+from .base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer, Method, Solution, Statistics, check_choice
+
+
+@dataclass(frozen=True)
+class SparseLLM(FeedForwardMethod):
+    """Prune up (gate) and down projection of each block by turns with auxiliary activations; all other linears by `solver` alone.
+
+    With `x` the inputs and `y` the outputs of the dense network, what is lowered by turns over the weights and, for every token,
+    over `z`, `s` and `p` is
+
+    `beta |p W_down^T + b - y|^2 + gamma |p - act(s) z|^2 + alpha |z - x W_up^T - b|^2 + alpha |s - x W_gate^T - b|^2`
+
+    (without a gate: `gamma |p - act(z)|^2`, no `s`). A round prunes the weights by `solver`, updates `p`, then `z` and `s`, and fits
+    dense weights to them, which the next round prunes anew, choosing the mask again. The first round is `solver` by itself.
+
+    All minimisers are exact but for `s`, which has none in closed form: `z` and `s` are found together, by safeguarded Gauss-Newton
+    steps in every entry (`ops.gated_split`; the public program takes two gradient steps of fixed length, which depend on the size
+    of the activations). `p` is found in the space of the outputs (Woodbury), the weights by normal equations with the factor that
+    pruning uses; the damping holds them near the weights they come from, not near zero. So no update raises the objective, and
+    dense weights stay what they are if nothing is pruned. The objective counts only by the ratios of alpha, beta and gamma.
+
+    Args:
+        solver: name or config of the method that prunes each linear: `"sparsegpt"` (paper), `"wanda"`, `"magnitude"`, `"alps"`, …
+        alpha, beta, gamma: weights of the terms, above 0 (paper: all equal, 0.1 for OPT and 5 for LLaMA).
+        iterations: rounds, at least 1 (paper: 4).
+        attention: whether `x` and `y` are taken behind the block's attention while it is `"dense"` (paper), or `"pruned"`, which is
+            what the network will see.
+        steps: Gauss-Newton steps in an update of `s`, or of `z` where the network has no gate and is not ReLU; at least 1.
+        damping: share of the Gram matrix's mean diagonal by which a fit of dense weights is held back, above 0.
+        keep: the weights of the `"best"` round by the error of the network's output, or of the `"last"` (paper).
+
+    Source: Bai et al., SparseLLM: Towards global pruning of pre-trained language models, 2024, equations 4 to 12.
+    """
+
+    name: ClassVar[str] = "sparsellm"
+    statistic: ClassVar[str] = "gram"
+
+    solver: str | Method = "sparsegpt"
+    alpha: float = 5.0
+    beta: float = 5.0
+    gamma: float = 5.0
+    iterations: int = 4
+    attention: str = "dense"
+    steps: int = 6
+    damping: float = 0.01
+    keep: str = "best"
+
+    def __post_init__(self) -> None:
+        for field in ("alpha", "beta", "gamma", "damping"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"SparseLLM.{field}: expected a number above 0, got {value!r}")
+        for field in ("iterations", "steps"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"SparseLLM.{field}: expected a whole number of at least 1, got {value!r}")
+        check_choice("SparseLLM.attention", self.attention, ("dense", "pruned"))
+        check_choice("SparseLLM.keep", self.keep, ("best", "last"))
+        if isinstance(self.local, FeedForwardMethod) or self.local.sensitivity:
+            raise ValueError(f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}")
+
+    @property
+    def local(self) -> Method:
+        from . import resolve_method
+
+        try:
+            return resolve_method(self.solver)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"SparseLLM.solver: {error}") from error
+
+    def settings(self) -> dict[str, object]:
+        return {"name": self.name, **asdict(self), "solver": self.local.settings()}
+
+    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+        return self.local.solve(weight, statistics, pattern)
+
+    def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
+        rounds = Alternation(self, problem)
+        best, kept, errors = math.inf, None, []
+        for turn in range(self.iterations):
+            if turn:
+                rounds.fit()
+            rounds.prune()
+            errors.append(rounds.update() if turn + 1 < self.iterations else rounds.error())
+            if errors[-1] < best or kept is None or self.keep == "last":
+                best, kept = errors[-1], list(rounds.weights)
+        weights = [weight.to(problem.up.weight.dtype) for weight in kept]
+        return FeedForwardSolution(weights[0], weights[1] if problem.gate else None, weights[-1], best, errors[0])
+
+
+class Alternation:
+    """The state of one network between the updates.
+
+    `weights` are those of up, gate (where there is one) and down, in float32; `states` the auxiliary `z` and `s` of every token, in
+    the model's dtype and out of memory. `p` is a function of them and of the weights, and lives for one tile.
+    """
+
+    def __init__(self, config: SparseLLM, problem: FeedForwardProblem) -> None:
+        self.config, self.problem = config, problem
+        self.firsts = [problem.up] if problem.gate is None else [problem.up, problem.gate]
+        self.weights = [layer.weight.float() for layer in (*self.firsts, problem.down)]
+        features, outputs = problem.up.weight.shape[0], problem.down.weight.shape[0]
+        self.states = [problem.new_rows(features) for _ in self.firsts]
+        self.target = problem.new_rows(outputs)  # bias aside, here and everywhere
+        self.hidden = problem.hidden
+        self.energy = 0.0
+        for rows, _, outputs_of in self._tiles():
+            target = self._activated(outputs_of) @ self.weights[-1].T
+            self.energy += _energy(target)
+            self.target.write(rows, target)
+            for state, value in zip(self.states, outputs_of, strict=True):
+                state.write(rows, value)
+
+    def prune(self) -> None:
+        """Each linear by the local solver, up and gate with the one factor of the inputs, down with that of the current `p`."""
+        layers = [*self.firsts, self.problem.down]
+        statistics = [self.problem.inputs] * len(self.firsts) + [self.hidden]
+        for i, (layer, statistic) in enumerate(zip(layers, statistics, strict=True)):
+            self.weights[i] = self.config.local.solve(self.weights[i], statistic, layer.pattern).weight
+
+    def error(self) -> float:
+        """The relative squared error of the network's output with the current weights."""
+        return sum(self._squared_error(rows, outputs) for rows, _, outputs in self._tiles()) / (self.energy or 1.0)
+
+    def update(self) -> float:
+        """New `p`, `z` and `s` in one pass over the tokens, with all that `fit` needs of them; returns `error()` on the way.
+
+        With `a = act(s) z` the best `p` is `a + (y - a W^T) K^-1 W`, where `W` is down and `K = W W^T + gamma / beta I`, as small as
+        the output is wide. It leaves the residual `y - p W^T = gamma / beta (y - a W^T) K^-1`, which `fit` takes from here too.
+        """
+        down, ratio = self.weights[-1], self.config.gamma / self.config.beta
+        kernel = down @ down.T
+        kernel.diagonal().add_(ratio)
+        cholesky = torch.linalg.cholesky(kernel)
+        pull = torch.cholesky_solve(down, cholesky)
+        self.hidden = self.problem.hidden.empty()
+        crosses = [torch.zeros_like(weight) for weight in self.weights]
+        squared_error = 0.0
+        for rows, x, outputs in self._tiles():
+            squared_error += self._squared_error(rows, outputs)
+            states = [state.read(rows) for state in self.states]
+            activated = self._activated(states)
+            missing = self.target.read(rows) - activated @ down.T
+            activated.addmm_(missing, pull)  # from here on p
+            self.hidden.add(activated, None)
+            ops.cross_gram_(crosses[-1], missing, activated)
+            for i, value in enumerate(self._split(activated, outputs, states)):
+                self.states[i].write(rows, value)
+                ops.cross_gram_(crosses[i], value - outputs[i], x)
+        crosses[-1] = torch.cholesky_solve(crosses[-1], cholesky).mul_(ratio)
+        self.crosses = crosses
+        return squared_error / (self.energy or 1.0)
+
+    def fit(self) -> None:
+        """Dense weights by least squares from the auxiliary activations, held back by the damping."""
+        statistics = [self.problem.inputs] * len(self.firsts) + [self.hidden]
+        for i, (statistic, cross) in enumerate(zip(statistics, self.crosses, strict=True)):
+            self.weights[i] = self.weights[i] + statistic.solve(cross, self.config.damping)
+
+    def _tiles(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
+        """For each tile its rows, `x`, and what up (and gate) make of it."""
+        for rows in self.problem.tiles:
+            x = self.problem.x.read(rows)
+            yield rows, x, [_linear(x, weight, layer) for weight, layer in zip(self.weights, self.firsts, strict=False)]
+
+    def _activated(self, values: list[torch.Tensor]) -> torch.Tensor:
+        activated = activate(values[-1], self.problem.activation)
+        return activated if self.problem.gate is None else activated * values[0]
+
+    def _squared_error(self, rows: slice, outputs: list[torch.Tensor]) -> float:
+        return _energy(self._activated(outputs) @ self.weights[-1].T - self.target.read(rows))
+
+    def _split(self, p: torch.Tensor, outputs: list[torch.Tensor], states: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        ratio = self.config.gamma / self.config.alpha
+        if self.problem.gate is None:
+            return (ops.plain_split(p, outputs[0], states[0], self.problem.activation, ratio, self.config.steps),)
+        return ops.gated_split(p, *outputs, states[1], self.problem.activation, ratio, self.config.steps)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.float())
+
+
+def _energy(x: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2)

@@ -1,0 +1,145 @@
+"""What a method that solves a block's feed-forward network together is given: the network, found by a probe, and its inputs.
+
+The inputs, and whatever else such a method keeps for each token, lie in files that are mapped into memory and have no name any more:
+a tile at a time is read from them and written back, the system keeps in memory what fits, and a killed run leaves nothing behind.
+They hold (inputs + outputs + one or two hidden widths) numbers a token, in the model's dtype, for one block at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from ..methods.base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer
+from ..models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
+from .activations import PROBE_TOKENS
+from .calibration import Batch
+from .plan import Plan
+from .statistics import FeatureNorm, Gram
+
+TILE = 2048  # tokens worked on at once: enough for the matrix products to run at full speed
+
+
+def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: FeedForwardMethod) -> list[FeedForward | None]:
+    """For each block the feed-forward network among its linears; None where none of its linears are to be pruned.
+
+    Raises:
+        ValueError: a block without exactly one network of a known form, or one of which only a part is to be pruned.
+    """
+    blocks = plan.blocks
+    calls = _watch(model, [find_linears(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules)], batch)
+    chosen = {linear.name: linear for linear in plan.linears}
+    networks: list[FeedForward | None] = []
+    for index, block_calls in enumerate(calls):
+        found = find_feed_forwards(block_calls) if plan.block_linears[index] else []
+        if plan.block_linears[index] and len(found) != 1:
+            raise ValueError(
+                f"{blocks.block_name(index)}: {type(method).__name__} needs one feed-forward network a block, of the form "
+                "down(act(up(x))) or down(act(gate(x)) * up(x)) with ReLU, SiLU or GELU and a linear for each projection; "
+                f"{'found several' if found else 'found none'} in {type(blocks.modules[index]).__name__}"
+            )
+        names = [linear.name for linear in found[0].linears] if found else []
+        pruned = [name for name in names if name in chosen]
+        if pruned and len(pruned) < len(names):
+            raise ValueError(
+                f"include, exclude, patterns: {type(method).__name__} prunes {', '.join(names)} together, "
+                f"but {next(name for name in names if name not in chosen)} is left out"
+            )
+        networks.append(_with(found[0], chosen) if pruned else None)
+    return networks
+
+
+def _with(network: FeedForward, chosen: Mapping[str, Linear]) -> FeedForward:
+    """The same network with the plan's own linears."""
+    gate = None if network.gate is None else chosen[network.gate.name]
+    return FeedForward(chosen[network.up.name], gate, chosen[network.down.name], network.activation)
+
+
+def _watch(model: nn.Module, blocks: Sequence[Sequence[Linear]], batch: Batch) -> list[dict[Linear, LinearCall]]:
+    """What the linears of each block were called with, and returned, in a forward of a few tokens; those called once."""
+    calls: list[dict[Linear, list[LinearCall]]] = [{linear: [] for linear in linears} for linears in blocks]
+
+    def keep(found: list[LinearCall]):
+        def hook(module, args, kwargs, output):
+            found.append(LinearCall(args[0] if args else kwargs["input"], output))
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in calls:
+            for linear, found in block.items():
+                for module in linear.modules:
+                    stack.callback(module.register_forward_hook(keep(found), with_kwargs=True).remove)
+        model(**batch.beginning(PROBE_TOKENS), use_cache=False)
+    return [{linear: found[0] for linear, found in block.items() if len(found) == 1} for block in calls]
+
+
+class MappedRows:
+    """`[tokens, width]` of `dtype` in a nameless file; `read` and `write` convert from and to float32 on `device`."""
+
+    def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        size = tokens * width * dtype.itemsize
+        with tempfile.NamedTemporaryFile(prefix="sparsekern-") as file:
+            _reserve(file, max(size, 1))
+            self._rows = torch.from_file(file.name, shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
+        self._device = device
+
+    def read(self, rows: slice) -> torch.Tensor:
+        return self._rows[rows].to(self._device).float()
+
+    def write(self, rows: slice, values: torch.Tensor) -> None:
+        self._rows[rows].copy_(values)
+
+
+def _reserve(file, size: int) -> None:
+    """Take the space on disk at once, so that a full disk is an error here and not a fault in the middle of the work."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        message = f"{error.strerror}: {file.name} needs {size:,} bytes for the activations of one block (TMPDIR names another folder)"
+        raise OSError(error.errno, message) from error
+
+
+class FeedForwardRun:
+    """One block's feed-forward network: takes in its inputs, batch by batch, and has a method solve it."""
+
+    def __init__(self, network: FeedForward, plan: Plan, tokens: int) -> None:
+        self.network, self._plan, self._tokens, self._seen = network, plan, tokens, 0
+        self._x = self._new_rows(network.up.features)
+
+    def add(self, batch: Batch, inputs: Sequence[torch.Tensor]) -> None:
+        """Take in what up was called with in `batch`; padding is left out."""
+        for x in inputs:
+            rows, row_mask = batch.flatten(x)
+            rows = rows if row_mask is None else rows[row_mask]
+            self._x.write(slice(self._seen, self._seen + len(rows)), rows)
+            self._seen += len(rows)
+
+    def solve(self, method: FeedForwardMethod, statistics: Mapping[str, FeatureNorm | Gram]) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
+        """The new weights by name, and the solution; `statistics` are those of each linear's dense inputs, by name."""
+        network = self.network
+        layers = [None if linear is None else self._layer(linear) for linear in (network.up, network.gate, network.down)]
+        problem = FeedForwardProblem(
+            *layers,
+            network.activation,
+            statistics[network.up.name],
+            statistics[network.down.name],
+            self._x,
+            self._new_rows,
+            [slice(start, min(start + TILE, self._seen)) for start in range(0, self._seen, TILE)],
+        )
+        solution = method.solve_feed_forward(problem)
+        named = ((network.up, solution.up), (network.gate, solution.gate), (network.down, solution.down))
+        return {linear.name: weight for linear, weight in named if linear is not None}, solution
+
+    def _layer(self, linear: Linear) -> Layer:
+        return Layer(linear.weight, linear.bias, self._plan.patterns[linear.name])
+
+    def _new_rows(self, width: int) -> MappedRows:
+        weight = self.network.up.weight
+        return MappedRows(self._tokens, width, weight.dtype, weight.device)
