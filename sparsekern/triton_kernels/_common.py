@@ -34,7 +34,6 @@ class CompileCase(NamedTuple):
         constexprs: the constants.
         num_warps, num_stages: as at a launch.
         tensor_cores: whether a tensor-core instruction must be found in the machine code.
-        spilled: bytes a thread that may be spilled; the kernel's file says why, where it is not 0.
     """
 
     kernel: triton.JITFunction
@@ -43,7 +42,6 @@ class CompileCase(NamedTuple):
     num_warps: int
     num_stages: int
     tensor_cores: bool = False
-    spilled: int = 0
 
 
 def check_operand(

@@ -4,7 +4,7 @@ Floor of the whole sweep: rows * columns^2 operations in the products between bl
 waits for the one before it, so latency bounds this kernel: some 45 instructions and two shuffles a column for a given mask, 80 where
 groups are chosen, about 100 to 130 cycles, 0.3 ms for 4096 columns. It reads and writes each weight once, 0.02 ms for 4096 x 4096.
 
-A program owns 32 rows and takes a block in sub-blocks of `WIDTH` columns, whose weights it holds in registers as they stand *now*:
+A program owns 16 rows and takes a block in sub-blocks of `WIDTH` columns, whose weights it holds in registers as they stand *now*:
     now = weight + (pending + sum over earlier columns of the block of delta V) V_ss^-1.
 With `diag(V_ss) V_ss^-1 = I + R`, R strictly upper triangular, pruning column j is one rank-1 update, `now -= now_j R_j`, which leaves
 column j and all to its left as they are. So a column costs one masked sum, that reads it, and one multiply-add an element.
@@ -24,13 +24,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import CompileCase, on_device_of
+from ._common import CompileCase, device_of, on_device_of
 
-ROWS = 32  # of a program
+ROWS = 16  # of a program
 CHUNK = 32  # earlier columns of the block that are multiplied at a time
 SCAN = 4096  # values that a program of `find_not_finite` reads: 32 or 64 bytes a thread in flight
-SPILLED = 64  # bytes a thread that an unrolled block may have too many for its registers, beside some 8000 instructions
-COMPILED = ((2, 4), (4, 8), (16, 32), (5, 64))  # patterns of `compile_cases`: the usual ones, and the widest of both sizes
+COMPILED = ((2, 4), (4, 8), (3, 5), (16, 32), (5, 64))  # patterns of `compile_cases`: usual ones, odd ones, the widest of both sizes
 
 
 class Config(NamedTuple):
@@ -42,11 +41,16 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config(columns: int, m: int) -> Config:
-    """For blocks of so many columns, in groups of `m` (0: none). Groups of more than 32 need the registers of more warps."""
+def config(columns: int, m: int, capability: tuple[int, int]) -> Config:
+    """For blocks of so many columns, in groups of `m` (0: none). Groups of more than 32 need the registers of more warps.
+
+    With groups of 5 to 8, ptxas spills a few registers for compute capability 9 and later where two warps share the rows, and for 8
+    where one has them all.
+    """
     size = 16 if columns <= 16 else 32 if m <= 32 else 64
     part = max(1, 16 // m) * m if m else 16
-    return Config(part, size // part * part, size, 8 if size == 64 else 2)
+    one_warp = 5 <= m <= 8 and capability >= (9, 0)
+    return Config(part, size // part * part, size, 8 if size == 64 else 1 if one_warp else 2)
 
 
 @triton.jit
@@ -201,7 +205,7 @@ class TritonKernels:
 
     def _prepare(self, m: int) -> None:
         blocks, factor = self._state.blocks, self._state.factor
-        self._tiles = tiles = config(blocks[0].last, m)
+        self._tiles = tiles = config(blocks[0].last, m, device_of(factor).capability)
         self._parts = triton.cdiv(blocks[0].last, tiles.width)
         self._triangles = factor.new_empty((len(blocks) * self._parts, tiles.size + 1, tiles.size))
         prepare_triangles[(len(self._triangles),)](
@@ -222,19 +226,19 @@ def _constants(tiles: Config, score: bool, n: int, m: int) -> dict[str, object]:
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     """What is shipped for devices of any compute capability."""
     for score, n, m in ((True, 0, 0), (False, 0, 0), *((False, n, m) for n, m in COMPILED)):
-        yield _case("bf16", score, n, m)
+        yield _case("bf16", score, n, m, capability)
     for dtype in ("fp32", "fp16"):  # which differ in loads and stores only
-        yield _case(dtype, False, 2, 4)
-    for tiles in sorted({config(128, m) for m in (0, *(m for _, m in COMPILED))}):
+        yield _case(dtype, False, 2, 4, capability)
+    for tiles in sorted({config(128, m, capability)._replace(num_warps=4) for m in (0, *(m for _, m in COMPILED))}):
         constants = {"WIDTH": tiles.width, "SIZE": tiles.size}
         numbers = dict.fromkeys(("columns", "border", "block", "last"), "i32:16") | {"parts": "i32"}
-        yield CompileCase(prepare_triangles, {"factor": "*fp32:16", "triangles": "*fp32:16", **numbers}, constants, 4, 3)
+        yield CompileCase(prepare_triangles, {"factor": "*fp32:16", "triangles": "*fp32:16", **numbers}, constants, tiles.num_warps, 3)
     for dtype in ("fp32", "bf16", "fp16"):
         yield CompileCase(find_not_finite, {"x": f"*{dtype}:16", "status": "*i32:16", "elements": "i64:16"}, {"SCAN": SCAN}, 8, 3)
 
 
-def _case(dtype: str, score: bool, n: int, m: int) -> CompileCase:
-    tiles = config(128, m)
+def _case(dtype: str, score: bool, n: int, m: int, capability: tuple[int, int]) -> CompileCase:
+    tiles = config(128, m, capability)
     pointers = {
         "weight": dtype, "factor": "fp32", "triangle": "fp32", "delta": "fp32", "row_error": "fp32",
         **({"scores": "fp32"} if score else {"mask": "u8", "new_weight": dtype}),
@@ -247,5 +251,4 @@ def _case(dtype: str, score: bool, n: int, m: int) -> CompileCase:
         {**dict.fromkeys(absent), **_constants(tiles, score, n, m)},
         tiles.num_warps,
         1,
-        spilled=SPILLED,
     )

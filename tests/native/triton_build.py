@@ -84,7 +84,7 @@ def faults(case: CompileCase, architecture: Architecture) -> list[str]:
     """What is wrong with a shipped configuration on an architecture; nothing, it is hoped."""
     binary = build(case, architecture)
     found = []
-    if binary.stack > case.spilled:
+    if binary.stack:
         found.append(f"spills: {binary.stack} bytes of stack")
     if binary.shared > architecture.shared:
         found.append(f"{binary.shared} bytes of shared memory, {architecture.shared} are there")
