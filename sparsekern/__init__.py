@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from ._info import info
 from ._warnings import SparsekernWarning
 from .data import perplexity
-from .methods import ALPS, COPAL, Magnitude, SparseGPT, SparseLLM, Wanda
+from .methods import ALPS, COPAL, Gradual, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda
 from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import ContinualReport, Report, prune, prune_continually
@@ -15,13 +15,16 @@ from .training import keep_sparsity, merge_adapter
 __all__ = [
     "ALPS",
     "COPAL",
+    "Gradual",
     "NM",
     "ContinualReport",
     "Magnitude",
+    "Random",
     "Report",
     "SparseGPT",
     "SparseLLM",
     "SparsekernWarning",
+    "Structured",
     "Unstructured",
     "Wanda",
     "info",

@@ -22,7 +22,8 @@ from .pruning import Report, check_seed, prune
 from .runtime import check_format, check_output_folder, check_space, model_card, versions
 
 DEFAULT_LENGTH = 2048
-METHOD_SETTINGS = ("damping", "block_size", "scope", "form", "solver")
+METHOD_SETTINGS = ("damping", "block_size", "scope", "form", "units", "solver")
+TRAINING_SETTINGS = ("criterion", "steps", "epochs", "train_steps", "batch_tokens", "learning_rate", "weight_decay")
 
 
 class UsageError(Exception):
@@ -47,7 +48,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
     length = _window_length(arguments.length, model)
     evaluation = _Evaluation(arguments, model, tokenizer) if arguments.evaluate else None
     ids = None
-    if method.statistic is not None or arguments.report_error:
+    if method.statistic is not None or method.trains or arguments.report_error:
         ids = calibration_ids(arguments.calibration, tokenizer, samples=arguments.samples, length=length, seed=arguments.seed)
     seconds = {"load": time.perf_counter() - start}
     results: dict[str, object] = {}
@@ -148,7 +149,7 @@ def _what_to_prune(arguments: argparse.Namespace) -> tuple[Method, Pattern, dict
         raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {arguments.method!r}")
     kind = METHODS[arguments.method]
     fields = {field.name for field in dataclasses.fields(kind)}
-    given = {name: getattr(arguments, name) for name in METHOD_SETTINGS if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in (*METHOD_SETTINGS, *TRAINING_SETTINGS) if getattr(arguments, name) is not None}
     for name in given:
         if name not in fields:
             raise ValueError(f"--{name.replace('_', '-')}: the method {arguments.method} has no such setting")

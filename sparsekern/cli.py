@@ -85,7 +85,7 @@ def _add_prune(commands) -> None:
     prune = commands.add_parser("prune", help="prune a model and save it", formatter_class=_Help)
     _add_model(prune)
     prune.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the pruned model")
-    prune.add_argument("--method", default="sparsegpt", help="magnitude, wanda, sparsegpt, alps, sparsellm or copal")
+    prune.add_argument("--method", default="sparsegpt", help="magnitude, random, structured, wanda, sparsegpt, alps, sparsellm, copal or gradual")
     prune.add_argument("--pattern", default="2:4", help="N:M keeps N of every M inputs; 0.5 or 50%% is the share of zeros")
     prune.add_argument(
         "--layer-pattern",
@@ -112,9 +112,18 @@ def _add_prune(commands) -> None:
     settings = prune.add_argument_group("settings of the method (default: the paper's)")
     settings.add_argument("--damping", type=float, help="share of the mean diagonal added to the Gram matrix")
     settings.add_argument("--block-size", type=int, help="columns in a block")
-    settings.add_argument("--scope", help="where a sparsity is counted: block, row or matrix")
+    settings.add_argument("--scope", help="where a sparsity is counted: block, row, matrix or (magnitude) global")
+    settings.add_argument("--units", help="what structured prunes: both, heads or neurons")
     settings.add_argument("--form", help="of copal's importance: sample or gram")
     settings.add_argument("--solver", help="what prunes each linear inside sparsellm: sparsegpt, alps, wanda or magnitude")
+    training = prune.add_argument_group("settings of gradual, which prunes in steps and trains on the calibration text after each")
+    training.add_argument("--criterion", help="magnitude, random or structured")
+    training.add_argument("--steps", type=int, help="pruning steps")
+    training.add_argument("--epochs", type=int, help="passes over the text after each step; 0 does not train")
+    training.add_argument("--train-steps", type=int, help="optimizer steps after each pruning step, instead of epochs")
+    training.add_argument("--batch-tokens", type=int, help="tokens in an optimizer step, at least")
+    training.add_argument("--learning-rate", type=float, help="the highest, of AdamW")
+    training.add_argument("--weight-decay", type=float, help="of matrices")
     prune.add_argument(
         "--report-error",
         action="store_true",

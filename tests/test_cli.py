@@ -168,6 +168,13 @@ def test_the_error_of_methods_without_a_gram_matrix(prune, tmp_path, method):
     assert all(layer["error"] is None for layer in found[0]) and all(0 < layer["error"] < 1 for layer in found[1])
 
 
+def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
+    assert prune("--method", "gradual", "--criterion", "random", "--pattern", "0.5", "--steps", "2", "--train-steps", "1") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sparsity"] == 0.5 and [entry["step"] for entry in report["training"]] == [1, 2]
+    assert report["settings"]["method"]["criterion"] == {"name": "random", "scope": "matrix"}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -179,6 +186,9 @@ def test_the_error_of_methods_without_a_gram_matrix(prune, tmp_path, method):
         (["--pattern", "half"], "pattern: expected 'N:M' (keep N of every M) or a sparsity such as 0.5, got 'half'"),
         (["--layer-pattern", "2:4"], "layer-pattern: expected GLOB=PATTERN, got '2:4'"),
         (["--layer-pattern", "*=4:4"], "pattern: N:M keeps N of every M weights"),
+        (["--method", "wanda", "--steps", "2"], "--steps: the method wanda has no such setting"),
+        (["--method", "gradual", "--steps", "0"], "Gradual.steps: expected a whole number of at least 1, got 0"),
+        (["--method", "gradual", "--criterion", "wanda"], "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got"),
         (["--method", "wanda", "--damping", "0.1"], "--damping: the method wanda has no such setting"),
         (["--damping", "-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
         (["--scope", "world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),

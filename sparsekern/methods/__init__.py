@@ -3,12 +3,17 @@
 from .alps import ALPS
 from .base import Method, Solution, Statistics
 from .copal import COPAL
+from .gradual import Gradual
 from .magnitude import Magnitude
+from .random import Random
 from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
+from .structured import Structured
 from .wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ALPS, COPAL, Magnitude, SparseGPT, SparseLLM, Wanda)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (ALPS, COPAL, Gradual, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda)
+}
 
 
 def resolve_method(method: str | Method) -> Method:
@@ -26,4 +31,19 @@ def resolve_method(method: str | Method) -> Method:
     return METHODS[method]()
 
 
-__all__ = ["ALPS", "COPAL", "METHODS", "Magnitude", "Method", "Solution", "SparseGPT", "SparseLLM", "Statistics", "Wanda", "resolve_method"]
+__all__ = [
+    "ALPS",
+    "COPAL",
+    "Gradual",
+    "METHODS",
+    "Magnitude",
+    "Method",
+    "Random",
+    "Solution",
+    "SparseGPT",
+    "SparseLLM",
+    "Statistics",
+    "Structured",
+    "Wanda",
+    "resolve_method",
+]

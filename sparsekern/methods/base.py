@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
+from ..models import Linear
 from ..pattern import Pattern
 
 StatisticKind = Literal["gram", "feature_norm"]
@@ -66,12 +68,25 @@ class Statistics(Protocol):
 class Method:
     """Base of the method configs. `statistic` says which statistic of the inputs `solve` needs (None: no data at all).
 
-    `sensitivity` asks for each linear's own `importance` besides, which takes its outputs for every token.
+    `trains` says whether it trains the model on the calibration ids, `whole_model` whether it works on all of it at once, not block by
+    block. `sensitivity` asks for each linear's own `importance` besides, which takes its outputs for every token.
     """
 
     name: ClassVar[str]
     statistic: ClassVar[StatisticKind | None]
     sensitivity: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    whole_model: ClassVar[bool] = False
+
+    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        """The pattern of each linear by name, for a method that decides over many of them at once; by default what was asked for.
+
+        Args:
+            model: the model before anything is pruned.
+            blocks: the linears to prune, block by block, then those outside the blocks.
+            patterns: what was asked for, by linear name.
+        """
+        return dict(patterns)
 
     def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
         """Prune `weight` `[out_features, in_features]` to `pattern`; device-free mathematics, nothing is changed in place."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
-from ..pattern import Pattern
+from ..models import Linear
+from ..pattern import Pattern, Unstructured
 from .base import Method, Solution, Statistics, check_choice
-from .selection import keep_mask
+from .selection import global_kept_counts, keep_mask
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,9 @@ class Magnitude(Method):
     """Prune the weights of the smallest absolute value.
 
     Args:
-        scope: for a sparsity, where the exact number of pruned weights is counted: `"matrix"` (the usual baseline) or `"row"`.
-            N:M patterns do not look at it.
+        scope: for a sparsity, where the exact number of pruned weights is counted: `"matrix"` (the usual baseline), `"row"` or
+            `"global"`, one threshold over all linears that are pruned to the same sparsity (of equal weights the earlier linear's,
+            then the lower index's is kept). N:M patterns do not look at it.
 
     Source: Han et al., Learning both weights and connections for efficient neural networks, 2015.
     """
@@ -29,8 +33,36 @@ class Magnitude(Method):
     scope: str = "matrix"
 
     def __post_init__(self) -> None:
-        check_choice("Magnitude.scope", self.scope, ("matrix", "row"))
+        check_choice("Magnitude.scope", self.scope, ("matrix", "row", "global"))
+
+    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        arranged = dict(patterns)
+        if self.scope != "global":
+            return arranged
+        by_pattern: dict[Pattern, list[Linear]] = {}
+        for linears in blocks:
+            for linear in linears:
+                if isinstance(pattern := patterns[linear.name], Unstructured):
+                    by_pattern.setdefault(pattern, []).append(linear)
+        for pattern, linears in by_pattern.items():
+            arranged |= _shares(linears, pattern)
+        return arranged
 
     def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
-        mask = keep_mask(weight.abs().float(), pattern, self.scope)
+        mask = keep_mask(weight.abs().float(), pattern, "row" if self.scope == "row" else "matrix")
         return Solution(weight.masked_fill(~mask, 0), mask)
+
+
+def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Pattern]:
+    """Each linear's own sparsity, where all of them together have that of `pattern`."""
+    kept = global_kept_counts([lambda linear=linear: linear.weight.abs().float() for linear in linears], pattern.sparsity)
+    shares: dict[str, Pattern] = {}
+    for linear, count in zip(linears, kept, strict=True):
+        total = linear.weight.numel()
+        if not count:
+            raise ValueError(
+                f"Magnitude.scope='global': a sparsity of {pattern} leaves nothing of {linear.name}; ask for less, or for scope='matrix'"
+            )
+        # half a weight more, for which no rounding of the product can make up
+        shares[linear.name] = Unstructured((total - count + 0.5) / total if count < total else 0.0)
+    return shares

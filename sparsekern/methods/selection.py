@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from .. import ops
@@ -18,3 +20,43 @@ def keep_mask(scores: torch.Tensor, pattern: Pattern, scope: str) -> torch.Tenso
         return ops.nm_mask(scores, pattern)
     total = scores.shape[1] if scope == "row" else scores.numel()
     return ops.topk_mask(scores, total - pruned_count(total, pattern.sparsity), scope=scope)
+
+
+def global_kept_counts(scores: Sequence[Callable[[], torch.Tensor]], sparsity: float) -> list[int]:
+    """How many weights each matrix keeps where `floor(sparsity * count)` are pruned, counted over all matrices together.
+
+    Of equal scores those of the earlier matrix are kept. To keep as many of the highest in each matrix by itself (of equal ones the
+    lower index) then gives the mask of one sort over all of them, which is never done: two histograms find the threshold exactly.
+
+    Args:
+        scores: makes the scores of each matrix, float32 and not below 0; called three times, one matrix at a time.
+    """
+    keep = sum(make().numel() for make in scores)
+    keep -= pruned_count(keep, sparsity)
+    # The bits of floats that are not negative are ordered as the floats are: first the upper half of them, then the lower.
+    upper = sum(torch.bincount(_bits(make) >> 16, minlength=1 << 15).cpu() for make in scores)
+    high, above = _bin_of(upper, keep)
+    lower = sum(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).cpu() for bits in map(_bits, scores))
+    low, _ = _bin_of(lower, keep - above)
+    counts, equal = [], []
+    for make in scores:
+        bits, threshold = _bits(make), high << 16 | low
+        counts.append(int((bits > threshold).sum()))
+        equal.append(int((bits == threshold).sum()))
+    left = keep - sum(counts)
+    for index, count in enumerate(equal):
+        taken = min(count, left)
+        counts[index] += taken
+        left -= taken
+    return counts
+
+
+def _bits(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return make().reshape(-1).view(torch.int32)
+
+
+def _bin_of(histogram: torch.Tensor, rank: int) -> tuple[int, int]:
+    """The bin of the `rank`-th largest entry, and how many entries lie in higher bins."""
+    from_the_top = histogram.flip(0).cumsum(0)
+    place = int((from_the_top < rank).sum())
+    return len(histogram) - 1 - place, int(from_the_top[place - 1]) if place else 0

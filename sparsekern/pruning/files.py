@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -13,18 +14,22 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: with what was being written where there is no space left; `path` is then as it was.
     """
+    replace_atomically(path, lambda temporary: temporary.write_bytes(data), f"{len(data):,} bytes")
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object], what: str = "a file") -> None:
+    """The same for whatever `write` puts into the file that it is given."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        write(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"no space left while writing {len(data):,} bytes; what was written before is intact"
+            message = f"no space left while writing {what}; what was written before is intact"
             raise OSError(error.errno, message, str(path)) from error
         raise
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 
 import torch
@@ -26,10 +27,12 @@ from .calibration import Batch, Calibration, as_batches
 from .calibration import fingerprint as calibration_fingerprint
 from .checkpoint import Checkpoint, finish, model_fingerprint
 from .feed_forward import FeedForwardRun, networks_of
+from .gradual import GradualRun, check_trainable
 from .host_memory import freed_memory_kept
 from .plan import Globs, PatternLike, Plan, make_plan
 from .progress import Clock, Notices, Progress, warnings_named
 from .report import LayerReport, Report
+from .seeds import seeded
 from .statistics import FeatureNorm, Gram, Sensitivity, SharedStatistics
 
 
@@ -57,7 +60,8 @@ def prune(
 
     Args:
         model: a transformers `PreTrainedModel` (or any module called the same way) on one device, in float32, bfloat16 or float16.
-        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `SparseGPT(damping=0.01)`.
+        method: `"magnitude"`, `"random"`, `"structured"`, `"wanda"`, `"sparsegpt"`, `"alps"`,
+            `"sparsellm"`, `"copal"`, `"gradual"`, or a config such as `SparseGPT(damping=0.01)`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
             and `attention_mask` (padding is left out of every statistic). Magnitude needs none.
@@ -92,8 +96,14 @@ def prune(
     check_seed(seed)
     check_isa()
     plan = make_plan(model, pattern, patterns, include, exclude)
+    plan = replace(plan, patterns=method.arrange(model, plan.parts, plan.patterns))
     kind = "gram" if report_error else method.statistic
-    batches = _batches_for(model, method, calibration, batch_size) if kind else None
+    batches = _batches_for(model, method, calibration, batch_size) if kind or method.trains else None
+    if report_error and method.whole_model:
+        raise ValueError(f"report_error: {type(method).__name__} has no errors of layers to report")
+    if method.trains:
+        with _prepared(model, seed):
+            check_trainable(model, batches)
     networks = None
     if isinstance(method, FeedForwardMethod):
         with _prepared(model, seed):
@@ -121,7 +131,10 @@ def prune(
     clock = Clock(next(model.parameters()).device)
     try:
         with _prepared(model, seed), freed_memory_kept():
-            _Run(model, plan, networks, method, kind, batches, checkpoint, report, bar, clock).prune_all()
+            if method.whole_model:
+                GradualRun(model, plan, method, batches, checkpoint, report, bar, clock).prune_all()
+            else:
+                _Run(model, plan, networks, method, kind, batches, checkpoint, report, bar, clock).prune_all()
         if out is not None:
             with clock.phase("write"):
                 _save_model(model, out)
@@ -155,7 +168,7 @@ class _Run:
         self.model, self.plan, self.networks = model, plan, networks
         self.method, self.kind, self.batches = method, kind, batches
         self.checkpoint, self.report, self.bar, self.clock = checkpoint, report, bar, clock
-        self.notices = Notices()
+        self.notices, self.seed = Notices(), torch.initial_seed()
 
     def prune_all(self) -> None:
         blocks, outside = self.plan.blocks, self.plan.outside_linears
@@ -300,7 +313,7 @@ class _Run:
         start = self.clock.now()
         weight, pattern = linear.weight, self.plan.patterns[linear.name]
         try:
-            with warnings_named(linear.name):
+            with warnings_named(linear.name), seeded(self.seed, linear.name):
                 solution = self._solution(linear, statistic, pattern)
         except ValueError as error:
             raise ValueError(f"{linear.name}: {error}") from error

@@ -28,6 +28,11 @@ class Plan:
     patterns: dict[str, Pattern]
 
     @property
+    def parts(self) -> tuple[tuple[Linear, ...], ...]:
+        """The linears of each block, and last those outside the blocks."""
+        return (*self.block_linears, self.outside_linears)
+
+    @property
     def linears(self) -> list[Linear]:
         return [linear for linears in self.block_linears for linear in linears] + list(self.outside_linears)
 

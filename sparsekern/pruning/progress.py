@@ -71,6 +71,20 @@ class Progress:
         self._bar.set_postfix_str(f"{layer.name}{error} {layer.seconds:.2f}s", refresh=False)
         self._bar.update()
 
+    def count_steps(self, total: int) -> None:
+        """Count optimizer steps from now on."""
+        self._bar.unit = "step"
+        self._bar.set_description_str("training", refresh=False)
+        self._bar.reset(total)
+
+    def step_done(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+
+    def steps_done(self, count: int) -> None:
+        """Steps of a run that is resumed."""
+        self._bar.update(count)
+
     def close(self) -> None:
         self._bar.close()
 

@@ -47,7 +47,8 @@ class Report:
 
     `seconds` by phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks), `statistics`,
     `solve`, `write` (checkpoints and the final model) and `total`. `settings` holds the method, the seed and the versions.
-    `resumed_blocks` counts the blocks taken from a checkpoint; their layers' seconds are those of the run that solved them.
+    `training`, where the method trains, has an entry for each optimizer step: the pruning `step`, the `sparsity`, the `learning_rate` and
+    the `loss` of its batch before it was trained on. `resumed_blocks` counts the blocks taken from a checkpoint; their layers' seconds are those of the run that solved them.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Report:
     settings: dict[str, object] = field(default_factory=dict)
     calibration_tokens: int = 0
     resumed_blocks: int = 0
+    training: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -68,6 +70,7 @@ class Report:
             "resumed_blocks": self.resumed_blocks,
             "seconds": self.seconds,
             "settings": self.settings,
+            **({"training": self.training} if self.training else {}),
             "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
         }
 
@@ -88,6 +91,9 @@ class Report:
         if together:
             error, alone = (sum(getattr(t, name) for t in together) / len(together) for name in ("output_error", "output_error_alone"))
             lines.append(f"{len(together)} feed-forward networks, mean output error {error:.3e} (linear by linear {alone:.3e})")
+        if self.training:
+            first, last = self.training[0]["loss"], self.training[-1]["loss"]
+            lines.append(f"{len(self.training)} optimizer steps, loss of their batches from {first:.3f} to {last:.3f}")
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros; seconds: {phases}")
         return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -85,11 +85,13 @@ class _Guard:
 class SparsityKeeper:
     """What `keep_sparsity` returns; see there. `names` are the guarded linears, `sparsity` the share of their weights kept at zero."""
 
-    def __init__(self, linears: list[Linear]) -> None:
-        self._guards = [
-            _Guard(linear.name, weakref.ref(linear.modules[0], self._module_gone), linear.modules[0].weight.detach() == 0)
-            for linear in linears
-        ]
+    def __init__(self, linears: list[Linear], masks: Mapping[str, torch.Tensor] | None = None) -> None:
+        """`masks` as the property gives them; None takes the zeros of now."""
+        self._guards = []
+        for linear in linears:
+            module = linear.modules[0]
+            zeros = module.weight.detach() == 0 if masks is None else ~masks[linear.name].to(module.weight.device)
+            self._guards.append(_Guard(linear.name, weakref.ref(module, self._module_gone), zeros))
         self.names = tuple(guard.name for guard in self._guards)
         zeros = sum(int(guard.zeros.sum()) for guard in self._guards)
         self.sparsity = zeros / sum(guard.zeros.numel() for guard in self._guards)

@@ -1,0 +1,94 @@
+"""Structured magnitude pruning of decoders: whole heads and neurons of the smallest norm become zero. Needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..models import Linear
+from ..models.decoder_units import Units, find_units
+from ..pattern import Pattern, Unstructured, pruned_count
+from .base import Method, Solution, Statistics, check_choice
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The pattern of one linear of which whole rows and columns are pruned."""
+
+    rows: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"-{len(self.rows)},-{len(self.columns)}"
+
+
+@dataclass(frozen=True)
+class Structured(Method):
+    """Set the attention heads and FFN neurons of the smallest L2 norm to zero, the share of a sparsity in each block.
+
+    A unit is its columns of the output (down) projection with its rows of the query, key and value (gate and up) projections; where
+    query heads share keys and values, those go with the last of their heads. Of `n` units `floor(sparsity * n)` are pruned, of equal
+    ones those of the higher index, with the sparsity of the output projection. Linears without units stay dense. The zeros stay in
+    the model, whose shapes do not change.
+
+    Args:
+        units: `"both"`, `"heads"` or `"neurons"`; the others stay dense.
+
+    Source: the norm of a filter of Li et al., Pruning filters for efficient convnets, 2017, section 3.1 (with L2), on the units of
+    Michel et al., Are sixteen heads really better than one?, 2019.
+    """
+
+    name: ClassVar[str] = "structured"
+    statistic: ClassVar[None] = None
+
+    units: str = "both"
+
+    def __post_init__(self) -> None:
+        check_choice("Structured.units", self.units, ("both", "heads", "neurons"))
+
+    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        arranged: dict[str, Pattern] = dict.fromkeys(patterns, Slices())
+        for linears in filter(None, blocks[:-1]):
+            found = [units for units in find_units(model, linears) if self.units in ("both", units.kind)]
+            if not found:
+                raise ValueError(f"Structured.units: found no {self._wanted} in the block of {linears[0].name}")
+            for units in found:
+                pattern = patterns[units.consumer.name]
+                if not isinstance(pattern, Unstructured):
+                    raise ValueError(f"pattern: expected a sparsity for Structured, which prunes whole units, got '{pattern}'")
+                _mark(arranged, units, pruned_count(units.count, pattern.sparsity))
+        return arranged
+
+    def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
+        if not isinstance(pattern, Slices):
+            raise ValueError("Structured: expected the rows and columns that arrange has chosen; call sparsekern.prune")
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        mask[list(pattern.rows)] = False
+        mask[:, list(pattern.columns)] = False
+        return Solution(weight.masked_fill(~mask, 0), mask)
+
+    @property
+    def _wanted(self) -> str:
+        return "heads or neurons" if self.units == "both" else self.units
+
+
+def _mark(arranged: dict[str, Pattern], units: Units, pruned: int) -> None:
+    """Add the slices of the `pruned` units of the smallest norm to the patterns of their linears."""
+    order = units.square_norms().sort(descending=True, stable=True).indices.tolist()
+    gone = set(order[units.count - pruned :])
+    features = _features(gone, units.size)
+    arranged[units.consumer.name] = replace(arranged[units.consumer.name], columns=features)
+    for linear in units.producers:
+        arranged[linear.name] = replace(arranged[linear.name], rows=features)
+    for linear in units.shared:
+        users = units.count // units.groups(linear)
+        unused = {group for group in range(units.groups(linear)) if gone.issuperset(range(group * users, (group + 1) * users))}
+        arranged[linear.name] = replace(arranged[linear.name], rows=_features(unused, units.size))
+
+
+def _features(units: set[int], size: int) -> tuple[int, ...]:
+    return tuple(unit * size + offset for unit in sorted(units) for offset in range(size))

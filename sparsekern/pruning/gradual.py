@@ -1,0 +1,216 @@
+"""The loop of `Gradual`: prune a little, train, prune more; killed anywhere, it goes on with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..methods import Gradual
+from ..models import Linear
+from ..training.keep_sparsity import SparsityKeeper
+from .calibration import Batch
+from .checkpoint import Checkpoint
+from .interrupt import interrupt_deferred
+from .plan import Plan
+from .progress import Clock, Progress
+from .report import LayerReport, Report
+from .seeds import derived_seed, seeded
+from .training_state import TrainingState
+
+PROBE_TOKENS = 8
+
+
+class GradualRun:
+    """One call of `prune` with `Gradual`, everything being checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        method: Gradual,
+        batches: list[Batch] | None,
+        checkpoint: Checkpoint | None,
+        report: Report,
+        bar: Progress,
+        clock: Clock,
+    ) -> None:
+        self.model, self.plan, self.method, self.report, self.bar, self.clock = model, plan, method, report, bar, clock
+        self.batches = [batch for batch in batches or () if _predicted(batch)]
+        self.seed = torch.initial_seed()
+        self.state = TrainingState(checkpoint.folder if checkpoint else None, model)
+        self.layers: dict[str, LayerReport] = {}
+
+    def prune_all(self) -> None:
+        if self.method.trains:
+            self.bar.count_steps(sum(len(self._batches_of_steps(step)) for step in self._pruning_steps()))
+        with _float32_masters(self.model) as autocast, interrupt_deferred() as self.interrupted:
+            done, masks = self.state.load()
+            self.report.training = self.state.curve
+            self.bar.steps_done(len(self.state.curve))
+            for step in self._pruning_steps():
+                if step > done:
+                    if masks is None:
+                        with self.clock.phase("solve"):
+                            self._prune(step)
+                    if self.method.trains:
+                        with self.clock.phase("train"), SparsityKeeper(self.plan.linears, masks) as keeper:
+                            self._train(step, keeper, autocast)
+                        with self.clock.phase("write"):
+                            self.state.finish_step(step)
+                    masks = None
+        for linear in self.plan.linears:
+            layer = self._layer_report(linear)
+            self.report.layers.append(layer)
+            if not self.method.trains:
+                self.bar.layer_done(layer)
+
+    def _pruning_steps(self) -> range:
+        return range(1, self.method.steps + 1)
+
+    def _prune(self, step: int) -> None:
+        criterion, patterns = self.method.criterion, {}
+        for name, pattern in self.plan.patterns.items():
+            if (reached := self.method.pattern_after(step, pattern)) is not None:
+                patterns[name] = reached
+        parts = [[linear for linear in linears if linear.name in patterns] for linears in self.plan.parts]
+        patterns = criterion.arrange(self.model, parts, patterns)
+        for linear in (linear for linears in parts for linear in linears):
+            with seeded(self.seed, linear.name):  # in each step the same numbers, so that random zeros stay where they are
+                linear.weight.copy_(criterion.solve(linear.weight, None, patterns[linear.name]).weight)
+
+    def _train(self, step: int, keeper: SparsityKeeper, autocast: torch.autocast) -> None:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = _optimizer(parameters, self.method)
+        self.state.restore_optimizer(optimizer)
+        micro_batches = self._batches_of_steps(step)
+        self.model.train()
+        try:
+            for index in range(self.state.steps_done, len(micro_batches)):
+                rate = self.method.learning_rate * _rate_share(index, len(micro_batches), self.method.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                torch.manual_seed(derived_seed(self.seed, f"{step} {index}"))  # dropout's
+                loss = self._optimizer_step(optimizer, parameters, [self.batches[i] for i in micro_batches[index]], autocast)
+                if not loss < float("inf"):
+                    raise ValueError(f"Gradual.learning_rate: the loss is {loss} after {len(self.state.curve)} optimizer steps; lower it")
+                self.state.curve.append({"step": step, "sparsity": keeper.sparsity, "learning_rate": rate, "loss": loss})
+                self.bar.step_done(f"step {step}/{self.method.steps} loss {loss:.3f}")
+                self.state.save_now_and_then(step, index + 1, optimizer, keeper, now=self.interrupted())
+                if self.interrupted():
+                    raise KeyboardInterrupt
+        finally:
+            self.model.eval()
+            self.model.zero_grad()
+
+    def _optimizer_step(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: list[Batch], autocast: torch.autocast
+    ) -> float:
+        """One step on the mean loss of all predicted tokens of `batches`; returns that loss, as it was before the step."""
+        predicted = sum(map(_predicted, batches))
+        total = torch.zeros((), device=parameters[0].device)
+        for batch in batches:
+            with torch.enable_grad():
+                with autocast:
+                    logits = self.model(**batch.inputs, use_cache=False).logits
+                loss = _summed_loss(logits, batch) / predicted
+                loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, self.method.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(total)
+
+    def _batches_of_steps(self, step: int) -> list[list[int]]:
+        """The indices of the batches of each optimizer step of pruning step `step`: every epoch shuffles anew, and ends a step."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, f"order {step}"))
+        wanted, steps, epochs = self.method.train_steps, [], 0
+        while len(steps) < wanted if wanted is not None else epochs < self.method.epochs:
+            gathered: list[int] = []
+            for index in torch.randperm(len(self.batches), generator=generator).tolist():
+                gathered.append(index)
+                if sum(_predicted(self.batches[i]) for i in gathered) >= self.method.batch_tokens:
+                    steps.append(gathered)
+                    gathered = []
+            if gathered:
+                steps.append(gathered)
+            epochs += 1
+        return steps[:wanted]
+
+    def _layer_report(self, linear: Linear) -> LayerReport:
+        zeros = linear.weight.numel() - int(torch.count_nonzero(linear.weight))
+        return LayerReport(linear.name, str(self.plan.patterns[linear.name]), tuple(linear.weight.shape), zeros, None, 0.0)
+
+
+def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
+    """See that `model` predicts next tokens, that it can be trained, and that `batches` hold something to predict.
+
+    Raises:
+        ValueError: no parameter requires a gradient; every sample is shorter than two tokens; the model returns no logits for each
+            position, or those of a position change with the tokens behind it.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: Gradual trains it, but none of its parameters requires a gradient (requires_grad_())")
+    batch = next(filter(_predicted, batches), None)
+    if batch is None:
+        raise ValueError("calibration: Gradual predicts tokens from those before, so it needs samples of at least two tokens, got none")
+    ids = batch.inputs["input_ids"][:1, :PROBE_TOKENS]
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] == 0).to(ids.dtype)  # token 1 instead of 0, 0 instead of any other
+    logits = [getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other)]
+    if logits[0] is None or logits[0].dim() != 3 or logits[0].shape[:2] != ids.shape:
+        raise ValueError(f"model: Gradual trains causal language models, but {type(model).__name__} returns no logits for each token")
+    if not torch.allclose(logits[0][:, :-1], logits[1][:, :-1], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"model: Gradual trains causal language models, but in {type(model).__name__} the logits of a token change with those behind it"
+        )
+
+
+def _predicted(batch: Batch) -> int:
+    """How many tokens of a batch are predicted: real ones behind a real one."""
+    mask = _target_mask(batch)
+    samples, length = batch.shape
+    return samples * max(length - 1, 0) if mask is None else int(mask.sum())
+
+
+def _target_mask(batch: Batch) -> torch.Tensor | None:
+    return None if batch.token_mask is None else batch.token_mask[:, 1:] & batch.token_mask[:, :-1]
+
+
+def _summed_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    mask = _target_mask(batch)
+    logits, targets = logits[:, :-1], batch.inputs["input_ids"][:, 1:].long()
+    logits, targets = (logits.flatten(0, 1), targets.flatten()) if mask is None else (logits[mask], targets[mask])
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _optimizer(parameters: list[nn.Parameter], method: Gradual) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    others = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": method.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=method.learning_rate, fused=True)
+
+
+def _rate_share(index: int, steps: int, warmup: float) -> float:
+    """The learning rate of optimizer step `index` of `steps`, as a share of the highest."""
+    rising = round(warmup * steps)
+    return (index + 1) / rising if index < rising else (steps - index) / (steps - rising)
+
+
+@contextmanager
+def _float32_masters(model: nn.Module) -> Iterator[torch.autocast]:
+    """Float32 parameters within, rounded back to their dtypes on leaving; and the autocast under which they compute in bfloat16."""
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)}
+    device = next(model.parameters()).device.type
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield torch.autocast(device, torch.bfloat16, enabled=bool(dtypes))
+    finally:
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+
+

@@ -1,0 +1,31 @@
+"""Ctrl-C that waits for a moment at which nothing is half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C does nothing but make the yielded function return True; the second interrupts as usual.
+
+    Signals reach only the main thread; in any other one, and where Ctrl-C is ignored (jobs in the background), nothing is changed.
+    """
+    asked, before = False, signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: False
+        return
+
+    def note(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
