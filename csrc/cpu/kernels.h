@@ -113,6 +113,39 @@ void bitmask_unpack(
     int64_t columns,
     void* weight,
     const Executor& executor);
+// Packed weights in the layouts of common/packed_rows.h. Neither product reads outside of what is handed in, whatever that holds.
+struct BitmaskRows {
+  const void* values;
+  int64_t value_count;  // whole units, packed_rows::kSlack of them to spare
+  const uint64_t* bits;
+  const int64_t* starts;  // in units, [tiles + 1]
+  const int32_t* order;
+  int64_t rows;
+};
+struct NmRows {
+  const void* values;
+  const uint32_t* codes;
+  int64_t rows, n, m;
+};
+void bitmask_linear(
+    const void* x,
+    DType dtype,
+    int64_t tokens,
+    int64_t columns,
+    const BitmaskRows& packed,
+    const void* bias,  // null: none
+    void* y,
+    const Executor& executor);
+void nm_linear(
+    const void* x,
+    DType dtype,
+    int64_t tokens,
+    int64_t columns,
+    const NmRows& packed,
+    const void* bias,  // null: none
+    void* y,
+    const Executor& executor);
+
 // Turns the number of values of each row into the place of its first, and returns how many there are in all.
 int64_t counts_to_starts(int64_t* counts, int64_t rows);
 

@@ -13,6 +13,7 @@
 
 #include "common/bitmask_layout.h"
 #include "common/nm_layout.h"
+#include "common/packed_rows.h"
 #include "cpu/kernels.h"
 
 using torch::headeronly::ScalarType;
@@ -252,6 +253,87 @@ Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
   return weight;
 }
 
+// Inputs and outputs of a product with packed weights.
+struct LinearTensors {
+  Tensor x, y;
+  std::optional<Tensor> bias;
+  DType dtype;
+  int64_t tokens, columns;
+
+  LinearTensors(const Tensor& x_, const Tensor& values, int64_t rows, const std::optional<Tensor>& bias_)
+      : x(torch::stable::contiguous(x_)), y(x), dtype(dtype_of(x_, "x: expected dtype float32, bfloat16 or float16")), tokens(1) {
+    check(x.dim() > 0, "x: expected at least 1 dimension");
+    check(values.scalar_type() == x.scalar_type(), "values: expected the dtype of x");
+    columns = x.size(x.dim() - 1);
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+      shape.push_back(x.size(i));
+      tokens *= x.size(i);
+    }
+    shape.push_back(rows);
+    y = torch::stable::new_empty(x, shape);
+    if (!bias_) return;
+    check(
+        bias_->dim() == 1 && bias_->size(0) == rows && bias_->scalar_type() == x.scalar_type(),
+        "bias: expected one value of the dtype of x for each row");
+    bias = torch::stable::contiguous(*bias_);
+  }
+
+  const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
+};
+
+Tensor bitmask_linear_of(Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, std::optional<Tensor> bias) {
+  check(order.dim() == 1 && order.scalar_type() == ScalarType::Int, "order: expected int32 [rows]");
+  const int64_t rows = order.size(0);
+  LinearTensors linear(x, values, rows, bias);
+  const int64_t lanes = packed_rows::lanes(size_of(linear.dtype));
+  check(
+      values.dim() == 1 && values.size(0) % lanes == 0 && values.size(0) / lanes >= packed_rows::kSlack,
+      "values: expected whole units, 64 of them to spare");
+  check(
+      bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Long && bitmask.size(0) == rows &&
+          bitmask.size(1) == packed_rows::words(linear.columns),
+      "bitmask: expected int64 [rows, ceil(in_features / 64)]");
+  check(
+      starts.dim() == 1 && starts.scalar_type() == ScalarType::Long && starts.size(0) == packed_rows::tiles(rows) + 1,
+      "starts: expected int64 [ceil(rows / 16) + 1]");
+  values = torch::stable::contiguous(values);
+  bitmask = torch::stable::contiguous(bitmask);
+  starts = torch::stable::contiguous(starts);
+  order = torch::stable::contiguous(order);
+  const BitmaskRows packed{
+      values.const_data_ptr(),
+      values.size(0),
+      static_cast<const uint64_t*>(bitmask.const_data_ptr()),
+      static_cast<const int64_t*>(starts.const_data_ptr()),
+      static_cast<const int32_t*>(order.const_data_ptr()),
+      rows};
+  bitmask_linear(
+      linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),
+      linear.y.mutable_data_ptr(), torch_executor());
+  return linear.y;
+}
+
+Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, int64_t n, int64_t m, std::optional<Tensor> bias) {
+  check(n >= 1 && n < m && m <= packed_rows::kMostM, "n, m: expected 1 <= n < m <= 16");
+  check(values.dim() == 2 && codes.dim() == 2, "values, codes: expected 2 dimensions");
+  const int64_t rows = values.size(0);
+  LinearTensors linear(x, values, rows, bias);
+  const int64_t stored = packed_rows::stored_per_row(linear.columns, n, m, size_of(linear.dtype));
+  check(linear.columns % m == 0, "x: expected features divisible by m");
+  check(values.size(1) == stored, "values: expected as many in a row as the features of x take");
+  check(
+      codes.scalar_type() == ScalarType::Int && codes.size(0) == rows && codes.size(1) == stored * packed_rows::code_bits(m) / 32,
+      "codes: expected int32 of the shape that goes with values");
+  values = torch::stable::contiguous(values);
+  codes = torch::stable::contiguous(codes);
+  const NmRows packed{values.const_data_ptr(), static_cast<const uint32_t*>(codes.const_data_ptr()), rows, n, m};
+  nm_linear(
+      linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),
+      linear.y.mutable_data_ptr(), torch_executor());
+  return linear.y;
+}
+
 // A result, and the damping that the function which writes it returns.
 template <class F>
 std::tuple<Tensor, Tensor> with_damping_used(Tensor result, const Tensor& gram, const F& f) {
@@ -449,6 +531,7 @@ std::tuple<Tensor, Tensor> gated_split_of(
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("admm_step_", TORCH_BOX(&admm_step));
+  m.impl("bitmask_linear", TORCH_BOX(&bitmask_linear_of));
   m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack_of));
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
   m.impl("feature_norm_", TORCH_BOX(&feature_norm));
@@ -458,6 +541,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("gram_solve", TORCH_BOX(&gram_solve_of));
   m.impl("gram_symmetrize_", TORCH_BOX(&gram_symmetrize));
   m.impl("masked_lstsq", TORCH_BOX(&masked_lstsq_of));
+  m.impl("nm_linear", TORCH_BOX(&nm_linear_of));
   m.impl("nm_mask", TORCH_BOX(&nm_mask_of));
   m.impl("nm_pack", TORCH_BOX(&nm_pack_of));
   m.impl("nm_prune_pack", TORCH_BOX(&nm_prune_pack_of));

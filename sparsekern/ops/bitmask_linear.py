@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 from ._checks import HALF_OR_FLOAT, check_tensor
-from ._packed_rows import SLACK, TILE_ROWS, lanes, pack_bitmask_rows, unpack_bitmask_rows, words
+from ._packed_rows import SLACK, TILE_ROWS, lanes, pack_bitmask_rows, unit_counts, unpack_bitmask_rows, words, words_to_bits
 from ._registry import define_op, sample
 from .bitmask_pack import sparse_weight
 
@@ -53,7 +53,21 @@ def bitmask_linear(
     return _op(x, values, bitmask, starts, order, bias)
 
 
+def check_places(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor) -> None:
+    """Raise `ValueError` where a kernel would be led out of the tensors; `Bitmask.check` asks for more."""
+    rows, units = len(order), len(values) // lanes(values.dtype) - SLACK
+    wrong = (torch.cat((starts.new_zeros(1), starts)).diff() < 0) | (starts > units)
+    if wrong.any():
+        raise ValueError(f"starts: expected ascending places of the {units} units, got {int(starts[wrong][0])}")
+    outside = (order < 0) | (order >= rows)
+    if outside.any():
+        raise ValueError(f"order: expected rows from 0 to {rows - 1}, got {int(order[outside][0])}")
+    if unit_counts(words_to_bits(bitmask).sum(1), values.dtype).sum() > units:
+        raise ValueError("bitmask: expected bits for the values there are, got more")
+
+
 def reference(x, values, bitmask, starts, order, bias=None) -> torch.Tensor:
+    check_places(values, bitmask, starts, order)
     weight = unpack_bitmask_rows(values, bitmask, order, x.shape[-1])
     return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
@@ -64,12 +78,16 @@ def _fake(x, values, bitmask, starts, order, bias=None):
 
 
 def _samples(generator: torch.Generator):
-    for rows, columns, dtype in ((5, 24, torch.float32), (33, 71, torch.bfloat16), (18, 330, torch.float16)):
+    for rows, columns, dtype, tokens in (
+        (5, 24, torch.float32, (1,)),
+        (33, 71, torch.bfloat16, (2, 3)),
+        (18, 330, torch.float16, (3,)),
+        (18, 330, torch.bfloat16, (40,)),
+    ):
         packed = tuple(pack_bitmask_rows(sparse_weight(rows, columns, dtype, generator)).values())
-        for shape in ((1,), (2, 3), (40,)):
-            x = torch.randn(*shape, columns, generator=generator).to(dtype)
-            bias = torch.randn(rows, generator=generator).to(dtype)
-            yield sample(x, *packed, *([bias] if len(shape) == 2 else []))
+        x = torch.randn(*tokens, columns, generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator).to(dtype)
+        yield sample(x, *packed, *([bias] if len(tokens) == 2 else []))
 
 
 _op = define_op("bitmask_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples)

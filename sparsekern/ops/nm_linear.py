@@ -66,15 +66,18 @@ def _fake(x, values, codes, n, m, bias=None):
 
 
 def _samples(generator: torch.Generator):
-    cases = ((5, 24, 2, 4, torch.float32), (33, 136, 2, 4, torch.bfloat16), (7, 80, 3, 8, torch.bfloat16), (18, 330, 1, 3, torch.float16))
-    for rows, columns, n, m, dtype in cases:
+    for rows, columns, n, m, dtype, tokens in (
+        (5, 24, 2, 4, torch.float32, (1,)),
+        (33, 136, 2, 4, torch.bfloat16, (2, 3)),
+        (7, 80, 3, 8, torch.bfloat16, (40,)),
+        (18, 330, 1, 3, torch.float16, (3,)),
+    ):
         dense = torch.randn(rows, columns // m, m, generator=generator)
         kept = torch.rand(dense.shape, generator=generator).argsort(-1).argsort(-1) < n
         packed = tuple(pack_nm_rows((dense * kept).flatten(1).to(dtype), n, m).values())
-        for shape in ((1,), (2, 3), (40,)):
-            x = torch.randn(*shape, columns, generator=generator).to(dtype)
-            bias = torch.randn(rows, generator=generator).to(dtype)
-            yield sample(x, *packed, n, m, *([bias] if len(shape) == 2 else []))
+        x = torch.randn(*tokens, columns, generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator).to(dtype)
+        yield sample(x, *packed, n, m, *([bias] if len(tokens) == 2 else []))
 
 
 _op = define_op("nm_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples)

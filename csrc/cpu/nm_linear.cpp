@@ -1,0 +1,257 @@
+// nm_linear: x W^T + b from the values that an N:M weight keeps and their positions.
+//
+// One token is bound by the memory: a row of 2:4 half values takes columns * (1 + 1/8) bytes, so nothing can be faster than 9/16 of
+// the time that reading the dense weight takes. Values are not spread to their columns, x is picked for them: a block holds the values
+// of 32 columns for each half of its units, so with AVX-512 one vpermt2ps of two registers of x gives the factors of 16 values. The
+// positions come from one word by shifts, a register each, so 64 columns take about 5 cycles, a third of what the memory gives a core.
+// Patterns other than 2:4 gather x instead. A few tokens share values and positions; many are a dense product (packed_linear.h).
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/packed_linear.h"
+#include "cpu/unit_floats.h"
+
+namespace sparsekern::cpu {
+
+namespace {
+
+using packed_rows::kBlockUnits;
+using packed_rows::Unit;
+
+// A row of the weight and the tokens it is multiplied with.
+struct Row {
+  const Unit* units;
+  const uint32_t* codes;
+  int64_t blocks;
+  const int32_t* group_columns;  // the first column of the group of each value
+  int code_bits;
+  const float* x;                // of the first token
+  int64_t x_stride;
+  float* sums;                   // sums[token * sums_stride]
+  int64_t sums_stride;
+};
+
+SPARSEKERN_INLINE int32_t position_of(const uint32_t* codes, int64_t k, int code_bits) {
+  const int64_t bit = k * code_bits;
+  return static_cast<int32_t>(codes[bit / 32] >> bit % 32 & ((1u << code_bits) - 1));
+}
+
+template <class T, int kTokens>
+SPARSEKERN_INLINE void multiply_any(const Row& row) {
+  float sums[kTokens] = {};
+  for (int64_t block = 0; block < row.blocks; ++block) {
+    for (int run = 0; run < kUnitValues<T>; ++run) {
+      for (int64_t d = 0; d < kBlockUnits; ++d) {
+        const int64_t k = (block * kUnitValues<T> + run) * kBlockUnits + d;
+        const float value = value_of<T>(row.units + block * kBlockUnits + d, run);
+        const float* x = row.x + row.group_columns[k] + position_of(row.codes, k, row.code_bits);
+        for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * row.x_stride];
+      }
+    }
+  }
+  for (int token = 0; token < kTokens; ++token) row.sums[token * row.sums_stride] = sums[token];
+}
+
+#if SPARSEKERN_X86
+
+// 2:4: the 16 values of a run come from 32 consecutive columns.
+template <class T, int kTokens>
+SPARSEKERN_AVX512 void multiply_2_4_avx512(const Row& row) {
+  const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  const __m512i three = _mm512_set1_epi32(3);
+  __m512 sums[kUnitValues<T>][kTokens];
+  for (int run = 0; run < kUnitValues<T>; ++run) {
+    for (int token = 0; token < kTokens; ++token) sums[run][token] = _mm512_setzero_ps();
+  }
+  for (int64_t block = 0; block < row.blocks; ++block) {
+    const Unit* units = row.units + block * kBlockUnits;
+    prefetch_ahead(units);
+    const __m512i stored = _mm512_loadu_si512(units);
+    for (int run = 0; run < kUnitValues<T>; ++run) {
+      const int64_t i = block * kUnitValues<T> + run;
+      const __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(row.codes[i])), shifts);
+      const __m512i columns = _mm512_ternarylogic_epi32(codes, three, groups, 0xea);  // (codes & three) | groups
+      const __m512 weight = floats_of_units<T>(stored, run);
+      for (int token = 0; token < kTokens; ++token) {
+        const float* x = row.x + token * row.x_stride + i * 32;
+        const __m512 picked = _mm512_permutex2var_ps(_mm512_loadu_ps(x), columns, _mm512_loadu_ps(x + 16));
+        sums[run][token] = _mm512_fmadd_ps(weight, picked, sums[run][token]);
+      }
+    }
+  }
+  for (int token = 0; token < kTokens; ++token) {
+    __m512 sum = sums[0][token];
+    if constexpr (kUnitValues<T> == 2) sum = _mm512_add_ps(sum, sums[1][token]);
+    row.sums[token * row.sums_stride] = add_up(sum);
+  }
+}
+
+template <class T, int kTokens>
+SPARSEKERN_AVX512 void multiply_any_avx512(const Row& row) {
+  const bool wide = row.code_bits == 4;
+  const __m512i shifts = wide ? _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28)
+                              : _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i code = _mm512_set1_epi32((1 << row.code_bits) - 1);
+  __m512 sums[kUnitValues<T>][kTokens];
+  for (int run = 0; run < kUnitValues<T>; ++run) {
+    for (int token = 0; token < kTokens; ++token) sums[run][token] = _mm512_setzero_ps();
+  }
+  for (int64_t block = 0; block < row.blocks; ++block) {
+    const Unit* units = row.units + block * kBlockUnits;
+    prefetch_ahead(units);
+    const __m512i stored = _mm512_loadu_si512(units);
+    for (int run = 0; run < kUnitValues<T>; ++run) {
+      const int64_t i = block * kUnitValues<T> + run;
+      const uint32_t* words = row.codes + (wide ? 2 * i : i);
+      const __m512i low = _mm512_set1_epi32(static_cast<int>(words[0]));
+      const __m512i both = wide ? _mm512_mask_set1_epi32(low, 0xff00, static_cast<int>(words[1])) : low;
+      const __m512i positions = _mm512_and_si512(_mm512_srlv_epi32(both, shifts), code);
+      const __m512i columns = _mm512_add_epi32(positions, _mm512_loadu_si512(row.group_columns + i * kBlockUnits));
+      const __m512 weight = floats_of_units<T>(stored, run);
+      for (int token = 0; token < kTokens; ++token) {
+        const __m512 picked = _mm512_i32gather_ps(columns, row.x + token * row.x_stride, 4);
+        sums[run][token] = _mm512_fmadd_ps(weight, picked, sums[run][token]);
+      }
+    }
+  }
+  for (int token = 0; token < kTokens; ++token) {
+    __m512 sum = sums[0][token];
+    if constexpr (kUnitValues<T> == 2) sum = _mm512_add_ps(sum, sums[1][token]);
+    row.sums[token * row.sums_stride] = add_up(sum);
+  }
+}
+
+template <class T, int kTokens>
+SPARSEKERN_AVX2 void multiply_any_avx2(const Row& row) {
+  const bool wide = row.code_bits == 4;
+  const __m256i shifts = wide ? _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28) : _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m256i code = _mm256_set1_epi32((1 << row.code_bits) - 1);
+  __m256 sums[kTokens];
+  for (int token = 0; token < kTokens; ++token) sums[token] = _mm256_setzero_ps();
+  for (int64_t block = 0; block < row.blocks; ++block) {
+    prefetch_ahead(row.units + block * kBlockUnits);
+    for (int half = 0; half < 2; ++half) {
+      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.units + block * kBlockUnits + half * 8));
+      for (int run = 0; run < kUnitValues<T>; ++run) {
+        const int64_t i = block * kUnitValues<T> + run;
+        const uint32_t word = wide ? row.codes[2 * i + half] : row.codes[i] >> (16 * half);
+        const __m256i positions = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts), code);
+        const auto* groups = reinterpret_cast<const __m256i*>(row.group_columns + i * kBlockUnits + half * 8);
+        const __m256i columns = _mm256_add_epi32(positions, _mm256_loadu_si256(groups));
+        const __m256 weight = floats_of_units<T>(stored, run);
+        for (int token = 0; token < kTokens; ++token) {
+          const __m256 picked = _mm256_i32gather_ps(row.x + token * row.x_stride, columns, 4);
+          sums[token] = _mm256_fmadd_ps(weight, picked, sums[token]);
+        }
+      }
+    }
+  }
+  for (int token = 0; token < kTokens; ++token) row.sums[token * row.sums_stride] = add_up(sums[token]);
+}
+
+#endif
+
+using Multiply = void (*)(const Row&);
+
+template <class T, int kTokens>
+Multiply choose_multiply([[maybe_unused]] bool two_of_four) {
+#if SPARSEKERN_X86
+  if (current_isa() >= Isa::avx512) return two_of_four ? &multiply_2_4_avx512<T, kTokens> : &multiply_any_avx512<T, kTokens>;
+  if (current_isa() >= Isa::avx2) return &multiply_any_avx2<T, kTokens>;
+#endif
+  return &multiply_any<T, kTokens>;
+}
+
+template <class T>
+struct NmWeight {
+  int64_t rows, columns;
+  const NmRows& packed;
+  int64_t stored;  // values a row
+  int code_bits;
+  std::vector<int32_t> group_columns;
+  Multiply multiply_by[4];  // 1, 2, 4 and 8 tokens
+
+  NmWeight(const NmRows& p, int64_t columns_)
+      : rows(p.rows),
+        columns(columns_),
+        packed(p),
+        stored(packed_rows::stored_per_row(columns_, p.n, p.m, sizeof(T))),
+        code_bits(static_cast<int>(packed_rows::code_bits(p.m))),
+        // What fills the last block meets the zeros after the last column of x.
+        group_columns(static_cast<size_t>(stored), static_cast<int32_t>(packed_rows::words(columns_) * packed_rows::kWordColumns)) {
+    const bool two_of_four = p.n == 2 && p.m == 4;
+    multiply_by[0] = choose_multiply<T, 1>(two_of_four);
+    multiply_by[1] = choose_multiply<T, 2>(two_of_four);
+    multiply_by[2] = choose_multiply<T, 4>(two_of_four);
+    multiply_by[3] = choose_multiply<T, 8>(two_of_four);
+    for (int64_t k = 0; k < columns / p.m * p.n; ++k) group_columns[static_cast<size_t>(k)] = static_cast<int32_t>(k / p.n * p.m);
+  }
+
+  int64_t first_tile(int64_t task, int64_t tasks) const { return packed_rows::tiles(rows) * task / tasks; }
+
+  const Unit* units_of(int64_t row) const { return static_cast<const Unit*>(packed.values) + row * stored / kUnitValues<T>; }
+  const uint32_t* codes_of(int64_t row) const { return packed.codes + row * stored * code_bits / 32; }
+
+  bool multiply(int64_t tile, const TokenBlock& block) const {
+    const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
+    for (int64_t i = first; i < end; ++i) {
+      Row row{units_of(i), codes_of(i), stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, block.x, block.x_stride,
+              block.sums + i - first, block.sums_stride};
+      for (int64_t token = 0; token < block.tokens;) {
+        const int64_t left = block.tokens - token;
+        const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
+        multiply_by[power](row);
+        row.x += row.x_stride << power;
+        row.sums += row.sums_stride << power;
+        token += int64_t{1} << power;
+      }
+    }
+    return true;
+  }
+
+  bool expand(int64_t tile, float* panel) const {
+    std::fill_n(panel, columns * kLanes, 0.0f);
+    const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
+    for (int64_t row = first; row < end; ++row) {
+      const T* values = reinterpret_cast<const T*>(units_of(row));
+      const uint32_t* codes = codes_of(row);
+      for (int64_t k = 0; k < columns / packed.m * packed.n; ++k) {
+        const int64_t column = group_columns[static_cast<size_t>(k)] + position_of(codes, k, code_bits);
+        if (column >= columns) return false;
+        panel[column * kLanes + row - first] = to_float(values[packed_rows::place_of(k, sizeof(T))]);
+      }
+    }
+    return true;
+  }
+};
+
+template <class T>
+bool multiply(const NmRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
+  const Activations activations(static_cast<const T*>(x), tokens, columns, executor);
+  const auto sums = allocate<float>(tokens * packed.rows);
+  if (!packed_product(NmWeight<T>(packed, columns), activations, sums.get(), executor)) return false;
+  write_outputs(sums.get(), tokens, packed.rows, nullptr, static_cast<const T*>(bias), static_cast<T*>(y), executor);
+  return true;
+}
+
+}  // namespace
+
+void nm_linear(
+    const void* x,
+    DType dtype,
+    int64_t tokens,
+    int64_t columns,
+    const NmRows& packed,
+    const void* bias,
+    void* y,
+    const Executor& executor) {
+  const bool sound = dispatch_dtype(dtype, [&](auto* type) {
+    return multiply<std::remove_pointer_t<decltype(type)>>(packed, x, tokens, columns, bias, y, executor);
+  });
+  if (!sound) throw std::invalid_argument("codes: expected positions below m, got one past the last column");
+}
+
+}  // namespace sparsekern::cpu

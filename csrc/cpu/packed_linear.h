@@ -1,0 +1,134 @@
+// What `bitmask_linear` and `nm_linear` share: activations as floats, tiles of 16 rows handed to threads, and the way many tokens take:
+// a few tiles are expanded into panels, which stay in the cache for a dense product with all tokens.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/packed_rows.h"
+#include "cpu/dispatch.h"
+#include "cpu/panel_matrix.h"
+#include "cpu/parallel.h"
+
+namespace sparsekern::cpu {
+
+constexpr int64_t kFewTokens = 32;  // up to which weights are expanded in registers, once for at most kTogether tokens
+constexpr int64_t kTogether = 8;
+constexpr int64_t kTasksPerThread = 8;
+
+template <class T>
+SPARSEKERN_INLINE void floats_of(const T* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
+}
+
+// Activations as floats. Rows are followed by zeros up to a whole number of words of columns, and by one word more, so that kernels
+// need no care at the end of a row and have a place that is zero.
+struct Activations {
+  int64_t tokens, columns, stride;
+  Buffer<float> data;
+
+  template <class T>
+  Activations(const T* x, int64_t tokens_, int64_t columns_, const Executor& executor)
+      : tokens(tokens_),
+        columns(columns_),
+        stride((packed_rows::words(columns_) + 1) * packed_rows::kWordColumns),
+        data(allocate<float>(tokens_ * stride)) {
+    const auto convert = Entries<&floats_of<T>>::choose();
+    parallel_for(executor, tokens, 1 + 65536 / stride, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token) {
+        float* row = data.get() + token * stride;
+        convert(x + token * columns, columns, row);
+        std::fill(row + columns, row + stride, 0.0f);
+      }
+    });
+  }
+
+  const float* row(int64_t token) const { return data.get() + token * stride; }
+};
+
+// Some tokens against the rows of a tile: the sum of (token, row) goes to sums[token * stride + row].
+struct TokenBlock {
+  const float* x;
+  int64_t x_stride;
+  int64_t tokens;
+  float* sums;
+  int64_t sums_stride;
+};
+
+// A weight in tiles of 16 stored rows is anything that has
+//   int64_t rows, columns;
+//   bool multiply(int64_t tile, const TokenBlock& block) const;  // for up to kTogether tokens
+//   bool expand(int64_t tile, float* panel) const;               // column j of the tile's rows to panel[16 * j], zeros included
+// where false says that the packed tensors contradict one another.
+template <class Weight>
+bool multiply_tile_by_few(const Weight& weight, int64_t tile, const Activations& x, float* sums) {
+  for (int64_t token = 0; token < x.tokens; token += kTogether) {
+    const TokenBlock block{
+        x.row(token), x.stride, std::min(kTogether, x.tokens - token),
+        sums + token * weight.rows + tile * packed_rows::kTileRows, weight.rows};
+    if (!weight.multiply(tile, block)) return false;
+  }
+  return true;
+}
+
+template <class Weight>
+bool multiply_tiles_by_many(
+    const Weight& weight, int64_t first, int64_t count, const Multiplier& x, MultiplyAdd multiply_add, float* sums) {
+  static_assert(packed_rows::kTileRows == kLanes, "a tile is a panel");
+  const int64_t panel = weight.columns * kLanes, out_panel = x.outputs * kLanes;
+  const auto expanded = allocate<float>(count * panel);
+  const auto out = allocate<float>(count * out_panel);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!weight.expand(first + i, expanded.get() + i * panel)) return false;
+  }
+  std::fill_n(out.get(), count * out_panel, 0.0f);
+  multiply_add(x, weight.columns, x.outputs, 1.0f, expanded.get(), panel, out.get(), out_panel, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = (first + i) * kLanes, rows = std::min(kLanes, weight.rows - row);
+    for (int64_t token = 0; token < x.outputs; ++token) {
+      std::copy_n(out.get() + i * out_panel + token * kLanes, rows, sums + token * weight.rows + row);
+    }
+  }
+  return true;
+}
+
+// sums[token][stored row] of the whole product. False: the packed tensors contradict one another.
+template <class Weight>
+bool packed_product(const Weight& weight, const Activations& x, float* sums, const Executor& executor) {
+  const int64_t tiles = packed_rows::tiles(weight.rows);
+  std::atomic<bool> sound{true};
+  if (x.tokens <= kFewTokens) {
+    const int64_t tasks = std::min(tiles, executor.threads <= 1 ? 1 : kTasksPerThread * executor.threads);
+    parallel_tasks(executor, tasks, [&](int64_t task) {
+      for (int64_t tile = weight.first_tile(task, tasks); tile < weight.first_tile(task + 1, tasks); ++tile) {
+        if (!multiply_tile_by_few(weight, tile, x, sums)) sound = false;
+      }
+    });
+    return sound;
+  }
+  const Multiplier multiplier = load_multiplier_transposed(x.data.get(), x.stride, x.columns, x.tokens, executor);
+  const MultiplyAdd multiply_add = choose_multiply_add();
+  for_each_tile(tiles, executor, [&](int64_t first, int64_t count) {
+    if (!multiply_tiles_by_many(weight, first, count, multiplier, multiply_add, sums)) sound = false;
+  });
+  return sound;
+}
+
+// y[token][order[i]] = sums[token][i] + bias[order[i]]; without `order` the rows are stored as they come.
+template <class T>
+void write_outputs(
+    const float* sums, int64_t tokens, int64_t rows, const int32_t* order, const T* bias, T* y, const Executor& executor) {
+  parallel_for(executor, tokens, 1 + 32768 / (rows + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = order == nullptr ? i : order[i];
+        const float offset = bias == nullptr ? 0.0f : to_float(bias[row]);
+        y[token * rows + row] = from_float<T>(sums[token * rows + i] + offset);
+      }
+    }
+  });
+}
+
+}  // namespace sparsekern::cpu

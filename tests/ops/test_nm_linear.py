@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsekern.ops import nm_linear
+from sparsekern.ops._packed_rows import pack_nm_rows, unpack_nm_rows
+
+from .strategies import FLOATS, PROPERTY, bits, matrices
+from .test_bitmask_linear import assert_close_to_exact
+
+PATTERNS = [(2, 4), (1, 2), (1, 4), (3, 4), (3, 7), (4, 8), (1, 16), (15, 16)]
+
+
+def nm_weight(rows: int, groups: int, n: int, m: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """With fewer than N non-zeros in some groups."""
+    dense = torch.randn(rows, groups, m, generator=generator)
+    kept = torch.rand(dense.shape, generator=generator).argsort(-1).argsort(-1) < n
+    kept &= torch.rand(dense.shape, generator=generator) < 0.9
+    return (dense * kept).flatten(1).to(dtype)
+
+
+def test_the_layout_is_what_files_hold():
+    row = torch.zeros(1, 72)
+    row[0, 1], row[0, 3], row[0, 4], row[0, 33], row[0, 71] = 1, 2, 3, 4, 5
+    packed = pack_nm_rows(row, 2, 4)
+    # Group 0 stores columns 1 and 3, group 1 column 4 and a zero, group 8 a zero of column 32 and column 33.
+    assert packed["values"][0].nonzero().flatten().tolist() == [0, 1, 2, 17, 35]
+    assert packed["values"][0][[0, 1, 2, 17, 35]].tolist() == [1, 2, 3, 4, 5] and packed["values"].shape == (1, 48)
+    codes = packed["codes"][0].tolist()
+    empty, first = 0b0100, 0b1101  # positions 0, 1 and 1, 3
+    assert codes[0] & 0xFFFFFFFF == sum(empty << 4 * i for i in range(1, 8)) | first
+    assert codes[2] == empty | 0b1100 << 4  # 0, 3; what fills the block is zero
+    half = pack_nm_rows(row.half(), 2, 4)
+    assert half["values"].shape == (1, 64) and half["codes"][0].tolist() == [*codes, 0]
+    # Value d of a block and value 16 + d share a unit.
+    assert half["values"][0].nonzero().flatten().tolist() == [0, 2, 3, 4, 38]
+    assert half["values"][0][[0, 2, 4, 3, 38]].tolist() == [1, 2, 3, 4, 5]
+
+
+@PROPERTY
+@given(weight=matrices(rows=st.integers(0, 20), columns=st.integers(0, 40), zeros=st.sampled_from([0.5, 0.95, 1.0])), pattern=st.sampled_from(PATTERNS))
+def test_comes_back(weight, pattern):
+    n, m = pattern
+    weight = weight.repeat_interleave(m, dim=1)
+    weight = weight * (torch.arange(weight.shape[1]) % m < n).to(weight.dtype).nan_to_num()
+    weight = torch.where(weight.isnan(), torch.zeros_like(weight), weight)  # Inf times 0
+    packed = pack_nm_rows(weight, n, m)
+    restored = unpack_nm_rows(packed["values"], packed["codes"], n, m, weight.shape[1])
+    assert bits(restored) == bits(torch.where(weight != 0, weight, torch.zeros_like(weight)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n, m", PATTERNS)
+def test_equals_the_dense_product(isa, poisoned, generator, n, m, dtype):
+    for tokens in (0, 1, 2, 7, 16, 33):
+        for rows, groups in ((1, 1), (19, 40)):
+            weight = nm_weight(rows, groups, n, m, dtype, generator)
+            x = torch.randn(tokens, groups * m, generator=generator).to(dtype)
+            bias = torch.randn(rows, generator=generator).to(dtype)
+            packed = pack_nm_rows(weight, n, m).values()
+            assert_close_to_exact(nm_linear(x, *packed, n, m), x, weight)
+            assert_close_to_exact(nm_linear(x, *packed, n, m, bias), x, weight, bias)
+
+
+def test_sizes_of_zero_and_leading_dimensions(isa, generator):
+    for shape, rows, groups in (((3, 0), 4, 0), ((0, 8), 2, 2), ((2, 8), 0, 2), ((8,), 3, 2), ((2, 0, 8), 3, 2), ((2, 3, 8), 3, 2)):
+        weight = nm_weight(rows, groups, 2, 4, torch.float32, generator)
+        x = torch.randn(shape, generator=generator)
+        y = nm_linear(x, *pack_nm_rows(weight, 2, 4).values(), 2, 4)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n, m", [(2, 4), (3, 7)])
+def test_nan_and_inf_spread_where_a_weight_is_kept(isa, dtype, tokens, n, m):
+    weight = torch.ones(40, 10, m, dtype=dtype)
+    weight[..., n:] = 0
+    weight = weight.flatten(1)
+    x = torch.ones(tokens, 10 * m, dtype=dtype)
+    spoiled = weight.clone()
+    spoiled[3, 1], spoiled[20, 9 * m], spoiled[21, 0] = math.nan, math.inf, -math.inf
+    y = nm_linear(x, *pack_nm_rows(spoiled, n, m).values(), n, m)
+    assert y[:, 3].isnan().all() and (y[:, 20] == math.inf).all() and (y[:, 21] == -math.inf).all()
+    assert y.isfinite().sum() == 37 * tokens
+    x[0, 9 * m] = -math.inf
+    y = nm_linear(x, *pack_nm_rows(weight, n, m).values(), n, m)
+    assert (y[0] == -math.inf).all() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n, m", PATTERNS)
+def test_no_codes_lead_the_kernel_out_of_x(isa, generator, n, m, dtype):
+    """Whatever comes of it, with the sanitized build in particular it is no read of other memory."""
+    values, codes = pack_nm_rows(nm_weight(5, 37, n, m, dtype, generator), n, m).values()
+    for tokens in (1, 20):
+        x = torch.randn(tokens, 37 * m, generator=generator).to(dtype)
+        try:
+            y = nm_linear(x, values, torch.full_like(codes, -1), n, m)
+            assert y.shape == (tokens, 5)
+        except (ValueError, RuntimeError) as error:
+            assert "codes: expected positions below m" in str(error) or "index" in str(error)
+
+
+def test_what_is_refused(generator):
+    x = torch.ones(2, 72)
+    values, codes = pack_nm_rows(nm_weight(20, 18, 2, 4, torch.float32, generator), 2, 4).values()
+    for wrong, message in (
+        ((x.double(), values, codes, 2, 4), "x: expected dtype"),
+        ((x.sum(), values, codes, 2, 4), r"x: expected \[\.\.\., in_features\], got \(\)"),
+        ((x[:, :70], values, codes, 2, 4), "x: expected features divisible by m = 4, got 70"),
+        ((x, values.half(), codes, 2, 4), "values: expected dtype float32, got float16"),
+        ((x, values, codes, 1, 4), r"values: expected shape \('any', 32\), got \(20, 48\)"),
+        ((x, values, codes[:, 1:], 2, 4), r"codes: expected shape \(20, 3\), got \(20, 2\)"),
+        ((x, values, codes, 4, 4), r"n, m: expected n < m <= 16 .*, got 4:4"),
+        ((x, values, codes, 2, 24), r"n, m: expected n < m <= 16 .*, got 2:24"),
+        ((x, values, codes, 0, 4), "n: expected at least 1, got 0"),
+        ((x, values, codes, 2, 4, torch.ones(19)), r"bias: expected shape \(20,\), got \(19,\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            nm_linear(*wrong)
