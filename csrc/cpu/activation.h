@@ -9,12 +9,19 @@
 
 namespace sparsekern::cpu {
 
+// `condition ? yes : no` without a branch: compilers do not vectorise the branches that comparisons of floats may turn into, since
+// those could trap.
+SPARSEKERN_INLINE float select(bool condition, float yes, float no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return bits_to_float((float_to_bits(yes) & mask) | (float_to_bits(no) & ~mask));
+}
+
 enum class Activation { relu, silu, gelu, gelu_tanh };
 
 // Within 2 units in the last place. The argument is clamped to where the result is a normal float; NaN stays NaN.
 SPARSEKERN_INLINE float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = select(x < -87.0f, -87.0f, x);
+  x = select(x > 88.0f, 88.0f, x);
   // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
   const float shifted = x * 1.44269504f + 0x1.8p23f;
   const float n = shifted - 0x1.8p23f;
@@ -36,7 +43,7 @@ struct Activated {
 template <Activation kActivation>
 SPARSEKERN_INLINE Activated activate(float x) {
   if constexpr (kActivation == Activation::relu) {
-    return {x > 0.0f ? x : 0.0f, x > 0.0f ? 1.0f : 0.0f};
+    return {select(x > 0.0f, x, 0.0f), select(x > 0.0f, 1.0f, 0.0f)};
   } else if constexpr (kActivation == Activation::silu) {
     const float gate = 1.0f / (1.0f + exp_of(-x));
     return {x * gate, gate * (1.0f + x * (1.0f - gate))};
@@ -48,7 +55,7 @@ SPARSEKERN_INLINE Activated activate(float x) {
     return {x * gate, gate + x * gate * (1.0f - gate) * (kTwice * (1.0f + 3.0f * kCubic * x * x))};
   } else {
     // Abramowitz and Stegun 7.1.26, within 1.5e-7 of the normal distribution's tail; its exponential is also the density's.
-    const float size = x < 0.0f ? -x : x;
+    const float size = select(x < 0.0f, -x, x);
     const float bell = exp_of(-0.5f * x * x);
     const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * size);
     float poly = 1.061405429f;
@@ -57,7 +64,7 @@ SPARSEKERN_INLINE Activated activate(float x) {
     poly = poly * t - 0.284496736f;
     poly = poly * t + 0.254829592f;
     const float tail = 0.5f * poly * t * bell;
-    const float below = x < 0.0f ? tail : 1.0f - tail;
+    const float below = select(x < 0.0f, tail, 1.0f - tail);
     return {x * below, below + x * 0.39894228f * bell};
   }
 }

@@ -19,11 +19,11 @@ SPARSEKERN_INLINE void relu_range(split::Inputs<T> in, split::Outputs<T> out, in
   for (int64_t i = begin; i < end; ++i) {
     const float p = to_float(in.p[i]), m = to_float(in.gate[i]);
     const float blend = (ratio * p + m) * scale;
-    const float active = blend < 0.0f ? 0.0f : blend;
-    const float silent = m > 0.0f ? 0.0f : m;
+    const float active = select(blend < 0.0f, 0.0f, blend);
+    const float silent = select(m > 0.0f, 0.0f, m);
     const float active_cost = ratio * (p - active) * (p - active) + (active - m) * (active - m);
     const float silent_cost = ratio * p * p + (silent - m) * (silent - m);
-    out.s[i] = from_float<T>(silent_cost < active_cost ? silent : active);
+    out.s[i] = from_float<T>(select(silent_cost < active_cost, silent, active));
   }
 }
 

@@ -73,29 +73,29 @@ SPARSEKERN_INLINE void split_lanes(const Inputs<T>& in, const Outputs<T>& out, i
   // Two starts that each entry has of its own: its target, and what would fit p without a change of up (act(s) is about s there).
   for (int64_t i = 0; i < kLanes; ++i) {
     float wanted = p[i];
-    if constexpr (kGated) wanted = p[i] * up[i] > 0.0f ? p[i] / up[i] : 0.0f;
-    wanted = wanted > 0.0f ? wanted : 0.0f;
+    if constexpr (kGated) wanted = p[i] / up[i];
+    wanted = select(wanted > 0.0f, wanted, 0.0f);  // NaN, of 0 / 0, is not above 0
     const Activated at_gate = activate<kActivation>(gate[i]), at_wanted = activate<kActivation>(wanted);
     const float gate_objective = ratio * fit_of<kGated>(at_gate.value, p[i], up[i], ratio).value;
     const float wanted_objective =
         ratio * fit_of<kGated>(at_wanted.value, p[i], up[i], ratio).value + (wanted - gate[i]) * (wanted - gate[i]);
     const bool first = gate_objective < objective[i];
-    const float best = first ? gate_objective : objective[i];
+    const float best = select(first, gate_objective, objective[i]);
     const bool second = wanted_objective < best;
-    s[i] = second ? wanted : first ? gate[i] : s[i];
-    t[i] = second ? at_wanted.value : first ? at_gate.value : t[i];
-    slope[i] = second ? at_wanted.slope : first ? at_gate.slope : slope[i];
-    objective[i] = second ? wanted_objective : best;
+    s[i] = select(second, wanted, select(first, gate[i], s[i]));
+    t[i] = select(second, at_wanted.value, select(first, at_gate.value, t[i]));
+    slope[i] = select(second, at_wanted.slope, select(first, at_gate.slope, slope[i]));
+    objective[i] = select(second, wanted_objective, best);
   }
   for (const float place : kStarts) {
     const Activated there = activate<kActivation>(place);
     for (int64_t i = 0; i < kLanes; ++i) {
       const float value = ratio * fit_of<kGated>(there.value, p[i], up[i], ratio).value + (place - gate[i]) * (place - gate[i]);
       const bool better = value < objective[i];
-      s[i] = better ? place : s[i];
-      t[i] = better ? there.value : t[i];
-      slope[i] = better ? there.slope : slope[i];
-      objective[i] = better ? value : objective[i];
+      s[i] = select(better, place, s[i]);
+      t[i] = select(better, there.value, t[i]);
+      slope[i] = select(better, there.slope, slope[i]);
+      objective[i] = select(better, value, objective[i]);
     }
   }
   for (int64_t step = 0; step < steps; ++step) {
@@ -107,15 +107,15 @@ SPARSEKERN_INLINE void split_lanes(const Inputs<T>& in, const Outputs<T>& out, i
       const Activated there = activate<kActivation>(place);
       const float value = ratio * fit_of<kGated>(there.value, p[i], up[i], ratio).value + (place - gate[i]) * (place - gate[i]);
       const bool better = value < objective[i];
-      s[i] = better ? place : s[i];
-      t[i] = better ? there.value : t[i];
-      slope[i] = better ? there.slope : slope[i];
-      objective[i] = better ? value : objective[i];
-      const float longer = length[i] < 0.5f ? 2.0f * length[i] : 1.0f;
-      length[i] = better ? longer : 0.25f * length[i];
+      s[i] = select(better, place, s[i]);
+      t[i] = select(better, there.value, t[i]);
+      slope[i] = select(better, there.slope, slope[i]);
+      objective[i] = select(better, value, objective[i]);
+      const float longer = select(length[i] < 0.5f, 2.0f * length[i], 1.0f);
+      length[i] = select(better, longer, 0.25f * length[i]);
     }
   }
-  for (int64_t i = 0; i < kLanes; ++i) s[i] = objective[i] == objective[i] ? s[i] : objective[i];  // NaN where anything was
+  for (int64_t i = 0; i < kLanes; ++i) s[i] = select(objective[i] == objective[i], s[i], objective[i]);  // NaN where anything was
   if constexpr (kGated) {
     for (int64_t i = 0; i < count; ++i) out.z[i] = from_float<T>((up[i] + ratio * t[i] * p[i]) / (1.0f + ratio * t[i] * t[i]));
   }

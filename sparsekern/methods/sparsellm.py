@@ -55,7 +55,7 @@ class SparseLLM(FeedForwardMethod):
     gamma: float = 5.0
     iterations: int = 4
     attention: str = "dense"
-    steps: int = 6
+    steps: int = 4
     damping: float = 0.01
     keep: str = "best"
 

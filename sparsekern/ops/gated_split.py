@@ -12,7 +12,7 @@ from ._checks import HALF_OR_FLOAT, check_finite_number, check_tensor, check_who
 from ._registry import define_op, sample
 
 SCHEMA = (
-    "(Tensor activated, Tensor up, Tensor gate, Tensor start, str activation, float ratio=1.0, int steps=6) -> (Tensor z, Tensor s)"
+    "(Tensor activated, Tensor up, Tensor gate, Tensor start, str activation, float ratio=1.0, int steps=4) -> (Tensor z, Tensor s)"
 )
 STARTS = (-1.25, 0.0, 1.0, 3.0)  # as in csrc/cpu/split.h
 
@@ -24,7 +24,7 @@ def gated_split(
     start: torch.Tensor,
     activation: str = "silu",
     ratio: float = 1.0,
-    steps: int = 6,
+    steps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs `z` and `s` of the up and the gate projection that lower, in every entry, most of
 
@@ -120,7 +120,7 @@ def reference(
     start: torch.Tensor,
     activation: str,
     ratio: float = 1.0,
-    steps: int = 6,
+    steps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     p, u = activated.float(), up.float()
 
@@ -129,7 +129,8 @@ def reference(
         z = (u + ratio * t * p) * scale
         return Fit(miss * miss * scale, -miss * scale * z, z * z * scale)
 
-    wanted = torch.where(p * u > 0, p / u, 0.0)
+    wanted = p / u
+    wanted = torch.where(wanted > 0, wanted, 0.0)  # NaN, of 0 / 0, is not above 0
     s, t = search(fit, gate.float(), start.float(), wanted, activation, ratio, steps)
     z = (u + ratio * t * p) / (1 + ratio * t * t)
     return _as(z, activated), _as(s, activated)
@@ -139,7 +140,7 @@ def _as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.to(like.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _fake(activated, up, gate, start, activation, ratio=1.0, steps=6):
+def _fake(activated, up, gate, start, activation, ratio=1.0, steps=4):
     torch._check(activated.dim() == 2 and activated.shape == up.shape == gate.shape == start.shape)
     z = torch.empty_like(activated, memory_format=torch.contiguous_format)
     return z, torch.empty_like(z)

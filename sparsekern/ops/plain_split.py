@@ -9,7 +9,7 @@ from ._checks import HALF_OR_FLOAT, check_tensor
 from ._registry import define_op, sample
 from .gated_split import Fit, check_split, search
 
-SCHEMA = "(Tensor activated, Tensor preactivation, Tensor start, str activation, float ratio=1.0, int steps=6) -> Tensor"
+SCHEMA = "(Tensor activated, Tensor preactivation, Tensor start, str activation, float ratio=1.0, int steps=4) -> Tensor"
 
 
 def plain_split(
@@ -18,7 +18,7 @@ def plain_split(
     start: torch.Tensor,
     activation: str = "relu",
     ratio: float = 1.0,
-    steps: int = 6,
+    steps: int = 4,
 ) -> torch.Tensor:
     """The pre-activation `z` that lowers, in every entry, most of `ratio (p - act(z))^2 + (z - m)^2`.
 
@@ -55,7 +55,7 @@ def reference(
     start: torch.Tensor,
     activation: str,
     ratio: float = 1.0,
-    steps: int = 6,
+    steps: int = 4,
 ) -> torch.Tensor:
     p, m = activated.float(), preactivation.float()
     if activation == "relu":
@@ -69,7 +69,7 @@ def reference(
     return z.to(activated.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _fake(activated, preactivation, start, activation, ratio=1.0, steps=6):
+def _fake(activated, preactivation, start, activation, ratio=1.0, steps=4):
     torch._check(activated.dim() == 2 and activated.shape == preactivation.shape == start.shape)
     return torch.empty_like(activated, memory_format=torch.contiguous_format)
 

@@ -14,6 +14,7 @@ CAPTURABLE = (
     "bitmask_unpack",
     "cross_gram_",
     "feature_norm_",
+    "gated_split",
     "gram_",
     "gram_symmetrize_",
     "nm_mask",
@@ -21,6 +22,7 @@ CAPTURABLE = (
     "nm_prune_pack",
     "nm_unpack",
     "obs_sweep",
+    "plain_split",
     "topk_mask",
 )
 

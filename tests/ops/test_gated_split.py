@@ -39,7 +39,7 @@ def best_z(p, up, s, activation: str, ratio: float) -> torch.Tensor:
 
 
 @EVERY_ACTIVATION
-@pytest.mark.parametrize("ratio", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("ratio", [0.5, 10.0])
 def test_close_to_the_best_of_a_whole_line_of_s(isa, generator, activation, ratio):
     p, up, gate, start = entries(generator, activation)
     z, s = gated_split(p, up, gate, start, activation, ratio)

@@ -19,7 +19,7 @@ def objective(p, m, z, activation: str, ratio: float) -> torch.Tensor:
 
 
 @EVERY_ACTIVATION
-@pytest.mark.parametrize("ratio", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("ratio", [0.5, 10.0])
 def test_is_the_minimum_over_a_fine_grid(isa, generator, activation, ratio):
     p, m = torch.randn(2, 3, 100, generator=generator) * 2
     z = plain_split(p, m, m, activation, ratio)
