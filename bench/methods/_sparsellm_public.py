@@ -1,0 +1,105 @@
+"""SparseLLM's LLaMA form as its public program computes it, and how much longer that takes on one feed-forward network.
+
+Literally: pseudo-inverses by SVD, an explicit inverse as wide as the hidden layer, two epochs of gradient steps through autograd, a
+loss for the log, and three chains of three factorisations a round. Float32 instead of the public half precision, which CPUs lack.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from sparsekern import SparseLLM
+from sparsekern.data import calibration_ids
+from sparsekern.methods.base import FeedForwardProblem, Layer
+from sparsekern.pattern import Unstructured
+from sparsekern.pruning.feed_forward import TILE, MappedRows
+from sparsekern.pruning.statistics import Gram
+from tests.textbook import textbook_sparsegpt
+
+from .. import smollm2
+
+BLOCK, SPARSITY, SAMPLES, LENGTH = 14, 0.7, 8, 512
+WEIGHT, ROUNDS, EPOCHS, RATE, CHUNK = 5.0, 4, 2, 0.01, 1000  # alpha = beta = gamma, and the steps of s
+
+
+def public_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor, sparsity: float) -> list[torch.Tensor]:
+    """Up, gate and down after four rounds; `x` is `[tokens, inputs]`, but everything here has one column a token."""
+    x = x.T.contiguous()
+    z, s = up @ x, gate @ x
+    p = F.silu(s) * z
+    y = down @ p
+    x_inverse = torch.linalg.pinv(x)
+    hessian_x, hessian_p = x @ x.T, p @ p.T
+    for turn in range(ROUNDS):
+        if turn:
+            up, down, gate = z @ x_inverse, y @ torch.linalg.pinv(p), s @ x_inverse
+            hessian_p = p @ p.T
+        up, gate = (textbook_sparsegpt(weight, hessian_x, sparsity)[0] for weight in (up, gate))
+        down = textbook_sparsegpt(down, hessian_p, sparsity)[0]
+        inverse = torch.inverse(WEIGHT * down.T @ down + WEIGHT * torch.eye(len(p)))
+        p = inverse @ (WEIGHT * down.T @ y + WEIGHT * F.silu(s) * z)
+        z = (up @ x + F.silu(s) * p) / (F.silu(s) ** 2 + 1)
+        s = _step_s(x, gate, z, p, s)
+        F.mse_loss(down @ (F.silu(gate @ x) * (up @ x)), y)
+    return [up, gate, down]
+
+
+def _step_s(x: torch.Tensor, gate: torch.Tensor, z: torch.Tensor, p: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    s = s.clone()
+    for _ in range(EPOCHS):
+        for start in range(0, s.shape[1], CHUNK):
+            tokens = slice(start, start + CHUNK)
+            with torch.enable_grad():
+                given = [v.detach().clone().requires_grad_() for v in (s[:, tokens], gate, x[:, tokens], z[:, tokens], p[:, tokens])]
+                chunk, w, inputs, wanted, activated = given
+                loss = WEIGHT * (chunk - w @ inputs).square().sum() + WEIGHT * (activated - F.silu(chunk) * wanted).square().sum()
+                loss.backward()
+            s[:, tokens] -= RATE * chunk.grad
+    return s
+
+
+def our_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor, sparsity: float) -> list[torch.Tensor]:
+    """The same number of rounds, with the statistics that the pipeline would gather."""
+    tokens, cpu = len(x), torch.device("cpu")
+    tiles = [slice(start, min(start + TILE, tokens)) for start in range(0, tokens, TILE)]
+    inputs, hidden, rows = Gram(len(x.T), cpu), Gram(len(up), cpu), MappedRows(tokens, len(x.T), x.dtype, cpu)
+    rows.write(slice(None), x)
+    for tile in tiles:
+        inputs.add(x[tile], None)
+        hidden.add(F.silu(x[tile] @ gate.T) * (x[tile] @ up.T), None)
+    layers = [Layer(weight, None, Unstructured(sparsity)) for weight in (up, gate, down)]
+    problem = FeedForwardProblem(
+        *layers, "silu", inputs, hidden, rows, lambda width: MappedRows(tokens, width, x.dtype, cpu), tiles
+    )
+    solution = SparseLLM(iterations=ROUNDS, keep="last").solve_feed_forward(problem)
+    return [solution.up, solution.gate, solution.down]
+
+
+@torch.no_grad()
+def measure(wikitext: Path, quick: bool = False) -> dict[str, object]:
+    """Seconds of both, in one run on the same inputs, and the output errors that they end with."""
+    model, seen = smollm2.dense_model(), []
+    network = model.model.layers[BLOCK].mlp
+    network.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    ids = calibration_ids(wikitext / "valid.txt", smollm2.tokenizer(), samples=1 if quick else SAMPLES, length=LENGTH, seed=0)
+    for sample in ids:
+        model(sample[None])
+    x, weights = torch.cat(seen), [getattr(network, name).weight.detach() for name in ("up_proj", "gate_proj", "down_proj")]
+    y = _output(x, weights)
+    figures: dict[str, object] = {"shape": [weights[0].shape[1], len(weights[0]), len(weights[2])], "tokens": len(x)}
+    our_sparsellm(x[:LENGTH], *weights, SPARSITY)  # a first call loads and allocates
+    for name, solve in (("sparsekern", our_sparsellm), ("public", public_sparsellm)):
+        start = time.perf_counter()
+        solved = solve(x, *weights, SPARSITY)
+        figures[f"{name}, seconds"] = time.perf_counter() - start
+        figures[f"{name}, output_error"] = float((_output(x, solved) - y).square().sum() / y.square().sum())
+    return {"one network": figures}
+
+
+def _output(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    up, gate, down = weights
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
