@@ -22,7 +22,7 @@ def objective(p, m, z, activation: str, ratio: float) -> torch.Tensor:
 @pytest.mark.parametrize("ratio", [0.5, 10.0])
 def test_is_the_minimum_over_a_fine_grid(isa, generator, activation, ratio):
     p, m = torch.randn(2, 3, 100, generator=generator) * 2
-    z = plain_split(p, m, m, activation, ratio)
+    z = plain_split(p, m, m, activation, ratio, steps=12)
     reached = objective(p, m, z, activation, ratio)
     line = torch.linspace(-10, 10, 8001, dtype=torch.float64).view(-1, 1, 1)
     everywhere = objective(p, m, line, activation, ratio).amin(0)
