@@ -22,6 +22,7 @@ from .pruning import Report, check_seed, prune
 from .runtime import check_format, check_output_folder, check_space, model_card, versions
 
 DEFAULT_LENGTH = 2048
+DEFAULT_TEXT = "builtin:python-docs"
 METHOD_SETTINGS = ("damping", "block_size", "scope", "form", "units", "solver")
 TRAINING_SETTINGS = ("criterion", "steps", "epochs", "train_steps", "batch_tokens", "learning_rate", "weight_decay")
 
@@ -32,6 +33,7 @@ class UsageError(Exception):
 
 def prune_command(arguments: argparse.Namespace) -> None:
     """Prune a model and leave its folder complete: weights, tokenizer, `report.json` and model card."""
+    (source,), text = arguments.calibration, _checked(lambda: _only_text(arguments))
     method, pattern, patterns = _checked(lambda: _what_to_prune(arguments))
     _checked(lambda: check_format(arguments.format))
     out = Path(arguments.out).expanduser()
@@ -46,10 +48,10 @@ def prune_command(arguments: argparse.Namespace) -> None:
     model, tokenizer = _load(arguments, device)
     check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
     length = _window_length(arguments.length, model)
-    evaluation = _Evaluation(arguments, model, tokenizer) if arguments.evaluate else None
+    evaluation = _Evaluation(arguments, model, tokenizer, text) if arguments.evaluate else None
     ids = None
     if method.statistic is not None or method.trains or arguments.report_error:
-        ids = calibration_ids(arguments.calibration, tokenizer, samples=arguments.samples, length=length, seed=arguments.seed)
+        ids = calibration_ids(source, tokenizer, samples=arguments.samples, length=length, seed=arguments.seed)
     seconds = {"load": time.perf_counter() - start}
     results: dict[str, object] = {}
     if evaluation:
@@ -62,7 +64,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     if ids is not None:
-        settings["calibration"] = f"{len(ids)} x {length} tokens of {arguments.calibration}, seed {arguments.seed}"
+        settings["calibration"] = f"{len(ids)} x {length} tokens of {source}, seed {arguments.seed}"
 
     def complete(report: Report) -> None:
         if evaluation:
@@ -104,7 +106,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     _checked(lambda: _check_counts(arguments, ("length", "windows")))
     _say(f"loading {arguments.model}")
     model, tokenizer = _load(arguments, device)
-    evaluation = _Evaluation(arguments, model, tokenizer)
+    evaluation = _Evaluation(arguments, model, tokenizer, arguments.text)
     result = evaluation.perplexity()
     print(f"perplexity {result:.4f}  ({evaluation.description})")
     zeros, total = _count_zeros(model.parameters())
@@ -114,20 +116,20 @@ def eval_command(arguments: argparse.Namespace) -> None:
 class _Evaluation:
     """The held-out text, tokenized once; so that a text that is too short is found before the work."""
 
-    def __init__(self, arguments: argparse.Namespace, model: torch.nn.Module, tokenizer) -> None:
+    def __init__(self, arguments: argparse.Namespace, model: torch.nn.Module, tokenizer, text: str) -> None:
         self.model, self.length, self.seconds = model, _window_length(arguments.length, model), 0.0
         if arguments.name == "prune":  # there, --length is that of the calibration windows
             self.length = _window_length(None, model)
-        tokens = encode(read_documents(arguments.text, "held-out"), tokenizer)
+        tokens = encode(read_documents(text, "held-out"), tokenizer)
         windows = len(tokens) // self.length
         if windows == 0:
             raise ValueError(
-                f"text: {arguments.text} has {len(tokens)} tokens; one window of length {self.length} needs {self.length}"
+                f"text: {text} has {len(tokens)} tokens; one window of length {self.length} needs {self.length}"
             )
         windows = min(windows, arguments.windows or windows)
         self.tokens = tokens[: windows * self.length]
-        part = "the held-out part of " if arguments.text.startswith("builtin:") else ""
-        self.description = f"{windows} x {self.length} tokens of {part}{arguments.text}"
+        part = "the held-out part of " if text.startswith("builtin:") else ""
+        self.description = f"{windows} x {self.length} tokens of {part}{text}"
 
     def perplexity(self) -> float:
         start = time.perf_counter()
@@ -160,6 +162,15 @@ def _what_to_prune(arguments: argparse.Namespace) -> tuple[Method, Pattern, dict
             raise ValueError(f"layer-pattern: expected GLOB=PATTERN, got {assignment!r}")
         patterns[glob] = None if value == "dense" else parse_pattern(value)
     return kind(**given), parse_pattern(arguments.pattern), patterns
+
+
+def _only_text(arguments: argparse.Namespace) -> str:
+    texts = arguments.text or [DEFAULT_TEXT]
+    if len(texts) > 1:
+        raise ValueError(f"text: expected one --text for one --calibration, got {len(texts)}")
+    if arguments.strategy != "accumulate":
+        raise ValueError("strategy: expected more than one --calibration, or --state, for another than 'accumulate'")
+    return texts[0]
 
 
 def _check_out(out: Path, resume: bool) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from . import __version__
-from ._commands import UsageError, eval_command, prune_command
+from ._commands import DEFAULT_TEXT, UsageError, eval_command, prune_command
+from ._continual import continual_command
 from ._info import info
 from ._warnings import SparsekernWarning
 
@@ -99,10 +100,13 @@ def _add_prune(commands) -> None:
     data = prune.add_argument_group("calibration")
     data.add_argument(
         "--calibration",
-        default="builtin:python-docs",
+        action="append",
         metavar="SOURCE",
-        help="a .txt, .jsonl or .parquet file, hf:NAME[:split], builtin:python-docs or builtin:python-source",
+        help="a .txt, .jsonl or .parquet file, hf:NAME[:split], builtin:python-docs (the default) or builtin:python-source; given more "
+        "than once, the model is pruned for one after another without keeping any (best with --method copal)",
     )
+    data.add_argument("--state", metavar="DIR", help="what is known after these texts, to add others later by the same command")
+    data.add_argument("--strategy", default="accumulate", help="with several texts: accumulate, dense (forgets) or carry (stasis)")
     data.add_argument("--samples", type=int, default=128, help="windows of text")
     data.add_argument(
         "--length", type=int, help="tokens in a window (default: 2048, or the model's positions where they are fewer)"
@@ -130,16 +134,28 @@ def _add_prune(commands) -> None:
         help="report each layer's output error also for wanda and magnitude, which do without a Gram matrix (sparsegpt always does)",
     )
     prune.add_argument("--evaluate", action="store_true", help="perplexity before and after, on --text")
-    _add_text(prune)
-    prune.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    prune.add_argument(
+        "--text",
+        action="append",
+        metavar="SOURCE",
+        help=f"text to evaluate on ({DEFAULT_TEXT}), one for each --calibration; of a built-in text, the part that calibration never sees",
+    )
+    _add_windows(prune)
+    prune.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, or in --state")
     prune.add_argument("--format", default="dense", help="dense: every loader takes it; packed comes with a later release")
-    prune.set_defaults(run=prune_command)
+    prune.set_defaults(run=_run_prune)
 
 
 def _add_eval(commands) -> None:
     evaluate = commands.add_parser("eval", help="perplexity of a model", formatter_class=_Help)
     _add_model(evaluate)
-    _add_text(evaluate)
+    evaluate.add_argument(
+        "--text",
+        default=DEFAULT_TEXT,
+        metavar="SOURCE",
+        help="text to evaluate on; of a built-in text, the part that calibration never sees",
+    )
+    _add_windows(evaluate)
     evaluate.add_argument(
         "--length", type=int, help="tokens in a window (default: 2048, or the model's positions where they are fewer)"
     )
@@ -153,14 +169,14 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings along")
 
 
-def _add_text(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--text",
-        default="builtin:python-docs",
-        metavar="SOURCE",
-        help="text to evaluate on; of the built-in text, the part that calibration never sees",
-    )
+def _add_windows(command: argparse.ArgumentParser) -> None:
     command.add_argument("--windows", type=int, metavar="N", help="evaluate on the first N windows only")
+
+
+def _run_prune(arguments: argparse.Namespace) -> None:
+    arguments.calibration = arguments.calibration or [DEFAULT_TEXT]
+    several = len(arguments.calibration) > 1 or arguments.state is not None
+    (continual_command if several else prune_command)(arguments)
 
 
 def _run_info(arguments: argparse.Namespace) -> None:
