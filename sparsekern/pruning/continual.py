@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ..backends.libraries import check_isa
 from ..data.perplexity import evaluation_windows, perplexity
-from ..methods import COPAL, Method, Solution, resolve_method
+from ..methods import ALPS, COPAL, Magnitude, Method, Solution, SparseGPT, Wanda, resolve_method
 from ..methods.base import check_choice
 from ..models import Linear
 from ..pattern import Pattern
@@ -28,6 +28,7 @@ from .report import Report
 from .statistics import SharedStatistics
 
 STRATEGIES = ("accumulate", "dense", "carry")
+METHODS = (ALPS, COPAL, Magnitude, SparseGPT, Wanda)  # what they know of a data set adds up
 
 
 def prune_continually(
@@ -54,7 +55,7 @@ def prune_continually(
     What is learned of a data set is added to what was learned of those before, and each mask is chosen anew from the dense weights
     (`strategy="accumulate"`). So a weight that an earlier mask pruned can come back, and a weight that an earlier data set needs is
     still known to be needed, although no earlier data are kept or read. What adds up is COPAL's importance, Wanda's feature norms and
-    SparseGPT's Gram matrices; magnitude learns nothing. The other strategies are what goes wrong without:
+    the Gram matrices of SparseGPT and ALPS; magnitude learns nothing. The other strategies are what goes wrong without:
 
     * `"dense"`: each data set prunes the dense weights by itself alone, and the ones before are forgotten;
     * `"carry"`: each data set prunes what the one before left. At one sparsity the zeros are the least important weights again, so
@@ -64,7 +65,7 @@ def prune_continually(
     Args:
         model: the dense model, or with a `state` that has seen data, also the model as it was left then.
         calibrations: name -> calibration data as `prune` takes them, in the order in which the model meets them.
-        method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or a config such as `COPAL(form="gram")`.
+        method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
         evaluate: name of a data set -> token ids to take the perplexity on after its step and after every later one, and of the dense
             model; `[tokens]` or `[rows, tokens]` as `perplexity` takes them.
@@ -94,6 +95,8 @@ def prune_continually(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
     method = resolve_method(method)
+    if not isinstance(method, METHODS):
+        raise ValueError(f"method: expected one of {', '.join(kind.name for kind in METHODS)} for several data sets, got {method.name}")
     check_choice("strategy", strategy, STRATEGIES)
     check_seed(seed)
     check_isa()
@@ -188,7 +191,16 @@ class _Continual:
         accumulate = self.strategy == "accumulate" and kind is not None
         try:
             run = (_Accumulating if accumulate else _Run)(
-                self.model, self.plan, self.method, kind, batches if kind else None, files, report, bar, clock
+                model=self.model,
+                plan=self.plan,
+                networks=None,
+                method=self.method,
+                kind=kind,
+                batches=batches if kind else None,
+                checkpoint=files,
+                report=report,
+                bar=bar,
+                clock=clock,
             )
             if accumulate:
                 run.before = before
@@ -228,12 +240,12 @@ class _Accumulating(_Run):
 
     before: StepFiles | None = None
 
-    def _prune_block(self, index: int, linears: list[Linear]) -> None:
+    def _prune_block(self, index: int, linears: Sequence[Linear]) -> None:
         self._past = self.before.memory(index) if self.before else {}
         super()._prune_block(index, linears)
 
-    def _gather(self, index: int, linears: list[Linear]) -> SharedStatistics:
-        shared = super()._gather(index, linears)
+    def _gather(self, *args) -> SharedStatistics:
+        shared = super()._gather(*args)
         if not isinstance(self.method, COPAL):
             if self._past:
                 shared.include(self._past)
