@@ -97,6 +97,8 @@ def prune_continually(
     method = resolve_method(method)
     if not isinstance(method, METHODS):
         raise ValueError(f"method: expected one of {', '.join(kind.name for kind in METHODS)} for several data sets, got {method.name}")
+    if method == Magnitude(scope="global"):
+        raise ValueError("method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets")
     check_choice("strategy", strategy, STRATEGIES)
     check_seed(seed)
     check_isa()

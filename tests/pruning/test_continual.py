@@ -271,6 +271,7 @@ PADDING = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "attention_mask": 
         ({"calibrations": {"a": torch.zeros(1, 2)}}, TypeError, r"calibrations\['a'\]: calibration: expected token ids of dtype"),
         ({"strategy": "mask"}, ValueError, "strategy: expected one of 'accumulate', 'dense', 'carry', got 'mask'"),
         ({"method": "best"}, ValueError, "method: expected one of"),
+        ({"method": Magnitude(scope="global")}, ValueError, "method: Magnitude.scope='global' looks at all linears at once"),
         ({"method": "sparsellm"}, ValueError, "method: expected one of alps, .* for several data sets, got sparsellm"),
         ({"evaluate": {"z": IDS["a"]}}, ValueError, r"evaluate: expected names of data sets \(a, b\), got 'z'"),
         ({"evaluate": IDS["a"]}, TypeError, "evaluate: expected a mapping of names to token ids, got Tensor"),
