@@ -1,13 +1,13 @@
-"""What continual pruning forgets, on three domains in all six orders: `python -m bench.methods.copal WIKITEXT --work FOLDER`.
+"""What continual pruning forgets, on three domains in all six orders.
 
-WIKITEXT holds `valid.txt` and `test.txt` of WikiText-2; the other two domains, the documentation and the source of the Python that
-runs this, ship with Python. SmolLM2-135M-Instruct in float32; 8 x 512 tokens of calibration a domain (seed 0); perplexity of the
+One domain is WikiText-2; the other two, the documentation and the source of the Python that runs this, ship with Python. SmolLM2-135M-Instruct in float32; 8 x 512 tokens of calibration a domain (seed 0); perplexity of the
 first 2 windows of 2048 tokens of `test.txt` and of the held-out parts.
 
 A data set's step depends only on those before it, so orders that begin alike share their steps: 3 + 6 + 6 for what accumulates, and 3
 where each data set prunes the dense weights. What is carried over never changes after the first data set
-(`tests/pruning/test_continual.py` shows it to the bit), so its figures are those of the first data set's model. FOLDER keeps each
-step's figures, and the states of the steps under way: a run that is stopped goes on where it was.
+(`tests/pruning/test_continual.py` shows it to the bit), so its figures are those of the first data set's model. All of it takes hours on a few cores; a work folder keeps
+each step's figures, and the states of the steps under way, so that a run that is stopped goes on where it was:
+`python -m bench.methods.copal WIKITEXT --work FOLDER --only COPAL --pattern 0.5` makes one part of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from pathlib import Path
 from statistics import mean
@@ -29,8 +30,10 @@ from sparsekern.data import calibration_ids, encode, read_documents
 from sparsekern.pruning import ContinualReport, Step
 
 from .. import smollm2
+from . import Unavailable, store, stored
 
-RESULTS = Path(__file__).parents[1] / "results"
+NAME = "copal"
+WORK = Path(tempfile.gettempdir()) / "sparsekern-bench-copal"
 SAMPLES, LENGTH = 8, 512
 WINDOWS, WINDOW = 2, 2048
 DOMAINS = ("wiki", "docs", "code")
@@ -52,13 +55,13 @@ PATTERNS = ("0.5", "2:4")
 class Texts:
     """The tokens of the three domains."""
 
-    def __init__(self, wikitext: Path) -> None:
+    def __init__(self, wikitext: Path, windows: int = WINDOWS) -> None:
         words = smollm2.tokenizer()
         sources = {"wiki": wikitext / "valid.txt", "docs": "builtin:python-docs", "code": "builtin:python-source"}
         self.calibration = {n: calibration_ids(s, words, samples=SAMPLES, length=LENGTH, seed=0) for n, s in sources.items()}
         sources["wiki"] = wikitext / "test.txt"
         held_out = {name: encode(read_documents(source, "held-out"), words) for name, source in sources.items()}
-        self.evaluation = {name: ids[: WINDOWS * WINDOW] for name, ids in held_out.items()}
+        self.evaluation = {name: ids[: windows * WINDOW] for name, ids in held_out.items()}
 
     def perplexities(self, model: torch.nn.Module, names: tuple[str, ...] = DOMAINS) -> dict[str, float]:
         return {name: sparsekern.perplexity(model, self.evaluation[name], WINDOW) for name in names}
@@ -150,7 +153,7 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
         "Dense: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + f"; average {mean(dense.values()):.2f}.",
     ]
     for pattern, by_label in rows.items():
-        lines += ["", f"### {pattern}", ""]
+        lines += ["", f"### {'2:4' if pattern == '2:4' else '50 %'}", ""]
         lines += ["| method | average perplexity at the end | backward transfer (worst, best order) | wiki | docs | code |"]
         lines += ["|---|---|---|---|---|---|"]
         for label, found in by_label.items():
@@ -159,27 +162,64 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
                 f"| {label} | {found['average perplexity']:.2f} | {found['backward transfer']:+.2f} "
                 f"({found['worst order']:+.2f}, {found['best order']:+.2f}) | {each} |"
             )
+        if goals := goals_met(by_label):
+            lines += ["", goals]
     return "\n".join(lines) + "\n"
 
 
-def run(wikitext: Path, work: Path, labels: list[str], patterns: list[str]) -> str:
-    texts = Texts(wikitext)
+def goals_met(by_label: dict[str, dict]) -> str:
+    """Whether COPAL forgets less than what prunes from dense, and ends no worse than Wanda; nothing where one was not measured."""
+    rivals = ("Wanda, from dense", "SparseGPT, from dense")
+    if not {"COPAL", *rivals} <= by_label.keys():
+        return ""
+    copal, wanda = by_label["COPAL"], by_label[rivals[0]]
+    said = []
+    for rival in rivals:
+        less = copal["backward transfer"] > by_label[rival]["backward transfer"]
+        said.append(f"forgets less than {rival}: {'yes' if less else '**no**'}")
+    ratio = copal["average perplexity"] / wanda["average perplexity"] - 1
+    said.append(f"average perplexity at the end no worse than Wanda's from dense: {'yes' if ratio <= 0 else '**no**'} ({ratio:+.1%})")
+    return "Goals for COPAL: " + "; ".join(said) + "."
+
+
+def run(wikitext: Path | None, quick: bool) -> str:
+    if wikitext is None:
+        raise Unavailable("it needs --wikitext")
+    if quick:
+        with tempfile.TemporaryDirectory() as work:
+            return table(*measure(Texts(wikitext, windows=1), Path(work), ["Wanda, from dense", "Wanda, carried"], PATTERNS[:1]))
+    measure_and_store(wikitext, WORK, list(METHODS), PATTERNS)
+    return section()
+
+
+def measure(texts: Texts, work: Path, labels: Sequence[str], patterns: Sequence[str]) -> tuple[dict, dict]:
     dense = kept(work / "dense.json", lambda: texts.perplexities(smollm2.dense_model()))
-    rows = {pattern: {label: row(reports(label, pattern, texts, work)) for label in labels} for pattern in patterns}
-    section = table(dense, rows)
-    (RESULTS / "quality-copal.json").write_text(json.dumps({"dense": dense, "patterns": rows}, indent=1) + "\n")
-    (RESULTS / "quality-copal.md").write_text(section)
-    return section
+    return dense, {pattern: {label: row(reports(label, pattern, texts, work)) for label in labels} for pattern in patterns}
+
+
+def measure_and_store(wikitext: Path, work: Path, labels: Sequence[str], patterns: Sequence[str]) -> None:
+    dense, rows = measure(Texts(wikitext), work, labels, patterns)
+    figures = {f"{pattern}, {label}": found for pattern, by_label in rows.items() for label, found in by_label.items()}
+    store(NAME, {"dense": dense, **figures})
+
+
+def section() -> str:
+    """The section of all figures that are stored."""
+    figures = stored(NAME)
+    rows = {pattern: {m: figures[f"{pattern}, {m}"] for m in METHODS if f"{pattern}, {m}" in figures} for pattern in PATTERNS}
+    return table(figures["dense"], {pattern: by_label for pattern, by_label in rows.items() if by_label})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wikitext", type=Path, metavar="WIKITEXT")
-    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("wikitext", type=Path, metavar="WIKITEXT", help="folder with valid.txt and test.txt of WikiText-2")
+    parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER")
     parser.add_argument("--only", action="append", choices=list(METHODS), help="may be given more than once")
     parser.add_argument("--pattern", action="append", choices=PATTERNS, help="may be given more than once")
     arguments = parser.parse_args()
-    print(run(arguments.wikitext, arguments.work, arguments.only or list(METHODS), arguments.pattern or list(PATTERNS)))
+    labels, patterns = arguments.only or list(METHODS), arguments.pattern or PATTERNS
+    measure_and_store(arguments.wikitext, arguments.work, labels, patterns)
+    print(section())
 
 
 if __name__ == "__main__":
