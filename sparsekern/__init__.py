@@ -9,7 +9,7 @@ from .methods import ALPS, COPAL, Gradual, Magnitude, Random, SparseGPT, SparseL
 from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import ContinualReport, Report, prune, prune_continually
-from .runtime import save
+from .runtime import SparseLinear, pack, save, unpack
 from .training import keep_sparsity, merge_adapter
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Report",
     "SparseGPT",
     "SparseLLM",
+    "SparseLinear",
     "SparsekernWarning",
     "Structured",
     "Unstructured",
@@ -31,8 +32,10 @@ __all__ = [
     "keep_sparsity",
     "load",
     "merge_adapter",
+    "pack",
     "perplexity",
     "prune",
     "prune_continually",
     "save",
+    "unpack",
 ]

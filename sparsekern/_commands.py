@@ -19,7 +19,9 @@ from .methods import METHODS, Method
 from .models.load import DTYPES, load, load_tokenizer
 from .pattern import Pattern, parse_pattern
 from .pruning import Report, check_seed, prune
-from .runtime import check_format, check_output_folder, check_space, model_card, versions
+from .pruning.report_html import html_page
+from .runtime import check_format, check_output_folder, check_space, count_zeros, model_card, versions
+from .runtime.save import DENSE
 
 DEFAULT_LENGTH = 2048
 DEFAULT_TEXT = "builtin:python-docs"
@@ -32,7 +34,7 @@ class UsageError(Exception):
 
 
 def prune_command(arguments: argparse.Namespace) -> None:
-    """Prune a model and leave its folder complete: weights, tokenizer, `report.json` and model card."""
+    """Prune a model and leave its folder complete: weights, tokenizer, reports and model card."""
     (source,), text = arguments.calibration, _checked(lambda: _only_text(arguments))
     method, pattern, patterns = _checked(lambda: _what_to_prune(arguments))
     _checked(lambda: check_format(arguments.format))
@@ -71,11 +73,14 @@ def prune_command(arguments: argparse.Namespace) -> None:
             results["perplexity, pruned"] = evaluation.perplexity()
             results["evaluated on"] = evaluation.description
         results.update(_zeros(model, report))
+        results["weights"] = f"{report.bytes['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.bytes['saved'] / 1e6:,.1f} MB"
         command = shlex.join(arguments.command_line)
         tokenizer.save_pretrained(out)
-        (out / "README.md").write_text(model_card(model, command=command, results=results, settings=settings), encoding="utf-8")
+        card = model_card(model, packed=arguments.format != DENSE, command=command, results=results, settings=settings)
+        (out / "README.md").write_text(card, encoding="utf-8")
         whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
         (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / "report.html").write_text(html_page(whole), encoding="utf-8")
 
     report = prune(
         model,
@@ -90,6 +95,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
         patterns=patterns,
         batch_size=arguments.batch_size,
         report_error=arguments.report_error,
+        format=arguments.format,
         complete=complete,
     )
     seconds |= {f"prune: {phase}": taken for phase, taken in report.seconds.items() if phase != "total"}
@@ -97,7 +103,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
         seconds["evaluate"] = evaluation.seconds
     seconds["total"] = time.perf_counter() - start
     print(_summary(settings, results, seconds))
-    print(_next_steps(out))
+    print(_next_steps(out, packed=arguments.format != DENSE))
 
 
 def eval_command(arguments: argparse.Namespace) -> None:
@@ -109,7 +115,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     evaluation = _Evaluation(arguments, model, tokenizer, arguments.text)
     result = evaluation.perplexity()
     print(f"perplexity {result:.4f}  ({evaluation.description})")
-    zeros, total = _count_zeros(model.parameters())
+    zeros, total = count_zeros(model)
     print(f"zeros      {zeros / total:.2%} of all {total / 1e6:,.1f} M weights")
 
 
@@ -219,16 +225,8 @@ def _window_length(length: int | None, model: torch.nn.Module) -> int:
     return length
 
 
-def _count_zeros(parameters: Iterable[torch.Tensor]) -> tuple[int, int]:
-    zeros = total = 0
-    for parameter in parameters:
-        total += parameter.numel()
-        zeros += parameter.numel() - int(torch.count_nonzero(parameter))
-    return zeros, total
-
-
 def _zeros(model: torch.nn.Module, report: Report) -> dict[str, str]:
-    zeros, total = _count_zeros(model.parameters())
+    zeros, total = count_zeros(model)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
     return {
         "zeros in the pruned linears": f"{report.sparsity:.2%} of {weights / 1e6:,.1f} M weights in {len(report.layers)} layers",
@@ -250,17 +248,20 @@ def _describe(method: Method) -> str:
     return f"{method.name} ({settings})" if settings else method.name
 
 
-def _next_steps(out: Path) -> str:
+def _next_steps(out: Path, packed: bool) -> str:
     folder = str(out)
+    first = "import sparsekern\n  " if packed else ""
     return f"""
 saved to {folder}; to use it:
 
-  from transformers import AutoModelForCausalLM, AutoTokenizer
+  {first}from transformers import AutoModelForCausalLM, AutoTokenizer
   model = AutoModelForCausalLM.from_pretrained({folder!r})
   tokenizer = AutoTokenizer.from_pretrained({folder!r})
   prompt = tokenizer("The capital of France is", return_tensors="pt")
   output = model.generate(**prompt, max_new_tokens=20)
   print(tokenizer.decode(output[0]))
+
+{folder}/report.html shows what each layer came to.
 """
 
 

@@ -79,6 +79,7 @@ def test_prune_from_pretrained_eval(model, text, tmp_path):
     assert sorted(entry.name for entry in out.iterdir() if entry.suffix not in (".json", ".jinja")) == [
         "README.md",
         "model.safetensors",
+        "report.html",
     ]
 
     done = subprocess.run(
@@ -108,6 +109,30 @@ def test_other_methods(prune, tmp_path, method):
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert pruned.dtype == torch.bfloat16
     assert (kept_of_four(pruned.model.layers[1].mlp.down_proj.weight) == 2).all()
+
+
+def test_a_packed_folder(prune, text, tmp_path, capsys):
+    evaluation = ("--method", "magnitude", "--evaluate", "--text", text, "--windows", "1")
+    assert prune(*evaluation, "--format", "packed") == 0
+    assert "  import sparsekern\n" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["bytes"]["saved"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert "saved packed in" in report["results"]["weights"]
+    assert "import sparsekern" in (tmp_path / "out" / "README.md").read_text()
+    assert f"{report['results']['perplexity, pruned']:.4g}" in (tmp_path / "out" / "report.html").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "SparseLinear"
+    assert main(["eval", str(tmp_path / "out"), "--text", text, "--windows", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split()[1]) == pytest.approx(report["results"]["perplexity, pruned"], rel=1e-4)
+    assert report["results"]["zeros in the whole model"] == printed.split("zeros      ")[1].strip().replace("all ", "")
+
+
+def test_nothing_that_gets_smaller_can_be_saved_dense_afterwards(prune, tmp_path, capsys):
+    arguments = ("--method", "magnitude", "--pattern", "0.01")
+    assert prune(*arguments, "--format", "packed") == 1
+    assert "none of its 22 linear layers gets smaller" in capsys.readouterr().err
+    assert prune(*arguments, "--resume") == 0
 
 
 def test_magnitude_reads_no_text(model, tmp_path):
@@ -192,7 +217,7 @@ def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
         (["--method", "wanda", "--damping", "0.1"], "--damping: the method wanda has no such setting"),
         (["--damping", "-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
         (["--scope", "world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
-        (["--format", "packed"], "format: 'packed' comes with a later release"),
+        (["--format", "onnx"], "format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),
         (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16, float16, got 'int4'"),
         (["--device", "quantum"], "device: expected auto, cpu or cuda[:N], got 'quantum'"),
         (["--device", "cuda:99"], "device: 'cuda:99' asked for, but torch"),

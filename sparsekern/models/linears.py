@@ -21,8 +21,7 @@ class Linear:
     @property
     def weight(self) -> torch.Tensor:
         """`[out_features, in_features]`, a view of the model's own storage; writing to it writes to the model."""
-        weight = self.modules[0].weight.detach()
-        return weight.T if _is_conv1d(self.modules[0]) else weight
+        return linear_weight(self.modules[0])
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -45,13 +44,19 @@ def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
     """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in root.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             _check_prunable(name, module)
             owners.setdefault(id(module.weight), []).append((name, module))
     return [Linear(found[0][0], tuple(module for _, module in found)) for found in owners.values()]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """`[out_features, in_features]` of an `nn.Linear` or a `Conv1D`, a view of its own storage."""
+    weight = module.weight.detach()
+    return weight.T if is_conv1d(module) else weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
     # Looked up rather than imported: where transformers is not loaded, no module can be one of its classes.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from ..methods import Method, Solution, resolve_method
 from ..methods.base import FeedForwardMethod, StatisticKind
 from ..models import FeedForward, Linear
 from ..pattern import Pattern, parse_pattern
+from ..runtime import weight_bytes
+from ..runtime.save import DENSE, check_format, in_format
 from .activations import OUTSIDE, Activations, probe
 from .calibration import Batch, Calibration, as_batches
 from .calibration import fingerprint as calibration_fingerprint
@@ -51,6 +54,7 @@ def prune(
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
     report_error: bool = False,
+    format: str = DENSE,
     complete: Callable[[Report], None] | None = None,
 ) -> Report:
     """Prune the linears of a transformers decoder in place, and say what was done.
@@ -66,8 +70,8 @@ def prune(
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
             and `attention_mask` (padding is left out of every statistic). Magnitude needs none.
         seed: for whatever draws random numbers on the way; the same seed gives the same result. The global generator is left alone.
-        out: a new or empty folder. Each finished block is kept there until, at the end, the pruned model and `report.json` are
-            saved to it.
+        out: a new or empty folder. Each finished block is kept there until, at the end, the pruned model, `report.json` and
+            `report.html` are saved to it.
         resume: go on with the unfinished run in `out`; `model` is the dense model again. The result is the same, bit for bit.
         progress: show a progress bar.
         include: names or globs of linears to prune, such as `"*.mlp.*"`; all linears of the blocks where it is None. A linear outside
@@ -77,6 +81,8 @@ def prune(
         batch_size: samples run at once where `calibration` is one tensor; None chooses. A matter of speed and memory only.
         report_error: take a Gram matrix just to report each layer's error also for methods that do without one (Wanda, magnitude).
             It costs about as much as the forwards. SparseGPT and ALPS always report it.
+        format: of what is saved to `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model` itself
+            stays dense.
         complete: called with the report once model and report are in `out`, while the checkpoint is still there: puts whatever else
             belongs in the folder. A run killed meanwhile can be resumed, and then needs only to do this again.
 
@@ -95,6 +101,7 @@ def prune(
     method = resolve_method(method)
     check_seed(seed)
     check_isa()
+    check_format(format)
     plan = make_plan(model, pattern, patterns, include, exclude)
     plan = replace(plan, patterns=method.arrange(model, plan.parts, plan.patterns))
     kind = "gram" if report_error else method.statistic
@@ -137,12 +144,14 @@ def prune(
                 _Run(model, plan, networks, method, kind, batches, checkpoint, report, bar, clock).prune_all()
         if out is not None:
             with clock.phase("write"):
-                _save_model(model, out)
+                _save_model(model, out, format)
     finally:
         bar.close()
     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
     if out is not None:
+        report.bytes = {"dense": weight_bytes(model), "saved": sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))}
         report.to_json(os.path.join(out, "report.json"))
+        report.to_html(os.path.join(out, "report.html"))
         if complete is not None:
             complete(report)
         finish(out)
@@ -380,11 +389,11 @@ def _check_saveable(model: nn.Module) -> None:
         )
 
 
-def _save_model(model: nn.Module, out: str | os.PathLike) -> None:
+def _save_model(model: nn.Module, out: str | os.PathLike, format: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(out)
+        in_format(model, format).save_pretrained(out)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
         what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"

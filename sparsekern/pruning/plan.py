@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,10 +12,10 @@ from torch import nn
 
 from .._warnings import SparsekernWarning
 from ..models import Blocks, Linear, find_blocks, find_linears
+from ..models.globs import Globs, as_globs, check_matches, matches
 from ..pattern import Pattern, parse_pattern
 
 PatternLike = str | float | Pattern
-Globs = str | Iterable[str] | None
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,19 @@ def make_plan(
     outside = [linear for linear in find_linears(model) if linear.name not in in_blocks]
     everything = [linear.name for linears in inside for linear in linears] + [linear.name for linear in outside]
 
-    include, exclude = _globs("include", include), _globs("exclude", exclude)
+    include, exclude = as_globs("include", include), as_globs("exclude", exclude)
     default = parse_pattern(pattern)
     by_glob = {glob: None if value is None else parse_pattern(value) for glob, value in (patterns or {}).items()}
-    for argument, globs in (("include", include or []), ("exclude", exclude or []), ("patterns", by_glob)):
-        for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in everything):
-                raise ValueError(f"{argument}: {glob!r} matches no linear of the model (they are named like {everything[0]!r})")
+    for argument, globs in (("include", include), ("exclude", exclude), ("patterns", by_glob)):
+        check_matches(argument, globs, everything)
 
     def chosen(linear: Linear) -> bool:
         name = linear.name
         if name in in_blocks:
-            wanted = include is None or any(fnmatchcase(name, glob) for glob in include)
+            wanted = include is None or matches(name, include)
         else:
             wanted = name in (include or ())
-        wanted = wanted and not any(fnmatchcase(name, glob) for glob in exclude or ())
+        wanted = wanted and not matches(name, exclude)
         return wanted and _pattern_of(name, by_glob, default) is not None
 
     plan = Plan(
@@ -86,16 +84,6 @@ def make_plan(
         _check_finite(linear)
     _say_what_stays_dense(blocks)
     return plan
-
-
-def _globs(argument: str, globs: Globs) -> list[str] | None:
-    if globs is None:
-        return None
-    globs = [globs] if isinstance(globs, str) else list(globs)
-    for glob in globs:
-        if not isinstance(glob, str):
-            raise TypeError(f"{argument}: expected names or globs, got {glob!r}")
-    return globs
 
 
 def _pattern_of(name: str, by_glob: Mapping[str, Pattern | None], default: Pattern) -> Pattern | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .files import write_atomically
+from .report_html import html_page
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Report:
     `solve`, `write` (checkpoints and the final model) and `total`. `settings` holds the method, the seed and the versions.
     `training`, where the method trains, has an entry for each optimizer step: the pruning `step`, the `sparsity`, the `learning_rate` and
     the `loss` of its batch before it was trained on. `resumed_blocks` counts the blocks taken from a checkpoint; their layers' seconds are those of the run that solved them.
+    `bytes` is there where the model was saved: `dense`, its weights in memory, and `saved`, its weight files.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Report:
     calibration_tokens: int = 0
     resumed_blocks: int = 0
     training: list[dict[str, float]] = field(default_factory=list)
+    bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -69,6 +72,7 @@ class Report:
             "calibration_tokens": self.calibration_tokens,
             "resumed_blocks": self.resumed_blocks,
             "seconds": self.seconds,
+            "bytes": self.bytes,
             "settings": self.settings,
             **({"training": self.training} if self.training else {}),
             "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
@@ -77,6 +81,10 @@ class Report:
     def to_json(self, path: str | os.PathLike) -> None:
         """Write everything as JSON; the file is there whole or not at all."""
         write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Write a page with plots of it, in one file; it is there whole or not at all."""
+        write_atomically(Path(path), html_page(self.to_dict()).encode())
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)

@@ -1,16 +1,27 @@
-"""What becomes of a pruned model: the folder it is saved to, and 2:4 weights that multiply."""
+"""What becomes of a pruned model: packed weights that multiply, the folder it is saved to, and 2:4 weights on a GPU."""
 
 from .card import model_card, versions
+from .packing import count_zeros, is_packed, pack, unpack, weight_bytes
+from .registration import register_with_transformers
 from .save import check_format, check_output_folder, check_space, save
 from .semi_structured import semi_structured_linear, to_semi_structured
+from .sparse_linear import SparseLinear
+
+register_with_transformers()
 
 __all__ = [
+    "SparseLinear",
     "check_format",
     "check_output_folder",
     "check_space",
+    "count_zeros",
+    "is_packed",
     "model_card",
+    "pack",
     "save",
     "semi_structured_linear",
     "to_semi_structured",
+    "unpack",
     "versions",
+    "weight_bytes",
 ]

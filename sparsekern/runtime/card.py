@@ -10,13 +10,26 @@ import torch
 
 from .. import __version__
 
-USE = """The zeros are stored like any other weight, so every loader takes this folder:
+DENSE = """The zeros are stored like any other weight, so every loader takes this folder:
 
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+"""
+
+PACKED = """The zeros take no space: the linear layers are packed, and multiply as they are. [sparsekern](https://pypi.org/project/sparsekern)
+makes transformers able to load them:
+
+```python
+import sparsekern
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+`model.dequantize()` makes an ordinary dense model of it.
 """
 
 
@@ -32,6 +45,7 @@ def versions() -> dict[str, str]:
 def model_card(
     model: torch.nn.Module,
     *,
+    packed: bool = False,
     command: str | None = None,
     results: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
@@ -40,6 +54,7 @@ def model_card(
 
     Args:
         model: the pruned model.
+        packed: it is saved packed.
         command: the command line that made it, shown as it was typed.
         results: name -> number or text.
         settings: name -> number or text.
@@ -47,7 +62,7 @@ def model_card(
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- sparsekern\n- pruned\n---\n",
         f"# {type(model).__name__}, pruned with sparsekern\n",
-        USE,
+        PACKED if packed else DENSE,
     ]
     if command:
         parts.append(f"Made with:\n\n```\n{command}\n```\n")

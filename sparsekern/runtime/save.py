@@ -10,19 +10,23 @@ from pathlib import Path
 import torch
 
 from .card import model_card
+from .formats import format_of
+from .packing import AUTO, is_packed, packed_copy, unpacked_copy, weight_bytes
 
-FORMATS = ("dense",)
+DENSE, PACKED = "dense", "packed"
 
 
 def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense", *, tokenizer=None) -> Path:
     """Save a pruned model so that plain `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
-    Everything is written to a new folder beside `path`, which then takes its name.
+    Everything is written to a new folder beside `path`, which then takes its name. The model stays as it is.
 
     Args:
-        model: a transformers model.
+        model: a transformers model, packed by `sparsekern.pack` or not.
         path: a new or empty folder.
-        format: `"dense"`: the zeros are stored like any weight, and every loader takes the folder.
+        format: `"dense"`: the zeros are stored like any weight, and every loader takes the folder. `"packed"`: linears that get
+            smaller by it are stored packed, each in the format that it fits best; to load it, `import sparsekern` first. `"bitmask"`
+            or `"N:M"`: packed, in that format only.
         tokenizer: saved along where given.
 
     Returns:
@@ -30,7 +34,7 @@ def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense",
 
     Raises:
         TypeError: a model without `save_pretrained`.
-        ValueError: an unknown format.
+        ValueError: an unknown format; a model to be packed in which nothing gets smaller.
         FileExistsError: `path` is a file, or a folder that holds something.
         OSError: no space left; nothing is left behind then.
     """
@@ -39,6 +43,7 @@ def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense",
     check_format(format)
     path = Path(path).expanduser().absolute()
     check_output_folder(path)
+    model = in_format(model, format)
     check_space(model, path)
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,18 +51,27 @@ def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense",
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(model_card(model), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(model, packed=format != DENSE), encoding="utf-8")
         os.rename(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return path
 
 
+def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:
+    """The model as it is to be saved: itself, or a copy that shares with it what has the same form in both."""
+    if format == DENSE:
+        return unpacked_copy(model) if is_packed(model) else model
+    return packed_copy(model, AUTO if format == PACKED else format)
+
+
 def check_format(format: str) -> None:
-    if format == "packed":
-        raise ValueError("format: 'packed' comes with a later release of sparsekern; use 'dense'")
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    """Raise `ValueError` unless `format` is one to save in."""
+    if format not in (DENSE, PACKED):
+        try:
+            format_of(format)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"format: expected 'dense', 'packed', 'bitmask' or 'N:M', got {format!r}") from error
 
 
 def check_output_folder(path: str | os.PathLike) -> None:
@@ -74,7 +88,7 @@ def check_output_folder(path: str | os.PathLike) -> None:
 
 def check_space(model: torch.nn.Module, path: str | os.PathLike, copies: int = 1) -> None:
     """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights: better before the work than after."""
-    needed = copies * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    needed = copies * weight_bytes(model)
     existing = Path(path).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent

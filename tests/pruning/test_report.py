@@ -1,8 +1,11 @@
 import json
+import re
+from xml.etree import ElementTree
 
 import pytest
 
 from sparsekern.pruning import LayerReport, Report
+from sparsekern.pruning.report_html import html_page
 
 
 @pytest.fixture
@@ -43,3 +46,39 @@ def test_table_is_readable(report):
     assert lines[2].split() == ["model.layers.0.down", "4", "x", "8", "0.75", "75.00%", "-", "0.25"]
     assert lines[3] == "2 layers, 62.50% zeros; seconds: forward 1.5, total 2.0"
     assert len({len(line) for line in lines[:3]}) == 1
+
+
+def plots(page: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+def test_the_page_shows_everything_and_fetches_nothing(report, tmp_path):
+    report.bytes = {"dense": 2_000_000, "saved": 1_140_000}
+    results = {"perplexity, dense": 10.93, "perplexity, pruned": 24.75, "evaluated on": "8 x 64 tokens"}
+    page = html_page({"command": "sparsekern prune 'a & b'", "results": results, **report.to_dict()})
+    for shown in ("10.93", "24.75", "8 x 64 tokens", "1.1 MB (57%)", "62.5%", "1.250e-01", "&#x27;a &amp; b&#x27;", "1.5 s"):
+        assert shown in page, shown
+    assert len(plots(page)) == 5  # perplexity, size, error, zeros, time
+    assert not re.search(r"(?:src|href|url|@import)\s*[=(]|<script", page)
+    report.to_html(tmp_path / "report.html")
+    assert len(plots((tmp_path / "report.html").read_text())) == 4 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_point_for_each_error_that_is_known(report):
+    report.layers = [LayerReport(f"layers.{i}.{kind}", "2:4", (4, 4), 8, 10.0**-i, 0.1) for i in range(3) for kind in ("q", "down")]
+    report.layers += [LayerReport("head", "2:4", (4, 4), 8, None, 0.1), LayerReport("layers.2.o", "2:4", (4, 4), 8, 0.0, 0.1)]
+    error = plots(html_page(report.to_dict()))[0]
+    titles = [title.text for title in error.iter("{http://www.w3.org/2000/svg}title")]
+    assert sorted(titles) == sorted(f"layers.{i}.{kind}: {10.0**-i:.3e}" for i in range(3) for kind in ("q", "down"))
+    heights = [float(dot.get("cy")) for dot in error.iter("{http://www.w3.org/2000/svg}circle") if list(dot)]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.11)  # a decade each
+
+
+def test_names_cannot_break_out_of_the_page(report):
+    report.layers = [LayerReport("layers.0.<script>&", "2:4", (4, 4), 8, 0.5, 0.1)]
+    page = html_page(report.to_dict())
+    assert "<script>" not in page and "layers.0.&lt;script&gt;&amp;" in page and len(plots(page)) == 3
+
+
+def test_an_empty_report_has_a_page():
+    assert "Pruning report" in html_page({"sparsity": 0.0, "layers": [], "seconds": {}})

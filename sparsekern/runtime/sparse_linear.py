@@ -1,0 +1,184 @@
+"""`SparseLinear`: a linear layer that keeps its weight packed and multiplies by it as it lies."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..models.linears import is_conv1d, linear_weight
+from .formats import format_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SparseLinear(nn.Module):
+    """`x @ weight.T + bias` for a weight of `[out_features, in_features]` that is held in a packed format.
+
+    The packed tensors have names of their own, so they are in `state_dict()` and move with `.to(device)`: those of floating point are
+    frozen parameters, the others buffers. Gradients flow to the input and to the bias, not to the weight. `.to(dtype)` takes float32,
+    bfloat16 and float16.
+
+    Attributes:
+        format: name of the packed format, such as `"bitmask"`.
+        shape: `(out_features, in_features)`.
+        bias: `[out_features]` parameter or None.
+        conv1d: it stands for a `Conv1D` of GPT-2, and `to_linear` makes one again.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        format: str,
+        shape: tuple[int, int],
+        tensors: dict[str, torch.Tensor],
+        bias: nn.Parameter | None = None,
+        *,
+        conv1d: bool = False,
+    ) -> None:
+        """Take packed tensors as they are; nothing but `check` looks into them. `from_linear` packs a layer."""
+        super().__init__()
+        self.format, self.shape, self.conv1d = format, (int(shape[0]), int(shape[1])), conv1d
+        self._layout = format_of(format)
+        self._names = tuple(tensors)
+        self._values = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, format: str) -> SparseLinear:
+        """Pack an `nn.Linear`, or a `Conv1D` of transformers; the bias is shared with it.
+
+        Raises:
+            TypeError: another kind of module, or a dtype that the format does not take.
+            ValueError: a weight that does not fit the format, or has a NaN.
+        """
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
+        weight = linear_weight(linear)
+        tensors = format_of(format).pack(weight)
+        layer = cls(format, tuple(weight.shape), tensors, linear.bias, conv1d=is_conv1d(linear))
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Module:
+        """The dense layer again: an `nn.Linear` (or a `Conv1D`), with the bias shared and the weight frozen no longer."""
+        weight = self.dense_weight()
+        if self.conv1d:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                linear = Conv1D(self.out_features, self.in_features)
+            linear.weight = nn.Parameter(weight.T.contiguous())
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(weight)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def dense_weight(self) -> torch.Tensor:
+        """`[out_features, in_features]`, unpacked anew."""
+        return self._layout.unpack(self.tensors, self.shape, self.dtype)
+
+    def check(self) -> None:
+        """Raise `ValueError` unless the packed tensors are what the format says: sizes, counts and offsets."""
+        self._layout.check(self.tensors, self.shape, self.dtype)
+
+    def freeze(self) -> None:
+        """The packed tensors take no gradients."""
+        for name in self._names:
+            if name in self._parameters:
+                self._parameters[name].requires_grad_(False)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The packed tensors by name."""
+        return {name: self._parameters[name] if name in self._parameters else self._buffers[name] for name in self._names}
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self._parameters[self._values].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameters[self._values].device
+
+    @property
+    def density(self) -> float:
+        """The share of the weight's values that are stored: the non-zeros, and what the format pads them with."""
+        stored = sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())
+        return stored / max(1, self.out_features * self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        if x.dtype != self.dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Product.apply(x, bias, self)
+        return self._layout.linear(x, self.tensors, self.shape, bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format}, density={self.density:.1%}"
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self.dtype
+        after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
+        if after == before:
+            return super()._apply(fn, recurse)
+        if after not in DTYPES:
+            raise TypeError(
+                f"SparseLinear: expected float32, bfloat16 or float16, got {str(after).removeprefix('torch.')}; "
+                "sparsekern.unpack makes dense layers, which take any dtype"
+            )
+        if self.device.type == "meta" and after.itemsize != before.itemsize:
+            raise NotImplementedError(f"SparseLinear: a layer without data cannot be converted to {str(after).removeprefix('torch.')}")
+        # Half values share a unit of four bytes, so the layout of float32 is another.
+        dense = fn(self.dense_weight()) if after.itemsize != before.itemsize else None
+        super()._apply(fn, recurse)
+        if dense is not None:
+            for name, tensor in self._layout.pack(dense).items():
+                if name in self._parameters:
+                    self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    self._buffers[name] = tensor
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        given = {name: state_dict.get(prefix + name) for name in self._names}
+        if all(isinstance(tensor, torch.Tensor) and tensor.shape == self.tensors[name].shape for name, tensor in given.items()):
+            try:  # before they take the place of tensors that the kernels trust
+                self._layout.check(given, self.shape, self.dtype)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+class _Product(torch.autograd.Function):
+    """The product, with gradients to the input and the bias."""
+
+    @staticmethod
+    def forward(ctx, x, bias, layer):
+        ctx.layer = layer
+        return layer._layout.linear(x, layer.tensors, layer.shape, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        to_x, to_bias, _ = ctx.needs_input_grad
+        grad_x = grad @ ctx.layer.dense_weight() if to_x else None
+        return grad_x, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None

@@ -1,0 +1,262 @@
+"""A packed folder: what plain transformers makes of it, and what becomes of damaged ones."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, AutoModelForCausalLM
+
+import sparsekern
+from sparsekern import SparseLinear
+from tests.runtime import packed
+
+ROOT = Path(__file__).resolve().parents[2]
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return sparsekern.save(packed.llama(torch.bfloat16, tie_word_embeddings=True), tmp_path_factory.mktemp("packed") / "it", "packed")
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """A copy to damage, with a way to rewrite its weights and one to rewrite its config."""
+
+    class Damaged:
+        path = Path(shutil.copytree(folder, tmp_path / "damaged"))
+        weights = path / "model.safetensors"
+
+        def tensors(self, change) -> None:
+            state = load_file(self.weights)
+            change(state)
+            save_file(state, self.weights, {"format": "pt"})
+
+        def config(self, change) -> None:
+            config = json.loads((self.path / "config.json").read_text())
+            change(config["quantization_config"])
+            (self.path / "config.json").write_text(json.dumps(config))
+
+    return Damaged()
+
+
+def layers(model: nn.Module) -> list[SparseLinear]:
+    return [module for module in model.modules() if isinstance(module, SparseLinear)]
+
+
+@torch.no_grad()
+def test_plain_transformers_loads_generates_and_saves_it(folder, tmp_path):
+    dense = sparsekern.load(sparsekern.save(packed.llama(torch.bfloat16, tie_word_embeddings=True), tmp_path / "dense"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert len(layers(model)) == 14 and model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model(packed.ids()).logits, sparsekern.pack(dense)(packed.ids()).logits)
+    dense = sparsekern.unpack(dense).float()
+    model = model.to(torch.float32)
+    prompt = packed.ids(1)
+    found = model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=True)
+    assert torch.equal(found, dense.generate(prompt, max_new_tokens=8, do_sample=False))
+    assert torch.equal(found, model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False))
+
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    entries = [json.loads((path / "config.json").read_text())["quantization_config"] for path in (folder, tmp_path / "again")]
+    assert entries[0] == entries[1] and entries[0]["quant_method"] == "sparsekern" and len(entries[0]["layers"]) == 14
+    assert entries[0]["layers"][UP]["format"] == "bitmask" and entries[0]["layers"][UP]["shape"] == [96, 64]
+
+
+def test_it_is_smaller(folder, tmp_path):
+    dense = sparsekern.save(packed.llama(torch.bfloat16, tie_word_embeddings=True), tmp_path / "dense")
+    assert (folder / "model.safetensors").stat().st_size < (dense / "model.safetensors").stat().st_size
+    assert "import sparsekern" in (folder / "README.md").read_text() and "import sparsekern" not in (dense / "README.md").read_text()
+
+
+def test_conv1d_of_gpt2(tmp_path):
+    model = packed.gpt2()
+    again = AutoModelForCausalLM.from_pretrained(sparsekern.save(model, tmp_path / "packed", "packed"))
+    assert len(layers(again)) == 8
+    with torch.no_grad():
+        assert torch.allclose(again(packed.ids()).logits, model(packed.ids()).logits, atol=1e-5)
+    dense = AutoModelForCausalLM.from_pretrained(sparsekern.save(again, tmp_path / "dense"))
+    assert all(torch.equal(a, b) for a, b in zip(dense.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_another_dtype_is_asked_for(folder):
+    model = sparsekern.load(folder, dtype="float32")
+    assert {layer.dtype for layer in layers(model)} == {torch.float32}
+    expected = sparsekern.load(folder)
+    assert torch.equal(layers(model)[3].dense_weight(), layers(expected)[3].dense_weight().float())
+    assert not any(parameter.requires_grad for layer in layers(model) for parameter in layer.parameters())
+
+
+def test_the_base_model_and_sharded_files(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    again = sparsekern.load(tmp_path / "shards")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    base = AutoModel.from_pretrained(folder)
+    assert len(layers(base)) == 14 and torch.equal(base.layers[1].mlp.up_proj.values, model.model.layers[1].mlp.up_proj.values)
+
+
+def test_memory_never_holds_the_dense_model(folder, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode sees one thread
+
+    class Largest(TorchDispatchMode):
+        seen: set = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (list, tuple)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+                    self.seen.add(tuple(tensor.shape))
+            return result
+
+    with Largest() as largest:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    assert tuple(model.model.embed_tokens.weight.shape) in largest.seen  # it does see what is loaded
+    assert not {layer.shape for layer in layers(model)} & largest.seen
+
+
+def test_dequantize(folder):
+    model = sparsekern.load(folder).dequantize()
+    assert not layers(model) and type(model.model.layers[0].mlp.up_proj) is nn.Linear and not model.is_quantized
+
+
+def test_a_model_that_is_packed_can_be_saved_dense(folder, tmp_path):
+    model = sparsekern.load(folder)
+    dense = AutoModelForCausalLM.from_pretrained(sparsekern.save(model, tmp_path / "dense"))
+    assert len(layers(model)) == 14 and not layers(dense)
+    assert torch.equal(dense.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.dense_weight())
+
+
+@pytest.mark.parametrize("first, second", [("sparsekern", "transformers"), ("transformers", "sparsekern")])
+def test_registration_in_either_order(first, second):
+    code = (
+        f"import sys, {first}, {second}\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
+        "print(table['sparsekern'].__name__, any('sparsekern' in type(finder).__module__ for finder in sys.meta_path))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "SparsekernQuantizer False"
+
+
+def _set(name: str, value):
+    return lambda state: state.__setitem__(f"{UP}.{name}", value(state[f"{UP}.{name}"]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_set("values", lambda t: t[:-2]), f"model.safetensors: {UP}.values: expected BF16"),
+        (_set("values", lambda t: t.half()), f"model.safetensors: {UP}.values: expected BF16 .* got F16"),
+        (_set("starts", lambda t: t + (1 << 40)), f"model.safetensors: {UP}.starts: expected where the bits set before each tile end"),
+        (_set("bitmask", lambda t: torch.full_like(t, -1)), f"model.safetensors: {UP}.values: expected .* values for the bits set"),
+        (_set("order", torch.zeros_like), f"model.safetensors: {UP}.order: expected each row from 0 to 95 once"),
+        (lambda state: state.pop(f"{UP}.starts"), f"model.safetensors: {UP}.starts: is missing"),
+    ],
+)
+def test_damaged_weights_are_named(damaged, change, message):
+    damaged.tensors(change)
+    for load in (sparsekern.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(damaged.path)
+
+
+def test_truncated_and_garbled_files(damaged):
+    whole = damaged.weights.read_bytes()
+    for content in (whole[:-100], whole[:50], b"", struct.pack("<Q", 1 << 60) + whole[8:]):
+        damaged.weights.write_bytes(content)
+        with pytest.raises(ValueError, match="model.safetensors: the file is damaged"):
+            sparsekern.load(damaged.path)
+
+
+def _entry(name: str, value):
+    return lambda config: config["layers"][UP].__setitem__(name, value)
+
+
+WHERE = rf"config.json: quantization_config.layers\['{UP}'\]"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_entry("format", "csr"), f"{WHERE}: format: expected 'bitmask' or 'N:M', got 'csr'"),
+        (_entry("format", None), f"{WHERE}: format: expected"),
+        (_entry("format", "9:64"), f"{WHERE}: "),
+        (_entry("shape", [96, -64]), f"{WHERE}: shape: expected"),
+        (_entry("shape", [64, 96]), rf"{WHERE}.shape: expected that of the model's layer, \[96, 64\], got \[64, 96\]|model.safetensors: "),
+        (_entry("shape", "96"), f"{WHERE}: shape: expected"),
+        (_entry("dtype", "int4"), f"{WHERE}.dtype: expected one of float32, bfloat16, float16, got 'int4'"),
+        (_entry("stored", -1), f"{WHERE}: stored: expected"),
+        (_entry("stored", 1 << 70), f"{WHERE}: stored|model.safetensors: {UP}.values: expected"),
+        (_entry("stored", 64), f"model.safetensors: {UP}.values: expected BF16"),
+        (_entry("more", 1), f"{WHERE}: expected format, shape, dtype and, of a bitmask, stored; got"),
+        (lambda config: config.update(version=2), "config.json: quantization_config.version: this sparsekern reads 1, got 2"),
+        (lambda config: config.update(extra=2), "config.json: quantization_config: unknown entry 'extra'"),
+        (lambda config: config.update(layers=[1]), "config.json: quantization_config.layers: expected an entry for each packed layer"),
+        (
+            lambda config: config["layers"].update({"model.embed_tokens": config["layers"][UP]}),
+            r"model.embed_tokens.(values|bitmask|starts|order): is missing",
+        ),
+    ],
+)
+def test_configs_that_cannot_be(damaged, change, message):
+    damaged.config(change)
+    with pytest.raises(ValueError, match=message):
+        sparsekern.load(damaged.path)
+
+
+@pytest.mark.parametrize("name, message", [("model.embed_tokens", "got that of a Embedding"), ("model.nothing", "has no such layer")])
+def test_layers_that_are_no_linears(damaged, name, message):
+    def rename(state):
+        state.update({f"{name}.{part}": state.pop(f"{UP}.{part}") for part in ("values", "bitmask", "starts", "order")})
+
+    damaged.tensors(rename)
+    damaged.config(lambda config: config["layers"].update({name: config["layers"].pop(UP)}))
+    with pytest.raises(ValueError, match=message):
+        sparsekern.load(damaged.path)
+
+
+def test_a_tied_head_cannot_be_packed(damaged):
+    head = SparseLinear.from_linear(packed.prune_linears(nn.Linear(64, 320, bias=False, dtype=torch.bfloat16)), "bitmask")
+    damaged.tensors(lambda state: state.update({f"lm_head.{name}": tensor for name, tensor in head.tensors.items()}))
+    entry = {"format": "bitmask", "shape": [320, 64], "dtype": "bfloat16", "stored": head.values.numel()}
+    damaged.config(lambda config: config["layers"].update({"lm_head": entry}))
+    with pytest.raises(ValueError, match="its weight is tied to model.embed_tokens.weight, so it cannot be packed"):
+        sparsekern.load(damaged.path)
+
+
+def test_a_folder_with_nothing_in_it_and_a_foreign_one(damaged, tmp_path):
+    damaged.weights.unlink()
+    with pytest.raises(ValueError, match="no model can be loaded from"):
+        sparsekern.load(damaged.path)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"quantization_config": {"quant_method": "sparsekern"}}')
+    with pytest.raises(ValueError, match="no model can be loaded from"):
+        sparsekern.load(foreign)
+
+
+def test_what_packing_while_loading_gets(tmp_path):
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    dense = sparsekern.save(packed.llama(), tmp_path / "dense")
+    with pytest.raises(ValueError, match="quantization_config: a model is packed by sparsekern.pack once it is loaded and pruned"):
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=AUTO_QUANTIZATION_CONFIG_MAPPING["sparsekern"](layers={}))
+
+
+def test_a_model_that_is_not_pruned_is_not_saved_packed(tmp_path):
+    from tests import tiny
+
+    with pytest.raises(ValueError, match="none of its 22 linear layers gets smaller"):
+        sparsekern.save(tiny.llama(), tmp_path / "out", "packed")
+    assert not list(tmp_path.iterdir())
