@@ -26,6 +26,7 @@ from .backends.libraries import check_isa
 from .data import calibration_ids
 from .pruning import ContinualReport, check_seed, prune_continually
 from .runtime import check_format, check_output_folder, check_space, model_card, save, versions
+from .runtime.save import DENSE
 
 BUILTIN = "builtin:"
 
@@ -67,7 +68,7 @@ def continual_command(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         length=_window_length(None, model),
     )
-    save(model, out, tokenizer=tokenizer)
+    save(model, out, arguments.format, tokenizer=tokenizer)
     settings = {
         "model": arguments.model,
         "method": f"{_describe(method)}, {arguments.strategy}",
@@ -79,14 +80,15 @@ def continual_command(arguments: argparse.Namespace) -> None:
     print(f"\n{report}")
     for of in evaluation.values():
         print(f"evaluated on {of.description}")
-    print(_next_steps(out))
+    print(_next_steps(out, packed=arguments.format != DENSE))
 
 
 def _complete(model: torch.nn.Module, out: Path, report: ContinualReport, settings: dict[str, object], command: str) -> None:
     results = {f"perplexity, {name}": value for name, value in report.steps[-1].perplexity.items()}
     results |= {"average perplexity": report.average_perplexity, "backward transfer": report.backward_transfer}
     results = {name: value for name, value in results.items() if value is not None}
-    (out / "README.md").write_text(model_card(model, command=command, results=results, settings=settings), encoding="utf-8")
+    card = model_card(model, packed=arguments.format != DENSE, command=command, results=results, settings=settings)
+    (out / "README.md").write_text(card, encoding="utf-8")
     whole = {"command": command, **report.to_dict(), "versions": versions()}
     (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -10,7 +10,7 @@ from sparsekern.ops._registry import OPS
 from tests import tiny
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-PIPELINE, OPERATORS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PIPELINE, PACKED, OPERATORS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_from_prune_to_from_pretrained(tmp_path, monkeypatch):
@@ -23,6 +23,8 @@ def test_from_prune_to_from_pretrained(tmp_path, monkeypatch):
     assert names["report"].sparsity == 0.5
     weight = names["model"].model.layers[0].mlp.up_proj.weight
     assert ((weight.unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all()
+    exec(PACKED, names)
+    assert torch.equal(names["model"].model.layers[0].mlp.up_proj.dense_weight(), weight)
 
 
 def test_the_ops():
