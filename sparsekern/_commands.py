@@ -104,6 +104,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
     seconds["total"] = time.perf_counter() - start
     print(_summary(settings, results, seconds))
     print(_next_steps(out, packed=arguments.format != DENSE))
+    print(f"what each layer came to: {out / 'report.html'}")
 
 
 def eval_command(arguments: argparse.Namespace) -> None:
@@ -260,8 +261,6 @@ saved to {folder}; to use it:
   prompt = tokenizer("The capital of France is", return_tensors="pt")
   output = model.generate(**prompt, max_new_tokens=20)
   print(tokenizer.decode(output[0]))
-
-{folder}/report.html shows what each layer came to.
 """
 
 

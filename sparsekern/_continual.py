@@ -76,18 +76,19 @@ def continual_command(arguments: argparse.Namespace) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration": f"{arguments.samples} x {length} tokens each of {', '.join(report.names)}, one after another",
     }
-    _complete(model, out, report, settings, shlex.join(arguments.command_line))
+    packed = arguments.format != DENSE
+    _complete(model, out, report, settings, shlex.join(arguments.command_line), packed)
     print(f"\n{report}")
     for of in evaluation.values():
         print(f"evaluated on {of.description}")
-    print(_next_steps(out, packed=arguments.format != DENSE))
+    print(_next_steps(out, packed))
 
 
-def _complete(model: torch.nn.Module, out: Path, report: ContinualReport, settings: dict[str, object], command: str) -> None:
+def _complete(model: torch.nn.Module, out: Path, report: ContinualReport, settings: dict[str, object], command: str, packed: bool) -> None:
     results = {f"perplexity, {name}": value for name, value in report.steps[-1].perplexity.items()}
     results |= {"average perplexity": report.average_perplexity, "backward transfer": report.backward_transfer}
     results = {name: value for name, value in results.items() if value is not None}
-    card = model_card(model, packed=arguments.format != DENSE, command=command, results=results, settings=settings)
+    card = model_card(model, packed=packed, command=command, results=results, settings=settings)
     (out / "README.md").write_text(card, encoding="utf-8")
     whole = {"command": command, **report.to_dict(), "versions": versions()}
     (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
