@@ -113,6 +113,26 @@ SPARSEKERN_AVX512 const Unit* multiply_avx512(const Group& group) {
   return end;
 }
 
+// The rows of a group of 16-bit values, zeros included; row 1 where out[1] is not null. Returns what multiply does.
+SPARSEKERN_AVX512 const Unit* expand_avx512(
+    const Unit* units, const Unit* last, const uint64_t* const (&bits)[2], int64_t columns, uint16_t* const (&out)[2]) {
+  const Unit* end = units;
+  for (int row = 0; row < 2 && out[row] != nullptr; ++row) {
+    const Unit* unit = units;
+    for (int64_t column = 0; column < columns; column += 16) {
+      if (unit > last) return nullptr;
+      const auto inside = static_cast<__mmask16>(columns - column >= 16 ? 0xffff : (1 << (columns - column)) - 1);
+      const uint32_t mask = bits_of_part(bits[row] + column / packed_rows::kWordColumns, static_cast<int>(column / 16 % 4));
+      const __m512i values = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit);
+      const __m512i low = row == 0 ? values : (__m512i)((__v16su)values >> 16);
+      _mm256_mask_storeu_epi16(out[row] + column, inside, _mm512_maskz_cvtepi32_epi16(0xffff, low));
+      unit += __builtin_popcount(mask);
+    }
+    end = std::max(end, unit);
+  }
+  return end;
+}
+
 // For each byte of bits the place of each column's value, with the sign bit set where there is none.
 struct Places {
   alignas(32) int32_t of[256][8];
@@ -242,23 +262,51 @@ struct BitmaskWeight {
 
   bool expand(int64_t tile, float* panel) const {
     std::fill_n(panel, columns * kLanes, 0.0f);
+    const int64_t first = tile * packed_rows::kTileRows;
+    return for_each_value(tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
+  }
+
+  // The tile's rows to where they belong in the dense weight.
+  bool expand_rows(int64_t tile, T* weight) const {
+    const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
+#if SPARSEKERN_X86
+    if constexpr (sizeof(T) == 2) {
+      if (current_isa() >= Isa::avx512) {
+        const Unit* next = units + packed.starts[tile];
+        for (int64_t row = first; row < end && next != nullptr; row += 2) {
+          auto* out = reinterpret_cast<uint16_t*>(weight);
+          next = expand_avx512(
+              next, units + count, {bits_of(row), bits_of(row + 1)}, columns,
+              {out + packed.order[row] * columns, row + 1 < end ? out + packed.order[row + 1] * columns : nullptr});
+        }
+        return next != nullptr;
+      }
+    }
+#endif
+    for (int64_t row = first; row < end; ++row) std::fill_n(weight + packed.order[row] * columns, columns, T{});
+    return for_each_value(tile, [&](int64_t row, int64_t column, T value) { weight[packed.order[row] * columns + column] = value; });
+  }
+
+  // f(row, column, value) for each value of a tile.
+  template <class F>
+  bool for_each_value(int64_t tile, const F& f) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
     const Unit* next = units + packed.starts[tile];
     for (int64_t row = first; row < end; row += kUnitValues<T>) {
       const Unit* longest = next;
       for (int lane = 0; lane < kUnitValues<T> && row + lane < end; ++lane) {
-        const Unit* unit = next;
+        const T* value = reinterpret_cast<const T*>(next) + lane;
         const uint64_t* bits = bits_of(row + lane);
         for (int64_t word = 0; word < words; ++word) {
-          if (unit > units + count) return false;
-          const int64_t column0 = word * packed_rows::kWordColumns;
+          if (reinterpret_cast<const Unit*>(value - lane) > units + count) return false;
           for (uint64_t left = bits[word]; left != 0; left &= left - 1) {
-            const int64_t column = column0 + __builtin_ctzll(left);
+            const int64_t column = word * packed_rows::kWordColumns + __builtin_ctzll(left);
             if (column >= columns) return false;
-            panel[column * kLanes + row - first + lane] = value_of<T>(unit++, lane);
+            f(row + lane, column, *value);
+            value += kUnitValues<T>;
           }
         }
-        longest = std::max(longest, unit);
+        longest = std::max(longest, reinterpret_cast<const Unit*>(value - lane));
       }
       next = longest;
     }
@@ -275,17 +323,8 @@ bool multiply(const BitmaskRows& packed, const void* x, int64_t tokens, int64_t 
   return true;
 }
 
-}  // namespace
-
-void bitmask_linear(
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t columns,
-    const BitmaskRows& packed,
-    const void* bias,
-    void* y,
-    const Executor& executor) {
+// What would lead a kernel out of the tensors, the bits apart: those are followed with care.
+void check_places(const BitmaskRows& packed, DType dtype) {
   const int64_t tiles = packed_rows::tiles(packed.rows), units = packed.value_count / packed_rows::lanes(size_of(dtype)) - packed_rows::kSlack;
   for (int64_t tile = 0; tile <= tiles; ++tile) {
     if (packed.starts[tile] < (tile == 0 ? 0 : packed.starts[tile - 1]) || packed.starts[tile] > units) {
@@ -299,10 +338,35 @@ void bitmask_linear(
           "order: expected rows from 0 to " + std::to_string(packed.rows - 1) + ", got " + std::to_string(packed.order[i]));
     }
   }
-  const bool sound = dispatch_dtype(dtype, [&](auto* type) {
-    return multiply<std::remove_pointer_t<decltype(type)>>(packed, x, tokens, columns, bias, y, executor);
-  });
+}
+
+void check_bits(bool sound) {
   if (!sound) throw std::invalid_argument("bitmask: expected bits for the values there are, got more");
+}
+
+}  // namespace
+
+void bitmask_linear(
+    const void* x,
+    DType dtype,
+    int64_t tokens,
+    int64_t columns,
+    const BitmaskRows& packed,
+    const void* bias,
+    void* y,
+    const Executor& executor) {
+  check_places(packed, dtype);
+  check_bits(dispatch_dtype(dtype, [&](auto* type) {
+    return multiply<std::remove_pointer_t<decltype(type)>>(packed, x, tokens, columns, bias, y, executor);
+  }));
+}
+
+void bitmask_expand(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor) {
+  check_places(packed, dtype);
+  check_bits(dispatch_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return expand_all(BitmaskWeight<T>(packed, columns), static_cast<T*>(weight), executor);
+  }));
 }
 
 }  // namespace sparsekern::cpu

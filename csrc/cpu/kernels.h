@@ -127,6 +127,7 @@ struct NmRows {
   const uint32_t* codes;
   int64_t rows, n, m;
 };
+constexpr int64_t kFewTokens = 32;  // up to which packed weights are expanded in registers
 void bitmask_linear(
     const void* x,
     DType dtype,
@@ -145,6 +146,10 @@ void nm_linear(
     const void* bias,  // null: none
     void* y,
     const Executor& executor);
+
+// The dense weights.
+void bitmask_expand(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
+void nm_expand(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 
 // Turns the number of values of each row into the place of its first, and returns how many there are in all.
 int64_t counts_to_starts(int64_t* counts, int64_t rows);

@@ -214,6 +214,19 @@ struct NmWeight {
 
   bool expand(int64_t tile, float* panel) const {
     std::fill_n(panel, columns * kLanes, 0.0f);
+    const int64_t first = tile * packed_rows::kTileRows;
+    return for_each_value(tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
+  }
+
+  bool expand_rows(int64_t tile, T* weight) const {
+    const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
+    std::fill_n(weight + first * columns, (end - first) * columns, T{});
+    return for_each_value(tile, [=](int64_t row, int64_t column, T value) { weight[row * columns + column] = value; });
+  }
+
+  // f(row, column, value) for each value of a tile.
+  template <class F>
+  bool for_each_value(int64_t tile, const F& f) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
     for (int64_t row = first; row < end; ++row) {
       const T* values = reinterpret_cast<const T*>(units_of(row));
@@ -221,7 +234,7 @@ struct NmWeight {
       for (int64_t k = 0; k < columns / packed.m * packed.n; ++k) {
         const int64_t column = group_columns[static_cast<size_t>(k)] + position_of(codes, k, code_bits);
         if (column >= columns) return false;
-        panel[column * kLanes + row - first] = to_float(values[packed_rows::place_of(k, sizeof(T))]);
+        f(row, column, values[packed_rows::place_of(k, sizeof(T))]);
       }
     }
     return true;
@@ -237,6 +250,10 @@ bool multiply(const NmRows& packed, const void* x, int64_t tokens, int64_t colum
   return true;
 }
 
+void check_codes(bool sound) {
+  if (!sound) throw std::invalid_argument("codes: expected positions below m, got one past the last column");
+}
+
 }  // namespace
 
 void nm_linear(
@@ -248,10 +265,16 @@ void nm_linear(
     const void* bias,
     void* y,
     const Executor& executor) {
-  const bool sound = dispatch_dtype(dtype, [&](auto* type) {
+  check_codes(dispatch_dtype(dtype, [&](auto* type) {
     return multiply<std::remove_pointer_t<decltype(type)>>(packed, x, tokens, columns, bias, y, executor);
-  });
-  if (!sound) throw std::invalid_argument("codes: expected positions below m, got one past the last column");
+  }));
+}
+
+void nm_expand(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor) {
+  check_codes(dispatch_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return expand_all(NmWeight<T>(packed, columns), static_cast<T*>(weight), executor);
+  }));
 }
 
 }  // namespace sparsekern::cpu

@@ -9,13 +9,13 @@
 #include "common/dtype.h"
 #include "common/packed_rows.h"
 #include "cpu/dispatch.h"
+#include "cpu/kernels.h"
 #include "cpu/panel_matrix.h"
 #include "cpu/parallel.h"
 
 namespace sparsekern::cpu {
 
-constexpr int64_t kFewTokens = 32;  // up to which weights are expanded in registers, once for at most kTogether tokens
-constexpr int64_t kTogether = 8;
+constexpr int64_t kTogether = 8;  // tokens that share expanded registers
 constexpr int64_t kTasksPerThread = 8;
 
 template <class T>
@@ -61,6 +61,7 @@ struct TokenBlock {
 //   int64_t rows, columns;
 //   bool multiply(int64_t tile, const TokenBlock& block) const;  // for up to kTogether tokens
 //   bool expand(int64_t tile, float* panel) const;               // column j of the tile's rows to panel[16 * j], zeros included
+//   bool expand_rows(int64_t tile, T* weight) const;             // the tile's rows to where they belong in the dense weight
 // where false says that the packed tensors contradict one another.
 template <class Weight>
 bool multiply_tile_by_few(const Weight& weight, int64_t tile, const Activations& x, float* sums) {
@@ -112,6 +113,18 @@ bool packed_product(const Weight& weight, const Activations& x, float* sums, con
   const MultiplyAdd multiply_add = choose_multiply_add();
   for_each_tile(tiles, executor, [&](int64_t first, int64_t count) {
     if (!multiply_tiles_by_many(weight, first, count, multiplier, multiply_add, sums)) sound = false;
+  });
+  return sound;
+}
+
+// The dense weight. False: the packed tensors contradict one another.
+template <class Weight, class T>
+bool expand_all(const Weight& weight, T* dense, const Executor& executor) {
+  std::atomic<bool> sound{true};
+  parallel_for(executor, packed_rows::tiles(weight.rows), 1 + 1024 / (weight.columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (!weight.expand_rows(tile, dense)) sound = false;
+    }
   });
   return sound;
 }

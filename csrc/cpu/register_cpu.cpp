@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -280,6 +281,21 @@ struct LinearTensors {
   }
 
   const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
+
+  // With bf16 arithmetic, PyTorch's product of many tokens is far faster than one in float32, also after the weight was expanded.
+  bool wants_dense_weight() const {
+    return tokens > kFewTokens && dtype == DType::bf16 && current_isa() >= Isa::avx512_bf16_emulated;
+  }
+
+  template <class Expand>
+  Tensor multiply_dense(int64_t rows, const Expand& expand) const {
+    Tensor weight = torch::stable::new_empty(x, {rows, columns});
+    expand(weight.mutable_data_ptr());
+    std::array<StableIValue, 3> stack{
+        torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
 };
 
 Tensor bitmask_linear_of(Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, std::optional<Tensor> bias) {
@@ -308,6 +324,9 @@ Tensor bitmask_linear_of(Tensor x, Tensor values, Tensor bitmask, Tensor starts,
       static_cast<const int64_t*>(starts.const_data_ptr()),
       static_cast<const int32_t*>(order.const_data_ptr()),
       rows};
+  if (linear.wants_dense_weight()) {
+    return linear.multiply_dense(rows, [&](void* weight) { bitmask_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
+  }
   bitmask_linear(
       linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),
       linear.y.mutable_data_ptr(), torch_executor());
@@ -328,6 +347,9 @@ Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, int64_t n, int64_t m,
   values = torch::stable::contiguous(values);
   codes = torch::stable::contiguous(codes);
   const NmRows packed{values.const_data_ptr(), static_cast<const uint32_t*>(codes.const_data_ptr()), rows, n, m};
+  if (linear.wants_dense_weight()) {
+    return linear.multiply_dense(rows, [&](void* weight) { nm_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
+  }
   nm_linear(
       linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),
       linear.y.mutable_data_ptr(), torch_executor());

@@ -59,7 +59,7 @@ def test_comes_back(weight):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 8, 15, 16, 17, 50])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 8, 15, 17, 50])
 def test_equals_the_dense_product(isa, poisoned, generator, tokens, dtype):
     for rows, columns, zeros in ((1, 1, 0.0), (33, 200, 0.5), (17, 64, 0.9), (30, 129, 0.0)):
         weight = sparse(rows, columns, dtype, generator, zeros)
@@ -71,7 +71,7 @@ def test_equals_the_dense_product(isa, poisoned, generator, tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
 def test_many_rows_on_threads(isa, threads, generator, tokens, dtype):
     threads(3)
     weight = sparse(301, 523, dtype, generator) * (torch.arange(301) % 7 > 0)[:, None]  # whole rows of zeros
@@ -104,7 +104,7 @@ def test_nan_and_inf_spread_where_a_weight_is_kept(isa, dtype, tokens):
 def test_contradicting_tensors_cannot_lead_the_kernel_out_of_them(isa, generator, dtype):
     """Nothing but an error may come of this, with the sanitized build in particular."""
     values, bitmask, starts, order = packed_of(sparse(40, 700, dtype, generator, 0.9))
-    for tokens in (1, 9, 20):
+    for tokens in (1, 9, 40):
         x = torch.randn(tokens, 700, generator=generator).to(dtype)
         with pytest.raises(ValueError, match="bitmask: expected bits for the values there are, got more"):
             bitmask_linear(x, values, torch.full_like(bitmask, -1), starts, order)
