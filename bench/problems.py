@@ -24,3 +24,24 @@ def output_error(weight: torch.Tensor, new_weight: torch.Tensor, gram: torch.Ten
     """`tr((W' - W) G (W' - W)^T)`, the squared output error on the calibration tokens."""
     delta = (new_weight - weight).double()
     return float(((delta @ gram.double()) * delta).sum())
+
+
+def plain_admm_step_(
+    offset: torch.Tensor, dual: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, pattern: str | float, *, scope: str = "matrix"
+) -> torch.Tensor:
+    """`admm_step_` as torch has it: `kthvalue` for the threshold, a top-k for groups of four."""
+    z = weight + offset + dual
+    size = z.abs()
+    if pattern == "2:4":
+        groups = size.view(-1, 4)
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True).view_as(z)
+    elif scope == "row":
+        kept = size > torch.kthvalue(size, int(pattern * z.shape[1]), dim=1, keepdim=True).values
+    else:
+        kept = size > torch.kthvalue(size.flatten(), int(pattern * z.numel())).values
+    projected = z * kept
+    dual.copy_(z - projected)
+    offset.copy_(projected - dual - weight)
+    changed = (kept != mask).sum()
+    mask.copy_(kept)
+    return changed
