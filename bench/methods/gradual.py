@@ -21,11 +21,10 @@ from .. import smollm2
 from . import Unavailable, store, stored
 
 NAME = "gradual"
-LENGTH = 512  # of the windows that are trained on, one at a time
 LEARNING_RATE = 2e-4
 
-TUNE = Gradual(steps=1, batch_tokens=2 * (LENGTH - 1), learning_rate=LEARNING_RATE)
-TUNE_WINDOWS = 96
+TUNE_WINDOWS, TUNE_LENGTH = 96, 512  # trained on, one at a time
+TUNE = Gradual(steps=1, batch_tokens=2 * (TUNE_LENGTH - 1), learning_rate=LEARNING_RATE)
 SECONDS = "fine-tune, processor seconds"
 
 CRITERIA: dict[str, Method] = {
@@ -35,7 +34,7 @@ CRITERIA: dict[str, Method] = {
     "structured": Structured(),
 }
 SPARSITIES = {"50 %": 0.5, "70 %": 0.7}
-GRID_WINDOWS = 12  # trained on, each an optimizer step
+GRID_WINDOWS, GRID_LENGTH = 8, 256  # trained on, each an optimizer step
 GRID_EVALUATION = (4, 1024)  # windows, tokens in each
 PRUNING_STEPS = {"one step": None, "one step, trained": 1, "four steps, trained": 4}
 
@@ -54,8 +53,8 @@ def run(wikitext: Path | None, quick: bool) -> str:
     return section(figures)
 
 
-def text(wikitext: Path, windows: int) -> torch.Tensor:
-    return calibration_ids(wikitext / "valid.txt", smollm2.tokenizer(), samples=windows, length=LENGTH, seed=0)
+def text(wikitext: Path, windows: int, length: int) -> torch.Tensor:
+    return calibration_ids(wikitext / "valid.txt", smollm2.tokenizer(), samples=windows, length=length, seed=0)
 
 
 def held_out(wikitext: Path, windows: int, length: int) -> torch.Tensor:
@@ -64,7 +63,7 @@ def held_out(wikitext: Path, windows: int, length: int) -> torch.Tensor:
 
 def measure_tuning(wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
     """Perplexity at 50 % by magnitude and after training. A run that Ctrl-C has ended goes on in `work`, where it keeps its seconds."""
-    ids, spent = text(wikitext, 4 if quick else TUNE_WINDOWS), work / "seconds.txt"
+    ids, spent = text(wikitext, 4 if quick else TUNE_WINDOWS, TUNE_LENGTH), work / "seconds.txt"
     before = float(spent.read_text()) if spent.is_file() else 0.0
     start, model = time.process_time(), smollm2.dense_model()
     try:
@@ -87,7 +86,7 @@ def measure_cell(wikitext: Path, sparsity: str, criterion: str, column: str, qui
         report = sparsekern.prune(model, CRITERIA[criterion], SPARSITIES[sparsity], progress=False)
     else:
         method = Gradual(CRITERIA[criterion], steps=steps, train_steps=GRID_WINDOWS // steps, batch_tokens=1, learning_rate=LEARNING_RATE)
-        ids = text(wikitext, GRID_WINDOWS)
+        ids = text(wikitext, GRID_WINDOWS, GRID_LENGTH)
         report = sparsekern.prune(model, method, SPARSITIES[sparsity], ids, batch_size=1, progress=False)
     perplexity = sparsekern.perplexity(model, held_out(wikitext, windows, length), length)
     whole = criterion == "structured"
@@ -104,23 +103,22 @@ def size(model: torch.nn.Module, report: sparsekern.Report, whole_units: bool) -
 
 def section(figures: dict[str, object]) -> str:
     windows, length = GRID_EVALUATION
-    dense = "SmolLM2-135M-Instruct (float32), every linear of the blocks; trained on windows of 512 tokens of WikiText-2 `valid`, drawn"
     lines = [
         "## Magnitude pruning and fine-tuning",
         "",
-        dense,
-        f"with seed 0, by AdamW at a learning rate of {LEARNING_RATE:g} (linear warmup over a tenth, then down to zero), every parameter; perplexity on",
+        "SmolLM2-135M-Instruct (float32), every linear of the blocks; trained on windows of WikiText-2 `valid`, drawn with seed 0,",
+        f"by AdamW at a learning rate of {LEARNING_RATE:g} (linear warmup over a tenth, then down to zero), every parameter; perplexity on",
         "`test`. Inspired by, not reproducing, Gholami and Omar (arXiv 2310.04573).",
         "",
-        f"**Fine-tuning at 50 %**, magnitude by layer, {TUNE_WINDOWS} windows once, two in an optimizer step; perplexity of the first "
-        f"{smollm2.WINDOWS} x {smollm2.WINDOW} tokens.",
+        f"**Fine-tuning at 50 %**, magnitude by layer, {TUNE_WINDOWS} windows of {TUNE_LENGTH} tokens once, two in an optimizer step; perplexity of the "
+        f"first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens.",
         "",
         "| dense | pruned | fine-tuned | optimizer steps | loss of their batches | processor time |",
         "|---|---|---|---|---|---|",
         _tuning_row(figures),
         "",
-        f"**The grid**: {GRID_WINDOWS} windows, each an optimizer step (four pruning steps train three each, on the cubic schedule); perplexity of the",
-        f"first {windows} x {length} tokens, and megabytes as bfloat16 values with a bit for each weight of a pruned linear (structured: without",
+        f"**The grid**: {GRID_WINDOWS} windows of {GRID_LENGTH} tokens, each an optimizer step (four pruning steps, on the cubic schedule, train on two each); perplexity",
+        f"of the first {windows} x {length} tokens, and megabytes as bfloat16 values with a bit for each weight of a pruned linear (structured: without",
         "the bits; its zeros are whole heads and neurons, the share of them asked for being rounded down in each block). With so little",
         "training the columns compare criteria and schedules, and say nothing of what long training reaches.",
         "",

@@ -46,30 +46,25 @@ class GradualRun:
 
     def prune_all(self) -> None:
         if self.method.trains:
-            self.bar.count_steps(sum(len(self._batches_of_steps(step)) for step in self._pruning_steps()))
-        with _float32_masters(self.model) as autocast, interrupt_deferred() as self.interrupted:
+            self.bar.count_steps(sum(len(self._batches_of_steps(step)) for step in range(1, self.method.steps + 1)))
+        with _float32_masters(self.model) as self.autocast, interrupt_deferred() as self.interrupted:
             done, masks = self.state.load()
             self.report.training = self.state.curve
             self.bar.steps_done(len(self.state.curve))
-            for step in self._pruning_steps():
-                if step > done:
-                    if masks is None:
-                        with self.clock.phase("solve"):
-                            self._prune(step)
-                    if self.method.trains:
-                        with self.clock.phase("train"), SparsityKeeper(self.plan.linears, masks) as keeper:
-                            self._train(step, keeper, autocast)
-                        with self.clock.phase("write"):
-                            self.state.finish_step(step)
-                    masks = None
+            for step in range(done + 1, self.method.steps + 1):
+                if masks is None:
+                    with self.clock.phase("solve"):
+                        self._prune(step)
+                if self.method.trains:
+                    with self.clock.phase("train"), SparsityKeeper(self.plan.linears, masks) as keeper:
+                        self._train(step, keeper)
+                    with self.clock.phase("write"):
+                        self.state.finish_step(step)
+                masks = None  # they were those of a step that had begun
         for linear in self.plan.linears:
-            layer = self._layer_report(linear)
-            self.report.layers.append(layer)
+            self.report.layers.append(layer := self._layer_report(linear))
             if not self.method.trains:
                 self.bar.layer_done(layer)
-
-    def _pruning_steps(self) -> range:
-        return range(1, self.method.steps + 1)
 
     def _prune(self, step: int) -> None:
         criterion, patterns = self.method.criterion, {}
@@ -82,7 +77,7 @@ class GradualRun:
             with seeded(self.seed, linear.name):  # in each step the same numbers, so that random zeros stay where they are
                 linear.weight.copy_(criterion.solve(linear.weight, None, patterns[linear.name]).weight)
 
-    def _train(self, step: int, keeper: SparsityKeeper, autocast: torch.autocast) -> None:
+    def _train(self, step: int, keeper: SparsityKeeper) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = _optimizer(parameters, self.method)
         self.state.restore_optimizer(optimizer)
@@ -94,7 +89,7 @@ class GradualRun:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 torch.manual_seed(derived_seed(self.seed, f"{step} {index}"))  # dropout's
-                loss = self._optimizer_step(optimizer, parameters, [self.batches[i] for i in micro_batches[index]], autocast)
+                loss = self._optimizer_step(optimizer, parameters, [self.batches[i] for i in micro_batches[index]])
                 if not loss < float("inf"):
                     raise ValueError(f"Gradual.learning_rate: the loss is {loss} after {len(self.state.curve)} optimizer steps; lower it")
                 self.state.curve.append({"step": step, "sparsity": keeper.sparsity, "learning_rate": rate, "loss": loss})
@@ -106,15 +101,13 @@ class GradualRun:
             self.model.eval()
             self.model.zero_grad()
 
-    def _optimizer_step(
-        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: list[Batch], autocast: torch.autocast
-    ) -> float:
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: list[Batch]) -> float:
         """One step on the mean loss of all predicted tokens of `batches`; returns that loss, as it was before the step."""
         predicted = sum(map(_predicted, batches))
         total = torch.zeros((), device=parameters[0].device)
         for batch in batches:
             with torch.enable_grad():
-                with autocast:
+                with self.autocast:
                     logits = self.model(**batch.inputs, use_cache=False).logits
                 loss = _summed_loss(logits, batch) / predicted
                 loss.backward()
