@@ -1,4 +1,4 @@
-"""What `sparsekern prune` and `sparsekern eval` do, once the command line is read."""
+"""What `sparsekern prune`, `eval` and `bench` do, once the command line is read."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from .pattern import Pattern, parse_pattern
 from .pruning import Report, check_seed, prune
 from .pruning.report_html import html_page
 from .runtime import check_format, check_output_folder, check_space, count_zeros, model_card, versions
+from .runtime.bench import compare
+from .runtime.formats import format_of
+from .runtime.packing import AUTO, is_packed, packed_copy, unpacked_copy
 from .runtime.save import DENSE
 
 DEFAULT_LENGTH = 2048
@@ -118,6 +121,26 @@ def eval_command(arguments: argparse.Namespace) -> None:
     print(f"perplexity {result:.4f}  ({evaluation.description})")
     zeros, total = count_zeros(model)
     print(f"zeros      {zeros / total:.2%} of all {total / 1e6:,.1f} M weights")
+
+
+def bench_command(arguments: argparse.Namespace) -> None:
+    """Print what packing gains: size, memory and speed of the packed model against the dense one."""
+    if arguments.format != AUTO:
+        _checked(lambda: format_of(arguments.format))
+    device = _checked(lambda: _device(arguments.device))
+    _checked(lambda: _check_counts(arguments, ("tokens", "prompt_length", "rounds")))
+    _say(f"loading {arguments.model}")
+    model, _ = _load(arguments, device)
+    if is_packed(model):
+        dense, packed = unpacked_copy(model), model
+    else:
+        dense, packed = model, packed_copy(model, arguments.format)
+    comparison = compare(
+        dense, packed, prompt_length=arguments.prompt_length, tokens=arguments.tokens, rounds=arguments.rounds
+    )
+    print(json.dumps(comparison.to_dict(), indent=2) if arguments.json else comparison)
+    if arguments.plot:
+        Path(arguments.plot).write_text(comparison.to_svg() + "\n", encoding="utf-8")
 
 
 class _Evaluation:

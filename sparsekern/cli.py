@@ -1,4 +1,4 @@
-"""The command line: `sparsekern prune | eval | info`. Exit code 0: done; 1: it failed; 2: it was called wrongly."""
+"""The command line: `sparsekern prune | eval | bench | info`. Exit code 0: done; 1: it failed; 2: it was called wrongly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from . import __version__
-from ._commands import DEFAULT_TEXT, UsageError, eval_command, prune_command
+from ._commands import DEFAULT_TEXT, UsageError, bench_command, eval_command, prune_command
 from ._continual import continual_command
 from ._info import info
 from ._warnings import SparsekernWarning
@@ -71,9 +71,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sparsekern", description="Prune pretrained transformers, fast.")
     parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | info")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | bench | info")
     _add_prune(commands)
     _add_eval(commands)
+    _add_bench(commands)
     about = commands.add_parser("info", help="what runs here, and for everything that does not, the reason")
     about.add_argument("--json", action="store_true", help="the same for a program to read")
     about.set_defaults(run=_run_info)
@@ -164,6 +165,18 @@ def _add_eval(commands) -> None:
         "--length", type=int, help="tokens in a window (default: 2048, or the model's positions where they are fewer)"
     )
     evaluate.set_defaults(run=eval_command)
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="size and speed of a pruned model, packed against dense", formatter_class=_Help)
+    _add_model(bench)
+    bench.add_argument("--format", default="auto", help="auto: the smallest that each linear fits; bitmask or N:M: that one only")
+    bench.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens of the prompt")
+    bench.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate, one at a time")
+    bench.add_argument("--rounds", type=int, default=3, metavar="N", help="of timing; medians are shown")
+    bench.add_argument("--json", action="store_true", help="the same for a program to read")
+    bench.add_argument("--plot", metavar="FILE.svg", help="write the ratios as a plot, too")
+    bench.set_defaults(run=bench_command)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -19,8 +19,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
 
-PACKED = """The zeros take no space: the linear layers are packed, and multiply as they are. [sparsekern](https://pypi.org/project/sparsekern)
-makes transformers able to load them:
+PACKED = """The zeros take no space: the linear layers are packed, and multiply as they are. Importing sparsekern makes transformers able to
+load them (without it, transformers fills the model with random numbers, and says so in a warning):
 
 ```python
 import sparsekern

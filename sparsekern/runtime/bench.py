@@ -1,0 +1,136 @@
+"""What packing gains on this machine: size, memory, prefill and decode of a model, packed against dense."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from .._svg import Bar, bars
+from .packing import weight_bytes
+
+# Relative difference of logits above which the two are not the same model: some tens of roundings, as a deep model adds them up.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: bytes of its weights in files (headers left out) and in memory, tokens a second of a prompt and of what follows."""
+
+    disk: int
+    memory: int
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`logits` is the norm of their difference on the prompt, relative to the dense ones'; `same_tokens` how many of the `tokens`
+    generated are the same before the first that is not."""
+
+    dense: Measured
+    packed: Measured
+    logits: float
+    same_tokens: int
+    tokens: int
+    prompt_length: int
+    threads: int
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Packed over dense."""
+        return {name: getattr(self.packed, name) / value for name, value in asdict(self.dense).items() if value}
+
+    def __str__(self) -> str:
+        rows = [("", "dense", "packed", "packed / dense")]
+        for name, label, unit in (("disk", "weights on disk, MB", 1e6), ("memory", "weights in memory, MB", 1e6)):
+            rows.append((label, *(f"{getattr(of, name) / unit:,.1f}" for of in (self.dense, self.packed)), f"{self.ratios[name]:.2f}"))
+        for name, label in (("prefill", "prefill, tokens/s"), ("decode", "decode, tokens/s")):
+            rows.append((label, *(f"{getattr(of, name):,.1f}" for of in (self.dense, self.packed)), f"{self.ratios[name]:.2f}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
+        lines.append(
+            f"prompt of {self.prompt_length} tokens, {self.tokens} generated, {self.threads} threads; logits differ by {self.logits:.1e}, "
+            f"the first {self.same_tokens} tokens generated are the same"
+        )
+        return "\n".join(lines)
+
+    def to_svg(self) -> str:
+        """Bars of packed relative to dense."""
+        labels = {"disk": "size on disk", "memory": "memory of weights", "prefill": "prefill speed", "decode": "decode speed"}
+        rows = [Bar("dense", 1.0, "1", "#9aa4ae")]
+        return bars(rows + [Bar(labels[name], ratio, f"{ratio:.2f}") for name, ratio in self.ratios.items()])
+
+
+@torch.no_grad()
+def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, tokens: int = 32, rounds: int = 3) -> Comparison:
+    """Check that two models are the same, then time them in turns; the medians are taken.
+
+    Args:
+        dense, packed: the same transformers causal language model twice, on one device.
+        prompt_length: tokens of the prompt, drawn at random with a fixed seed.
+        tokens: to generate after it, one at a time, with a key-value cache.
+        rounds: of timing, after one to warm up.
+
+    Raises:
+        ValueError: counts below 1, more tokens than the model has positions, or logits that differ by more than rounding.
+    """
+    for name, value in (("prompt_length", prompt_length), ("tokens", tokens), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    positions = getattr(dense.config, "max_position_embeddings", None)
+    if positions is not None and prompt_length + tokens + 1 > positions:
+        raise ValueError(f"prompt_length, tokens: expected at most {positions - 1} together, the positions of this model but one")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = dense.get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary, (1, prompt_length), generator=generator).to(dense.device)
+    difference = _logit_difference(dense, packed, prompt)
+    generated = [_generate(model, prompt, tokens + 1) for model in (dense, packed)]  # a warm-up too
+    same = (generated[0] == generated[1]).long().cumprod(0)[:tokens].sum()
+    seconds: dict[tuple[int, int], list[float]] = {}
+    for _ in range(rounds):
+        for which, model in enumerate((dense, packed)):
+            for count in (1, tokens + 1):
+                seconds.setdefault((which, count), []).append(_timed(model, prompt, count))
+    median = {key: statistics.median(taken) for key, taken in seconds.items()}
+    measured = []
+    for which, model in enumerate((dense, packed)):
+        first, rest = median[which, 1], max(1e-9, median[which, tokens + 1] - median[which, 1])
+        measured.append(Measured(saved_bytes(model), weight_bytes(model), prompt_length / first, tokens / rest))
+    return Comparison(*measured, difference, int(same), tokens, prompt_length, torch.get_num_threads())
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """The bytes of a model's tensors in files; tied ones are stored once."""
+    tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}
+    return sum(tensors.values())
+
+
+def _logit_difference(dense: nn.Module, packed: nn.Module, prompt: torch.Tensor) -> float:
+    expected, found = (model(input_ids=prompt, use_cache=False).logits.float() for model in (dense, packed))
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE[dense.dtype]:
+        raise ValueError(
+            f"packed: its logits differ from the dense model's by {difference:.2g} of their norm; rounding explains {TOLERANCE[dense.dtype]}"
+        )
+    return difference
+
+
+def _generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, pad_token_id=0, **settings)[0, prompt.shape[1] :]
+
+
+def _timed(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
+    start = time.perf_counter()
+    _generate(model, prompt, tokens)
+    if prompt.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
