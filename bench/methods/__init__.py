@@ -3,11 +3,13 @@
 A method's measurements are the module of its name in this package, which has
 
     def run(wikitext: Path | None, quick: bool) -> str: ...
+    def section(figures: dict[str, object]) -> str: ...
 
-It measures, keeps its figures by `store(name, figures)` in `bench/results/quality-<name>.json`, and returns its section of the page in
-markdown, from its `## ` heading on, with the conditions (model, tokens, windows, seeds) that hold for the figures. `wikitext` is a folder
-with `valid.txt` and `test.txt` of WikiText-2, or None where there is none: a module that needs it then raises `Unavailable`. `quick` is
-for trying the module out: a smaller problem, of which nothing is kept. A module of the package whose name starts with `_` is a helper.
+`run` measures, keeps its figures by `store(name, figures)` in `bench/results/quality-<name>.json`, and returns their section. `section`
+makes the page's section of the figures that are stored, in markdown from its `## ` heading on, with the conditions (model, tokens,
+windows, seeds) that hold for them; what has not been measured yet is left empty. `wikitext` is a folder with `valid.txt` and `test.txt`
+of WikiText-2, or None where there is none: a module that needs it then raises `Unavailable`. `quick` is for trying the module out: a
+smaller problem, of which nothing is kept. A module of the package whose name starts with `_` is a helper.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ class Unavailable(Exception):
     """What a measurement needs is not there; says what."""
 
 
-def path_of(name: str, suffix: str, folder: Path = results.FOLDER) -> Path:
-    return folder / f"quality-{name}{suffix}"
+def path_of(name: str, folder: Path = results.FOLDER) -> Path:
+    return folder / f"quality-{name}.json"
 
 
 def store(name: str, figures: dict[str, object], folder: Path = results.FOLDER) -> None:
     """Put `figures` in the place of those of the same key, keep the others, and say on what machine they were last taken."""
     content = {"machine": results.this_cpu(), "figures": stored(name, folder) | figures}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path_of(name, ".json", folder), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path_of(name, folder), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def stored(name: str, folder: Path = results.FOLDER) -> dict[str, object]:
     """The figures of earlier runs."""
-    path = path_of(name, ".json", folder)
+    path = path_of(name, folder)
     return json.loads(path.read_text())["figures"] if path.is_file() else {}

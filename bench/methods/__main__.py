@@ -1,7 +1,7 @@
 """Measure the quality of the methods and write `bench/results/quality.md`: `python -m bench.methods --wikitext FOLDER`.
 
-Each method has a section of its own (`bench/results/quality-<name>.md`); sections that are not measured this time stay as they are.
-`--only` without a name puts the page together from what there is.
+Each method has a section of its own, made from its figures in `bench/results/quality-<name>.json`; those that are not measured this
+time stay as they are. `--only` without a name puts the page together from what there is.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 from sparsekern.pruning.files import write_atomically
 
 from .. import results
-from . import Unavailable, __path__, path_of
+from . import Unavailable, __path__, stored
 
 TITLE = """# Quality
 
@@ -27,22 +29,21 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def measure(name: str, wikitext: Path | None, quick: bool, folder: Path = results.FOLDER) -> None:
-    """Take one section's measurements and keep it; where it cannot be taken, say why and keep what there was."""
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def measure(name: str, wikitext: Path | None, quick: bool) -> None:
+    """Take one section's measurements and show it; where they cannot be taken, say why."""
     try:
-        section = importlib.import_module(f".{name}", __package__).run(wikitext, quick)
+        print(module(name).run(wikitext, quick))
     except Unavailable as reason:
         print(f"{name}: not measured, {reason}")
-        return
-    print(section)
-    if not quick:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path_of(name, ".md", folder), (section.strip() + "\n").encode())
 
 
-def write_page(folder: Path = results.FOLDER) -> Path:
-    """Put all stored sections into one page, in the order of their names."""
-    sections = [path.read_text().strip() for path in sorted(folder.glob("quality-*.md"))]
+def write_page(of: Iterable[str], folder: Path = results.FOLDER) -> Path:
+    """Make one page of all figures that are stored, in the order of the names."""
+    sections = [module(name).section(figures).strip() for name in of if (figures := stored(name, folder))]
     page = folder / "quality.md"
     write_atomically(page, ("\n\n".join([TITLE.strip(), *sections]) + "\n").encode())
     return page
@@ -57,7 +58,7 @@ def main() -> None:
     for name in names() if arguments.only is None else arguments.only:
         measure(name, arguments.wikitext, arguments.quick)
     if not arguments.quick:
-        print(f"wrote {write_page()}")
+        print(f"wrote {write_page(names())}")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def run(wikitext: Path | None, quick: bool) -> str:
         with tempfile.TemporaryDirectory() as work:
             return table(*measure(Texts(wikitext, windows=1), Path(work), ["Wanda, from dense", "Wanda, carried"], PATTERNS[:1]))
     measure_and_store(wikitext, WORK, list(METHODS), PATTERNS)
-    return section()
+    return section(stored(NAME))
 
 
 def measure(texts: Texts, work: Path, labels: Sequence[str], patterns: Sequence[str]) -> tuple[dict, dict]:
@@ -203,9 +203,7 @@ def measure_and_store(wikitext: Path, work: Path, labels: Sequence[str], pattern
     store(NAME, {"dense": dense, **figures})
 
 
-def section() -> str:
-    """The section of all figures that are stored."""
-    figures = stored(NAME)
+def section(figures: dict) -> str:
     rows = {pattern: {m: figures[f"{pattern}, {m}"] for m in METHODS if f"{pattern}, {m}" in figures} for pattern in PATTERNS}
     return table(figures["dense"], {pattern: by_label for pattern, by_label in rows.items() if by_label})
 
@@ -219,7 +217,7 @@ def main() -> None:
     arguments = parser.parse_args()
     labels, patterns = arguments.only or list(METHODS), arguments.pattern or PATTERNS
     measure_and_store(arguments.wikitext, arguments.work, labels, patterns)
-    print(section())
+    print(section(stored(NAME)))
 
 
 if __name__ == "__main__":
