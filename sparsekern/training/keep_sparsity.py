@@ -36,8 +36,7 @@ def keep_sparsity(
 
     An optimizer that is no `torch.optim.Optimizer`, or one that keeps float32 copies of the weights and writes them back itself, is
     seen only through the masked gradients, which keep zeros zero unless it had momentum before; call `apply()` after its step to be
-    certain. The same holds for `torch.compile(optimizer.step)`, which runs no hooks. Each process must hold the weights whole:
-    `DistributedDataParallel` does, sharded parameters do not.
+    certain. Each process must hold the weights whole: `DistributedDataParallel` does, sharded parameters do not.
 
     Args:
         model: a pruned model, or any module with pruned linears.

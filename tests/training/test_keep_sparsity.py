@@ -248,6 +248,21 @@ def test_a_compiled_model():
             assert not any(layer.weight[zero].any() for layer, zero in zip((model[0], model[2]), zeros, strict=True))
 
 
+def test_a_compiled_optimizer():
+    layer = nn.Linear(8, 8)
+    with torch.no_grad():
+        layer.weight[0] = 0
+    with sparsekern.keep_sparsity(layer):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager")
+        for _ in range(2):
+            layer(torch.ones(1, 8)).sum().backward()
+            with torch.no_grad():
+                layer.weight[0] = 1  # as momentum from before would
+            step()
+            assert not layer.weight[0].any() and layer.weight[1].any()
+
+
 def test_with_a_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
