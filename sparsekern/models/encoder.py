@@ -1,0 +1,217 @@
+"""An encoder as a chain of sub-layers, found by looking at it: what structured pruning measures, cuts and runs from the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+EXPECTED = (
+    "an encoder whose blocks are attention (query, key, value, output) and an FFN of two linears, each followed by a LayerNorm, "
+    "as BERT, RoBERTa, DistilBERT and MiniLM have them"
+)
+Visit = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A child of a module, under the name where it can be put back or replaced."""
+
+    parent: nn.Module
+    attribute: str
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.parent, self.attribute)
+
+    def put(self, module: nn.Module) -> None:
+        setattr(self.parent, self.attribute, module)
+
+
+@dataclass(frozen=True, eq=False)
+class SubLayer:
+    """`norm(x + out(features(x)))`. The features come in units: `head_size` channels make a head, each of them is a neuron.
+
+    `owner` is the module that computes the features; the output projection lies inside it (DistilBERT) or behind it (BERT).
+    """
+
+    name: str
+    kind: str  # "heads" or "neurons"
+    owner: Place
+    inputs: tuple[nn.Linear, ...]
+    output: Place
+    out: nn.Linear
+    norm: nn.LayerNorm
+    head_size: int
+
+    @property
+    def units(self) -> int:
+        return self.out.in_features // self.head_size
+
+    @property
+    def owns_output(self) -> bool:
+        return any(module is self.output.parent for module in self.owner.module.modules())
+
+    def features(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """What the output projection reads, `[samples, length, units * head_size]`; only while the encoder is `opened`."""
+        if self.kind == "heads":
+            return self.owner.module(x, attention_mask=attention_mask)[0]
+        return self.owner.module(x)
+
+
+class Encoder:
+    """The sub-layers of a transformers encoder, bottom to top, attention before FFN.
+
+    Raises:
+        ValueError: a decoder, or blocks of another make. Whether the sub-layers do make up the model shows when it is `opened`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        name = type(model).__name__
+        decodes = getattr(model, "can_generate", bool)() or getattr(getattr(model, "config", None), "is_decoder", False)
+        if decodes:
+            raise ValueError(f"model: expected {EXPECTED}; {name} is a decoder")
+        blocks = _list_of_blocks(model)
+        heads = getattr(model.config, "num_attention_heads", None)
+        self._list = _place(model, blocks)
+        self.sublayers: list[SubLayer] = []
+        for index, block in enumerate(self._list.module):
+            self.sublayers += _sublayers(name, block, f"{blocks}.{index}", heads)
+
+    @contextmanager
+    def opened(self, inputs: dict[str, torch.Tensor]) -> Iterator[_Chain]:
+        """Run the model by its sub-layers, from any of them on, as long as the context lasts.
+
+        Args:
+            inputs: of a first batch, on which the chain is compared with the model as it was.
+
+        Raises:
+            ValueError: the chain of sub-layers does not give what the blocks gave.
+        """
+        blocks = self._list.module
+        expected, returns_tuple = _output_of(self.model, blocks[-1], inputs)
+        chain = _Chain(self.model, self.sublayers, returns_tuple)
+        inside = [sublayer for sublayer in self.sublayers if sublayer.owns_output]
+        try:
+            for sublayer in inside:
+                sublayer.output.put(nn.Identity())
+            self._list.put(nn.ModuleList([chain]))
+            chain.run(inputs)
+            if not torch.allclose(chain.last, expected, rtol=1e-3, atol=1e-3):
+                raise ValueError(f"model: expected {EXPECTED}; the blocks of {type(self.model).__name__} compute something else")
+            yield chain
+        finally:
+            self._list.put(blocks)
+            for sublayer in inside:
+                sublayer.output.put(sublayer.out)
+
+
+class _Chain(nn.Module):
+    """Stands in for all blocks: runs the sub-layers from `start` on, on hidden states that were stored.
+
+    What the model does around its blocks (embeddings, attention mask, pooler, head) is left to the model.
+    """
+
+    def __init__(self, model: nn.Module, sublayers: list[SubLayer], returns_tuple: bool) -> None:
+        super().__init__()
+        self._run_model = model.__call__  # a bound method: the model must not become a child of its own child
+        self._sublayers, self._returns_tuple = tuple(sublayers), returns_tuple
+        self._start, self._stored, self._visit = 0, None, None
+        self.embedded: torch.Tensor | None = None
+        self.attention_mask: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None
+
+    def run(
+        self, inputs: dict[str, torch.Tensor], start: int = 0, stored: torch.Tensor | None = None, visit: Visit | None = None
+    ) -> object:
+        """The model's output from sub-layer `start` on, whose input is `stored` (None: the embeddings).
+
+        `visit(index, features)` is given the features of each sub-layer and returns those to go on with.
+        """
+        self._start, self._stored, self._visit = start, stored, visit
+        try:
+            return self._run_model(**inputs)
+        finally:
+            self._stored = self._visit = None
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args, **kwargs):
+        self.embedded, self.attention_mask = hidden_states, attention_mask
+        x = hidden_states if self._stored is None else self._stored
+        for index in range(self._start, len(self._sublayers)):
+            sublayer = self._sublayers[index]
+            features = sublayer.features(x, attention_mask)
+            if self._visit is not None:
+                features = self._visit(index, features)
+            x = sublayer.norm(x + sublayer.out(features))
+        self.last = x.detach()
+        return (x,) if self._returns_tuple else x
+
+
+def _list_of_blocks(model: nn.Module) -> str:
+    """The name of the list with the most linears below it, the outer one of equals.
+
+    Unlike `find_blocks` it asks for no weights, since a model that is about to be loaded has none yet.
+    """
+    most, best = 0, None
+    for name, modules in model.named_modules():
+        linears = sum(isinstance(module, nn.Linear) for module in modules.modules()) if isinstance(modules, nn.ModuleList) else 0
+        if linears > most:
+            most, best = linears, name
+    if best is None:
+        raise ValueError(f"model: expected {EXPECTED}; {type(model).__name__} holds no list of blocks with linears")
+    return best
+
+
+def _sublayers(model: str, block: nn.Module, name: str, heads: int | None) -> tuple[SubLayer, SubLayer]:
+    """The attention and the FFN of a block: six linears in the order of their use, told by their shapes."""
+    linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+    if not _is_encoder_block(list(linears.values()), len(norms), heads):
+        shapes = ", ".join(f"{linear.in_features} to {linear.out_features}" for linear in linears.values())
+        raise ValueError(
+            f"model: expected {EXPECTED}; {name} of {model} holds {len(norms)} LayerNorms and the linears {shapes or 'none'}"
+        )
+    paths, modules = list(linears), list(linears.values())
+    owners = [paths[index].rpartition(".")[0] for index in (0, 4)]
+    if not all(owners):
+        raise ValueError(
+            f"model: expected {EXPECTED}; {name} of {model} computes its attention or FFN itself, not in a module of its own"
+        )
+    attention, ffn = (_place(block, owner) for owner in owners)
+    head_size = modules[0].out_features // heads
+    return (
+        SubLayer(name, "heads", attention, tuple(modules[:3]), _place(block, paths[3]), modules[3], norms[0], head_size),
+        SubLayer(name, "neurons", ffn, (modules[4],), _place(block, paths[5]), modules[5], norms[1], 1),
+    )
+
+
+def _is_encoder_block(linears: list[nn.Linear], norms: int, heads: int | None) -> bool:
+    if len(linears) != 6 or norms != 2 or not heads or any(linear.bias is None for linear in linears):
+        return False
+    (hidden, width), neurons = (linears[0].in_features, linears[0].out_features), linears[4].out_features
+    shapes = [(linear.in_features, linear.out_features) for linear in linears]
+    return shapes == [(hidden, width)] * 3 + [(width, hidden), (hidden, neurons), (neurons, hidden)] and width % heads == 0
+
+
+def _place(root: nn.Module, path: str) -> Place:
+    parent, _, attribute = path.rpartition(".")
+    return Place(root.get_submodule(parent), attribute)
+
+
+def _output_of(model: nn.Module, block: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """What `block` returns when the model runs, and whether as a tuple."""
+    seen = []
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(f"model: the last block of {type(model).__name__} did not run")
+    output = seen[-1]
+    return (output[0], True) if isinstance(output, tuple) else (output, False)
