@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from ._info import info
 from ._warnings import SparsekernWarning
 from .data import perplexity
-from .methods import ALPS, COPAL, Gradual, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda
+from .methods import ALPS, COPAL, Gradual, KPrune, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda
 from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import ContinualReport, Report, prune, prune_continually
@@ -18,6 +18,7 @@ __all__ = [
     "Gradual",
     "NM",
     "ContinualReport",
+    "KPrune",
     "Magnitude",
     "Random",
     "Report",

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from .backends.libraries import check_isa
-from .data import calibration_ids, encode, perplexity, read_documents
+from .data import calibration_ids, encode, perplexity, read_documents, sentence_batches
 from .methods import METHODS, Method
 from .models.load import DTYPES, load, load_tokenizer
 from .pattern import Pattern, parse_pattern
-from .pruning import Report, check_seed, prune
+from .pruning import Report, StructuredReport, check_seed, prune
 from .pruning.report_html import html_page
 from .runtime import check_format, check_output_folder, check_space, count_zeros, model_card, versions
 from .runtime.bench import compare
@@ -27,8 +27,10 @@ from .runtime.packing import AUTO, is_packed, packed_copy, unpacked_copy
 from .runtime.save import DENSE
 
 DEFAULT_LENGTH = 2048
+DEFAULT_SAMPLES = 128
+DEFAULT_SENTENCES = 1024
 DEFAULT_TEXT = "builtin:python-docs"
-METHOD_SETTINGS = ("damping", "block_size", "scope", "form", "units", "solver")
+METHOD_SETTINGS = ("damping", "block_size", "scope", "form", "units", "solver", "budget")
 TRAINING_SETTINGS = ("criterion", "steps", "epochs", "train_steps", "batch_tokens", "learning_rate", "weight_decay")
 
 
@@ -54,9 +56,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
     check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
     length = _window_length(arguments.length, model)
     evaluation = _Evaluation(arguments, model, tokenizer, text) if arguments.evaluate else None
-    ids = None
-    if method.statistic is not None or method.trains or arguments.report_error:
-        ids = calibration_ids(source, tokenizer, samples=arguments.samples, length=length, seed=arguments.seed)
+    calibration, described = _calibration(arguments, source, method, tokenizer, length)
     seconds = {"load": time.perf_counter() - start}
     results: dict[str, object] = {}
     if evaluation:
@@ -68,14 +68,14 @@ def prune_command(arguments: argparse.Namespace) -> None:
         "pattern": str(pattern),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    if ids is not None:
-        settings["calibration"] = f"{len(ids)} x {length} tokens of {source}, seed {arguments.seed}"
+    if described:
+        settings["calibration"] = f"{described} of {source}, seed {arguments.seed}"
 
     def complete(report: Report) -> None:
         if evaluation:
             results["perplexity, pruned"] = evaluation.perplexity()
             results["evaluated on"] = evaluation.description
-        results.update(_zeros(model, report))
+        results.update(_units_removed(report) if method.removes_units else _zeros(model, report))
         results["weights"] = f"{report.bytes['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.bytes['saved'] / 1e6:,.1f} MB"
         command = shlex.join(arguments.command_line)
         tokenizer.save_pretrained(out)
@@ -83,13 +83,14 @@ def prune_command(arguments: argparse.Namespace) -> None:
         (out / "README.md").write_text(card, encoding="utf-8")
         whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
         (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(html_page(whole), encoding="utf-8")
+        if not method.removes_units:
+            (out / "report.html").write_text(html_page(whole), encoding="utf-8")
 
     report = prune(
         model,
         method,
         pattern,
-        ids,
+        calibration,
         seed=arguments.seed,
         out=out,
         resume=arguments.resume,
@@ -106,6 +107,9 @@ def prune_command(arguments: argparse.Namespace) -> None:
         seconds["evaluate"] = evaluation.seconds
     seconds["total"] = time.perf_counter() - start
     print(_summary(settings, results, seconds))
+    if method.removes_units:
+        print(f"\nsaved to {out}; to use it: sparsekern.load({str(out)!r})\n")
+        return
     print(_next_steps(out, packed=arguments.format != DENSE))
     print(f"what each layer came to: {out / 'report.html'}")
 
@@ -191,7 +195,25 @@ def _what_to_prune(arguments: argparse.Namespace) -> tuple[Method, Pattern, dict
         if not separator or not glob:
             raise ValueError(f"layer-pattern: expected GLOB=PATTERN, got {assignment!r}")
         patterns[glob] = None if value == "dense" else parse_pattern(value)
-    return kind(**given), parse_pattern(arguments.pattern), patterns
+    method, pattern = kind(**given), parse_pattern(arguments.pattern)
+    if method.removes_units:
+        method.share(pattern)
+        if arguments.evaluate:
+            raise ValueError(f"evaluate: perplexity is of causal language models, which {arguments.method} does not prune")
+    return method, pattern, patterns
+
+
+def _calibration(arguments: argparse.Namespace, source: str, method: Method, tokenizer, length: int) -> tuple[object, str]:
+    """What the method is calibrated on, and how much that is: sentences for encoders, windows of running text for decoders."""
+    seed = arguments.seed
+    if method.removes_units:
+        samples = arguments.samples or DEFAULT_SENTENCES
+        batches = sentence_batches(source, tokenizer, samples=samples, length=length, seed=seed)
+        return batches, f"{sum(len(batch['input_ids']) for batch in batches)} sentences"
+    if method.statistic is None and not method.trains and not arguments.report_error:
+        return None, ""
+    ids = calibration_ids(source, tokenizer, samples=arguments.samples or DEFAULT_SAMPLES, length=length, seed=seed)
+    return ids, f"{len(ids)} x {length} tokens"
 
 
 def _only_text(arguments: argparse.Namespace) -> str:
@@ -255,6 +277,17 @@ def _zeros(model: torch.nn.Module, report: Report) -> dict[str, str]:
     return {
         "zeros in the pruned linears": f"{report.sparsity:.2%} of {weights / 1e6:,.1f} M weights in {len(report.layers)} layers",
         "zeros in the whole model": f"{zeros / total:.2%} of {total / 1e6:,.1f} M weights",
+    }
+
+
+def _units_removed(report: StructuredReport) -> dict[str, str]:
+    removed = {"FLOPs": report.flops_removed, "parameters": report.sparsity}
+    kept = {kind: "kept " + ", ".join(str(layer.kept) for layer in report.layers if layer.kind == kind) for kind in ("heads", "neurons")}
+    before, after = report.model_parameters
+    return {
+        **{f"{what} of heads and neurons": f"{share:.2%} removed" for what, share in removed.items()},
+        **{f"{kind}, layer by layer": counts for kind, counts in kept.items()},
+        "parameters of the whole model": f"{after / 1e6:,.2f} M of {before / 1e6:,.2f} M",
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ._commands import (
+    DEFAULT_SAMPLES,
     UsageError,
     _check_counts,
     _checked,
@@ -46,10 +47,10 @@ def continual_command(arguments: argparse.Namespace) -> None:
     _say(f"loading {arguments.model}")
     model, tokenizer = _load(arguments, device)
     check_space(model, out)
-    length = _window_length(arguments.length, model)
+    samples, length = arguments.samples or DEFAULT_SAMPLES, _window_length(arguments.length, model)
     evaluation = {source: _Evaluation(arguments, model, tokenizer, text) for source, text in texts.items()}
     calibrations = {
-        source: calibration_ids(source, tokenizer, samples=arguments.samples, length=length, seed=arguments.seed)
+        source: calibration_ids(source, tokenizer, samples=samples, length=length, seed=arguments.seed)
         for source in arguments.calibration
     }
     report = prune_continually(
@@ -74,7 +75,7 @@ def continual_command(arguments: argparse.Namespace) -> None:
         "method": f"{_describe(method)}, {arguments.strategy}",
         "pattern": str(pattern),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "calibration": f"{arguments.samples} x {length} tokens each of {', '.join(report.names)}, one after another",
+        "calibration": f"{samples} x {length} tokens each of {', '.join(report.names)}, one after another",
     }
     packed = arguments.format != DENSE
     _complete(model, out, report, settings, shlex.join(arguments.command_line), packed)

@@ -87,8 +87,8 @@ def _add_prune(commands) -> None:
     prune = commands.add_parser("prune", help="prune a model and save it", formatter_class=_Help)
     _add_model(prune)
     prune.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the pruned model")
-    prune.add_argument("--method", default="sparsegpt", help="magnitude, random, structured, wanda, sparsegpt, alps, sparsellm, copal or gradual")
-    prune.add_argument("--pattern", default="2:4", help="N:M keeps N of every M inputs; 0.5 or 50%% is the share of zeros")
+    prune.add_argument("--method", default="sparsegpt", help="magnitude, random, structured, wanda, sparsegpt, alps, sparsellm, copal, gradual or kprune (encoders)")
+    prune.add_argument("--pattern", default="2:4", help="N:M keeps N of every M inputs; 0.5 or 50%% is the share of zeros (kprune: to remove)")
     prune.add_argument(
         "--layer-pattern",
         action="append",
@@ -108,7 +108,7 @@ def _add_prune(commands) -> None:
     )
     data.add_argument("--state", metavar="DIR", help="what is known after these texts, to add others later by the same command")
     data.add_argument("--strategy", default="accumulate", help="with several texts: accumulate, dense (forgets) or carry (stasis)")
-    data.add_argument("--samples", type=int, default=128, help="windows of text")
+    data.add_argument("--samples", type=int, help="windows of text (default: 128), or for kprune sentences (default: 1024)")
     data.add_argument(
         "--length", type=int, help="tokens in a window (default: 2048, or the model's positions where they are fewer)"
     )
@@ -119,6 +119,7 @@ def _add_prune(commands) -> None:
     settings.add_argument("--block-size", type=int, help="columns in a block")
     settings.add_argument("--scope", help="where a sparsity is counted: block, row, matrix or (magnitude) global")
     settings.add_argument("--units", help="what structured prunes: both, heads or neurons")
+    settings.add_argument("--budget", help="what kprune's --pattern is a share of: flops or parameters")
     settings.add_argument("--form", help="of copal's importance: sample or gram")
     settings.add_argument("--solver", help="what prunes each linear inside sparsellm: sparsegpt, alps, wanda or magnitude")
     training = prune.add_argument_group("settings of gradual, which prunes in steps and trains on the calibration text after each")

@@ -4,6 +4,7 @@ from .alps import ALPS
 from .base import Method, Solution, Statistics
 from .copal import COPAL
 from .gradual import Gradual
+from .kprune import KPrune
 from .magnitude import Magnitude
 from .random import Random
 from .sparsegpt import SparseGPT
@@ -12,7 +13,7 @@ from .structured import Structured
 from .wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ALPS, COPAL, Gradual, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda)
+    method.name: method for method in (ALPS, COPAL, Gradual, KPrune, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda)
 }
 
 
@@ -35,6 +36,7 @@ __all__ = [
     "ALPS",
     "COPAL",
     "Gradual",
+    "KPrune",
     "METHODS",
     "Magnitude",
     "Method",

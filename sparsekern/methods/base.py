@@ -70,6 +70,7 @@ class Method:
 
     `trains` says whether it trains the model on the calibration ids, `whole_model` whether it works on all of it at once, not block by
     block. `sensitivity` asks for each linear's own `importance` besides, which takes its outputs for every token.
+    `removes_units` says that it cuts whole heads and neurons out of an encoder instead of solving one linear at a time.
     """
 
     name: ClassVar[str]
@@ -77,6 +78,7 @@ class Method:
     sensitivity: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     whole_model: ClassVar[bool] = False
+    removes_units: ClassVar[bool] = False
 
     def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         """The pattern of each linear by name, for a method that decides over many of them at once; by default what was asked for.

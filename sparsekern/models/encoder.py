@@ -101,7 +101,7 @@ class Encoder:
                 sublayer.output.put(nn.Identity())
             self._list.put(nn.ModuleList([chain]))
             chain.run(inputs)
-            if not torch.allclose(chain.last, expected, rtol=1e-3, atol=1e-3):
+            if not torch.allclose(chain.last, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(f"model: expected {EXPECTED}; the blocks of {type(self.model).__name__} compute something else")
             yield chain
         finally:
@@ -177,9 +177,10 @@ def _sublayers(model: str, block: nn.Module, name: str, heads: int | None) -> tu
         )
     paths, modules = list(linears), list(linears.values())
     owners = [paths[index].rpartition(".")[0] for index in (0, 4)]
-    if not all(owners):
+    within = [[path for path in paths if path.startswith(f"{owner}.")] for owner in owners]
+    if within[0] not in (paths[:3], paths[:4]) or within[1] not in (paths[4:5], paths[4:]):
         raise ValueError(
-            f"model: expected {EXPECTED}; {name} of {model} computes its attention or FFN itself, not in a module of its own"
+            f"model: expected {EXPECTED}; {name} of {model} does not compute its attention and its FFN in a module each"
         )
     attention, ffn = (_place(block, owner) for owner in owners)
     head_size = modules[0].out_features // heads

@@ -4,5 +4,6 @@ from .continual import prune_continually
 from .continual_report import ContinualReport, Step
 from .pipeline import check_seed, prune
 from .report import LayerReport, Report
+from .units_report import StructuredReport, UnitsReport
 
-__all__ = ["ContinualReport", "LayerReport", "Report", "Step", "check_seed", "prune", "prune_continually"]
+__all__ = ["ContinualReport", "LayerReport", "Report", "Step", "StructuredReport", "UnitsReport", "check_seed", "prune", "prune_continually"]

@@ -12,9 +12,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from .report import LayerReport
 FOLDER = "checkpoint"
 STATE = "state.json"
 FORMAT = 1
+ReportLike = TypeVar("ReportLike")
 
 
 class Checkpoint:
@@ -80,8 +82,8 @@ class Checkpoint:
                 stacklevel=5,
             )
 
-    def save(self, index: int, weights: dict[str, torch.Tensor], layers: Sequence[LayerReport]) -> None:
-        """Write the pruned weights of block `index`, by linear name, and the reports of its layers."""
+    def save(self, index: int, weights: dict[str, torch.Tensor], layers: Sequence) -> None:
+        """Write the pruned weights of block `index`, by linear name, and the reports (dataclasses) of its layers."""
         from safetensors.torch import save
 
         tensors = {name: weight.contiguous() for name, weight in weights.items()}
@@ -97,6 +99,22 @@ class Checkpoint:
         Raises:
             ValueError: the file is damaged or holds other layers.
         """
+        found = self.read(index, LayerReport.from_dict)
+        if found is None:
+            return None
+        weights, layers = found
+        path = self._path(index)
+        expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
+        if {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()} != expected:
+            raise ValueError(f"out: {path} holds other layers than the model's; remove it to prune that block again")
+        return weights, layers
+
+    def read(self, index: int, make_report: Callable[[dict], ReportLike]) -> tuple[dict[str, torch.Tensor], list[ReportLike]] | None:
+        """What `save` wrote for block `index`, whatever it is of, or None where the block is not finished.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = self._path(index)
@@ -104,14 +122,10 @@ class Checkpoint:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                layers = [LayerReport.from_dict(layer) for layer in json.loads(file.metadata()["layers"])]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                return tensors, [make_report(layer) for layer in json.loads(file.metadata()["layers"])]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"out: {path} is damaged ({error}); remove it to prune that block again") from error
-        expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
-        if {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()} != expected:
-            raise ValueError(f"out: {path} holds other layers than the model's; remove it to prune that block again")
-        return weights, layers
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

@@ -67,6 +67,7 @@ def prune(
         method: `"magnitude"`, `"random"`, `"structured"`, `"wanda"`, `"sparsegpt"`, `"alps"`,
             `"sparsellm"`, `"copal"`, `"gradual"`, or a config such as `SparseGPT(damping=0.01)`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
+            For `KPrune`, which prunes encoders, it is the share of FLOPs (or parameters) to remove with whole heads and neurons.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
             and `attention_mask` (padding is left out of every statistic). Magnitude needs none.
         seed: for whatever draws random numbers on the way; the same seed gives the same result. The global generator is left alone.
@@ -102,6 +103,12 @@ def prune(
     check_seed(seed)
     check_isa()
     check_format(format)
+    if method.removes_units:
+        from .units import prune_units  # which is built on this module
+
+        _refuse_choice_of_linears(method, format, include, exclude, patterns)
+        options = {"seed": seed, "out": out, "resume": resume, "progress": progress, "batch_size": batch_size, "complete": complete}
+        return prune_units(model, method, pattern, calibration, **options)
     plan = make_plan(model, pattern, patterns, include, exclude)
     plan = replace(plan, patterns=method.arrange(model, plan.parts, plan.patterns))
     kind = "gram" if report_error else method.statistic
@@ -360,6 +367,14 @@ def _outcome(
         return int(zeros), None
     error, energy = figures
     return int(zeros), error / energy if energy else 0.0
+
+
+def _refuse_choice_of_linears(method: Method, format: str, include: Globs, exclude: Globs, patterns: Mapping | None) -> None:
+    if format != "dense":
+        raise ValueError(f"format: expected 'dense', {type(method).__name__} leaves no zeros to pack; got {format!r}")
+    for argument, value in (("include", include), ("exclude", exclude), ("patterns", patterns)):
+        if value:
+            raise ValueError(f"{argument}: expected none, {type(method).__name__} chooses among all heads and neurons; got {value!r}")
 
 
 def check_seed(seed: int) -> None:

@@ -75,8 +75,11 @@ class Report:
             "bytes": self.bytes,
             "settings": self.settings,
             **({"training": self.training} if self.training else {}),
-            "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
+            "layers": [self._layer_dict(layer) for layer in self.layers],
         }
+
+    def _layer_dict(self, layer: LayerReport) -> dict[str, object]:
+        return {**asdict(layer), "sparsity": layer.sparsity}
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write everything as JSON; the file is there whole or not at all."""

@@ -120,7 +120,8 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
     def fails(*_, **__):
         raise OSError("no connection\nand much more")
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    for part in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(part, "from_pretrained", fails)
     with pytest.raises(OSError, match="'some/model' is no local folder, and as a hub id it cannot be loaded: no connection$"):
         sparsekern.load("some/model")
 

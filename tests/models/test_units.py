@@ -166,11 +166,22 @@ def test_other_architectures_are_named(model, message):
             pass
 
 
-def test_layers_that_run_more_than_once_are_refused():
+def test_layers_that_are_shared_are_refused():
     config = tf.AlbertConfig(
         vocab_size=96, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )
     model = tf.AlbertModel(config).eval()
-    with pytest.raises(ValueError, match="the blocks of AlbertModel compute something else"):
-        with Encoder(model).opened({"input_ids": torch.ones(1, 4, dtype=torch.long)}):
+    with pytest.raises(
+        ValueError, match="albert_layer_groups.0 of AlbertModel does not compute its attention and its FFN in a module each"
+    ):
+        Encoder(model)
+
+
+def test_sublayers_that_do_not_make_up_the_model_are_refused():
+    """Whatever it may be that a block does besides; here it doubles its input."""
+    model = encoders.tiny("bert")
+    block = model.encoder.layer[0]
+    block.forward = lambda x, *args, **kwargs: type(block).forward(block, 2 * x, *args, **kwargs)
+    with pytest.raises(ValueError, match="the blocks of BertModel compute something else"):
+        with Encoder(model).opened(encoders.padded_ids()):
             pass

@@ -1,0 +1,167 @@
+"""K-prune: heads and neurons of an encoder go, bottom to top, by what the model's answers and its hidden states would lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .. import ops
+from ..pattern import Pattern, Unstructured
+from .base import Method, Solution, Statistics, check_choice
+
+OBJECTIVES = ("auto", "kl", "mse", "cosine", "embedding")
+
+
+@dataclass(frozen=True)
+class KPrune(Method):
+    """Remove attention heads and FFN neurons of an encoder, without retraining, until a share of its FLOPs or parameters is gone.
+
+    The sub-layers are cut one after another, attention before FFN, bottom to top. Each time all units that are still to be decided
+    are scored on the model as it is, the threshold is found that meets the budget, and only the sub-layer at hand is cut by it; its
+    output projection is then fitted anew to the output of the dense model. A unit's score is its knowledge over its cost,
+    `(lam_pred K_pred + lam_rep K_rep) / cost`, and `mu` times that for heads:
+
+    * predictive knowledge `K_pred`: half the squared gradient of the objective by a mask on the unit's features, sample by sample,
+      so that it does not depend on how the samples are batched (the public code squares the mean gradient of a batch);
+    * representational knowledge `K_rep`: what the unit adds to its sub-layer's output, see `ops.head_neuron_scores`.
+
+    As long as student and teacher agree, which they do exactly before the first cut, the gradient of the objective is zero and says
+    nothing. There (and everywhere with `curvature="fisher"`) the second-order term is taken instead: the squared Jacobian in the
+    metric of the objective, its expectation estimated with one random probe a sample. For KL that is the Fisher information.
+
+    `pattern` is the share to remove, 0.5 for half; N:M has no meaning here.
+
+    Args:
+        budget: `"flops"` or `"parameters"`: what the share is of. Both count the heads and neurons only (embeddings, LayerNorms and
+            classifiers cannot be removed), FLOPs as the mean over the calibration samples with their own lengths.
+        temperature: of the softmaxes whose KL divergence is taken (paper: 2).
+        lam_pred: weight of the predictive knowledge (paper: 1).
+        lam_rep: weight of the representational knowledge (paper: 2.5e-4).
+        mu: how much a head's score counts more than a neuron's (paper: 64, the channels of its heads).
+        tuning: fit the output projections to the dense model (paper: on).
+        ridge: damping of that fit, as a share of the mean diagonal of the Gram matrix. It holds the weights at their dense values,
+            so what the calibration tokens do not determine stays as it was.
+        tune_bias: fit the bias along with the weights. The paper keeps it; so the mean of what was removed is made up for.
+        objective: `"kl"` of the softmax over the classes; `"mse"` of the logits (regression); `"cosine"`: one minus the cosine of
+            the mean-pooled last hidden states; `"embedding"`: their mean squared error, lengths included; `"auto"`: KL for a
+            classifier, MSE for a regression or several labels, cosine for a model without a head.
+        curvature: `"gradient"` (paper) or `"fisher"`, see above.
+
+    Source: Park, Choi and Kang, Accurate retraining-free pruning for pretrained encoder-based language models (K-prune), 2024:
+    equations 4 and 5 (knowledge), algorithm 1 (search), equations 10 and 11 (tuning).
+    """
+
+    name: ClassVar[str] = "kprune"
+    statistic: ClassVar[None] = None
+    removes_units: ClassVar[bool] = True
+
+    budget: str = "flops"
+    temperature: float = 2.0
+    lam_pred: float = 1.0
+    lam_rep: float = 2.5e-4
+    mu: float = 64.0
+    tuning: bool = True
+    ridge: float = 1e-3
+    tune_bias: bool = True
+    objective: str = "auto"
+    curvature: str = "gradient"
+
+    def __post_init__(self) -> None:
+        check_choice("KPrune.budget", self.budget, ("flops", "parameters"))
+        check_choice("KPrune.objective", self.objective, OBJECTIVES)
+        check_choice("KPrune.curvature", self.curvature, ("gradient", "fisher"))
+        for field in ("tuning", "tune_bias"):
+            check_choice(f"KPrune.{field}", getattr(self, field), (True, False))
+        for field in ("lam_pred", "lam_rep", "ridge"):
+            _check_number(f"KPrune.{field}", getattr(self, field))
+        for field in ("temperature", "mu"):
+            _check_number(f"KPrune.{field}", getattr(self, field), positive=True)
+        if not self.lam_pred and not self.lam_rep:
+            raise ValueError("KPrune.lam_pred, KPrune.lam_rep: expected one of them to be above 0, got 0 and 0")
+
+    def share(self, pattern: Pattern) -> float:
+        """The share to remove that `pattern` says. Raises `ValueError` for N:M."""
+        if not isinstance(pattern, Unstructured):
+            raise ValueError(
+                f"pattern: KPrune removes heads and neurons, expected a share of the {self.budget} such as 0.5, got '{pattern}'"
+            )
+        return pattern.sparsity
+
+    def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
+        raise TypeError("method: KPrune prunes whole encoders, not single linears; call sparsekern.prune with it")
+
+    def scores(self, predictive: torch.Tensor, representational: torch.Tensor, cost: float, heads: bool) -> torch.Tensor:
+        """What each unit of a sub-layer is worth per unit of the budget, `[units]` float64."""
+        knowledge = self.lam_pred * predictive.double() + self.lam_rep * representational.double()
+        return knowledge * ((self.mu if heads else 1.0) / cost)
+
+
+def predictive_knowledge(features: torch.Tensor, gradient: torch.Tensor, head_size: int) -> torch.Tensor:
+    """`K_pred` of a batch, summed over its samples: half the squared gradient of each sample's objective by the features' masks.
+
+    The mask of a feature multiplies it at every token, so its gradient is the sum over tokens of feature times gradient. A head's
+    value is the mean over its channels.
+
+    Args:
+        features, gradient: `[samples, length, features]`.
+
+    Returns:
+        `[features // head_size]` float64.
+    """
+    by_mask = (features.detach() * gradient).sum(1, dtype=torch.float32)
+    return by_mask.double().square().sum(0).div_(2).unflatten(0, (-1, head_size)).mean(1)
+
+
+def search(scores: Sequence[torch.Tensor], costs: Sequence[float], remaining: float) -> list[torch.Tensor]:
+    """Which units to keep so that they cost at most `remaining`: the lowest scores go first, one sort and one cumulative sum.
+
+    Args:
+        scores: of the units of each sub-layer that is still to be decided.
+        costs: of one unit of each of them.
+        remaining: of the budget, for all of them together.
+
+    Returns:
+        A bool mask for each sub-layer, True where kept. No unit that is kept has a lower score than one that is removed; among
+        equal scores the earlier sub-layer and the lower index go first, and no more units go than must.
+    """
+    flat = torch.cat([s.double().cpu() for s in scores])
+    if flat.isnan().any():
+        raise ValueError("scores: expected no NaN")
+    cost = torch.cat([torch.full((len(s),), float(c), dtype=torch.float64) for s, c in zip(scores, costs, strict=True)])
+    order = flat.argsort(stable=True)
+    kept_cost = torch.cat([cost[order].flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    fits = kept_cost <= remaining * (1 + 1e-12)  # a share of 0 removes nothing, whatever the rounding of the sum
+    removed = order[: int(fits.int().argmax())] if fits.any() else order
+    keep = torch.ones(len(flat), dtype=torch.bool)
+    keep[removed] = False
+    return list(keep.split([len(s) for s in scores]))
+
+
+def tuned_projection(
+    weight: torch.Tensor, bias: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output projection closest to the targets: `min_D |A D^T - R|^2 + shift |D|^2`, added to what it was.
+
+    Args:
+        weight: `[out_features, kept]`, what the projection is after the cut; bias: `[out_features]`.
+        gram: `A^T A` float32, lower triangle, of the kept features; with a column of ones at the end where the bias is fitted too.
+        cross: `R^T A` float32, with `R` what the dense output has beyond that of the projection as it is.
+        ridge: `shift` as a share of the mean diagonal of `gram`.
+
+    Returns:
+        Weight and bias, in their dtypes.
+    """
+    change = ops.gram_solve(gram, cross, ridge)
+    kept = weight.shape[1]
+    new_bias = bias if gram.shape[0] == kept else (bias.float() + change[:, kept]).to(bias.dtype)
+    return (weight.float() + change[:, :kept]).to(weight.dtype), new_bias
+
+
+def _check_number(argument: str, value: object, positive: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (positive and value == 0):
+        raise ValueError(f"{argument}: expected a number {'above' if positive else 'of at least'} 0, got {value!r}")
