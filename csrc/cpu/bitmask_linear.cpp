@@ -5,7 +5,7 @@
 // without VBMI2 spreads 16 values of 4 bytes (vpexpandd) in two cycles of its one shuffle port, and the mask takes a third, so 16
 // weights take at least 3 cycles whatever d is, 32 GB/s of dense bf16 weights at 3 GHz. Hence the layout: two rows share a unit of 4
 // bytes, so that their 16-bit values need no shuffle to become floats (a shift, a mask), and both are multiplied by the same x.
-// Nothing else uses the shuffle port; values and bits are two streams that are read in order, prefetched 2 KiB ahead.
+// Nothing else uses the shuffle port; values and bits are two streams that are read in order, prefetched 4 KiB ahead.
 // A few tokens share the expanded registers. Many are a dense product of panels (packed_linear.h), bound by arithmetic.
 #include <stdexcept>
 #include <string>
@@ -84,7 +84,9 @@ SPARSEKERN_AVX512 const Unit* multiply_avx512(const Group& group) {
       if (__builtin_expect(unit[row] > last, 0)) return nullptr;
       prefetch_ahead(unit[0] + 16 * row);
     }
-    prefetch_ahead(bits[0] + word, kPrefetchBytes / 4);
+    if (word % 8 == 0) {  // a line of bits: that of the next group
+      for (int row = 0; row < kRows; ++row) prefetch_ahead(bits[row] + word, kRows * words * 8);
+    }
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {
       const float* features = x + word * packed_rows::kWordColumns + part * 16;
@@ -317,10 +319,8 @@ struct BitmaskWeight {
 template <class T>
 bool multiply(const BitmaskRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
   const Activations activations(static_cast<const T*>(x), tokens, columns, executor);
-  const auto sums = allocate<float>(tokens * packed.rows);
-  if (!packed_product(BitmaskWeight<T>(packed, columns), activations, sums.get(), executor)) return false;
-  write_outputs(sums.get(), tokens, packed.rows, packed.order, static_cast<const T*>(bias), static_cast<T*>(y), executor);
-  return true;
+  const Output<T> output{static_cast<T*>(y), packed.rows, packed.order, static_cast<const T*>(bias)};
+  return packed_product(BitmaskWeight<T>(packed, columns), activations, output, executor);
 }
 
 // What would lead a kernel out of the tensors, the bits apart: those are followed with care.
@@ -332,12 +332,13 @@ void check_places(const BitmaskRows& packed, DType dtype) {
           "starts: expected ascending places of the " + std::to_string(units) + " units, got " + std::to_string(packed.starts[tile]));
     }
   }
-  for (int64_t i = 0; i < packed.rows; ++i) {
-    if (packed.order[i] < 0 || packed.order[i] >= packed.rows) {
-      throw std::invalid_argument(
-          "order: expected rows from 0 to " + std::to_string(packed.rows - 1) + ", got " + std::to_string(packed.order[i]));
-    }
-  }
+  bool inside = true;
+  for (int64_t i = 0; i < packed.rows; ++i) inside &= static_cast<uint32_t>(packed.order[i]) < static_cast<uint64_t>(packed.rows);
+  if (inside) return;
+  const int32_t* outside = std::find_if(
+      packed.order, packed.order + packed.rows, [&](int32_t row) { return row < 0 || row >= packed.rows; });
+  throw std::invalid_argument(
+      "order: expected rows from 0 to " + std::to_string(packed.rows - 1) + ", got " + std::to_string(*outside));
 }
 
 void check_bits(bool sound) {

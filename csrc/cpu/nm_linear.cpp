@@ -244,10 +244,8 @@ struct NmWeight {
 template <class T>
 bool multiply(const NmRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
   const Activations activations(static_cast<const T*>(x), tokens, columns, executor);
-  const auto sums = allocate<float>(tokens * packed.rows);
-  if (!packed_product(NmWeight<T>(packed, columns), activations, sums.get(), executor)) return false;
-  write_outputs(sums.get(), tokens, packed.rows, nullptr, static_cast<const T*>(bias), static_cast<T*>(y), executor);
-  return true;
+  const Output<T> output{static_cast<T*>(y), packed.rows, nullptr, static_cast<const T*>(bias)};
+  return packed_product(NmWeight<T>(packed, columns), activations, output, executor);
 }
 
 void check_codes(bool sound) {

@@ -63,48 +63,63 @@ struct TokenBlock {
 //   bool expand(int64_t tile, float* panel) const;               // column j of the tile's rows to panel[16 * j], zeros included
 //   bool expand_rows(int64_t tile, T* weight) const;             // the tile's rows to where they belong in the dense weight
 // where false says that the packed tensors contradict one another.
-template <class Weight>
-bool multiply_tile_by_few(const Weight& weight, int64_t tile, const Activations& x, float* sums) {
+// Where outputs go: y[token][order[i]] = sum + bias[order[i]] for stored row i; without `order` the rows are stored as they come.
+template <class T>
+struct Output {
+  T* y;
+  int64_t rows;
+  const int32_t* order;
+  const T* bias;  // null: none
+
+  void write(int64_t token, int64_t first, int64_t count, const float* sums) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = order == nullptr ? first + i : order[first + i];
+      y[token * rows + row] = from_float<T>(sums[i] + (bias == nullptr ? 0.0f : to_float(bias[row])));
+    }
+  }
+};
+
+template <class Weight, class T>
+bool multiply_tile_by_few(const Weight& weight, int64_t tile, const Activations& x, const Output<T>& output) {
+  const int64_t row = tile * packed_rows::kTileRows, rows = std::min(packed_rows::kTileRows, weight.rows - row);
   for (int64_t token = 0; token < x.tokens; token += kTogether) {
-    const TokenBlock block{
-        x.row(token), x.stride, std::min(kTogether, x.tokens - token),
-        sums + token * weight.rows + tile * packed_rows::kTileRows, weight.rows};
+    float sums[kTogether * packed_rows::kTileRows];
+    const TokenBlock block{x.row(token), x.stride, std::min(kTogether, x.tokens - token), sums, packed_rows::kTileRows};
     if (!weight.multiply(tile, block)) return false;
+    for (int64_t i = 0; i < block.tokens; ++i) output.write(token + i, row, rows, sums + i * packed_rows::kTileRows);
   }
   return true;
 }
 
-template <class Weight>
+template <class Weight, class T>
 bool multiply_tiles_by_many(
-    const Weight& weight, int64_t first, int64_t count, const Multiplier& x, MultiplyAdd multiply_add, float* sums) {
+    const Weight& weight, int64_t first, int64_t count, const Multiplier& x, MultiplyAdd multiply_add, const Output<T>& output) {
   static_assert(packed_rows::kTileRows == kLanes, "a tile is a panel");
   const int64_t panel = weight.columns * kLanes, out_panel = x.outputs * kLanes;
   const auto expanded = allocate<float>(count * panel);
-  const auto out = allocate<float>(count * out_panel);
+  const auto sums = allocate<float>(count * out_panel);
   for (int64_t i = 0; i < count; ++i) {
     if (!weight.expand(first + i, expanded.get() + i * panel)) return false;
   }
-  std::fill_n(out.get(), count * out_panel, 0.0f);
-  multiply_add(x, weight.columns, x.outputs, 1.0f, expanded.get(), panel, out.get(), out_panel, count);
+  std::fill_n(sums.get(), count * out_panel, 0.0f);
+  multiply_add(x, weight.columns, x.outputs, 1.0f, expanded.get(), panel, sums.get(), out_panel, count);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = (first + i) * kLanes, rows = std::min(kLanes, weight.rows - row);
-    for (int64_t token = 0; token < x.outputs; ++token) {
-      std::copy_n(out.get() + i * out_panel + token * kLanes, rows, sums + token * weight.rows + row);
-    }
+    for (int64_t token = 0; token < x.outputs; ++token) output.write(token, row, rows, sums.get() + i * out_panel + token * kLanes);
   }
   return true;
 }
 
-// sums[token][stored row] of the whole product. False: the packed tensors contradict one another.
-template <class Weight>
-bool packed_product(const Weight& weight, const Activations& x, float* sums, const Executor& executor) {
+// The whole product. False: the packed tensors contradict one another.
+template <class Weight, class T>
+bool packed_product(const Weight& weight, const Activations& x, const Output<T>& output, const Executor& executor) {
   const int64_t tiles = packed_rows::tiles(weight.rows);
   std::atomic<bool> sound{true};
   if (x.tokens <= kFewTokens) {
     const int64_t tasks = std::min(tiles, executor.threads <= 1 ? 1 : kTasksPerThread * executor.threads);
     parallel_tasks(executor, tasks, [&](int64_t task) {
       for (int64_t tile = weight.first_tile(task, tasks); tile < weight.first_tile(task + 1, tasks); ++tile) {
-        if (!multiply_tile_by_few(weight, tile, x, sums)) sound = false;
+        if (!multiply_tile_by_few(weight, tile, x, output)) sound = false;
       }
     });
     return sound;
@@ -112,7 +127,7 @@ bool packed_product(const Weight& weight, const Activations& x, float* sums, con
   const Multiplier multiplier = load_multiplier_transposed(x.data.get(), x.stride, x.columns, x.tokens, executor);
   const MultiplyAdd multiply_add = choose_multiply_add();
   for_each_tile(tiles, executor, [&](int64_t first, int64_t count) {
-    if (!multiply_tiles_by_many(weight, first, count, multiplier, multiply_add, sums)) sound = false;
+    if (!multiply_tiles_by_many(weight, first, count, multiplier, multiply_add, output)) sound = false;
   });
   return sound;
 }
@@ -127,21 +142,6 @@ bool expand_all(const Weight& weight, T* dense, const Executor& executor) {
     }
   });
   return sound;
-}
-
-// y[token][order[i]] = sums[token][i] + bias[order[i]]; without `order` the rows are stored as they come.
-template <class T>
-void write_outputs(
-    const float* sums, int64_t tokens, int64_t rows, const int32_t* order, const T* bias, T* y, const Executor& executor) {
-  parallel_for(executor, tokens, 1 + 32768 / (rows + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = order == nullptr ? i : order[i];
-        const float offset = bias == nullptr ? 0.0f : to_float(bias[row]);
-        y[token * rows + row] = from_float<T>(sums[token * rows + i] + offset);
-      }
-    }
-  });
 }
 
 }  // namespace sparsekern::cpu

@@ -19,7 +19,7 @@ template <class T>
 constexpr int kUnitValues = 4 / sizeof(T);
 
 // How far ahead of its use packed data is asked for: the memory answers in time, and the hardware stops at pages.
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kPrefetchBytes = 4096;
 
 SPARSEKERN_INLINE void prefetch_ahead(const void* p, int64_t bytes = kPrefetchBytes) {
   __builtin_prefetch(static_cast<const char*>(p) + bytes);
