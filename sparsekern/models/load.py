@@ -32,7 +32,8 @@ def load(
     An encoder whose heads and neurons were cut (`KPrune`) is built with the sizes that its config records.
 
     Args:
-        source: a local folder, a `.gguf` file, `builtin:smollm2-135m`, or a hub id (the only one that may use the network).
+        source: a local folder (dense, or packed by `sparsekern.save`), a `.gguf` file, `builtin:smollm2-135m`, or a hub id (the only
+            one that may use the network).
         dtype: `"auto"` (the checkpoint's own; float32 for GGUF, whose weights are stored in blocks of 4 to 8 bits),
             `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype.
         device: where the weights go.

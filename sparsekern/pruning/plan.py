@@ -14,6 +14,7 @@ from .._warnings import SparsekernWarning
 from ..models import Blocks, Linear, find_blocks, find_linears
 from ..models.globs import Globs, as_globs, check_matches, matches
 from ..pattern import Pattern, parse_pattern
+from ..runtime import is_packed
 
 PatternLike = str | float | Pattern
 
@@ -46,6 +47,8 @@ def make_plan(
         ValueError, TypeError: no linears; a glob that matches nothing; features not divisible by M; a NaN or Inf weight; a weight
             that is tied to something that is not pruned; weights on more than one device.
     """
+    if is_packed(model):
+        raise ValueError("model: its linears are packed; sparsekern.unpack(model) makes them dense again")
     blocks = find_blocks(model)
     inside = [find_linears(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules)]
     in_blocks = {linear.name for linears in inside for linear in linears}

@@ -19,6 +19,7 @@ svg { max-width: 100%; height: auto; display: block; }
 code, pre { font-size: 13px; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 12px 2px 0; text-align: right; border-bottom: 1px solid var(--faint); }
 td:first-child, th:first-child { text-align: left; }
+details { margin-top: 2rem; }
 .facts { display: flex; flex-wrap: wrap; gap: 2.5rem; } .facts b { display: block; font-size: 1.5rem; font-weight: 600; }
 """
 BEFORE = "var(--before, #9aa4ae)"
@@ -72,10 +73,14 @@ def _size(sizes: Mapping[str, int]) -> str:
 def _by_layer(layers: list[Mapping]) -> list[str]:
     error = lines(_series(layers, "error", "{:.3e}"), x_label="block", log=True)
     note = "<p>Relative squared error of each linear's output over the calibration tokens; the scale is logarithmic.</p>"
-    sparsity = lines(_series(layers, "sparsity", "{:.2%}"), x_label="block")
+    zeros = [layer["sparsity"] for layer in layers]
+    if max(zeros, default=0) - min(zeros, default=0) < 5e-4:  # a flat line says less
+        sparsity = f"<p>{zeros[0]:.1%} in every linear.</p>" if zeros else ""
+    else:
+        sparsity = f"<p>Share of each linear's weights.</p>\n{lines(_series(layers, 'sparsity', '{:.2%}'), x_label='block')}"
     return [
         f"<h2>Error by layer</h2>\n{note}\n{error}" if error else "",
-        f"<h2>Zeros by layer</h2>\n<p>Share of each linear's weights.</p>\n{sparsity}",
+        f"<h2>Zeros by layer</h2>\n{sparsity}" if sparsity else "",
     ]
 
 

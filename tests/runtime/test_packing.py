@@ -114,6 +114,11 @@ def test_bad_input():
     assert packed_names(sparsekern.pack(model, exclude="*.0.mlp.up_proj"))
 
 
+def test_a_packed_model_is_not_pruned():
+    with pytest.raises(ValueError, match=r"model: its linears are packed; sparsekern.unpack\(model\) makes them dense again"):
+        sparsekern.prune(sparsekern.pack(packed.llama()), "magnitude")
+
+
 def test_a_model_that_another_program_quantised():
     class Quantizer:
         class quantization_config:
