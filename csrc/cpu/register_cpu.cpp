@@ -254,6 +254,9 @@ Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
   return weight;
 }
 
+// Products with packed weights are called for every token, so what needs no copy goes through no dispatcher.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 // Inputs and outputs of a product with packed weights.
 struct LinearTensors {
   Tensor x, y;
@@ -262,7 +265,7 @@ struct LinearTensors {
   int64_t tokens, columns;
 
   LinearTensors(const Tensor& x_, const Tensor& values, int64_t rows, const std::optional<Tensor>& bias_)
-      : x(torch::stable::contiguous(x_)), y(x), dtype(dtype_of(x_, "x: expected dtype float32, bfloat16 or float16")), tokens(1) {
+      : x(dense(x_)), y(x), dtype(dtype_of(x_, "x: expected dtype float32, bfloat16 or float16")), tokens(1) {
     check(x.dim() > 0, "x: expected at least 1 dimension");
     check(values.scalar_type() == x.scalar_type(), "values: expected the dtype of x");
     columns = x.size(x.dim() - 1);
@@ -277,7 +280,7 @@ struct LinearTensors {
     check(
         bias_->dim() == 1 && bias_->size(0) == rows && bias_->scalar_type() == x.scalar_type(),
         "bias: expected one value of the dtype of x for each row");
-    bias = torch::stable::contiguous(*bias_);
+    bias = dense(*bias_);
   }
 
   const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
@@ -313,10 +316,10 @@ Tensor bitmask_linear_of(Tensor x, Tensor values, Tensor bitmask, Tensor starts,
   check(
       starts.dim() == 1 && starts.scalar_type() == ScalarType::Long && starts.size(0) == packed_rows::tiles(rows) + 1,
       "starts: expected int64 [ceil(rows / 16) + 1]");
-  values = torch::stable::contiguous(values);
-  bitmask = torch::stable::contiguous(bitmask);
-  starts = torch::stable::contiguous(starts);
-  order = torch::stable::contiguous(order);
+  values = dense(values);
+  bitmask = dense(bitmask);
+  starts = dense(starts);
+  order = dense(order);
   const BitmaskRows packed{
       values.const_data_ptr(),
       values.size(0),
@@ -344,8 +347,8 @@ Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, int64_t n, int64_t m,
   check(
       codes.scalar_type() == ScalarType::Int && codes.size(0) == rows && codes.size(1) == stored * packed_rows::code_bits(m) / 32,
       "codes: expected int32 of the shape that goes with values");
-  values = torch::stable::contiguous(values);
-  codes = torch::stable::contiguous(codes);
+  values = dense(values);
+  codes = dense(codes);
   const NmRows packed{values.const_data_ptr(), static_cast<const uint32_t*>(codes.const_data_ptr()), rows, n, m};
   if (linear.wants_dense_weight()) {
     return linear.multiply_dense(rows, [&](void* weight) { nm_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops
 from ..ops import _packed_rows as rows_layout
 from ..ops._checks import HALF_OR_FLOAT, check_tensor
+from ..ops._registry import OPS
 from ..ops.nm_linear import check_pattern
 from ..pattern import parse_pattern
+
+BITMASK_LINEAR = OPS["bitmask_linear"].overload
+NM_LINEAR = OPS["nm_linear"].overload
 
 Tensors = Mapping[str, torch.Tensor]
 Shape = tuple[int, int]
@@ -52,8 +55,14 @@ class Format:
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x W^T + b` from tensors that passed `check`: the op of this format."""
-        raise NotImplementedError
+        """`x W^T + b` from tensors that passed `check`: the op of this format, without the checks of its wrapper.
+
+        Raises:
+            ValueError: `x` has not the weight's input features.
+        """
+        if x.shape[-1] != shape[1]:
+            raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1]}")
+        return self._multiply(x, tensors, bias)
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
         """What `pack` would take, without packing.
@@ -90,6 +99,9 @@ class Format:
                 raise ValueError(f"{name}: expected a contiguous tensor on {device}, got one on {tensors[name].device}")
         self._check_contents(tensors, shape)
 
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
+
     def _check_sizes(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
         for name, spec in self.specs(shape, dtype, self.stored(tensors)).items():
             tensor = tensors[name]
@@ -114,8 +126,8 @@ class Bitmask(Format):
     def unpack(self, tensors, shape, dtype):
         return rows_layout.unpack_bitmask_rows(tensors["values"], tensors["bitmask"], tensors["order"], shape[1])
 
-    def linear(self, x, tensors, shape, bias=None):
-        return ops.bitmask_linear(x, *(tensors[name] for name in self.tensor_names), bias)
+    def _multiply(self, x, tensors, bias):
+        return BITMASK_LINEAR(x, tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], bias)
 
     def packed_bytes(self, weight):
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
@@ -180,8 +192,8 @@ class NMPacked(Format):
     def unpack(self, tensors, shape, dtype):
         return rows_layout.unpack_nm_rows(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
-    def linear(self, x, tensors, shape, bias=None):
-        return ops.nm_linear(x, tensors["values"], tensors["codes"], self.n, self.m, bias)
+    def _multiply(self, x, tensors, bias):
+        return NM_LINEAR(x, tensors["values"], tensors["codes"], self.n, self.m, bias)
 
     def packed_bytes(self, weight):
         self._check_weight(weight)

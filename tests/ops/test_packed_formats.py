@@ -136,6 +136,14 @@ def test_messages_name_the_tensor(generator, dtype):
     refused("codes: expected zeros after the 4 positions", shape=shape, fmt=fmt, sound=nm, codes=nm["codes"] | 256)
 
 
+def test_linear_takes_the_features_of_the_weight():
+    for fmt in (Bitmask(), NMPacked(2, 4)):
+        tensors = fmt.pack(torch.zeros(3, 60))
+        assert fmt.linear(torch.ones(2, 60), tensors, (3, 60)).shape == (2, 3)
+        with pytest.raises(ValueError, match="x: expected 60 input features, got 56"):
+            fmt.linear(torch.ones(2, 56), tensors, (3, 60))
+
+
 def test_what_pack_refuses(generator):
     with pytest.raises(ValueError, match="weight: expected at most 2 non-zeros in every 4 inputs, got 3 in row 1, columns 4 to 7"):
         weight = torch.zeros(2, 8)
