@@ -58,8 +58,10 @@ class Format:
         """`x W^T + b` from tensors that passed `check`: the op of this format, without the checks of its wrapper.
 
         Raises:
-            ValueError: `x` has not the weight's input features.
+            TypeError, ValueError: `x` has not the weight's dtype or input features.
         """
+        if x.dtype != tensors["values"].dtype:
+            raise TypeError(f"x: expected {tensors['values'].dtype}, the dtype of the packed values, got {x.dtype}")
         if x.shape[-1] != shape[1]:
             raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1]}")
         return self._multiply(x, tensors, bias)

@@ -142,6 +142,8 @@ def test_linear_takes_the_features_of_the_weight():
         assert fmt.linear(torch.ones(2, 60), tensors, (3, 60)).shape == (2, 3)
         with pytest.raises(ValueError, match="x: expected 60 input features, got 56"):
             fmt.linear(torch.ones(2, 56), tensors, (3, 60))
+        with pytest.raises(TypeError, match="x: expected torch.float32, the dtype of the packed values, got torch.float16"):
+            fmt.linear(torch.ones(2, 60).half(), tensors, (3, 60))
 
 
 def test_what_pack_refuses(generator):
