@@ -58,6 +58,8 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
         raise TypeError("ids: expected an integer tensor [tokens] or [rows, tokens]")
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
+    if not getattr(model, "can_generate", lambda: True)():
+        raise TypeError(f"model: expected a causal language model, got {type(model).__name__}, which predicts no next token")
     if length < 2:
         raise ValueError(f"length: expected at least 2, got {length}")
     positions = getattr(model.config, "max_position_embeddings", None)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import sparsekern
-from tests import tiny
+from tests import encoders, tiny
 from tests.models.families import FAMILIES, VOCABULARY
 
 module = importlib.import_module("sparsekern.data.perplexity")
@@ -104,6 +104,11 @@ def test_nan_is_named():
 def test_bad_arguments_are_named(ids, length, error, message):
     with pytest.raises(error, match=message):
         sparsekern.perplexity(tiny.llama(), ids, length)
+
+
+def test_an_encoder_is_refused():
+    with pytest.raises(TypeError, match="model: expected a causal language model, got BertModel, which predicts no next token"):
+        sparsekern.perplexity(encoders.tiny("bert"), torch.zeros(99, dtype=torch.int64), 20)
 
 
 def test_a_name_is_no_model():

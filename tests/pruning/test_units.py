@@ -215,6 +215,8 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "report.json"]
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["flops"] == list(report.flops) and len(found["layers"]) == 6 and "FLOPs" in str(report)
+    with pytest.raises(TypeError, match="report: a model that was cut has no page of zeros"):
+        report.to_html(tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,7 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
         (0.9999, {}, r"pattern: a share of 0.9999 leaves no head and no neuron; expected at most 0.99"),
         (0.5, {"include": "*"}, r"include: expected none, KPrune chooses among all heads and neurons; got '\*'"),
         (0.5, {"patterns": {"*": 0.1}}, "patterns: expected none"),
+        (0.5, {"format": "packed"}, "format: expected 'dense', KPrune leaves no zeros to pack; got 'packed'"),
         (0.5, {"resume": True}, "resume: expected out"),
         (0.5, {"calibration": []}, "calibration: expected at least one token, got none"),
         (0.5, {"calibration": [{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1] * 3, [0] * 3])}]},
