@@ -339,12 +339,11 @@ def _check_samples(batches: list[Batch]) -> None:
 
 
 def _remaining(encoder: Encoder, costs: Costs, share: float) -> float:
-    total, cheapest = costs.total(encoder), min(costs.heads, costs.neurons)
+    total, dearest = costs.total(encoder), max(costs.heads, costs.neurons)
     remaining = (1 - share) * total
-    if remaining < cheapest:
-        raise ValueError(
-            f"pattern: a share of {share:g} leaves no head and no neuron; expected at most {1 - cheapest / total:.6g} here"
-        )
+    if remaining < dearest:  # or else the one that is worth most might be one that cannot be kept
+        most = 1 - dearest / total
+        raise ValueError(f"pattern: a share of {share:g} leaves nothing of this model, expected at most {most:.6g}")
     return remaining
 
 

@@ -183,7 +183,7 @@ def test_nothing_removed_is_nothing_changed():
 
 def test_one_sublayer_may_lose_everything(tmp_path):
     model = encoders.tiny("distilbert")
-    report = prune(model, 0.97, method=KPrune(tuning=False))
+    report = prune(model, 0.94, method=KPrune(tuning=False))
     assert 0 in [layer.kept for layer in report.layers] and any(layer.kept for layer in report.layers)
     sparsekern.save(model, tmp_path / "out")
     batch = encoders.padded_ids()
@@ -223,7 +223,7 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     ("pattern", "options", "message"),
     [
         ("2:4", {}, "pattern: KPrune removes heads and neurons, expected a share of the flops such as 0.5, got '2:4'"),
-        (0.9999, {}, r"pattern: a share of 0.9999 leaves no head and no neuron; expected at most 0.99"),
+        (0.9999, {}, "pattern: a share of 0.9999 leaves nothing of this model, expected at most 0.9[45]"),
         (0.5, {"include": "*"}, r"include: expected none, KPrune chooses among all heads and neurons; got '\*'"),
         (0.5, {"patterns": {"*": 0.1}}, "patterns: expected none"),
         (0.5, {"format": "packed"}, "format: expected 'dense', KPrune leaves no zeros to pack; got 'packed'"),
