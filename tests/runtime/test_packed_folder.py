@@ -179,6 +179,27 @@ def test_truncated_and_garbled_files(damaged):
             sparsekern.load(damaged.path)
 
 
+@torch.no_grad()
+def test_garbled_bytes_are_refused_or_are_only_numbers(damaged):
+    whole = damaged.weights.read_bytes()
+    data = 8 + struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8:data])
+    generator, refused = torch.Generator().manual_seed(0), 0
+    names = [name for name in header if UP in name or "1.self_attn.q_proj" in name]
+    for trial in range(24):
+        first, last = (data + offset for offset in header[names[trial % len(names)]]["data_offsets"])
+        content = bytearray(whole)
+        for place in torch.randint(first, last, (3,), generator=generator).tolist():
+            content[place] ^= 1 << (place % 8)
+        damaged.weights.write_bytes(content)
+        try:
+            sparsekern.load(damaged.path)(packed.ids())
+        except ValueError as error:
+            assert "model.safetensors: model.layers." in str(error)
+            refused += 1
+    assert refused >= 12  # all but those in values
+
+
 def _entry(name: str, value):
     return lambda config: config["layers"][UP].__setitem__(name, value)
 
