@@ -33,13 +33,25 @@ def run(wikitext: Path | None, quick: bool) -> str:
     return section(figures)
 
 
-def measure_perplexities(wikitext: Path, names: list[str], quick: bool) -> dict[str, object]:
+def measure_perplexities(wikitext: Path, names: list[str], quick: bool, work: Path | None = None) -> dict[str, object]:
+    """With `work`, a folder, a run that was killed goes on where it was."""
     tokenizer = smollm2.tokenizer()
     ids, evaluation = quality.calibration(wikitext, tokenizer), quality.evaluation(wikitext, tokenizer)
     if quick:
         ids, evaluation = ids[:2], evaluation[: smollm2.WINDOW]
-    rows = {name: quality.measure(name, smollm2.dense_model(), ids, evaluation) for name in names}
-    return {f"perplexity, {name}": row.details["perplexity"] for name, row in rows.items()}
+    figures: dict[str, object] = {}
+    for name in names:
+        model = pruned(name, ids, work and work / "-".join(name.replace(":", "of").replace("%", "percent").split()))
+        figures[f"perplexity, {name}"] = sparsekern.perplexity(model, evaluation, length=smollm2.WINDOW)
+    return figures
+
+
+def pruned(name: str, ids: torch.Tensor, out: Path | None) -> torch.nn.Module:
+    if out and (out / "report.json").is_file():
+        return sparsekern.load(out, dtype="float32")
+    model, (method, pattern, _) = smollm2.dense_model(), quality.TARGETS[name]
+    sparsekern.prune(model, method, pattern, ids, out=out, resume=out is not None, progress=False)
+    return model
 
 
 def measure_errors(wikitext: Path, quick: bool) -> dict[str, object]:
@@ -123,10 +135,11 @@ def main() -> None:
     """`python -m bench.methods.alps FOLDER --only "ALPS 50 %"` takes single figures; the others stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--work", type=Path, help="where a run that is killed leaves what it has, to go on from")
     parser.add_argument("--only", action="append", default=[], metavar="FIGURE", help='such as "ALPS 50 %%", or "errors"')
     arguments = parser.parse_args()
     names = [name for name in arguments.only if name != "errors"]
-    figures = measure_perplexities(arguments.folder, names, quick=False) if names else {}
+    figures = measure_perplexities(arguments.folder, names, quick=False, work=arguments.work) if names else {}
     if "errors" in arguments.only:
         figures |= measure_errors(arguments.folder, quick=False)
     store(NAME, figures)
