@@ -135,6 +135,12 @@ def test_nothing_that_gets_smaller_can_be_saved_dense_afterwards(prune, tmp_path
     assert prune(*arguments, "--resume") == 0
 
 
+def test_sparsellm_with_another_solver(prune, tmp_path):
+    assert prune("--method", "sparsellm", "--solver", "wanda", "--damping", "0.1") == 0
+    method = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["method"]
+    assert (method["name"], method["solver"], method["damping"]) == ("sparsellm", {"name": "wanda"}, 0.1)
+
+
 def test_magnitude_reads_no_text(model, tmp_path):
     assert main(["prune", model, "--method", "magnitude", "--calibration", "nothing.txt", "--out", str(tmp_path / "out")]) == 0
 
@@ -215,6 +221,8 @@ def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
         (["--method", "gradual", "--steps", "0"], "Gradual.steps: expected a whole number of at least 1, got 0"),
         (["--method", "gradual", "--criterion", "wanda"], "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got"),
         (["--method", "wanda", "--damping", "0.1"], "--damping: the method wanda has no such setting"),
+        (["--method", "wanda", "--solver", "alps"], "--solver: the method wanda has no such setting"),
+        (["--method", "sparsellm", "--solver", "obc"], "SparseLLM.solver: method: expected one of"),
         (["--damping", "-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
         (["--scope", "world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
         (["--format", "onnx"], "format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from .. import ops
+from ..models import Linear
 from ..ops._activations import activate
 from ..pattern import Pattern
 from .base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer, Method, Solution, Statistics, check_choice
@@ -39,7 +41,7 @@ class SparseLLM(FeedForwardMethod):
         iterations: rounds, at least 1 (paper: 4).
         attention: whether `x` and `y` are taken behind the block's attention while it is `"dense"` (paper), or `"pruned"`, which is
             what the network will see.
-        steps: Gauss-Newton steps in an update of `s`, or of `z` where the network has no gate and is not ReLU; at least 1.
+        newton_steps: Gauss-Newton steps in an update of `s`, or of `z` where the network has no gate and is not ReLU; at least 1.
         damping: share of the Gram matrix's mean diagonal by which a fit of dense weights is held back, above 0.
         keep: the weights of the `"best"` round by the error of the network's output, or of the `"last"` (paper).
 
@@ -55,7 +57,7 @@ class SparseLLM(FeedForwardMethod):
     gamma: float = 5.0
     iterations: int = 4
     attention: str = "dense"
-    steps: int = 4
+    newton_steps: int = 4
     damping: float = 0.01
     keep: str = "best"
 
@@ -64,13 +66,14 @@ class SparseLLM(FeedForwardMethod):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"SparseLLM.{field}: expected a number above 0, got {value!r}")
-        for field in ("iterations", "steps"):
+        for field in ("iterations", "newton_steps"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"SparseLLM.{field}: expected a whole number of at least 1, got {value!r}")
         check_choice("SparseLLM.attention", self.attention, ("dense", "pruned"))
         check_choice("SparseLLM.keep", self.keep, ("best", "last"))
-        if isinstance(self.local, FeedForwardMethod) or self.local.sensitivity:
+        local = self.local
+        if isinstance(local, FeedForwardMethod) or local.sensitivity or local.trains or local.whole_model:
             raise ValueError(f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}")
 
     @property
@@ -84,6 +87,11 @@ class SparseLLM(FeedForwardMethod):
 
     def settings(self) -> dict[str, object]:
         return {"name": self.name, **asdict(self), "solver": self.local.settings()}
+
+    def arrange(
+        self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]
+    ) -> dict[str, Pattern]:
+        return self.local.arrange(model, blocks, patterns)
 
     def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
         return self.local.solve(weight, statistics, pattern)
@@ -187,8 +195,8 @@ class Alternation:
     def _split(self, p: torch.Tensor, outputs: list[torch.Tensor], states: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         ratio = self.config.gamma / self.config.alpha
         if self.problem.gate is None:
-            return (ops.plain_split(p, outputs[0], states[0], self.problem.activation, ratio, self.config.steps),)
-        return ops.gated_split(p, *outputs, states[1], self.problem.activation, ratio, self.config.steps)
+            return (ops.plain_split(p, outputs[0], states[0], self.problem.activation, ratio, self.config.newton_steps),)
+        return ops.gated_split(p, *outputs, states[1], self.problem.activation, ratio, self.config.newton_steps)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:

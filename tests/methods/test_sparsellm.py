@@ -228,11 +228,12 @@ def test_settings_name_the_solver():
         ({"gamma": "x"}, "SparseLLM.gamma: expected a number above 0, got 'x'"),
         ({"damping": -1.0}, "SparseLLM.damping: expected a number above 0, got -1.0"),
         ({"iterations": 0}, "SparseLLM.iterations: expected a whole number of at least 1, got 0"),
-        ({"steps": True}, "SparseLLM.steps: expected a whole number of at least 1, got True"),
+        ({"newton_steps": True}, "SparseLLM.newton_steps: expected a whole number of at least 1, got True"),
         ({"attention": "later"}, "SparseLLM.attention: expected one of 'dense', 'pruned', got 'later'"),
         ({"keep": "all"}, "SparseLLM.keep: expected one of 'best', 'last', got 'all'"),
         ({"solver": "optimal"}, "SparseLLM.solver: method: expected one of .* got 'optimal'"),
         ({"solver": SparseLLM()}, "SparseLLM.solver: expected a method that solves one linear"),
+        ({"solver": "gradual"}, "SparseLLM.solver: expected a method that solves one linear"),
         ({"solver": "copal"}, "SparseLLM.solver: expected a method that solves one linear"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern import SparseLLM
+from sparsekern import Magnitude, SparseLLM
 from sparsekern.models import find_blocks, find_feed_forwards, find_linears
 from sparsekern.pruning import feed_forward
 from sparsekern.pruning.calibration import Batch
@@ -83,8 +83,8 @@ def test_attention_is_the_solver_s_and_output_error_that_of_the_model(attention)
 
 def test_padding_changes_nothing():
     ids = tiny_ids(8, 16)
-    padded = torch.cat((torch.zeros(8, 5, dtype=torch.long), ids), 1)
-    mask = (torch.arange(21) >= 5).long().expand(8, 21)
+    padded = torch.cat((torch.zeros(8, 12, dtype=torch.long), ids), 1)
+    mask = (torch.arange(28) >= 12).long().expand(8, 28)  # more than a probe looks at
     results = []
     for calibration in (ids, {"input_ids": padded, "attention_mask": mask}):
         model = tiny_model("llama")
@@ -94,10 +94,13 @@ def test_padding_changes_nothing():
 
 
 def test_tiles_and_batches_are_a_matter_of_memory_only(monkeypatch):
-    reports = []
+    reports, plain = [], MappedRows.read
     for tile, batch_size in ((2048, 8), (50, 3)):
         monkeypatch.setattr(feed_forward, "TILE", tile)
+        read = []
+        monkeypatch.setattr(MappedRows, "read", lambda self, rows, read=read: read.append(rows) or plain(self, rows))
         reports.append(sparsekern.prune(tiny_model("llama"), "sparsellm", 0.6, tiny_ids(), batch_size=batch_size, **QUIET))
+        assert max(rows.stop - rows.start for rows in read) == min(tile, 128)  # whatever the number of tokens
     for few, many in zip(*(report.layers for report in reports), strict=True):
         assert many.output_error == (few.output_error and pytest.approx(few.output_error, rel=0.05))
 
@@ -134,6 +137,14 @@ def test_half_precision_model():
     report = sparsekern.prune(model, SparseLLM(iterations=2), "2:4", tiny_ids(), **QUIET)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(layer.output_error <= layer.output_error_alone for layer in report.layers if layer.output_error is not None)
+
+
+def test_a_solver_that_decides_over_all_linears_still_does():
+    zeros = []
+    for method in (SparseLLM(solver=Magnitude(scope="global"), iterations=2), Magnitude(scope="global")):
+        report = sparsekern.prune(tiny_model("llama"), method, 0.5, tiny_ids(), **QUIET)
+        zeros.append([layer.zeros for layer in report.layers])
+    assert zeros[0] == zeros[1] and len(set(zeros[0])) > 3
 
 
 def test_a_network_left_dense_is_left_alone():
