@@ -9,7 +9,7 @@ import torch
 
 from sparsekern.data import read_documents
 
-LENGTH, BATCH, STEPS = 128, 16, 600
+LENGTH, BATCH, STEPS = 128, 8, 900
 SAMPLES = 64
 
 
@@ -24,8 +24,8 @@ def trained(steps: int = STEPS, seed: int = 0) -> tuple[torch.nn.Module, torch.T
         word_embed_proj_dim=128, dropout=0.0, pad_token_id=0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = OPTForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in range(steps):
         ids = _windows(training, BATCH)
         loss = model(input_ids=ids, labels=ids).loss
