@@ -7,9 +7,12 @@ on a small model trained here on built-in text.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import torch
 
 import sparsekern
 from sparsekern import ALPS, SparseGPT, SparseLLM
@@ -60,12 +63,10 @@ def measure(
         for form in forms:
             model = smollm2.dense_model()
             out = work and work / f"{name}, {form}".replace(" ", "-").replace(",", "")
-            report = sparsekern.prune(
-                model, SparseLLM(solver=SOLVERS[solver], **FORMS[form]), PATTERNS[pattern], ids, out=out, resume=out is not None, progress=False
-            )
+            layers = prune(model, SparseLLM(solver=SOLVERS[solver], **FORMS[form]), PATTERNS[pattern], ids, out)
             figures[f"{name}, {form}"] = {
                 "perplexity": sparsekern.perplexity(model, evaluation, length=smollm2.WINDOW),
-                "output_error": mean_output_error(report),
+                "output_error": mean_output_error(layers),
             }
             if out is not None:
                 shutil.rmtree(out)
@@ -73,8 +74,17 @@ def measure(
     return figures
 
 
-def mean_output_error(report: sparsekern.Report) -> float:
-    errors = [layer.output_error for layer in report.layers if layer.output_error is not None]
+def prune(model: torch.nn.Module, method: Method, pattern: str | float, ids: torch.Tensor, out: Path | None) -> list[dict[str, object]]:
+    """Prune `model`, or go on with that in `out`, or take what is finished there; the report's layers."""
+    if out is not None and (out / "report.json").is_file():
+        smollm2.put_weights(model, out / "model.safetensors")
+        return json.loads((out / "report.json").read_text())["layers"]
+    report = sparsekern.prune(model, method, pattern, ids, out=out, resume=out is not None, progress=False)
+    return report.to_dict()["layers"]
+
+
+def mean_output_error(layers: list[dict[str, object]]) -> float:
+    errors = [layer["output_error"] for layer in layers if layer["output_error"] is not None]
     return sum(errors) / len(errors)
 
 
@@ -87,9 +97,9 @@ def measure_relu(quick: bool = False) -> dict[str, object]:
     for pattern in ("50 %", "70 %", "80 %", "2:4"):
         for form in RELU_FORMS:
             model.load_state_dict(weights)
-            report = sparsekern.prune(model, SparseLLM(**FORMS[form]), PATTERNS[pattern], ids, progress=False)
+            layers = prune(model, SparseLLM(**FORMS[form]), PATTERNS[pattern], ids, None)
             perplexity = sparsekern.perplexity(model, evaluation, length=length)
-            figures[f"ReLU {pattern}, {form}"] = {"perplexity": perplexity, "output_error": mean_output_error(report)}
+            figures[f"ReLU {pattern}, {form}"] = {"perplexity": perplexity, "output_error": mean_output_error(layers)}
             print("ReLU", pattern, form, figures[f"ReLU {pattern}, {form}"], flush=True)
     return figures
 
