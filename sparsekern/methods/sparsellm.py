@@ -45,7 +45,8 @@ class SparseLLM(FeedForwardMethod):
         damping: share of the Gram matrix's mean diagonal by which a fit of dense weights is held back, above 0.
         keep: the weights of the `"best"` round by the error of the network's output, or of the `"last"` (paper).
 
-    Source: Bai et al., SparseLLM: Towards global pruning of pre-trained language models, 2024, equations 4 to 12.
+    Source: Bai et al., SparseLLM (first AdaGP), NeurIPS 2024, arXiv 2402.17946: the alternating minimisation of its OPT and LLaMA
+    forms, with the constants of its program.
     """
 
     name: ClassVar[str] = "sparsellm"
