@@ -11,6 +11,7 @@ FOLDER holds `valid.txt` and `test.txt` of WikiText-2, which do not come with th
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import sparsekern
+from sparsekern._svg import Bar, bars
 from sparsekern.data import calibration_ids, encode, read_documents
 from sparsekern.runtime import SparseLinear, weight_bytes
 from sparsekern.runtime.bench import Comparison, compare
@@ -61,19 +63,34 @@ def run_llama(tokens: int) -> list[Row]:
 
 def run_smollm2(wikitext: Path, tokens: int, samples: int, windows: int) -> list[Row]:
     words = smollm2.tokenizer()
-    dense = sparsekern.load(smollm2.MODEL, dtype="bfloat16")
+    exact = smollm2.dense_model()
     ids = calibration_ids(wikitext / "valid.txt", words, samples=samples, length=smollm2.LENGTH, seed=0)
-    sparsekern.prune(dense, "sparsegpt", 0.5, ids, progress=False)
+    sparsekern.prune(exact, "sparsegpt", 0.5, ids, progress=False)
+    with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
+        dense = sparsekern.load(sparsekern.save(exact, Path(folder) / "pruned"), dtype="bfloat16")
     packed = packed_copy(dense)
     name = "SmolLM2-135M, 50 % by SparseGPT"
     comparison = compare(dense, packed, prompt_length=32, tokens=tokens, rounds=5)
     rows = [size_row(name, dense, packed), *speed_rows(name, comparison, goal=1.25)]
+    rows.append(logits_row(name, exact, dense, packed, ids[:1, :128]))
     text = encode(read_documents(wikitext / "test.txt"), words)[: windows * smollm2.WINDOW]
     found = [sparsekern.perplexity(model, text, length=smollm2.WINDOW) for model in (packed, dense)]
     same = f"{found[0]:.3g}" == f"{found[1]:.3g}"
     what = f"{name}: perplexity of {windows} x {smollm2.WINDOW} tokens of WikiText-2"
     figures = dict(zip(("packed", "dense"), found, strict=True))
     return [*rows, Row(SECTION, what, f"{found[0]:.5g}", f"dense with zeros {found[1]:.5g}", "equal to three digits", same, figures)]
+
+
+@torch.no_grad()
+def logits_row(name: str, exact: nn.Module, dense: nn.Module, packed: nn.Module, ids: torch.Tensor) -> Row:
+    """How far either is from the same weights in float32: what bf16 rounding makes of the dense one is the measure of the packed one."""
+    for weight, rounded in zip(exact.parameters(), dense.parameters(), strict=True):
+        weight.copy_(rounded)
+    logits = [model(input_ids=ids, use_cache=False).logits.float() for model in (exact, packed, dense)]
+    errors = [float((found - logits[0]).norm() / logits[0].norm()) for found in logits[1:]]
+    what = f"{name}: logits of {ids.shape[1]} tokens, distance from float32 with the same weights, relative to their norm"
+    figures = dict(zip(("packed", "dense"), errors, strict=True))
+    return Row(SECTION, what, f"{errors[0]:.2e}", f"dense with zeros {errors[1]:.2e}", "<= 1.1x dense's", errors[0] <= 1.1 * errors[1], figures)
 
 
 def size_row(name: str, dense: nn.Module, packed: nn.Module) -> Row:
@@ -114,6 +131,20 @@ def speed_rows(name: str, comparison: Comparison, goal: float) -> list[Row]:
     ]
 
 
+def write_picture(folder: Path) -> Path:
+    """Plot what this machine's results hold of packed models: tokens a second over the dense model's. Returns the picture's path."""
+    table = results.record([], folder)
+    rows = [Bar("dense", 1.0, "1", "#9aa4ae")]
+    for row in json.loads(table.with_suffix(".json").read_text())["rows"]:
+        of = row["details"]
+        if row["section"] == SECTION and "tokens" in of:
+            ratio = of["packed"]["decode"] / of["dense"]["decode"]
+            rows.append(Bar(row["what"].partition(":")[0], ratio, f"{ratio:.2f} times the tokens a second"))
+    picture = table.with_name("packed.svg")
+    picture.write_text(bars(rows, width=820) + "\n", encoding="utf-8")
+    return picture
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wikitext", type=Path, metavar="FOLDER", help="with valid.txt and test.txt of WikiText-2")
@@ -130,6 +161,7 @@ def main() -> None:
     elif "smollm2" in parts:
         rows += run_smollm2(arguments.wikitext, arguments.tokens, arguments.samples, arguments.windows)
     print(results.record(rows, arguments.out).read_text())
+    print(write_picture(arguments.out))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Everything that is measured on a CPU, in one command: `python -m bench.cpu`, which is what `make bench` runs.
 
 Runs the op suites under pytest-benchmark and collects each comparison of medians that they took; where LLMCOMPRESSOR_PYTHON names an
-environment with llm-compressor, prunes SmolLM2-135M with both; where `--wikitext` names a folder, measures quality. Figures go to
-`bench/results/<CPU model>-cpu.json`, with a table beside it; those that were not taken this time stay as they were.
+environment with llm-compressor, prunes SmolLM2-135M with both; where `--wikitext` names a folder, measures quality; and generates with
+packed models. Figures go to `bench/results/<CPU model>-cpu.json`, with a table beside it; those that were not taken this time stay as
+they were.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import results
 from .results import Row
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("ops", "prune", "quality")
+PARTS = ("ops", "prune", "quality", "packed")
 
 
 def run_ops(pytest_arguments: list[str]) -> list[Row]:
@@ -83,6 +84,9 @@ def main() -> None:
             results.record(quality.run(arguments.wikitext, list(quality.TARGETS)))
         else:
             print("quality: not measured, --wikitext was not given")
+    if "packed" in parts:
+        command = [sys.executable, "-m", "bench.bench_packed"]
+        subprocess.run([*command, *(["--wikitext", str(arguments.wikitext)] if arguments.wikitext else [])], cwd=ROOT, check=True)
     print(results.record([]).read_text())
 
 

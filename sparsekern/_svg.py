@@ -1,6 +1,6 @@
 """Plots as SVG text: bars and lines, drawn by hand so that they need no other package and no other file.
 
-Colours come from the CSS variables `--text`, `--faint` and `--bar` of the page around them, or from the defaults where there is none.
+Colours come from the CSS variables `--text`, `--faint` and `--bar` of the page around them, or from defaults that can be read on white and on black.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from html import escape
 from typing import NamedTuple
 
 COLOURS = ("#2f78b7", "#e08a1e", "#2a9d6f", "#c8503c", "#8d63b0", "#8a6d5a", "#d16ba5", "#6f7780", "#a5a32b", "#27a9b8")
-TEXT, FAINT, BAR = "var(--text, #222)", "var(--faint, #bbb)", "var(--bar, #2f78b7)"
+TEXT, FAINT, BAR = "var(--text, #7a7f85)", "var(--faint, #bbb)", "var(--bar, #2f78b7)"
 STYLE = 'font-family="system-ui, sans-serif" font-size="12"'
 
 

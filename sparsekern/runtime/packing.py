@@ -37,8 +37,8 @@ def pack(model: nn.Module, format: str = AUTO, *, include: Globs = None, exclude
         `model`.
 
     Raises:
-        ValueError: an unknown format; a glob that matches nothing; a layer with hooks, which would be lost; a NaN in a weight; a model
-            that another program has quantised; nothing that would get smaller.
+        ValueError: an unknown format; a glob that matches nothing; a layer with hooks, which would be lost; a model that another
+            program has quantised; nothing that would get smaller.
         TypeError: `model` is no module.
     """
     if not isinstance(model, nn.Module):

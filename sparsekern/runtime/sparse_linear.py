@@ -55,7 +55,7 @@ class SparseLinear(nn.Module):
 
         Raises:
             TypeError: another kind of module, or a dtype that the format does not take.
-            ValueError: a weight that does not fit the format, or has a NaN.
+            ValueError: a weight that does not fit the format.
         """
         if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
             raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")

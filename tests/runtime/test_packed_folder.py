@@ -281,3 +281,20 @@ def test_a_model_that_is_not_pruned_is_not_saved_packed(tmp_path):
     with pytest.raises(ValueError, match="none of its 22 linear layers gets smaller"):
         sparsekern.save(tiny.llama(), tmp_path / "out", "packed")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_lost_heads_and_neurons_can_be_packed_too(tmp_path):
+    from sparsekern.models.encoder import Encoder
+    from sparsekern.models.units import keep_units, record_units
+    from tests import encoders
+
+    model, batch = encoders.tiny("bert"), encoders.padded_ids()
+    encoder = Encoder(model)
+    with torch.no_grad():
+        for sublayer in encoder.sublayers:
+            keep_units(sublayer, torch.arange(3 if sublayer.kind == "heads" else 30))
+        record_units(encoder)
+        packed.prune_linears(model, 0.8)
+        again = sparsekern.load(sparsekern.save(model, tmp_path / "packed", "packed"))
+        assert layers(again) and type(again) is type(model)
+        torch.testing.assert_close(again(**batch)[0], model(**batch)[0], rtol=1e-4, atol=1e-5)
