@@ -3,8 +3,8 @@
 // One token is bound by the memory: a row of 2:4 half values takes columns * (1 + 1/8) bytes, so nothing can be faster than 9/16 of
 // the time that reading the dense weight takes. Values are not spread to their columns, x is picked for them: a block holds the values
 // of 32 columns for each half of its units, so with AVX-512 one vpermt2ps of two registers of x gives the factors of 16 values. The
-// positions come from one word by shifts, a register each, so 64 columns take about 5 cycles, a third of what the memory gives a core.
-// Patterns other than 2:4 gather x instead. A few tokens share values and positions; many are a dense product (packed_linear.h).
+// positions come from one word by shifts, a register each, so 64 columns take about 5 cycles, less than the memory takes. So it is
+// for 1:2, 4:8 and 8:16; other patterns gather x. A few tokens share values and positions; many are a dense product (packed_linear.h).
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -27,6 +27,7 @@ struct Row {
   int64_t blocks;
   const int32_t* group_columns;  // the first column of the group of each value
   int code_bits;
+  int64_t n;
   const float* x;                // of the first token
   int64_t x_stride;
   float* sums;                   // sums[token * sums_stride]
@@ -56,72 +57,81 @@ SPARSEKERN_INLINE void multiply_any(const Row& row) {
 
 #if SPARSEKERN_X86
 
-// 2:4: the 16 values of a run come from 32 consecutive columns.
-template <class T, int kTokens>
-SPARSEKERN_AVX512 void multiply_2_4_avx512(const Row& row) {
-  const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-  const __m512i three = _mm512_set1_epi32(3);
-  __m512 sums[kUnitValues<T>][kTokens];
-  for (int run = 0; run < kUnitValues<T>; ++run) {
-    for (int token = 0; token < kTokens; ++token) sums[run][token] = _mm512_setzero_ps();
-  }
-  for (int64_t block = 0; block < row.blocks; ++block) {
-    const Unit* units = row.units + block * kBlockUnits;
-    prefetch_ahead(units);
-    const __m512i stored = _mm512_loadu_si512(units);
-    for (int run = 0; run < kUnitValues<T>; ++run) {
-      const int64_t i = block * kUnitValues<T> + run;
-      const __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(row.codes[i])), shifts);
-      const __m512i columns = _mm512_ternarylogic_epi32(codes, three, groups, 0xea);  // (codes & three) | groups
-      const __m512 weight = floats_of_units<T>(stored, run);
-      for (int token = 0; token < kTokens; ++token) {
-        const float* x = row.x + token * row.x_stride + i * 32;
-        const __m512 picked = _mm512_permutex2var_ps(_mm512_loadu_ps(x), columns, _mm512_loadu_ps(x + 16));
-        sums[run][token] = _mm512_fmadd_ps(weight, picked, sums[run][token]);
-      }
-    }
-  }
-  for (int token = 0; token < kTokens; ++token) {
-    __m512 sum = sums[0][token];
-    if constexpr (kUnitValues<T> == 2) sum = _mm512_add_ps(sum, sums[1][token]);
-    row.sums[token * row.sums_stride] = add_up(sum);
+// The positions of 16 values, with whatever lies above them in their words.
+template <bool kWide>
+SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512i codes_of_run(const uint32_t* codes, int64_t run) {
+  if constexpr (!kWide) {
+    const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(codes[run])), shifts);
+  } else {
+    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i low = _mm512_set1_epi32(static_cast<int>(codes[2 * run]));
+    return _mm512_srlv_epi32(_mm512_mask_set1_epi32(low, 0xff00, static_cast<int>(codes[2 * run + 1])), shifts);
   }
 }
 
-template <class T, int kTokens>
-SPARSEKERN_AVX512 void multiply_any_avx512(const Row& row) {
-  const bool wide = row.code_bits == 4;
-  const __m512i shifts = wide ? _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28)
-                              : _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i code = _mm512_set1_epi32((1 << row.code_bits) - 1);
+// N:2N with N of 1, 2, 4 or 8: the 16 values of a run come from 32 consecutive columns.
+template <class T, int kTokens, bool kWide>
+SPARSEKERN_AVX512 void multiply_half_avx512(const Row& row) {
+  const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto shift = static_cast<unsigned>(__builtin_ctzll(static_cast<uint64_t>(row.n)));
+  const auto groups = (__m512i)((__v16su)place >> shift << (shift + 1));
+  const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
   __m512 sums[kUnitValues<T>][kTokens];
+#pragma GCC unroll 2
   for (int run = 0; run < kUnitValues<T>; ++run) {
+#pragma GCC unroll 8
     for (int token = 0; token < kTokens; ++token) sums[run][token] = _mm512_setzero_ps();
   }
-  for (int64_t block = 0; block < row.blocks; ++block) {
-    const Unit* units = row.units + block * kBlockUnits;
-    prefetch_ahead(units);
-    const __m512i stored = _mm512_loadu_si512(units);
+  const auto [units, codes, blocks, group_columns, code_bits, n, x, x_stride, out, out_stride] = row;
+  for (int64_t block = 0; block < blocks; ++block) {
+    prefetch_ahead(units + block * kBlockUnits);
+    const __m512i stored = _mm512_loadu_si512(units + block * kBlockUnits);
+#pragma GCC unroll 2
     for (int run = 0; run < kUnitValues<T>; ++run) {
       const int64_t i = block * kUnitValues<T> + run;
-      const uint32_t* words = row.codes + (wide ? 2 * i : i);
-      const __m512i low = _mm512_set1_epi32(static_cast<int>(words[0]));
-      const __m512i both = wide ? _mm512_mask_set1_epi32(low, 0xff00, static_cast<int>(words[1])) : low;
-      const __m512i positions = _mm512_and_si512(_mm512_srlv_epi32(both, shifts), code);
-      const __m512i columns = _mm512_add_epi32(positions, _mm512_loadu_si512(row.group_columns + i * kBlockUnits));
+      const __m512i columns = _mm512_ternarylogic_epi32(codes_of_run<kWide>(codes, i), code, groups, 0xea);  // (codes & code) | groups
       const __m512 weight = floats_of_units<T>(stored, run);
+#pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) {
-        const __m512 picked = _mm512_i32gather_ps(columns, row.x + token * row.x_stride, 4);
+        const float* features = x + token * x_stride + i * 32;
+        const __m512 picked = _mm512_permutex2var_ps(_mm512_loadu_ps(features), columns, _mm512_loadu_ps(features + 16));
         sums[run][token] = _mm512_fmadd_ps(weight, picked, sums[run][token]);
       }
     }
   }
+#pragma GCC unroll 8
   for (int token = 0; token < kTokens; ++token) {
     __m512 sum = sums[0][token];
     if constexpr (kUnitValues<T> == 2) sum = _mm512_add_ps(sum, sums[1][token]);
-    row.sums[token * row.sums_stride] = add_up(sum);
+    out[token * out_stride] = add_up(sum);
   }
+}
+
+template <class T, int kTokens, bool kWide>
+SPARSEKERN_AVX512 void multiply_any_avx512(const Row& row) {
+  const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
+  __m512 sums[kTokens];
+#pragma GCC unroll 8
+  for (int token = 0; token < kTokens; ++token) sums[token] = _mm512_setzero_ps();
+  const auto [units, codes, blocks, group_columns, code_bits, n, x, x_stride, out, out_stride] = row;
+  for (int64_t block = 0; block < blocks; ++block) {
+    prefetch_ahead(units + block * kBlockUnits);
+    const __m512i stored = _mm512_loadu_si512(units + block * kBlockUnits);
+#pragma GCC unroll 2
+    for (int run = 0; run < kUnitValues<T>; ++run) {
+      const int64_t i = block * kUnitValues<T> + run;
+      const auto positions = (__v16su)codes_of_run<kWide>(codes, i) & (__v16su)code;
+      const __m512i columns = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(group_columns + i * kBlockUnits));
+      const __m512 weight = floats_of_units<T>(stored, run);
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token) {
+        sums[token] = _mm512_fmadd_ps(weight, _mm512_i32gather_ps(columns, x + token * x_stride, 4), sums[token]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int token = 0; token < kTokens; ++token) out[token * out_stride] = add_up(sums[token]);
 }
 
 template <class T, int kTokens>
@@ -157,9 +167,13 @@ SPARSEKERN_AVX2 void multiply_any_avx2(const Row& row) {
 using Multiply = void (*)(const Row&);
 
 template <class T, int kTokens>
-Multiply choose_multiply([[maybe_unused]] bool two_of_four) {
+Multiply choose_multiply([[maybe_unused]] int64_t n, [[maybe_unused]] int64_t m) {
 #if SPARSEKERN_X86
-  if (current_isa() >= Isa::avx512) return two_of_four ? &multiply_2_4_avx512<T, kTokens> : &multiply_any_avx512<T, kTokens>;
+  if (current_isa() >= Isa::avx512) {
+    const bool half = m == 2 * n && (n & (n - 1)) == 0;
+    if (packed_rows::code_bits(m) == 2) return half ? &multiply_half_avx512<T, kTokens, false> : &multiply_any_avx512<T, kTokens, false>;
+    return half ? &multiply_half_avx512<T, kTokens, true> : &multiply_any_avx512<T, kTokens, true>;
+  }
   if (current_isa() >= Isa::avx2) return &multiply_any_avx2<T, kTokens>;
 #endif
   return &multiply_any<T, kTokens>;
@@ -182,11 +196,10 @@ struct NmWeight {
         code_bits(static_cast<int>(packed_rows::code_bits(p.m))),
         // What fills the last block meets the zeros after the last column of x.
         group_columns(static_cast<size_t>(stored), static_cast<int32_t>(packed_rows::words(columns_) * packed_rows::kWordColumns)) {
-    const bool two_of_four = p.n == 2 && p.m == 4;
-    multiply_by[0] = choose_multiply<T, 1>(two_of_four);
-    multiply_by[1] = choose_multiply<T, 2>(two_of_four);
-    multiply_by[2] = choose_multiply<T, 4>(two_of_four);
-    multiply_by[3] = choose_multiply<T, 8>(two_of_four);
+    multiply_by[0] = choose_multiply<T, 1>(p.n, p.m);
+    multiply_by[1] = choose_multiply<T, 2>(p.n, p.m);
+    multiply_by[2] = choose_multiply<T, 4>(p.n, p.m);
+    multiply_by[3] = choose_multiply<T, 8>(p.n, p.m);
     for (int64_t k = 0; k < columns / p.m * p.n; ++k) group_columns[static_cast<size_t>(k)] = static_cast<int32_t>(k / p.n * p.m);
   }
 
@@ -198,7 +211,7 @@ struct NmWeight {
   bool multiply(int64_t tile, const TokenBlock& block) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
     for (int64_t i = first; i < end; ++i) {
-      Row row{units_of(i), codes_of(i), stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, block.x, block.x_stride,
+      Row row{units_of(i), codes_of(i), stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, packed.n, block.x, block.x_stride,
               block.sums + i - first, block.sums_stride};
       for (int64_t token = 0; token < block.tokens;) {
         const int64_t left = block.tokens - token;
