@@ -9,7 +9,7 @@ import torch
 
 from sparsekern.data import read_documents
 
-LENGTH, BATCH, STEPS = 128, 8, 900
+LENGTH, BATCH, STEPS = 128, 8, 500
 SAMPLES = 64
 
 
