@@ -1,12 +1,13 @@
 """What continual pruning forgets, on three domains in all six orders.
 
-One domain is WikiText-2; the other two, the documentation and the source of the Python that runs this, ship with Python. SmolLM2-135M-Instruct in float32; 8 x 512 tokens of calibration a domain (seed 0); perplexity of the
-first 2 windows of 2048 tokens of `test.txt` and of the held-out parts.
+One domain is WikiText-2; the other two, the documentation and the source of the Python that runs this, ship with Python.
+SmolLM2-135M-Instruct in float32; 8 x 512 tokens of calibration a domain (seed 0); perplexity of the first 2 windows of 2048 tokens of
+`test.txt` and of the held-out parts.
 
 A data set's step depends only on those before it, so orders that begin alike share their steps: 3 + 6 + 6 for what accumulates, and 3
 where each data set prunes the dense weights. What is carried over never changes after the first data set
-(`tests/pruning/test_continual.py` shows it to the bit), so its figures are those of the first data set's model. All of it takes hours on a few cores; a work folder keeps
-each step's figures, and the states of the steps under way, so that a run that is stopped goes on where it was:
+(`tests/pruning/test_continual.py` shows it to the bit), so its figures are those of the first data set's model. All of it takes hours
+on a few cores. A work folder (10 GB a method) keeps each step's figures and state, so that a run that is stopped goes on where it was:
 `python -m bench.methods.copal WIKITEXT --work FOLDER --only COPAL --pattern 0.5` makes one part of it.
 """
 
@@ -37,7 +38,9 @@ WORK = Path(tempfile.gettempdir()) / "sparsekern-bench-copal"
 SAMPLES, LENGTH = 8, 512
 WINDOWS, WINDOW = 2, 2048
 DOMAINS = ("wiki", "docs", "code")
-ORDERS = list(permutations(DOMAINS))
+Order = tuple[str, ...]
+# In the cyclic orders each domain comes first, second and last once.
+ORDERS = {"all": list(permutations(DOMAINS)), "cyclic": [DOMAINS, ("docs", "code", "wiki"), ("code", "wiki", "docs")]}
 METHODS = {
     "magnitude": (Magnitude(), "dense"),
     "Wanda, from dense": (Wanda(), "dense"),
@@ -89,43 +92,47 @@ def of_one_data_set(method, pattern: str, name: str, texts: Texts, work: Path) -
     return kept(work / f"{name}.json", measure)
 
 
-def accumulated(method, pattern: str, before: tuple[str, ...], texts: Texts, work: Path) -> dict[tuple[str, ...], dict[str, float]]:
-    """For each order that begins with `before` and goes on, the perplexities after its last step that its figures need."""
-    results = {}
-    for name in (name for name in DOMAINS if name not in before):
-        names = (*before, name)
-        path, state = work / f"{'-'.join(names)}.json", work / "-".join(names)
-
-        def measure(name=name, names=names, state=state) -> dict[str, float]:
-            if before and not state.exists():  # the files of a state never change, so links will do
-                shutil.rmtree(state.with_suffix(".tmp"), ignore_errors=True)
-                shutil.copytree(work / "-".join(before), state.with_suffix(".tmp"), copy_function=os.link)
-                state.with_suffix(".tmp").rename(state)
-            model, calibration = smollm2.dense_model(), {name: texts.calibration[name]}
-            sparsekern.prune_continually(model, calibration, method, pattern, state=state, resume=True, progress=False)
-            return texts.perplexities(model, DOMAINS if len(names) == len(DOMAINS) else (name,))
-
-        results[names] = kept(path, measure)
-        results |= accumulated(method, pattern, names, texts, work)
-        shutil.rmtree(state, ignore_errors=True)
+def accumulated(method, pattern: str, orders: Sequence[Order], texts: Texts, work: Path) -> dict[Order, dict[str, float]]:
+    """For each beginning of each order, the perplexities after its last step that the figures need."""
+    results: dict[Order, dict[str, float]] = {}
+    for order in orders:
+        for length in range(1, len(order) + 1):
+            names = order[:length]
+            path = work / f"{'-'.join(names)}.json"
+            results[names] = kept(path, lambda names=names: after_step(method, pattern, names, texts, work))
+        shutil.rmtree(work / "-".join(order), ignore_errors=True)  # nothing follows a whole order
     return results
 
 
-def reports(label: str, pattern: str, texts: Texts, work: Path) -> list[ContinualReport]:
+def after_step(method, pattern: str, names: Order, texts: Texts, work: Path) -> dict[str, float]:
+    """Take in the last of `names` from the state that those before it left, and leave a state for those that follow."""
+    state, before, copy = (work / "-".join(part) for part in (names, names[:-1], (*names, "copy")))
+    if names[:-1] and not state.exists():  # the files of a state never change, so links will do
+        if not before.exists():
+            raise RuntimeError(f"{before} is gone, but not its figures; remove {work} to measure anew")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(before, copy, copy_function=os.link)
+        copy.rename(state)
+    model, calibration = smollm2.dense_model(), {names[-1]: texts.calibration[names[-1]]}
+    sparsekern.prune_continually(model, calibration, method, pattern, state=state, resume=True, progress=False)
+    return texts.perplexities(model, DOMAINS if len(names) == len(DOMAINS) else names[-1:])
+
+
+def reports(label: str, pattern: str, orders: Sequence[Order], texts: Texts, work: Path) -> list[ContinualReport]:
     """Of each order, what `prune_continually` would report of the method."""
     method, strategy = METHODS[label]
     if strategy == "accumulate":
-        after = accumulated(method, pattern, (), texts, work / pattern / label)
+        after = accumulated(method, pattern, orders, texts, work / pattern / label)
     else:
         folder = work / pattern / label.replace("carried", "from dense")  # of which the carried figures are some
         alone = {name: of_one_data_set(method, pattern, name, texts, folder) for name in DOMAINS}
-        after = {order[:t]: alone[order[0 if strategy == "carry" else t - 1]] for order in ORDERS for t in (1, 2, 3)}
+        after = {order[:t]: alone[order[0 if strategy == "carry" else t - 1]] for order in orders for t in (1, 2, 3)}
 
-    def step(names: tuple[str, ...]) -> Step:
+    def step(names: Order) -> Step:
         found = {name: after[names][name] for name in names if name in after[names]}
         return Step(names[-1], SAMPLES * LENGTH, float("nan"), None, float("nan"), found)
 
-    return [ContinualReport(steps=[step(order[:t]) for t in (1, 2, 3)]) for order in ORDERS]
+    return [ContinualReport(steps=[step(order[:t]) for t in (1, 2, 3)]) for order in orders]
 
 
 def row(found: list[ContinualReport]) -> dict:
@@ -147,19 +154,19 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
         "## Continual pruning (COPAL)",
         "",
         f"SmolLM2-135M-Instruct, float32; {SAMPLES} x {LENGTH} tokens of calibration a domain, seed 0; perplexity of {WINDOWS} windows of "
-        f"{WINDOW} tokens a domain; means over all six orders of WikiText-2, Python's documentation and Python's source. Backward "
+        f"{WINDOW} tokens a domain; means over the orders of WikiText-2, Python's documentation and Python's source: all six, or the three cyclic ones. Backward "
         "transfer is the mean of `R[i, i] - R[T, i]`: **negative is forgetting**. COPAL is a reconstruction.",
         "",
         "Dense: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + f"; average {mean(dense.values()):.2f}.",
     ]
     for pattern, by_label in rows.items():
         lines += ["", f"### {'2:4' if pattern == '2:4' else '50 %'}", ""]
-        lines += ["| method | average perplexity at the end | backward transfer (worst, best order) | wiki | docs | code |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += ["| method | orders | average perplexity at the end | backward transfer (worst, best order) | wiki | docs | code |"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for label, found in by_label.items():
             each = " | ".join(f"{found['after the last step'][name]:.2f}" for name in DOMAINS)
             lines.append(
-                f"| {label} | {found['average perplexity']:.2f} | {found['backward transfer']:+.2f} "
+                f"| {label} | {len(found['orders'])} | {found['average perplexity']:.2f} | {found['backward transfer']:+.2f} "
                 f"({found['worst order']:+.2f}, {found['best order']:+.2f}) | {each} |"
             )
         if goals := goals_met(by_label):
@@ -187,25 +194,31 @@ def run(wikitext: Path | None, quick: bool) -> str:
         raise Unavailable("it needs --wikitext")
     if quick:
         with tempfile.TemporaryDirectory() as work:
-            return table(*measure(Texts(wikitext, windows=1), Path(work), ["Wanda, from dense", "Wanda, carried"], PATTERNS[:1]))
-    measure_and_store(wikitext, WORK, list(METHODS), PATTERNS)
+            return table(*measure(Texts(wikitext, windows=1), Path(work), ["Wanda, from dense", "Wanda, carried"], PATTERNS[:1], "all"))
+    measure_and_store(wikitext, WORK, list(METHODS), PATTERNS, "all")
     return section(stored(NAME))
 
 
-def measure(texts: Texts, work: Path, labels: Sequence[str], patterns: Sequence[str]) -> tuple[dict, dict]:
+def measure(texts: Texts, work: Path, labels: Sequence[str], patterns: Sequence[str], orders: str) -> tuple[dict, dict]:
     dense = kept(work / "dense.json", lambda: texts.perplexities(smollm2.dense_model()))
-    return dense, {pattern: {label: row(reports(label, pattern, texts, work)) for label in labels} for pattern in patterns}
+    return dense, {pattern: {m: row(reports(m, pattern, ORDERS[orders], texts, work)) for m in labels} for pattern in patterns}
 
 
-def measure_and_store(wikitext: Path, work: Path, labels: Sequence[str], patterns: Sequence[str]) -> None:
-    dense, rows = measure(Texts(wikitext), work, labels, patterns)
-    figures = {f"{pattern}, {label}": found for pattern, by_label in rows.items() for label, found in by_label.items()}
+def measure_and_store(wikitext: Path, work: Path, labels: Sequence[str], patterns: Sequence[str], orders: str) -> None:
+    dense, rows = measure(Texts(wikitext), work, labels, patterns, orders)
+    figures = {f"{pattern}, {label}, {orders}": found for pattern, by_label in rows.items() for label, found in by_label.items()}
     store(NAME, {"dense": dense, **figures})
 
 
 def section(figures: dict) -> str:
-    rows = {pattern: {m: figures[f"{pattern}, {m}"] for m in METHODS if f"{pattern}, {m}" in figures} for pattern in PATTERNS}
-    return table(figures["dense"], {pattern: by_label for pattern, by_label in rows.items() if by_label})
+    """The section of the figures that are stored; of a method with figures of both, those of all orders."""
+    rows: dict[str, dict[str, dict]] = {}
+    for pattern in PATTERNS:
+        for label in METHODS:
+            found = [figures[key] for orders in ORDERS if (key := f"{pattern}, {label}, {orders}") in figures]
+            if found:
+                rows.setdefault(pattern, {})[label] = found[0]
+    return table(figures["dense"], rows)
 
 
 def main() -> None:
@@ -214,9 +227,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER")
     parser.add_argument("--only", action="append", choices=list(METHODS), help="may be given more than once")
     parser.add_argument("--pattern", action="append", choices=PATTERNS, help="may be given more than once")
+    parser.add_argument("--orders", default="all", choices=list(ORDERS), help="cyclic: three, in which each domain has every place once")
     arguments = parser.parse_args()
     labels, patterns = arguments.only or list(METHODS), arguments.pattern or PATTERNS
-    measure_and_store(arguments.wikitext, arguments.work, labels, patterns)
+    measure_and_store(arguments.wikitext, arguments.work, labels, patterns, arguments.orders)
     print(section(stored(NAME)))
 
 

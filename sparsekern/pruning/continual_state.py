@@ -31,7 +31,8 @@ class Store(Protocol):
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: str = "") -> None: ...
 
-    def get(self, name: str) -> tuple[dict[str, torch.Tensor], str]: ...
+    def get(self, name: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], str]:
+        """The tensors whose names begin with `prefix`, without it, and the note."""
 
     def holds(self, name: str) -> bool: ...
 
@@ -47,8 +48,9 @@ class InMemory:
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
         self._entries[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, note
 
-    def get(self, name: str) -> tuple[dict[str, torch.Tensor], str]:
-        return self._entries[name]
+    def get(self, name: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], str]:
+        tensors, note = self._entries[name]
+        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}, note
 
     def holds(self, name: str) -> bool:
         return name in self._entries
@@ -68,12 +70,13 @@ class InFolder:
 
         write_atomically(self._path(name), save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"note": note}))
 
-    def get(self, name: str) -> tuple[dict[str, torch.Tensor], str]:
+    def get(self, name: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], str]:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self._path(name), framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()["note"]  # noqa: SIM118 (not a mapping)
+                keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+                return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}, file.metadata()["note"]
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise ValueError(f"state: {self._path(name)} is damaged ({error}); the state cannot be gone on with") from error
 
@@ -177,22 +180,17 @@ class StepFiles:
         """
         if not self.holds(index):
             return None
-        tensors, note = self.store.get(self._name(index))
-        weights = _expected(_part(tensors, WEIGHT), linears, self._name(index))
-        return weights, [LayerReport.from_dict(layer) for layer in json.loads(note)]
+        weights, note = self.store.get(self._name(index), WEIGHT)
+        return _expected(weights, linears, self._name(index)), [LayerReport.from_dict(layer) for layer in json.loads(note)]
 
     def memory(self, index: int) -> dict[str, torch.Tensor]:
-        return _part(self.store.get(self._name(index))[0], MEMORY)
+        return self.store.get(self._name(index), MEMORY)[0]
 
     def drop(self) -> None:
         self.store.drop(self.prefix)
 
     def _name(self, index: int) -> str:
         return f"{self.prefix}{index:05d}"
-
-
-def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _expected(weights: dict[str, torch.Tensor], linears: Sequence[Linear], file: str) -> dict[str, torch.Tensor]:
