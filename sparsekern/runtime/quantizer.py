@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it is this module's importer that is about to define it
 class SparsekernConfig(QuantizationConfigMixin):
     """`quantization_config` in `config.json`: the packed layers by name."""
 
-    def __init__(self, layers: dict, version: int = VERSION, quant_method: str = METHOD, **unknown) -> None:
+    def __init__(self, layers: dict | None = None, version: int = VERSION, quant_method: str = METHOD, **unknown) -> None:
         if version != VERSION:
             raise ValueError(f"config.json: quantization_config.version: this sparsekern reads {VERSION}, got {version!r}")
         if unknown:
@@ -36,6 +36,7 @@ class SparsekernQuantizer(HfQuantizer):
     """Puts empty packed layers on the meta device, lets transformers load into them, and checks what it loaded."""
 
     quantization_config: SparsekernConfig
+    dtype: torch.dtype | None = None  # that the model is loaded in
 
     def validate_environment(self, *args, **kwargs) -> None:
         if not self.pre_quantized:
@@ -46,11 +47,11 @@ class SparsekernQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
-        layers = parse_layers(self.quantization_config.layers)
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        renamed = bool(get_model_conversion_mapping(model, add_legacy=False))
-        self.files = check_headers(kwargs.get("checkpoint_files") or [], layers, renamed=renamed or not kwargs.get("checkpoint_files"))
+        layers, files = parse_layers(self.quantization_config.layers), kwargs.get("checkpoint_files") or []
+        renamed = not files or bool(get_model_conversion_mapping(model, add_legacy=False))
+        self.files = check_headers(files, layers, renamed=renamed)
         for name, layer in layers.items():
             _make_place(model, name, layer)
         return model

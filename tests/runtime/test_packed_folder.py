@@ -223,6 +223,7 @@ WHERE = rf"config.json: quantization_config.layers\['{UP}'\]"
         (_entry("more", 1), f"{WHERE}: expected format, shape, dtype and, of a bitmask, stored; got"),
         (lambda config: config.update(version=2), "config.json: quantization_config.version: this sparsekern reads 1, got 2"),
         (lambda config: config.update(extra=2), "config.json: quantization_config: unknown entry 'extra'"),
+        (lambda config: config.pop("layers"), "config.json: quantization_config.layers: expected an entry for each packed layer"),
         (lambda config: config.update(layers=[1]), "config.json: quantization_config.layers: expected an entry for each packed layer"),
         (
             lambda config: config["layers"].update({"model.embed_tokens": config["layers"][UP]}),
