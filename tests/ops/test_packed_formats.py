@@ -5,6 +5,8 @@ Beside the ops, since what a damaged file could do to a kernel is looked for by 
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -134,6 +136,27 @@ def test_messages_name_the_tensor(generator, dtype):
     codes[0, 0] |= 3
     refused(r"codes: expected 1 ascending .* got \[3\] in row 0, group 0", shape=shape, fmt=fmt, sound=nm, codes=codes)
     refused("codes: expected zeros after the 4 positions", shape=shape, fmt=fmt, sound=nm, codes=nm["codes"] | 256)
+
+
+GOLDEN = {
+    ("bitmask", torch.bfloat16): "e2260ef87818168b",
+    ("bitmask", torch.float32): "c0434d71684485db",
+    ("2:4", torch.float16): "e1c043b5aab2f764",
+    ("2:4", torch.float32): "e7b0ed7353c811d9",
+    ("3:8", torch.bfloat16): "c087856297f593d3",
+}
+
+
+@pytest.mark.parametrize("name, dtype", GOLDEN)
+def test_files_that_are_out_there_stay_readable(name, dtype):
+    """The bytes of a weight of several tiles, words and blocks, as the first release with packed weights wrote them."""
+    numbers = torch.arange(37 * 264).view(37, 264)
+    weight = ((numbers * 7919 % 251) - 125).to(dtype) * (numbers % 8 < (3 if name == "3:8" else 2))
+    if name == "bitmask":
+        weight = weight * (numbers * 31 % (numbers // 264 + 2) > 0)
+    fmt = format_of(name)
+    digest = hashlib.sha256(b"".join(bits(tensor) for tensor in fmt.pack(weight).values())).hexdigest()
+    assert digest[:16] == GOLDEN[name, dtype]
 
 
 def test_linear_takes_the_features_of_the_weight():
