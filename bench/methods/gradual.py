@@ -23,7 +23,7 @@ from . import Unavailable, store, stored
 NAME = "gradual"
 LEARNING_RATE = 2e-4
 
-TUNE_WINDOWS, TUNE_LENGTH = 96, 512  # trained on, one at a time
+TUNE_WINDOWS, TUNE_LENGTH = 64, 512  # trained on, one at a time
 TUNE = Gradual(steps=1, batch_tokens=2 * (TUNE_LENGTH - 1), learning_rate=LEARNING_RATE)
 SECONDS = "fine-tune, processor seconds"
 
@@ -44,7 +44,9 @@ def run(wikitext: Path | None, quick: bool) -> str:
         raise Unavailable("it needs --wikitext")
     cells = [(sparsity, criterion) for sparsity in SPARSITIES for criterion in CRITERIA]
     with TemporaryDirectory() as work:
-        figures = measure_tuning(wikitext, Path(work), quick)
+        figures = tune(wikitext, Path(work), quick)
+        for which in ("after", "before"):
+            figures |= evaluate_tuning(which, wikitext, Path(work), quick)
     for sparsity, criterion in cells[:1] if quick else cells:
         for column in PRUNING_STEPS:
             figures |= measure_cell(wikitext, sparsity, criterion, column, quick)
@@ -61,8 +63,8 @@ def held_out(wikitext: Path, windows: int, length: int) -> torch.Tensor:
     return encode(read_documents(wikitext / "test.txt"), smollm2.tokenizer())[: windows * length]
 
 
-def measure_tuning(wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
-    """Perplexity at 50 % by magnitude and after training. A run that Ctrl-C has ended goes on in `work`, where it keeps its seconds."""
+def tune(wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
+    """50 % by magnitude, then training, into `work`. A run that Ctrl-C has ended goes on there; `work` also adds up its seconds."""
     ids, spent = text(wikitext, 4 if quick else TUNE_WINDOWS, TUNE_LENGTH), work / "seconds.txt"
     before = float(spent.read_text()) if spent.is_file() else 0.0
     start, model = time.process_time(), smollm2.dense_model()
@@ -70,12 +72,16 @@ def measure_tuning(wikitext: Path, work: Path, quick: bool) -> dict[str, object]
         report = sparsekern.prune(model, TUNE, 0.5, ids, out=work / "tuned", resume=True, batch_size=1, progress=False)
     finally:
         spent.write_text(str(before + time.process_time() - start))
+    return {"fine-tune, curve": [entry["loss"] for entry in report.training], SECONDS: float(spent.read_text())}
+
+
+def evaluate_tuning(which: str, wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
+    """Perplexity at 50 % by magnitude, `"before"` and `"after"` training."""
+    model = sparsekern.load(work / "tuned") if which == "after" else smollm2.dense_model()
+    if which == "before":
+        sparsekern.prune(model, "magnitude", 0.5, progress=False)
     evaluation = held_out(wikitext, 1 if quick else smollm2.WINDOWS, smollm2.WINDOW)
-    figures = {"fine-tune, after": sparsekern.perplexity(model, evaluation, smollm2.WINDOW), SECONDS: float(spent.read_text())}
-    figures["fine-tune, curve"] = [entry["loss"] for entry in report.training]
-    model = smollm2.dense_model()
-    sparsekern.prune(model, "magnitude", 0.5, progress=False)
-    return {"fine-tune, before": sparsekern.perplexity(model, evaluation, smollm2.WINDOW), **figures}
+    return {f"fine-tune, {which}": sparsekern.perplexity(model, evaluation, smollm2.WINDOW)}
 
 
 def measure_cell(wikitext: Path, sparsity: str, criterion: str, column: str, quick: bool) -> dict[str, object]:
@@ -156,7 +162,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.work:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        store(NAME, measure_tuning(arguments.folder, arguments.work, quick=False))
+        if SECONDS not in stored(NAME):
+            store(NAME, tune(arguments.folder, arguments.work, quick=False))
+        for which in ("after", "before"):
+            if f"fine-tune, {which}" not in stored(NAME):
+                store(NAME, evaluate_tuning(which, arguments.folder, arguments.work, quick=False))
     if arguments.cell:
         store(NAME, measure_cell(arguments.folder, *arguments.cell, quick=False))
     print(section(stored(NAME)))
