@@ -200,7 +200,8 @@ struct NmWeight {
     multiply_by[1] = choose_multiply<T, 2>(p.n, p.m);
     multiply_by[2] = choose_multiply<T, 4>(p.n, p.m);
     multiply_by[3] = choose_multiply<T, 8>(p.n, p.m);
-    for (int64_t k = 0; k < columns / p.m * p.n; ++k) group_columns[static_cast<size_t>(k)] = static_cast<int32_t>(k / p.n * p.m);
+    auto column = group_columns.begin();
+    for (int64_t first = 0; first < columns; first += p.m) column = std::fill_n(column, p.n, static_cast<int32_t>(first));
   }
 
   int64_t first_tile(int64_t task, int64_t tasks) const { return packed_rows::tiles(rows) * task / tasks; }
