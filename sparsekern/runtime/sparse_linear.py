@@ -122,7 +122,7 @@ class SparseLinear(nn.Module):
         return stored / max(1, self.out_features * self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
+        bias = self._parameters["bias"]  # past Module.__getattr__, which one token of a small layer notices
         if x.dtype != self.dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
