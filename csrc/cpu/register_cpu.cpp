@@ -296,7 +296,9 @@ struct LinearTensors {
     expand(weight.mutable_data_ptr());
     std::array<StableIValue, 3> stack{
         torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    if (torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) != 0) {
+      throw std::runtime_error("torch.nn.functional.linear failed on the expanded weight");
+    }
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
 };
