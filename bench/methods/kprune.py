@@ -280,8 +280,9 @@ def section(figures: dict[str, dict]) -> str:
         ratios = [clock.get(f"{share:g}", {}).get("times dense") for share in SHARES]
         shown = ("not measured" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         lines.append("| throughput, times dense | " + " | ".join(shown) + " |")
-    half, more = figures["K-prune 0.5"], figures.get("K-prune 0.5, more sentences")
-    lines += ["", f"Kept at 50 %: heads {half['units']['heads']}, neurons {half['units']['neurons']}, layer by layer."]
+    half, more = figures.get("K-prune 0.5"), figures.get("K-prune 0.5, more sentences")
+    if half:
+        lines += ["", f"Kept at 50 %: heads {half['units']['heads']}, neurons {half['units']['neurons']}, layer by layer."]
     if more:
         lines.append(f"Calibrated on {MORE_SENTENCES} sentences instead of {SENTENCES}: {more['correlation']:.4f}.")
     if (found := figures.get("classifier")) is not None:
