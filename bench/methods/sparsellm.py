@@ -67,6 +67,7 @@ def measure(
             figures[f"{name}, {form}"] = {
                 "perplexity": sparsekern.perplexity(model, evaluation, length=smollm2.WINDOW),
                 "output_error": mean_output_error(layers),
+                "output_error_alone": mean_output_error(layers, "output_error_alone"),
             }
             if out is not None:
                 shutil.rmtree(out)
@@ -83,8 +84,8 @@ def prune(model: torch.nn.Module, method: Method, pattern: str | float, ids: tor
     return report.to_dict()["layers"]
 
 
-def mean_output_error(layers: list[dict[str, object]]) -> float:
-    errors = [layer["output_error"] for layer in layers if layer["output_error"] is not None]
+def mean_output_error(layers: list[dict[str, object]], name: str = "output_error") -> float:
+    errors = [layer[name] for layer in layers if layer[name] is not None]
     return sum(errors) / len(errors)
 
 
