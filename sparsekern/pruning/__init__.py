@@ -2,7 +2,8 @@
 
 from .continual import prune_continually
 from .continual_report import ContinualReport, Step
-from .pipeline import check_seed, prune
+from .pipeline import prune
+from .preparation import check_seed
 from .report import LayerReport, Report
 from .units_report import StructuredReport, UnitsReport
 

@@ -70,12 +70,12 @@ class Checkpoint:
             raise ValueError(f"out: {path} is not a checkpoint's state ({error}); remove {self.folder} to start anew") from error
         if version != FORMAT:
             raise ValueError(f"out: {path} has format {version}, this version reads {FORMAT}; remove {self.folder} to start anew")
-        if different := _differences(settings, state["settings"]):
+        if different := differences(settings, state["settings"]):
             raise ValueError(
                 f"out: {self.folder} belongs to another run, with another {', '.join(different)}; "
                 "call with the same model and settings, or remove it to start anew"
             )
-        if different := _differences(environment, state["environment"]):
+        if different := differences(environment, state["environment"]):
             warnings.warn(
                 f"the run is resumed with another {', '.join(different)}; the result may differ in rounding from an unbroken run",
                 SparsekernWarning,
@@ -154,5 +154,5 @@ def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) ->
     return digest.hexdigest()
 
 
-def _differences(found: dict, expected: dict) -> list[str]:
+def differences(found: dict, expected: dict) -> list[str]:
     return sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))

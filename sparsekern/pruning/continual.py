@@ -17,12 +17,13 @@ from ..models import Linear
 from ..pattern import Pattern
 from ..runtime import check_output_folder, save
 from .calibration import Batch, Calibration, fingerprint
-from .checkpoint import _differences, model_fingerprint
+from .checkpoint import differences, model_fingerprint
 from .continual_report import ContinualReport, Step
 from .continual_state import State, StepFiles
 from .host_memory import freed_memory_kept
-from .pipeline import _batches_for, _check_saveable, _environment, _prepared, _Run, check_seed
+from .pipeline import BlockRun
 from .plan import Globs, PatternLike, Plan, make_plan
+from .preparation import batches_for, check_saveable, check_seed, environment, prepared
 from .progress import Clock, Progress
 from .report import Report
 from .statistics import SharedStatistics
@@ -107,7 +108,7 @@ def prune_continually(
     known = State(state)
     evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
     if out is not None:
-        _check_saveable(model)
+        check_saveable(model)
         check_output_folder(out)
     if resume and state is None:
         raise ValueError("resume: expected state, the folder of the run to go on with")
@@ -117,10 +118,10 @@ def prune_continually(
     with torch.no_grad():
         run.evaluate_dense()
         for name, batches in todo:
-            with _prepared(model, seed), freed_memory_kept():
+            with prepared(model, seed), freed_memory_kept():
                 run.take_in(name, batches)
         run.write_weights(known.step(len(known.steps)))
-    report = ContinualReport({**known.settings, "versions": _environment(model)}, known.dense, known.steps)
+    report = ContinualReport({**known.settings, "versions": environment(model)}, known.dense, known.steps)
     if out is not None:
         report.to_json(save(model, out) / "report.json")
     return report
@@ -154,7 +155,7 @@ class _Continual:
             self.state.settings = settings
             self.state.write()
             return
-        if different := _differences(self.state.settings, settings):
+        if different := differences(self.state.settings, settings):
             raise ValueError(f"state: {self.state.folder} was made with another {', '.join(different)}")
         self._check_weights()
 
@@ -192,7 +193,7 @@ class _Continual:
         kind = self.method.statistic
         accumulate = self.strategy == "accumulate" and kind is not None
         try:
-            run = (_Accumulating if accumulate else _Run)(
+            run = (_Accumulating if accumulate else BlockRun)(
                 model=self.model,
                 plan=self.plan,
                 networks=None,
@@ -237,7 +238,7 @@ class _Continual:
         return perplexity(self.model, self.evaluate[name], self.length)
 
 
-class _Accumulating(_Run):
+class _Accumulating(BlockRun):
     """A pruning run that adds what it learns of each block to what the step `before` knew of it, and keeps the sum."""
 
     before: StepFiles | None = None
@@ -276,7 +277,7 @@ def _data_sets(
         if not isinstance(name, str) or not name:
             raise TypeError(f"calibrations: expected names of data sets, got {name!r}")
         try:
-            data_sets[name] = _batches_for(model, method, calibration, batch_size)
+            data_sets[name] = batches_for(model, method, calibration, batch_size)
         except (ValueError, TypeError) as error:
             raise type(error)(f"calibrations[{name!r}]: {error}") from error
     return data_sets

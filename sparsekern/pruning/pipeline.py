@@ -6,13 +6,11 @@ inputs of the next block. Nothing else of the model is run, and nothing that is 
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,19 +22,21 @@ from ..methods.base import FeedForwardMethod, StatisticKind
 from ..models import FeedForward, Linear
 from ..pattern import Pattern, parse_pattern
 from ..runtime import weight_bytes
-from ..runtime.save import DENSE, check_format, in_format
+from ..runtime.save import DENSE, check_format
 from .activations import OUTSIDE, Activations, probe
-from .calibration import Batch, Calibration, as_batches
+from .calibration import Batch, Calibration
 from .calibration import fingerprint as calibration_fingerprint
 from .checkpoint import Checkpoint, finish, model_fingerprint
 from .feed_forward import FeedForwardRun, networks_of
 from .gradual import GradualRun, check_trainable
 from .host_memory import freed_memory_kept
 from .plan import Globs, PatternLike, Plan, make_plan
+from .preparation import batches_for, check_saveable, check_seed, environment, prepared, save_model
 from .progress import Clock, Notices, Progress, warnings_named
 from .report import LayerReport, Report
 from .seeds import seeded
 from .statistics import FeatureNorm, Gram, Sensitivity, SharedStatistics
+from .units import prune_units
 
 
 def prune(
@@ -104,26 +104,24 @@ def prune(
     check_isa()
     check_format(format)
     if method.removes_units:
-        from .units import prune_units  # which is built on this module
-
         _refuse_choice_of_linears(method, format, include, exclude, patterns)
         options = {"seed": seed, "out": out, "resume": resume, "progress": progress, "batch_size": batch_size, "complete": complete}
         return prune_units(model, method, pattern, calibration, **options)
     plan = make_plan(model, pattern, patterns, include, exclude)
     plan = replace(plan, patterns=method.arrange(model, plan.parts, plan.patterns))
     kind = "gram" if report_error else method.statistic
-    batches = _batches_for(model, method, calibration, batch_size) if kind or method.trains else None
+    batches = batches_for(model, method, calibration, batch_size) if kind or method.trains else None
     if report_error and method.whole_model:
         raise ValueError(f"report_error: {type(method).__name__} has no errors of layers to report")
     if method.trains:
-        with _prepared(model, seed):
+        with prepared(model, seed):
             check_trainable(model, batches)
     networks = None
     if isinstance(method, FeedForwardMethod):
-        with _prepared(model, seed):
+        with prepared(model, seed):
             networks = networks_of(model, plan, batches[0], method)
     if out is not None:
-        _check_saveable(model)
+        check_saveable(model)
     settings = {
         "method": method.settings(),
         "patterns": {name: str(value) for name, value in plan.patterns.items()},
@@ -134,24 +132,24 @@ def prune(
     checkpoint = None
     if out is not None:
         settings["model"] = model_fingerprint(model)
-        checkpoint = Checkpoint(out, settings, _environment(model), resume=resume)
+        checkpoint = Checkpoint(out, settings, environment(model), resume=resume)
     elif resume:
         raise ValueError("resume: expected out, the folder of the run to go on with")
     report = Report(
-        settings={**settings, "pattern": str(parse_pattern(pattern)), "versions": _environment(model)},
+        settings={**settings, "pattern": str(parse_pattern(pattern)), "versions": environment(model)},
         calibration_tokens=sum(batch.tokens for batch in batches or ()),
     )
     bar = Progress(len(plan.linears), progress)
     clock = Clock(next(model.parameters()).device)
     try:
-        with _prepared(model, seed), freed_memory_kept():
+        with prepared(model, seed), freed_memory_kept():
             if method.whole_model:
                 GradualRun(model, plan, method, batches, checkpoint, report, bar, clock).prune_all()
             else:
-                _Run(model, plan, networks, method, kind, batches, checkpoint, report, bar, clock).prune_all()
+                BlockRun(model, plan, networks, method, kind, batches, checkpoint, report, bar, clock).prune_all()
         if out is not None:
             with clock.phase("write"):
-                _save_model(model, out, format)
+                save_model(model, out, format)
     finally:
         bar.close()
     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
@@ -165,7 +163,7 @@ def prune(
     return report
 
 
-class _Run:
+class BlockRun:
     """One call of `prune`, everything being checked."""
 
     def __init__(
@@ -375,71 +373,3 @@ def _refuse_choice_of_linears(method: Method, format: str, include: Globs, exclu
     for argument, value in (("include", include), ("exclude", exclude), ("patterns", patterns)):
         if value:
             raise ValueError(f"{argument}: expected none, {type(method).__name__} chooses among all heads and neurons; got {value!r}")
-
-
-def check_seed(seed: int) -> None:
-    """Raise `ValueError` unless every generator takes `seed`."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
-
-
-def _batches_for(model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
-    if calibration is None:
-        raise ValueError(f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None")
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    vocabulary = getattr(embeddings, "num_embeddings", None)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary, positions)
-
-
-def _check_saveable(model: nn.Module) -> None:
-    if not hasattr(model, "save_pretrained"):
-        raise TypeError(f"out: expected a model with save_pretrained, got {type(model).__name__}")
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_serializable():
-        method = quantizer.quantization_config.quant_method
-        raise ValueError(
-            f"out: transformers refuses to save a model that it loaded as {getattr(method, 'value', method)}; "
-            "load it with sparsekern.load, or save it dense and load that"
-        )
-
-
-def _save_model(model: nn.Module, out: str | os.PathLike, format: str) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        in_format(model, format).save_pretrained(out)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
-        what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
-        number = errno.ENOSPC if full else errno.EIO
-        raise OSError(number, f"{what}; all its blocks are kept in the checkpoint, so resume=True needs only to save it", str(out)) from error
-
-
-@contextmanager
-def _prepared(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, a seeded generator; all as before afterwards, whatever happens."""
-    training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def _environment(model: nn.Module) -> dict[str, object]:
-    """What the last bit of a result may hang on besides the settings."""
-    from .. import __version__
-
-    return {
-        "sparsekern": __version__,
-        "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
-        "device": str(next(model.parameters()).device),
-        "threads": torch.get_num_threads(),
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-    }

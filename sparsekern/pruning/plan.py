@@ -81,7 +81,7 @@ def make_plan(
     kept = {linear.name: plan.patterns[linear.name] for linear in plan.linears}
     plan = Plan(plan.blocks, plan.block_linears, plan.outside_linears, kept)
     _check_ties(model, plan.linears)
-    _check_device(model)
+    check_device(model)
     for linear in plan.linears:
         kept[linear.name].check_features(linear.features, linear.name)
         _check_finite(linear)
@@ -109,7 +109,7 @@ def _check_ties(model: nn.Module, linears: list[Linear]) -> None:
                 )
 
 
-def _check_device(model: nn.Module) -> None:
+def check_device(model: nn.Module) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"model: expected all weights on one device, got {', '.join(devices)}")

@@ -26,8 +26,8 @@ from .calibration import Batch, Calibration
 from .calibration import fingerprint as calibration_fingerprint
 from .checkpoint import Checkpoint, finish, model_fingerprint
 from .objective import Answers, Objective
-from .pipeline import _batches_for, _check_saveable, _environment, _prepared, _save_model
-from .plan import PatternLike, _check_device
+from .plan import PatternLike, check_device
+from .preparation import batches_for, check_saveable, environment, prepared, save_model
 from .progress import Clock, Progress, warnings_named
 from .units_report import StructuredReport, UnitsReport
 
@@ -60,32 +60,32 @@ def prune_units(
         raise ValueError(
             "model: expected a model with all its heads and neurons, got one that was cut before; start from the dense one"
         )
-    _check_device(model)
-    batches = _batches_for(model, method, calibration, batch_size)
+    check_device(model)
+    batches = batches_for(model, method, calibration, batch_size)
     _check_samples(batches)
     costs = Costs.of(encoder, batches, method.budget)
     remaining = _remaining(encoder, costs, share)
     settings = {"method": method.settings(), "pattern": f"{share:g}", "seed": seed, "calibration": calibration_fingerprint(batches)}
     checkpoint = None
     if out is not None:
-        _check_saveable(model)
+        check_saveable(model)
         settings["model"] = model_fingerprint(model)
-        checkpoint = Checkpoint(out, settings, _environment(model), resume=resume)
+        checkpoint = Checkpoint(out, settings, environment(model), resume=resume)
     report = StructuredReport(
-        settings={**settings, "versions": _environment(model)}, calibration_tokens=sum(batch.tokens for batch in batches)
+        settings={**settings, "versions": environment(model)}, calibration_tokens=sum(batch.tokens for batch in batches)
     )
     before = _sizes(model, encoder, batches)
     bar = Progress(len(encoder.sublayers), progress)
     clock = Clock(next(model.parameters()).device)
     try:
-        with _prepared(model, seed):
+        with prepared(model, seed):
             cuts = _Run(encoder, method, batches, costs, remaining, seed, checkpoint, report, bar, clock).decide_all()
             _apply(encoder, cuts)
         after = _sizes(model, encoder, batches)
         report.flops, report.parameters, report.model_parameters = zip(before, after, strict=True)
         if out is not None:
             with clock.phase("write"):
-                _save_model(model, out, "dense")
+                save_model(model, out, "dense")
     finally:
         bar.close()
     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}

@@ -1,0 +1,84 @@
+"""What every pruning run does around its work, whatever it prunes: check and batch its inputs, ready the model, save it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import torch
+from torch import nn
+
+from ..methods import Method
+from ..runtime.save import in_format
+from .calibration import Batch, Calibration, as_batches
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` unless every generator takes `seed`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
+
+
+def batches_for(model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
+    if calibration is None:
+        raise ValueError(f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None")
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary, positions)
+
+
+def check_saveable(model: nn.Module) -> None:
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"out: expected a model with save_pretrained, got {type(model).__name__}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_serializable():
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"out: transformers refuses to save a model that it loaded as {getattr(method, 'value', method)}; "
+            "load it with sparsekern.load, or save it dense and load that"
+        )
+
+
+def save_model(model: nn.Module, out: str | os.PathLike, format: str) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        in_format(model, format).save_pretrained(out)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
+        what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
+        number = errno.ENOSPC if full else errno.EIO
+        raise OSError(number, f"{what}; all its blocks are kept in the checkpoint, so resume=True needs only to save it", str(out)) from error
+
+
+@contextmanager
+def prepared(model: nn.Module, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradients, a seeded generator; all as before afterwards, whatever happens."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def environment(model: nn.Module) -> dict[str, object]:
+    """What the last bit of a result may hang on besides the settings."""
+    from .. import __version__
+
+    return {
+        "sparsekern": __version__,
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "device": str(next(model.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+    }
