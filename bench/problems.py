@@ -20,6 +20,10 @@ def damped(gram: torch.Tensor) -> torch.Tensor:
     return gram + torch.eye(len(gram), dtype=gram.dtype) * (DAMPING * gram.diagonal().mean())
 
 
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual - exact).norm() / exact.norm())
+
+
 def output_error(weight: torch.Tensor, new_weight: torch.Tensor, gram: torch.Tensor) -> float:
     """`tr((W' - W) G (W' - W)^T)`, the squared output error on the calibration tokens."""
     delta = (new_weight - weight).double()

@@ -83,8 +83,7 @@ def prune_command(arguments: argparse.Namespace) -> None:
         (out / "README.md").write_text(card, encoding="utf-8")
         whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
         (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if not method.removes_units:
-            (out / "report.html").write_text(html_page(whole), encoding="utf-8")
+        (out / "report.html").write_text(html_page(whole), encoding="utf-8")
 
     report = prune(
         model,
@@ -109,8 +108,8 @@ def prune_command(arguments: argparse.Namespace) -> None:
     print(_summary(settings, results, seconds))
     if method.removes_units:
         print(f"\nsaved to {out}; to use it: sparsekern.load({str(out)!r})\n")
-        return
-    print(_next_steps(out, packed=arguments.format != DENSE))
+    else:
+        print(_next_steps(out, packed=arguments.format != DENSE))
     print(f"what each layer came to: {out / 'report.html'}")
 
 

@@ -7,7 +7,7 @@ A method's measurements are the module of its name in this package, which has
 
 `run` measures, keeps its figures by `store(name, figures)` in `bench/results/quality-<name>.json`, and returns their section. `section`
 makes the page's section of the figures that are stored, in markdown from its `## ` heading on, with the conditions (model, tokens,
-windows, seeds) that hold for them; what has not been measured yet is left empty. `wikitext` is a folder with `valid.txt` and `test.txt`
+windows, seeds) that hold for them; what has not been measured yet is called so. `wikitext` is a folder with `valid.txt` and `test.txt`
 of WikiText-2, or None where there is none: a module that needs it then raises `Unavailable`. `quick` is for trying the module out: a
 smaller problem, of which nothing is kept. A module of the package whose name starts with `_` is a helper.
 """
@@ -41,3 +41,8 @@ def stored(name: str, folder: Path = results.FOLDER) -> dict[str, object]:
     """The figures of earlier runs."""
     path = path_of(name, folder)
     return json.loads(path.read_text())["figures"] if path.is_file() else {}
+
+
+def shown(value: float | None, text: str) -> str:
+    """A figure in the page's tables, by the format `text`."""
+    return "not measured" if value is None else format(value, text)

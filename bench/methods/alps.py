@@ -14,7 +14,7 @@ from sparsekern.pruning.statistics import Gram
 from tests.textbook import textbook_alps
 
 from .. import quality, smollm2
-from . import Unavailable, store, stored
+from . import Unavailable, shown, store, stored
 
 NAME = "alps"
 PATTERNS = {"50 %": 0.5, "2:4": "2:4", "70 %": 0.7}
@@ -98,8 +98,7 @@ def relative_error(weight: torch.Tensor, new_weight: torch.Tensor, gram: Gram) -
 
 def section(figures: dict[str, object]) -> str:
     def cell(kind: str, who: str, pattern: str) -> str:
-        value = figures.get(f"{kind}, {who} {pattern}")
-        return "" if value is None else f"{value:.2f}" if kind == "perplexity" else f"{value:.5f}"
+        return shown(figures.get(f"{kind}, {who} {pattern}"), ".2f" if kind == "perplexity" else ".5f")
 
     lines = [
         "## ALPS",
@@ -113,7 +112,7 @@ def section(figures: dict[str, object]) -> str:
     ]
     for label in PATTERNS:
         target, reached = quality.TARGETS[f"ALPS {label}"][2], figures.get(f"perplexity, ALPS {label}")
-        met = "" if reached is None else "yes" if reached <= target * quality.WITHIN else "**no**"
+        met = "not measured" if reached is None else "yes" if reached <= target * quality.WITHIN else "**no**"
         cells = [cell("perplexity", who, label) for who in ("SparseGPT", "ALPS")]
         lines.append(f"| {label} | {cells[0]} | {cells[1]} | {target} ({target * quality.WITHIN:.2f}) | {met} |")
     lines += [

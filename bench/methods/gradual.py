@@ -18,7 +18,7 @@ from sparsekern.data import calibration_ids, encode, read_documents
 from sparsekern.methods import Method
 
 from .. import smollm2
-from . import Unavailable, store, stored
+from . import Unavailable, shown, store, stored
 
 NAME = "gradual"
 LEARNING_RATE = 2e-4
@@ -137,7 +137,7 @@ def section(figures: dict[str, object]) -> str:
 
 def _tuning_row(figures: dict[str, object]) -> str:
     if "fine-tune, after" not in figures:
-        return "| | | | | | |"
+        return "| not measured | | | | | |"
     curve = figures["fine-tune, curve"]
     ends = [sum(part) / len(part) for part in (curve[:4], curve[-4:])]
     return (
@@ -149,8 +149,9 @@ def _tuning_row(figures: dict[str, object]) -> str:
 def _grid_row(figures: dict[str, object], sparsity: str, criterion: str) -> str:
     cells = [figures.get(f"{sparsity} {criterion}, {column}") for column in PRUNING_STEPS]
     known = next(filter(None, cells), None)
-    about = f"{known['sparsity']:.1%} | {known['bytes'] / 1e6:.0f}" if known else " | "
-    return f"| {sparsity} {criterion} | {about} | " + " | ".join(f"{cell['perplexity']:.4g}" if cell else "" for cell in cells) + " |"
+    about = [shown(known and known["sparsity"], ".1%"), shown(known and known["bytes"] / 1e6, ".0f")]
+    perplexities = [shown(cell and cell["perplexity"], ".4g") for cell in cells]
+    return f"| {sparsity} {criterion} | " + " | ".join(about + perplexities) + " |"
 
 
 def main() -> None:

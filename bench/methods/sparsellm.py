@@ -20,7 +20,7 @@ from sparsekern.data import calibration_ids
 from sparsekern.methods import Method
 
 from .. import quality, smollm2
-from . import Unavailable, _relu_model, _sparsellm_public, store, stored
+from . import Unavailable, _relu_model, _sparsellm_public, shown, store, stored
 
 NAME = "sparsellm"
 SAMPLES, LENGTH = 16, 512
@@ -130,11 +130,13 @@ def _table(figures: dict[str, object], rows: list[tuple[str, str]], forms: Seque
     lines[1] += "---|" * len(forms)
     for solver, pattern in rows:
         found = [figures.get(f"{solver} {pattern}, {form}") for form in forms]
-        if found[0] is None or found[1] is None:
+        if not any(found):
             continue
-        lower = "yes" if found[1]["output_error"] < found[0]["output_error"] else "**no**"
-        errors = [f"{each['output_error']:.4f}" if each else "" for each in found]
-        perplexities = [f"{each['perplexity']:.2f}" if each else "" for each in found]
+        lower = "not measured"
+        if found[0] and found[1]:
+            lower = "yes" if found[1]["output_error"] < found[0]["output_error"] else "**no**"
+        errors = [shown(each and each["output_error"], ".4f") for each in found]
+        perplexities = [shown(each and each["perplexity"], ".2f") for each in found]
         lines.append(f"| {solver} | {pattern} | {' | '.join(errors)} | {lower} | {' | '.join(perplexities)} |")
     return lines
 
@@ -155,7 +157,7 @@ def _time(found: dict | None) -> list[str]:
 
 
 def _perplexity(figures: dict[str, object], name: str) -> str:
-    return f"{figures[name]['perplexity']:.2f}" if name in figures else "not measured"
+    return shown(figures.get(name, {}).get("perplexity"), ".2f")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-// Every CPU kernel: torch-free, on raw pointers to contiguous row-major data. One file an op implements it; register_cpu.cpp
+// Every CPU kernel: torch-free, on raw pointers to contiguous row-major data. One file an op implements it; register_*.cpp
 // turns tensors into these arguments. Kernels throw std::invalid_argument (ValueError in Python) on values they refuse.
 #pragma once
 

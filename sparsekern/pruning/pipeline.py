@@ -310,7 +310,7 @@ class BlockRun:
         name, features = members[0].name, members[0].features
         if not statistic.tokens:
             raise ValueError(f"{name}: no calibration token reached it; calibrate with more text or leave it out with exclude")
-        if statistic.tokens < features and hasattr(self.method, "damping"):
+        if statistic.tokens < features and self.method.statistic == "gram":
             self.notices.once(
                 "few tokens",
                 f"{name}: {statistic.tokens} calibration tokens for {features} input features; the result rests on the damping "

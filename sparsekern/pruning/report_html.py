@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 
 from .._svg import Bar, Point, bars, lines
@@ -23,13 +23,32 @@ details { margin-top: 2rem; }
 .facts { display: flex; flex-wrap: wrap; gap: 2.5rem; } .facts b { display: block; font-size: 1.5rem; font-weight: 600; }
 """
 BEFORE = "var(--before, #9aa4ae)"
-INDEX = re.compile(r"(?:^|\.)(\d+)\.")
+INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+COLUMNS: dict[str, Callable[[Mapping], str]] = {
+    "linear": lambda layer: layer["name"],
+    "shape": lambda layer: " × ".join(map(str, layer["shape"])),
+    "pattern": lambda layer: layer["pattern"],
+    "zeros": lambda layer: f"{layer['sparsity']:.2%}",
+    "error": lambda layer: "–" if layer["error"] is None else f"{layer['error']:.3e}",
+    "seconds": lambda layer: f"{layer['seconds']:.2f}",
+}
+UNIT_COLUMNS: dict[str, Callable[[Mapping], str]] = {
+    "block": lambda layer: layer["name"],
+    "units": lambda layer: layer["kind"],
+    "kept": lambda layer: f"{layer['kept']} of {layer['units']}",
+    "error": COLUMNS["error"],
+    "seconds": COLUMNS["seconds"],
+}
 
 
 def html_page(report: Mapping) -> str:
-    """The page of what `Report.to_dict` gives; `command` and `results` of the command line are shown where they are there."""
-    sections = [_facts(report), _perplexity(report.get("results", {})), _size(report.get("bytes", {})), *_by_layer(report["layers"])]
-    sections += [_time(report["seconds"]), _table(report["layers"]), _about(report)]
+    """The page of what `Report.to_dict` gives, that of a `StructuredReport` included; `command` and `results` of the command line are
+    shown where they are there."""
+    layers = report["layers"]
+    cut = "flops_removed" in report
+    sections = [_facts(report), _perplexity(report.get("results", {})), _size(report.get("bytes", {}))]
+    sections += _by_sublayer(layers) if cut else _by_layer(layers)
+    sections += [_time(report["seconds"]), _table(layers, *((UNIT_COLUMNS, "sub-layers") if cut else (COLUMNS, "linears"))), _about(report)]
     body = "\n".join(section for section in sections if section)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>sparsekern: pruning report</title>\n'
@@ -41,7 +60,12 @@ def html_page(report: Mapping) -> str:
 def _facts(report: Mapping) -> str:
     results, method = report.get("results", {}), report.get("settings", {}).get("method", {})
     facts = [("method", method.get("name")), ("pattern", report.get("settings", {}).get("pattern"))]
-    facts += [("zeros in the pruned linears", f"{report['sparsity']:.1%}"), ("linears", len(report["layers"]))]
+    if "flops_removed" in report:
+        before, after = report["model_parameters"]
+        facts += [("of the FLOPs of heads and neurons removed", f"{report['flops_removed']:.1%}")]
+        facts += [(f"of {before / 1e6:,.2f} M parameters left", f"{after / 1e6:,.2f} M")]
+    else:
+        facts += [("zeros in the pruned linears", f"{report['sparsity']:.1%}"), ("linears", len(report["layers"]))]
     if report.get("calibration_tokens"):
         facts.append(("calibration tokens", f"{report['calibration_tokens']:,}"))
     if "perplexity, pruned" in results:
@@ -84,6 +108,18 @@ def _by_layer(layers: list[Mapping]) -> list[str]:
     ]
 
 
+def _by_sublayer(layers: list[Mapping]) -> list[str]:
+    named = [{**layer, "name": f"{layer['name']}.{layer['kind']}", "share": layer["kept"] / layer["units"]} for layer in layers]
+    note = (
+        "<p>Relative squared error of the residual stream behind each sub-layer over the calibration tokens, with the errors of those "
+        "below; the scale is logarithmic.</p>"
+    )
+    return [
+        f"<h2>Heads and neurons left</h2>\n<p>Share of each block's.</p>\n{lines(_series(named, 'share', '{:.1%}'), x_label='block')}",
+        f"<h2>Error by sub-layer</h2>\n{note}\n{lines(_series(named, 'error', '{:.3e}'), x_label='block', log=True)}",
+    ]
+
+
 def _series(layers: list[Mapping], field: str, text: str) -> dict[str, list[Point]]:
     """One line for the linears that are named alike but for the number of their block."""
     series: dict[str, list[Point]] = {}
@@ -103,15 +139,11 @@ def _time(seconds: Mapping[str, float]) -> str:
     return f"<h2>Time by phase</h2>\n{bars(rows)}" if rows else ""
 
 
-def _table(layers: list[Mapping]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("linear", "shape", "pattern", "zeros", "error", "seconds"))
-    rows = []
-    for layer in layers:
-        error = "–" if layer["error"] is None else f"{layer['error']:.3e}"
-        cells = (layer["name"], " × ".join(map(str, layer["shape"])), layer["pattern"], f"{layer['sparsity']:.2%}", error)
-        rows.append("".join(f"<td>{escape(str(cell))}</td>" for cell in (*cells, f"{layer['seconds']:.2f}")))
+def _table(layers: list[Mapping], columns: Mapping[str, Callable[[Mapping], str]], what: str) -> str:
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    rows = ("".join(f"<td>{escape(text(layer))}</td>" for text in columns.values()) for layer in layers)
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<details>\n<summary>All {len(layers)} linears</summary>\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</details>"
+    return f"<details>\n<summary>All {len(layers)} {what}</summary>\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</details>"
 
 
 def _about(report: Mapping) -> str:

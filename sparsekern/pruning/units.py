@@ -74,7 +74,7 @@ def prune_units(
     report = StructuredReport(
         settings={**settings, "versions": environment(model)}, calibration_tokens=sum(batch.tokens for batch in batches)
     )
-    before = _sizes(model, encoder, batches)
+    before, dense_bytes = _sizes(model, encoder, batches), weight_bytes(model)
     bar = Progress(len(encoder.sublayers), progress)
     clock = Clock(next(model.parameters()).device)
     try:
@@ -90,8 +90,9 @@ def prune_units(
         bar.close()
     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
     if out is not None:
-        report.bytes = {"dense": weight_bytes(model), "saved": sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))}
+        report.bytes = {"dense": dense_bytes, "saved": sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))}
         report.to_json(os.path.join(out, "report.json"))
+        report.to_html(os.path.join(out, "report.html"))
         if complete is not None:
             complete(report)
         finish(out)

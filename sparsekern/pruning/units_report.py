@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 
 from .report import Report
@@ -55,10 +54,6 @@ class StructuredReport(Report):
 
     def _layer_dict(self, layer: UnitsReport) -> dict[str, object]:
         return asdict(layer)
-
-    def to_html(self, path: str | os.PathLike) -> None:
-        """Raises `TypeError`: the page shows zeros, of which a model that was cut has none; print the report or use `to_json`."""
-        raise TypeError("report: a model that was cut has no page of zeros; print the report or write it with to_json")
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)

@@ -1,0 +1,247 @@
+// Registers the ops that make packed weights, unpack them and multiply by them.
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/bitmask_layout.h"
+#include "common/nm_layout.h"
+#include "common/packed_rows.h"
+#include "cpu/tensors.h"
+
+namespace sparsekern::cpu {
+
+namespace {
+
+nm::Type nm_type_of(const Tensor& tensor, const char* message) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Char: return nm::Type::i8;
+    case ScalarType::BFloat16: return nm::Type::bf16;
+    case ScalarType::Half: return nm::Type::f16;
+    case ScalarType::Float: return nm::Type::f32;
+    default: throw std::invalid_argument(message);
+  }
+}
+
+struct Packed {
+  Tensor values, meta;
+};
+
+// Room for the packed form of a weight, whose shape is checked.
+Packed new_packed(const Tensor& weight) {
+  const nm::Format format = nm::format_of(static_cast<int>(weight.element_size()));
+  check(
+      weight.dim() == 2 && weight.size(0) % format.row_multiple == 0 && weight.size(1) % format.column_multiple() == 0,
+      "weight: expected a shape that the layout divides");
+  const int64_t rows = weight.size(0);
+  const int64_t columns = weight.size(1);
+  const ScalarType word = format.word_bits == 32 ? ScalarType::Int : ScalarType::Short;
+  return {
+      torch::stable::new_empty(weight, {rows, columns / 2}),
+      torch::stable::new_empty(weight, {rows, columns / format.columns_per_word()}, word)};
+}
+
+std::tuple<Tensor, Tensor> nm_pack_of(Tensor weight) {
+  const nm::Type type = nm_type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
+  Packed packed = new_packed(weight);
+  const Tensor dense = torch::stable::contiguous(weight);
+  nm_pack(
+      dense.const_data_ptr(), type, weight.size(0), weight.size(1), packed.values.mutable_data_ptr(),
+      packed.meta.mutable_data_ptr(), torch_executor());
+  return {packed.values, packed.meta};
+}
+
+std::tuple<Tensor, Tensor> nm_prune_pack_of(Tensor weight, std::optional<Tensor> scores) {
+  const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
+  Packed packed = new_packed(weight);
+  const Tensor dense = torch::stable::contiguous(weight);
+  DType scores_dtype = dtype;
+  if (scores) {
+    scores_dtype = dtype_of(*scores, "scores: expected dtype float32, bfloat16 or float16");
+    check(
+        scores->dim() == 2 && scores->size(0) == weight.size(0) && scores->size(1) == weight.size(1),
+        "scores: expected the shape of weight");
+    scores = torch::stable::contiguous(*scores);
+  }
+  nm_prune_pack(
+      dense.const_data_ptr(), dtype, scores ? scores->const_data_ptr() : nullptr, scores_dtype, weight.size(0), weight.size(1),
+      packed.values.mutable_data_ptr(), packed.meta.mutable_data_ptr(), torch_executor());
+  return {packed.values, packed.meta};
+}
+
+Tensor nm_unpack_of(Tensor values, Tensor meta) {
+  nm_type_of(values, "values: expected dtype bfloat16, float16, float32 or int8");
+  const auto element_size = static_cast<int>(values.element_size());
+  const nm::Format format = nm::format_of(element_size);
+  check(values.dim() == 2 && meta.dim() == 2, "values, meta: expected 2 dimensions");
+  const int64_t rows = values.size(0);
+  const int64_t columns = 2 * values.size(1);
+  check(
+      rows % format.row_multiple == 0 && columns % format.column_multiple() == 0,
+      "values: expected a shape that the layout divides");
+  check(
+      meta.scalar_type() == (format.word_bits == 32 ? ScalarType::Int : ScalarType::Short) && meta.size(0) == rows &&
+          meta.size(1) == columns / format.columns_per_word(),
+      "meta: expected the dtype and shape that go with values");
+  const Tensor dense_values = torch::stable::contiguous(values);
+  const Tensor dense_meta = torch::stable::contiguous(meta);
+  Tensor weight = torch::stable::new_empty(values, {rows, columns});
+  nm_unpack(
+      dense_values.const_data_ptr(), dense_meta.const_data_ptr(), element_size, rows, columns, weight.mutable_data_ptr(),
+      torch_executor());
+  return weight;
+}
+
+std::tuple<Tensor, Tensor> bitmask_pack_of(Tensor weight) {
+  const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
+  check(weight.dim() == 2, "weight: expected 2 dimensions");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t rows = weight.size(0);
+  const int64_t columns = weight.size(1);
+  Tensor bits = torch::stable::new_empty(weight, {rows, bitmask::bytes_per_row(columns)}, ScalarType::Byte);
+  std::vector<int64_t> starts(static_cast<size_t>(rows));
+  const int64_t count =
+      bitmask_mark(dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), torch_executor());
+  Tensor values = torch::stable::new_empty(weight, {count});
+  bitmask_gather(
+      dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), values.mutable_data_ptr(),
+      torch_executor());
+  return {values, bits};
+}
+
+Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
+  const DType dtype = dtype_of(values, "values: expected dtype float32, bfloat16 or float16");
+  check(values.dim() == 1, "values: expected 1 dimension");
+  check(
+      features >= 0 && bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte &&
+          bitmask.size(1) == bitmask::bytes_per_row(features),
+      "bitmask: expected uint8 [rows, ceil(features / 8)]");
+  const Tensor dense_values = torch::stable::contiguous(values);
+  const Tensor bits = torch::stable::contiguous(bitmask);
+  Tensor weight = torch::stable::new_empty(values, {bitmask.size(0), features});
+  bitmask_unpack(
+      dense_values.const_data_ptr(), dtype, values.size(0), static_cast<const uint8_t*>(bits.const_data_ptr()),
+      bitmask.size(0), features, weight.mutable_data_ptr(), torch_executor());
+  return weight;
+}
+
+// Products with packed weights are called for every token, so what needs no copy goes through no dispatcher.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+// Inputs and outputs of a product with packed weights.
+struct LinearTensors {
+  Tensor x, y;
+  std::optional<Tensor> bias;
+  DType dtype;
+  int64_t tokens, columns;
+
+  LinearTensors(const Tensor& x_, const Tensor& values, int64_t rows, const std::optional<Tensor>& bias_)
+      : x(dense(x_)), y(x), dtype(dtype_of(x_, "x: expected dtype float32, bfloat16 or float16")), tokens(1) {
+    check(x.dim() > 0, "x: expected at least 1 dimension");
+    check(values.scalar_type() == x.scalar_type(), "values: expected the dtype of x");
+    columns = x.size(x.dim() - 1);
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+      shape.push_back(x.size(i));
+      tokens *= x.size(i);
+    }
+    shape.push_back(rows);
+    y = torch::stable::new_empty(x, shape);
+    if (!bias_) return;
+    check(
+        bias_->dim() == 1 && bias_->size(0) == rows && bias_->scalar_type() == x.scalar_type(),
+        "bias: expected one value of the dtype of x for each row");
+    bias = dense(*bias_);
+  }
+
+  const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
+
+  // With bf16 arithmetic, PyTorch's product of many tokens is far faster than one in float32, also after the weight was expanded.
+  bool wants_dense_weight() const {
+    return tokens > kFewTokens && dtype == DType::bf16 && current_isa() >= Isa::avx512_bf16_emulated;
+  }
+
+  template <class Expand>
+  Tensor multiply_dense(int64_t rows, const Expand& expand) const {
+    Tensor weight = torch::stable::new_empty(x, {rows, columns});
+    expand(weight.mutable_data_ptr());
+    std::array<StableIValue, 3> stack{
+        torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+    if (torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) != 0) {
+      throw std::runtime_error("torch.nn.functional.linear failed on the expanded weight");
+    }
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+};
+
+Tensor bitmask_linear_of(Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, std::optional<Tensor> bias) {
+  check(order.dim() == 1 && order.scalar_type() == ScalarType::Int, "order: expected int32 [rows]");
+  const int64_t rows = order.size(0);
+  LinearTensors linear(x, values, rows, bias);
+  const int64_t lanes = packed_rows::lanes(size_of(linear.dtype));
+  check(
+      values.dim() == 1 && values.size(0) % lanes == 0 && values.size(0) / lanes >= packed_rows::kSlack,
+      "values: expected whole units, 64 of them to spare");
+  check(
+      bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Long && bitmask.size(0) == rows &&
+          bitmask.size(1) == packed_rows::words(linear.columns),
+      "bitmask: expected int64 [rows, ceil(in_features / 64)]");
+  check(
+      starts.dim() == 1 && starts.scalar_type() == ScalarType::Long && starts.size(0) == packed_rows::tiles(rows) + 1,
+      "starts: expected int64 [ceil(rows / 16) + 1]");
+  values = dense(values);
+  bitmask = dense(bitmask);
+  starts = dense(starts);
+  order = dense(order);
+  const BitmaskRows packed{
+      values.const_data_ptr(),
+      values.size(0),
+      static_cast<const uint64_t*>(bitmask.const_data_ptr()),
+      static_cast<const int64_t*>(starts.const_data_ptr()),
+      static_cast<const int32_t*>(order.const_data_ptr()),
+      rows};
+  if (linear.wants_dense_weight()) {
+    return linear.multiply_dense(rows, [&](void* weight) { bitmask_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
+  }
+  bitmask_linear(
+      linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),
+      linear.y.mutable_data_ptr(), torch_executor());
+  return linear.y;
+}
+
+Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, int64_t n, int64_t m, std::optional<Tensor> bias) {
+  check(n >= 1 && n < m && m <= packed_rows::kMostM, "n, m: expected 1 <= n < m <= 16");
+  check(values.dim() == 2 && codes.dim() == 2, "values, codes: expected 2 dimensions");
+  const int64_t rows = values.size(0);
+  LinearTensors linear(x, values, rows, bias);
+  const int64_t stored = packed_rows::stored_per_row(linear.columns, n, m, size_of(linear.dtype));
+  check(linear.columns % m == 0, "x: expected features divisible by m");
+  check(values.size(1) == stored, "values: expected as many in a row as the features of x take");
+  check(
+      codes.scalar_type() == ScalarType::Int && codes.size(0) == rows && codes.size(1) == stored * packed_rows::code_bits(m) / 32,
+      "codes: expected int32 of the shape that goes with values");
+  values = dense(values);
+  codes = dense(codes);
+  const NmRows packed{values.const_data_ptr(), static_cast<const uint32_t*>(codes.const_data_ptr()), rows, n, m};
+  if (linear.wants_dense_weight()) {
+    return linear.multiply_dense(rows, [&](void* weight) { nm_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
+  }
+  nm_linear(
+      linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),
+      linear.y.mutable_data_ptr(), torch_executor());
+  return linear.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  m.impl("bitmask_linear", TORCH_BOX(&bitmask_linear_of));
+  m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack_of));
+  m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
+  m.impl("nm_linear", TORCH_BOX(&nm_linear_of));
+  m.impl("nm_pack", TORCH_BOX(&nm_pack_of));
+  m.impl("nm_prune_pack", TORCH_BOX(&nm_prune_pack_of));
+  m.impl("nm_unpack", TORCH_BOX(&nm_unpack_of));
+}
+
+}  // namespace sparsekern::cpu
