@@ -7,6 +7,7 @@
 // bytes, so that their 16-bit values need no shuffle to become floats (a shift, a mask), and both are multiplied by the same x.
 // Nothing else uses the shuffle port; values and bits are two streams that are read in order, prefetched 4 KiB ahead.
 // A few tokens share the expanded registers. Many are a dense product of panels (packed_linear.h), bound by arithmetic.
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -133,6 +134,34 @@ SPARSEKERN_AVX512 const Unit* expand_avx512(
     end = std::max(end, unit);
   }
   return end;
+}
+
+// The stored rows of a tile: where the values of each lie, and its bits.
+struct TileRows {
+  const Unit* units[kLanes];
+  const uint64_t* bits[kLanes];
+  int rows;
+};
+
+// Columns to panel[16 * column + row], a word at a time, so that what is written stays in the first cache. The bits lead nowhere else.
+template <class T>
+SPARSEKERN_AVX512 void expand_panel_avx512(TileRows tile, int64_t columns, float* panel) {
+  const __m512i column_starts = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+  static_assert(kLanes == 16, "of the starts");
+  for (int64_t word = 0; word < packed_rows::words(columns); ++word) {
+    for (int row = 0; row < tile.rows; ++row) {
+      const Unit* unit = tile.units[row];
+      for (int part = 0; part < 4; ++part) {
+        const int64_t column = word * packed_rows::kWordColumns + part * 16, left = std::clamp<int64_t>(columns - column, 0, 16);
+        const uint32_t mask = bits_of_part(tile.bits[row] + word, part);
+        const __m512 weight =
+            floats_of_units<T>(_mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit), row % kUnitValues<T>);
+        _mm512_mask_i32scatter_ps(panel + column * kLanes + row, static_cast<__mmask16>((1u << left) - 1), column_starts, weight, 4);
+        unit += __builtin_popcount(mask);
+      }
+      tile.units[row] = unit;
+    }
+  }
 }
 
 // For each byte of bits the place of each column's value, with the sign bit set where there is none.
@@ -263,9 +292,40 @@ struct BitmaskWeight {
   }
 
   bool expand(int64_t tile, float* panel) const {
-    std::fill_n(panel, columns * kLanes, 0.0f);
     const int64_t first = tile * packed_rows::kTileRows;
+#if SPARSEKERN_X86
+    if (current_isa() >= Isa::avx512) {
+      const std::optional<TileRows> found = rows_of(tile);
+      if (!found) return false;
+      if (found->rows < kLanes) std::fill_n(panel, columns * kLanes, 0.0f);
+      expand_panel_avx512<T>(*found, columns, panel);
+      return true;
+    }
+#endif
+    std::fill_n(panel, columns * kLanes, 0.0f);
     return for_each_value(tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
+  }
+
+  // Nothing where the bits ask for more values or columns than there are.
+  std::optional<TileRows> rows_of(int64_t tile) const {
+    const int64_t first = tile * packed_rows::kTileRows;
+    const int64_t left_out = words * packed_rows::kWordColumns - columns;  // bits of the last word
+    TileRows found{{}, {}, static_cast<int>(std::min(packed_rows::kTileRows, rows - first))};
+    const Unit* next = units + packed.starts[tile];
+    for (int row = 0; row < found.rows; row += kUnitValues<T>) {
+      int64_t longest = 0;
+      for (int i = row; i < std::min(found.rows, row + kUnitValues<T>); ++i) {
+        found.units[i] = next;
+        found.bits[i] = bits_of(first + i);
+        if (left_out != 0 && found.bits[i][words - 1] >> (packed_rows::kWordColumns - left_out) != 0) return {};
+        int64_t values = 0;
+        for (int64_t word = 0; word < words; ++word) values += __builtin_popcountll(found.bits[i][word]);
+        longest = std::max(longest, values);
+      }
+      next += longest;
+      if (next > units + count) return {};
+    }
+    return found;
   }
 
   // The tile's rows to where they belong in the dense weight.

@@ -134,6 +134,30 @@ SPARSEKERN_AVX512 void multiply_any_avx512(const Row& row) {
   for (int token = 0; token < kTokens; ++token) out[token * out_stride] = add_up(sums[token]);
 }
 
+// The 16 rows of a tile, or those there are, to panel[16 * column + row], block by block, so that what is written stays in the first
+// cache. Only `stored` values a row are meant. False where a position lies behind the last column.
+template <class T, bool kWide>
+SPARSEKERN_AVX512 bool expand_panel_avx512(const Row* rows, int count, int64_t stored, int64_t columns, float* panel) {
+  const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
+  const __m512i end = _mm512_set1_epi32(static_cast<int>(columns));
+  for (int64_t block = 0; block < rows[0].blocks; ++block) {
+    for (int row = 0; row < count; ++row) {
+      const __m512i units = _mm512_loadu_si512(rows[row].units + block * kBlockUnits);
+#pragma GCC unroll 2
+      for (int run = 0; run < kUnitValues<T>; ++run) {
+        const int64_t i = block * kUnitValues<T> + run;
+        const auto positions = (__v16su)codes_of_run<kWide>(rows[row].codes, i) & (__v16su)code;
+        const __m512i column = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(rows[row].group_columns + i * kBlockUnits));
+        const auto meant = static_cast<__mmask16>((1u << std::clamp<int64_t>(stored - i * kBlockUnits, 0, kBlockUnits)) - 1);
+        if (_mm512_mask_cmpge_epu32_mask(meant, column, end) != 0) return false;
+        static_assert(kLanes == 16, "of the shift");
+        _mm512_mask_i32scatter_ps(panel + row, meant, (__m512i)((__v16su)column << 4), floats_of_units<T>(units, run), 4);
+      }
+    }
+  }
+  return true;
+}
+
 template <class T, int kTokens>
 SPARSEKERN_AVX2 void multiply_any_avx2(const Row& row) {
   const bool wide = row.code_bits == 4;
@@ -209,11 +233,18 @@ struct NmWeight {
   const Unit* units_of(int64_t row) const { return static_cast<const Unit*>(packed.values) + row * stored / kUnitValues<T>; }
   const uint32_t* codes_of(int64_t row) const { return packed.codes + row * stored * code_bits / 32; }
 
+  Row row_of(int64_t row) const {
+    return {units_of(row), codes_of(row), stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, packed.n, nullptr, 0, nullptr, 0};
+  }
+
   bool multiply(int64_t tile, const TokenBlock& block) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
     for (int64_t i = first; i < end; ++i) {
-      Row row{units_of(i), codes_of(i), stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, packed.n, block.x, block.x_stride,
-              block.sums + i - first, block.sums_stride};
+      Row row = row_of(i);
+      row.x = block.x;
+      row.x_stride = block.x_stride;
+      row.sums = block.sums + i - first;
+      row.sums_stride = block.sums_stride;
       for (int64_t token = 0; token < block.tokens;) {
         const int64_t left = block.tokens - token;
         const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
@@ -229,6 +260,15 @@ struct NmWeight {
   bool expand(int64_t tile, float* panel) const {
     std::fill_n(panel, columns * kLanes, 0.0f);
     const int64_t first = tile * packed_rows::kTileRows;
+#if SPARSEKERN_X86
+    if (current_isa() >= Isa::avx512) {
+      Row tile_rows[kLanes];
+      const int count = static_cast<int>(std::min(packed_rows::kTileRows, rows - first));
+      for (int row = 0; row < count; ++row) tile_rows[row] = row_of(first + row);
+      const auto expand_panel = code_bits == 2 ? &expand_panel_avx512<T, false> : &expand_panel_avx512<T, true>;
+      return expand_panel(tile_rows, count, columns / packed.m * packed.n, columns, panel);
+    }
+#endif
     return for_each_value(tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
   }
 

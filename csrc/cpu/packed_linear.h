@@ -63,6 +63,7 @@ struct TokenBlock {
 //   bool expand(int64_t tile, float* panel) const;               // column j of the tile's rows to panel[16 * j], zeros included
 //   bool expand_rows(int64_t tile, T* weight) const;             // the tile's rows to where they belong in the dense weight
 // where false says that the packed tensors contradict one another.
+
 // Where outputs go: y[token][order[i]] = sum + bias[order[i]] for stored row i; without `order` the rows are stored as they come.
 template <class T>
 struct Output {
@@ -72,11 +73,33 @@ struct Output {
   const T* bias;  // null: none
 
   void write(int64_t token, int64_t first, int64_t count, const float* sums) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = order == nullptr ? first + i : order[first + i];
-      y[token * rows + row] = from_float<T>(sums[i] + (bias == nullptr ? 0.0f : to_float(bias[row])));
+    for (int64_t i = 0; i < count; ++i) y[token * rows + row_of(first + i)] = from_float<T>(sums[i] + bias_of(first + i));
+  }
+
+  // As `write` for all tokens and a panel, but stored row i goes to y[token][i], which is in one piece, for `put_in_order`.
+  void write_stored(int64_t first, int64_t count, int64_t tokens, const float* sums) const {
+    float added[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) added[i] = bias_of(first + i);
+    for (int64_t token = 0; token < tokens; ++token) {
+      T* out = y + token * rows + first;
+      for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(sums[token * kLanes + i] + added[i]);
     }
   }
+
+  void put_in_order(int64_t tokens, const Executor& executor) const {
+    if (order == nullptr) return;
+    parallel_for(executor, tokens, 1 + 65536 / (rows + 1), [&](int64_t begin, int64_t end) {
+      const auto stored = allocate<T>(rows);
+      for (int64_t token = begin; token < end; ++token) {
+        std::copy_n(y + token * rows, rows, stored.get());
+        for (int64_t i = 0; i < rows; ++i) y[token * rows + order[i]] = stored[i];
+      }
+    });
+  }
+
+ private:
+  int64_t row_of(int64_t i) const { return order == nullptr ? i : order[i]; }
+  float bias_of(int64_t i) const { return bias == nullptr ? 0.0f : to_float(bias[row_of(i)]); }
 };
 
 template <class Weight, class T>
@@ -104,8 +127,8 @@ bool multiply_tiles_by_many(
   std::fill_n(sums.get(), count * out_panel, 0.0f);
   multiply_add(x, weight.columns, x.outputs, 1.0f, expanded.get(), panel, sums.get(), out_panel, count);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = (first + i) * kLanes, rows = std::min(kLanes, weight.rows - row);
-    for (int64_t token = 0; token < x.outputs; ++token) output.write(token, row, rows, sums.get() + i * out_panel + token * kLanes);
+    const int64_t row = (first + i) * kLanes;
+    output.write_stored(row, std::min(kLanes, weight.rows - row), x.outputs, sums.get() + i * out_panel);
   }
   return true;
 }
@@ -129,6 +152,7 @@ bool packed_product(const Weight& weight, const Activations& x, const Output<T>&
   for_each_tile(tiles, executor, [&](int64_t first, int64_t count) {
     if (!multiply_tiles_by_many(weight, first, count, multiplier, multiply_add, output)) sound = false;
   });
+  output.put_in_order(x.tokens, executor);
   return sound;
 }
 
