@@ -239,30 +239,20 @@ void obs_sweep(
     float* row_error,
     const Executor& executor);
 
-// The auxiliary activations of SparseLLM (cpu/split.h); `ratio` is positive, all arrays hold `entries` elements of `dtype`.
-void plain_split(
-    const void* activated,
-    const void* preactivation,
-    const void* start,
-    DType dtype,
-    int64_t entries,
-    Activation activation,
-    float ratio,
-    int64_t steps,
-    void* z,
-    const Executor& executor);
-void gated_split(
-    const void* activated,
-    const void* up,
-    const void* gate,
-    const void* start,
-    DType dtype,
-    int64_t entries,
-    Activation activation,
-    float ratio,
-    int64_t steps,
-    void* z,
-    void* s,
-    const Executor& executor);
+// What the auxiliary activations of SparseLLM are found from (cpu/split.h): arrays of `entries` elements of `dtype`.
+struct SplitProblem {
+  const void* activated;
+  const void* up;    // null where the network has no gate
+  const void* gate;  // the pre-activation where it has none
+  const void* start;
+  DType dtype;
+  int64_t entries;
+  Activation activation;
+  float ratio;  // above 0
+  int64_t steps;
+};
+
+void plain_split(const SplitProblem& problem, void* z, const Executor& executor);
+void gated_split(const SplitProblem& problem, void* z, void* s, const Executor& executor);
 
 }  // namespace sparsekern::cpu

@@ -2,15 +2,11 @@
 //
 // ReLU has a closed form, so that the three reads and the write are all it costs; the smooth activations are bound by the exponentials
 // of split.h. Every entry is on its own, so the result does not depend on the threads.
-#include "cpu/dispatch.h"
-#include "cpu/kernels.h"
 #include "cpu/split.h"
 
 namespace sparsekern::cpu {
 
 namespace {
-
-constexpr int64_t kGrain = 1 << 12;
 
 // On either side of zero the objective is a parabola; the lower of the two minima, of equal ones that of the active side.
 template <class T>
@@ -27,38 +23,19 @@ SPARSEKERN_INLINE void relu_range(split::Inputs<T> in, split::Outputs<T> out, in
   }
 }
 
-template <auto kRange, class T>
-void run(const split::Inputs<T>& in, const split::Outputs<T>& out, int64_t entries, float ratio, int64_t steps, const Executor& executor) {
-  const auto entry = Entries<kRange>::choose();
-  parallel_for(executor, entries, kGrain, [&](int64_t begin, int64_t end) { entry(in, out, begin, end, ratio, steps); });
-}
-
 }  // namespace
 
-void plain_split(
-    const void* activated,
-    const void* preactivation,
-    const void* start,
-    DType dtype,
-    int64_t entries,
-    Activation activation,
-    float ratio,
-    int64_t steps,
-    void* z,
-    const Executor& executor) {
-  dispatch_dtype(dtype, [&](auto* type) {
+void plain_split(const SplitProblem& problem, void* z, const Executor& executor) {
+  dispatch_dtype(problem.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const split::Inputs<T> in{
-        static_cast<const T*>(activated), nullptr, static_cast<const T*>(preactivation), static_cast<const T*>(start)};
     const split::Outputs<T> out{nullptr, static_cast<T*>(z)};
-    switch (activation) {
-      case Activation::silu: return run<&split::split_range<false, Activation::silu, T>>(in, out, entries, ratio, steps, executor);
-      case Activation::gelu: return run<&split::split_range<false, Activation::gelu, T>>(in, out, entries, ratio, steps, executor);
-      case Activation::gelu_tanh:
-        return run<&split::split_range<false, Activation::gelu_tanh, T>>(in, out, entries, ratio, steps, executor);
+    switch (problem.activation) {
+      case Activation::silu: return split::run<&split::split_range<false, Activation::silu, T>>(problem, out, executor);
+      case Activation::gelu: return split::run<&split::split_range<false, Activation::gelu, T>>(problem, out, executor);
+      case Activation::gelu_tanh: return split::run<&split::split_range<false, Activation::gelu_tanh, T>>(problem, out, executor);
       case Activation::relu: break;
     }
-    return run<&relu_range<T>>(in, out, entries, ratio, steps, executor);
+    return split::run<&relu_range<T>>(problem, out, executor);
   });
 }
 

@@ -181,9 +181,9 @@ struct Alike {
 Tensor plain_split_of(Tensor activated, Tensor preactivation, Tensor start, std::string activation, double ratio, int64_t steps) {
   const Alike<3> in({activated, preactivation, start});
   Tensor z = in.new_one();
-  plain_split(
-      in.data(0), in.data(1), in.data(2), in.dtype, activated.numel(), activation_of(activation), static_cast<float>(ratio),
-      steps, z.mutable_data_ptr(), torch_executor());
+  const SplitProblem problem{in.data(0), nullptr, in.data(1), in.data(2), in.dtype, activated.numel(), activation_of(activation),
+                             static_cast<float>(ratio), steps};
+  plain_split(problem, z.mutable_data_ptr(), torch_executor());
   return z;
 }
 
@@ -191,9 +191,9 @@ std::tuple<Tensor, Tensor> gated_split_of(
     Tensor activated, Tensor up, Tensor gate, Tensor start, std::string activation, double ratio, int64_t steps) {
   const Alike<4> in({activated, up, gate, start});
   Tensor z = in.new_one(), s = in.new_one();
-  gated_split(
-      in.data(0), in.data(1), in.data(2), in.data(3), in.dtype, activated.numel(), activation_of(activation),
-      static_cast<float>(ratio), steps, z.mutable_data_ptr(), s.mutable_data_ptr(), torch_executor());
+  const SplitProblem problem{in.data(0), in.data(1), in.data(2), in.data(3), in.dtype, activated.numel(), activation_of(activation),
+                             static_cast<float>(ratio), steps};
+  gated_split(problem, z.mutable_data_ptr(), s.mutable_data_ptr(), torch_executor());
   return {z, s};
 }
 

@@ -12,7 +12,10 @@
 
 #include "common/dtype.h"
 #include "cpu/activation.h"
+#include "cpu/dispatch.h"
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace sparsekern::cpu::split {
 
@@ -31,6 +34,7 @@ struct Outputs {
   T* s;
 };
 
+constexpr int64_t kGrain = 1 << 12;
 constexpr int64_t kLanes = 64;  // entries at a time: their state stays in L1
 constexpr float kStarts[] = {-1.25f, 0.0f, 1.0f, 3.0f};  // near the minimum, at zero, and where the slope is about one
 
@@ -130,6 +134,18 @@ SPARSEKERN_INLINE void split_range(Inputs<T> in, Outputs<T> out, int64_t begin, 
     const Outputs<T> there{kGated ? out.z + i : nullptr, out.s + i};
     split_lanes<kGated, kActivation>(here, there, std::min(kLanes, end - i), ratio, steps);
   }
+}
+
+// All entries, by the range of the current ISA.
+template <auto kRange, class T>
+void run(const SplitProblem& problem, const Outputs<T>& out, const Executor& executor) {
+  const auto entry = Entries<kRange>::choose();
+  const Inputs<T> in{
+      static_cast<const T*>(problem.activated), static_cast<const T*>(problem.up), static_cast<const T*>(problem.gate),
+      static_cast<const T*>(problem.start)};
+  parallel_for(executor, problem.entries, kGrain, [&](int64_t begin, int64_t end) {
+    entry(in, out, begin, end, problem.ratio, problem.steps);
+  });
 }
 
 }  // namespace sparsekern::cpu::split
