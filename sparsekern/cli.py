@@ -200,7 +200,3 @@ def _run_prune(arguments: argparse.Namespace) -> None:
 def _run_info(arguments: argparse.Namespace) -> None:
     found = info()
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

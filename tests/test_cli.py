@@ -48,7 +48,7 @@ def test_prune_from_pretrained_eval(model, text, tmp_path):
     out = tmp_path / "pruned model"
     command = ["prune", model, "--calibration", text, "--samples", "8", "--length", "32", "--evaluate", "--text", text]
     done = subprocess.run(
-        [sys.executable, "-m", "sparsekern.cli", *command, "--windows", "3", "--out", str(out)], capture_output=True, text=True
+        [sys.executable, "-m", "sparsekern", *command, "--windows", "3", "--out", str(out)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     for line in (
@@ -83,7 +83,7 @@ def test_prune_from_pretrained_eval(model, text, tmp_path):
     ]
 
     done = subprocess.run(
-        [sys.executable, "-m", "sparsekern.cli", "eval", str(out), "--text", text, "--length", "64", "--windows", "3"],
+        [sys.executable, "-m", "sparsekern", "eval", str(out), "--text", text, "--length", "64", "--windows", "3"],
         capture_output=True,
         text=True,
     )
