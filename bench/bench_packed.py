@@ -74,11 +74,12 @@ def run_smollm2(wikitext: Path, tokens: int, samples: int, windows: int) -> list
     rows = [size_row(name, dense, packed), *speed_rows(name, comparison, goal=1.25)]
     rows.append(logits_row(name, exact, dense, packed, ids[:1, :128]))
     text = encode(read_documents(wikitext / "test.txt"), words)[: windows * smollm2.WINDOW]
-    found = [sparsekern.perplexity(model, text, length=smollm2.WINDOW) for model in (packed, dense, exact)]
+    models = (packed, dense, exact, packed_copy(exact))
+    found = [sparsekern.perplexity(model, text, length=smollm2.WINDOW) for model in models]
     same = f"{found[0]:.3g}" == f"{found[1]:.3g}"
     what = f"{name}: perplexity of {windows} x {smollm2.WINDOW} tokens of WikiText-2"
-    against = f"dense with zeros {found[1]:.5g} (in float32 {found[2]:.5g})"
-    figures = dict(zip(("packed", "dense", "float32"), found, strict=True))
+    against = f"dense with zeros {found[1]:.5g} (in float32 {found[2]:.5g}, packed {found[3]:.5g})"
+    figures = dict(zip(("packed", "dense", "float32", "packed float32"), found, strict=True))
     return [*rows, Row(SECTION, what, f"{found[0]:.5g}", against, "equal to three digits", same, figures)]
 
 

@@ -132,8 +132,9 @@ def bench_command(arguments: argparse.Namespace) -> None:
         _checked(lambda: format_of(arguments.format))
     device = _checked(lambda: _device(arguments.device))
     _checked(lambda: _check_counts(arguments, ("tokens", "prompt_length", "rounds")))
+    _checked(lambda: _check_plot(arguments.plot))
     _say(f"loading {arguments.model}")
-    model, _ = _load(arguments, device)
+    model = _load_model(arguments, device)
     if is_packed(model):
         dense, packed = unpacked_copy(model), model
     else:
@@ -240,6 +241,15 @@ def _check_counts(arguments: argparse.Namespace, names: Iterable[str]) -> None:
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {arguments.dtype!r}")
 
 
+def _check_plot(plot: str | None) -> None:
+    if plot is None:
+        return
+    if not plot.endswith(".svg"):
+        raise ValueError(f"plot: expected a file name that ends in .svg, got {plot!r}")
+    if not Path(plot).parent.is_dir():
+        raise ValueError(f"plot: there is no folder {str(Path(plot).parent)!r} to put {Path(plot).name!r} in")
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -253,12 +263,15 @@ def _device(name: str) -> torch.device:
 
 
 def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, object]:
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    return _load_model(arguments, device), tokenizer
+
+
+def _load_model(arguments: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    model = load(arguments.model, dtype=arguments.dtype, device=device, trust_remote_code=arguments.trust_remote_code)
-    return model, tokenizer
+    return load(arguments.model, dtype=arguments.dtype, device=device, trust_remote_code=arguments.trust_remote_code)
 
 
 def _window_length(length: int | None, model: torch.nn.Module) -> int:

@@ -26,6 +26,7 @@ from ._commands import (
 from .backends.libraries import check_isa
 from .data import calibration_ids
 from .pruning import ContinualReport, check_seed, prune_continually
+from .pruning.report_html import continual_page
 from .runtime import check_format, check_output_folder, check_space, model_card, save, versions
 from .runtime.save import DENSE
 
@@ -93,6 +94,7 @@ def _complete(model: torch.nn.Module, out: Path, report: ContinualReport, settin
     (out / "README.md").write_text(card, encoding="utf-8")
     whole = {"command": command, **report.to_dict(), "versions": versions()}
     (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(continual_page(whole), encoding="utf-8")
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:

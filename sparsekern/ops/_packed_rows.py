@@ -120,6 +120,13 @@ def _in_units(values: torch.Tensor, to: bool) -> torch.Tensor:
     return values.view(-1, blocks, *shape).transpose(2, 3).flatten(1) if values.numel() else values
 
 
+def fill_of(values: torch.Tensor, kept: int) -> torch.Tensor:
+    """What `[rows, stored]` values hold behind the first `kept` of each row in the order of columns."""
+    block = block_values(values.dtype)
+    first = kept // block * block
+    return _in_units(values[:, first:].contiguous(), to=False)[:, kept - first :]
+
+
 def pack_nm_rows(weight: torch.Tensor, n: int, m: int) -> dict[str, torch.Tensor]:
     """The first N of each group where it has more non-zeros: callers check that it has not."""
     rows, columns = weight.shape

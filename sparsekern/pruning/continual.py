@@ -123,7 +123,9 @@ def prune_continually(
         run.write_weights(known.step(len(known.steps)))
     report = ContinualReport({**known.settings, "versions": environment(model)}, known.dense, known.steps)
     if out is not None:
-        report.to_json(save(model, out) / "report.json")
+        folder = save(model, out)
+        report.to_json(folder / "report.json")
+        report.to_html(folder / "report.html")
     return report
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .files import write_atomically
+from .report_html import continual_page
 
 
 @dataclass
@@ -78,6 +79,10 @@ class ContinualReport:
     def to_json(self, path: str | os.PathLike) -> None:
         """Write everything as JSON; the file is there whole or not at all."""
         write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Write a page with the perplexities as a plot and a table; the file is there whole or not at all."""
+        write_atomically(Path(path), continual_page(self.to_dict()).encode())
 
     def __str__(self) -> str:
         first = max(map(len, ["after", "dense", *self.names]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from html import escape
+from typing import NamedTuple
 
 from .._svg import Bar, Point, bars, lines
 
@@ -41,6 +42,13 @@ UNIT_COLUMNS: dict[str, Callable[[Mapping], str]] = {
 }
 
 
+class Step(NamedTuple):
+    """A row of a continual run's perplexities."""
+
+    name: str
+    perplexity: Mapping[str, float]
+
+
 def html_page(report: Mapping) -> str:
     """The page of what `Report.to_dict` gives, that of a `StructuredReport` included; `command` and `results` of the command line are
     shown where they are there."""
@@ -48,7 +56,39 @@ def html_page(report: Mapping) -> str:
     cut = "flops_removed" in report
     sections = [_facts(report), _perplexity(report.get("results", {})), _size(report.get("bytes", {}))]
     sections += _by_sublayer(layers) if cut else _by_layer(layers)
-    sections += [_time(report["seconds"]), _table(layers, *((UNIT_COLUMNS, "sub-layers") if cut else (COLUMNS, "linears"))), _about(report)]
+    sections += [_time(report["seconds"]), _table(layers, *((UNIT_COLUMNS, f"{len(layers)} sub-layers") if cut else (COLUMNS, f"{len(layers)} linears"))), _about(report)]
+    return _page(sections)
+
+
+def continual_page(report: Mapping) -> str:
+    """The page of what `ContinualReport.to_dict` gives; `command` is shown where it is there."""
+    settings, steps = report["settings"], report["steps"]
+    facts = [("method", settings.get("method", {}).get("name")), ("strategy", settings.get("strategy")), ("data sets", len(steps))]
+    if report["average_perplexity"] is not None:
+        facts.append(("average perplexity", f"{report['average_perplexity']:.4g}"))
+    if report["backward_transfer"] is not None:
+        facts.append(("backward transfer (negative: forgetting)", f"{report['backward_transfer']:+.3g}"))
+    rows = ([Step("dense", report["dense"])] if report["dense"] else []) + [Step(step["name"], step["perplexity"]) for step in steps]
+    series: dict[str, list[Point]] = {}
+    for x, row in enumerate(rows, start=0 if report["dense"] else 1):
+        for name, value in row.perplexity.items():
+            series.setdefault(name, []).append(Point(x, value, f"{name}, after {row.name}: {value:.4g}"))
+    columns = {"after": lambda row: row.name}
+    columns |= {name: lambda row, name=name: f"{row.perplexity[name]:.4g}" if name in row.perplexity else "–" for name in report["names"]}
+    plot = lines(series, x_label="data sets taken in", log=True)
+    seconds = bars([Bar(step["name"], step["seconds"], f"{step['seconds']:.1f} s") for step in steps])
+    return _page(
+        [
+            _fact_list(facts),
+            f"<h2>Perplexity of each data set, step by step</h2>\n<p>The scale is logarithmic; lower is better.</p>\n{plot}" if plot else "",
+            f"<h2>Time by data set</h2>\n{seconds}",
+            _table(rows, columns, "perplexities"),
+            _about(report),
+        ]
+    )
+
+
+def _page(sections: list[str]) -> str:
     body = "\n".join(section for section in sections if section)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>sparsekern: pruning report</title>\n'
@@ -72,6 +112,10 @@ def _facts(report: Mapping) -> str:
         facts.append(("perplexity", f"{results['perplexity, pruned']:.4g}"))
     if "total" in report["seconds"]:
         facts.append(("seconds", f"{report['seconds']['total']:.1f}"))
+    return _fact_list(facts)
+
+
+def _fact_list(facts: list[tuple[str, object]]) -> str:
     shown = "".join(f"<div><b>{escape(str(value))}</b>{escape(name)}</div>" for name, value in facts if value is not None)
     return f'<div class="facts">{shown}</div>'
 
@@ -139,11 +183,11 @@ def _time(seconds: Mapping[str, float]) -> str:
     return f"<h2>Time by phase</h2>\n{bars(rows)}" if rows else ""
 
 
-def _table(layers: list[Mapping], columns: Mapping[str, Callable[[Mapping], str]], what: str) -> str:
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    rows = ("".join(f"<td>{escape(text(layer))}</td>" for text in columns.values()) for layer in layers)
+def _table(rows_of: list, columns: Mapping[str, Callable[[object], str]], what: str) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    rows = ("".join(f"<td>{escape(text(layer))}</td>" for text in columns.values()) for layer in rows_of)
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<details>\n<summary>All {len(layers)} {what}</summary>\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</details>"
+    return f"<details>\n<summary>All {what}</summary>\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</details>"
 
 
 def _about(report: Mapping) -> str:

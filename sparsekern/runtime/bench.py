@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from .._svg import Bar, bars
+from ..models.linears import linear_weight
 from .packing import weight_bytes
+from .sparse_linear import SparseLinear
 
 # Relative difference of logits above which the two are not the same model: some tens of roundings, as a deep model adds them up.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -79,8 +81,11 @@ def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, to
         rounds: of timing, after one to warm up.
 
     Raises:
-        ValueError: counts below 1, more tokens than the model has positions, or logits that differ by more than rounding.
+        ValueError: a model that does not generate; counts below 1, or more tokens than the model has positions; packed weights that
+            are not the dense ones, or logits that differ by more than rounding; tokens too few to be timed.
     """
+    if not (callable(getattr(dense, "can_generate", None)) and dense.can_generate()):
+        raise ValueError(f"dense: expected a causal language model of transformers, which generates; got {type(dense).__name__}")
     for name, value in (("prompt_length", prompt_length), ("tokens", tokens), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -90,6 +95,7 @@ def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, to
     generator = torch.Generator().manual_seed(0)
     vocabulary = dense.get_input_embeddings().num_embeddings
     prompt = torch.randint(vocabulary, (1, prompt_length), generator=generator).to(dense.device)
+    _check_weights(dense, packed)
     difference = _logit_difference(dense, packed, prompt)
     generated = [_generate(model, prompt, tokens + 1) for model in (dense, packed)]  # a warm-up too
     same = (generated[0] == generated[1]).long().cumprod(0)[:tokens].sum()
@@ -101,7 +107,9 @@ def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, to
     median = {key: statistics.median(taken) for key, taken in seconds.items()}
     measured = []
     for which, model in enumerate((dense, packed)):
-        first, rest = median[which, 1], max(1e-9, median[which, tokens + 1] - median[which, 1])
+        first, rest = median[which, 1], median[which, tokens + 1] - median[which, 1]
+        if rest <= 0:
+            raise ValueError(f"tokens: {tokens} take no longer than what the clock is unsure of; generate more, or take more rounds")
         measured.append(Measured(saved_bytes(model), weight_bytes(model), prompt_length / first, tokens / rest))
     return Comparison(*measured, difference, int(same), tokens, prompt_length, torch.get_num_threads())
 
@@ -112,8 +120,22 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(tensors.values())
 
 
+def _check_weights(dense: nn.Module, packed: nn.Module) -> None:
+    """Rounding moves logits about as far as one bad layer of many does, so the weights themselves are compared, layer by layer."""
+    for name, layer in packed.named_modules():
+        if isinstance(layer, SparseLinear) and not torch.equal(layer.dense_weight(), linear_weight(dense.get_submodule(name))):
+            raise ValueError(f"packed: the weight of {name} is not that of the dense model")
+
+
+def _logits(model: nn.Module, prompt: torch.Tensor) -> torch.Tensor:
+    """Of all tokens of the prompt, and of one more that is run by itself, as decoding does."""
+    many = model(input_ids=prompt, use_cache=True)
+    one = model(input_ids=prompt[:, -1:], past_key_values=many.past_key_values, use_cache=True)
+    return torch.cat((many.logits, one.logits), dim=1).float()
+
+
 def _logit_difference(dense: nn.Module, packed: nn.Module, prompt: torch.Tensor) -> float:
-    expected, found = (model(input_ids=prompt, use_cache=False).logits.float() for model in (dense, packed))
+    expected, found = (_logits(model, prompt) for model in (dense, packed))
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= TOLERANCE[dense.dtype]:
         raise ValueError(

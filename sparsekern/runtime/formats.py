@@ -233,6 +233,8 @@ class NMPacked(Format):
         kept = columns // self.m * self.n
         if place[:, kept:].any():
             raise ValueError(f"codes: expected zeros after the {kept} positions of a row")
+        if rows_layout.fill_of(tensors["values"], kept).any():  # NaN counts; it would reach every output of the row
+            raise ValueError(f"values: expected zeros after the {kept} values of a row")
         place = place[:, :kept].view(rows, columns // self.m, self.n)
         wrong = (place >= self.m).any(-1) | (place.diff(dim=-1) <= 0).any(-1)
         if wrong.any():

@@ -69,6 +69,7 @@ run(COPAL(), "b", state={str(tmp_path / "state")!r}, out={str(tmp_path / "out")!
     subprocess.run([sys.executable, "-c", script], check=True)
     assert same(sparsekern.load(tmp_path / "out"), weights(whole))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "Time by data set" in (tmp_path / "out" / "report.html").read_text()
     assert report["names"] == ["a", "b"] and report["settings"]["method"]["name"] == "copal"
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 from xml.etree import ElementTree
 
@@ -6,16 +7,16 @@ import torch
 
 import sparsekern
 from sparsekern.cli import main
+from sparsekern.runtime import bench
 from sparsekern.runtime.bench import compare, saved_bytes
 from sparsekern.runtime.packing import packed_copy
-from tests import tiny
+from tests import encoders
 from tests.runtime import packed
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    words = tiny.tokenizer()
-    return str(sparsekern.save(packed.llama(), tmp_path_factory.mktemp("bench") / "dense", tokenizer=words))
+    return str(sparsekern.save(packed.llama(), tmp_path_factory.mktemp("bench") / "dense"))
 
 
 def test_it_measures_both(tmp_path):
@@ -38,7 +39,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert float(table[1].split()[-1]) < 1 and "the first 4 tokens generated are the same" in table[5]
     assert len(list(ElementTree.parse(tmp_path / "bench.svg").iter("{http://www.w3.org/2000/svg}rect"))) == 5
 
-    again = sparsekern.save(sparsekern.load(folder), tmp_path / "packed", "packed", tokenizer=tiny.tokenizer())
+    again = sparsekern.save(sparsekern.load(folder), tmp_path / "packed", "packed")
     assert main(["bench", str(again), *command[2:], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["packed"]["disk"] < found["dense"]["disk"] and found["tokens"] == 4
@@ -47,15 +48,34 @@ def test_the_command(folder, tmp_path, capsys):
 def test_two_models_that_are_not_the_same():
     model = packed.llama()
     other = packed_copy(model)
-    other.model.layers[0].mlp.up_proj.values.mul_(-1)
+    other.model.norm = copy.deepcopy(other.model.norm)  # what is not packed is shared
+    other.model.norm.weight.data.mul_(1.01)
     with pytest.raises(ValueError, match="packed: its logits differ from the dense model's by .* of their norm; rounding explains 0.001"):
         compare(model, other, prompt_length=8, tokens=4)
+    other.model.layers[1].mlp.up_proj.values[:8] *= 1.01
+    with pytest.raises(ValueError, match="packed: the weight of model.layers.1.mlp.up_proj is not that of the dense model"):
+        compare(model, other, prompt_length=8, tokens=4)
+
+
+def test_a_model_that_does_not_generate():
+    encoder = encoders.tiny("bert")
+    with pytest.raises(ValueError, match="dense: expected a causal language model .* got BertModel"):
+        compare(encoder, encoder)
+
+
+def test_a_decode_too_short_for_the_clock(monkeypatch):
+    model = packed.llama()
+    monkeypatch.setattr(bench, "_timed", lambda model, prompt, tokens: 0.5)
+    with pytest.raises(ValueError, match="tokens: 4 take no longer than what the clock is unsure of"):
+        compare(model, packed_copy(model), prompt_length=8, tokens=4)
 
 
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
         (["--tokens", "0"], 2, "tokens: expected at least 1, got 0"),
+        (["--plot", "bench.png"], 2, "plot: expected a file name that ends in .svg, got 'bench.png'"),
+        (["--plot", "nowhere/bench.svg"], 2, "plot: there is no folder 'nowhere' to put 'bench.svg' in"),
         (["--format", "onnx"], 2, "format: expected 'bitmask' or 'N:M', got 'onnx'"),
         (["--prompt-length", "60"], 1, "prompt_length, tokens: expected at most 63 together"),
         (["--format", "1:4"], 1, "none of its 15 linear layers gets smaller with format='1:4'"),
