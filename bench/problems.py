@@ -1,10 +1,12 @@
-"""The layer that the solvers are measured on: a Gram matrix of correlated activations, conditioned like that of a real layer."""
+"""What the solvers are measured on, conditioned like a real layer, and plain forms of them that they are measured against."""
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 DAMPING = 0.01
+CG_ITERATIONS = 10
 
 
 def gram_of(generator: torch.Generator, features: int) -> torch.Tensor:
@@ -49,3 +51,34 @@ def plain_admm_step_(
     changed = (kept != mask).sum()
     mask.copy_(kept)
     return changed
+
+
+def conjugate_gradients(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The public program's solution, with one product an iteration in place of its three."""
+    scale = gram.diagonal().sqrt()
+    gram, target = gram / scale / scale[:, None], weight * scale
+    solution = target * mask
+    residual = ((target - solution) @ gram) * mask
+    direction, power = residual, residual.square().sum(1)
+    for _ in range(CG_ITERATIONS):
+        product = direction @ gram
+        alpha = (power / (direction * product).sum(1).clamp_min(1e-30))[:, None]
+        solution = solution + alpha * direction
+        residual = residual - alpha * product * mask
+        power, last = residual.square().sum(1), power
+        direction = residual + (power / last.clamp_min(1e-30))[:, None] * direction
+    return solution / scale
+
+
+def gradient_steps(p, up, gate, s) -> tuple[torch.Tensor, torch.Tensor]:
+    """The public program's updates for alpha = gamma = 5: z in closed form, then two steps of s through autograd."""
+    z = (up + F.silu(s) * p) / (F.silu(s).square() + 1)
+    for _ in range(2):
+        s = s.detach().requires_grad_()
+        (5 * (s - gate).square().sum() + 5 * (p - F.silu(s) * z).square().sum()).backward()
+        s = s - 0.01 * s.grad
+    return z, s.detach()
+
+
+def gated_objective(p, up, gate, z, s) -> torch.Tensor:
+    return (p - F.silu(s) * z).square() + (z - up).square() + (s - gate).square()

@@ -10,7 +10,7 @@ from sparsekern import ops
 from sparsekern.ops.topk_mask import reference as topk_by_sort
 from tests.textbook import textbook_sparsegpt, textbook_sweep
 
-from ..problems import DAMPING, plain_admm_step_
+from ..problems import DAMPING
 from .cases import Faster, NotHere, Place, Problem, Within, case
 
 TEXTBOOK = {"2:4": {"n_zeros": 2, "m": 4}, 0.5: {"sparsity": 0.5}}
@@ -252,42 +252,6 @@ def sweep_by_row(place: Place) -> Problem:
 @case("obs_sweep 4096x4096 50 % of all", "obs_sweep")
 def sweep_of_all(place: Place) -> Problem:
     return sweep(place, place.size(4096, 256), place.size(4096, 256), 0.5, scope="matrix")
-
-
-@case("admm_step_ 4096x4096 50 % of all", "admm_step_")
-def admm_step_of_all(place: Place) -> Problem:
-    return admm_step(place, 0.5)
-
-
-@case("admm_step_ 4096x4096 2:4", "admm_step_")
-def admm_step_of_groups(place: Place) -> Problem:
-    return admm_step(place, "2:4")
-
-
-def admm_step(place: Place, pattern: str | float) -> Problem:
-    """From a fresh copy of the state, on both sides: a second step would start from zeros."""
-    rows, columns = place.size(4096, 64), place.size(4096, 128)
-    offset, dual, weight = (place.randn(rows, columns) for _ in range(3))
-    mask = place.randn(rows, columns) > 0
-
-    def run(step) -> list[torch.Tensor]:
-        state = [offset.clone(), dual.clone(), mask.clone()]
-        step(*state, weight, pattern)
-        return state
-
-    def check(state: list[torch.Tensor]) -> None:
-        expected = run(plain_admm_step_)
-        same = state[2] == expected[2]
-        assert int((~same).sum()) <= rows, "another mask"  # `kthvalue` drops all that equal the threshold
-        assert all(torch.equal(got[same], want[same]) for got, want in zip(state, expected, strict=True)), "another step"
-
-    return Problem(
-        calls=[lambda: run(ops.admm_step_)],
-        check=check,
-        baselines={"plain torch": [lambda: run(plain_admm_step_)]},
-        bytes=26 * weight.numel(),
-        captured=False,
-    )
 
 
 @case("float32 product 4096x4096x4096 in Triton")

@@ -5,26 +5,7 @@ import torch
 
 from sparsekern.ops import masked_lstsq
 
-from ..problems import damped, gram_of, output_error
-
-ITERATIONS = 10
-
-
-def conjugate_gradients(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The public program's solution, with one product an iteration in place of its three."""
-    scale = gram.diagonal().sqrt()
-    gram, target = gram / scale / scale[:, None], weight * scale
-    solution = target * mask
-    residual = ((target - solution) @ gram) * mask
-    direction, power = residual, residual.square().sum(1)
-    for _ in range(ITERATIONS):
-        product = direction @ gram
-        alpha = (power / (direction * product).sum(1).clamp_min(1e-30))[:, None]
-        solution = solution + alpha * direction
-        residual = residual - alpha * product * mask
-        power, last = residual.square().sum(1), power
-        direction = residual + (power / last.clamp_min(1e-30))[:, None] * direction
-    return solution / scale
+from ..problems import conjugate_gradients, damped, gram_of, output_error
 
 
 def row_by_row(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
