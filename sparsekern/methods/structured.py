@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..models import Linear
+from ..models import Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
+from ..models.encoder import is_encoder
 from ..pattern import Pattern, Unstructured, pruned_count
 from .base import Method, Solution, Statistics, check_choice
 
@@ -32,8 +33,9 @@ class Structured(Method):
 
     A unit is its columns of the output (down) projection with its rows of the query, key and value (gate and up) projections; where
     query heads share keys and values, those go with the last of their heads. Of `n` units `floor(sparsity * n)` are pruned, of equal
-    ones those of the higher index, with the sparsity of the output projection. Linears without units stay dense. The zeros stay in
-    the model, whose shapes do not change.
+    ones those of the higher index, with the sparsity of the output projection. Linears without units stay dense, and so do those
+    that are left out; of a unit they count, and an output projection cannot be left out alone. The zeros stay in the model, whose
+    shapes do not change.
 
     Args:
         units: `"both"`, `"heads"` or `"neurons"`; the others stay dense.
@@ -51,11 +53,17 @@ class Structured(Method):
         check_choice("Structured.units", self.units, ("both", "heads", "neurons"))
 
     def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        if is_encoder(model):
+            raise ValueError(f"model: expected a decoder for Structured, got the encoder {type(model).__name__}; KPrune removes its units")
         arranged: dict[str, Pattern] = dict.fromkeys(patterns, Slices())
-        for linears in filter(None, blocks[:-1]):
-            found = [units for units in find_units(model, linears) if self.units in ("both", units.kind)]
+        whole = find_blocks(model)
+        for index, planned in enumerate(blocks[:-1]):
+            if not planned:
+                continue
+            linears = find_linears(whole.modules[index], whole.block_name(index))
+            found = [units for units in find_units(model, linears) if self.units in ("both", units.kind) and _is_planned(units, patterns)]
             if not found:
-                raise ValueError(f"Structured.units: found no {self._wanted} in the block of {linears[0].name}")
+                raise ValueError(f"Structured.units: found no {self._wanted} in the block of {planned[0].name}")
             for units in found:
                 pattern = patterns[units.consumer.name]
                 if not isinstance(pattern, Unstructured):
@@ -76,18 +84,34 @@ class Structured(Method):
         return "heads or neurons" if self.units == "both" else self.units
 
 
+def _is_planned(units: Units, patterns: Mapping[str, Pattern]) -> bool:
+    """Whether the units are to be pruned at all; refuses to prune what makes them without what reads them."""
+    consumer = units.consumer.name
+    if consumer in patterns:
+        return True
+    owner = consumer.rpartition(".")[0]
+    beside = [name for name in patterns if name.rpartition(".")[0] == owner]
+    if beside:
+        raise ValueError(
+            f"include, exclude, patterns: expected {consumer}, without which Structured cannot prune {units.kind}, "
+            f"got only {', '.join(beside)} of its module"
+        )
+    return False
+
+
 def _mark(arranged: dict[str, Pattern], units: Units, pruned: int) -> None:
     """Add the slices of the `pruned` units of the smallest norm to the patterns of their linears."""
     order = units.square_norms().sort(descending=True, stable=True).indices.tolist()
     gone = set(order[units.count - pruned :])
     features = _features(gone, units.size)
     arranged[units.consumer.name] = replace(arranged[units.consumer.name], columns=features)
-    for linear in units.producers:
-        arranged[linear.name] = replace(arranged[linear.name], rows=features)
+    rows = dict.fromkeys((linear.name for linear in units.producers), features)
     for linear in units.shared:
         users = units.count // units.groups(linear)
         unused = {group for group in range(units.groups(linear)) if gone.issuperset(range(group * users, (group + 1) * users))}
-        arranged[linear.name] = replace(arranged[linear.name], rows=_features(unused, units.size))
+        rows[linear.name] = _features(unused, units.size)
+    for name in rows.keys() & arranged.keys():
+        arranged[name] = replace(arranged[name], rows=rows[name])
 
 
 def _features(units: set[int], size: int) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from .linears import Linear
 
+HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")  # under which an attention knows the channels of a head
+
 
 @dataclass(frozen=True, eq=False)
 class Units:
@@ -44,11 +46,14 @@ class Units:
 
 
 def find_units(model: nn.Module, linears: Sequence[Linear]) -> list[Units]:
-    """The heads and neurons among the linears of one block.
+    """The heads and neurons of one block, whose linears must be given whole: of some of them, another may pass for the consumer.
 
     Linears of one parent module belong together, and one of them consumes what the others produce: an attention (its module knows
-    its `head_dim`) or an FFN. A producer that is fused with others is left out, since how its rows are laid out cannot be seen: its
-    units are still cut off from the consumer. Where no such shape is found (routers, state-space mixers) there are no units.
+    the size of a head) or an FFN. A producer that is fused with others is left out, since how its rows are laid out cannot be seen:
+    its units are still cut off from the consumer. Where no such shape is found (routers, state-space mixers) there are no units.
+
+    Raises:
+        ValueError: an attention whose output projection is not in its module, so that query, key or value would pass for it.
     """
     owners: dict[str, list[Linear]] = {}
     for linear in linears:
@@ -58,12 +63,15 @@ def find_units(model: nn.Module, linears: Sequence[Linear]) -> list[Units]:
 
 def _units(model: nn.Module, owners: dict[str, list[Linear]]) -> Iterator[Units]:
     for name, linears in owners.items():
-        head = getattr(model.get_submodule(name), "head_dim", None)
-        size = head if isinstance(head, int) else 1
+        attention = model.get_submodule(name)
+        size = next((size for attribute in HEAD_SIZES if isinstance(size := getattr(attention, attribute, None), int)), 1)
         consumer = _consumer(linears)
         if consumer is None or consumer.features % size:
             continue
         others = [linear for linear in linears if linear is not consumer]
+        if size > 1 and len(others) < 3 and all(len(linear.weight) <= consumer.features for linear in others):
+            found = ", ".join(f"{linear.name.rpartition('.')[2]} {linear.features} to {len(linear.weight)}" for linear in linears)
+            raise ValueError(f"model: expected query, key, value and output projection in {name} of {type(model).__name__}, got {found}")
         whole = tuple(linear for linear in others if len(linear.weight) == consumer.features)
         shared = tuple(linear for linear in others if size > 1 and _is_shared(linear, consumer.features, size))
         yield Units("heads" if size > 1 else "neurons", consumer, whole, shared, size)

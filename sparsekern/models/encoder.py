@@ -72,11 +72,12 @@ class Encoder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         name = type(model).__name__
-        decodes = getattr(model, "can_generate", bool)() or getattr(getattr(model, "config", None), "is_decoder", False)
-        if decodes:
+        config = getattr(model, "config", None)
+        causal = any(getattr(module, "is_causal", False) for module in model.modules())
+        if causal or getattr(model, "can_generate", bool)() or getattr(config, "is_decoder", False):
             raise ValueError(f"model: expected {EXPECTED}; {name} is a decoder")
         blocks = _list_of_blocks(model)
-        heads = getattr(model.config, "num_attention_heads", None)
+        heads = getattr(config, "num_attention_heads", None)
         self._list = _place(model, blocks)
         self.sublayers: list[SubLayer] = []
         for index, block in enumerate(self._list.module):
@@ -149,6 +150,15 @@ class _Chain(nn.Module):
             x = sublayer.norm(x + sublayer.out(features))
         self.last = x.detach()
         return (x,) if self._returns_tuple else x
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """Whether `Encoder` can take it apart."""
+    try:
+        Encoder(model)
+    except ValueError:
+        return False
+    return True
 
 
 def _list_of_blocks(model: nn.Module) -> str:

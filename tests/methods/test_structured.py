@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers as tf
 
 import sparsekern
-from sparsekern import Structured, Unstructured
+from sparsekern import Gradual, Structured, Unstructured
 from sparsekern.models import find_blocks, find_linears
 from sparsekern.models.decoder_units import find_units
+from tests import encoders
 from tests.models.families import tiny_ids, tiny_model
 
 HEAD = 8
@@ -28,6 +30,7 @@ def units_of(model, index: int = 0):
         ("opt", [("heads", 4, 3, 0), ("neurons", 48, 1, 0)]),
         ("gpt2", [("heads", 4, 0, 0), ("neurons", 128, 1, 0)]),
         ("phi3", [("heads", 4, 0, 0), ("neurons", 48, 0, 0)]),
+        ("gpt_neox", [("heads", 4, 0, 0), ("neurons", 48, 1, 0)]),
     ],
 )
 def test_units_are_found(family, expected):
@@ -109,13 +112,57 @@ def test_resumes_and_reports(tmp_path):
     "arguments, message",
     [
         ({"pattern": "2:4"}, "pattern: expected a sparsity for Structured, which prunes whole units, got '2:4'"),
-        ({"include": "*.q_proj"}, "Structured.units: found no heads or neurons in the block of model.layers.0.self_attn.q_proj"),
+        ({"include": "*.q_proj"}, "expected model.layers.0.self_attn.o_proj, without which .* heads, got only model.*.q_proj of its module"),
         ({"method": Structured("heads"), "include": "*.mlp.*"}, "Structured.units: found no heads in the block of model.layers.0.mlp"),
     ],
 )
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         prune(tiny_model("llama"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "expected"),
+    [
+        ("opt", {"exclude": "*out_proj"}, "model.decoder.layers.0.self_attn.out_proj"),
+        ("opt", {"patterns": {"*out_proj": None}, "method": Gradual(criterion="structured", epochs=0)}, "layers.0.self_attn.out_proj"),
+        ("phi", {"exclude": "*dense"}, "model.layers.0.self_attn.dense"),
+        ("gpt2", {"exclude": "*.mlp.c_proj"}, "transformer.h.0.mlp.c_proj"),
+    ],
+)
+def test_no_other_linear_passes_for_an_output_projection_that_is_left_out(family, arguments, expected):
+    model = tiny_model(family)
+    with pytest.raises(ValueError, match=f"include, exclude, patterns: expected .*{expected}, without which Structured cannot prune"):
+        prune(model, **arguments)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_model(family).parameters(), strict=True))
+
+
+def test_what_is_left_out_stays_dense_and_counts():
+    whole, model, dense = (tiny_model("llama") for _ in range(3))
+    prune(whole)
+    prune(model, exclude=["*.k_proj", "*.1.mlp.*"])
+    weights, before = dict(model.named_parameters()), dict(dense.named_parameters())
+    for name, weight in whole.named_parameters():
+        left_out = "k_proj" in name or "layers.1.mlp" in name
+        assert torch.equal(weights[name], before[name] if left_out else weight)
+
+
+@pytest.mark.parametrize("method", ["structured", Gradual(criterion="structured", epochs=0)])
+@pytest.mark.parametrize("name", ["bert", "roberta_tokens", "distilbert"])
+def test_encoders_are_refused_by_name(name, method):
+    model = encoders.tiny(name)
+    with pytest.raises(ValueError, match=f"expected a decoder for Structured, got the encoder {type(model).__name__}; KPrune"):
+        prune(model, method=method)
+
+
+def test_an_attention_without_its_output_projection_is_refused():
+    model = tf.BertLMHeadModel(tf.BertConfig(**encoders.SIZES, is_decoder=True))
+    message = (
+        "model: expected query, key, value and output projection in bert.encoder.layer.0.attention.self of BertLMHeadModel, "
+        "got query 32 to 32, key 32 to 32, value 32 to 32"
+    )
+    with pytest.raises(ValueError, match=message):
+        prune(model)
 
 
 def test_refuses_unknown_units_and_a_single_linear():
