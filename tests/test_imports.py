@@ -17,11 +17,11 @@ LAYERS = [
     {"ops"},
     {"backends"},
     {"triton_kernels", "_C", "_C_cuda"},
-    {"pattern", "_warnings", "_svg"},
+    {"pattern", "_packed_rows", "_warnings", "_svg"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 BEHIND_TRANSFORMERS = "runtime/quantizer.py"  # classes of its; imported, inside functions only, once it is
-WITHOUT_TRANSFORMERS = {"methods", "ops", "backends", "triton_kernels", "pattern", "_warnings"}
+WITHOUT_TRANSFORMERS = {"methods", "ops", "backends", "triton_kernels", "pattern", "_packed_rows", "_warnings"}
 
 
 def part_of(path: Path) -> str:

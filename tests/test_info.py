@@ -8,6 +8,7 @@ import torch
 
 import sparsekern
 from sparsekern import _info
+from sparsekern.backends import availability
 from sparsekern.backends.libraries import LIBRARIES, Library
 from sparsekern.ops._registry import OPS
 from tests.conftest import COMPILED, CPU_ISAS
@@ -23,6 +24,14 @@ def test_every_op_has_every_backend_or_a_reason():
     for name in OPS:
         assert re.search(rf"^  {re.escape(name)} +yes", text, re.MULTILINE)
     assert json.loads(json.dumps(found.to_dict()))["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize("name", ["bitmask_linear", "nm_linear"])
+def test_products_from_packed_weights_are_for_triton_on_a_device(name):
+    states = sparsekern.info().ops[name]
+    here = availability("triton")
+    assert states["cuda"] == "no kernel" and states["triton"] == ("yes" if here.ok else here.reason)
+    assert states["taken on CUDA"] == ("triton" if here.ok else "reference")
 
 
 def test_the_reason_of_a_missing_library_is_told(monkeypatch):

@@ -111,7 +111,7 @@ def kernel_names(backend: str) -> list[str]:
     if backend == "cuda":
         return ["sparsekern"]
     sources = (ROOT / "sparsekern" / "triton_kernels").glob("*.py")
-    return sorted({name for path in sources for name in re.findall(r"@triton\.jit\ndef (\w+)", path.read_text())})
+    return sorted({name for path in sources for name in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+)", path.read_text())})
 
 
 def sanitizers(budget: Budget, log: Path) -> list[Row]:

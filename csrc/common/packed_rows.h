@@ -1,4 +1,4 @@
-// The layouts of packed weights that `bitmask_linear` and `nm_linear` read. Their Python mirror, sparsekern/ops/_packed_rows.py, says
+// The layouts of packed weights that `bitmask_linear` and `nm_linear` read. Their Python mirror, sparsekern/_packed_rows.py, says
 // what rows, groups, units and blocks are.
 #pragma once
 

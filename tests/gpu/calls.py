@@ -11,12 +11,14 @@ from sparsekern.ops._registry import OPS, Op, Sample
 DEVICE = "cuda"
 # Those that neither have an output whose size depends on values nor choose what to do next by a value.
 CAPTURABLE = (
+    "bitmask_linear",
     "bitmask_unpack",
     "cross_gram_",
     "feature_norm_",
     "gated_split",
     "gram_",
     "gram_symmetrize_",
+    "nm_linear",
     "nm_mask",
     "nm_pack",
     "nm_prune_pack",

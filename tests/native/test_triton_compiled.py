@@ -13,7 +13,7 @@ from .sanitizers import BUILD
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from sparsekern.triton_kernels import gram  # noqa: E402
+from sparsekern.triton_kernels import bitmask_linear, gram  # noqa: E402
 
 from . import triton_build  # noqa: E402
 from .triton_build import ARCHITECTURES, build, faults, shipped  # noqa: E402
@@ -103,3 +103,10 @@ def test_without_the_copy_engine_operands_are_copied_to_shared_memory_by_16_byte
     for case in gram.compile_cases((8, 0)):
         if case.tensor_cores:
             assert set(re.findall(r"LDGSTS\S*", build(case, ARCHITECTURES[0]).sass)) == {"LDGSTS.E.BYPASS.128"}
+
+
+@ON_EVERY_ARCHITECTURE
+def test_bits_are_counted_by_the_instruction_that_there_is(architecture):
+    case = next(bitmask_linear.compile_cases(architecture.capability))
+    sass = build(case, architecture).sass
+    assert "POPC" in sass and "0x33333333" not in sass  # of the arithmetic that the kernel spells out

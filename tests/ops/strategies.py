@@ -14,9 +14,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Few distinct values, so that ties are the rule; 2^-14 and 2^-24 are the smallest normal and subnormal float16.
 AWKWARD = (0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 2.0**-14, -(2.0**-14), 2.0**-24, 3.0, 60000.0, math.inf, -math.inf)
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds where a kernel takes microseconds
+
 # The `isa` fixture sets an environment variable once for all examples, which is what is wanted.
 PROPERTY = settings(
-    max_examples=3 if os.environ.get("TRITON_INTERPRET") == "1" else 50,  # the interpreter takes seconds for an example
+    max_examples=3 if INTERPRETED else 50,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

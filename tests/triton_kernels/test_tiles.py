@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from sparsekern.triton_kernels import feature_norm, obs_sweep  # noqa: E402
+from sparsekern.triton_kernels import bitmask_linear, feature_norm, nm_linear, obs_sweep  # noqa: E402
 from sparsekern.triton_kernels._common import aligned_rows, lower_tile_at, lower_tiles, tile_at  # noqa: E402
 from sparsekern.triton_kernels._product import CHAIN, START, config, schedule  # noqa: E402
 
@@ -111,3 +111,23 @@ def test_a_matrix_is_copied_only_where_its_rows_are_not_aligned():
     for x in (large[:, 1:33], large[:, :20], large.T, large[:, ::2], torch.zeros(8, 8)):
         copy = aligned_rows(x)
         assert torch.equal(copy, x) and copy.data_ptr() % 16 == 0 and copy.stride() == (-(-x.shape[1] // 16) * 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "one", "more"),
+    [(1024, 4096, 8, 8), (4096, 4096, 8, 4), (11008, 4096, 4, 4), (4096, 200, 2, 2), (1, 1, 1, 1), (0, 0, 1, 1)],
+)
+def test_the_warps_of_a_tile_of_packed_rows(rows, columns, one, more):
+    """On an H200, where 4096 rows are two tiles for each multiprocessor."""
+    assert bitmask_linear.config(rows, columns, 1, H200) == one
+    assert bitmask_linear.config(rows, columns, 16, H200) == more
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 100000), kept=st.integers(0, 60000), tokens=st.integers(1, 16), multiprocessors=st.sampled_from([1, 108, 132]))
+def test_values_that_are_picked_for_fit_into_registers(rows, kept, tokens, multiprocessors):
+    tiles = nm_linear.config(rows, kept, tokens, multiprocessors)
+    sums = tiles.rows * 2 ** (tokens - 1).bit_length()  # of a thread
+    assert tiles.rows in (4, 8, 16) and sums <= 64 and tiles.warps in (1, 2, 4, 8)
+    assert tiles.warps == 1 or 16 * tiles.warps < kept  # no warp without values
+    assert tiles.rows == 4 or -(-rows // tiles.rows) >= multiprocessors

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch.nn.functional import linear
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .devices import needs_capability
+from .table import Implementation, Support
+from .values import raise_if, values_are_checked
+
+MOST_COLUMNS = 2**26  # so that 32 bits are enough for a place in 16 rows
+
+# To look at what the packed tensors hold is to wait for the device, which must not happen for every token. So the first product of a
+# weight does: by `starts`, what else it was found sound with. Should they be overwritten, a kernel still stays inside their memory.
+_sound: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _triton(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bitmask: torch.Tensor,
+    starts: torch.Tensor,
+    order: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from ..triton_kernels import bitmask_linear as kernels
+
+    check = values_are_checked(x) and not _known(values, bitmask, starts, order)
+    status = x.new_zeros((), dtype=torch.int32) if check else None
+    weight = kernels.Weight(_aligned(values), bitmask.contiguous(), starts.contiguous(), order.contiguous())
+    if x.shape[:-1].numel() <= kernels.MOST_TOKENS:
+        y = kernels.product(x, weight, bias, status)
+    else:
+        y = linear(x, kernels.unpacked(weight, x.shape[-1], status), bias)
+    if check:
+        raise_if(status)
+        _sound[starts] = len(values), weakref.ref(bitmask), weakref.ref(order)
+    return y
+
+
+def _known(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor) -> bool:
+    count, its_bitmask, its_order = _sound.get(starts, (None, None, None))
+    return count == len(values) and its_bitmask() is bitmask and its_order() is order
+
+
+def _aligned(values: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and beginning with a whole unit."""
+    values = values.contiguous()
+    return values if values.data_ptr() % 4 == 0 else values.clone()
+
+
+def supports_rows_of(x: torch.Tensor) -> Support:
+    """Whether the Triton kernels can multiply packed rows that are as long as those of `x`."""
+    if x.shape[-1] > MOST_COLUMNS:
+        return Support(False, f"x has {x.shape[-1]} input features, more than {MOST_COLUMNS}")
+    return needs_capability(x, (8, 0))
+
+
+def _supports(x: torch.Tensor, *args, **kwargs) -> Support:
+    return supports_rows_of(x)
+
+
+IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)

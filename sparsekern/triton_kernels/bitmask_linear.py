@@ -1,0 +1,275 @@
+"""`bitmask_linear` in Triton: up to 16 tokens times the weight as it lies packed; for more it is unpacked first.
+
+Floor, on an H200: the packed bytes at 4.8 TB/s, `rows * columns * (2 d + 1/8)` of half values with the share d of non-zeros;
+[4096, 4096] at d = 1/2 in 3.9 us, where the dense weight takes 7.0. In that time there are 6.9 instructions a weight, zeros included,
+and 12.3 before the dense weight would have been read. So instructions bound this kernel: what ptxas makes of it for compute
+capability 9.0 has 10.6 a weight for one token of bfloat16, and 16 for more tokens, which are as many whether 2 or 16.
+
+* Where a value lies is the number of bits before it. A program has a tile of 16 rows. It counts the bits of all their words first and
+  leaves the sums in a workspace, 1/32 of the bytes of the dense half weight. Then words are expanded by themselves, and nothing waits.
+* A thread has 4 neighbouring columns of all 16 rows: one population count finds the value of the first bit, and the next 4 units are
+  read whether they are wanted or not, so that they share an address. The threads of a warp read units side by side, those of a group's
+  two rows the same ones.
+* The factors of a column are loaded once for 16 rows. One token is multiplied as it comes. More are a product on the tensor cores, for
+  which each warp adds up columns of its own; the warps are added at the end, in an order that is always the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .._packed_rows import SLACK, TILE_ROWS, lanes, words
+from ._common import CompileCase, check_operand, device_of, on_device_of
+from ._packed_linear import COLUMNS, DTYPES, MOST_TOKENS, add_products, as_bias, as_matrix, side_by_side, store_product, warps_for
+
+WORDS = 64  # of a row, counted at a time
+
+
+class Weight(NamedTuple):
+    """The packed tensors, contiguous, as `sparsekern._packed_rows` has them."""
+
+    values: torch.Tensor
+    bitmask: torch.Tensor
+    starts: torch.Tensor
+    order: torch.Tensor
+
+
+def config(rows: int, columns: int, tokens: int, multiprocessors: int) -> int:
+    """Warps of a program. A multiprocessor has registers for 16 of them with one token, for 8 to 12 with more."""
+    return warps_for(triton.cdiv(rows, TILE_ROWS), columns, (8, 8, 4) if tokens == 1 else (8, 4), multiprocessors)
+
+
+@triton.jit
+def count_bits(bits):
+    """Of each uint64. Of this form LLVM makes the machine's own instruction."""
+    bits -= (bits >> 1) & 0x5555555555555555
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    return (((bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56).to(tl.int32)
+
+
+@triton.jit
+def find_places(
+    bits, starts, order, ends, status, rows, words, units, LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
+):
+    """`ends`: where the values of each word of this program's tile end, in units from the tile's first one, whose value is returned.
+
+    Nothing that is kept leads out of the values, whatever the tensors hold; `status` is set where they contradict one another.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, lane = tl.arange(0, ROWS), tl.arange(0, WORDS)
+    in_rows = first + row < rows
+    place = (first + row)[:, None] * words + lane[None, :]
+    ones = tl.zeros([ROWS], tl.int32)
+    for word in range(0, words, WORDS):
+        inside = in_rows[:, None] & (word + lane < words)[None, :]
+        ones += tl.sum(count_bits(tl.load(bits + place + word, mask=inside, other=0).to(tl.uint64, bitcast=True)), axis=1)
+    longest = tl.max(ones.reshape(ROWS // LANES, LANES), axis=1)
+    group = tl.cumsum(longest, axis=0) - longest
+    before = tl.broadcast_to(group[:, None], ROWS // LANES, LANES).reshape(ROWS)
+
+    start = tl.load(starts + tl.program_id(0))
+    if status is not None:
+        end = tl.load(starts + tl.program_id(0) + 1)
+        target = tl.load(order + first + row, mask=in_rows, other=0)
+        astray = tl.max(((target < 0) | (target >= rows)).to(tl.int32), axis=0) > 0
+        wrong = (start < 0) | (start > end) | (end > units) | (start + tl.sum(longest, axis=0) > units) | astray
+        tl.store(status, 1, mask=wrong)
+    start = tl.minimum(tl.maximum(start, 0), units)
+    room = tl.minimum(units - start, 2**30).to(tl.int32)
+    for word in range(0, words, WORDS):
+        inside = in_rows[:, None] & (word + lane < words)[None, :]
+        counts = count_bits(tl.load(bits + place + word, mask=inside, other=0).to(tl.uint64, bitcast=True))
+        own = tl.minimum(before[:, None] + tl.cumsum(counts, axis=1) - counts, room)
+        tl.store(ends + place + word, own + counts, mask=inside)
+        before += tl.sum(counts, axis=1)
+    tl.debug_barrier()  # other threads read the places
+    return start * LANES
+
+
+@triton.jit
+def value_in(unit, here, row, VALUE: tl.constexpr, WANTED: tl.constexpr):
+    """The `row`'s value in a unit, which two rows of half values share, as it is `WANTED`; zero where it is not `here`."""
+    shift = (row % 2 * 16).to(tl.uint32)
+    if VALUE == tl.float32:
+        value = unit.to(tl.float32, bitcast=True)
+    elif VALUE == tl.bfloat16 and WANTED == tl.float32:  # whose upper half it is
+        value = (unit >> shift << 16).to(tl.float32, bitcast=True)
+    else:
+        value = (unit >> shift).to(tl.uint16).to(VALUE, bitcast=True).to(WANTED)
+    return tl.where(here, value, 0.0)
+
+
+@triton.jit
+def expand(values, bits, ends, column, row, inside, words, WANTED: tl.constexpr):
+    """The weights, zeros included, of `column` and the 3 after it.
+
+    The next 4 units are read wherever the bits are, which asks for one address; a bit that is set moves on to the next of them.
+    """
+    word = row * words + column // 64
+    ones = tl.load(bits + word, mask=inside, other=0).to(tl.uint64, bitcast=True) >> (column % 64).to(tl.uint64)
+    units = values.to(tl.pointer_type(tl.uint32)) + (tl.load(ends + word, mask=inside, other=0) - count_bits(ones))
+    unit, second, third, fourth = tl.load(units), tl.load(units + 1), tl.load(units + 2), tl.load(units + 3)
+    four = ones.to(tl.int32)
+    VALUE: tl.constexpr = values.dtype.element_ty
+    here = (four & 1) != 0
+    a = value_in(unit, here, row, VALUE, WANTED)
+    unit, second, third = tl.where(here, second, unit), tl.where(here, third, second), tl.where(here, fourth, third)
+    here = (four & 2) != 0
+    b = value_in(unit, here, row, VALUE, WANTED)
+    unit, second = tl.where(here, second, unit), tl.where(here, third, second)
+    here = (four & 4) != 0
+    c = value_in(unit, here, row, VALUE, WANTED)
+    d = value_in(tl.where(here, second, unit), (four & 8) != 0, row, VALUE, WANTED)
+    return a, b, c, d
+
+
+@triton.jit(do_not_specialize=["tokens", "units"])
+def multiply(
+    x, values, bits, starts, order, ends, status, bias, y, tokens, columns, rows, x_stride, words, units,
+    TOKENS: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows times all `tokens`, of which there are `TOKENS` at most: one, or a tile of the tensor cores."""
+    start = find_places(bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    values += start
+    bits += first * words
+    ends += first * words
+    row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
+    four = 4 * tl.arange(0, COLUMNS // 4)[None, None, :]
+    left = (rows - first).to(tl.int32)
+    if TOKENS == 1:
+        sums = tl.zeros([ROWS, PIECES, COLUMNS // 4], tl.float32)
+    else:
+        sums = tl.zeros([PIECES, ROWS, TOKENS], tl.float32)
+    for step in range(0, tl.cdiv(columns, PIECES * COLUMNS)):
+        column = (step * PIECES + piece) * COLUMNS
+        inside = (column + four < columns) & (row < left)
+        if TOKENS == 1:
+            weights = expand(values, bits, ends, column + four, row, inside, words, tl.float32)
+            for i in tl.static_range(4):
+                factor = tl.load(x + column + four + i, mask=column + four + i < columns, other=0.0)
+                sums += weights[i] * factor.to(tl.float32)
+        else:
+            a, b, c, d = expand(values, bits, ends, column + four, row, inside, words, values.dtype.element_ty)
+            weight = side_by_side(a, b, c, d, ROWS, PIECES, COLUMNS)
+            sums = add_products(sums, weight, x, column, tokens, columns, x_stride, TOKENS)
+    if TOKENS == 1:
+        sums = tl.sum(sums, axis=2)[:, :, None].permute(1, 0, 2)
+    store_product(tl.sum(sums, axis=0), y, bias, order, first, rows, tokens, TOKENS, ROWS)
+
+
+@triton.jit(do_not_specialize=["units"])
+def unpack(
+    values, bits, starts, order, ends, status, weight, columns, rows, words, units,
+    PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows to where they belong in the dense weight."""
+    start = find_places(bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    values += start
+    bits += first * words
+    ends += first * words
+    row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
+    four, lane = 4 * tl.arange(0, COLUMNS // 4)[None, None, :], tl.arange(0, COLUMNS)[None, None, :]
+    in_rows = first + row < rows
+    target = tl.load(order + first + row, mask=in_rows, other=0).to(tl.int64)
+    in_weight = in_rows & (target >= 0) & (target < rows)
+    for step in range(0, tl.cdiv(columns, PIECES * COLUMNS)):
+        column = (step * PIECES + piece) * COLUMNS
+        inside = in_rows & (column + four < columns)
+        a, b, c, d = expand(values, bits, ends, column + four, row, inside, words, values.dtype.element_ty)
+        column += lane
+        dense = side_by_side(a, b, c, d, ROWS, PIECES, COLUMNS)
+        tl.store(weight + target * columns + column, dense, mask=in_weight & (column < columns))
+
+
+def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, status: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b` for up to `MOST_TOKENS` tokens, `[..., rows]`; `status`, int32, is set if the packed tensors contradict one another."""
+    rows = _check(weight, x)
+    y = x.new_empty((*x.shape[:-1], rows))
+    x, bias = as_matrix(x), as_bias(bias, rows, x)
+    tokens, columns = x.shape
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"x: expected at most {MOST_TOKENS} tokens, got {tokens}")
+    if tokens and rows:
+        warps = config(rows, columns, tokens, device_of(x).multiprocessors)
+        with on_device_of(x):
+            multiply[(triton.cdiv(rows, TILE_ROWS),)](
+                x, *weight, _workspace(weight), status, bias, y, tokens, columns, rows, x.stride(0), words(columns), _units(weight),
+                TOKENS=1 if tokens == 1 else MOST_TOKENS, **_constants(weight.values.dtype, warps), num_warps=warps, num_stages=1,
+            )  # fmt: skip
+    return y
+
+
+def unpacked(weight: Weight, columns: int, status: torch.Tensor | None) -> torch.Tensor:
+    """The dense weight; `status` as in `product`."""
+    rows = len(weight.order)
+    dense = weight.values.new_empty((rows, columns))
+    _check(weight, dense)
+    if rows:
+        warps = config(rows, columns, MOST_TOKENS, device_of(dense).multiprocessors)
+        with on_device_of(dense):
+            unpack[(triton.cdiv(rows, TILE_ROWS),)](
+                *weight, _workspace(weight), status, dense, columns, rows, words(columns), _units(weight),
+                **_constants(dense.dtype, warps), num_warps=warps, num_stages=1,
+            )  # fmt: skip
+    return dense
+
+
+def _workspace(weight: Weight) -> torch.Tensor:
+    return weight.order.new_empty(weight.bitmask.shape)
+
+
+def _units(weight: Weight) -> int:
+    return len(weight.values) // lanes(weight.values.dtype) - SLACK
+
+
+def _check(weight: Weight, x: torch.Tensor) -> int:
+    """What keeps the kernels inside the memory of the tensors, whatever is in them; returns the rows."""
+    rows, count = len(weight.order), len(weight.values)
+    least = max(count - count % lanes(x.dtype), SLACK * lanes(x.dtype))
+    check_operand("values", weight.values, x, (least,), (x.dtype,))
+    check_operand("bitmask", weight.bitmask, x, (rows, words(x.shape[-1])), (torch.int64,))
+    check_operand("starts", weight.starts, x, (triton.cdiv(rows, TILE_ROWS) + 1,), (torch.int64,))
+    check_operand("order", weight.order, x, (rows,), (torch.int32,))
+    return rows
+
+
+def _constants(dtype: torch.dtype, warps: int) -> dict[str, int]:
+    return {"PIECES": warps, "LANES": lanes(dtype), "ROWS": TILE_ROWS, "COLUMNS": COLUMNS, "WORDS": WORDS}
+
+
+def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
+    """What asks for the most registers; the same for every device."""
+    for dtype, tokens, warps in (
+        (torch.bfloat16, 1, 8),
+        (torch.float16, 1, 8),
+        (torch.bfloat16, MOST_TOKENS, 8),
+        (torch.float32, MOST_TOKENS, 8),
+    ):
+        yield _product_case(dtype, tokens, warps)
+    numbers = {"columns": "i32:16", "rows": "i32:16", "words": "i32:16", "units": "i64"}
+    pointers = {**_packed_types(torch.bfloat16), "status": "*i32:16", "weight": "*bf16:16"}
+    yield CompileCase(unpack, {**pointers, **numbers}, _constants(torch.bfloat16, 8), 8, 1)
+
+
+def _packed_types(dtype: torch.dtype) -> dict[str, str]:
+    return {"values": f"*{DTYPES[dtype]}:16", "bits": "*i64:16", "starts": "*i64:16", "order": "*i32:16", "ends": "*i32:16"}
+
+
+def _product_case(dtype: torch.dtype, tokens: int, warps: int) -> CompileCase:
+    """Decoding: nothing is checked any more, and there is a bias."""
+    own = f"*{DTYPES[dtype]}:16"
+    numbers = dict.fromkeys(("columns", "rows", "x_stride", "words"), "i32:16") | {"tokens": "i32", "units": "i64"}
+    return CompileCase(
+        multiply,
+        {"x": own, **_packed_types(dtype), "bias": own, "y": own, **numbers},
+        {"status": None, "TOKENS": tokens, **_constants(dtype, warps)},
+        warps,
+        1,
+    )

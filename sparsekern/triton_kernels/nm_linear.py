@@ -1,0 +1,219 @@
+"""`nm_linear` in Triton: up to 16 tokens times the weight as it lies packed; for more it is unpacked first.
+
+Floor, on an H200: the packed bytes at 4.8 TB/s; 2:4 half values of [4096, 4096] take 18.9 MB and 3.9 us, the dense weight 7.0. In
+that time there are 13.8 instructions a stored value, and 24.6 before the dense weight would have been read. What ptxas makes of this
+for compute capability 9.0, in bfloat16:
+
+* One token, 17.7 a value, whatever the pattern. Values are not spread to their columns, `x` is picked for them: a thread has one place
+  in every row of its program, so that where its group begins is worked out once for all rows. Of 2:4, the threads of a warp pick from 64
+  neighbouring columns.
+* More tokens, half values and M of 4, 24 for any number of tokens: a thread expands a group of every row for the tensor cores.
+* More tokens otherwise, 22 for 2 and 76 for 16: picked as for one, from `x` turned round, so that one read picks for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .._packed_rows import UNITS, block_values, code_bits, stored_per_row
+from ._common import CompileCase, check_operand, device_of, on_device_of
+from ._packed_linear import COLUMNS, DTYPES, MOST_TOKENS, add_products, as_bias, as_matrix, side_by_side, store_product, warps_for
+
+TILE = 16  # rows that are expanded together, as the tensor cores have them
+WARPS = (8, 4)  # of such a tile; see `warps_for`
+
+
+class Config(NamedTuple):
+    """`rows` of a program, and its warps, each with 32 values of them at a time."""
+
+    rows: int
+    warps: int
+
+
+def config(rows: int, kept: int, tokens: int, multiprocessors: int) -> Config:
+    """For rows of `kept` values. More rows share more work, more tokens leave registers for fewer of them, and every multiprocessor
+    should have a program."""
+    most = 16 if tokens <= 2 else 8 if tokens <= 4 else 4
+    while most > 4 and triton.cdiv(rows, most) < multiprocessors:
+        most //= 2
+    return Config(most, min(8, triton.next_power_of_2(max(1, triton.cdiv(kept, 32)))))
+
+
+@triton.jit
+def stored_value(values, codes, row, k, inside, stored, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr):
+    """Value `k` of each row, and its position in its group."""
+    place = k // BLOCK * BLOCK + k % UNITS * (BLOCK // UNITS) + k % BLOCK // UNITS
+    value = tl.load(values + row * stored + place, mask=inside, other=0.0)
+    code = tl.load(codes + row * (stored * BITS // 32) + k * BITS // 32, mask=inside, other=0)
+    return value, (code >> (k * BITS % 32)) & ((1 << BITS) - 1)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def multiply(
+    x, values, codes, bias, y, tokens, columns, rows, kept, stored,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Some rows times all `tokens`, by picking from `x`, `[columns, TOKENS]`."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    values += first * stored
+    codes += first * (stored * BITS // 32)
+    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, VALUES)[None, :]
+    token = tl.arange(0, TOKENS)[None, None, :]
+    sums = tl.zeros([ROWS, VALUES, TOKENS], tl.float32)
+    for begin in range(0, kept, VALUES):
+        k = begin + lane
+        value, position = stored_value(values, codes, row, k, (k < kept) & (first + row < rows), stored, BITS, BLOCK, UNITS)
+        column = (k // N * M + position)[:, :, None]
+        factor = tl.load(x + column * TOKENS + token, mask=column < columns, other=0.0)
+        sums += value.to(tl.float32)[:, :, None] * factor.to(tl.float32)
+    store_product(tl.sum(sums, axis=1), y, bias, None, first, rows, tokens, TOKENS, ROWS)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def multiply_fours(
+    x, values, codes, bias, y, tokens, columns, rows, x_stride, stored,
+    N: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    TOKENS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some rows times all `tokens`, `TOKENS` at most, by expanding groups of 4 columns."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    values += first * stored
+    codes += first * (stored * BITS // 32)
+    row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
+    lane = tl.arange(0, COLUMNS // 4)[None, None, :]
+    sums = tl.zeros([PIECES, ROWS, TOKENS], tl.float32)
+    for step in range(0, tl.cdiv(columns, PIECES * COLUMNS)):
+        column = (step * PIECES + piece) * COLUMNS
+        group = column // 4 + lane
+        inside = (group * 4 < columns) & (first + row < rows)
+        a = tl.zeros([ROWS, PIECES, COLUMNS // 4], values.dtype.element_ty)
+        b, c, d = a, a, a
+        for i in tl.static_range(N):
+            value, position = stored_value(values, codes, row, group * N + i, inside, stored, BITS, BLOCK, UNITS)
+            a = tl.where(position == 0, value, a)
+            b = tl.where(position == 1, value, b)
+            c = tl.where(position == 2, value, c)
+            d = tl.where(position == 3, value, d)
+        sums = add_products(sums, side_by_side(a, b, c, d, ROWS, PIECES, COLUMNS), x, column, tokens, columns, x_stride, TOKENS)
+    store_product(tl.sum(sums, axis=0), y, bias, None, first, rows, tokens, TOKENS, ROWS)
+
+
+@triton.jit
+def unpack(
+    values, codes, weight, columns, rows, kept, stored,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Some rows to the dense weight, which holds zeros."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    values += first * stored
+    codes += first * (stored * BITS // 32)
+    weight += first * columns
+    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, VALUES)[None, :]
+    for begin in range(0, kept, VALUES):
+        k = begin + lane
+        inside = (k < kept) & (first + row < rows)
+        value, position = stored_value(values, codes, row, k, inside, stored, BITS, BLOCK, UNITS)
+        column = k // N * M + position
+        tl.store(weight + row * columns + column, value, mask=inside & (column < columns))
+
+
+def product(x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b` for up to `MOST_TOKENS` tokens, `[..., rows]`; `values` and `codes` contiguous."""
+    rows = len(values)
+    y = x.new_empty((*x.shape[:-1], rows))
+    x, bias = as_matrix(x), as_bias(bias, rows, x)
+    tokens, columns = x.shape
+    _check(values, codes, columns, n, m, x)
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"x: expected at most {MOST_TOKENS} tokens, got {tokens}")
+    if not tokens or not rows:
+        return y
+    shared = values, codes, bias, y, tokens, columns, rows
+    with on_device_of(x):
+        if tokens > 1 and m == 4 and x.dtype != torch.float32:
+            warps = warps_for(triton.cdiv(rows, TILE), columns, WARPS, device_of(x).multiprocessors)
+            multiply_fours[(triton.cdiv(rows, TILE),)](
+                x, *shared, x.stride(0), values.shape[1], **_fours(values.dtype, n, warps), num_warps=warps, num_stages=1
+            )
+        else:
+            kept, width = columns // m * n, triton.next_power_of_2(tokens)
+            tiles = config(rows, kept, tokens, device_of(x).multiprocessors)
+            multiply[(triton.cdiv(rows, tiles.rows),)](
+                x if tokens == 1 else _turned(x, width), *shared, kept, values.shape[1],
+                **_constants(values.dtype, n, m, tiles), TOKENS=width, num_warps=tiles.warps, num_stages=1,
+            )  # fmt: skip
+    return y
+
+
+def _turned(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`[features, width]`, the tokens side by side; what is beyond them is multiplied, but never stored."""
+    tokens, features = x.shape
+    turned = x.new_empty((features, width))
+    turned[:, :tokens] = x.t()
+    return turned
+
+
+def unpacked(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns: int) -> torch.Tensor:
+    """The dense weight."""
+    rows = len(values)
+    _check(values, codes, columns, n, m, values)
+    weight = values.new_zeros((rows, columns))
+    if rows:
+        kept = columns // m * n
+        tiles = config(rows, kept, 1, device_of(values).multiprocessors)
+        with on_device_of(values):
+            unpack[(triton.cdiv(rows, tiles.rows),)](
+                values, codes, weight, columns, rows, kept, values.shape[1], **_constants(values.dtype, n, m, tiles),
+                num_warps=tiles.warps, num_stages=1,
+            )  # fmt: skip
+    return weight
+
+
+def _check(values: torch.Tensor, codes: torch.Tensor, columns: int, n: int, m: int, x: torch.Tensor) -> None:
+    """What keeps the kernels inside the memory of the tensors, whatever is in them."""
+    rows, stored = len(values), stored_per_row(columns, n, m, x.dtype)
+    check_operand("values", values, x, (rows, stored), (x.dtype,))
+    check_operand("codes", codes, x, (rows, stored * code_bits(m) // 32), (torch.int32,))
+
+
+def _constants(dtype: torch.dtype, n: int, m: int, tiles: Config) -> dict[str, int]:
+    layout = {"N": n, "M": m, "BITS": code_bits(m), "BLOCK": block_values(dtype), "UNITS": UNITS}
+    return {**layout, "ROWS": tiles.rows, "VALUES": 32 * tiles.warps}
+
+
+def _fours(dtype: torch.dtype, n: int, warps: int) -> dict[str, int]:
+    layout = {"N": n, "BITS": code_bits(4), "BLOCK": block_values(dtype), "UNITS": UNITS}
+    return {**layout, "TOKENS": MOST_TOKENS, "PIECES": warps, "ROWS": TILE, "COLUMNS": COLUMNS}
+
+
+def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
+    """What asks for the most registers of each kernel; the same for every device."""
+    for dtype, n, m, tokens in ((torch.bfloat16, 2, 4, 1), (torch.bfloat16, 4, 8, 8), (torch.float32, 3, 7, MOST_TOKENS)):
+        yield _product_case(dtype, n, m, tokens)
+    own, tiles = "*bf16:16", config(4096, 2048, 1, 132)
+    pointers = {"x": own, "values": own, "codes": "*i32:16", "bias": own, "y": own}
+    numbers = dict.fromkeys(("columns", "rows", "x_stride", "stored"), "i32:16") | {"tokens": "i32"}
+    yield CompileCase(multiply_fours, {**pointers, **numbers}, _fours(torch.bfloat16, 3, WARPS[0]), WARPS[0], 1)
+    pointers = {"values": own, "codes": "*i32:16", "weight": own}
+    numbers = dict.fromkeys(("columns", "rows", "kept", "stored"), "i32:16")
+    yield CompileCase(unpack, {**pointers, **numbers}, _constants(torch.bfloat16, 2, 4, tiles), tiles.warps, 1)
+
+
+def _product_case(dtype: torch.dtype, n: int, m: int, tokens: int) -> CompileCase:
+    tiles = config(4096, 2048, tokens, 132)
+    own = f"*{DTYPES[dtype]}:16"
+    numbers = dict.fromkeys(("columns", "rows", "kept", "stored"), "i32:16") | {"tokens": "i32"}
+    return CompileCase(
+        multiply,
+        {"x": own, "values": own, "codes": "*i32:16", "bias": own, "y": own, **numbers},
+        {**_constants(dtype, n, m, tiles), "TOKENS": tokens},
+        tiles.warps,
+        1,
+    )
