@@ -15,7 +15,6 @@ from ..problems import DAMPING, gram_of, output_error
 TEXTBOOK = {"2:4": {"n_kept": 2, "m": 4}, 0.5: {"sparsity": 0.5}}
 SHAPES = ((1536, 576), (4096, 4096))
 LARGE = 2000  # features
-PUBLIC_ITERATIONS = 9  # of some 36
 NO_WORSE = 1.002  # times the baseline's error
 
 
@@ -30,12 +29,8 @@ def alps(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
 
 
 def public(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
-    """The public program: eigenvectors in float64, sorts, three products an iteration of conjugate gradients, unused traces.
-
-    A large layer gets only the first of its iterations, so that it ends within minutes: its time is a lower bound then.
-    """
-    iterations = 300 if len(gram) < LARGE else PUBLIC_ITERATIONS
-    return textbook_alps(weight, gram, damping=DAMPING, iterations=iterations, **TEXTBOOK[pattern])[0]
+    """The public program: eigenvectors in float64, sorts, three products an iteration of conjugate gradients, unused traces."""
+    return textbook_alps(weight, gram, damping=DAMPING, **TEXTBOOK[pattern])[0]
 
 
 def prototype(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
@@ -120,7 +115,6 @@ def test_prune_a_layer(measure, generator, rows, columns, pattern, baseline):
         group=f"ALPS {rows}x{columns} {pattern} against the {baseline}",
         rounds=1 if large else 3,
         warmup=not large,
-        **({"baseline_iterations": PUBLIC_ITERATIONS} if large and baseline == "public" else {}),
     )
     if theirs.result is None:  # --benchmark-disable
         theirs()
