@@ -10,11 +10,16 @@ CG_ITERATIONS = 10
 
 
 def gram_of(generator: torch.Generator, features: int) -> torch.Tensor:
-    """`X^T X` of twice as many tokens as features, features of different size and correlated with one another."""
-    mixed = torch.eye(features) + torch.randn(features, features, generator=generator) * (0.5 / features**0.5)
-    x = torch.randn(2 * features, features, generator=generator) @ mixed
-    x *= torch.rand(features, generator=generator) ** 2 * 3 + 0.1
+    """`X^T X` of twice as many tokens as features."""
+    x = correlated_tokens(generator, 2 * features, features)
     return x.T @ x
+
+
+def correlated_tokens(generator: torch.Generator, tokens: int, features: int) -> torch.Tensor:
+    """Features of different size and correlated with one another."""
+    mixed = torch.eye(features) + torch.randn(features, features, generator=generator) * (0.5 / features**0.5)
+    x = torch.randn(tokens, features, generator=generator) @ mixed
+    return x.mul_(torch.rand(features, generator=generator) ** 2 * 3 + 0.1)
 
 
 def damped(gram: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,11 @@ from sparsekern.pruning.statistics import Gram
 from tests.textbook import textbook_sparsegpt
 
 from .. import smollm2
+from ..problems import correlated_tokens
 
 BLOCK, SPARSITY, SAMPLES, LENGTH = 14, 0.7, 8, 512
+LLAMA_7B = (4096, 11008)  # inputs, features
+FEW_TOKENS = 1024  # for that size, where the public program takes long
 WEIGHT, ROUNDS, EPOCHS, RATE, CHUNK = 5.0, 4, 2, 0.01, 1000  # alpha = beta = gamma, and the steps of s
 
 
@@ -81,23 +84,38 @@ def our_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: t
 
 @torch.no_grad()
 def measure(wikitext: Path, quick: bool = False) -> dict[str, object]:
-    """Seconds of both, in one run on the same inputs, and the output errors that they end with."""
+    """A network of SmolLM2-135M: seconds of both, in one run on the same inputs, and the output errors that they end with."""
     model, seen = smollm2.dense_model(), []
     network = model.model.layers[BLOCK].mlp
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
     ids = calibration_ids(wikitext / "valid.txt", smollm2.tokenizer(), samples=1 if quick else SAMPLES, length=LENGTH, seed=0)
     for sample in ids:
         model(sample[None])
-    x, weights = torch.cat(seen), [getattr(network, name).weight.detach() for name in ("up_proj", "gate_proj", "down_proj")]
+    weights = [getattr(network, name).weight.detach() for name in ("up_proj", "gate_proj", "down_proj")]
+    return {"one network": compare(torch.cat(seen), weights)}
+
+
+@torch.no_grad()
+def measure_wide() -> dict[str, object]:
+    """The same of random weights in the shapes of LLaMA-7B, on a few correlated tokens."""
+    inputs, features = LLAMA_7B
+    generator = torch.Generator().manual_seed(0)
+    x = correlated_tokens(generator, FEW_TOKENS, inputs)
+    shapes = ((features, inputs), (features, inputs), (inputs, features))
+    return {"one wide network": compare(x, [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes])}
+
+
+def compare(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, object]:
     y = _output(x, weights)
     figures: dict[str, object] = {"shape": [weights[0].shape[1], len(weights[0]), len(weights[2])], "tokens": len(x)}
-    our_sparsellm(x[:LENGTH], *weights, SPARSITY)  # a first call loads and allocates
+    our_sparsellm(x[:LENGTH, :LENGTH], *(weight[:LENGTH, :LENGTH] for weight in weights), SPARSITY)  # a first call loads and allocates
     for name, solve in (("sparsekern", our_sparsellm), ("public", public_sparsellm)):
         start = time.perf_counter()
         solved = solve(x, *weights, SPARSITY)
         figures[f"{name}, seconds"] = time.perf_counter() - start
         figures[f"{name}, output_error"] = float((_output(x, solved) - y).square().sum() / y.square().sum())
-    return {"one network": figures}
+        print(figures, flush=True)
+    return figures
 
 
 def _output(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:

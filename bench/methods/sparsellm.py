@@ -1,7 +1,7 @@
 """SparseLLM against its local solver alone: output error of the feed-forward networks and perplexity of SmolLM2-135M, and the ReLU form
 on a small model trained here on built-in text.
 
-    python -m bench.methods.sparsellm FOLDER --only "SparseGPT 70 %" --only "ALPS 2:4" --only relu --only time
+    python -m bench.methods.sparsellm FOLDER --only "SparseGPT 70 %" --only "ALPS 2:4" --only relu --only time --only wide
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(wikitext: Path | None, quick: bool) -> str:
     names = [f"{solver} {pattern}" for solver in SOLVERS for pattern in PATTERNS]
     figures = measure(wikitext, names[:1] if quick else names, quick) | measure_relu(quick) | _sparsellm_public.measure(wikitext, quick)
     if not quick:
-        store(NAME, figures)
+        store(NAME, figures | _sparsellm_public.measure_wide())
     return section(figures)
 
 
@@ -163,7 +163,7 @@ def _perplexity(figures: dict[str, object], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help='such as "SparseGPT 70 %%", or "relu" or "time"')
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help='such as "SparseGPT 70 %%", or "relu", "time" or "wide"')
     parser.add_argument("--form", action="append", choices=list(FORMS), help="may be given more than once")
     parser.add_argument("--work", type=Path, help="where a measurement that is killed leaves what it has, to go on from")
     arguments = parser.parse_args()
@@ -172,6 +172,8 @@ def main() -> None:
             store(NAME, measure_relu())
         elif name == "time":
             store(NAME, _sparsellm_public.measure(arguments.folder))
+        elif name == "wide":
+            store(NAME, _sparsellm_public.measure_wide())
         else:
             for form in arguments.form or FORMS:
                 store(NAME, measure(arguments.folder, [name], forms=(form,), work=arguments.work))
