@@ -24,8 +24,9 @@ from .. import smollm2
 from ..problems import correlated_tokens
 
 BLOCK, SPARSITY, SAMPLES, LENGTH = 14, 0.7, 8, 512
-LLAMA_7B = (4096, 11008)  # inputs, features
-FEW_TOKENS = 1024  # for that size, where the public program takes long
+# Inputs, features and tokens: LLaMA-7B's shape with as few tokens as the public program needs to end within minutes, and a quarter of
+# it with more tokens than features, as a calibration has.
+WIDE = {"one wide network": (4096, 11008, 1024), "one network of a quarter": (1024, 2752, 8192)}
 WEIGHT, ROUNDS, EPOCHS, RATE, CHUNK = 5.0, 4, 2, 0.01, 1000  # alpha = beta = gamma, and the steps of s
 
 
@@ -96,13 +97,13 @@ def measure(wikitext: Path, quick: bool = False) -> dict[str, object]:
 
 
 @torch.no_grad()
-def measure_wide() -> dict[str, object]:
-    """The same of random weights in the shapes of LLaMA-7B, on a few correlated tokens."""
-    inputs, features = LLAMA_7B
+def measure_wide(name: str) -> dict[str, object]:
+    """The same of random weights and correlated tokens, in a shape of `WIDE`."""
+    inputs, features, tokens = WIDE[name]
     generator = torch.Generator().manual_seed(0)
-    x = correlated_tokens(generator, FEW_TOKENS, inputs)
+    x = correlated_tokens(generator, tokens, inputs)
     shapes = ((features, inputs), (features, inputs), (inputs, features))
-    return {"one wide network": compare(x, [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes])}
+    return {name: compare(x, [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes])}
 
 
 def compare(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, object]:
