@@ -74,7 +74,7 @@ class SparseLLM(FeedForwardMethod):
         check_choice("SparseLLM.attention", self.attention, ("dense", "pruned"))
         check_choice("SparseLLM.keep", self.keep, ("best", "last"))
         local = self.local
-        if isinstance(local, FeedForwardMethod) or local.sensitivity or local.trains or local.whole_model:
+        if isinstance(local, FeedForwardMethod) or local.sensitivity or local.trains or local.whole_model or local.removes_units:
             raise ValueError(f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}")
 
     @property

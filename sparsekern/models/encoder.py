@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .linears import Linear, find_linears
+
 EXPECTED = (
     "an encoder whose blocks are attention (query, key, value, output) and an FFN of two linears, each followed by a LayerNorm, "
     "as BERT, RoBERTa, DistilBERT and MiniLM have them"
@@ -78,10 +80,15 @@ class Encoder:
             raise ValueError(f"model: expected {EXPECTED}; {name} is a decoder")
         blocks = _list_of_blocks(model)
         heads = getattr(config, "num_attention_heads", None)
-        self._list = _place(model, blocks)
+        self._name, self._list = blocks, _place(model, blocks)
         self.sublayers: list[SubLayer] = []
         for index, block in enumerate(self._list.module):
             self.sublayers += _sublayers(name, block, f"{blocks}.{index}", heads)
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Those of all sub-layers. Raises `ValueError` that names the first whose weight is no plain matrix of a known dtype."""
+        return find_linears(self._list.module, self._name)
 
     @contextmanager
     def opened(self, inputs: dict[str, torch.Tensor]) -> Iterator[_Chain]:
@@ -101,7 +108,12 @@ class Encoder:
             for sublayer in inside:
                 sublayer.output.put(nn.Identity())
             self._list.put(nn.ModuleList([chain]))
-            chain.run(inputs)
+            try:
+                chain.run(inputs)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                # The model's own code met sub-layers that are called as BERT's are: whatever it stumbles over, this is why.
+                what = f"the blocks of {type(self.model).__name__} are called otherwise ({type(error).__name__}: {error})"
+                raise ValueError(f"model: expected {EXPECTED}; {what}") from error
             if not torch.allclose(chain.last, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(f"model: expected {EXPECTED}; the blocks of {type(self.model).__name__} compute something else")
             yield chain

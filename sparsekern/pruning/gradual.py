@@ -61,6 +61,8 @@ class GradualRun:
                     with self.clock.phase("write"):
                         self.state.finish_step(step)
                 masks = None  # they were those of a step that had begun
+        if self.method.trains:
+            self._check_finite(", rounded to the model's dtype")
         for linear in self.plan.linears:
             self.report.layers.append(layer := self._layer_report(linear))
             if not self.method.trains:
@@ -91,15 +93,23 @@ class GradualRun:
                 torch.manual_seed(derived_seed(self.seed, f"{step} {index}"))  # dropout's
                 loss = self._optimizer_step(optimizer, parameters, [self.batches[i] for i in micro_batches[index]])
                 if not loss < float("inf"):
-                    raise ValueError(f"Gradual.learning_rate: the loss is {loss} after {len(self.state.curve)} optimizer steps; lower it")
+                    raise ValueError(
+                        f"Gradual.learning_rate: expected a finite loss, got {loss} after {len(self.state.curve)} optimizer steps; lower it"
+                    )
                 self.state.curve.append({"step": step, "sparsity": keeper.sparsity, "learning_rate": rate, "loss": loss})
                 self.bar.step_done(f"step {step}/{self.method.steps} loss {loss:.3f}")
                 self.state.save_now_and_then(step, index + 1, optimizer, keeper, now=self.interrupted())
                 if self.interrupted():
                     raise KeyboardInterrupt
+            self._check_finite()  # the last step's loss was taken before it
         finally:
             self.model.eval()
             self.model.zero_grad()
+
+    def _check_finite(self, rounded: str = "") -> None:
+        if found := _not_finite(self.model):
+            when = f"after {len(self.state.curve)} optimizer steps{rounded}"
+            raise ValueError(f"Gradual.learning_rate: expected finite weights, got {found} {when}; lower it")
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: list[Batch]) -> float:
         """One step on the mean loss of all predicted tokens of `batches`; returns that loss, as it was before the step."""
@@ -142,11 +152,13 @@ def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
     """See that `model` predicts next tokens, that it can be trained, and that `batches` hold something to predict.
 
     Raises:
-        ValueError: no parameter requires a gradient; every sample is shorter than two tokens; the model returns no logits for each
+        ValueError: no parameter requires a gradient, or one that does is not finite; every sample is shorter than two tokens; the model returns no logits for each
             position, or those of a position change with the tokens behind it.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: Gradual trains it, but none of its parameters requires a gradient (requires_grad_())")
+    if found := _not_finite(model):
+        raise ValueError(f"model: expected finite weights to train, got {found}")
     batch = next(filter(_predicted, batches), None)
     if batch is None:
         raise ValueError("calibration: Gradual predicts tokens from those before, so it needs samples of at least two tokens, got none")
@@ -160,6 +172,14 @@ def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
         raise ValueError(
             f"model: Gradual trains causal language models, but in {type(model).__name__} the logits of a token change with those behind it"
         )
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """The first NaN or Inf of the parameters that are trained, and where it is."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not (finite := torch.isfinite(parameter)).all():
+            return f"{float(parameter.detach()[~finite][0])} in {name}"
+    return None
 
 
 def _predicted(batch: Batch) -> int:

@@ -93,7 +93,7 @@ def prune(
     Raises:
         ValueError, TypeError: bad arguments, and a model that cannot be pruned so, before any work is done; NaN or Inf in an
             activation, naming the linear and the calibration sample. The block at hand is then unchanged, earlier ones are pruned
-            (and on disk with `out`).
+            (and on disk with `out`). Training (`Gradual`) whose loss or weights do not stay finite leaves the model changed.
         OSError: no space left in `out`; the blocks finished before are intact.
     """
     start = time.perf_counter()
@@ -262,7 +262,7 @@ class BlockRun:
         start = self.clock.now()
         with self.clock.phase("solve"):
             try:
-                with warnings_named(run.network.down.name):
+                with warnings_named(run.network.down.name), seeded(self.seed, run.network.down.name):
                     solved, solution = run.solve(self.method, statistics)
             except ValueError as error:
                 raise ValueError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
@@ -310,17 +310,12 @@ class BlockRun:
         name, features = members[0].name, members[0].features
         if not statistic.tokens:
             raise ValueError(f"{name}: no calibration token reached it; calibrate with more text or leave it out with exclude")
-        if statistic.tokens < features and self.method.statistic == "gram":
-            self.notices.once(
-                "few tokens",
-                f"{name}: {statistic.tokens} calibration tokens for {features} input features; the result rests on the damping "
-                "where the tokens say nothing (this is said once)",
-            )
+        if self.method.statistic == "gram":
+            self.notices.few_tokens(name, statistic.tokens, features)
         if dead := int((statistic.sum_squares == 0).sum()):
             self.notices.once(
                 "dead features",
-                f"{name}: {dead} of {features} input features were never active in calibration; their weights are pruned first "
-                "(this is said once)",
+                f"{name}: {dead} of {features} input features were never active in calibration; their weights are pruned first",
             )
 
     def _solve(self, linear: Linear, statistic: FeatureNorm | Gram | Sensitivity | None) -> tuple[torch.Tensor, LayerReport]:

@@ -50,9 +50,9 @@ def make_plan(
     if is_packed(model):
         raise ValueError("model: its linears are packed; sparsekern.unpack(model) makes them dense again")
     blocks = find_blocks(model)
-    inside = [find_linears(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules)]
+    inside = [_with_weights(find_linears(block, blocks.block_name(i))) for i, block in enumerate(blocks.modules)]
     in_blocks = {linear.name for linears in inside for linear in linears}
-    outside = [linear for linear in find_linears(model) if linear.name not in in_blocks]
+    outside = [linear for linear in _with_weights(find_linears(model)) if linear.name not in in_blocks]
     everything = [linear.name for linears in inside for linear in linears] + [linear.name for linear in outside]
 
     include, exclude = as_globs("include", include), as_globs("exclude", exclude)
@@ -84,9 +84,14 @@ def make_plan(
     check_device(model)
     for linear in plan.linears:
         kept[linear.name].check_features(linear.features, linear.name)
-        _check_finite(linear)
+        check_finite(linear)
     _say_what_stays_dense(blocks)
     return plan
+
+
+def _with_weights(linears: list[Linear]) -> list[Linear]:
+    """Those that have a weight left: structured pruning may have cut all of them."""
+    return [linear for linear in linears if linear.weight.numel()]
 
 
 def _pattern_of(name: str, by_glob: Mapping[str, Pattern | None], default: Pattern) -> Pattern | None:
@@ -131,7 +136,8 @@ def _say_what_stays_dense(blocks: Blocks) -> None:
         )
 
 
-def _check_finite(linear: Linear) -> None:
+def check_finite(linear: Linear) -> None:
+    """Raise `ValueError` that names the linear and the first NaN or Inf of its weight."""
     low, high = linear.modules[0].weight.detach().aminmax()
     if not torch.isfinite(high - low):
         where = (~torch.isfinite(linear.weight)).nonzero()

@@ -109,4 +109,12 @@ class Notices:
     def once(self, kind: str, message: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(message, SparsekernWarning, stacklevel=4)
+            warnings.warn(f"{message} (this is said once)", SparsekernWarning, stacklevel=4)
+
+    def few_tokens(self, name: str, tokens: int, features: int) -> None:
+        if tokens < features:
+            self.once(
+                "few tokens",
+                f"{name}: {tokens} calibration tokens for {features} input features; the result rests on the damping where the "
+                "tokens say nothing",
+            )

@@ -26,9 +26,9 @@ from .calibration import Batch, Calibration
 from .calibration import fingerprint as calibration_fingerprint
 from .checkpoint import Checkpoint, finish, model_fingerprint
 from .objective import Answers, Objective
-from .plan import PatternLike, check_device
+from .plan import PatternLike, check_device, check_finite
 from .preparation import batches_for, check_saveable, environment, prepared, save_model
-from .progress import Clock, Progress, warnings_named
+from .progress import Clock, Notices, Progress, warnings_named
 from .units_report import StructuredReport, UnitsReport
 
 
@@ -55,12 +55,7 @@ def prune_units(
     share = method.share(parse_pattern(pattern))
     if resume and out is None:
         raise ValueError("resume: expected out, the folder of the run to go on with")
-    encoder = Encoder(model)
-    if recorded_units(model.config):
-        raise ValueError(
-            "model: expected a model with all its heads and neurons, got one that was cut before; start from the dense one"
-        )
-    check_device(model)
+    encoder = encoder_to_cut(model)
     batches = batches_for(model, method, calibration, batch_size)
     _check_samples(batches)
     costs = Costs.of(encoder, batches, method.budget)
@@ -97,6 +92,23 @@ def prune_units(
             complete(report)
         finish(out)
     return report
+
+
+def encoder_to_cut(model: nn.Module) -> Encoder:
+    """The sub-layers of `model`, whose weights are on one device and finite.
+
+    Raises:
+        ValueError: see `prune_units`.
+    """
+    if recorded_units(getattr(model, "config", None)):  # of which `Encoder` might not know the blocks again
+        raise ValueError(
+            "model: expected a model with all its heads and neurons, got one that was cut before; start from the dense one"
+        )
+    encoder = Encoder(model)
+    check_device(model)
+    for linear in encoder.linears:
+        check_finite(linear)
+    return encoder
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,7 @@ class _Run:
     ) -> None:
         self.encoder, self.sublayers, self.method, self.batches = encoder, encoder.sublayers, method, batches
         self.costs, self.remaining, self.seed = costs, remaining, seed
-        self.checkpoint, self.report, self.bar, self.clock = checkpoint, report, bar, clock
+        self.checkpoint, self.report, self.bar, self.clock, self.notices = checkpoint, report, bar, clock, Notices()
 
     def decide_all(self) -> list[Cut]:
         cuts = []
@@ -275,6 +287,7 @@ class _Run:
         size = cut.weight.shape[1] + extra
         if size == 0:
             return cut
+        self.notices.few_tokens(f"{sublayer.name} {sublayer.kind}", self.report.calibration_tokens, cut.weight.shape[1])
         gram = torch.zeros(size, size, device=cut.weight.device)
         cross = torch.zeros(len(cut.weight), size, device=cut.weight.device)
         for stored in self.stored:

@@ -235,6 +235,7 @@ def test_settings_name_the_solver():
         ({"solver": SparseLLM()}, "SparseLLM.solver: expected a method that solves one linear"),
         ({"solver": "gradual"}, "SparseLLM.solver: expected a method that solves one linear"),
         ({"solver": "copal"}, "SparseLLM.solver: expected a method that solves one linear"),
+        ({"solver": "kprune"}, "SparseLLM.solver: expected a method that solves one linear"),
     ],
 )
 def test_refuses_bad_settings(arguments, message):

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparsekern
-from sparsekern import SparseGPT, SparsekernWarning
+from sparsekern import SparseGPT, SparsekernWarning, SparseLLM
 from sparsekern.pruning import checkpoint, files
 from tests.models.families import tiny_ids, tiny_model
 
@@ -97,22 +97,26 @@ def test_resuming_works_for_transposed_and_fused_weights(tmp_path, monkeypatch, 
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_magnitude_and_the_head_resume_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "method, blocks",  # of four: the head comes after three
+    [("magnitude", 4), ("wanda", 4), ("alps", 4), ("random", 2), (SparseLLM("random", iterations=2), 2)],
+    ids=["magnitude", "wanda", "alps", "random", "sparsellm"],
+)
+def test_other_methods_and_the_head_resume_too(tmp_path, monkeypatch, method, blocks):
     def interrupted(self, index, weights, layers, save=checkpoint.Checkpoint.save):
         save(self, index, weights, layers)
-        if index == 3:  # the head comes after three blocks
+        if index + 1 == blocks:
             raise Interrupted
 
-    for method in ("magnitude", "wanda", "alps"):
-        arguments = {"method": method, "include": ["*", "lm_head"]}
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.Checkpoint, "save", interrupted)
-            with pytest.raises(Interrupted):
-                run(tmp_path / method, **arguments)
-        model, report = run(tmp_path / method, resume=True, **arguments)
-        expected, _ = run(tmp_path / f"{method}-whole", **arguments)
-        assert report.resumed_blocks == 4
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    arguments = {"method": method, "include": ["*", "lm_head"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoint, "save", interrupted)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out", **arguments)
+    model, report = run(tmp_path / "out", resume=True, **arguments)
+    expected, _ = run(tmp_path / "whole", **arguments)
+    assert report.resumed_blocks == blocks
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
 
 
 CHILD = """

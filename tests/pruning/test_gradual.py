@@ -243,12 +243,31 @@ ALONE = {"input_ids": tiny_ids(2, 8), "attention_mask": torch.eye(2, 8, dtype=to
         (lambda: tiny_model("llama").requires_grad_(False), {}, "model: .* none of its parameters requires a gradient"),
         (None, {"report_error": True}, "report_error: Gradual has no errors of layers to report"),
         (None, {"method": Gradual("structured"), "pattern": "2:4"}, "pattern: expected a sparsity for Structured"),
-        (None, {"method": Gradual(train_steps=9, learning_rate=1e30, clip=1e30)}, "Gradual.learning_rate: the loss is (nan|inf) after"),
+        (None, {"method": Gradual(train_steps=9, learning_rate=1e30, clip=1e30)}, "Gradual.learning_rate: expected a finite loss, got (nan|inf) after"),
     ],
 )
 def test_bad_input(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         prune(model and model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "dtype, rate, when",
+    [(torch.float16, 1e5, "1 optimizer steps, rounded to the model's dtype"), (torch.float32, 1e38, "1 optimizer steps")],
+)
+def test_weights_that_the_last_step_makes_infinite(tmp_path, dtype, rate, when):
+    """The loss of a step is from before it, so that of the last one says nothing."""
+    method = Gradual(steps=1, train_steps=1, learning_rate=rate, warmup=0)
+    with pytest.raises(ValueError, match=rf"Gradual.learning_rate: expected finite weights, got \S+ in model\.\S+ after {when}; lower it"):
+        prune(tiny_model("llama", dtype), method, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_weight_that_is_infinite_before_training():
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[2, 5] = float("inf")  # a token that no sample holds
+    with pytest.raises(ValueError, match="model: expected finite weights to train, got inf in model.embed_tokens.weight"):
+        prune(model)
 
 
 def test_no_calibration():

@@ -255,12 +255,42 @@ def test_other_refusals():
         prune(encoders.tiny("bert_classifier"), method=KPrune(objective="cosine"))
     broken = encoders.tiny("bert")
     broken.encoder.layer[1].intermediate.dense.weight.data[5, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^encoder.layer.1.intermediate.dense: expected finite weights, got nan at \[5, 0\]"):
+        prune(broken)
+    broken = encoders.tiny("bert")
+    broken.encoder.layer[1].attention.output.LayerNorm.bias.data[5] = float("nan")
     with pytest.raises(ValueError, match=r"encoder.layer.1 neurons: x: expected finite values, got nan"):
         prune(broken)
-    model = encoders.tiny("bert")
-    prune(model, method=KPrune(tuning=False))
+    with pytest.raises(ValueError, match=r"^encoder.layer.0.attention.self.query: expected a float32, .* matrix, got float64"):
+        prune(encoders.tiny("bert").double())
+
+
+def test_an_encoder_that_calls_its_blocks_otherwise():
+    config = encoders.tf.DebertaV2Config(**encoders.SIZES)
+    message = "^model: expected an encoder .* as BERT.* have them; the blocks of DebertaV2Model are called otherwise .*to unpack"
+    with pytest.raises(ValueError, match=message):
+        prune(encoders.tf.DebertaV2Model(config).eval())
+
+
+def test_few_tokens_are_said_once_and_not_where_nothing_is_fitted():
+    with pytest.warns(sparsekern.SparsekernWarning) as said:
+        prune(encoders.tiny("bert"), 0.1, torch.arange(3, 9)[None], KPrune(ridge=1.0))
+    messages = [str(warning.message) for warning in said]
+    assert len(messages) == 1 and "encoder.layer.0 heads: 6 calibration tokens for 32 input features; the result rests" in messages[0]
+    prune(encoders.tiny("bert"), 0.1, torch.arange(3, 9)[None], KPrune(tuning=False))
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_a_model_that_was_cut_before(name):
+    """Some of its layers have no heads or no neurons left: no method fails over their empty linears."""
+    model = encoders.tiny(name)
+    report = prune(model, 0.94, method=KPrune(tuning=False))
+    assert 0 in [layer.kept for layer in report.layers]
     with pytest.raises(ValueError, match="model: expected a model with all its heads and neurons, got one that was cut before"):
         prune(model)
+    for method in ("magnitude", "wanda", "alps"):
+        report = sparsekern.prune(copy.deepcopy(model), method, 0.5, encoders.padded_ids(), **QUIET)
+        assert report.layers and all(layer.zeros or layer.shape[1] == 1 for layer in report.layers)
 
 
 @pytest.mark.filterwarnings(FEW_TOKENS)
