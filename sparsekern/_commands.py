@@ -222,6 +222,8 @@ def _only_text(arguments: argparse.Namespace) -> str:
         raise ValueError(f"text: expected one --text for one --calibration, got {len(texts)}")
     if arguments.strategy != "accumulate":
         raise ValueError("strategy: expected more than one --calibration, or --state, for another than 'accumulate'")
+    if arguments.abandon:
+        raise ValueError("abandon: expected --state, the folder with the unfinished step")
     return texts[0]
 
 

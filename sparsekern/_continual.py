@@ -26,6 +26,7 @@ from ._commands import (
 from .backends.libraries import check_isa
 from .data import calibration_ids
 from .pruning import ContinualReport, check_seed, prune_continually
+from .pruning.continual import check_adds_up
 from .pruning.report_html import continual_page
 from .runtime import check_format, check_output_folder, check_space, model_card, save, versions
 from .runtime.save import DENSE
@@ -36,6 +37,7 @@ BUILTIN = "builtin:"
 def continual_command(arguments: argparse.Namespace) -> None:
     """Prune a model for several texts, and leave its folder complete: weights, tokenizer, `report.json` and model card."""
     method, pattern, patterns = _checked(lambda: _what_to_prune(arguments))
+    _checked(lambda: check_adds_up(method, arguments.strategy))
     _checked(lambda: check_format(arguments.format))
     texts = _checked(lambda: _texts_to_evaluate(arguments))
     out = Path(arguments.out).expanduser()
@@ -63,6 +65,7 @@ def continual_command(arguments: argparse.Namespace) -> None:
         arguments.state,
         arguments.seed,
         resume=arguments.resume,
+        abandon=arguments.abandon,
         strategy=arguments.strategy,
         include=arguments.include,
         exclude=arguments.exclude,
@@ -105,8 +108,11 @@ def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:
             raise UsageError(f"calibration: {source} is given twice")
     if arguments.report_error:
         raise UsageError("report-error: not with more than one --calibration, nor with --state")
-    if arguments.resume and not arguments.state:
-        raise UsageError("resume: expected --state, the folder of the run to go on with")
+    for name in ("resume", "abandon"):
+        if getattr(arguments, name) and not arguments.state:
+            raise UsageError(f"{name}: expected --state, the folder of the run to go on with")
+    if arguments.resume and arguments.abandon:
+        raise UsageError("abandon: expected it without --resume, which goes on with the unfinished step")
     if not arguments.evaluate:
         return {}
     texts = arguments.text or [source for source in sources if source.startswith(BUILTIN)]

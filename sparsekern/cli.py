@@ -107,6 +107,7 @@ def _add_prune(commands) -> None:
         "than once, the model is pruned for one after another without keeping any (best with --method copal)",
     )
     data.add_argument("--state", metavar="DIR", help="what is known after these texts, to add others later by the same command")
+    data.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state, whose text is lost or bad, and go on with these")
     data.add_argument("--strategy", default="accumulate", help="with several texts: accumulate, dense (forgets) or carry (stasis)")
     data.add_argument("--samples", type=int, help="windows of text (default: 128), or for kprune sentences (default: 1024)")
     data.add_argument(

@@ -331,6 +331,8 @@ def test_several_texts_one_after_another(model, text, tmp_path, capsys):
     assert all(torch.equal(p, q) for p, q in zip(once.parameters(), later.parameters(), strict=True))
     assert main([*given, "--calibration", text, *state, "--out", str(tmp_path / "d")]) == 1
     assert "was taken in already" in capsys.readouterr().err
+    assert main([*given, "--calibration", text, *state, "--abandon", "--out", str(tmp_path / "d")]) == 1
+    assert "holds no unfinished step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -339,6 +341,11 @@ def test_several_texts_one_after_another(model, text, tmp_path, capsys):
         (["--calibration", "a.txt", "--calibration", "a.txt"], "calibration: a.txt is given twice"),
         (["--state", "state", "--report-error"], "report-error: not with more than one --calibration, nor with --state"),
         (["--calibration", "a.txt", "--resume"], "resume: expected --state, the folder of the run to go on with"),
+        (["--abandon"], "abandon: expected --state, the folder with the unfinished step"),
+        (["--calibration", "a.txt", "--abandon"], "abandon: expected --state, the folder of the run to go on with"),
+        (["--state", "state", "--abandon", "--resume"], "abandon: expected it without --resume"),
+        (["--calibration", "a.txt", "--strategy", "x"], "strategy: expected one of 'accumulate', 'dense', 'carry', got 'x'"),
+        (["--calibration", "a.txt", "--method", "kprune", "--pattern", "0.5"], "method: expected one of alps, copal, "),
         (["--state", "state", "--evaluate"], "text: expected one --text for each --calibration"),
         (["--strategy", "carry"], "strategy: expected more than one --calibration, or --state"),
         (["--text", "a.txt", "--text", "b.txt"], "text: expected one --text for one --calibration, got 2"),
@@ -346,7 +353,8 @@ def test_several_texts_one_after_another(model, text, tmp_path, capsys):
 )
 def test_wrong_calls_about_several_texts(prune, capsys, arguments, message):
     assert prune(*arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1  # no model was loaded
 
 
 def test_info(capsys):

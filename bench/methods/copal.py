@@ -111,7 +111,7 @@ def after_step(method, pattern: str, names: Order, texts: Texts, work: Path) -> 
         if not before.exists():
             raise RuntimeError(f"{before} is gone, but not its figures; remove {work} to measure anew")
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(before, copy, copy_function=os.link)
+        shutil.copytree(before, copy, copy_function=os.link, ignore=shutil.ignore_patterns(".*"))  # each state has a lock of its own
         copy.rename(state)
     model, calibration = smollm2.dense_model(), {names[-1]: texts.calibration[names[-1]]}
     sparsekern.prune_continually(model, calibration, method, pattern, state=state, resume=True, progress=False)
@@ -155,7 +155,8 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
         "",
         f"SmolLM2-135M-Instruct, float32; {SAMPLES} x {LENGTH} tokens of calibration a domain, seed 0; perplexity of {WINDOWS} windows of "
         f"{WINDOW} tokens a domain; means over the orders of WikiText-2, Python's documentation and Python's source: all six, or the three cyclic ones. Backward "
-        "transfer is the mean of `R[i, i] - R[T, i]`: **negative is forgetting**. COPAL is a reconstruction.",
+        "transfer is the mean of `R[i, i] - R[T, i]`: **negative is forgetting**. COPAL is a reconstruction. The rows called carried are "
+        "taken from the model of the first data set: what is carried on to later ones never changes after it (to the bit).",
         "",
         "Dense: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + f"; average {mean(dense.values()):.2f}.",
     ]

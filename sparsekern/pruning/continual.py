@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ def prune_continually(
     resume: bool = False,
     progress: bool = True,
     *,
+    abandon: bool = False,
     strategy: str = "accumulate",
     include: Globs = None,
     exclude: Globs = None,
@@ -69,7 +71,8 @@ def prune_continually(
         method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
         evaluate: name of a data set -> token ids to take the perplexity on after its step and after every later one, and of the dense
-            model; `[tokens]` or `[rows, tokens]` as `perplexity` takes them.
+            model; `[tokens]` or `[rows, tokens]` as `perplexity` takes them. A `state` remembers them by a digest, and takes no others
+            under that name.
         state: a folder for what is to be known when the next data set comes, in this process or another: dense weights,
             accumulated tensors and pruned weights of the linears, and the names of the data sets. None keeps it in memory for this
             call. For COPAL in float32 it is three times the size of the linears; while a step is under way, five times.
@@ -78,6 +81,8 @@ def prune_continually(
         resume: go on with what `state` holds of a run that was killed: data sets that are done are not done again, and of the one
             that was under way only the blocks that are missing. The result is the same, bit for bit.
         progress: show a progress bar for each data set.
+        abandon: drop what `state` holds of a step that was not finished, before `calibrations` are taken in: the way out where its data
+            set is lost or turned out bad. It can then be left out, or come again changed.
         strategy: `"accumulate"`, `"dense"` or `"carry"`.
         include, exclude, patterns, batch_size: as for `prune`.
         length: tokens in a window of `evaluate`.
@@ -88,7 +93,8 @@ def prune_continually(
 
     Raises:
         ValueError, TypeError: bad arguments, before any work is done: also a state made with another model, method or pattern, a data
-            set that it has seen already (but with `resume`), an unfinished step (but with `resume`).
+            set that it has seen already (but with `resume`), an unfinished step (but with `resume` or `abandon`), other tokens or
+            another length to evaluate a data set on than before, and a state that another process is at work on.
         OSError: no space left in `state` or `out`; what was written before is intact.
 
     Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024; see `COPAL` for what is theirs and what was chosen here.
@@ -96,37 +102,49 @@ def prune_continually(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
     method = resolve_method(method)
-    if not isinstance(method, METHODS):
-        raise ValueError(f"method: expected one of {', '.join(kind.name for kind in METHODS)} for several data sets, got {method.name}")
-    if method == Magnitude(scope="global"):
-        raise ValueError("method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets")
-    check_choice("strategy", strategy, STRATEGIES)
+    check_adds_up(method, strategy)
     check_seed(seed)
     check_isa()
     plan = make_plan(model, pattern, patterns, include, exclude)
     data_sets = _data_sets(model, method, calibrations, batch_size)
-    known = State(state)
-    evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
     if out is not None:
         check_saveable(model)
         check_output_folder(out)
-    if resume and state is None:
-        raise ValueError("resume: expected state, the folder of the run to go on with")
-    run = _Continual(model, plan, method, strategy, known, evaluate, length, progress)
-    run.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
-    todo = _todo(known, data_sets, resume)
-    with torch.no_grad():
-        run.evaluate_dense()
-        for name, batches in todo:
-            with prepared(model, seed), freed_memory_kept():
-                run.take_in(name, batches)
-        run.write_weights(known.step(len(known.steps)))
+    if state is None and (resume or abandon):
+        raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
+    if resume and abandon:
+        raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
+    with State.opened(state) as known:
+        evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
+        run = _Continual(model, plan, method, strategy, known, evaluate, length, progress)
+        run.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
+        abandoned = known.abandon() if abandon else None
+        run.check_evaluation()
+        todo = _todo(known, data_sets, resume)
+        if abandoned:
+            abandoned.drop()
+            known.write()
+        with torch.no_grad():
+            run.evaluate_dense()
+            for name, batches in todo:
+                with prepared(model, seed), freed_memory_kept():
+                    run.take_in(name, batches)
+            run.write_weights(known.step(len(known.steps)))
     report = ContinualReport({**known.settings, "versions": environment(model)}, known.dense, known.steps)
     if out is not None:
         folder = save(model, out)
         report.to_json(folder / "report.json")
         report.to_html(folder / "report.html")
     return report
+
+
+def check_adds_up(method: Method, strategy: str) -> None:
+    """Raise `ValueError` for a method that knows one data set only, or for an unknown strategy."""
+    if not isinstance(method, METHODS):
+        raise ValueError(f"method: expected one of {', '.join(kind.name for kind in METHODS)} for several data sets, got {method.name}")
+    if method == Magnitude(scope="global"):
+        raise ValueError("method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets")
+    check_choice("strategy", strategy, STRATEGIES)
 
 
 class _Continual:
@@ -145,20 +163,20 @@ class _Continual:
     ) -> None:
         self.model, self.plan, self.method, self.strategy, self.state = model, plan, method, strategy, state
         self.evaluate, self.length, self.progress = evaluate, length, progress
+        self.evaluation = {name: [_digest(evaluation_windows(model, ids, length)), length] for name, ids in evaluate.items()}
         self.parts = [(i, part) for i, part in enumerate((*plan.block_linears, plan.outside_linears)) if part]
 
     def begin(self, settings: dict) -> None:
         """Store the dense weights, or see that the state is one of this model and these settings."""
         if self.state.is_new:
-            if self.state.folder is not None:
-                self.state.folder.mkdir(parents=True, exist_ok=True)
             for index, linears in self.parts:
                 self.state.store.put(f"dense-{index:05d}", {linear.name: linear.weight for linear in linears})
             self.state.settings = settings
             self.state.write()
             return
         if different := differences(self.state.settings, settings):
-            raise ValueError(f"state: {self.state.folder} was made with another {', '.join(different)}")
+            said = ", ".join(f"{name} ({_difference(self.state.settings.get(name), settings.get(name))})" for name in different)
+            raise ValueError(f"state: {self.state.folder} was made with another {said}")
         self._check_weights()
 
     def _check_weights(self) -> None:
@@ -174,12 +192,22 @@ class _Continual:
                         "nor the pruned one it came to"
                     )
 
+    def check_evaluation(self) -> None:
+        """Perplexities of a data set are compared, so all of them must be taken on the same windows."""
+        for name, (digest, length) in self.evaluation.items():
+            known_digest, known_length = self.state.evaluation.get(name, (digest, length))
+            if length != known_length:
+                raise ValueError(f"length: expected {known_length}, with which {name!r} was evaluated before, got {length}")
+            if digest != known_digest:
+                raise ValueError(f"evaluate[{name!r}]: expected the tokens that it was evaluated on before, got others")
+
     def evaluate_dense(self) -> None:
         missing = [name for name in self.evaluate if name not in self.state.dense]
         if missing:
             self.write_weights(None)
             self.state.dense |= {name: self._perplexity(name) for name in missing}
-            self.state.write()
+        self.state.evaluation |= self.evaluation
+        self.state.write()
 
     def take_in(self, name: str, batches: list[Batch]) -> None:
         """One step: prune for the data set `name`, on from what the state holds."""
@@ -223,14 +251,14 @@ class _Continual:
     def write_weights(self, step: StepFiles | None) -> None:
         """Give the model the weights that `step` left, or the dense ones."""
         for index, linears in self.parts:
-            weights = step.load(index, linears)[0] if step else self.state.dense_weights(index, linears)
+            weights = step.weights(index, linears) if step else self.state.dense_weights(index, linears)
             for linear in linears:
                 linear.weight.copy_(weights[linear.name])
 
     def _changed(self, before: StepFiles) -> float:
         changed = total = 0
         for index, linears in self.parts:
-            weights = before.load(index, linears)[0]
+            weights = before.weights(index, linears)
             for linear in linears:
                 changed += int(((linear.weight == 0) != (weights[linear.name] == 0).to(linear.weight.device)).sum())
                 total += linear.weight.numel()
@@ -302,6 +330,13 @@ def _checked_evaluation(
     return evaluate
 
 
+def _digest(windows: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:
     weights = [module.weight for linear in plan.linears for module in linear.modules]
     return {
@@ -311,11 +346,22 @@ def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]
     }
 
 
+def _difference(expected: object, got: object) -> str:
+    """Both of what differs, in brief; of mappings, where they first differ."""
+    place = ""
+    if isinstance(expected, Mapping) and isinstance(got, Mapping):
+        values = {key: (expected.get(key, "nothing"), got.get(key, "nothing")) for key in {**expected, **got}}
+        key, (expected, got) = next((key, pair) for key, pair in values.items() if pair[0] != pair[1])
+        place = f"{key}: "
+    return f"{place}expected {str(expected)[:20]}, got {str(got)[:20]}"  # that much of a digest will do
+
+
 def _todo(state: State, data_sets: Mapping[str, list[Batch]], resume: bool) -> list[tuple[str, list[Batch]]]:
     """The data sets that the state has not taken in yet."""
     if state.under_way and not resume:
         raise ValueError(
-            f"state: {state.folder} holds an unfinished step, {state.seen[-1][0]!r}; pass resume=True and that data set to go on"
+            f"state: {state.folder} holds an unfinished step, {state.seen[-1][0]!r}; pass resume=True (--resume) and that data set to go "
+            "on, or abandon=True (--abandon) to drop it"
         )
     todo, seen = [], dict(state.seen[: len(state.steps)])
     for name, batches in data_sets.items():
@@ -329,5 +375,8 @@ def _todo(state: State, data_sets: Mapping[str, list[Batch]], resume: bool) -> l
         elif seen[name] != fingerprint(batches):
             raise ValueError(f"calibrations: {name!r} is not what was taken in under that name")
     if state.under_way and (not todo or state.seen[-1] != [todo[0][0], fingerprint(todo[0][1])]):
-        raise ValueError(f"calibrations: expected {state.seen[-1][0]!r} next, unchanged, to finish its step in {state.folder}")
+        raise ValueError(
+            f"calibrations: expected {state.seen[-1][0]!r} next, unchanged, to finish its step in {state.folder}; pass abandon=True "
+            "(--abandon) instead of resume to drop it"
+        )
     return todo

@@ -1,15 +1,17 @@
 """What is kept between data sets: the dense weights, what was learned of them, and which data sets these were. No data.
 
 `state.json` names the data sets seen and their perplexities; `dense-00003.safetensors` holds the dense weights of block 3, and
-`step-0002-00003.safetensors` its weights after the second data set with what was accumulated until then. Every file appears by an
-atomic rename and never changes, and the files of a step are removed once the next one is in `state.json`.
+`step-0002-00003.safetensors` its weights after the second data set with what was accumulated until then, and the digest of that data
+set. Every file appears by an atomic rename and never changes, and the files of a step are removed once the next one is in `state.json`.
+A call holds the lock `.lock` for as long as it lasts, so that no other works on the state meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +20,10 @@ import torch
 
 from ..models import Linear
 from .continual_report import Step
-from .files import write_atomically
+from .files import locked, write_atomically
 from .report import LayerReport
 
-STATE = "state.json"
+STATE, LOCK = "state.json", ".lock"
 FORMAT = 1
 WEIGHT, MEMORY = "weight/", "memory/"
 
@@ -94,26 +96,36 @@ class InFolder:
 class State:
     """The steps done so far, the one under way if there is one, and the store of what goes with them."""
 
-    def __init__(self, folder: str | os.PathLike | None) -> None:
-        """Open the state in `folder`, which may be missing or empty; None keeps everything in memory.
-
-        Raises:
-            ValueError: the folder holds something else, or a state that is damaged or of another version.
-        """
-        self.folder = None if folder is None else Path(folder).expanduser()
-        self.store: Store = InMemory() if self.folder is None else InFolder(self.folder)
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.store: Store = InMemory() if folder is None else InFolder(folder)
         self.settings: dict[str, object] = {}
         self.dense: dict[str, float] = {}
+        self.evaluation: dict[str, list] = {}  # by data set, digest and window length of what its perplexities are taken on
         self.steps: list[Step] = []
         self.seen: list[list[str]] = []  # name and digest of each data set; one more than `steps` while a step is under way
-        if self.folder is None or not self.folder.exists():
-            return
-        if not self.folder.is_dir():
-            raise ValueError(f"state: {self.folder} is no folder")
-        if (self.folder / STATE).exists():
+        if folder is not None and (folder / STATE).exists():
             self._read()
-        elif any(not entry.name.startswith((".", "dense-")) for entry in self.folder.iterdir()):
-            raise ValueError(f"state: {self.folder} holds no {STATE}, so it is not a state of prune_continually")
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: str | os.PathLike | None) -> Iterator[State]:
+        """The state in `folder`, which may be missing or empty, for nobody else meanwhile; None keeps everything in memory.
+
+        Raises:
+            ValueError: the folder holds something else, or a state that is damaged, of another version or in use.
+        """
+        if folder is None:
+            yield cls(None)
+            return
+        folder = Path(folder).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"state: {folder} is no folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / STATE).exists() and any(not entry.name.startswith((".", "dense-")) for entry in folder.iterdir()):
+            raise ValueError(f"state: {folder} holds no {STATE}, so it is not a state of prune_continually")
+        with locked(folder / LOCK, f"state: {folder}"):
+            yield cls(folder)
 
     @property
     def is_new(self) -> bool:
@@ -126,7 +138,8 @@ class State:
     def write(self) -> None:
         if self.folder is not None:
             steps = [asdict(step) for step in self.steps]
-            whole = {"format": FORMAT, "settings": self.settings, "dense": self.dense, "steps": steps, "seen": self.seen}
+            whole = {"format": FORMAT, "settings": self.settings, "dense": self.dense, "evaluation": self.evaluation}
+            whole |= {"steps": steps, "seen": self.seen}
             write_atomically(self.folder / STATE, json.dumps(whole, indent=1).encode())
 
     def _read(self) -> None:
@@ -136,12 +149,31 @@ class State:
             version = found["format"]
             if version == FORMAT:
                 self.settings, self.dense = dict(found["settings"]), dict(found["dense"])
+                self.evaluation = dict(found.get("evaluation", {}))  # an older state has none, and takes what it is given next
                 self.seen = [[name, digest] for name, digest in found["seen"]]
                 self.steps = [Step(**step) for step in found["steps"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"state: {path} is not the state of a prune_continually ({error})") from error
         if version != FORMAT:
             raise ValueError(f"state: {path} has format {version}, this version reads {FORMAT}")
+
+    def abandon(self) -> StepFiles:
+        """Forget the step that is under way, and the perplexities of data sets that were not taken in, but for what is on disk.
+
+        Returns:
+            The files of the step, to be dropped before the state is written: a step with a name can be without, but not the reverse.
+
+        Raises:
+            ValueError: no step is under way.
+        """
+        if not self.under_way:
+            raise ValueError(f"abandon: {self.folder} holds no unfinished step")
+        files = self.step(len(self.seen))
+        self.seen.pop()
+        names = dict(self.seen)
+        self.dense = {name: value for name, value in self.dense.items() if name in names}
+        self.evaluation = {name: value for name, value in self.evaluation.items() if name in names}
+        return files
 
     def dense_weights(self, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
         """The dense weights of block `index`, by linear.
@@ -153,20 +185,21 @@ class State:
 
     def step(self, number: int) -> StepFiles:
         """What step `number`, from 1, left or is to leave."""
-        return StepFiles(self.store, f"step-{number:04d}-")
+        return StepFiles(self.store, f"step-{number:04d}-", *self.seen[number - 1])
 
 
 class StepFiles:
-    """The blocks of one step: a pipeline's checkpoint that keeps what was accumulated as well."""
+    """The blocks of one step, that of a data set with its digest: a pipeline's checkpoint that keeps what was accumulated as well."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        self.store, self.prefix = store, prefix
+    def __init__(self, store: Store, prefix: str, name: str, digest: str) -> None:
+        self.store, self.prefix, self.name, self.digest = store, prefix, name, digest
         self.accumulated: dict[str, torch.Tensor] = {}  # of the block that is being solved; saved with it
 
     def save(self, index: int, weights: dict[str, torch.Tensor], layers: Sequence[LayerReport]) -> None:
         tensors = {WEIGHT + name: weight for name, weight in weights.items()}
         tensors |= {MEMORY + name: total for name, total in self.accumulated.items()}
-        self.store.put(self._name(index), tensors, json.dumps([asdict(layer) for layer in layers]))
+        note = {"data": self.digest, "layers": [asdict(layer) for layer in layers]}
+        self.store.put(self._name(index), tensors, json.dumps(note))
         self.accumulated = {}
 
     def holds(self, index: int) -> bool:
@@ -176,15 +209,28 @@ class StepFiles:
         """The weights and reports of block `index`, or None where it is not finished.
 
         Raises:
-            ValueError: the file is damaged or holds other linears.
+            ValueError: the file is damaged, or holds other linears or what another data set left.
         """
         if not self.holds(index):
             return None
-        weights, note = self.store.get(self._name(index), WEIGHT)
-        return _expected(weights, linears, self._name(index)), [LayerReport.from_dict(layer) for layer in json.loads(note)]
+        weights, layers = self._get(index, WEIGHT)
+        return _expected(weights, linears, self._name(index)), [LayerReport.from_dict(layer) for layer in layers]
+
+    def weights(self, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
+        """The weights of block `index` of a step that is finished. Raises what `load` raises, also where the file is missing."""
+        return _expected(self._get(index, WEIGHT)[0], linears, self._name(index))
 
     def memory(self, index: int) -> dict[str, torch.Tensor]:
-        return self.store.get(self._name(index), MEMORY)[0]
+        return self._get(index, MEMORY)[0]
+
+    def _get(self, index: int, prefix: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+        tensors, note = self.store.get(self._name(index), prefix)
+        found = json.loads(note)
+        if isinstance(found, list):  # an older state, whose files do not know their data set
+            return tensors, found
+        if found["data"] != self.digest:
+            raise ValueError(f"state: expected {self._name(index)} to be of {self.name!r}, got that of another data set")
+        return tensors, found["layers"]
 
     def drop(self) -> None:
         self.store.drop(self.prefix)

@@ -1,11 +1,17 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one call works on at a time."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,6 +38,22 @@ def replace_atomically(path: Path, write: Callable[[Path], object], what: str = 
             message = f"no space left while writing {what}; what was written before is intact"
             raise OSError(error.errno, message, str(path)) from error
         raise
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path` within; the system releases it also when the process dies. Where it knows no such locks, nothing is held.
+
+    Raises:
+        ValueError: another call holds it; the message begins with `what`.
+    """
+    with open(path, "a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{what} is in use by another process or call; wait until it is done") from error
+        yield
 
 
 def _sync_folder(folder: Path) -> None:
