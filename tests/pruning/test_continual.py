@@ -363,7 +363,7 @@ def test_a_state_of_something_else(tmp_path):
         ({"method": COPAL(scope="matrix")}, r"was made with another method \(scope: expected row, got matrix\)"),
         ({"method": Wanda()}, r"was made with another method \(name: expected copal, got wanda\)"),
         ({"pattern": "2:4"}, r"was made with another patterns \(model.layers.0.self_attn.q_proj: expected 0.5, got 2:4\)"),
-        ({"exclude": "*.0.self_attn.v_proj"}, r"another patterns \(model.layers.0.self_attn.v_proj: expected 0.5, got nothing\)"),
+        ({"exclude": "*.0.self_attn.v_proj"}, r", patterns \(model.layers.0.self_attn.v_proj: expected 0.5, got nothing\)"),
         ({"strategy": "carry", "seed": 1}, r"another seed \(expected 0, got 1\), strategy \(expected accumulate, got carry\)"),
     ):
         with pytest.raises(ValueError, match=message):
