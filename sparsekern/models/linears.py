@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, known to be the product and nothing else
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,15 @@ def is_conv1d(module: nn.Module) -> bool:
     # Looked up rather than imported: where transformers is not loaded, no module can be one of its classes.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module is its product and nothing else, so that another kind of layer can stand in its place.
+
+    Of a subclass of `nn.Linear` that cannot be seen: some compute more, and of some the owner takes the weight (attention's `out_proj`).
+    """
+    kind = type(module)
+    return kind is nn.Linear or is_conv1d(module) or (issubclass(kind, nn.Linear) and kind.__name__ in PLAIN_SUBCLASSES)
 
 
 def _check_prunable(name: str, module: nn.Module) -> None:

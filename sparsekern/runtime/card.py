@@ -43,6 +43,8 @@ model = sparsekern.load("path/to/this/folder")
 ```
 """
 
+CUT_AND_PACKED = "The zeros of what is left take no space: the linear layers are packed; `sparsekern.unpack(model)` makes them dense.\n"
+
 
 def versions() -> dict[str, str]:
     return {
@@ -75,7 +77,7 @@ def model_card(
     parts = [
         f"---\nlibrary_name: transformers\n{task}tags:\n- sparsekern\n- pruned\n---\n",
         f"# {type(model).__name__}, pruned with sparsekern\n",
-        CUT if cut else PACKED if packed else DENSE,
+        _how_to_load(cut, packed),
     ]
     if command:
         parts.append(f"Made with:\n\n```\n{command}\n```\n")
@@ -83,6 +85,12 @@ def model_card(
         if rows:
             parts.append(f"## {title}\n\n{_table(rows)}\n")
     return "\n".join(parts)
+
+
+def _how_to_load(cut: bool, packed: bool) -> str:
+    if cut:
+        return f"{CUT}\n{CUT_AND_PACKED}" if packed else CUT
+    return PACKED if packed else DENSE
 
 
 def _table(rows: Mapping[str, object]) -> str:

@@ -62,8 +62,8 @@ class Format:
         """
         if x.dtype != tensors["values"].dtype:
             raise TypeError(f"x: expected {tensors['values'].dtype}, the dtype of the packed values, got {x.dtype}")
-        if x.shape[-1] != shape[1]:
-            raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1]}")
+        if x.dim() == 0 or x.shape[-1] != shape[1]:
+            raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1] if x.dim() else 'a scalar'}")
         return self._multiply(x, tensors, bias)
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
@@ -91,8 +91,7 @@ class Format:
 
         Everything that a kernel relies on is checked, so what comes from a damaged or hostile file is to be checked once.
         """
-        if set(tensors) != set(self.tensor_names):
-            raise ValueError(f"tensors: expected {', '.join(self.tensor_names)}, got {', '.join(sorted(tensors)) or 'none'}")
+        self.check_names(tensors)
         check_shape(shape)
         self._check_sizes(tensors, shape, dtype)
         device = tensors[self.tensor_names[0]].device
@@ -100,6 +99,11 @@ class Format:
             if not tensors[name].is_contiguous() or tensors[name].device != device:
                 raise ValueError(f"{name}: expected a contiguous tensor on {device}, got one on {tensors[name].device}")
         self._check_contents(tensors, shape)
+
+    def check_names(self, tensors: Tensors) -> None:
+        """Raise `ValueError` unless there is a tensor of each name and no other."""
+        if set(tensors) != set(self.tensor_names):
+            raise ValueError(f"tensors: expected {', '.join(self.tensor_names)}, got {', '.join(sorted(tensors)) or 'none'}")
 
     def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError

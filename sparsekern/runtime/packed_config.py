@@ -16,6 +16,7 @@ METHOD = "sparsekern"  # quantization_config.quant_method
 VERSION = 1  # of the layouts and of these entries
 
 DTYPE_OF_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+MARKS = ("bitmask", "codes")  # of these, any packed layer has one beside its values
 NAME_IN_HEADER = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -82,38 +83,62 @@ def parse_layers(layers: object) -> dict[str, PackedLayer]:
     return {name: PackedLayer.from_dict(name, entry) for name, entry in layers.items()}
 
 
-def check_headers(files: Iterable[str | Path], layers: Mapping[str, PackedLayer], *, renamed: bool = False) -> dict[str, str]:
-    """Check shapes and dtypes of all packed tensors before one is read.
+def names_of(layer: str, prefix: str) -> tuple[str, str, str]:
+    """What a layer may be called: as it is, or as in the base of its model, or as in the model whose base it is in."""
+    return layer, layer.removeprefix(f"{prefix}."), f"{prefix}.{layer}"
+
+
+def check_headers(
+    files: Iterable[str | Path], layers: Mapping[str, PackedLayer], *, prefix: str = "", renamed: bool = False
+) -> dict[str, str]:
+    """Check names, shapes and dtypes of all packed tensors before one is read.
 
     Args:
         files: safetensors files.
         layers: by name.
+        prefix: of the model's base; the layers may be named with it in the files and without it in `layers`, or the other way round.
         renamed: the tensors may have other names in the files, so one that is not found is no error yet.
 
     Returns:
         The file of each tensor that was found.
 
     Raises:
-        ValueError: a damaged file; a tensor that is missing or not as `config.json` has it. The message names file and tensor.
+        ValueError: a damaged file; a tensor that is missing or not as `config.json` has it, or of a layer that `config.json` does not
+            have. The message names file and tensor.
     """
     from safetensors import SafetensorError, safe_open
 
-    files = [Path(file) for file in files]
-    expected = {f"{layer}.{name}": spec for layer, entry in layers.items() for name, spec in entry.tensors().items()}
-    found: dict[str, str] = {}
-    for file in files:
+    held: dict[str, tuple[str, tuple[int, ...], str]] = {}  # file, shape and dtype of each tensor
+    for file in map(Path, files):
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in expected.keys() & set(opened.keys()):
-                    found[name] = file.name
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     tensor = opened.get_slice(name)
-                    _check_tensor(f"{file.name}: {name}", tuple(tensor.get_shape()), tensor.get_dtype(), expected[name])
+                    held[name] = file.name, tuple(tensor.get_shape()), tensor.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{file.name}: the file is damaged ({error})") from error
-    missing = sorted(expected.keys() - found.keys())
-    if missing and not renamed:
-        raise ValueError(f"{', '.join(file.name for file in files)}: {missing[0]}: is missing ({len(missing)} tensors in all)")
-    return found
+    expected: dict[str, Spec] = {}
+    for layer, entry in layers.items():
+        specs = entry.tensors()
+        called = next((name for name in names_of(layer, prefix) if any(f"{name}.{part}" in held for part in specs)), layer)
+        expected |= {f"{called}.{part}": spec for part, spec in specs.items()}
+    found = {name: held[name] for name in sorted(expected.keys() & held.keys())}
+    for name, (file, shape, dtype) in found.items():
+        _check_tensor(f"{file}: {name}", shape, dtype, expected[name])
+    if not renamed:
+        if missing := sorted(expected.keys() - found.keys()):
+            raise ValueError(f"{', '.join(Path(file).name for file in files)}: {missing[0]}: is missing ({len(missing)} tensors in all)")
+        _check_all_named(held, expected)
+    return {name: file for name, (file, _, _) in found.items()}
+
+
+def _check_all_named(held: Mapping[str, tuple], expected: Iterable[str]) -> None:
+    """A packed layer that is not named would stay dense, with random numbers for its weight."""
+    named = {name.rpartition(".")[0] for name in expected}
+    for name in sorted(held):
+        layer, _, part = name.rpartition(".")
+        if part in MARKS and f"{layer}.values" in held and layer not in named:
+            raise ValueError(f"{held[name][0]}: {name}: belongs to a packed layer, but quantization_config.layers has no {layer!r}")
 
 
 def _check_tensor(where: str, shape: tuple[int, ...], dtype: str, expected: Spec) -> None:

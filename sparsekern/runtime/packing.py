@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from types import ModuleType
 
@@ -13,23 +13,39 @@ import torch
 from torch import nn
 
 from ..models.globs import Globs, as_globs, check_matches, matches
-from ..models.linears import is_conv1d, linear_weight
+from ..models.linears import is_conv1d, is_plain_linear, linear_weight
 from .formats import format_of
 from .sparse_linear import DTYPES, SparseLinear
 
 AUTO = "auto"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def pack(model: nn.Module, format: str = AUTO, *, include: Globs = None, exclude: Globs = None) -> nn.Module:
     """Put a `SparseLinear` in the place of each linear layer that gets smaller by it.
 
     A layer whose weight is shared with another module, such as an `lm_head` tied to the embeddings, stays as it is, and so do layers
-    of other dtypes than float32, bfloat16 and float16, subclasses of `nn.Linear`, and what is packed already.
+    of other dtypes than float32, bfloat16 and float16, and subclasses of `nn.Linear` other than `FalconLinear`.
+
+    `.to(dtype)` converts a packed model to float32, bfloat16 or float16. `.half()` and `.float()` are refused by transformers, to which
+    packed is quantised. Any other dtype is refused by the first packed layer, when the modules before it are converted already: use
+    `unpack` first.
 
     Args:
-        model: a pruned model, or any module with pruned linears; changed in place, one layer at a time.
-        format: `"auto"` takes the smallest format that each weight fits; `"bitmask"` or `"N:M"` considers only that one.
+        model: a pruned model, or any module with pruned linears; changed in place, one layer at a time. Of a transformers model the
+            whole, not its base.
+        format: `"auto"` takes the smallest format that each weight fits, which for a pattern such as 1:4 may be slower on a CPU than
+            `"bitmask"`, and leaves alone what is packed already; `"bitmask"` or `"N:M"` considers only that one, so layers that are
+            packed in another are packed anew, or dense again where they do not fit.
         include: names or globs of linears to pack, such as `"*.mlp.*"`; all of them where it is None.
         exclude: names or globs of linears to leave as they are.
 
@@ -38,34 +54,56 @@ def pack(model: nn.Module, format: str = AUTO, *, include: Globs = None, exclude
 
     Raises:
         ValueError: an unknown format; a glob that matches nothing; a layer with hooks, which would be lost; a model that another
-            program has quantised; nothing that would get smaller.
+            program has quantised, or that is offloaded; nothing that can be packed, or would get smaller.
         TypeError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    return _pack(model, format, include, exclude, keep_hooks=True)
+
+
+def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs = None, *, keep_hooks: bool) -> nn.Module:
+    _check_module(model)
     if format != AUTO:
         format_of(format)
     transformers_side = _transformers_side(model)
     if transformers_side:
         transformers_side.check_unmarked(model)
     places = _linears(model, include, exclude)
-    chosen = {name: smallest(linear_weight(_at(places[name])), format) for name in places}
-    for name, best in chosen.items():
-        if best is not None:
-            _check_no_hooks(name, _at(places[name]))
-    for name, best in chosen.items():
-        if best is not None:
-            _put(places[name], _packed(name, _at(places[name]), best))
-    if not is_packed(model):
-        raise ValueError(f"model: none of its {len(places)} linear layers gets smaller with format={format!r}; is it pruned?")
+    todo = {name: found for name, found in places.items() if not _is_packed_so(_at(found), format)}
+    chosen = {name: smallest(_dense_weight(_at(found)), format) for name, found in todo.items()}
+    if len(todo) == len(places) and not any(chosen.values()):
+        raise ValueError(
+            f"model: none of its {len(places)} linear layers gets smaller with format={format!r}; "
+            f"{_share_of_zeros(places):.1%} of their weights are zero"
+        )
+    changed = {name: best for name, best in chosen.items() if best is not None or isinstance(_at(places[name]), SparseLinear)}
+    if keep_hooks:
+        for name in changed:
+            _check_no_hooks(name, _at(places[name]), "packing")
+    for name, best in changed.items():
+        _put(places[name], _packed(name, _at(places[name]), best))
     if transformers_side:
         transformers_side.mark(model)
     return model
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Put a dense layer in the place of each `SparseLinear`, in place, and return `model`. A model with none is left as it is."""
-    for places in _places(model, lambda module: isinstance(module, SparseLinear)).values():
+    """Put a dense layer in the place of each `SparseLinear`, in place, and return `model`. A model with none is left as it is.
+
+    Raises:
+        ValueError: a layer with hooks, which would be lost; a model that is offloaded.
+        TypeError: `model` is no module.
+    """
+    return _unpack(model, keep_hooks=True)
+
+
+def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
+    _check_module(model)
+    found = _places(model, lambda module: isinstance(module, SparseLinear))
+    for name, places in found.items():
+        _check_not_offloaded(name, _at(places))
+        if keep_hooks:
+            _check_no_hooks(name, _at(places), "unpacking")
+    for places in found.values():
         _put(places, _at(places).to_linear())
     if transformers_side := _transformers_side(model):
         transformers_side.unmark(model)
@@ -73,13 +111,13 @@ def unpack(model: nn.Module) -> nn.Module:
 
 
 def packed_copy(model: nn.Module, format: str = AUTO) -> nn.Module:
-    """A packed model beside the dense one; what is not packed is shared with it."""
-    return pack(_sharing_copy(model), format)
+    """A packed model beside `model`, without the hooks of what is packed; what has the same form in both is shared."""
+    return _pack(_sharing_copy(model), format, keep_hooks=False)
 
 
 def unpacked_copy(model: nn.Module) -> nn.Module:
-    """A dense model beside the packed one; what is not packed is shared with it."""
-    return unpack(_sharing_copy(model))
+    """A dense model beside the packed one, without the hooks of what is packed; what has the same form in both is shared."""
+    return _unpack(_sharing_copy(model), keep_hooks=False)
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -103,6 +141,15 @@ def count_zeros(model: nn.Module) -> tuple[int, int]:
             left_out = layer.out_features * layer.in_features - sum(t.numel() for t in layer.tensors.values() if t.is_floating_point())
             total, zeros = total + left_out, zeros + left_out
     return zeros, total
+
+
+def packable_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears that `pack` considers, by name.
+
+    Raises:
+        ValueError: there are none, or they are offloaded.
+    """
+    return {name: _at(places) for name, places in _linears(model, None, None).items()}
 
 
 def smallest(weight: torch.Tensor, format: str = AUTO) -> str | None:
@@ -134,20 +181,47 @@ Places = list[tuple[nn.Module, str]]  # where one module hangs: its parents, and
 def _linears(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, Places]:
     include, exclude = as_globs("include", include), as_globs("exclude", exclude)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-
-    def packable(module: nn.Module) -> bool:
-        if type(module) is not nn.Linear and not is_conv1d(module):
-            return False
-        return module.weight.dtype in DTYPES and owners[id(module.weight)] == 1
-
-    found = _places(model, packable)
-    if not found:
-        return found
-    check_matches("include", include, list(found))
-    check_matches("exclude", exclude, list(found))
-    return {
-        name: places for name, places in found.items() if (include is None or matches(name, include)) and not matches(name, exclude)
+    found = _places(model, _is_linear)
+    why_not = {name: _why_not(_at(places), owners) for name, places in found.items()}
+    packable = {name: places for name, places in found.items() if why_not[name] is None}
+    if not packable:
+        raise ValueError(_nothing_to_pack(model, Counter(why_not.values())))
+    check_matches("include", include, list(packable))
+    check_matches("exclude", exclude, list(packable))
+    chosen = {
+        name: places for name, places in packable.items() if (include is None or matches(name, include)) and not matches(name, exclude)
     }
+    if not chosen:
+        raise ValueError(f"include, exclude: together they leave none of the {len(packable)} linear layers to pack")
+    for name, places in chosen.items():
+        _check_not_offloaded(name, _at(places))
+    return chosen
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, SparseLinear)) or is_conv1d(module)
+
+
+def _why_not(linear: nn.Module, owners: Mapping[int, int]) -> str | None:
+    """Why a linear cannot be packed, or None where it can or is."""
+    if isinstance(linear, SparseLinear):
+        return None
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "the weight is computed from other tensors"
+    if not is_plain_linear(linear):
+        return f"{type(linear).__name__} may be more than a product"
+    if weight.dtype not in DTYPES:
+        return f"the weight is {str(weight.dtype).removeprefix('torch.')}, expected float32, bfloat16 or float16"
+    return "the weight is shared with another module" if owners[id(weight)] > 1 else None
+
+
+def _nothing_to_pack(model: nn.Module, reasons: Mapping[str, int]) -> str:
+    if not reasons:
+        hint = "; SparseLinear.from_linear packs one layer" if _is_linear(model) else ""
+        return f"model: expected linear layers in it, {type(model).__name__} has none{hint}"
+    counted = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
+    return f"model: none of its {sum(reasons.values())} linear layers can be packed ({counted})"
 
 
 def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, Places]:
@@ -171,16 +245,49 @@ def _put(places: Places, module: nn.Module) -> None:
         parent._modules[child] = module
 
 
-def _packed(name: str, linear: nn.Module, format: str) -> SparseLinear:
+def _is_packed_so(module: nn.Module, format: str) -> bool:
+    return isinstance(module, SparseLinear) and format in (AUTO, module.format)
+
+
+def _dense_weight(module: nn.Module) -> torch.Tensor:
+    return module.dense_weight() if isinstance(module, SparseLinear) else linear_weight(module)
+
+
+def _share_of_zeros(found: Mapping[str, Places]) -> float:
+    zeros = total = 0
+    for places in found.values():
+        weight = _dense_weight(_at(places))
+        zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+    return zeros / max(1, total)
+
+
+def _packed(name: str, linear: nn.Module, format: str | None) -> nn.Module:
+    """The layer in `format`, whatever it is packed in so far; None: dense."""
+    if isinstance(linear, SparseLinear):
+        linear = linear.to_linear()
+    if format is None:
+        return linear
     try:
         return SparseLinear.from_linear(linear, format)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _check_no_hooks(name: str, linear: nn.Module) -> None:
-    if any(getattr(linear, hooks) for hooks in HOOKS):
-        raise ValueError(f"{name}: has hooks, which packing would lose; remove them first, or leave it out with exclude")
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+
+
+def _check_no_hooks(name: str, linear: nn.Module, change: str) -> None:
+    """Those of accelerate hide in a forward of the instance's own."""
+    if any(getattr(linear, hooks) for hooks in HOOKS) or "forward" in vars(linear):
+        hint = ", or leave it out with exclude" if change == "packing" else ""
+        raise ValueError(f"{name}: has hooks, which {change} would lose; remove them first{hint}")
+
+
+def _check_not_offloaded(name: str, linear: nn.Module) -> None:
+    if (linear.device.type if isinstance(linear, SparseLinear) else linear.weight.device.type) == "meta":
+        raise ValueError(f"{name}: expected its weight in memory, found none; offloaded models are not supported")
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:

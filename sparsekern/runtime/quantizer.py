@@ -12,8 +12,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..models.linears import is_conv1d
-from .packed_config import METHOD, VERSION, PackedLayer, check_headers, describe, parse_layers
+from ..models.linears import is_conv1d, is_plain_linear
+from ..models.units import CONFIG_KEY, recorded_units
+from .packed_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
 from .sparse_linear import DTYPES, SparseLinear
 
 if TYPE_CHECKING:  # it is this module's importer that is about to define it
@@ -24,7 +25,7 @@ class SparsekernConfig(QuantizationConfigMixin):
     """`quantization_config` in `config.json`: the packed layers by name."""
 
     def __init__(self, layers: dict | None = None, version: int = VERSION, quant_method: str = METHOD, **unknown) -> None:
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise ValueError(f"config.json: quantization_config.version: this sparsekern reads {VERSION}, got {version!r}")
         if unknown:
             raise ValueError(f"config.json: quantization_config: unknown entry {sorted(unknown)[0]!r}")
@@ -42,7 +43,10 @@ class SparsekernQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("quantization_config: a model is packed by sparsekern.pack once it is loaded and pruned")
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        if dtype is not None and dtype not in DTYPES:
+            found = str(dtype).removeprefix("torch.")
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16 for a packed model, got {found}; unpack it for another")
         self.dtype = dtype
         return dtype
 
@@ -51,7 +55,7 @@ class SparsekernQuantizer(HfQuantizer):
 
         layers, files = parse_layers(self.quantization_config.layers), kwargs.get("checkpoint_files") or []
         renamed = not files or bool(get_model_conversion_mapping(model, add_legacy=False))
-        self.files = check_headers(files, layers, renamed=renamed)
+        self.files = check_headers(files, layers, prefix=model.base_model_prefix, renamed=renamed)
         for name, layer in layers.items():
             _make_place(model, name, layer)
         return model
@@ -60,9 +64,11 @@ class SparsekernQuantizer(HfQuantizer):
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLinear):
                 del layer.weight
+                if layer.device.type == "meta":
+                    raise ValueError(f"device_map: expected one without offloading, which packed models do not support; {name} is offloaded")
                 self._check(model, name, layer)
                 layer.freeze()
-                if self.dtype in DTYPES:
+                if self.dtype is not None:
                     layer.to(self.dtype)
         return model
 
@@ -125,13 +131,16 @@ def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
         return  # another class of the family, which does without this layer
     parent, child, linear = found
     conv1d = is_conv1d(linear)
-    if not conv1d and type(linear) is not nn.Linear:
+    if not is_plain_linear(linear):
         raise ValueError(f"{where}: expected the name of a linear layer, got that of a {type(linear).__name__}")
     if f"{name}.weight" in model.all_tied_weights_keys:
         raise ValueError(f"{where}: its weight is tied to {model.all_tied_weights_keys[f'{name}.weight']}, so it cannot be packed")
     shape = tuple(linear.weight.shape)
     if layer.shape != (shape[::-1] if conv1d else shape):
-        raise ValueError(f"{where}.shape: expected that of the model's layer, {list(shape[::-1] if conv1d else shape)}, got {list(layer.shape)}")
+        cut = recorded_units(model.config) is not None
+        hint = f"; sparsekern.load builds the model with the sizes in {CONFIG_KEY}, from_pretrained does not" if cut else ""
+        expected = list(shape[::-1] if conv1d else shape)
+        raise ValueError(f"{where}.shape: expected that of the model's layer, {expected}, got {list(layer.shape)}{hint}")
     parent._modules[child] = layer.empty(linear.bias, conv1d=conv1d)
     # Some models (GPT-2) initialise their children's weights by name, unless those say that they are.
     parent._modules[child].weight = torch.empty(layer.shape, device="meta")
@@ -140,8 +149,7 @@ def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
 
 def _submodule(model: PreTrainedModel, name: str) -> tuple[nn.Module, str, nn.Module] | None:
     """The layer of that name, whether the model is the whole one that was saved, or its base, or the other way round."""
-    prefix = model.base_model_prefix
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+    for candidate in names_of(name, model.base_model_prefix):
         parent_name, _, child = candidate.rpartition(".")
         try:
             parent = model.get_submodule(parent_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -25,12 +26,12 @@ def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense",
         model: a transformers model, packed by `sparsekern.pack` or not.
         path: a new or empty folder.
         format: `"dense"`: the zeros are stored like any weight, and every loader takes the folder. `"packed"`: linears that get
-            smaller by it are stored packed, each in the format that it fits best; to load it, `import sparsekern` first. `"bitmask"`
-            or `"N:M"`: packed, in that format only.
+            smaller by it are stored packed, each in the format that it fits best, or as it is packed already; to load it, `import
+            sparsekern` first. `"bitmask"` or `"N:M"`: packed, in that format only.
         tokenizer: saved along where given.
 
     Returns:
-        `path`.
+        `path`, links resolved.
 
     Raises:
         TypeError: a model without `save_pretrained`.
@@ -41,11 +42,12 @@ def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense",
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     check_format(format)
-    path = Path(path).expanduser().absolute()
+    path = Path(path).expanduser().resolve()
     check_output_folder(path)
     model = in_format(model, format)
+    _remove_stale(path)
     check_space(model, path)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging = _staging(path, os.getpid())
     try:
         staging.mkdir(parents=True)
         model.save_pretrained(staging)
@@ -56,6 +58,31 @@ def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense",
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return path
+
+
+def _staging(path: Path, process: int | str) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{process}.tmp")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what saves to `path` left that were killed: those of this host whose process is no more, or has this one's number."""
+    first, _, last = _staging(path, "*").name.rpartition("*")
+    for folder in path.parent.iterdir() if path.parent.is_dir() else ():
+        process = folder.name.removeprefix(first).removesuffix(last)
+        if folder.name == f"{first}{process}{last}" and process.isdecimal() and not _runs_elsewhere(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs_elsewhere(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's
+        pass
+    return True
 
 
 def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..models.linears import is_conv1d, linear_weight
-from .formats import format_of
+from .formats import check_shape, format_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,6 +23,7 @@ class SparseLinear(nn.Module):
         shape: `(out_features, in_features)`.
         bias: `[out_features]` parameter or None.
         conv1d: it stands for a `Conv1D` of GPT-2, and `to_linear` makes one again.
+        trainable: the weight that it stands for took gradients, and so will that of `to_linear`.
     """
 
     bias: nn.Parameter | None
@@ -35,11 +36,17 @@ class SparseLinear(nn.Module):
         bias: nn.Parameter | None = None,
         *,
         conv1d: bool = False,
+        trainable: bool = True,
     ) -> None:
-        """Take packed tensors as they are; nothing but `check` looks into them. `from_linear` packs a layer."""
+        """Take packed tensors as they are; nothing but `check` looks into them. `from_linear` packs a layer.
+
+        Raises:
+            ValueError: an unknown format; other tensors than it has; a shape that is none.
+        """
         super().__init__()
-        self.format, self.shape, self.conv1d = format, (int(shape[0]), int(shape[1])), conv1d
         self._layout = format_of(format)
+        self._layout.check_names(tensors)
+        self.format, self.shape, self.conv1d, self.trainable = format, check_shape(shape), conv1d, trainable
         self._names = tuple(tensors)
         self._values = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
         for name, tensor in tensors.items():
@@ -61,21 +68,21 @@ class SparseLinear(nn.Module):
             raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
         weight = linear_weight(linear)
         tensors = format_of(format).pack(weight)
-        layer = cls(format, tuple(weight.shape), tensors, linear.bias, conv1d=is_conv1d(linear))
+        layer = cls(format, tuple(weight.shape), tensors, linear.bias, conv1d=is_conv1d(linear), trainable=linear.weight.requires_grad)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Module:
-        """The dense layer again: an `nn.Linear` (or a `Conv1D`), with the bias shared and the weight frozen no longer."""
+        """The dense layer again: an `nn.Linear` (or a `Conv1D`), with the bias shared."""
         weight = self.dense_weight()
         if self.conv1d:
             from transformers.pytorch_utils import Conv1D
 
             with torch.device("meta"):
                 linear = Conv1D(self.out_features, self.in_features)
-            linear.weight = nn.Parameter(weight.T.contiguous())
+            linear.weight = nn.Parameter(weight.T.contiguous(), requires_grad=self.trainable)
         else:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(weight)
+            linear.weight = nn.Parameter(weight, requires_grad=self.trainable)
         linear.bias = self.bias
         return linear.train(self.training)
 
@@ -122,6 +129,8 @@ class SparseLinear(nn.Module):
         return stored / max(1, self.out_features * self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         bias = self._parameters["bias"]  # past Module.__getattr__, which one token of a small layer notices
         if x.dtype != self.dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dtype)

@@ -18,6 +18,12 @@ def prune_linears(model: nn.Module, share: float = 0.6, *, skip: str = "lm_head"
     return model
 
 
+def two_of_four(linear: nn.Linear) -> None:
+    """Make the weight one that is smaller as 2:4 than as a bitmask."""
+    with torch.no_grad():
+        linear.weight.fill_(1).mul_(torch.tensor([0.0, 1, 0, 1]).repeat(linear.in_features // 4))
+
+
 def llama(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     # Cast by loading, not by .to(): the rotary frequencies of a loaded model are float32 whatever its dtype.
     model = prune_linears(tiny.llama(**{"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96} | changes))

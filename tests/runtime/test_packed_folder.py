@@ -138,6 +138,42 @@ def test_a_model_that_is_packed_can_be_saved_dense(folder, tmp_path):
     assert torch.equal(dense.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.dense_weight())
 
 
+def test_a_format_that_is_named_is_the_only_one_saved(folder, tmp_path):
+    model = packed.llama()
+    packed.two_of_four(model.get_submodule(UP))
+    sparsekern.pack(model)
+
+    def saved(format: str) -> dict[str, str]:
+        path = sparsekern.save(model, tmp_path / format.replace(":", "-"), format)
+        entries = json.loads((path / "config.json").read_text())["quantization_config"]["layers"]
+        return {name: entry["format"] for name, entry in entries.items()}
+
+    assert set(saved("packed").values()) == {"2:4", "bitmask"} and set(saved("bitmask").values()) == {"bitmask"}
+    assert saved("2:4") == {UP: "2:4"} and model.model.layers[1].mlp.up_proj.format == "bitmask"
+    with pytest.raises(ValueError, match="none of its 15 linear layers gets smaller with format='1:4'"):
+        saved("1:4")
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_the_base_is_packed_and_the_whole_is_saved_or_the_other_way_round(tmp_path, inner):
+    model = packed.llama()
+    sparsekern.pack(model.model if inner else model)
+    (model if inner else model.model).save_pretrained(tmp_path)
+    for kind in (AutoModelForCausalLM, AutoModel)[0 if inner else 1 :]:
+        again = kind.from_pretrained(tmp_path)
+        assert len(layers(again)) == 14
+        with torch.no_grad():
+            expected = model(packed.ids()).logits if kind is AutoModelForCausalLM else model.model(packed.ids())[0]
+            assert torch.equal(again(packed.ids())[0], expected)
+
+
+def test_dtypes_and_devices_that_cannot_be(folder, tmp_path):
+    with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16 for a packed model, got float64; unpack it"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with pytest.raises(ValueError, match="device_map: expected one without offloading, .* model.layers.0.self_attn.q_proj is offloaded"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=tmp_path)
+
+
 @pytest.mark.parametrize("first, second", [("sparsekern", "transformers"), ("transformers", "sparsekern")])
 def test_registration_in_either_order(first, second):
     code = (
@@ -222,6 +258,9 @@ WHERE = rf"config.json: quantization_config.layers\['{UP}'\]"
         (_entry("stored", 64), f"model.safetensors: {UP}.values: expected BF16"),
         (_entry("more", 1), f"{WHERE}: expected format, shape, dtype and, of a bitmask, stored; got"),
         (lambda config: config.update(version=2), "config.json: quantization_config.version: this sparsekern reads 1, got 2"),
+        (lambda config: config.update(version=True), "config.json: quantization_config.version: this sparsekern reads 1, got True"),
+        (lambda config: config["layers"].pop(UP), f"model.safetensors: {UP}.bitmask: belongs to a packed layer, .* no '{UP}'"),
+        (lambda config: config["layers"].clear(), "bitmask: belongs to a packed layer, but quantization_config.layers has no 'model"),
         (lambda config: config.update(extra=2), "config.json: quantization_config: unknown entry 'extra'"),
         (lambda config: config.pop("layers"), "config.json: quantization_config.layers: expected an entry for each packed layer"),
         (lambda config: config.update(layers=[1]), "config.json: quantization_config.layers: expected an entry for each packed layer"),
@@ -296,6 +335,11 @@ def test_an_encoder_that_lost_heads_and_neurons_can_be_packed_too(tmp_path):
             keep_units(sublayer, torch.arange(3 if sublayer.kind == "heads" else 30))
         record_units(encoder)
         packed.prune_linears(model, 0.8)
-        again = sparsekern.load(sparsekern.save(model, tmp_path / "packed", "packed"))
+        path = sparsekern.save(model, tmp_path / "packed", "packed")
+        again = sparsekern.load(path)
         assert layers(again) and type(again) is type(model)
+        card = (path / "README.md").read_text()
+        assert "sparsekern.load(" in card and "the linear layers are packed" in card
+        with pytest.raises(ValueError, match="sparsekern.load builds the model with the sizes in sparsekern_units, from_pretrained does not"):
+            type(model).from_pretrained(path)
         torch.testing.assert_close(again(**batch)[0], model(**batch)[0], rtol=1e-4, atol=1e-5)

@@ -1,18 +1,25 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import sparsekern
 from sparsekern import SparseLinear
 from sparsekern.runtime import weight_bytes
 from sparsekern.runtime.packing import packed_copy, smallest, unpacked_copy
 from tests import tiny
+from tests.models.families import tiny_model
 from tests.runtime import packed
 
 
 def packed_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+
+
+def packed_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: model.get_submodule(name).dense_weight() for name in packed_names(model)}
 
 
 @pytest.mark.parametrize("make", [packed.llama, packed.gpt2])
@@ -32,7 +39,7 @@ def test_pack_and_unpack(make):
 
 def test_what_gets_no_smaller_stays_dense():
     model = tiny.llama()
-    with pytest.raises(ValueError, match="model: none of its 22 linear layers gets smaller with format='auto'; is it pruned?"):
+    with pytest.raises(ValueError, match="model: none of its 22 linear layers gets smaller with format='auto'; 0.0% of their weights are zero"):
         sparsekern.pack(model)
     packed.prune_linears(model.model.layers[1])
     sparsekern.pack(model)
@@ -81,6 +88,50 @@ def test_a_module_in_two_places_is_one_layer():
     assert sparsekern.unpack(model)["b"][0] is model["a"] and isinstance(model["a"], nn.Linear)
 
 
+def test_a_format_that_is_named_is_the_only_one_afterwards(monkeypatch):
+    model = packed.llama()
+    packed.two_of_four(model.model.layers[0].mlp.gate_proj)
+    expected = packed_weights(sparsekern.pack(model))
+    formats = {name: model.get_submodule(name).format for name in expected}
+    assert set(formats.values()) == {"2:4", "bitmask"}
+
+    alive, unpack_one = [], SparseLinear.dense_weight
+
+    def one_at_a_time(layer):
+        assert not [weight for weight in alive if weight() is not None]
+        alive.append(weakref.ref(found := unpack_one(layer)))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseLinear, "dense_weight", one_at_a_time)
+        sparsekern.pack(model, "bitmask")
+    assert len(alive) == 2 and {model.get_submodule(name).format for name in expected} == {"bitmask"}
+    with pytest.raises(ValueError, match="none of its 15 linear layers gets smaller with format='1:4'; 44.*% of their weights are zero"):
+        sparsekern.pack(model, "1:4")
+    found = packed_weights(model)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    sparsekern.pack(model, "2:4")
+    assert packed_names(model) == [name for name, format in formats.items() if format == "2:4"]
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, expected["model.layers.1.mlp.up_proj"])
+
+
+def test_falcon_has_linears_of_its_own_class(tmp_path):
+    model = tiny_model("falcon")
+    sparsekern.prune(model, "magnitude", 0.6, out=tmp_path / "out", format="packed", progress=False)
+    again = sparsekern.load(tmp_path / "out")
+    assert len(packed_names(again)) == 12
+    with torch.no_grad():
+        torch.testing.assert_close(again(packed.ids()).logits, model(packed.ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_were_frozen_stay_so():
+    model = packed.llama()
+    model.model.layers[0].requires_grad_(False)
+    sparsekern.unpack(sparsekern.pack(sparsekern.pack(model), "bitmask"))
+    assert not any(parameter.requires_grad for parameter in model.model.layers[0].parameters())
+    assert all(parameter.requires_grad for parameter in model.model.layers[1].parameters())
+
+
 def test_what_is_no_plain_linear_stays():
     weird = parametrizations.weight_norm(packed.prune_linears(nn.Linear(64, 64)))
     tied = nn.Linear(64, 64), nn.Linear(64, 64)
@@ -112,6 +163,57 @@ def test_bad_input():
         sparsekern.pack(model)
     assert not packed_names(model)
     assert packed_names(sparsekern.pack(model, exclude="*.0.mlp.up_proj"))
+    with pytest.raises(TypeError, match="model: expected a module, got str"):
+        sparsekern.unpack("gpt2")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    lambda layer: layer.register_state_dict_post_hook(lambda *_: None),
+    lambda layer: setattr(layer, "forward", layer.forward),
+])  # fmt: skip
+def test_hooks_are_not_lost(spoil, tmp_path):
+    model = packed.llama()
+    spoil(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj: has hooks, which packing would lose; .*, or leave it out with exclude"):
+        sparsekern.pack(model)
+    assert packed_names(packed_copy(model)) and not packed_names(model)  # to be saved, they are not needed
+    model = sparsekern.pack(packed.llama())
+    names = packed_names(model)
+    spoil(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj: has hooks, which unpacking would lose; remove them first$"):
+        sparsekern.unpack(model)
+    assert packed_names(model) == names and not packed_names(unpacked_copy(model))
+
+
+def _masked() -> nn.Module:
+    linear = nn.Linear(64, 64)
+    prune.l1_unstructured(linear, "weight", 0.5)
+    return nn.Sequential(linear)
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (lambda: nn.Linear(64, 64), {}, "model: expected linear layers in it, Linear has none; SparseLinear.from_linear packs one layer"),
+        (lambda: nn.ReLU(), {}, "model: expected linear layers in it, ReLU has none$"),
+        (lambda: packed.llama().double(), {}, r"none of its 15 linear layers can be packed \(15: the weight is float64, expected float32"),
+        (_masked, {}, r"none of its 1 linear layers can be packed \(1: the weight is computed from other tensors\)"),
+        (lambda: nn.MultiheadAttention(64, 4), {}, "NonDynamicallyQuantizableLinear may be more than a product"),
+        (packed.llama, {"include": []}, "include, exclude: together they leave none of the 15 linear layers to pack"),
+        (lambda: packed.llama().to("meta"), {}, "lm_head: expected its weight in memory, found none; offloaded models are not supported"),
+    ],
+)
+def test_nothing_to_pack(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        sparsekern.pack(make(), **options)
+
+
+def test_an_offloaded_model_is_not_unpacked():
+    model = sparsekern.pack(packed.llama()).to("meta")
+    with pytest.raises(ValueError, match="expected its weight in memory, found none; offloaded models are not supported"):
+        sparsekern.unpack(model)
+    assert packed_names(model)
 
 
 def test_a_packed_model_is_not_pruned():

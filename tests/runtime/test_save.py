@@ -1,11 +1,14 @@
 import errno
+import os
 import shutil
+import subprocess
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
+from sparsekern.runtime.save import _staging
 from tests import tiny
 
 
@@ -47,6 +50,25 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         sparsekern.save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_save_left_goes(tmp_path):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    out = tmp_path / "out*"
+    others = {folder.name for folder in (_staging(out, os.getppid()), _staging(out, "it"), _staging(tmp_path / "other", ended.pid))}
+    for folder in (_staging(out, ended.pid), _staging(out, os.getpid()), *map(tmp_path.joinpath, others)):
+        folder.mkdir()
+    sparsekern.save(tiny.llama(), out)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out*", *others}
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    sparsekern.save(tiny.llama(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "config.json").exists()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"folder", "link"}
 
 
 def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):

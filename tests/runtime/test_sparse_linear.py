@@ -169,3 +169,27 @@ def test_compile_without_a_break_in_the_graph():
 def test_bad_input(linear, format, kind, message):
     with pytest.raises(kind, match=message):
         SparseLinear.from_linear(linear, format)
+
+
+def test_tensors_that_are_not_the_format_s():
+    with pytest.raises(ValueError, match="tensors: expected values, bitmask, starts, order, got none"):
+        SparseLinear("bitmask", (2, 3), {})
+    tensors = SparseLinear.from_linear(sparse_linear(), "bitmask").tensors
+    with pytest.raises(ValueError, match="tensors: expected values, codes, got bitmask, order, starts, values"):
+        SparseLinear("2:4", (40, 64), tensors)
+    with pytest.raises(ValueError, match=r"shape: expected \(out_features, in_features\), got \(40,\)"):
+        SparseLinear("bitmask", (40,), tensors)
+
+
+@pytest.mark.parametrize(
+    "x, kind, message",
+    [
+        (None, TypeError, "x: expected a tensor, got NoneType"),
+        ([1.0] * 64, TypeError, "x: expected a tensor, got list"),
+        (torch.tensor(1.0), ValueError, "x: expected 64 input features, got a scalar"),
+        (torch.ones(2, 63), ValueError, "x: expected 64 input features, got 63"),
+    ],
+)
+def test_inputs_that_are_none(x, kind, message):
+    with pytest.raises(kind, match=message):
+        SparseLinear.from_linear(sparse_linear(), "bitmask")(x)
