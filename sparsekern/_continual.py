@@ -28,7 +28,7 @@ from .data import calibration_ids
 from .pruning import ContinualReport, check_seed, prune_continually
 from .pruning.continual import check_adds_up
 from .pruning.report_html import continual_page
-from .runtime import check_format, check_output_folder, check_space, model_card, save, versions
+from .runtime import check_format, check_output_folder, check_space, model_card, versions
 from .runtime.save import DENSE
 
 BUILTIN = "builtin:"
@@ -72,8 +72,10 @@ def continual_command(arguments: argparse.Namespace) -> None:
         patterns=patterns,
         batch_size=arguments.batch_size,
         length=_window_length(None, model),
+        out=out,
+        format=arguments.format,
     )
-    save(model, out, arguments.format, tokenizer=tokenizer)
+    tokenizer.save_pretrained(out)
     settings = {
         "model": arguments.model,
         "method": f"{_describe(method)}, {arguments.strategy}",

@@ -26,6 +26,12 @@ class NM:
     def sparsity(self) -> float:
         return 1.0 - self.n / self.m
 
+    def guarantees(self, n: int, m: int) -> bool:
+        """Whether whatever fits this pattern fits `n:m` as well."""
+        if m % self.m == 0:
+            return self.n * (m // self.m) <= n
+        return self.m % m == 0 and self.n <= n
+
     def check_features(self, features: int, name: str = "weight") -> None:
         if features % self.m:
             raise ValueError(f"{name}: expected input features divisible by M={self.m} for pattern '{self}', got {features}")

@@ -129,10 +129,29 @@ def test_a_packed_folder(prune, text, tmp_path, capsys):
 
 
 def test_nothing_that_gets_smaller_can_be_saved_dense_afterwards(prune, tmp_path, capsys):
-    arguments = ("--method", "magnitude", "--pattern", "0.01")
+    arguments = ("--method", "magnitude", "--pattern", "0.08")
     assert prune(*arguments, "--format", "packed") == 1
-    assert "none of its 22 linear layers gets smaller" in capsys.readouterr().err
-    assert prune(*arguments, "--resume") == 0
+    message = capsys.readouterr().err
+    assert "none of its 22 linear layers gets smaller" in message and "(--resume --format dense) needs only to save it" in message
+    assert prune(*arguments, "--resume", "--format", "dense") == 0
+
+
+def test_a_format_that_nothing_will_fit_is_refused_before_the_work(prune, model, text, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(tiny.TEXT[::-1])
+    assert prune("--method", "magnitude", "--pattern", "0.5", "--format", "2:4") == 1
+    assert prune("--calibration", str(other), "--pattern", "0.5", "--format", "2:4") == 1
+    refused = "error: format: by pattern 0.5, none of 22 linear layers is sure to get smaller with '2:4'"
+    assert capsys.readouterr().err.count(refused) == 2 and not (tmp_path / "out").exists()
+
+
+def test_several_texts_packed(prune, text, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(tiny.TEXT[::-1])
+    assert prune("--calibration", str(other), "--method", "copal", "--format", "2:4") == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.model.layers[0].mlp.up_proj.format == "2:4"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the fox")["input_ids"] == tiny.tokenizer()("the fox")["input_ids"]
 
 
 def test_sparsellm_with_another_solver(prune, tmp_path):

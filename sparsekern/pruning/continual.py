@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from ..methods import ALPS, COPAL, Magnitude, Method, Solution, SparseGPT, Wanda
 from ..methods.base import check_choice
 from ..models import Linear
 from ..pattern import Pattern
-from ..runtime import check_output_folder, save
+from ..runtime import check_format, check_output_folder, save
+from ..runtime.save import DENSE
 from .calibration import Batch, Calibration, fingerprint
 from .checkpoint import differences, model_fingerprint
 from .continual_report import ContinualReport, Step
@@ -24,7 +26,7 @@ from .continual_state import State, StepFiles
 from .host_memory import freed_memory_kept
 from .pipeline import BlockRun
 from .plan import Globs, PatternLike, Plan, make_plan
-from .preparation import batches_for, check_saveable, check_seed, environment, prepared
+from .preparation import HOW_TO_SAVE_IT, batches_for, check_format_fits, check_saveable, check_seed, environment, prepared
 from .progress import Clock, Progress
 from .report import Report
 from .statistics import SharedStatistics
@@ -52,6 +54,7 @@ def prune_continually(
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
     length: int = 2048,
+    format: str = DENSE,
 ) -> ContinualReport:
     """Prune a transformers decoder in place for one data set after another; it ends as pruned for all of them.
 
@@ -86,6 +89,7 @@ def prune_continually(
         strategy: `"accumulate"`, `"dense"` or `"carry"`.
         include, exclude, patterns, batch_size: as for `prune`.
         length: tokens in a window of `evaluate`.
+        format: of what is saved to `out`, as for `prune`.
 
     Returns:
         A `ContinualReport` of every data set that the state has seen: the matrix of perplexities, their average after the last step,
@@ -105,10 +109,12 @@ def prune_continually(
     check_adds_up(method, strategy)
     check_seed(seed)
     check_isa()
+    check_format(format)
     plan = make_plan(model, pattern, patterns, include, exclude)
     data_sets = _data_sets(model, method, calibrations, batch_size)
     if out is not None:
         check_saveable(model)
+        check_format_fits(model, plan.patterns, format)
         check_output_folder(out)
     if state is None and (resume or abandon):
         raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
@@ -132,7 +138,7 @@ def prune_continually(
             run.write_weights(known.step(len(known.steps)))
     report = ContinualReport({**known.settings, "versions": environment(model)}, known.dense, known.steps)
     if out is not None:
-        folder = save(model, out)
+        folder = _saved(model, out, format, state)
         report.to_json(folder / "report.json")
         report.to_html(folder / "report.html")
     return report
@@ -335,6 +341,14 @@ def _digest(windows: Sequence[torch.Tensor]) -> str:
     for window in windows:
         digest.update(window.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _saved(model: nn.Module, out: str | os.PathLike, format: str, state: str | os.PathLike | None) -> Path:
+    try:
+        return save(model, out, format)
+    except ValueError as error:
+        kept = "the model in memory is pruned" if state is None else f"what is pruned is kept in {state}, {HOW_TO_SAVE_IT}"
+        raise ValueError(f"{error}; {kept}") from error
 
 
 def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:

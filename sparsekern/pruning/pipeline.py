@@ -31,7 +31,7 @@ from .feed_forward import FeedForwardRun, networks_of
 from .gradual import GradualRun, check_trainable
 from .host_memory import freed_memory_kept
 from .plan import Globs, PatternLike, Plan, make_plan
-from .preparation import batches_for, check_saveable, check_seed, environment, prepared, save_model
+from .preparation import batches_for, check_format_fits, check_saveable, check_seed, environment, prepared, save_model
 from .progress import Clock, Notices, Progress, warnings_named
 from .report import LayerReport, Report
 from .seeds import seeded
@@ -83,7 +83,7 @@ def prune(
         report_error: take a Gram matrix just to report each layer's error also for methods that do without one (Wanda, magnitude).
             It costs about as much as the forwards. SparseGPT and ALPS always report it.
         format: of what is saved to `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model` itself
-            stays dense.
+            stays dense. One that the patterns are not sure to fit, such as `"2:4"` where they are shares of zeros, is refused.
         complete: called with the report once model and report are in `out`, while the checkpoint is still there: puts whatever else
             belongs in the folder. A run killed meanwhile can be resumed, and then needs only to do this again.
 
@@ -108,6 +108,9 @@ def prune(
         options = {"seed": seed, "out": out, "resume": resume, "progress": progress, "batch_size": batch_size, "complete": complete}
         return prune_units(model, method, pattern, calibration, **options)
     plan = make_plan(model, pattern, patterns, include, exclude)
+    if out is not None:
+        check_saveable(model)
+        check_format_fits(model, plan.patterns, format)
     plan = replace(plan, patterns=method.arrange(model, plan.parts, plan.patterns))
     kind = "gram" if report_error else method.statistic
     batches = batches_for(model, method, calibration, batch_size) if kind or method.trains else None
@@ -120,8 +123,6 @@ def prune(
     if isinstance(method, FeedForwardMethod):
         with prepared(model, seed):
             networks = networks_of(model, plan, batches[0], method)
-    if out is not None:
-        check_saveable(model)
     settings = {
         "method": method.settings(),
         "patterns": {name: str(value) for name, value in plan.patterns.items()},

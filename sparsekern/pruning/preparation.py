@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 
@@ -12,8 +13,14 @@ import torch
 from torch import nn
 
 from ..methods import Method
-from ..runtime.save import in_format
+from ..models.linears import linear_weight
+from ..pattern import NM, Pattern
+from ..runtime.formats import format_of
+from ..runtime.packing import AUTO, packable_linears, smallest
+from ..runtime.save import DENSE, PACKED, in_format
 from .calibration import Batch, Calibration, as_batches
+
+HOW_TO_SAVE_IT = "and resume=True with format='dense' (--resume --format dense) needs only to save it"
 
 
 def check_seed(seed: int) -> None:
@@ -43,11 +50,48 @@ def check_saveable(model: nn.Module) -> None:
         )
 
 
+def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format: str) -> None:
+    """Raise `ValueError` where no linear can be counted on to get smaller in `format`: before the work rather than after it.
+
+    Args:
+        patterns: what is to be pruned, by name.
+    """
+    if format == DENSE:
+        return
+    weights = {name: linear_weight(linear) for name, linear in packable_linears(model).items()}
+    pruned = (_gets_smaller(weight, patterns[name], format) for name, weight in weights.items() if name in patterns)
+    if any(pruned) or any(smallest(weight, AUTO if format == PACKED else format) for weight in weights.values()):
+        return
+    shown = ", ".join(sorted(set(map(str, patterns.values()))))
+    raise ValueError(f"format: by pattern {shown}, none of {len(weights)} linear layers is sure to get smaller with {format!r}")
+
+
+def _gets_smaller(weight: torch.Tensor, pattern: Pattern, format: str) -> bool:
+    """Whether a pattern makes room for a format; of a bitmask, but for some padding."""
+    names = [format] if format != PACKED else ["bitmask", str(pattern)]
+    return any(_bytes_when_pruned(weight, pattern, name) < weight.nbytes for name in names)
+
+
+def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> float:
+    shape, kept = tuple(weight.shape), int((1 - pattern.sparsity) * weight.numel())
+    try:
+        layout = format_of(format)
+        if format != "bitmask" and not (isinstance(pattern, NM) and pattern.guarantees(layout.n, layout.m)):
+            return math.inf
+        return sum(spec.nbytes for spec in layout.specs(shape, weight.dtype, kept).values())
+    except ValueError:  # no such format, or other input features than it takes
+        return math.inf
+
+
 def save_model(model: nn.Module, out: str | os.PathLike, format: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        in_format(model, format).save_pretrained(out)
+        model = in_format(model, format)
+    except ValueError as error:
+        raise ValueError(f"{error}; what is pruned is kept in {out}, {HOW_TO_SAVE_IT}") from error
+    try:
+        model.save_pretrained(out)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
         what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"

@@ -315,3 +315,27 @@ def test_an_instruction_set_that_is_none_is_refused_before_any_work(model, tmp_p
     with pytest.raises(ValueError, match="^SPARSEKERN_CPU_ISA: expected scalar, avx2, .* got 'mmx'"):
         sparsekern.prune(model, calibration=tiny_ids(), out=tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern, format",
+    [("2:4", "1:4"), ("3:4", "2:8"), (0.5, "2:4"), (0.01, "packed"), (0.01, "bitmask"), ("4:8", "2:4"), ("15:16", "15:16"), ("2:4", "2:5")],
+)
+def test_a_format_that_nothing_is_sure_to_fit(model, tmp_path, pattern, format):
+    message = f"format: by pattern {pattern}, none of 22 linear layers is sure to get smaller with '{format}'"
+    with pytest.raises(ValueError, match=message):
+        sparsekern.prune(model, "magnitude", pattern, out=tmp_path / "out", format=format, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_something_fits(model, tmp_path):
+    model.pruned = True
+    for number, (pattern, format) in enumerate([("1:4", "2:4"), ("2:8", "2:4"), ("1:4", "2:8"), ("2:4", "bitmask"), (0.6, "packed")]):
+        pruned = copy.deepcopy(model)
+        sparsekern.prune(pruned, "magnitude", pattern, out=tmp_path / str(number), format=format, include="*.0.*", **QUIET)
+        assert sparsekern.runtime.is_packed(sparsekern.load(tmp_path / str(number)))
+    layer = model.model.layers[1].mlp.up_proj  # is left as it is, and fits already
+    with torch.no_grad():
+        layer.weight[:, ::2] = 0
+    sparsekern.prune(model, "magnitude", 0.5, out=tmp_path / "more", format="2:4", include="*.0.*", **QUIET)
+    assert sparsekern.load(tmp_path / "more").model.layers[1].mlp.up_proj.format == "2:4"

@@ -427,6 +427,16 @@ def test_out_must_be_new(tmp_path):
         run(COPAL(), "a", out=tmp_path)
 
 
+def test_what_gets_no_smaller_is_kept_in_the_state(tmp_path):
+    call = {"pattern": 0.08, "out": tmp_path / "out", "state": tmp_path / "state"}
+    with pytest.raises(ValueError, match=r"gets smaller .* what is pruned is kept in .*state, and resume=True with format='dense'"):
+        run(Magnitude(), "a", format="packed", **call)
+    run(Magnitude(), "a", resume=True, **call)
+    assert (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(ValueError, match="gets smaller .*; the model in memory is pruned"):
+        run(Magnitude(), "a", format="packed", pattern=0.08, out=tmp_path / "other")
+
+
 def test_one_batch_is_enough():
     model = llama()
     report = prune_continually(model, {"a": [IDS["a"][:1]]}, COPAL(), "2:4", **QUIET)
