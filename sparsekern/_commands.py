@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
@@ -13,13 +12,15 @@ from pathlib import Path
 
 import torch
 
+from ._settings import configured
 from .backends.libraries import check_isa
 from .data import calibration_ids, encode, perplexity, read_documents, sentence_batches
-from .methods import METHODS, Method
+from .methods import Method
 from .models.load import DTYPES, load, load_tokenizer
 from .pattern import Pattern, parse_pattern
 from .pruning import Report, StructuredReport, check_seed, prune
 from .pruning.report_html import html_page
+from .pruning.units import encoder_to_cut
 from .runtime import check_format, check_output_folder, check_space, count_zeros, model_card, versions
 from .runtime.bench import compare
 from .runtime.formats import format_of
@@ -54,6 +55,8 @@ def prune_command(arguments: argparse.Namespace) -> None:
     _say(f"loading {arguments.model}")
     model, tokenizer = _load(arguments, device)
     check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
+    if method.removes_units:
+        encoder_to_cut(model)  # for what it refuses: text is made sentences only for a model that can be pruned by them
     length = _window_length(arguments.length, model)
     evaluation = _Evaluation(arguments, model, tokenizer, text) if arguments.evaluate else None
     calibration, described = _calibration(arguments, source, method, tokenizer, length)
@@ -181,21 +184,15 @@ def _checked(check: Callable):
 
 
 def _what_to_prune(arguments: argparse.Namespace) -> tuple[Method, Pattern, dict[str, Pattern | None]]:
-    if arguments.method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {arguments.method!r}")
-    kind = METHODS[arguments.method]
-    fields = {field.name for field in dataclasses.fields(kind)}
-    given = {name: getattr(arguments, name) for name in (*METHOD_SETTINGS, *TRAINING_SETTINGS) if getattr(arguments, name) is not None}
-    for name in given:
-        if name not in fields:
-            raise ValueError(f"--{name.replace('_', '-')}: the method {arguments.method} has no such setting")
+    options = {name: getattr(arguments, name) for name in (*METHOD_SETTINGS, *TRAINING_SETTINGS) if getattr(arguments, name) is not None}
+    method = configured(arguments.method, options, arguments.set)
     patterns = {}
     for assignment in arguments.layer_pattern:
         glob, separator, value = assignment.rpartition("=")
         if not separator or not glob:
             raise ValueError(f"layer-pattern: expected GLOB=PATTERN, got {assignment!r}")
         patterns[glob] = None if value == "dense" else parse_pattern(value)
-    method, pattern = kind(**given), parse_pattern(arguments.pattern)
+    pattern = parse_pattern(arguments.pattern)
     if method.removes_units:
         method.share(pattern)
         if arguments.evaluate:

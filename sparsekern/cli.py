@@ -115,7 +115,9 @@ def _add_prune(commands) -> None:
     )
     data.add_argument("--seed", type=int, default=0, help="of the choice of windows")
     data.add_argument("--batch-size", type=int, help="windows at once: a matter of speed and memory only")
-    settings = prune.add_argument_group("settings of the method (default: the paper's)")
+    settings = prune.add_argument_group(
+        "settings of the method", "Defaults are the paper's, but for alps' tolerance, sparsellm's keep and kprune's tune_bias."
+    )
     settings.add_argument("--damping", type=float, help="share of the mean diagonal added to the Gram matrix")
     settings.add_argument("--block-size", type=int, help="columns in a block")
     settings.add_argument("--scope", help="where a sparsity is counted: block, row, matrix or (magnitude) global")
@@ -123,8 +125,15 @@ def _add_prune(commands) -> None:
     settings.add_argument("--budget", help="what kprune's --pattern is a share of: flops or parameters")
     settings.add_argument("--form", help="of copal's importance: sample or gram")
     settings.add_argument("--solver", help="what prunes each linear inside sparsellm: sparsegpt, alps, wanda or magnitude")
+    settings.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any setting of the method's config, such as iterations=2, or solver.damping=0.1 of the method inside; may be repeated",
+    )
     training = prune.add_argument_group("settings of gradual, which prunes in steps and trains on the calibration text after each")
-    training.add_argument("--criterion", help="magnitude, random or structured")
+    training.add_argument("--criterion", help="magnitude, random or structured; --scope and --units are then its own")
     training.add_argument("--steps", type=int, help="pruning steps")
     training.add_argument("--epochs", type=int, help="passes over the text after each step; 0 does not train")
     training.add_argument("--train-steps", type=int, help="optimizer steps after each pruning step, instead of epochs")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
-from sparsekern import _commands
+from sparsekern import ALPS, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, _commands, cli
 from sparsekern.cli import main
 from sparsekern.methods import METHODS
 from sparsekern.pruning import pipeline
@@ -160,6 +160,27 @@ def test_sparsellm_with_another_solver(prune, tmp_path):
     assert (method["name"], method["solver"], method["damping"]) == ("sparsellm", {"name": "wanda"}, 0.1)
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("sparsegpt", "--set", "mask=wanda", "--scope", "row"), SparseGPT(mask="wanda", scope="row")),
+        (("sparsegpt", "--set", "mask=none"), SparseGPT()),
+        (("alps", "--set", "rho=3", "--set", "max_iterations=9"), ALPS(rho=3.0, max_iterations=9)),
+        (("kprune", "--set", "tune_bias=false", "--set", "lam_rep=1e-2"), KPrune(tune_bias=False, lam_rep=0.01)),
+        (("gradual", "--scope", "global", "--set", "clip=2"), Gradual(Magnitude(scope="global"), clip=2.0)),
+        (("gradual", "--criterion", "structured", "--set", "criterion.units=heads"), Gradual(Structured(units="heads"))),
+        (("gradual", "--set", "train_steps=none", "--set", "schedule=linear"), Gradual(schedule="linear")),
+        (
+            ("sparsellm", "--solver", "alps", "--set", "rho=1", "--damping", "0.1", "--set", "solver.damping=0.2", "--set", "keep=last"),
+            SparseLLM(ALPS(rho=1.0, damping=0.2), damping=0.1, keep="last"),
+        ),
+    ],
+)
+def test_every_setting_can_be_given(arguments, expected):
+    options = cli._parser().parse_args(["prune", "model", "--out", "out", "--pattern", "0.5", "--method", *arguments])
+    assert _commands._what_to_prune(options)[0] == expected
+
+
 def test_magnitude_reads_no_text(model, tmp_path):
     assert main(["prune", model, "--method", "magnitude", "--calibration", "nothing.txt", "--out", str(tmp_path / "out")]) == 0
 
@@ -239,6 +260,19 @@ def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
         (["--method", "wanda", "--steps", "2"], "--steps: the method wanda has no such setting"),
         (["--method", "gradual", "--steps", "0"], "Gradual.steps: expected a whole number of at least 1, got 0"),
         (["--method", "gradual", "--criterion", "wanda"], "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got"),
+        (["--method", "sparsellm", "--solver", "kprune"], "SparseLLM.solver: expected a method that solves one linear"),
+        (["--set", "damping"], "set: expected NAME=VALUE, got 'damping'"),
+        (["--set", "rho=1"], "--set rho: the method sparsegpt has no such setting, only damping, block_size, scope, mask"),
+        (["--method", "wanda", "--set", "rho=1"], "--set rho: the method wanda has no such setting, only none"),
+        (["--method", "gradual", "--damping", "1"], "--damping: the method gradual has no such setting, only criterion, steps, schedule, "),
+        (["--method", "sparsellm", "--set", "gate.damping=1"], "--set gate.damping: the method sparsellm has no such setting"),
+        (["--method", "alps", "--set", "rho=big"], "--set rho: expected a number, got 'big'"),
+        (["--method", "sparsellm", "--set", "iterations=2.5"], "--set iterations: expected a whole number, got '2.5'"),
+        (["--method", "kprune", "--set", "tuning=yes"], "--set tuning: expected true or false, got 'yes'"),
+        (["--method", "kprune", "--set", "mu=-1"], "KPrune.mu: expected a number above 0, got -1.0"),
+        (["--damping", "0.1", "--set", "damping=0.2"], "set: damping is given twice"),
+        (["--method", "alps", "--set", "rho=1", "--set", "rho=2"], "set: rho is given twice"),
+        (["--method", "gradual", "--scope", "world"], "Magnitude.scope: expected one of 'matrix', 'row', 'global', got 'world'"),
         (["--method", "wanda", "--damping", "0.1"], "--damping: the method wanda has no such setting"),
         (["--method", "wanda", "--solver", "alps"], "--solver: the method wanda has no such setting"),
         (["--method", "sparsellm", "--solver", "obc"], "SparseLLM.solver: method: expected one of"),
@@ -270,6 +304,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(prune, capsys, arguments, 
         (["--include", "*.nothing"], "include: '*.nothing' matches no linear of the model"),
         (["--length", "65"], "length: expected at most 64, the positions of this model, got 65"),
         (["--calibration", "gone.txt"], "text: no file 'gone.txt'"),
+        (["--method", "kprune", "--pattern", "0.5"], "model: expected an encoder"),
         (["--evaluate", "--text", "gone.txt"], "text: no file 'gone.txt'"),
     ],
 )

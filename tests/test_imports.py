@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each part may import those of its own row and below.
 LAYERS = [
-    {"", "cli", "_commands", "_continual", "__main__"},
+    {"", "cli", "_commands", "_continual", "_settings", "__main__"},
     {"methods", "pruning", "training", "models", "runtime", "data", "_info"},
     {"ops"},
     {"backends"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from .. import ops
+from .._warnings import SparsekernWarning
 from ..ops._checks import check_finite
 from ..pattern import Pattern
 from .base import Method, Solution, Statistics, check_choice
@@ -25,6 +27,7 @@ SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless it is below the former a
 class ALPS(Method):
     """Alternating directions method of multipliers (ADMM) on each linear, then least squares on the support that it found.
 
+    The support is that of the projected iterate `D`, which the dense one approaches; the public program projects the dense one anew.
     Everything happens in the basis in which the damped Gram matrix has a unit diagonal. The support settles as the penalty grows,
     and how fast the penalty grows depends on how much of the support still changes. Features that were never active are pruned
     first, and their weights are cleared where the pattern keeps them.
@@ -34,8 +37,8 @@ class ALPS(Method):
         scope: for a sparsity, where the exact number of pruned weights is counted: `"matrix"` (paper) or `"row"`.
         rho: the penalty to start with (paper: 0.1), relative to the unit diagonal.
         tolerance: ADMM ends when three iterations change no more than this share of the mask (of its kept or of its pruned entries,
-            whichever are fewer).
-        max_iterations: the most ADMM iterations (paper: 300).
+            whichever are fewer). The public program asks for less than 3e-4 of the kept entries, after at least 30 iterations.
+        max_iterations: the most ADMM iterations (paper: 300); it is said where they do not suffice.
 
     Source: Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024, algorithms
     1 and 2, with the dual scaled by the penalty and one Cholesky factorisation for each penalty in place of an eigendecomposition.
@@ -85,6 +88,13 @@ class ALPS(Method):
                 break
             else:
                 admm.set_penalty(min(admm.rho * next(growth for share, growth in GROWTH if changed > share), LARGEST_PENALTY))
+        else:
+            warnings.warn(
+                f"ALPS.max_iterations: ADMM did not settle in {self.max_iterations} iterations; the last {min(LOOK_EVERY, left)} changed "
+                f"{changed:.2%} of the mask, and ALPS.tolerance is {self.tolerance:.2%}",
+                SparsekernWarning,
+                stacklevel=3,
+            )
         return admm.solution(), admm.mask
 
 

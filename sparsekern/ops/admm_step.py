@@ -26,7 +26,10 @@ def admm_step_(
     *,
     scope: str = "matrix",
 ) -> torch.Tensor:
-    """Projection, dual update and the next target of the alternating directions method of multipliers, in place, in one pass.
+    """Projection, dual update and the next target of the alternating directions method of multipliers, in place.
+
+    For N:M and for a sparsity by row the CPU kernel does it in one pass over the weights; for one of the whole matrix the scores are
+    read more often, to find the threshold.
 
     The method looks for a sparse `D` close to `weight` in a quadratic objective by taking turns: a least-squares step finds a dense
     `B` with a small objective and close to `D - dual`, and this step finds the sparse `D` closest to `B + dual`:

@@ -20,7 +20,8 @@ def gram_solve(gram: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -
 
     Where the tokens do not determine the weights (rank deficiency), the damping does. If there is none, or too little for a pivot
     to stand out from rounding, it is multiplied by ten, at most three times, and then float64 is tried, as in `reverse_cholesky`;
-    each departure is reported by a `SparsekernWarning`.
+    each departure is reported by a `SparsekernWarning`. On a GPU this is a composition of torch's operators: the factorisation and
+    the two triangular solves, which are the CUDA libraries', are all the work.
 
     Args:
         gram: `[features, features]` float32. Only the lower triangle is read.

@@ -151,11 +151,14 @@ def _as_batch(given, first_sample: int, device: torch.device, vocabulary: int | 
         raise TypeError(f"calibration: expected token tensors or mappings with 'input_ids', got {type(given).__name__}")
     ids = inputs["input_ids"]
     _check_ids(ids, vocabulary)
+    mask = inputs.get("attention_mask")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise TypeError(f"calibration: expected attention_mask as a tensor of shape {tuple(ids.shape)}, got {type(mask).__name__}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"calibration: expected attention_mask of shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
     inputs.pop("labels", None)
     inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"calibration: expected attention_mask of shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
     padded = mask is not None and not bool(mask.all())
     return Batch(inputs, first_sample, mask.bool() if padded else None)
 

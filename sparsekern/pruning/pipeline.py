@@ -65,7 +65,7 @@ def prune(
     Args:
         model: a transformers `PreTrainedModel` (or any module called the same way) on one device, in float32, bfloat16 or float16.
         method: `"magnitude"`, `"random"`, `"structured"`, `"wanda"`, `"sparsegpt"`, `"alps"`,
-            `"sparsellm"`, `"copal"`, `"gradual"`, or a config such as `SparseGPT(damping=0.01)`.
+            `"sparsellm"`, `"copal"`, `"gradual"`, `"kprune"` (encoders), or a config such as `SparseGPT(damping=0.01)`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
             For `KPrune`, which prunes encoders, it is the share of FLOPs (or parameters) to remove with whole heads and neurons.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
@@ -81,7 +81,7 @@ def prune(
         patterns: glob -> pattern, or None to leave dense; the first match wins over `pattern`.
         batch_size: samples run at once where `calibration` is one tensor; None chooses. A matter of speed and memory only.
         report_error: take a Gram matrix just to report each layer's error also for methods that do without one (Wanda, magnitude).
-            It costs about as much as the forwards. SparseGPT and ALPS always report it.
+            It costs about as much as the forwards. SparseGPT and ALPS always report it, KPrune that of its sub-layers.
         format: of what is saved to `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model` itself
             stays dense. One that the patterns are not sure to fit, such as `"2:4"` where they are shares of zeros, is refused.
         complete: called with the report once model and report are in `out`, while the checkpoint is still there: puts whatever else
@@ -105,6 +105,8 @@ def prune(
     check_format(format)
     if method.removes_units:
         _refuse_choice_of_linears(method, format, include, exclude, patterns)
+        if report_error:
+            raise ValueError(f"report_error: {type(method).__name__} always reports the error of each sub-layer; expected False, got {report_error!r}")
         options = {"seed": seed, "out": out, "resume": resume, "progress": progress, "batch_size": batch_size, "complete": complete}
         return prune_units(model, method, pattern, calibration, **options)
     plan = make_plan(model, pattern, patterns, include, exclude)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..ops._checks import HALF_OR_FLOAT, check_finite_number, check_tensor
+
 
 @torch.no_grad()
 def merge_adapter(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float = 1.0) -> None:
@@ -19,15 +21,16 @@ def merge_adapter(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, sc
         scale: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` for rank-stabilised adapters.
 
     Raises:
-        ValueError: shapes that do not fit, or a sum that is not finite; `weight` is then unchanged.
+        TypeError, ValueError: no tensors of these dtypes, shapes that do not fit, two devices, a scale that is no finite number, or a
+            sum that is not finite; `weight` is then unchanged.
 
     Source: Hu et al., LoRA: Low-rank adaptation of large language models, 2021, section 4.1 (`W + B A`).
     """
-    fits = weight.dim() == down.dim() == up.dim() == 2 and up.shape[1] == down.shape[0]
-    if not fits or weight.shape != (up.shape[0], down.shape[1]):
-        shapes = f"weight {tuple(weight.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
-        raise ValueError(f"merge_adapter: expected weight [out, in], down [rank, in] and up [out, rank], got {shapes}")
+    check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
+    check_tensor("down", down, ndim=2, dtypes=HALF_OR_FLOAT, shape=(None, weight.shape[1]), device=weight.device)
+    check_tensor("up", up, ndim=2, dtypes=HALF_OR_FLOAT, shape=(weight.shape[0], down.shape[0]), device=weight.device)
+    check_finite_number("scale", scale)
     merged = torch.addmm(weight.float(), up.float(), down.float(), alpha=scale).masked_fill_(weight == 0, 0).to(weight.dtype)
     if not torch.isfinite(merged).all():
-        raise ValueError(f"merge_adapter: expected a finite sum in {str(weight.dtype).removeprefix('torch.')}, got NaN or Inf")
+        raise ValueError(f"weight: expected a finite sum with the adapter in {str(weight.dtype).removeprefix('torch.')}, got NaN or Inf")
     weight.copy_(merged)

@@ -81,6 +81,9 @@ def test_attention_mask_of_another_shape(model):
     batch = {"input_ids": tiny_ids(2, 8), "attention_mask": torch.ones(2, 9)}
     with pytest.raises(ValueError, match=r"expected attention_mask of shape \(2, 8\), got \(2, 9\)"):
         sparsekern.prune(model, calibration=[batch], **QUIET)
+    batch["attention_mask"] = [[1] * 8] * 2
+    with pytest.raises(TypeError, match=r"calibration: expected attention_mask as a tensor of shape \(2, 8\), got list"):
+        sparsekern.prune(model, calibration=[batch], **QUIET)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -230,6 +230,7 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
         (0.5, {"include": "*"}, r"include: expected none, KPrune chooses among all heads and neurons; got '\*'"),
         (0.5, {"patterns": {"*": 0.1}}, "patterns: expected none"),
         (0.5, {"format": "packed"}, "format: expected 'dense', KPrune leaves no zeros to pack; got 'packed'"),
+        (0.5, {"report_error": True}, "report_error: KPrune always reports the error of each sub-layer; expected False, got True"),
         (0.5, {"resume": True}, "resume: expected out"),
         (0.5, {"calibration": []}, "calibration: expected at least one token, got none"),
         (0.5, {"calibration": [{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1] * 3, [0] * 3])}]},

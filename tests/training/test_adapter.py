@@ -58,16 +58,28 @@ def test_a_merge_inside_keep_sparsity():
     torch.testing.assert_close(model.weight, expected)
 
 
-@pytest.mark.parametrize("down, up", [((8, 2), (6, 2)), ((2, 8), (2, 6)), ((2, 8), (6, 3)), ((8,), (6, 1))])
-def test_shapes_that_do_not_fit(down, up):
-    message = r"merge_adapter: expected weight \[out, in\], down \[rank, in\] and up \[out, rank\], got weight \(6, 8\)"
-    with pytest.raises(ValueError, match=message):
-        sparsekern.merge_adapter(half_zero(), torch.ones(down), torch.ones(up))
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"down": torch.ones(8, 2)}, ValueError, r"down: expected shape \('any', 8\), got \(8, 2\)"),
+        ({"down": torch.ones(8)}, ValueError, r"down: expected 2 dimensions, got shape \(8,\)"),
+        ({"up": torch.ones(2, 6)}, ValueError, r"up: expected shape \(6, 2\), got \(2, 6\)"),
+        ({"up": torch.ones(6, 3)}, ValueError, r"up: expected shape \(6, 2\), got \(6, 3\)"),
+        ({"weight": torch.ones(6, 8, dtype=torch.int32)}, TypeError, "weight: expected dtype float32 or bfloat16 or float16, got int32"),
+        ({"down": [[1.0] * 8] * 2}, TypeError, "down: expected a tensor, got list"),
+        ({"up": torch.ones(6, 2).double()}, TypeError, "up: expected dtype float32 or bfloat16 or float16, got float64"),
+        ({"scale": "x"}, TypeError, "scale: expected a number, got 'x'"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    ],
+)
+def test_wrong_arguments(wrong, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        sparsekern.merge_adapter(**{"weight": half_zero(), "down": torch.ones(2, 8), "up": torch.ones(6, 2), **wrong})
 
 
 def test_a_sum_that_overflows():
     weight = half_zero(torch.float16)
     before = weight.clone()
-    with pytest.raises(ValueError, match="merge_adapter: expected a finite sum in float16, got NaN or Inf"):
+    with pytest.raises(ValueError, match="weight: expected a finite sum with the adapter in float16, got NaN or Inf"):
         sparsekern.merge_adapter(weight, torch.full((1, 8), 6e4), torch.full((6, 1), 6e4))
     assert torch.equal(weight, before)
