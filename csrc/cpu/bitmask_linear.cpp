@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/bitmask_rows.h"
 #include "cpu/kernels.h"
 #include "cpu/packed_linear.h"
 #include "cpu/unit_floats.h"
@@ -20,8 +21,6 @@
 namespace sparsekern::cpu {
 
 namespace {
-
-using packed_rows::Unit;
 
 // Rows whose values share units, some of whose products one call sums up.
 struct Group {
@@ -57,15 +56,6 @@ const Unit* multiply_scalar(const Group& group) {
 }
 
 #if SPARSEKERN_X86
-
-// 16 bits of a word. Where the compiler knows where they come from, it counts them in 16-bit registers, each waiting for the one before.
-SPARSEKERN_INLINE uint32_t bits_of_part(const uint64_t* word, int part) {
-  uint16_t bits;
-  std::memcpy(&bits, reinterpret_cast<const char*>(word) + part * sizeof bits, sizeof bits);
-  uint32_t hidden = bits;
-  asm("" : "+r"(hidden));
-  return hidden;
-}
 
 template <class T, int kTokens>
 SPARSEKERN_AVX512 const Unit* multiply_avx512(const Group& group) {
@@ -114,54 +104,6 @@ SPARSEKERN_AVX512 const Unit* multiply_avx512(const Group& group) {
     for (int token = 0; token < kTokens; ++token) out[token * out_stride + row] = add_up(sums[row][token]);
   }
   return end;
-}
-
-// The rows of a group of 16-bit values, zeros included; row 1 where out[1] is not null. Returns what multiply does.
-SPARSEKERN_AVX512 const Unit* expand_avx512(
-    const Unit* units, const Unit* last, const uint64_t* const (&bits)[2], int64_t columns, uint16_t* const (&out)[2]) {
-  const Unit* end = units;
-  for (int row = 0; row < 2 && out[row] != nullptr; ++row) {
-    const Unit* unit = units;
-    for (int64_t column = 0; column < columns; column += 16) {
-      if (unit > last) return nullptr;
-      const auto inside = static_cast<__mmask16>(columns - column >= 16 ? 0xffff : (1 << (columns - column)) - 1);
-      const uint32_t mask = bits_of_part(bits[row] + column / packed_rows::kWordColumns, static_cast<int>(column / 16 % 4));
-      const __m512i values = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit);
-      const __m512i low = row == 0 ? values : (__m512i)((__v16su)values >> 16);
-      _mm256_mask_storeu_epi16(out[row] + column, inside, _mm512_maskz_cvtepi32_epi16(0xffff, low));
-      unit += __builtin_popcount(mask);
-    }
-    end = std::max(end, unit);
-  }
-  return end;
-}
-
-// The stored rows of a tile: where the values of each lie, and its bits.
-struct TileRows {
-  const Unit* units[kLanes];
-  const uint64_t* bits[kLanes];
-  int rows;
-};
-
-// Columns to panel[16 * column + row], a word at a time, so that what is written stays in the first cache. The bits lead nowhere else.
-template <class T>
-SPARSEKERN_AVX512 void expand_panel_avx512(TileRows tile, int64_t columns, float* panel) {
-  const __m512i column_starts = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-  static_assert(kLanes == 16, "of the starts");
-  for (int64_t word = 0; word < packed_rows::words(columns); ++word) {
-    for (int row = 0; row < tile.rows; ++row) {
-      const Unit* unit = tile.units[row];
-      for (int part = 0; part < 4; ++part) {
-        const int64_t column = word * packed_rows::kWordColumns + part * 16, left = std::clamp<int64_t>(columns - column, 0, 16);
-        const uint32_t mask = bits_of_part(tile.bits[row] + word, part);
-        const __m512 weight =
-            floats_of_units<T>(_mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit), row % kUnitValues<T>);
-        _mm512_mask_i32scatter_ps(panel + column * kLanes + row, static_cast<__mmask16>((1u << left) - 1), column_starts, weight, 4);
-        unit += __builtin_popcount(mask);
-      }
-      tile.units[row] = unit;
-    }
-  }
 }
 
 // For each byte of bits the place of each column's value, with the sign bit set where there is none.
