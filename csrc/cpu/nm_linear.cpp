@@ -57,16 +57,17 @@ SPARSEKERN_INLINE void multiply_any(const Row& row) {
 
 #if SPARSEKERN_X86
 
-// The positions of 16 values, with whatever lies above them in their words.
+// The positions of 16 values, with whatever lies above them in their words. (Masked, here and below, because GCC 12 warns of what the
+// forms without a mask leave uninitialised.)
 template <bool kWide>
 SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512i codes_of_run(const uint32_t* codes, int64_t run) {
   if constexpr (!kWide) {
     const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(codes[run])), shifts);
+    return _mm512_maskz_srlv_epi32(0xffff, _mm512_set1_epi32(static_cast<int>(codes[run])), shifts);
   } else {
     const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     const __m512i low = _mm512_set1_epi32(static_cast<int>(codes[2 * run]));
-    return _mm512_srlv_epi32(_mm512_mask_set1_epi32(low, 0xff00, static_cast<int>(codes[2 * run + 1])), shifts);
+    return _mm512_maskz_srlv_epi32(0xffff, _mm512_mask_set1_epi32(low, 0xff00, static_cast<int>(codes[2 * run + 1])), shifts);
   }
 }
 
@@ -126,7 +127,8 @@ SPARSEKERN_AVX512 void multiply_any_avx512(const Row& row) {
       const __m512 weight = floats_of_units<T>(stored, run);
 #pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) {
-        sums[token] = _mm512_fmadd_ps(weight, _mm512_i32gather_ps(columns, x + token * x_stride, 4), sums[token]);
+        const __m512 picked = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, columns, x + token * x_stride, 4);
+        sums[token] = _mm512_fmadd_ps(weight, picked, sums[token]);
       }
     }
   }
