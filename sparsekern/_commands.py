@@ -138,10 +138,8 @@ def bench_command(arguments: argparse.Namespace) -> None:
     _checked(lambda: _check_plot(arguments.plot))
     _say(f"loading {arguments.model}")
     model = _load_model(arguments, device)
-    if is_packed(model):
-        dense, packed = unpacked_copy(model), model
-    else:
-        dense, packed = model, packed_copy(model, arguments.format)
+    dense = unpacked_copy(model) if is_packed(model) else model
+    packed = model if is_packed(model) and arguments.format == AUTO else packed_copy(dense, arguments.format)
     comparison = compare(
         dense, packed, prompt_length=arguments.prompt_length, tokens=arguments.tokens, rounds=arguments.rounds
     )

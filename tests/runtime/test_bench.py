@@ -43,6 +43,8 @@ def test_the_command(folder, tmp_path, capsys):
     assert main(["bench", str(again), *command[2:], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["packed"]["disk"] < found["dense"]["disk"] and found["tokens"] == 4
+    assert main(["bench", str(again), *command[2:], "--format", "1:16"]) == 1  # packed anew, in that format
+    assert "gets smaller with format='1:16'" in capsys.readouterr().err
 
 
 def test_two_models_that_are_not_the_same():
