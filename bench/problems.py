@@ -58,11 +58,11 @@ def plain_admm_step_(
     return changed
 
 
-def conjugate_gradients(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The public program's solution, with one product an iteration in place of its three."""
+def conjugate_gradients(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+    """The public program's solution, with one product an iteration in place of its three, from `start` or the weight itself."""
     scale = gram.diagonal().sqrt()
     gram, target = gram / scale / scale[:, None], weight * scale
-    solution = target * mask
+    solution = (target if start is None else start * scale) * mask
     residual = ((target - solution) @ gram) * mask
     direction, power = residual, residual.square().sum(1)
     for _ in range(CG_ITERATIONS):

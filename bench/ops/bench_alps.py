@@ -10,7 +10,7 @@ from sparsekern.pattern import parse_pattern
 from sparsekern.pruning.statistics import Gram
 from tests.textbook import textbook_alps
 
-from ..problems import DAMPING, gram_of, output_error
+from ..problems import DAMPING, conjugate_gradients, gram_of, output_error
 
 TEXTBOOK = {"2:4": {"n_kept": 2, "m": 4}, 0.5: {"sparsity": 0.5}}
 SHAPES = ((1536, 576), (4096, 4096))
@@ -66,17 +66,7 @@ def prototype(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor
             dual, rho = dual / growth, rho * growth
             step = inverse(rho)
     mask = project(dense)
-    solution = dense * mask
-    residual = ((target - solution) @ gram) * mask
-    direction, power = residual, residual.square().sum(1)
-    for _ in range(10):
-        product = direction @ gram
-        alpha = (power / (direction * product).sum(1).clamp_min(1e-30))[:, None]
-        solution = solution + alpha * direction
-        residual = residual - alpha * product * mask
-        power, last = residual.square().sum(1), power
-        direction = residual + (power / last.clamp_min(1e-30))[:, None] * direction
-    return solution / scale
+    return conjugate_gradients(target, gram, mask, start=dense) / scale
 
 
 BASELINES = {"public": (public, 3.0), "prototype": (prototype, 1.5)}
