@@ -136,7 +136,7 @@ class Case:
             yield Row(SECTION, self.name, f"not run: {reason}")
             return
         except RuntimeError as error:
-            yield _failed(self.name, error)
+            yield failed(self.name, error)
             return
         against = {name: seconds_of(calls, place.device) for name, calls in problem.baselines.items()}
         for by in self._implementations(place):
@@ -155,7 +155,7 @@ class Case:
             called = seconds_of(problem.calls, place.device)
             on_device = replayed_seconds_of(problem.calls, place.device) if problem.captured else None
         except (AssertionError, ValueError, RuntimeError) as error:
-            return _failed(name, error, goals)
+            return failed(name, error, goals)
         floor = place.ceilings.floor(flops=problem.flops, unit=problem.unit, bytes=problem.bytes)
         taken = Taken(called, on_device, against, floor)
         return Row(
@@ -188,7 +188,7 @@ def _reached(taken: Taken, problem: Problem) -> str:
     return ", ".join(parts)
 
 
-def _failed(name: str, error: Exception, goals: str = "") -> Row:
+def failed(name: str, error: Exception, goals: str = "") -> Row:
     """A row for what an error has ended; raises the error if the device is lost to this process."""
     if "CUDA error" in str(error):
         raise error

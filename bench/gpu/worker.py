@@ -23,15 +23,17 @@ from .device import Ceilings, measure_ceilings
 
 for module in ("solve_cases", "linear_cases", "packed_cases", "select_cases", "method_cases"):  # each adds its own, the most important first
     importlib.import_module(f"{__package__}.{module}")
+SWEEPS = importlib.import_module(f"{__package__}.crossing_cases").SWEEPS  # which imports some of those modules
+KNOWN = (*CASES, *SWEEPS, *e2e.RUNS)
 
 
 def ordered() -> list[str]:
     """The names of all benchmarks, the most important first and whole models last."""
-    return [case.name for case in CASES] + [run.name for run in e2e.RUNS]
+    return [known.name for known in KNOWN]
 
 
 def likely_seconds(name: str) -> float:
-    return next(known.likely_seconds for known in (*CASES, *e2e.RUNS) if known.name == name)
+    return next(known.likely_seconds for known in KNOWN if known.name == name)
 
 
 def ceiling_rows(ceilings: Ceilings) -> Iterator[Row]:
@@ -42,7 +44,7 @@ def ceiling_rows(ceilings: Ceilings) -> Iterator[Row]:
 
 
 def run(name: str, place: Place) -> Iterator[Row]:
-    for known in (*CASES, *e2e.RUNS):
+    for known in KNOWN:
         if known.name == name:
             yield from known.rows(place)
 

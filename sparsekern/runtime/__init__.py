@@ -1,7 +1,7 @@
 """What becomes of a pruned model: packed weights that multiply, the folder it is saved to, and 2:4 weights on a GPU."""
 
 from .card import model_card, versions
-from .packing import count_zeros, is_packed, pack, unpack, weight_bytes
+from .packing import count_zeros, is_packed, keep_compressed, pack, unpack, weight_bytes
 from .registration import register_with_transformers
 from .save import check_format, check_output_folder, check_space, save
 from .semi_structured import semi_structured_linear, to_semi_structured
@@ -16,6 +16,7 @@ __all__ = [
     "check_space",
     "count_zeros",
     "is_packed",
+    "keep_compressed",
     "model_card",
     "pack",
     "save",

@@ -60,11 +60,15 @@ class Format:
         Raises:
             TypeError, ValueError: `x` has not the weight's dtype or input features.
         """
+        self.check_input(x, tensors, shape)
+        return self._multiply(x, tensors, bias)
+
+    def check_input(self, x: torch.Tensor, tensors: Tensors, shape: Shape) -> None:
+        """Raise `TypeError` or `ValueError` unless `x` has the weight's dtype and input features."""
         if x.dtype != tensors["values"].dtype:
             raise TypeError(f"x: expected {tensors['values'].dtype}, the dtype of the packed values, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != shape[1]:
             raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1] if x.dim() else 'a scalar'}")
-        return self._multiply(x, tensors, bias)
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
         """What `pack` would take, without packing.

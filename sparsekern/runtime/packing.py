@@ -110,6 +110,37 @@ def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
     return model
 
 
+def keep_compressed(model: nn.Module, keep: bool = True) -> nn.Module:
+    """Let the 2:4 layers of a packed model on a CUDA device hold their weights also as cuSPARSELt reads them, or no longer.
+
+    Prompts and large batches are then multiplied on the sparse tensor cores without unpacking; it costs as much memory again as the
+    packed weights. Layers that cuSPARSELt cannot hold stay as they are (`SparseLinear.supports_compressed` says why). See
+    `SparseLinear.keep_compressed`, also for what has not been measured.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no packed layers, or none of them that can; a weight with a NaN. Nothing is changed then, but for a NaN.
+        TypeError: `model` is no module.
+    """
+    _check_module(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    if not layers:
+        raise ValueError(f"model: expected packed layers in it, {type(model).__name__} has none; sparsekern.pack makes them")
+    support = {name: layer.supports_compressed() for name, layer in layers.items()}
+    if keep and not any(found.ok for found in support.values()):
+        name, found = next(iter(support.items()))
+        raise ValueError(f"model: cuSPARSELt can hold none of its {len(layers)} packed layers; {name or 'the model'}: {found.reason}")
+    for name, layer in layers.items():
+        if not keep or support[name].ok:
+            try:
+                layer.keep_compressed(keep)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return model
+
+
 def packed_copy(model: nn.Module, format: str = AUTO) -> nn.Module:
     """A packed model beside `model`, without the hooks of what is packed; what has the same form in both is shared."""
     return _pack(_sharing_copy(model), format, keep_hooks=False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..backends.table import Support
 from ..models.linears import is_conv1d, linear_weight
+from .cslt_linear import cslt_linear
+from .cslt_weight import FEWEST_TOKENS, compress, state_of, supports_on
 from .formats import check_shape, format_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,15 +21,20 @@ class SparseLinear(nn.Module):
     frozen parameters, the others buffers. Gradients flow to the input and to the bias, not to the weight. `.to(dtype)` takes float32,
     bfloat16 and float16.
 
+    On a CUDA device a 2:4 layer can hold its weight a second time for cuSPARSELt: see `keep_compressed`.
+
     Attributes:
         format: name of the packed format, such as `"bitmask"`.
         shape: `(out_features, in_features)`.
         bias: `[out_features]` parameter or None.
         conv1d: it stands for a `Conv1D` of GPT-2, and `to_linear` makes one again.
         trainable: the weight that it stands for took gradients, and so will that of `to_linear`.
+        keeps_compressed: `keep_compressed` has asked for a second, compressed weight.
+        compressed: that weight, a buffer that is not in `state_dict()`; None where there is none.
     """
 
     bias: nn.Parameter | None
+    compressed: torch.Tensor | None
 
     def __init__(
         self,
@@ -55,6 +63,8 @@ class SparseLinear(nn.Module):
             else:
                 self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
+        self.keeps_compressed, self._compressed_from = False, None
+        self.register_buffer("compressed", None, persistent=False)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, format: str) -> SparseLinear:
@@ -93,6 +103,30 @@ class SparseLinear(nn.Module):
     def check(self) -> None:
         """Raise `ValueError` unless the packed tensors are what the format says: sizes, counts and offsets."""
         self._layout.check(self.tensors, self.shape, self.dtype)
+
+    def keep_compressed(self, keep: bool = True) -> None:
+        """Hold the weight also as cuSPARSELt reads it, for products of at least `cslt_weight.FEWEST_TOKENS` tokens; or no longer.
+
+        It takes as much memory again as the packed weight: 1.125 times the dense weight in all, in return for products of many tokens
+        on the sparse tensor cores without unpacking. Fewer tokens, saving and `state_dict()` go by the packed weight as before. It is
+        made here, and anew when the layer moves to another dtype or device (where that can hold one), when a state dict is loaded,
+        and in the first product of a copy or after one of the packed tensors was written to. A model that `torch.compile` has
+        compiled does not look whether they were: call this again after changing them.
+
+        Neither its speed nor the number of tokens has been measured, and no product by it has run on a GPU yet; the tests for one
+        are marked `gpu`.
+
+        Raises:
+            ValueError: this layer cannot, and why (`supports_compressed`); a weight with a NaN.
+        """
+        if keep and not (support := self.supports_compressed()).ok:
+            raise ValueError(f"SparseLinear: cuSPARSELt cannot hold this weight, {support.reason}")
+        self.keeps_compressed = keep
+        self._compress()
+
+    def supports_compressed(self) -> Support:
+        """Whether `keep_compressed` can be had where the layer is now; if not, with the reason."""
+        return supports_on(self.device, self.format, self.shape, self.dtype)
 
     def freeze(self) -> None:
         """The packed tensors take no gradients."""
@@ -136,19 +170,52 @@ class SparseLinear(nn.Module):
             x = x.to(self.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)
-        return self._layout.linear(x, self.tensors, self.shape, bias)
+        return self._product(x, bias)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        many = self._buffers["compressed"] is not None and x.shape[:-1].numel() >= FEWEST_TOKENS
+        compressed = self._current_compressed() if many else None
+        if compressed is None:
+            return self._layout.linear(x, self.tensors, self.shape, bias)
+        self._layout.check_input(x, self.tensors, self.shape)
+        product = cslt_linear(x.reshape(-1, self.in_features), compressed, self.out_features, bias)
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def _current_compressed(self) -> torch.Tensor | None:
+        if not torch.compiler.is_compiling() and self._compressed_from != state_of(self.tensors.values()):
+            self._compress()
+        return self.compressed
+
+    def _compress(self) -> None:
+        """Make the compressed weight anew; None where it is not asked for or cannot be had."""
+        self.compressed = None  # before the next is made
+        if self.keeps_compressed and self.supports_compressed().ok:
+            self.compressed = compress(self.dense_weight())
+            self._compressed_from = state_of(self.tensors.values())
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, whose tensors have counted no changes yet."""
+        return {**self.__dict__, "_compressed_from": None}
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format}, density={self.density:.1%}"
+            f"format={self.format}, density={self.density:.1%}" + (", compressed" if self.compressed is not None else "")
         )
 
     def _apply(self, fn, recurse: bool = True):
         before = self.dtype
         after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
-        if after == before:
-            return super()._apply(fn, recurse)
+        self._check_move(before, after)
+        self.compressed = None  # which is for one device, and its bits are no values to convert
+        if after.itemsize == before.itemsize:
+            super()._apply(fn, recurse)
+        else:  # half values share a unit of four bytes, so the layout of float32 is another
+            self._repack(fn, recurse)
+        self._compress()
+        return self
+
+    def _check_move(self, before: torch.dtype, after: torch.dtype) -> None:
         if after not in DTYPES:
             raise TypeError(
                 f"SparseLinear: expected float32, bfloat16 or float16, got {str(after).removeprefix('torch.')}; "
@@ -156,16 +223,15 @@ class SparseLinear(nn.Module):
             )
         if self.device.type == "meta" and after.itemsize != before.itemsize:
             raise NotImplementedError(f"SparseLinear: a layer without data cannot be converted to {str(after).removeprefix('torch.')}")
-        # Half values share a unit of four bytes, so the layout of float32 is another.
-        dense = fn(self.dense_weight()) if after.itemsize != before.itemsize else None
+
+    def _repack(self, fn, recurse: bool) -> None:
+        dense = fn(self.dense_weight())
         super()._apply(fn, recurse)
-        if dense is not None:
-            for name, tensor in self._layout.pack(dense).items():
-                if name in self._parameters:
-                    self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-                else:
-                    self._buffers[name] = tensor
-        return self
+        for name, tensor in self._layout.pack(dense).items():
+            if name in self._parameters:
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self._buffers[name] = tensor
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         given = {name: state_dict.get(prefix + name) for name in self._names}
@@ -176,6 +242,7 @@ class SparseLinear(nn.Module):
                 error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._compress()
 
 
 class _Product(torch.autograd.Function):
@@ -184,7 +251,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        return layer._layout.linear(x, layer.tensors, layer.shape, bias)
+        return layer._product(x, bias)
 
     @staticmethod
     def backward(ctx, grad):

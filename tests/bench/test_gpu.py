@@ -16,6 +16,7 @@ from bench.gpu import __main__ as command
 from bench.gpu import cases, checks, device, measure, run, worker
 from bench.gpu.budget import Budget
 from bench.gpu.cases import Faster, Problem, Share, Taken, Within
+from bench.gpu.crossing_cases import COMPRESSED, DENSE, PACKED, SWEEPS, UNPACKED, crossing
 from bench.results import Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +246,24 @@ def test_a_row_has_the_ratio_the_time_and_the_floor():
     assert row.met is True and row.goal == "<= 10 s" and row.against.startswith("slow ")
     assert "x** slow" in row.reached and "of the floor 0.001 ms" in row.reached
     assert row.details["floor_seconds"] == 1e-6 and row.details["bytes"] == 1e3
+
+
+def test_where_two_ways_cross():
+    against = {17: 2.0, 64: 2.0, 128: 2.0, 512: 4.0}
+    assert crossing({17: 3.0, 64: 2.0, 128: 1.0, 512: 1.0}, against) == 64
+    assert crossing({17: 1.0, 64: 3.0, 128: 1.0, 512: 1.0}, against) == 128  # where it wins once below is by chance
+    assert crossing({17: 1.0, 64: 1.0, 128: 1.0, 512: 1.0}, against) == 17
+    assert crossing({17: 1.0, 64: 1.0, 128: 1.0, 512: 5.0}, against) is None
+
+
+def test_a_sweep_names_the_crossing():
+    taken = {PACKED: {17: 1e-4}, UNPACKED: {17: 3e-4, 64: 3e-4}, COMPRESSED: {17: 2e-4, 64: 2e-4}, DENSE: {17: 1e-4, 64: 1e-4}}
+    row = SWEEPS[0]._row(taken)
+    assert row.reached.startswith("cuSPARSELt wins from **64** tokens on (FEWEST_TOKENS is ") and row.met is None
+    assert row.details == {"crossing": 64, "seconds": taken}
+    assert "with 64 it takes 0.2 ms, unpacking and cuBLAS 0.3 ms, the dense weight 0.1 ms" in row.reached
+    taken[COMPRESSED][64] = 4e-4
+    assert SWEEPS[0]._row(taken).reached.startswith("cuSPARSELt wins at no number of tokens measured (")
 
 
 def test_parts_put_their_rows_into_one_file(tmp_path):

@@ -1,0 +1,69 @@
+"""Which packed weights cuSPARSELt can hold a second time, and from how many tokens on that one is multiplied.
+
+A 2:4 `SparseLinear` on a CUDA device multiplies up to 16 tokens by its packed weight, and unpacks it for more. With the weight
+compressed by cuSPARSELt besides, it need not be unpacked for those; but nothing else can read that form, not even the kernel for few
+tokens, so both have to be kept. Each takes 9/16 of the dense weight: `SparseLinear.keep_compressed` is for who has that memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends.table import YES, Support
+from ..ops.nm_pack import check_fits
+from .cslt_linear import DTYPES
+from .semi_structured import BACKENDS
+
+FORMAT = "2:4"
+LEAST_CAPABILITY = (8, 0)
+
+# Not measured on any device: a guess. By their bytes alone the compressed weight should win from 17 tokens on, since unpacking moves
+# over four times as many; but cuSPARSELt's products of few tokens are known to be slow (pytorch/pytorch#111339). Where the two cross
+# is what `python -m bench.gpu --only ops -k "from how many tokens"` measures; set this to what it names.
+FEWEST_TOKENS = 128
+
+
+def supports(
+    format: str, shape: tuple[int, int], dtype: torch.dtype, capability: tuple[int, int] | None, has_library: bool
+) -> Support:
+    """Whether cuSPARSELt can multiply by a packed weight of that format, `[out_features, in_features]` and dtype.
+
+    `capability` is that of the weight's CUDA device, None where it is on none; `has_library` whether this PyTorch has cuSPARSELt.
+    """
+    if format != FORMAT:
+        return Support(False, f"its format is {format!r}, and cuSPARSELt multiplies by {FORMAT!r}")
+    if dtype not in DTYPES:
+        return Support(False, f"its values are {str(dtype).removeprefix('torch.')}, expected bfloat16 or float16")
+    rule = BACKENDS["cusparselt"]._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    rows, columns = rule.sparse_min_rows, rule.sparse_min_cols
+    if 0 in shape or shape[0] % rows or shape[1] % columns:
+        return Support(False, f"its shape is {tuple(shape)}, expected a positive multiple of ({rows}, {columns})")
+    if capability is None:
+        return Support(False, "it is not on a CUDA device")
+    if capability < LEAST_CAPABILITY:
+        return Support(False, "its device has compute capability {}.{}, expected at least {}.{}".format(*capability, *LEAST_CAPABILITY))
+    return YES if has_library else Support(False, "this PyTorch has no cuSPARSELt")
+
+
+def supports_on(device: torch.device, format: str, shape: tuple[int, int], dtype: torch.dtype) -> Support:
+    """`supports`, of a weight on `device`."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return supports(format, shape, dtype, capability, torch.backends.cusparselt.is_available())
+
+
+def compress(weight: torch.Tensor) -> torch.Tensor:
+    """The 2:4 `weight` as `cslt_linear` takes it.
+
+    Raises:
+        ValueError: a weight that is not 2:4, or has a NaN: cuSPARSELt would drop what does not fit without a word.
+    """
+    check_fits(weight)
+    return torch._cslt_compress(weight.contiguous())
+
+
+def state_of(tensors) -> tuple:
+    """What tells tensors from others in their place, and from what they were before they were written to.
+
+    Those made in inference mode do not count their changes.
+    """
+    return tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)
