@@ -141,7 +141,13 @@ def bench_command(arguments: argparse.Namespace) -> None:
     dense = unpacked_copy(model) if is_packed(model) else model
     packed = model if is_packed(model) and arguments.format == AUTO else packed_copy(dense, arguments.format)
     comparison = compare(
-        dense, packed, prompt_length=arguments.prompt_length, tokens=arguments.tokens, rounds=arguments.rounds
+        dense,
+        packed,
+        prompt_length=arguments.prompt_length,
+        tokens=arguments.tokens,
+        rounds=arguments.rounds,
+        resident=not arguments.no_rss,
+        trust_remote_code=arguments.trust_remote_code,
     )
     print(json.dumps(comparison.to_dict(), indent=2) if arguments.json else comparison)
     if arguments.plot:

@@ -185,6 +185,9 @@ def _add_bench(commands) -> None:
     bench.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens of the prompt")
     bench.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate, one at a time")
     bench.add_argument("--rounds", type=int, default=3, metavar="N", help="of timing; medians are shown")
+    bench.add_argument(
+        "--no-rss", action="store_true", help="leave out the resident memory, for which each model is saved to a temporary folder and loaded"
+    )
     bench.add_argument("--json", action="store_true", help="the same for a program to read")
     bench.add_argument("--plot", metavar="FILE.svg", help="write the ratios as a plot, too")
     bench.set_defaults(run=bench_command)

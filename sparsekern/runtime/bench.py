@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -12,26 +12,44 @@ from torch import nn
 from .._svg import Bar, bars
 from ..models.linears import linear_weight
 from .packing import weight_bytes
+from .resident import resident_of, why_unknown
 from .sparse_linear import SparseLinear
 
 # Relative difference of logits above which the two are not the same model: some tens of roundings, as a deep model adds them up.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+# What is compared, as the table and the plot name it, and by what the table divides it.
+ROWS = {
+    "disk": ("weights on disk, MB", "size on disk", 1e6),
+    "memory": ("weights in memory, MB", "memory of weights", 1e6),
+    "resident": ("resident memory, MB", "resident memory", 1e6),
+    "peak": ("peak resident memory, MB", "peak resident memory", 1e6),
+    "prefill": ("prefill, tokens/s", "prefill speed", 1),
+    "decode": ("decode, tokens/s", "decode speed", 1),
+}
+NOT_ASKED = "not asked for"
+
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: bytes of its weights in files (headers left out) and in memory, tokens a second of a prompt and of what follows."""
+    """One model: bytes of its weights in files (headers left out) and in memory, tokens a second of a prompt and of what follows.
+
+    `resident` and `peak` are bytes of a process that has loaded it and generated, `started` what that had before; None: not known.
+    """
 
     disk: int
     memory: int
     prefill: float
     decode: float
+    resident: int | None = None
+    peak: int | None = None
+    started: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """`logits` is the norm of their difference on the prompt, relative to the dense ones'; `same_tokens` how many of the `tokens`
-    generated are the same before the first that is not."""
+    generated are the same before the first that is not; `resident_unknown` why the resident memory is not known, if it is not."""
 
     dense: Measured
     packed: Measured
@@ -40,6 +58,7 @@ class Comparison:
     tokens: int
     prompt_length: int
     threads: int
+    resident_unknown: str = NOT_ASKED
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -47,31 +66,44 @@ class Comparison:
     @property
     def ratios(self) -> dict[str, float]:
         """Packed over dense."""
-        return {name: getattr(self.packed, name) / value for name, value in asdict(self.dense).items() if value}
+        pairs = ((name, getattr(self.packed, name), getattr(self.dense, name)) for name in ROWS)
+        return {name: packed / dense for name, packed, dense in pairs if packed is not None and dense}
 
     def __str__(self) -> str:
         rows = [("", "dense", "packed", "packed / dense")]
-        for name, label, unit in (("disk", "weights on disk, MB", 1e6), ("memory", "weights in memory, MB", 1e6)):
-            rows.append((label, *(f"{getattr(of, name) / unit:,.1f}" for of in (self.dense, self.packed)), f"{self.ratios[name]:.2f}"))
-        for name, label in (("prefill", "prefill, tokens/s"), ("decode", "decode, tokens/s")):
-            rows.append((label, *(f"{getattr(of, name):,.1f}" for of in (self.dense, self.packed)), f"{self.ratios[name]:.2f}"))
+        for name, ratio in self.ratios.items():
+            label, _, unit = ROWS[name]
+            rows.append((label, *(f"{getattr(of, name) / unit:,.1f}" for of in (self.dense, self.packed)), f"{ratio:.2f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
         lines.append(
             f"prompt of {self.prompt_length} tokens, {self.tokens} generated, {self.threads} threads; logits differ by {self.logits:.1e}, "
             f"the first {self.same_tokens} tokens generated are the same"
         )
+        if not self.resident_unknown:
+            started = " and ".join(f"{of.started / 1e6:,.1f}" for of in (self.dense, self.packed))
+            lines.append(f"resident memory is of a process of its own for each model, {started} MB of it before that was loaded")
+        elif self.resident_unknown != NOT_ASKED:
+            lines.append(f"resident memory is not known: {self.resident_unknown}")
         return "\n".join(lines)
 
     def to_svg(self) -> str:
         """Bars of packed relative to dense."""
-        labels = {"disk": "size on disk", "memory": "memory of weights", "prefill": "prefill speed", "decode": "decode speed"}
         rows = [Bar("dense", 1.0, "1", "#9aa4ae")]
-        return bars(rows + [Bar(labels[name], ratio, f"{ratio:.2f}") for name, ratio in self.ratios.items()])
+        return bars(rows + [Bar(ROWS[name][1], ratio, f"{ratio:.2f}") for name, ratio in self.ratios.items()])
 
 
 @torch.no_grad()
-def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, tokens: int = 32, rounds: int = 3) -> Comparison:
+def compare(
+    dense: nn.Module,
+    packed: nn.Module,
+    *,
+    prompt_length: int = 128,
+    tokens: int = 32,
+    rounds: int = 3,
+    resident: bool = False,
+    trust_remote_code: bool = False,
+) -> Comparison:
     """Check that two models are the same, then time them in turns; the medians are taken.
 
     Args:
@@ -79,10 +111,13 @@ def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, to
         prompt_length: tokens of the prompt, drawn at random with a fixed seed.
         tokens: to generate after it, one at a time, with a key-value cache.
         rounds: of timing, after one to warm up.
+        resident: measure the resident memory of a process for each model besides, which takes saving each to a temporary folder.
+        trust_remote_code: let that process run code that the model has brought along.
 
     Raises:
         ValueError: a model that does not generate; counts below 1, or more tokens than the model has positions; packed weights that
             are not the dense ones, or logits that differ by more than rounding; tokens too few to be timed.
+        RuntimeError: the process that was to tell its memory did not get to its end.
     """
     if not (callable(getattr(dense, "can_generate", None)) and dense.can_generate()):
         raise ValueError(f"dense: expected a causal language model of transformers, which generates; got {type(dense).__name__}")
@@ -92,12 +127,14 @@ def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, to
     positions = getattr(dense.config, "max_position_embeddings", None)
     if positions is not None and prompt_length + tokens + 1 > positions:
         raise ValueError(f"prompt_length, tokens: expected at most {positions - 1} together, the positions of this model but one")
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = dense.get_input_embeddings().num_embeddings
-    prompt = torch.randint(vocabulary, (1, prompt_length), generator=generator).to(dense.device)
+    prompt = random_prompt(dense, prompt_length)
     _check_weights(dense, packed)
     difference = _logit_difference(dense, packed, prompt)
-    generated = [_generate(model, prompt, tokens + 1) for model in (dense, packed)]  # a warm-up too
+    unknown = why_unknown() if resident else NOT_ASKED
+    if not unknown:
+        options = {"prompt_length": prompt_length, "tokens": tokens, "trust_remote_code": trust_remote_code}
+        of_processes = [resident_of(model, **options) for model in (dense, packed)]
+    generated = [generate(model, prompt, tokens + 1) for model in (dense, packed)]  # a warm-up too
     same = (generated[0] == generated[1]).long().cumprod(0)[:tokens].sum()
     seconds: dict[tuple[int, int], list[float]] = {}
     for _ in range(rounds):
@@ -111,7 +148,11 @@ def compare(dense: nn.Module, packed: nn.Module, *, prompt_length: int = 128, to
         if rest <= 0:
             raise ValueError(f"tokens: {tokens} take no longer than what the clock is unsure of; generate more, or take more rounds")
         measured.append(Measured(saved_bytes(model), weight_bytes(model), prompt_length / first, tokens / rest))
-    return Comparison(*measured, difference, int(same), tokens, prompt_length, torch.get_num_threads())
+    if not unknown:
+        measured = [
+            replace(of, resident=found.after, peak=found.peak, started=found.before) for of, found in zip(measured, of_processes, strict=True)
+        ]
+    return Comparison(*measured, difference, int(same), tokens, prompt_length, torch.get_num_threads(), unknown)
 
 
 def saved_bytes(model: nn.Module) -> int:
@@ -144,7 +185,14 @@ def _logit_difference(dense: nn.Module, packed: nn.Module, prompt: torch.Tensor)
     return difference
 
 
-def _generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+def random_prompt(model: nn.Module, length: int) -> torch.Tensor:
+    """`[1, length]` token ids on the model's device, the same ones every time."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Exactly so many tokens after the prompt, the likeliest each time."""
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
     mask = torch.ones_like(prompt)
     return model.generate(prompt, attention_mask=mask, pad_token_id=0, **settings)[0, prompt.shape[1] :]
@@ -152,7 +200,7 @@ def _generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> torch.Tens
 
 def _timed(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
     start = time.perf_counter()
-    _generate(model, prompt, tokens)
+    generate(model, prompt, tokens)
     if prompt.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

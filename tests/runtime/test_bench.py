@@ -1,5 +1,7 @@
 import copy
 import json
+import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import sparsekern
 from sparsekern.cli import main
-from sparsekern.runtime import bench
+from sparsekern.runtime import bench, resident
 from sparsekern.runtime.bench import compare, saved_bytes
 from sparsekern.runtime.packing import packed_copy
 from tests import encoders
@@ -17,6 +19,16 @@ from tests.runtime import packed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     return str(sparsekern.save(packed.llama(), tmp_path_factory.mktemp("bench") / "dense"))
+
+
+TOLD = """test -f "$3/model.safetensors" && echo loading && echo '{"before": 10000000, "after": 20000000, "peak": 1030000000}'"""
+
+
+def stand_in(tmp_path, monkeypatch, script: str) -> None:
+    """A process that does something else instead of loading the model, whose folder is its third argument."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(resident.sys, "executable", str(tmp_path / "python"))
 
 
 def test_it_measures_both(tmp_path):
@@ -30,21 +42,59 @@ def test_it_measures_both(tmp_path):
     assert found.logits < 0.02 and 0 <= found.same_tokens <= found.tokens == 4
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_the_command(folder, tmp_path, capsys, monkeypatch):
+    stand_in(tmp_path, monkeypatch, TOLD)
     command = ["bench", folder, "--prompt-length", "8", "--tokens", "4", "--rounds", "1"]
     assert main([*command, "--plot", str(tmp_path / "bench.svg")]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["dense", "packed", "packed", "/", "dense"]
-    assert [line.split(",")[0] for line in table[1:5]] == ["weights on disk", "weights in memory", "prefill", "decode"]
-    assert float(table[1].split()[-1]) < 1 and "the first 4 tokens generated are the same" in table[5]
-    assert len(list(ElementTree.parse(tmp_path / "bench.svg").iter("{http://www.w3.org/2000/svg}rect"))) == 5
+    names = ["weights on disk", "weights in memory", "resident memory", "peak resident memory", "prefill", "decode"]
+    assert [line.split(",")[0] for line in table[1:7]] == names
+    assert float(table[1].split()[-1]) < 1 and "the first 4 tokens generated are the same" in table[7]
+    assert [line.split()[-3:] for line in table[3:5]] == [["20.0", "20.0", "1.00"], ["1,030.0", "1,030.0", "1.00"]]
+    assert table[8] == "resident memory is of a process of its own for each model, 10.0 and 10.0 MB of it before that was loaded"
+    assert len(list(ElementTree.parse(tmp_path / "bench.svg").iter("{http://www.w3.org/2000/svg}rect"))) == 7
 
     again = sparsekern.save(sparsekern.load(folder), tmp_path / "packed", "packed")
-    assert main(["bench", str(again), *command[2:], "--json"]) == 0
+    assert main(["bench", str(again), *command[2:], "--json", "--no-rss"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["packed"]["disk"] < found["dense"]["disk"] and found["tokens"] == 4
+    assert found["packed"]["resident"] is None and found["resident_unknown"] == "not asked for"
     assert main(["bench", str(again), *command[2:], "--format", "1:16"]) == 1  # packed anew, in that format
     assert "gets smaller with format='1:16'" in capsys.readouterr().err
+
+
+def test_resident_memory_is_told_by_a_process_that_loads_the_model():
+    found = resident.resident_of(packed_copy(packed.llama()), prompt_length=8, tokens=4)
+    assert 2**26 < found.before < found.after <= found.peak  # a Python with torch in it has more than 64 MB
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo >&2; echo 'ValueError: the folder is empty' >&2; exit 3", "ended with 3: ValueError: the folder is empty; --no-rss does without"),
+        ("echo '{}'; exit 1", "ended with 1; --no-rss does without"),
+        ("kill -KILL $$", "was ended by SIGKILL, as the system does where memory runs out; --no-rss does without"),
+        ("echo lost >&2; kill -TERM $$", "was ended by SIGTERM: lost; --no-rss does without"),
+    ],
+)
+def test_a_process_that_dies_says_why(tmp_path, monkeypatch, script, message):
+    stand_in(tmp_path, monkeypatch, script)
+    with pytest.raises(RuntimeError, match=re.escape(f"resident memory: the process that loaded the model {message}")):
+        resident.resident_of(packed.llama(), prompt_length=8, tokens=4)
+
+
+def test_a_platform_that_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(resident, "STATUS", tmp_path / "status")
+    model = packed.llama()
+    found = compare(model, packed_copy(model), prompt_length=8, tokens=4, rounds=1, resident=True)
+    assert found.packed.resident is found.packed.peak is None and "resident" not in found.ratios
+    assert str(found).endswith(f"\nresident memory is not known: {sys.platform} has no {tmp_path / 'status'} to read it from")
+
+
+def test_what_linux_says_of_a_process():
+    status = "Name:\tpython\nVmPeak:\t  900 kB\nVmHWM:\t    30 kB\nVmRSS:\t   20 kB\nno colon\n"
+    assert resident.current_and_peak(status) == (20 * 1024, 30 * 1024)
 
 
 def test_two_models_that_are_not_the_same():

@@ -1,0 +1,102 @@
+"""The resident memory of a process that does nothing but load one model and generate with it: `python -m sparsekern.runtime.resident`.
+
+Each model has a fresh process of its own. In one that has held both, what was freed of the one may still be resident and count for the
+other, and the peak is that of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from .save import check_space
+
+STATUS = Path("/proc/self/status")  # of Linux; unlike getrusage's, its peak does not begin with that of the process that started this one
+
+
+class Resident(NamedTuple):
+    """Bytes of a process in physical memory, as the system counts them: pages of libraries and mapped files are among them.
+
+    `before` the model was loaded, `after` it has generated, and the `peak` of it all.
+    """
+
+    before: int
+    after: int
+    peak: int
+
+
+def why_unknown() -> str:
+    """Why this platform does not tell the resident memory of a process; empty where it does."""
+    return "" if STATUS.exists() else f"{sys.platform} has no {STATUS} to read it from"
+
+
+def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remote_code: bool = False) -> Resident:
+    """Save `model` to a temporary folder, and load it in a process that generates `tokens` after a prompt, on the model's device.
+
+    Raises:
+        OSError: no space left for temporary files.
+        RuntimeError: the process did not get to its end; the message has its last words.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
+        check_space(model, folder)
+        model.save_pretrained(folder)
+        command = [sys.executable, "-m", "sparsekern.runtime.resident", folder, "--device", str(model.device)]
+        command += ["--prompt-length", str(prompt_length), "--tokens", str(tokens)]
+        command += ["--trust-remote-code"] if trust_remote_code else []
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"resident memory: the process that loaded the model {_how_it_ended(done)}; --no-rss does without")
+    return Resident(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _how_it_ended(done: subprocess.CompletedProcess) -> str:
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    words = f": {lines[-1]}" if lines else ""
+    if done.returncode > 0:
+        return f"ended with {done.returncode}{words}"
+    name = signal.Signals(-done.returncode).name
+    hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}{words}"
+
+
+def current_and_peak(status: str) -> tuple[int, int]:
+    """Resident bytes of a process, from what its /proc/PID/status says."""
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    current, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return current, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--prompt-length", type=int, required=True)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--trust-remote-code", action="store_true")
+    arguments = parser.parse_args()
+
+    import torch
+    from transformers.utils import logging
+
+    from ..models.load import load
+    from .bench import generate, random_prompt
+
+    logging.disable_progress_bar()
+    before, _ = current_and_peak(STATUS.read_text())
+    model = load(arguments.model, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
+    with torch.no_grad():
+        generate(model, random_prompt(model, arguments.prompt_length), arguments.tokens)
+    after, peak = current_and_peak(STATUS.read_text())
+    print(json.dumps(Resident(before, after, peak)._asdict()))
+
+
+if __name__ == "__main__":
+    main()
