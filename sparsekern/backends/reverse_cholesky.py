@@ -6,6 +6,10 @@ from .devices import needs_capability
 from .table import Implementation, Support
 from .values import BadValues, LeftToReference
 
+# One factorisation at a time, not several on streams of their own. The host reads the outcome of each, and then the damping, the shift
+# and every linear's error, so that nothing would be in flight beside it. And PyTorch has one cuSOLVER handle a thread and device, while
+# cuBLAS promises the same bits from one handle only where a single stream is active, and a resumed run has to get the same bits.
+
 
 def _triton(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
     from ..triton_kernels.reverse_cholesky import attempt
