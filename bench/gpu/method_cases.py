@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
@@ -67,6 +69,57 @@ def cross_gram(place: Place) -> Problem:
 
     flops, read = 2 * tokens * p * q, x.nbytes + y.nbytes + cross.nbytes
     return Problem([add], check, {"float().T @ float()": [public]}, flops=flops, bytes=read, unit="bf16")
+
+
+@case("sensitivity_ bf16 [16384, 4096] x [4096, 4096]", "sensitivity_")
+def sensitivity(place: Place) -> Problem:
+    tokens, rows, features = place.size(16384, 64), place.size(4096, 48), place.size(4096, 64)
+    x = activations(place, tokens, features, torch.bfloat16)
+    weight, importance = place.randn(rows, features, dtype=torch.bfloat16), place.randn(rows, features).zero_()
+
+    def add() -> torch.Tensor:
+        return ops.sensitivity_(importance.zero_(), weight, x)
+
+    def plain() -> None:
+        importance.zero_().add_(weight.abs().float() * ((x @ weight.T).abs_().T @ x.abs()))
+
+    def check(found: torch.Tensor) -> None:
+        part, inputs = weight[:CHECKED].double(), x.double()
+        exact = part.abs() * ((inputs @ part.T).abs().T @ inputs.abs())
+        error = float((found[:CHECKED] - exact).norm() / exact.norm())
+        assert error < 1e-3, f"off by {error:.2e}"  # outputs are rounded to eight bits, which over the tokens cancels out
+
+    flops, moved = 4 * tokens * weight.numel(), x.nbytes + weight.nbytes + 2 * importance.nbytes
+    return Problem([add], check, {"two products in plain torch": [plain]}, flops=flops, bytes=moved, unit="bf16")
+
+
+@case("head_neuron_scores [4096, 11008] bf16, neurons", "head_neuron_scores")
+def scores_of_neurons(place: Place) -> Problem:
+    return unit_scores(place, place.size(4096, 64), place.size(11008, 96), 1)
+
+
+@case("head_neuron_scores [4096, 4096] bf16, heads of 128", "head_neuron_scores")
+def scores_of_heads(place: Place) -> Problem:
+    return unit_scores(place, place.size(4096, 64), place.size(4096, 96), place.size(128, 32))
+
+
+def unit_scores(place: Place, rows: int, features: int, head_size: int) -> Problem:
+    squares = place.randn(features).square()
+    weights = [place.randn(rows, features, dtype=torch.bfloat16) for _ in place.copies(2 * rows * features)]
+
+    def plain(weight: torch.Tensor) -> torch.Tensor:
+        return (squares * weight.float().square().mean(0)).view(-1, head_size).mean(1)
+
+    def check(found: torch.Tensor) -> None:
+        exact = (squares * weights[0].double().square().mean(0)).view(-1, head_size).mean(1)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+
+    return Problem(
+        calls=[partial(ops.head_neuron_scores, squares, weight, head_size) for weight in weights],
+        check=check,
+        baselines={"plain torch": [partial(plain, weight) for weight in weights]},
+        bytes=weights[0].nbytes,
+    )
 
 
 @case("gated_split [8192, 11008]", "gated_split")

@@ -18,8 +18,9 @@ def head_neuron_scores(sum_squares: torch.Tensor, weight: torch.Tensor, head_siz
     a model share, if the products of different features are taken to cancel out.
 
     The pass over the activations is `feature_norm_`, batch by batch as they stream by; it leaves out padding and reads each batch
-    once, which is all that there is to save. What is left for this op is one read of the weight, which PyTorch's own reduction
-    does as well as a kernel would.
+    once, which is all that there is to save. What is left for this op is one read of the weight. On a CPU PyTorch's own reduction
+    does that as well as a kernel would. On a CUDA device it is the Triton kernel of `feature_norm_` again, which looks for NaN and Inf
+    on the way, and one more that makes scores of its sums, in float64 and in a fixed order: the same bits every time.
 
     Args:
         sum_squares: `[features]` float32, what `feature_norm_` has added up over the tokens.

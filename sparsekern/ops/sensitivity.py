@@ -11,7 +11,7 @@ from .cross_gram import _op as _cross_gram
 
 SCHEMA = "(Tensor(a!) importance, Tensor weight, Tensor x, *, Tensor? row_mask=None) -> ()"
 # Tokens and output rows at a time: on a CPU the outputs of a tile (8 MB in float32) stay in the caches between the two products; on a
-# GPU `importance` is read and written seldom enough to cost little beside them. Either way no more than a tile of outputs exists.
+# GPU without the Triton kernel `importance` is read and written seldom enough to cost little beside them.
 TILES = {"cpu": (2048, 1024), "cuda": (16384, 8192)}
 
 
@@ -24,9 +24,11 @@ def sensitivity_(
     weight. The identity is exact since `y x^T` has rank one. (With the absolute value taken after the sum over tokens it would be
     `|W * (W G)|` with the Gram matrix `G` of `gram_`, which is one product and needs no op.)
 
-    There is no kernel of its own: `4 * tokens * out_features * in_features` operations are two matrix products, and what the
-    absolute values read and write is less than 1 % of their time from a few hundred features on. The second product is
-    `cross_gram_`, whose CUDA implementation therefore serves this op too.
+    These are two matrix products, `4 * tokens * out_features * in_features` operations in all, tile by tile of the outputs. On a CPU
+    both are PyTorch's own: what the absolute values read and write is less than 1 % of their time from a few hundred features on. On
+    a CUDA device the first is cuBLAS's. The second is the Triton kernel of `cross_gram_`, which takes the absolute value of the
+    outputs in registers and ends with `importance += |W| * sum`; only `|x|` is written to memory, in the pass that looks for NaN and
+    Inf. There the same call gives the same bits every time.
 
     Args:
         importance: `[out_features, in_features]` float32, updated in place.
@@ -39,10 +41,11 @@ def sensitivity_(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in `weight` or in a row of `x` that is used (nothing is then
-            changed), or in an output of the layer, whose product overflows.
+            changed), or in an output of the layer, whose product overflows (`importance` is then spoiled).
 
     On a CPU half inputs are multiplied exactly and all sums are float32. On a CUDA device the outputs are rounded to the dtype of `x`,
-    as they are where the layer itself runs.
+    as they are where the layer itself runs. Sums too large for float32 are no error: they leave Inf in `importance`, or NaN where
+    the weight is zero.
 
     Source: the importance of Malla, Choi and Choi, COPAL, 2024, as reconstructed in `sparsekern.COPAL`.
     """
@@ -55,9 +58,7 @@ def sensitivity_(
     return importance
 
 
-def reference(
-    importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None
-) -> None:
+def reference(importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None) -> None:
     checked = values_are_checked(x)
     if checked:
         check_finite("weight", weight)

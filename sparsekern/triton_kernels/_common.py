@@ -140,33 +140,51 @@ def lower_tiles(row_tiles: int, wide: int) -> int:
 
 @triton.jit
 def add_tile(
-    out, tile, row, column, rows, columns, stride, alpha,
+    out, weight, status, tile, row, column, rows, columns, stride, weight_stride, alpha,
     LOWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """`out[row:, column:] += alpha * tile`, with `LOWER` only to and below the diagonal; by slices, to spare registers."""
+    """`out[row:, column:] += alpha * tile`, with `LOWER` only to and below the diagonal; by slices, to spare registers.
+
+    With `weight` each element is multiplied by its absolute value; with `status`, `status[1]` is set if one of `tile` is not finite.
+    """
     if COLUMNS > SLICE:
         left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-        add_tile(out, left, row, column, rows, columns, stride, alpha, LOWER, ROWS, COLUMNS // 2, SLICE)
-        add_tile(out, right, row, column + COLUMNS // 2, rows, columns, stride, alpha, LOWER, ROWS, COLUMNS // 2, SLICE)
+        middle = column + COLUMNS // 2
+        add_tile(
+            out, weight, status, left, row, column, rows, columns, stride, weight_stride, alpha, LOWER, ROWS, COLUMNS // 2, SLICE
+        )
+        add_tile(
+            out, weight, status, right, row, middle, rows, columns, stride, weight_stride, alpha, LOWER, ROWS, COLUMNS // 2, SLICE
+        )
     else:
         i = row + tl.arange(0, ROWS)[:, None]
         j = column + tl.arange(0, COLUMNS)[None, :]
         inside = (i < rows) & (j < columns)
         if LOWER:
             inside &= j <= i
+        if status is not None:
+            finite = (tl.abs(tile) < float("inf")) | ~inside
+            tl.store(status + 1, 1, mask=tl.min(finite.to(tl.int32)) == 0)
+        scale = alpha
+        if weight is not None:
+            size = tl.abs(tl.load(weight + i.to(tl.int64) * weight_stride + j, mask=inside, other=0.0).to(tl.float32))
+            scale = alpha * size
         place = out + i.to(tl.int64) * stride + j
-        tl.store(place, tl.load(place, mask=inside) + alpha * tile, mask=inside)
+        tl.store(place, tl.load(place, mask=inside) + scale * tile, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_tile", "splits"])
 def add_partials(
-    out, partials, rows, columns, stride, first_tile, splits, alpha,
+    out, weight, status, partials, rows, columns, stride, weight_stride, first_tile, splits, alpha,
     LOWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`out += alpha * partials.sum(0)`, summed in order; `partials` is `[splits, tiles, ROWS, COLUMNS]`.
 
-    A program takes `STRIP` rows of a tile. Floor: the bytes of the partials.
+    A program takes `STRIP` rows of a tile. Floor: the bytes of the partials. `weight` and `status` are those of `_product.Weighed`.
     """
+    if status is not None:
+        if tl.load(status) != 0:
+            return
     index, tiles = tl.program_id(0), tl.num_programs(0)
     if LOWER:
         row, column = lower_tile_at(first_tile + index, tl.cdiv(rows, ROWS), COLUMNS // ROWS, GROUP)
@@ -179,10 +197,21 @@ def add_partials(
     for _ in range(1, splits):
         place += tiles.to(tl.int64) * (ROWS * COLUMNS)
         total += tl.load(place)
-    add_tile(out, total, row * ROWS + strip, column * COLUMNS, rows, columns, stride, alpha, LOWER, STRIP, COLUMNS, COLUMNS)
+    add_tile(
+        out, weight, status, total, row * ROWS + strip, column * COLUMNS, rows, columns, stride, weight_stride, alpha,
+        LOWER, STRIP, COLUMNS, COLUMNS,
+    )  # fmt: skip
 
 
-def case_of_partials(shape: dict[str, object]) -> CompileCase:
-    """`add_partials` for tiles of that shape, the constants of a kernel that writes them."""
-    numbers = {"rows": "i32:16", "columns": "i32:16", "stride": "i32:16", "first_tile": "i32", "splits": "i32", "alpha": "fp32"}
-    return CompileCase(add_partials, {"out": "*fp32:16", "partials": "*fp32:16", **numbers}, {**shape, "STRIP": STRIP}, 4, 3)
+def case_of_partials(shape: dict[str, object], weight: str | None = None) -> CompileCase:
+    """`add_partials` for tiles of that shape, the constants of a kernel that writes them; for a `weight` of that type, if any."""
+    numbers = dict.fromkeys(("rows", "columns", "stride", "weight_stride"), "i32:16")
+    numbers |= {"first_tile": "i32", "splits": "i32", "alpha": "fp32"}
+    pointers, absent = weighed_pointers(weight)
+    signature = {"out": "*fp32:16", "partials": "*fp32:16", **pointers, **numbers}
+    return CompileCase(add_partials, signature, {**absent, **shape, "STRIP": STRIP}, 4, 3)
+
+
+def weighed_pointers(weight: str | None) -> tuple[dict[str, str], dict[str, None]]:
+    """Types of `weight` and `status` for a compile case, and the constants that stand for them where there are none."""
+    return ({"weight": f"*{weight}:16", "status": "*i32:16"}, {}) if weight else ({}, {"weight": None, "status": None})

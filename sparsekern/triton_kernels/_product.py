@@ -1,4 +1,4 @@
-"""The product that `gram_`, `cross_gram_` and `add_product` share: `out += alpha * x^T y`, summed over a long common index.
+"""The product that `gram_`, `cross_gram_`, `sensitivity_` and `add_product` share: `out += alpha * x^T y`, over a long common index.
 
 Floor, on an H200: `depth * features^2` operations for one triangle of a Gram matrix. bf16 [262144, 4096] is 4.4 TFLOP, 5.6 ms at
 790 TFLOP/s, against 11.1 ms for the full product; with what sticks out over the diagonal 272 of 512 tiles, 5.9 ms.
@@ -15,6 +15,9 @@ Floor, on an H200: `depth * features^2` operations for one triangle of a Gram ma
 * Products of 16-bit inputs are exact. Tensor cores truncate when they accumulate, which over a long sum of squares is a bias: about
   depth / 16 * 2e-8 of the result. A sum is therefore carried to `out`, where additions round, after `CHAIN`: 9e-5 at most.
 * float32 is multiplied as three products of TF32 pieces ("tf32x3"), whose error is that of float32: 131 TFLOP/s at the very most.
+* With a weight it is `out += |weight| * (|x|^T y)`. The absolute value is taken in registers, from which wgmma takes its first operand
+  (`ldmatrix` and 16 `and`s a step, under the product of the step before). The second comes from shared memory only: what has to be
+  loaded, changed and stored there leaves the tensor cores waiting. So whoever calls has made `y` non-negative, which is a pass over it.
 * Masked rows of `x` and `y` are loaded as zeros, so that what is in them does not matter. The copy engine cannot do that, cp.async can.
 """
 
@@ -47,6 +50,7 @@ from ._common import (
     on_device_of,
     takes_descriptor,
     tile_at,
+    weighed_pointers,
 )
 
 CHAIN = 65536  # depth that one accumulator takes in
@@ -66,6 +70,16 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool  # whether the bulk copy engine may load the tiles
     precision: str
+
+
+class Weighed(NamedTuple):
+    """Makes the product `out += |weight| * (|x|^T y)`.
+
+    `status`, two int32 or None: nothing happens where the first is set; the second is set if a sum is not finite.
+    """
+
+    weight: torch.Tensor
+    status: torch.Tensor | None
 
 
 class Part(NamedTuple):
@@ -119,7 +133,7 @@ def _depth_of_a_split(tiles: int, depth: int, step: int, multiprocessors: int) -
 
 @triton.jit(do_not_specialize=["first_tile", "begin", "end"])
 def product(
-    x, y, row_mask, out, partials, x_width, y_width, rows, columns, x_stride, y_stride, out_stride,
+    x, y, row_mask, out, weight, status, partials, x_width, y_width, rows, columns, x_stride, y_stride, out_stride, weight_stride,
     first_tile, begin, end, split_depth, alpha,
     LOWER: tl.constexpr, TURNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr,
@@ -128,7 +142,11 @@ def product(
 
     `x` and `y` are pointers to rows of `x_width` and `y_width`, of which only the first `rows` and `columns` matter; or with
     `DESCRIPTORS` tensor descriptors of tiles `[DEPTH, ROWS]` and `[DEPTH, COLUMNS]`. With `TURNED`, `x` lies as `[rows, depth]`.
+    `weight` and `status` are those of `Weighed`.
     """
+    if status is not None:
+        if tl.load(status) != 0:
+            return
     index, split = tl.program_id(0), tl.program_id(1)
     if LOWER:
         i, j = lower_tile_at(first_tile + index, tl.cdiv(rows, ROWS), COLUMNS // ROWS, GROUP)
@@ -137,12 +155,16 @@ def product(
     row, column = i * ROWS, j * COLUMNS
     begin = tl.multiple_of(begin + split * split_depth, DEPTH)
     stop = min(begin + split_depth, end)
+    tl.assume(begin < stop)  # or a way round the loop would set the accumulators behind it, and ptxas would wait for every product
 
     accumulators = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if DESCRIPTORS:
         for k in range(begin, stop, DEPTH):  # past the end of a tensor the copy engine fills in zeros
-            a = x.load([row, k]) if TURNED else x.load([k, row]).T
+            a = x.load([row, k] if TURNED else [k, row])
             b = y.load([k, column])
+            if weight is not None:
+                a = tl.abs(a)
+            a = a if TURNED else a.T
             accumulators = tl.dot(a, b, accumulators, input_precision=PRECISION)
     else:
         lane = tl.arange(0, DEPTH)
@@ -166,12 +188,17 @@ def product(
             else:
                 a = tl.load(a_place, mask=used[None, :] & (a_row < x_width)[:, None], other=0.0)
             b = tl.load(b_place, mask=used[:, None] & (b_column < y_width)[None, :], other=0.0)
+            if weight is not None:
+                a = tl.abs(a)
             accumulators = tl.dot(a, b, accumulators, input_precision=PRECISION)
             a_place += a_step
             b_place += step * y_stride
 
     if partials is None:
-        add_tile(out, accumulators, row, column, rows, columns, out_stride, alpha, LOWER, ROWS, COLUMNS, SLICE)
+        add_tile(
+            out, weight, status, accumulators, row, column, rows, columns, out_stride, weight_stride, alpha,
+            LOWER, ROWS, COLUMNS, SLICE,
+        )  # fmt: skip
     else:
         place = partials + (split * tl.num_programs(0) + index).to(tl.int64) * (ROWS * COLUMNS)
         tl.store(place + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], accumulators)
@@ -186,12 +213,13 @@ def add_product_over_rows(
     alpha: float = 1.0,
     lower: bool = False,
     turned: bool = False,
+    weighed: Weighed | None = None,
     names: tuple[str, str, str] = ("out", "x", "y"),
 ) -> None:
     """`out += alpha * x^T y` over the rows of `x` and `y` that `row_mask` keeps.
 
     With `lower` only the lower triangle of a square `out` is touched, and what is above must not matter; with `turned`, `x` is given
-    as `[rows of out, depth]`. Errors call the tensors by `names`.
+    as `[rows of out, depth]`. With `weighed` absolute values are multiplied, see there. Errors call the tensors by `names`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not belong together.
@@ -203,14 +231,21 @@ def add_product_over_rows(
     if row_mask is not None:
         check_operand("row_mask", row_mask, x, (depth,), (torch.bool,))
         row_mask = row_mask.contiguous()
-    dense = out if out.stride(1) == 1 else out.contiguous()
+    if weighed is not None:
+        check_operand("weight", weighed.weight, x, (rows, columns), (x.dtype,))
+        weighed = weighed._replace(weight=_rows_together(weighed.weight))
+    dense = _rows_together(out)
     with on_device_of(x):
-        _launch(dense, x, y, row_mask, alpha, lower, turned)
+        _launch(dense, x, y, row_mask, alpha, lower, turned, weighed)
     if dense is not out:
         out.copy_(dense)
 
 
-def _launch(out, x, y, row_mask, alpha: float, lower: bool, turned: bool) -> None:
+def _rows_together(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _launch(out, x, y, row_mask, alpha: float, lower: bool, turned: bool, weighed: Weighed | None) -> None:
     (rows, columns), depth, device = out.shape, y.shape[0], device_of(x)
     tile = config(x.dtype, columns, device.capability)
     parts = schedule(_tiles(rows, columns, tile, lower), depth, tile.depth, device.multiprocessors)
@@ -226,19 +261,23 @@ def _launch(out, x, y, row_mask, alpha: float, lower: bool, turned: bool) -> Non
         a, b = x, y
     widths = depth if turned else aligned_width(rows), aligned_width(columns)
     shape = _shape(tile, lower)
+    weight, status = weighed or (None, None)
+    weight_stride = 0 if weight is None else weight.stride(0)
     for part in parts:
         partials = None
         if part.splits > 1:
             partials = x.new_empty((part.splits, part.tiles, tile.rows, tile.columns), dtype=torch.float32)
         product[(part.tiles, part.splits)](
-            a, b, row_mask, out, partials, *widths, rows, columns, x.stride(0), y.stride(0), out.stride(0),
+            a, b, row_mask, out, weight, status, partials,
+            *widths, rows, columns, x.stride(0), y.stride(0), out.stride(0), weight_stride,
             part.first_tile, part.begin, part.end, part.depth, alpha,
             **shape, **_loop(tile, turned, descriptors), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if partials is not None:
             add_partials[(part.tiles, tile.rows // STRIP)](
-                out, partials, rows, columns, out.stride(0), part.first_tile, part.splits, alpha, **shape, STRIP=STRIP
-            )
+                out, weight, status, partials, rows, columns, out.stride(0), weight_stride, part.first_tile, part.splits, alpha,
+                **shape, STRIP=STRIP,
+            )  # fmt: skip
 
 
 def _tiles(rows: int, columns: int, tile: Config, lower: bool) -> int:
@@ -269,20 +308,34 @@ def compile_cases(
     yield from (case_of_partials(_shape(tile, lower)) for tile in sorted({tile for _, tile in tiles}))
 
 
-def _case(tile: Config, dtype: str, lower: bool, turned: bool, descriptors: bool, masked: bool, split: bool) -> CompileCase:
+def weighed_compile_cases(capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Iterator[CompileCase]:
+    """Likewise with a weight: narrow tiles have less of everything, and those of a split depth lack what comes after the loop."""
+    for dtype in dtypes:
+        tile, name = config(dtype, 4096, capability), DTYPES[dtype]
+        for descriptors in sorted({False, tile.descriptors}):
+            yield _case(tile, name, False, False, descriptors, not descriptors, False, weighed=True)
+        yield case_of_partials(_shape(tile, False), name)
+
+
+def _case(
+    tile: Config, dtype: str, lower: bool, turned: bool, descriptors: bool, masked: bool, split: bool, weighed: bool = False
+) -> CompileCase:
     operands = {"x": f"*{dtype}:16", "y": f"*{dtype}:16"}
     if descriptors:
         x_block = (tile.rows, tile.depth) if turned else (tile.depth, tile.rows)
         blocks = {"x": x_block, "y": (tile.depth, tile.columns)}
         operands = {name: f"tensordesc<{dtype}[{height}, {width}]>" for name, (height, width) in blocks.items()}
-    multiples = ("x_width", "y_width", "rows", "columns", "x_stride", "y_stride", "out_stride", "split_depth")
+    multiples = ("x_width", "y_width", "rows", "columns", "x_stride", "y_stride", "out_stride", "weight_stride", "split_depth")
     numbers = dict.fromkeys(multiples, "i32:16")
     numbers |= dict.fromkeys(("first_tile", "begin", "end"), "i32")
     optional = {"row_mask": "*i1:16" if masked else None, "partials": "*fp32:16" if split else None}
+    pointers, absent = weighed_pointers(dtype if weighed else None)
+    pointers |= {name: kind for name, kind in optional.items() if kind}
+    absent |= {name: None for name, kind in optional.items() if not kind}
     return CompileCase(
         product,
-        {**operands, **{name: kind for name, kind in optional.items() if kind}, "out": "*fp32:16", **numbers, "alpha": "fp32"},
-        {**{name: None for name, kind in optional.items() if not kind}, **_shape(tile, lower), **_loop(tile, turned, descriptors)},
+        {**operands, **pointers, "out": "*fp32:16", **numbers, "alpha": "fp32"},
+        {**absent, **_shape(tile, lower), **_loop(tile, turned, descriptors)},
         tile.num_warps,
         tile.num_stages,
         tensor_cores=True,

@@ -18,6 +18,7 @@ CAPTURABLE = (
     "gated_split",
     "gram_",
     "gram_symmetrize_",
+    "head_neuron_scores",
     "nm_linear",
     "nm_mask",
     "nm_pack",
@@ -25,6 +26,7 @@ CAPTURABLE = (
     "nm_unpack",
     "obs_sweep",
     "plain_split",
+    "sensitivity_",
     "topk_mask",
 )
 

@@ -13,7 +13,7 @@ from .sanitizers import BUILD
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from sparsekern.triton_kernels import bitmask_linear, gram  # noqa: E402
+from sparsekern.triton_kernels import bitmask_linear, gram, sensitivity  # noqa: E402
 
 from . import triton_build  # noqa: E402
 from .triton_build import ARCHITECTURES, build, faults, shipped  # noqa: E402
@@ -66,6 +66,19 @@ def test_on_hopper_both_operands_of_the_gram_product_come_from_shared_memory_as_
     assert not re.findall(r"\b(LDS|STS|LDSM|STSM|MOVM|SHFL|PRMT|LDG|LDL|STL)\b", loop)
     # One wait an iteration, for the products before the last: the tensor cores never run dry.
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", loop) == ["0x1"]
+
+
+def test_on_hopper_absolute_values_are_taken_in_registers_while_the_tensor_cores_work():
+    cases = sensitivity.compile_cases((9, 0))
+    case = next(case for case in cases if case.signature["x"].startswith("tensordesc<bf16"))
+    sass = build(case, ARCHITECTURES[1]).sass
+    products = [match.start() for match in re.finditer("HGMMA", sass)]
+    before, loop = sass[: products[0]], sass[products[0] : sass.index("BRA", products[-1])]
+    assert len(re.findall(r"LDSM\.16\.MT88\.4", before)) == 4 and len(re.findall(r"LOP3\.LUT R\d+, R\d+, 0x7fff7fff", before)) == 16
+    assert len(re.findall(r"HGMMA\.64x256x16\.F32\.BF16 R\d+, R\d+, gdesc\[UR\d+\]\.tnspB", loop)) == len(products) == 4
+    assert not re.findall(r"\b(LDS|STS|LDSM|STSM|MOVM|SHFL|PRMT|LDG|LDL|STL)\b", loop)
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", loop)
+    assert waits and "0x0" not in waits
 
 
 def test_spills_are_found():

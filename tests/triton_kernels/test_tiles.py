@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from sparsekern.triton_kernels import bitmask_linear, feature_norm, nm_linear, obs_sweep  # noqa: E402
+from sparsekern.triton_kernels import (  # noqa: E402
+    bitmask_linear,
+    feature_norm,
+    head_neuron_scores,
+    nm_linear,
+    obs_sweep,
+    sensitivity,
+)
 from sparsekern.triton_kernels._common import aligned_rows, lower_tile_at, lower_tiles, tile_at  # noqa: E402
 from sparsekern.triton_kernels._product import CHAIN, START, config, schedule  # noqa: E402
 
@@ -91,6 +98,28 @@ def test_the_norms_of_features_keep_the_multiprocessors_busy(features, tokens):
     assert each % shortest == 0
     assert programs <= feature_norm.PROGRAMS * H200
     assert programs >= 4 * H200 or each == shortest
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(tokens=st.integers(1, 2**24), rows=st.integers(1, 300000), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_outputs_at_a_time_have_room_and_are_about_equally_many(tokens, rows, dtype):
+    tile = sensitivity.config(tokens, rows, dtype)
+    assert tile.tokens % 64 == tile.rows % 128 == 0
+    assert tile.rows <= sensitivity.OUTPUT_ROWS and tile.tokens * tile.rows * dtype.itemsize <= sensitivity.OUTPUT_BYTES
+    for whole, part, step in ((tokens, tile.tokens, 64), (rows, tile.rows, 128)):
+        parts = -(-whole // part)
+        assert part - -(-whole // parts) < step  # no part is much smaller than the others
+
+
+def test_a_batch_of_calibration_is_few_tiles_of_outputs():
+    assert sensitivity.config(16384, 4096, torch.bfloat16) == (16384, 4096)
+    assert sensitivity.config(16384, 11008, torch.bfloat16) == (8192, 11008)
+    assert sensitivity.config(2048, 128256, torch.float32) == (2048, 16128)
+
+
+@pytest.mark.parametrize(("head_size", "tile"), [(1, (64, 1)), (5, (8, 8)), (64, (1, 64)), (80, (1, 64)), (11008, (1, 64))])
+def test_units_of_a_step(head_size, tile):
+    assert head_neuron_scores.config(head_size) == tile
 
 
 @pytest.mark.parametrize("m", [0, *range(2, 65)])
