@@ -37,7 +37,8 @@ def masked_lstsq(
     `H = gram + damping * mean(diag(gram)) * I`. All rows are solved at once by conjugate gradients with Jacobi preconditioning, one
     product with `H` an iteration; rows with a small support exactly, by a Cholesky factorisation each. Features that were never
     active (a zero on the diagonal of `gram`) get zero weights. Where `H` does not determine the weights, any solution does: the one
-    that conjugate gradients reach from `start`. On a GPU this is a composition of torch's operators, one matrix product an iteration.
+    that conjugate gradients reach from `start`. On a GPU an iteration is one product, in full float32 whatever torch allows, and one
+    kernel; with `solver="cholesky"` rows are factored one after the other, by torch's operators.
 
     Args:
         weight: `[out_features, in_features]` float32, bfloat16 or float16: the dense weights. Computed in float32.
@@ -180,8 +181,8 @@ def _fake(weight, gram, mask, *, start=None, damping=0.0, tolerance=1e-4, max_it
 
 
 def _samples(generator: torch.Generator):
-    for rows, columns, dtype in ((5, 24, torch.float32), (50, 71, torch.bfloat16), (17, 136, torch.float16)):
-        x = torch.randn(4 * columns, columns, generator=generator)
+    for rows, columns, dtype in ((5, 24, torch.float32), (50, 61, torch.bfloat16), (17, 136, torch.float16)):
+        x = torch.randn(16 * columns, columns, generator=generator)
         x[:, columns // 3] = 0
         gram = x.T @ x
         weight = torch.randn(rows, columns, generator=generator).to(dtype)

@@ -13,6 +13,7 @@ from sparsekern.triton_kernels import (  # noqa: E402
     bitmask_linear,
     feature_norm,
     head_neuron_scores,
+    masked_lstsq,
     nm_linear,
     obs_sweep,
     sensitivity,
@@ -160,3 +161,30 @@ def test_values_that_are_picked_for_fit_into_registers(rows, kept, tokens, multi
     assert tiles.rows in (4, 8, 16) and sums <= 64 and tiles.warps in (1, 2, 4, 8)
     assert tiles.warps == 1 or 16 * tiles.warps < kept  # no warp without values
     assert tiles.rows == 4 or -(-rows // tiles.rows) >= multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("columns", "tile"),
+    [
+        (1, (128, 16, True, 4)),
+        (64, (32, 64, True, 4)),
+        (576, (2, 1024, True, 4)),
+        (1536, (1, 2048, True, 4)),
+        (4096, (1, 4096, True, 8)),
+        (11008, (1, 16384, True, 32)),
+        (16384, (1, 16384, True, 32)),
+        (16385, (1, 4096, False, 8)),
+        (28672, (1, 4096, False, 8)),
+    ],
+)
+def test_rows_of_least_squares_are_held_whole_where_registers_suffice(columns, tile):
+    assert masked_lstsq.config(columns) == tile
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(columns=st.integers(1, 100_000))
+def test_a_tile_of_least_squares_is_sixteen_entries_a_thread(columns):
+    tile = masked_lstsq.config(columns)
+    entries = tile.rows * tile.columns
+    assert tile.whole == (tile.columns >= columns) and tile.num_warps in (4, 8, 16, 32)
+    assert entries == 512 * tile.num_warps and (tile.rows == 1 or entries == 2048)

@@ -1,0 +1,71 @@
+"""`masked_lstsq` on a CUDA device: the loop of the conjugate gradients, a product and a kernel each."""
+
+from __future__ import annotations
+
+import torch
+
+from .devices import needs_capability
+from .obs_sweep import add_product, full_float32
+from .table import Implementation, Support
+from .values import LeftToReference, raise_if
+
+
+class OnItsWay:
+    """A number that the device will have come to when it has done what it has been given so far."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._copy = torch.empty_like(number, device="cpu", pin_memory=number.is_cuda).copy_(number, non_blocking=True)
+        self._event = torch.cuda.Event() if number.is_cuda else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(number.device))
+
+    def value(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._copy)
+
+
+def _triton(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    start: torch.Tensor | None = None,
+    damping: float = 0.0,
+    tolerance: float = 1e-4,
+    max_iterations: int = 100,
+    solver: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.masked_lstsq import prepare
+
+    if not weight.numel():
+        raise LeftToReference("an empty matrix")
+    rows = prepare(weight, gram, mask, start, damping)
+    with full_float32():
+        add_product(rows.product, rows.direction, rows.unit, begins=True)
+        rows.begin_()
+        _iterate(rows, tolerance, max_iterations)
+    raise_if(rows.status)
+    new_weight = torch.mul(rows.solution, rows.to_weight, out=torch.empty_like(weight, memory_format=torch.contiguous_format))
+    return new_weight, rows.error.clamp(min=0), (rows.gamma > 0).sum()
+
+
+def _iterate(rows, tolerance: float, max_iterations: int) -> None:
+    """Until no row is active. The host looks one iteration behind, when the device has the next already: it never waits for the
+    host, and one product at the most is in vain, in an iteration that changes nothing."""
+    latest = None
+    for iteration in range(1, max_iterations + 1):
+        add_product(rows.product, rows.direction, rows.unit, begins=True)
+        rows.step_(tolerance, iteration)
+        before, latest = latest, OnItsWay(rows.latest)
+        if before is not None and before.value() < iteration - 1:
+            return
+
+
+def _supports(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, *, solver: str = "auto", **settings) -> Support:
+    if solver == "cholesky":
+        return Support(False, "solver is 'cholesky', which has no kernel")
+    return needs_capability(weight, (8, 0))
+
+
+IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
