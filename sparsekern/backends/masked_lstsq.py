@@ -1,4 +1,4 @@
-"""`masked_lstsq` on a CUDA device: the loop of the conjugate gradients, a product and a kernel each."""
+"""`masked_lstsq` on a CUDA device: the loop of the conjugate gradients, a product and a kernel an iteration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class OnItsWay:
     """A number that the device will have come to when it has done what it has been given so far."""
 
     def __init__(self, number: torch.Tensor) -> None:
-        self._copy = torch.empty_like(number, device="cpu", pin_memory=number.is_cuda).copy_(number, non_blocking=True)
+        pinned = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=number.is_cuda)
+        self._copy = pinned.copy_(number, non_blocking=True)
         self._event = torch.cuda.Event() if number.is_cuda else None
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(number.device))

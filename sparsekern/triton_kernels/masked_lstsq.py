@@ -1,7 +1,7 @@
 """`masked_lstsq` in Triton: conjugate gradients on all rows at once. An iteration is one product, of cuBLAS's, and one launch of `step`.
 
 Floor of `step`: of each weight it reads direction, product, solution, residual and mask, and writes solution, residual and direction:
-29 bytes; [4096, 4096] in 0.11 ms on an H200. (The product, 2 * 4096^3 float32 operations, takes about 2.7 ms.) Nothing of the next
+29 bytes; on an H200, [4096, 4096] in 0.11 ms at 4.3 TB/s, beside 2.1 ms of the product at the peak of float32. Nothing of the next
 direction can be written before all of the new residual's norm is known, so a row of up to `WIDEST` columns is held in registers and
 read once. A wider one is gone through three times, which reads direction, product and residual again, 12 bytes, out of the L2.
 
