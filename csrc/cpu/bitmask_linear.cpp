@@ -22,88 +22,111 @@ namespace sparsekern::cpu {
 
 namespace {
 
-// Rows whose values share units, some of whose products one call sums up.
-struct Group {
-  const Unit* units;
-  const Unit* last;          // the last unit from which a word of bits may be read
-  const uint64_t* bits[2];   // of each row
+// Some tokens against rows of the weight.
+struct Factors {
+  const Unit* last;  // the last unit from which a word of bits may be read
   int64_t words;
-  const float* x;            // of the first token
+  const float* x;    // of the first token
   int64_t x_stride;
-  float* sums;               // sums[token * sums_stride + lane]
-  int64_t sums_stride;
 };
 
-// Adds up the products of a group with kTokens tokens. Returns the unit after the group, null where the bits lead out of the values.
+// Rows whose values share units. A product moves `units` behind the group and stores sums[token * kTileRows + lane].
+struct Group {
+  const Unit* units;
+  const uint64_t* bits[2];  // of each row
+  float* sums;
+};
+
+// Products of kTokens tokens with some groups. False where the bits lead out of the values.
 template <class T, int kTokens>
-const Unit* multiply_scalar(const Group& group) {
-  const Unit* end = group.units;
+bool multiply_scalar(const Factors& factors, Group* group) {
+  const Unit* end = group->units;
   for (int row = 0; row < kUnitValues<T>; ++row) {
-    const Unit* unit = group.units;
+    const Unit* unit = group->units;
     float sums[kTokens] = {};
-    for (int64_t word = 0; word < group.words; ++word) {
-      if (unit > group.last) return nullptr;
-      const float* x = group.x + word * packed_rows::kWordColumns;
-      for (uint64_t bits = group.bits[row][word]; bits != 0; bits &= bits - 1) {
+    for (int64_t word = 0; word < factors.words; ++word) {
+      if (unit > factors.last) return false;
+      const float* x = factors.x + word * packed_rows::kWordColumns;
+      for (uint64_t bits = group->bits[row][word]; bits != 0; bits &= bits - 1) {
         const float value = value_of<T>(unit++, row);
-        for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * group.x_stride + __builtin_ctzll(bits)];
+        for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * factors.x_stride + __builtin_ctzll(bits)];
       }
     }
-    for (int token = 0; token < kTokens; ++token) group.sums[token * group.sums_stride + row] = sums[token];
+    for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = sums[token];
     end = std::max(end, unit);
   }
-  return end;
+  group->units = end;
+  return true;
 }
 
 #if SPARSEKERN_X86
 
-template <class T, int kTokens>
-SPARSEKERN_AVX512 const Unit* multiply_avx512(const Group& group) {
+template <class T, int kTokens, int kGroups>
+SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
   constexpr int kRows = kUnitValues<T>;
-  const auto [units, last, bits, words, x, x_stride, out, out_stride] = group;
-  __m512 sums[kRows][kTokens];
-  const Unit* unit[kRows];
+  const auto [last, words, x, x_stride] = factors;
+  __m512 sums[kGroups][kRows][kTokens];
+  const Unit* unit[kGroups][kRows];
+  const uint64_t* bits[kGroups][kRows];
 #pragma GCC unroll 2
-  for (int row = 0; row < kRows; ++row) {
-    unit[row] = units;
+  for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      unit[group][row] = groups[group].units;
+      bits[group][row] = groups[group].bits[row];
 #pragma GCC unroll 8
-    for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm512_setzero_ps();
+      for (int token = 0; token < kTokens; ++token) sums[group][row][token] = _mm512_setzero_ps();
+    }
   }
   for (int64_t word = 0; word < words; ++word) {
 #pragma GCC unroll 2
-    for (int row = 0; row < kRows; ++row) {
-      if (__builtin_expect(unit[row] > last, 0)) return nullptr;
-      prefetch_ahead(unit[0] + 16 * row);
+    for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+      for (int row = 0; row < kRows; ++row) {
+        if (__builtin_expect(unit[group][row] > last, 0)) return false;
+        prefetch_ahead(unit[group][0] + 16 * row);
+      }
     }
     if (word % 8 == 0) {  // a line of bits: that of the next group
-      for (int row = 0; row < kRows; ++row) prefetch_ahead(bits[row] + word, kRows * words * 8);
+      for (int group = 0; group < kGroups; ++group) {
+        for (int row = 0; row < kRows; ++row) prefetch_ahead(bits[group][row] + word, kRows * words * 8);
+      }
     }
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {
-      const float* features = x + word * packed_rows::kWordColumns + part * 16;
-      __m512 weight[kRows];
-#pragma GCC unroll 2
-      for (int row = 0; row < kRows; ++row) {
-        const uint32_t mask = bits_of_part(bits[row] + word, part);
-        weight[row] = floats_of_units<T>(_mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit[row]), row);
-        unit[row] += __builtin_popcount(mask);
-      }
+      __m512 features[kTokens];
 #pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) {
-        const __m512 feature = _mm512_loadu_ps(features + token * x_stride);
+        features[token] = _mm512_loadu_ps(x + token * x_stride + word * packed_rows::kWordColumns + part * 16);
+      }
 #pragma GCC unroll 2
-        for (int row = 0; row < kRows; ++row) sums[row][token] = _mm512_fmadd_ps(weight[row], feature, sums[row][token]);
+      for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+        for (int row = 0; row < kRows; ++row) {
+          const uint32_t mask = bits_of_part(bits[group][row] + word, part);
+          const __m512i units = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit[group][row]);
+          const __m512 weight = floats_of_units<T>(units, row);
+          unit[group][row] += __builtin_popcount(mask);
+#pragma GCC unroll 8
+          for (int token = 0; token < kTokens; ++token) {
+            sums[group][row][token] = _mm512_fmadd_ps(weight, features[token], sums[group][row][token]);
+          }
+        }
       }
     }
   }
-  const Unit* end = units;
 #pragma GCC unroll 2
-  for (int row = 0; row < kRows; ++row) {
-    end = std::max(end, unit[row]);
+  for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      groups[group].units = std::max(groups[group].units, unit[group][row]);
 #pragma GCC unroll 8
-    for (int token = 0; token < kTokens; ++token) out[token * out_stride + row] = add_up(sums[row][token]);
+      for (int token = 0; token < kTokens; ++token) {
+        groups[group].sums[token * packed_rows::kTileRows + row] = add_up(sums[group][row][token]);
+      }
+    }
   }
-  return end;
+  return true;
 }
 
 // For each byte of bits the place of each column's value, with the sign bit set where there is none.
@@ -122,53 +145,66 @@ constexpr Places make_places() {
 constexpr Places kPlaces = make_places();
 
 template <class T, int kTokens>
-SPARSEKERN_AVX2 const Unit* multiply_avx2(const Group& group) {
+SPARSEKERN_AVX2 bool multiply_avx2(const Factors& factors, Group* group) {
   __m256 sums[kUnitValues<T>][kTokens];
   const Unit* unit[kUnitValues<T>];
   for (int row = 0; row < kUnitValues<T>; ++row) {
-    unit[row] = group.units;
+    unit[row] = group->units;
     for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm256_setzero_ps();
   }
-  for (int64_t word = 0; word < group.words; ++word) {
+  for (int64_t word = 0; word < factors.words; ++word) {
     for (int row = 0; row < kUnitValues<T>; ++row) {
-      if (__builtin_expect(unit[row] > group.last, 0)) return nullptr;
+      if (__builtin_expect(unit[row] > factors.last, 0)) return false;
       prefetch_ahead(unit[0] + 16 * row);
     }
     for (int part = 0; part < 8; ++part) {
-      const float* x = group.x + word * packed_rows::kWordColumns + part * 8;
+      const float* x = factors.x + word * packed_rows::kWordColumns + part * 8;
       __m256 weight[kUnitValues<T>];
       for (int row = 0; row < kUnitValues<T>; ++row) {
-        const uint8_t bits = reinterpret_cast<const uint8_t*>(group.bits[row] + word)[part];
+        const uint8_t bits = reinterpret_cast<const uint8_t*>(group->bits[row] + word)[part];
         const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits]));
         const __m256i units = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(unit[row])), places);
         weight[row] = floats_of_units<T>(_mm256_andnot_si256(_mm256_srai_epi32(places, 31), units), row);
         unit[row] += __builtin_popcount(bits);
       }
       for (int token = 0; token < kTokens; ++token) {
-        const __m256 features = _mm256_loadu_ps(x + token * group.x_stride);
+        const __m256 features = _mm256_loadu_ps(x + token * factors.x_stride);
         for (int row = 0; row < kUnitValues<T>; ++row) sums[row][token] = _mm256_fmadd_ps(weight[row], features, sums[row][token]);
       }
     }
   }
-  const Unit* end = group.units;
   for (int row = 0; row < kUnitValues<T>; ++row) {
-    end = std::max(end, unit[row]);
-    for (int token = 0; token < kTokens; ++token) group.sums[token * group.sums_stride + row] = add_up(sums[row][token]);
+    group->units = std::max(group->units, unit[row]);
+    for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = add_up(sums[row][token]);
   }
-  return end;
+  return true;
 }
 
 #endif
 
-using Multiply = const Unit* (*)(const Group&);
+using Multiply = bool (*)(const Factors&, Group*);
+
+// For one group, and for two.
+struct Multiplies {
+  Multiply one, two;
+};
+
+template <Multiply kOne>
+bool one_by_one(const Factors& factors, Group* groups) {
+  return kOne(factors, groups) && kOne(factors, groups + 1);
+}
 
 template <class T, int kTokens>
-Multiply choose_multiply() {
+Multiplies choose_multiply() {
 #if SPARSEKERN_X86
-  if (current_isa() >= Isa::avx512) return &multiply_avx512<T, kTokens>;
-  if (current_isa() >= Isa::avx2) return &multiply_avx2<T, kTokens>;
+  if (current_isa() >= Isa::avx512) {
+    constexpr Multiply one = &multiply_avx512<T, kTokens, 1>;
+    if constexpr (kTokens > 4) return {one, &one_by_one<one>};  // the registers of two would not do
+    else return {one, &multiply_avx512<T, kTokens, 2>};
+  }
+  if (current_isa() >= Isa::avx2) return {&multiply_avx2<T, kTokens>, &one_by_one<&multiply_avx2<T, kTokens>>};
 #endif
-  return &multiply_scalar<T, kTokens>;
+  return {&multiply_scalar<T, kTokens>, &one_by_one<&multiply_scalar<T, kTokens>>};
 }
 
 template <class T>
@@ -179,8 +215,7 @@ struct BitmaskWeight {
   int64_t count;                          // units without the slack
   int64_t words;
   std::vector<uint64_t> no_bits;          // of the row that a last group may lack
-  Multiply multiply_one = choose_multiply<T, 1>(), multiply_two = choose_multiply<T, 2>(), multiply_four = choose_multiply<T, 4>(),
-           multiply_eight = choose_multiply<T, 8>();
+  Multiplies multiply_by[4] = {choose_multiply<T, 1>(), choose_multiply<T, 2>(), choose_multiply<T, 4>(), choose_multiply<T, 8>()};
 
   BitmaskWeight(const BitmaskRows& p, int64_t columns_)
       : rows(p.rows),
@@ -190,6 +225,8 @@ struct BitmaskWeight {
         count(p.value_count / kUnitValues<T> - packed_rows::kSlack),
         words(packed_rows::words(columns_)),
         no_bits(static_cast<size_t>(words)) {}
+
+  int64_t bytes() const { return count * static_cast<int64_t>(sizeof(Unit)) + rows * words * 8; }
 
   // Tasks of about equal numbers of values.
   int64_t first_tile(int64_t task, int64_t tasks) const {
@@ -204,33 +241,37 @@ struct BitmaskWeight {
     return row < rows ? packed.bits + row * words : no_bits.data();
   }
 
-  bool multiply(int64_t tile, const TokenBlock& block) const {
-    const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
-    const Unit* next = units + packed.starts[tile];
-    for (int64_t row = first; row < end; row += kUnitValues<T>) {
-      float sums[kTogether * 2] = {};  // those of the row that a last group may lack go nowhere
-      next = multiply_group(
-          {next, units + count, {bits_of(row), bits_of(row + 1)}, words, block.x, block.x_stride, sums, 2}, block.tokens);
-      if (next == nullptr) return false;
-      for (int64_t lane = 0; lane < std::min<int64_t>(kUnitValues<T>, end - row); ++lane) {
-        float* out = block.sums + row - first + lane;
-        for (int64_t token = 0; token < block.tokens; ++token) out[token * block.sums_stride] = sums[2 * token + lane];
+  bool multiply(const int64_t* tiles, int64_t given, const TokenBlock& block, TileSums* sums) const {
+    const Unit* next[kStreams];
+    for (int64_t i = 0; i < given; ++i) next[i] = units + packed.starts[tiles[i]];
+    for (int64_t row = 0; row < packed_rows::kTileRows; row += kUnitValues<T>) {
+      Group groups[kStreams];
+      int64_t some = 0;
+      for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may end early
+        const int64_t first = tiles[some] * packed_rows::kTileRows + row;
+        groups[some] = {next[some], {bits_of(first), bits_of(first + 1)}, &sums[some][0][row]};
       }
+      if (some == 0) break;
+      if (!multiply_groups(groups, some, block)) return false;
+      for (int64_t i = 0; i < some; ++i) next[i] = groups[i].units;
     }
     return true;
   }
 
-  const Unit* multiply_group(Group group, int64_t tokens) const {
-    const Unit* end = group.units;
-    for (int64_t token = 0; token < tokens && end != nullptr;) {
-      const int64_t left = tokens - token;
-      const int64_t taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      end = (taken == 8 ? multiply_eight : taken == 4 ? multiply_four : taken == 2 ? multiply_two : multiply_one)(group);
-      group.x += taken * group.x_stride;
-      group.sums += taken * group.sums_stride;
-      token += taken;
+  bool multiply_groups(Group* groups, int64_t some, const TokenBlock& block) const {
+    Factors factors{units + count, words, block.x, block.x_stride};
+    const Unit* first[kStreams];
+    for (int64_t i = 0; i < some; ++i) first[i] = groups[i].units;
+    for (int64_t token = 0; token < block.tokens;) {
+      const int64_t left = block.tokens - token;
+      const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
+      for (int64_t i = 0; i < some; ++i) groups[i].units = first[i];
+      if (!(some == 2 ? multiply_by[power].two : multiply_by[power].one)(factors, groups)) return false;
+      factors.x += block.x_stride << power;
+      for (int64_t i = 0; i < some; ++i) groups[i].sums += packed_rows::kTileRows << power;
+      token += int64_t{1} << power;
     }
-    return end;
+    return true;
   }
 
   bool expand(int64_t tile, float* panel) const {

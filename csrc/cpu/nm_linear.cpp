@@ -20,18 +20,21 @@ namespace {
 using packed_rows::kBlockUnits;
 using packed_rows::Unit;
 
-// A row of the weight and the tokens it is multiplied with.
-struct Row {
-  const Unit* units;
-  const uint32_t* codes;
-  int64_t blocks;
+// Some tokens against rows of the weight.
+struct Factors {
+  int64_t blocks;                // of a row
   const int32_t* group_columns;  // the first column of the group of each value
   int code_bits;
   int64_t n;
   const float* x;                // of the first token
   int64_t x_stride;
-  float* sums;                   // sums[token * sums_stride]
-  int64_t sums_stride;
+};
+
+// A product stores sums[token * kTileRows].
+struct Row {
+  const Unit* units;
+  const uint32_t* codes;
+  float* sums;
 };
 
 SPARSEKERN_INLINE int32_t position_of(const uint32_t* codes, int64_t k, int code_bits) {
@@ -39,20 +42,21 @@ SPARSEKERN_INLINE int32_t position_of(const uint32_t* codes, int64_t k, int code
   return static_cast<int32_t>(codes[bit / 32] >> bit % 32 & ((1u << code_bits) - 1));
 }
 
+// Products of kTokens tokens with some rows.
 template <class T, int kTokens>
-SPARSEKERN_INLINE void multiply_any(const Row& row) {
+SPARSEKERN_INLINE void multiply_any(const Factors& factors, const Row* row) {
   float sums[kTokens] = {};
-  for (int64_t block = 0; block < row.blocks; ++block) {
+  for (int64_t block = 0; block < factors.blocks; ++block) {
     for (int run = 0; run < kUnitValues<T>; ++run) {
       for (int64_t d = 0; d < kBlockUnits; ++d) {
         const int64_t k = (block * kUnitValues<T> + run) * kBlockUnits + d;
-        const float value = value_of<T>(row.units + block * kBlockUnits + d, run);
-        const float* x = row.x + row.group_columns[k] + position_of(row.codes, k, row.code_bits);
-        for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * row.x_stride];
+        const float value = value_of<T>(row->units + block * kBlockUnits + d, run);
+        const float* x = factors.x + factors.group_columns[k] + position_of(row->codes, k, factors.code_bits);
+        for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * factors.x_stride];
       }
     }
   }
-  for (int token = 0; token < kTokens; ++token) row.sums[token * row.sums_stride] = sums[token];
+  for (int token = 0; token < kTokens; ++token) row->sums[token * packed_rows::kTileRows] = sums[token];
 }
 
 #if SPARSEKERN_X86
@@ -72,50 +76,68 @@ SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512i codes_of_run(const uint32_t* codes, 
 }
 
 // N:2N with N of 1, 2, 4 or 8: the 16 values of a run come from 32 consecutive columns.
-template <class T, int kTokens, bool kWide>
-SPARSEKERN_AVX512 void multiply_half_avx512(const Row& row) {
+template <class T, int kTokens, bool kWide, int kRows>
+SPARSEKERN_AVX512 void multiply_half_avx512(const Factors& factors, const Row* rows) {
   const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto shift = static_cast<unsigned>(__builtin_ctzll(static_cast<uint64_t>(row.n)));
+  const auto shift = static_cast<unsigned>(__builtin_ctzll(static_cast<uint64_t>(factors.n)));
   const auto groups = (__m512i)((__v16su)place >> shift << (shift + 1));
   const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
-  __m512 sums[kUnitValues<T>][kTokens];
+  __m512 sums[kRows][kUnitValues<T>][kTokens];
+  const Unit* units[kRows];
+  const uint32_t* codes[kRows];
 #pragma GCC unroll 2
-  for (int run = 0; run < kUnitValues<T>; ++run) {
+  for (int row = 0; row < kRows; ++row) {
+    units[row] = rows[row].units;
+    codes[row] = rows[row].codes;
+#pragma GCC unroll 2
+    for (int run = 0; run < kUnitValues<T>; ++run) {
 #pragma GCC unroll 8
-    for (int token = 0; token < kTokens; ++token) sums[run][token] = _mm512_setzero_ps();
+      for (int token = 0; token < kTokens; ++token) sums[row][run][token] = _mm512_setzero_ps();
+    }
   }
-  const auto [units, codes, blocks, group_columns, code_bits, n, x, x_stride, out, out_stride] = row;
+  const auto [blocks, group_columns, code_bits, n, x, x_stride] = factors;
   for (int64_t block = 0; block < blocks; ++block) {
-    prefetch_ahead(units + block * kBlockUnits);
-    const __m512i stored = _mm512_loadu_si512(units + block * kBlockUnits);
+    __m512i stored[kRows];
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      prefetch_ahead(units[row] + block * kBlockUnits);
+      stored[row] = _mm512_loadu_si512(units[row] + block * kBlockUnits);
+    }
 #pragma GCC unroll 2
     for (int run = 0; run < kUnitValues<T>; ++run) {
       const int64_t i = block * kUnitValues<T> + run;
-      const __m512i columns = _mm512_ternarylogic_epi32(codes_of_run<kWide>(codes, i), code, groups, 0xea);  // (codes & code) | groups
-      const __m512 weight = floats_of_units<T>(stored, run);
+#pragma GCC unroll 2
+      for (int row = 0; row < kRows; ++row) {
+        const __m512i columns = _mm512_ternarylogic_epi32(codes_of_run<kWide>(codes[row], i), code, groups, 0xea);  // (codes & code) | groups
+        const __m512 weight = floats_of_units<T>(stored[row], run);
 #pragma GCC unroll 8
-      for (int token = 0; token < kTokens; ++token) {
-        const float* features = x + token * x_stride + i * 32;
-        const __m512 picked = _mm512_permutex2var_ps(_mm512_loadu_ps(features), columns, _mm512_loadu_ps(features + 16));
-        sums[run][token] = _mm512_fmadd_ps(weight, picked, sums[run][token]);
+        for (int token = 0; token < kTokens; ++token) {
+          const float* features = x + token * x_stride + i * 32;
+          const __m512 picked = _mm512_permutex2var_ps(_mm512_loadu_ps(features), columns, _mm512_loadu_ps(features + 16));
+          sums[row][run][token] = _mm512_fmadd_ps(weight, picked, sums[row][run][token]);
+        }
       }
     }
   }
+#pragma GCC unroll 2
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
-  for (int token = 0; token < kTokens; ++token) {
-    __m512 sum = sums[0][token];
-    if constexpr (kUnitValues<T> == 2) sum = _mm512_add_ps(sum, sums[1][token]);
-    out[token * out_stride] = add_up(sum);
+    for (int token = 0; token < kTokens; ++token) {
+      __m512 sum = sums[row][0][token];
+      if constexpr (kUnitValues<T> == 2) sum = _mm512_add_ps(sum, sums[row][1][token]);
+      rows[row].sums[token * packed_rows::kTileRows] = add_up(sum);
+    }
   }
 }
 
 template <class T, int kTokens, bool kWide>
-SPARSEKERN_AVX512 void multiply_any_avx512(const Row& row) {
+SPARSEKERN_AVX512 void multiply_any_avx512(const Factors& factors, const Row* row) {
   const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
   __m512 sums[kTokens];
 #pragma GCC unroll 8
   for (int token = 0; token < kTokens; ++token) sums[token] = _mm512_setzero_ps();
-  const auto [units, codes, blocks, group_columns, code_bits, n, x, x_stride, out, out_stride] = row;
+  const auto [units, codes, out] = *row;
+  const auto [blocks, group_columns, code_bits, n, x, x_stride] = factors;
   for (int64_t block = 0; block < blocks; ++block) {
     prefetch_ahead(units + block * kBlockUnits);
     const __m512i stored = _mm512_loadu_si512(units + block * kBlockUnits);
@@ -133,23 +155,23 @@ SPARSEKERN_AVX512 void multiply_any_avx512(const Row& row) {
     }
   }
 #pragma GCC unroll 8
-  for (int token = 0; token < kTokens; ++token) out[token * out_stride] = add_up(sums[token]);
+  for (int token = 0; token < kTokens; ++token) out[token * packed_rows::kTileRows] = add_up(sums[token]);
 }
 
 // The 16 rows of a tile, or those there are, to panel[16 * column + row], block by block, so that what is written stays in the first
 // cache. Only `stored` values a row are meant. False where a position lies behind the last column.
 template <class T, bool kWide>
-SPARSEKERN_AVX512 bool expand_panel_avx512(const Row* rows, int count, int64_t stored, int64_t columns, float* panel) {
+SPARSEKERN_AVX512 bool expand_panel_avx512(const Factors& factors, const Row* rows, int count, int64_t stored, int64_t columns, float* panel) {
   const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
   const __m512i end = _mm512_set1_epi32(static_cast<int>(columns));
-  for (int64_t block = 0; block < rows[0].blocks; ++block) {
+  for (int64_t block = 0; block < factors.blocks; ++block) {
     for (int row = 0; row < count; ++row) {
       const __m512i units = _mm512_loadu_si512(rows[row].units + block * kBlockUnits);
 #pragma GCC unroll 2
       for (int run = 0; run < kUnitValues<T>; ++run) {
         const int64_t i = block * kUnitValues<T> + run;
         const auto positions = (__v16su)codes_of_run<kWide>(rows[row].codes, i) & (__v16su)code;
-        const __m512i column = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(rows[row].group_columns + i * kBlockUnits));
+        const __m512i column = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(factors.group_columns + i * kBlockUnits));
         const auto meant = static_cast<__mmask16>((1u << std::clamp<int64_t>(stored - i * kBlockUnits, 0, kBlockUnits)) - 1);
         if (_mm512_mask_cmpge_epu32_mask(meant, column, end) != 0) return false;
         static_assert(kLanes == 16, "of the shift");
@@ -161,48 +183,73 @@ SPARSEKERN_AVX512 bool expand_panel_avx512(const Row* rows, int count, int64_t s
 }
 
 template <class T, int kTokens>
-SPARSEKERN_AVX2 void multiply_any_avx2(const Row& row) {
-  const bool wide = row.code_bits == 4;
+SPARSEKERN_AVX2 void multiply_any_avx2(const Factors& factors, const Row* row) {
+  const bool wide = factors.code_bits == 4;
   const __m256i shifts = wide ? _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28) : _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-  const __m256i code = _mm256_set1_epi32((1 << row.code_bits) - 1);
+  const __m256i code = _mm256_set1_epi32((1 << factors.code_bits) - 1);
   __m256 sums[kTokens];
   for (int token = 0; token < kTokens; ++token) sums[token] = _mm256_setzero_ps();
-  for (int64_t block = 0; block < row.blocks; ++block) {
-    prefetch_ahead(row.units + block * kBlockUnits);
+  for (int64_t block = 0; block < factors.blocks; ++block) {
+    prefetch_ahead(row->units + block * kBlockUnits);
     for (int half = 0; half < 2; ++half) {
-      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.units + block * kBlockUnits + half * 8));
+      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row->units + block * kBlockUnits + half * 8));
       for (int run = 0; run < kUnitValues<T>; ++run) {
         const int64_t i = block * kUnitValues<T> + run;
-        const uint32_t word = wide ? row.codes[2 * i + half] : row.codes[i] >> (16 * half);
+        const uint32_t word = wide ? row->codes[2 * i + half] : row->codes[i] >> (16 * half);
         const __m256i positions = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts), code);
-        const auto* groups = reinterpret_cast<const __m256i*>(row.group_columns + i * kBlockUnits + half * 8);
+        const auto* groups = reinterpret_cast<const __m256i*>(factors.group_columns + i * kBlockUnits + half * 8);
         const __m256i columns = _mm256_add_epi32(positions, _mm256_loadu_si256(groups));
         const __m256 weight = floats_of_units<T>(stored, run);
         for (int token = 0; token < kTokens; ++token) {
-          const __m256 picked = _mm256_i32gather_ps(row.x + token * row.x_stride, columns, 4);
+          const __m256 picked = _mm256_i32gather_ps(factors.x + token * factors.x_stride, columns, 4);
           sums[token] = _mm256_fmadd_ps(weight, picked, sums[token]);
         }
       }
     }
   }
-  for (int token = 0; token < kTokens; ++token) row.sums[token * row.sums_stride] = add_up(sums[token]);
+  for (int token = 0; token < kTokens; ++token) row->sums[token * packed_rows::kTileRows] = add_up(sums[token]);
 }
 
 #endif
 
-using Multiply = void (*)(const Row&);
+using Multiply = void (*)(const Factors&, const Row*);
+
+// For one row, and for two.
+struct Multiplies {
+  Multiply one, two;
+};
+
+template <Multiply kOne>
+void one_by_one(const Factors& factors, const Row* rows) {
+  kOne(factors, rows);
+  kOne(factors, rows + 1);
+}
+
+template <Multiply kOne>
+constexpr Multiplies kOneByOne{kOne, &one_by_one<kOne>};
+
+#if SPARSEKERN_X86
+
+template <class T, int kTokens, bool kWide>
+Multiplies choose_multiply_avx512(bool half) {
+  if (!half) return kOneByOne<&multiply_any_avx512<T, kTokens, kWide>>;
+  constexpr Multiply one = &multiply_half_avx512<T, kTokens, kWide, 1>;
+  if constexpr (kTokens > 4) return kOneByOne<one>;  // the registers of two would not do
+  else return {one, &multiply_half_avx512<T, kTokens, kWide, 2>};
+}
+
+#endif
 
 template <class T, int kTokens>
-Multiply choose_multiply([[maybe_unused]] int64_t n, [[maybe_unused]] int64_t m) {
+Multiplies choose_multiply([[maybe_unused]] int64_t n, [[maybe_unused]] int64_t m) {
 #if SPARSEKERN_X86
   if (current_isa() >= Isa::avx512) {
     const bool half = m == 2 * n && (n & (n - 1)) == 0;
-    if (packed_rows::code_bits(m) == 2) return half ? &multiply_half_avx512<T, kTokens, false> : &multiply_any_avx512<T, kTokens, false>;
-    return half ? &multiply_half_avx512<T, kTokens, true> : &multiply_any_avx512<T, kTokens, true>;
+    return packed_rows::code_bits(m) == 2 ? choose_multiply_avx512<T, kTokens, false>(half) : choose_multiply_avx512<T, kTokens, true>(half);
   }
-  if (current_isa() >= Isa::avx2) return &multiply_any_avx2<T, kTokens>;
+  if (current_isa() >= Isa::avx2) return kOneByOne<&multiply_any_avx2<T, kTokens>>;
 #endif
-  return &multiply_any<T, kTokens>;
+  return kOneByOne<&multiply_any<T, kTokens>>;
 }
 
 template <class T>
@@ -212,7 +259,7 @@ struct NmWeight {
   int64_t stored;  // values a row
   int code_bits;
   std::vector<int32_t> group_columns;
-  Multiply multiply_by[4];  // 1, 2, 4 and 8 tokens
+  Multiplies multiply_by[4];  // 1, 2, 4 and 8 tokens
 
   NmWeight(const NmRows& p, int64_t columns_)
       : rows(p.rows),
@@ -235,28 +282,36 @@ struct NmWeight {
   const Unit* units_of(int64_t row) const { return static_cast<const Unit*>(packed.values) + row * stored / kUnitValues<T>; }
   const uint32_t* codes_of(int64_t row) const { return packed.codes + row * stored * code_bits / 32; }
 
-  Row row_of(int64_t row) const {
-    return {units_of(row), codes_of(row), stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, packed.n, nullptr, 0, nullptr, 0};
+  int64_t bytes() const { return rows * stored * (static_cast<int64_t>(sizeof(T)) * 8 + code_bits) / 8; }
+
+  Factors factors_of(const float* x, int64_t x_stride) const {
+    return {stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, packed.n, x, x_stride};
   }
 
-  bool multiply(int64_t tile, const TokenBlock& block) const {
-    const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
-    for (int64_t i = first; i < end; ++i) {
-      Row row = row_of(i);
-      row.x = block.x;
-      row.x_stride = block.x_stride;
-      row.sums = block.sums + i - first;
-      row.sums_stride = block.sums_stride;
-      for (int64_t token = 0; token < block.tokens;) {
-        const int64_t left = block.tokens - token;
-        const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
-        multiply_by[power](row);
-        row.x += row.x_stride << power;
-        row.sums += row.sums_stride << power;
-        token += int64_t{1} << power;
+  bool multiply(const int64_t* tiles, int64_t given, const TokenBlock& block, TileSums* sums) const {
+    for (int64_t row = 0; row < packed_rows::kTileRows; ++row) {
+      Row some_rows[kStreams];
+      int64_t some = 0;
+      for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may end early
+        const int64_t i = tiles[some] * packed_rows::kTileRows + row;
+        some_rows[some] = {units_of(i), codes_of(i), &sums[some][0][row]};
       }
+      if (some == 0) break;
+      multiply_rows(some_rows, some, block);
     }
     return true;
+  }
+
+  void multiply_rows(Row* some_rows, int64_t some, const TokenBlock& block) const {
+    Factors factors = factors_of(block.x, block.x_stride);
+    for (int64_t token = 0; token < block.tokens;) {
+      const int64_t left = block.tokens - token;
+      const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
+      (some == 2 ? multiply_by[power].two : multiply_by[power].one)(factors, some_rows);
+      factors.x += block.x_stride << power;
+      for (int64_t i = 0; i < some; ++i) some_rows[i].sums += packed_rows::kTileRows << power;
+      token += int64_t{1} << power;
+    }
   }
 
   bool expand(int64_t tile, float* panel) const {
@@ -266,9 +321,9 @@ struct NmWeight {
     if (current_isa() >= Isa::avx512) {
       Row tile_rows[kLanes];
       const int count = static_cast<int>(std::min(packed_rows::kTileRows, rows - first));
-      for (int row = 0; row < count; ++row) tile_rows[row] = row_of(first + row);
+      for (int row = 0; row < count; ++row) tile_rows[row] = {units_of(first + row), codes_of(first + row), nullptr};
       const auto expand_panel = code_bits == 2 ? &expand_panel_avx512<T, false> : &expand_panel_avx512<T, true>;
-      return expand_panel(tile_rows, count, columns / packed.m * packed.n, columns, panel);
+      return expand_panel(factors_of(nullptr, 0), tile_rows, count, columns / packed.m * packed.n, columns, panel);
     }
 #endif
     return for_each_value(tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });

@@ -16,7 +16,8 @@
 namespace sparsekern::cpu {
 
 constexpr int64_t kTogether = 8;  // tokens that share expanded registers
-constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kStreams = 2;   // tiles that are read at the same time: one core gets more from the memory by two streams than by one
+constexpr int64_t kTasksPerThread = 8, kTaskBytes = 512 * 1024;  // the most tasks, the fewest bytes: a task's first lines come late
 
 template <class T>
 SPARSEKERN_INLINE void floats_of(const T* in, int64_t count, float* out) {
@@ -48,18 +49,21 @@ struct Activations {
   const float* row(int64_t token) const { return data.get() + token * stride; }
 };
 
-// Some tokens against the rows of a tile: the sum of (token, row) goes to sums[token * stride + row].
+// The sums of up to kTogether tokens and the rows of a tile.
+using TileSums = float[kTogether][packed_rows::kTileRows];
+
+// Some tokens.
 struct TokenBlock {
   const float* x;
   int64_t x_stride;
   int64_t tokens;
-  float* sums;
-  int64_t sums_stride;
 };
 
 // A weight in tiles of 16 stored rows is anything that has
 //   int64_t rows, columns;
-//   bool multiply(int64_t tile, const TokenBlock& block) const;  // for up to kTogether tokens
+//   int64_t bytes() const;                                       // that its packed form takes, about
+//   int64_t first_tile(int64_t task, int64_t tasks) const;       // ascending, to share the work out
+//   bool multiply(const int64_t* tiles, int64_t count, const TokenBlock& block, TileSums* sums) const;  // up to kStreams, ascending
 //   bool expand(int64_t tile, float* panel) const;               // column j of the tile's rows to panel[16 * j], zeros included
 //   bool expand_rows(int64_t tile, T* weight) const;             // the tile's rows to where they belong in the dense weight
 // where false says that the packed tensors contradict one another.
@@ -103,15 +107,30 @@ struct Output {
 };
 
 template <class Weight, class T>
-bool multiply_tile_by_few(const Weight& weight, int64_t tile, const Activations& x, const Output<T>& output) {
-  const int64_t row = tile * packed_rows::kTileRows, rows = std::min(packed_rows::kTileRows, weight.rows - row);
+bool multiply_tiles_by_few(const Weight& weight, const int64_t* tiles, int64_t count, const Activations& x, const Output<T>& output) {
   for (int64_t token = 0; token < x.tokens; token += kTogether) {
-    float sums[kTogether * packed_rows::kTileRows];
-    const TokenBlock block{x.row(token), x.stride, std::min(kTogether, x.tokens - token), sums, packed_rows::kTileRows};
-    if (!weight.multiply(tile, block)) return false;
-    for (int64_t i = 0; i < block.tokens; ++i) output.write(token + i, row, rows, sums + i * packed_rows::kTileRows);
+    TileSums sums[kStreams];
+    const TokenBlock block{x.row(token), x.stride, std::min(kTogether, x.tokens - token)};
+    if (!weight.multiply(tiles, count, block, sums)) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = tiles[i] * packed_rows::kTileRows, rows = std::min(packed_rows::kTileRows, weight.rows - row);
+      for (int64_t j = 0; j < block.tokens; ++j) output.write(token + j, row, rows, sums[i][j]);
+    }
   }
   return true;
+}
+
+// Tiles of [first, end), one from each half at a time.
+template <class Weight, class T>
+bool multiply_range_by_few(const Weight& weight, int64_t first, int64_t end, const Activations& x, const Output<T>& output) {
+  static_assert(kStreams == 2, "of the halves");
+  const int64_t half = (end - first + 1) / 2;
+  bool sound = true;
+  for (int64_t tile = first; tile < first + half; ++tile) {
+    const int64_t tiles[kStreams] = {tile, tile + half};
+    sound &= multiply_tiles_by_few(weight, tiles, tile + half < end ? 2 : 1, x, output);
+  }
+  return sound;
 }
 
 template <class Weight, class T>
@@ -139,11 +158,10 @@ bool packed_product(const Weight& weight, const Activations& x, const Output<T>&
   const int64_t tiles = packed_rows::tiles(weight.rows);
   std::atomic<bool> sound{true};
   if (x.tokens <= kFewTokens) {
-    const int64_t tasks = std::min(tiles, executor.threads <= 1 ? 1 : kTasksPerThread * executor.threads);
+    const int64_t threads = std::max(executor.threads, 1), each = weight.bytes() / (threads * kTaskBytes);
+    const int64_t tasks = std::min(tiles, threads == 1 ? 1 : threads * std::clamp<int64_t>(each, 1, kTasksPerThread));
     parallel_tasks(executor, tasks, [&](int64_t task) {
-      for (int64_t tile = weight.first_tile(task, tasks); tile < weight.first_tile(task + 1, tasks); ++tile) {
-        if (!multiply_tile_by_few(weight, tile, x, output)) sound = false;
-      }
+      if (!multiply_range_by_few(weight, weight.first_tile(task, tasks), weight.first_tile(task + 1, tasks), x, output)) sound = false;
     });
     return sound;
   }
