@@ -165,19 +165,20 @@ class SparseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        bias = self._parameters["bias"]  # past Module.__getattr__, which one token of a small layer notices
-        if x.dtype != self.dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.dtype)
+        tensors = self._buffers | self._parameters  # past Module.__getattr__, which one token of a small layer notices
+        bias, dtype = tensors["bias"], tensors[self._values].dtype
+        if x.dtype != dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(dtype)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)
-        return self._product(x, bias)
+        return self._product(x, tensors, bias)
 
-    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        many = self._buffers["compressed"] is not None and x.shape[:-1].numel() >= FEWEST_TOKENS
+    def _product(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+        many = tensors["compressed"] is not None and x.shape[:-1].numel() >= FEWEST_TOKENS
         compressed = self._current_compressed() if many else None
         if compressed is None:
-            return self._layout.linear(x, self.tensors, self.shape, bias)
-        self._layout.check_input(x, self.tensors, self.shape)
+            return self._layout.linear(x, tensors, self.shape, bias)
+        self._layout.check_input(x, tensors, self.shape)
         product = cslt_linear(x.reshape(-1, self.in_features), compressed, self.out_features, bias)
         return product.view(*x.shape[:-1], self.out_features)
 
@@ -251,7 +252,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        return layer._product(x, bias)
+        return layer._product(x, layer._buffers | layer._parameters, bias)
 
     @staticmethod
     def backward(ctx, grad):
