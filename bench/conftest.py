@@ -60,7 +60,8 @@ def measure(benchmark, request):
     `bytes` is what the operation must read at least, `flops` what it must compute; `setup` runs untimed before each round.
     `against` is a baseline that is timed between the rounds of `function` (ours, baseline, ours, ...), so that both see the same
     machine; the ratio of the medians, or of the minima where that is smaller, is stored with the `goal` it is to reach, and the
-    ratio that a kernel at the ceiling would have. `bench.cpu` collects those.
+    ratio that a kernel at the ceiling would have. `settled` has either called once untimed before it is timed: a core takes some 50 us
+    to go from the clock of AVX2 to that of AVX-512, which layers that follow one another never pay. `bench.cpu` collects those.
     """
 
     def run(
@@ -74,13 +75,14 @@ def measure(benchmark, request):
         rounds: int = 5,
         warmup: bool = True,
         against=None,
+        settled: bool = False,
         goal: float | None = None,
         **notes,
     ):
         benchmark.group = group
         baseline_seconds: list[float] = []
         if against is not None:
-            setup = _timed(against, baseline_seconds)
+            setup = _timed(against, baseline_seconds, first=function if settled else None)
         result = benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=int(warmup))
         if benchmark.stats is None:  # --benchmark-disable: called once, for its assertions
             return result
@@ -106,10 +108,16 @@ def measure(benchmark, request):
     return run
 
 
-def _timed(function: Callable[[], object], seconds: list[float]) -> Callable[[], None]:
+def _timed(against: Callable[[], object], seconds: list[float], first: Callable[[], object] | None) -> Callable[[], None]:
+    """Times `against`; with `first`, calls it once before, and `first` behind it."""
+
     def call() -> None:
+        if first is not None:
+            against()
         start = time.perf_counter()
-        function()
+        against()
         seconds.append(time.perf_counter() - start)
+        if first is not None:
+            first()
 
     return call
