@@ -17,29 +17,6 @@ from sparsekern.pruning import pipeline
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny.save_folder(tmp_path_factory.mktemp("cli") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny.TEXT)
-    return str(path)
-
-
-@pytest.fixture
-def prune(model, text, tmp_path):
-    """Runs `sparsekern prune` on the tiny model in this process; returns its exit code."""
-
-    def run(*arguments: str, out: str = "out") -> int:
-        given = ["prune", model, "--calibration", text, "--samples", "8", "--length", "32", "--out", str(tmp_path / out)]
-        return main([*given, *arguments])
-
-    return run
-
-
 def kept_of_four(weight: torch.Tensor) -> torch.Tensor:
     return (weight.unflatten(1, (-1, 4)) != 0).sum(-1)
 
@@ -143,15 +120,6 @@ def test_a_format_that_nothing_will_fit_is_refused_before_the_work(prune, model,
     assert prune("--calibration", str(other), "--pattern", "0.5", "--format", "2:4") == 1
     refused = "error: format: by pattern 0.5, none of 22 linear layers is sure to get smaller with '2:4'"
     assert capsys.readouterr().err.count(refused) == 2 and not (tmp_path / "out").exists()
-
-
-def test_several_texts_packed(prune, text, tmp_path, capsys):
-    other = tmp_path / "other.txt"
-    other.write_text(tiny.TEXT[::-1])
-    assert prune("--calibration", str(other), "--method", "copal", "--format", "2:4") == 0
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert again.model.layers[0].mlp.up_proj.format == "2:4"
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the fox")["input_ids"] == tiny.tokenizer()("the fox")["input_ids"]
 
 
 def test_sparsellm_with_another_solver(prune, tmp_path):
@@ -363,52 +331,6 @@ def test_usage(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
     assert stopped.value.code == 0 and capsys.readouterr().out == f"sparsekern {sparsekern.__version__}\n"
-
-
-def test_several_texts_one_after_another(model, text, tmp_path, capsys):
-    other = tmp_path / "other.txt"
-    other.write_text(" ".join(reversed(tiny.TEXT.split())))
-    given = ["prune", model, "--method", "copal", "--pattern", "0.5", "--samples", "4", "--length", "32"]
-    both = ["--calibration", text, "--calibration", str(other)]
-    assert main([*given, *both, "--evaluate", "--text", text, "--text", str(other), "--windows", "2", "--out", str(tmp_path / "a")]) == 0
-    printed = capsys.readouterr().out
-    for line in ("backward transfer", "average perplexity", "mask changed", f"evaluated on 2 x 64 tokens of {other}", "from_pretrained"):
-        assert line in printed
-    report = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert report["names"] == [text, str(other)] and report["backward_transfer"] is not None and report["versions"]
-    assert "one after another" in (tmp_path / "a" / "README.md").read_text()
-
-    state = ["--state", str(tmp_path / "state")]
-    assert main([*given, "--calibration", text, *state, "--out", str(tmp_path / "b")]) == 0
-    assert main([*given, "--calibration", str(other), *state, "--out", str(tmp_path / "c")]) == 0
-    once, later = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ac")
-    assert all(torch.equal(p, q) for p, q in zip(once.parameters(), later.parameters(), strict=True))
-    assert main([*given, "--calibration", text, *state, "--out", str(tmp_path / "d")]) == 1
-    assert "was taken in already" in capsys.readouterr().err
-    assert main([*given, "--calibration", text, *state, "--abandon", "--out", str(tmp_path / "d")]) == 1
-    assert "holds no unfinished step" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--calibration", "a.txt", "--calibration", "a.txt"], "calibration: a.txt is given twice"),
-        (["--state", "state", "--report-error"], "report-error: not with more than one --calibration, nor with --state"),
-        (["--calibration", "a.txt", "--resume"], "resume: expected --state, the folder of the run to go on with"),
-        (["--abandon"], "abandon: expected --state, the folder with the unfinished step"),
-        (["--calibration", "a.txt", "--abandon"], "abandon: expected --state, the folder of the run to go on with"),
-        (["--state", "state", "--abandon", "--resume"], "abandon: expected it without --resume"),
-        (["--calibration", "a.txt", "--strategy", "x"], "strategy: expected one of 'accumulate', 'dense', 'carry', got 'x'"),
-        (["--calibration", "a.txt", "--method", "kprune", "--pattern", "0.5"], "method: expected one of alps, copal, "),
-        (["--state", "state", "--evaluate"], "text: expected one --text for each --calibration"),
-        (["--strategy", "carry"], "strategy: expected more than one --calibration, or --state"),
-        (["--text", "a.txt", "--text", "b.txt"], "text: expected one --text for one --calibration, got 2"),
-    ],
-)
-def test_wrong_calls_about_several_texts(prune, capsys, arguments, message):
-    assert prune(*arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1  # no model was loaded
 
 
 def test_info(capsys):
