@@ -53,12 +53,13 @@ def count_bits(bits):
 
 
 @triton.jit
-def find_places(
-    bits, starts, order, ends, status, rows, words, units, LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
+def find_tile(
+    values, bits, starts, order, ends, status, rows, words, units, LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
 ):
-    """`ends`: where the values of each word of this program's tile end, in units from the tile's first one, whose value is returned.
+    """This program's tile: its first row, and where its values, bits and ends begin.
 
-    Nothing that is kept leads out of the values, whatever the tensors hold; `status` is set where they contradict one another.
+    `ends`, written here: where the values of each word end, in units from the tile's first one. Nothing that is kept leads out of the
+    values, whatever the tensors hold; `status` is set where they contradict one another.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, lane = tl.arange(0, ROWS), tl.arange(0, WORDS)
@@ -88,7 +89,7 @@ def find_places(
         tl.store(ends + place + word, own + counts, mask=inside)
         before += tl.sum(counts, axis=1)
     tl.debug_barrier()  # other threads read the places
-    return start * LANES
+    return first, values + start * LANES, bits + first * words, ends + first * words
 
 
 @triton.jit
@@ -134,11 +135,7 @@ def multiply(
     TOKENS: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows times all `tokens`, of which there are `TOKENS` at most: one, or a tile of the tensor cores."""
-    start = find_places(bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    values += start
-    bits += first * words
-    ends += first * words
+    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four = 4 * tl.arange(0, COLUMNS // 4)[None, None, :]
     left = (rows - first).to(tl.int32)
@@ -169,11 +166,7 @@ def unpack(
     PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows to where they belong in the dense weight."""
-    start = find_places(bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    values += start
-    bits += first * words
-    ends += first * words
+    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four, lane = 4 * tl.arange(0, COLUMNS // 4)[None, None, :], tl.arange(0, COLUMNS)[None, None, :]
     in_rows = first + row < rows
