@@ -264,8 +264,8 @@ def prepare(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start:
     damped, dead = diagonal + damping * diagonal.mean(), diagonal <= 0
     to_basis, to_weight = (root.masked_fill(dead, 0).float() for root in (damped.sqrt(), damped.rsqrt()))
     unit = torch.empty_like(gram, memory_format=torch.contiguous_format)
-    vectors = (torch.empty((rows, columns), device=weight.device) for _ in range(4))
-    numbers = torch.empty((4, rows), device=weight.device)
+    vectors = (gram.new_empty((rows, columns)) for _ in range(4))
+    numbers = gram.new_empty((4, rows))
     latest, status = torch.zeros(2, dtype=torch.int32, device=weight.device)
     state = Rows(unit, to_weight, mask.contiguous().view(torch.uint8), *vectors, *numbers, latest, status)
     with on_device_of(gram):

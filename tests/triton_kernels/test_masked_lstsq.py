@@ -130,6 +130,20 @@ def test_a_second_call_gives_the_same_bits(generator):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(generator, dtype):
+    given = problem(4, 16, generator)
+    expected = TRITON.run(*given)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = TRITON.run(*given)
+    finally:
+        torch.set_default_dtype(before)
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_products_are_in_float32_whatever_is_allowed(generator, monkeypatch):
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
