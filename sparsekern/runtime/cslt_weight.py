@@ -7,6 +7,8 @@ tokens, so both have to be kept. Each takes 9/16 of the dense weight: `SparseLin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..backends.table import YES, Support
@@ -61,9 +63,21 @@ def compress(weight: torch.Tensor) -> torch.Tensor:
     return torch._cslt_compress(weight.contiguous())
 
 
-def state_of(tensors) -> tuple:
-    """What tells tensors from others in their place, and from what they were before they were written to.
+class State:
+    """Tells tensors from others in their place, and from what they were before they were written to.
 
-    Those made in inference mode do not count their changes.
+    Those made in inference mode do not count their changes, and nothing counts what goes through `.data`. It holds the tensors, or
+    others in their place might lie at the same address.
     """
-    return tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._tensors = tuple(tensors)
+        self._counted = self._count(self._tensors)
+
+    def is_of(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether they are the same tensors and, as far as they tell, unchanged."""
+        return self._counted == self._count(tensors)
+
+    @staticmethod
+    def _count(tensors: Iterable[torch.Tensor]) -> tuple:
+        return tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)

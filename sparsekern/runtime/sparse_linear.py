@@ -8,7 +8,7 @@ from torch import nn
 from ..backends.table import Support
 from ..models.linears import is_conv1d, linear_weight
 from .cslt_linear import cslt_linear
-from .cslt_weight import FEWEST_TOKENS, compress, state_of, supports_on
+from .cslt_weight import FEWEST_TOKENS, State, compress, supports_on
 from .formats import check_shape, format_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,8 +110,9 @@ class SparseLinear(nn.Module):
         It takes as much memory again as the packed weight: 1.125 times the dense weight in all, in return for products of many tokens
         on the sparse tensor cores without unpacking. Fewer tokens, saving and `state_dict()` go by the packed weight as before. It is
         made here, and anew when the layer moves to another dtype or device (where that can hold one), when a state dict is loaded,
-        and in the first product of a copy or after one of the packed tensors was written to. A model that `torch.compile` has
-        compiled does not look whether they were: call this again after changing them.
+        and in the first product of a copy or after one of the packed tensors was written to. Writes that PyTorch does not count are
+        not seen, those through `.data` and to tensors made in inference mode, and a model that `torch.compile` has compiled does not
+        look for any: call this again after them.
 
         Neither its speed nor the number of tokens has been measured, and no product by it has run on a GPU yet; the tests for one
         are marked `gpu`.
@@ -122,7 +123,11 @@ class SparseLinear(nn.Module):
         if keep and not (support := self.supports_compressed()).ok:
             raise ValueError(f"SparseLinear: cuSPARSELt cannot hold this weight, {support.reason}")
         self.keeps_compressed = keep
-        self._compress()
+        try:
+            self._compress()
+        except ValueError:
+            self.keeps_compressed = False
+            raise
 
     def supports_compressed(self) -> Support:
         """Whether `keep_compressed` can be had where the layer is now; if not, with the reason."""
@@ -183,16 +188,22 @@ class SparseLinear(nn.Module):
         return product.view(*x.shape[:-1], self.out_features)
 
     def _current_compressed(self) -> torch.Tensor | None:
-        if not torch.compiler.is_compiling() and self._compressed_from != state_of(self.tensors.values()):
-            self._compress()
+        if not torch.compiler.is_compiling():
+            made_from = self._compressed_from
+            if made_from is None or not made_from.is_of(self.tensors.values()):
+                self._compress()
         return self.compressed
 
     def _compress(self) -> None:
         """Make the compressed weight anew; None where it is not asked for or cannot be had."""
-        self.compressed = None  # before the next is made
+        self._drop_compressed()  # before the next is made
         if self.keeps_compressed and self.supports_compressed().ok:
+            made_from = State(self.tensors.values())
             self.compressed = compress(self.dense_weight())
-            self._compressed_from = state_of(self.tensors.values())
+            self._compressed_from = made_from
+
+    def _drop_compressed(self) -> None:
+        self.compressed = self._compressed_from = None
 
     def __getstate__(self) -> dict:
         """For copies and pickles, whose tensors have counted no changes yet."""
@@ -208,7 +219,7 @@ class SparseLinear(nn.Module):
         before = self.dtype
         after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
         self._check_move(before, after)
-        self.compressed = None  # which is for one device, and its bits are no values to convert
+        self._drop_compressed()  # which is for one device, and its bits are no values to convert
         if after.itemsize == before.itemsize:
             super()._apply(fn, recurse)
         else:  # half values share a unit of four bytes, so the layout of float32 is another
@@ -243,7 +254,10 @@ class SparseLinear(nn.Module):
                 error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._compress()
+        try:
+            self._compress()
+        except ValueError as error:  # a NaN
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
 
 
 class _Product(torch.autograd.Function):

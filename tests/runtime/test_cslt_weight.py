@@ -106,6 +106,7 @@ def test_of_a_model_the_layers_that_can_hold_it(generator, stand_in):
     model[0].values[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"0: weight: expected no NaN, got nan at \[0, "):
         keep_compressed(model)
+    assert not model[0].keeps_compressed and model.half()[0].compressed is None
 
 
 @HALVES
@@ -157,6 +158,26 @@ def test_it_follows_the_packed_weight(generator, stand_in, write):
     current = kept.compressed
     kept(x)
     assert kept.compressed is current
+
+
+def test_tensors_that_lie_where_others_lay_are_not_taken_for_them(generator, stand_in):
+    kept = layer(generator)
+    kept.keep_compressed()
+    x, values = tokens(generator, FEWEST_TOKENS), kept.values.clone()
+    for factor in range(2, 8):  # memory that is freed by the first is what the second gets, as a rule
+        kept.values = torch.nn.Parameter(-values, requires_grad=False)
+        kept.values = torch.nn.Parameter(factor * values, requires_grad=False)
+        assert torch.equal(kept(x), dense(kept, x))
+
+
+def test_a_state_dict_with_a_nan_is_refused_by_the_name_of_the_layer(generator, stand_in):
+    model = torch.nn.Sequential(layer(generator), layer(generator))
+    keep_compressed(model)
+    given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given["0.values"][0, 0], given["1.bias"][0] = float("nan"), 7
+    with pytest.raises(RuntimeError, match=r"0: weight: expected no NaN, got nan at \[0, "):
+        model.load_state_dict(given)
+    assert model[0].compressed is None and model[1].bias[0] == 7
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
