@@ -1,4 +1,4 @@
-"""The resident memory of a process that does nothing but load one model and generate with it: `python -m sparsekern.runtime.resident`.
+"""The resident memory of a process that does nothing but load one model and generate with it.
 
 Each model has a fresh process of its own. In one that has held both, what was freed of the one may still be resident and count for the
 other, and the peak is that of both.
@@ -34,8 +34,10 @@ class Resident(NamedTuple):
 
 
 def why_unknown() -> str:
-    """Why this platform does not tell the resident memory of a process; empty where it does."""
-    return "" if STATUS.exists() else f"{sys.platform} has no {STATUS} to read it from"
+    """Why the resident memory of a process of its own is not to be had here; empty where it is."""
+    if not STATUS.exists():
+        return f"{sys.platform} has no {STATUS} to read it from"
+    return "" if sys.executable else "this Python does not know its own executable"
 
 
 def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remote_code: bool = False) -> Resident:
@@ -48,13 +50,18 @@ def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remo
     with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         check_space(model, folder)
         model.save_pretrained(folder)
-        command = [sys.executable, "-m", "sparsekern.runtime.resident", folder, "--device", str(model.device)]
+        command = [sys.executable, "-c", _program(), folder, "--device", str(model.device)]
         command += ["--prompt-length", str(prompt_length), "--tokens", str(tokens)]
         command += ["--trust-remote-code"] if trust_remote_code else []
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise RuntimeError(f"resident memory: the process that loaded the model {_how_it_ended(done)}; --no-rss does without")
     return Resident(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _program() -> str:
+    """`main` with the modules of this process, not what lies under their names in the current folder."""
+    return f"import sys; sys.path[:] = {[str(path) for path in sys.path]}; from sparsekern.runtime.resident import main; main()"
 
 
 def _how_it_ended(done: subprocess.CompletedProcess) -> str:
@@ -96,7 +103,3 @@ def main() -> None:
         generate(model, random_prompt(model, arguments.prompt_length), arguments.tokens)
     after, peak = current_and_peak(STATUS.read_text())
     print(json.dumps(Resident(before, after, peak)._asdict()))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@ import copy
 import json
 import re
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -64,7 +65,10 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert "gets smaller with format='1:16'" in capsys.readouterr().err
 
 
-def test_resident_memory_is_told_by_a_process_that_loads_the_model():
+def test_resident_memory_is_told_by_a_process_that_loads_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(Path(place).absolute()) for place in sys.path])
+    monkeypatch.chdir(tmp_path)
+    Path("random.py").write_text("raise ImportError('from the current folder')")  # which is no place to import from
     found = resident.resident_of(packed_copy(packed.llama()), prompt_length=8, tokens=4)
     assert 2**26 < found.before < found.after <= found.peak  # a Python with torch in it has more than 64 MB
 
@@ -90,6 +94,11 @@ def test_a_platform_that_does_not_tell(monkeypatch, tmp_path):
     found = compare(model, packed_copy(model), prompt_length=8, tokens=4, rounds=1, resident=True)
     assert found.packed.resident is found.packed.peak is None and "resident" not in found.ratios
     assert str(found).endswith(f"\nresident memory is not known: {sys.platform} has no {tmp_path / 'status'} to read it from")
+
+
+def test_a_python_that_does_not_know_its_executable(monkeypatch):
+    monkeypatch.setattr(resident.sys, "executable", "")
+    assert resident.why_unknown() == "this Python does not know its own executable"
 
 
 def test_what_linux_says_of_a_process():
