@@ -5,41 +5,13 @@
 #include <vector>
 
 #include "common/bitmask_layout.h"
-#include "common/nm_layout.h"
 #include "common/packed_rows.h"
 #include "cpu/tensors.h"
+#include "stable/nm_tensors.h"
 
 namespace sparsekern::cpu {
 
 namespace {
-
-nm::Type nm_type_of(const Tensor& tensor, const char* message) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Char: return nm::Type::i8;
-    case ScalarType::BFloat16: return nm::Type::bf16;
-    case ScalarType::Half: return nm::Type::f16;
-    case ScalarType::Float: return nm::Type::f32;
-    default: throw std::invalid_argument(message);
-  }
-}
-
-struct Packed {
-  Tensor values, meta;
-};
-
-// Room for the packed form of a weight, whose shape is checked.
-Packed new_packed(const Tensor& weight) {
-  const nm::Format format = nm::format_of(static_cast<int>(weight.element_size()));
-  check(
-      weight.dim() == 2 && weight.size(0) % format.row_multiple == 0 && weight.size(1) % format.column_multiple() == 0,
-      "weight: expected a shape that the layout divides");
-  const int64_t rows = weight.size(0);
-  const int64_t columns = weight.size(1);
-  const ScalarType word = format.word_bits == 32 ? ScalarType::Int : ScalarType::Short;
-  return {
-      torch::stable::new_empty(weight, {rows, columns / 2}),
-      torch::stable::new_empty(weight, {rows, columns / format.columns_per_word()}, word)};
-}
 
 std::tuple<Tensor, Tensor> nm_pack_of(Tensor weight) {
   const nm::Type type = nm_type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
@@ -70,25 +42,14 @@ std::tuple<Tensor, Tensor> nm_prune_pack_of(Tensor weight, std::optional<Tensor>
 }
 
 Tensor nm_unpack_of(Tensor values, Tensor meta) {
-  nm_type_of(values, "values: expected dtype bfloat16, float16, float32 or int8");
-  const auto element_size = static_cast<int>(values.element_size());
-  const nm::Format format = nm::format_of(element_size);
-  check(values.dim() == 2 && meta.dim() == 2, "values, meta: expected 2 dimensions");
-  const int64_t rows = values.size(0);
-  const int64_t columns = 2 * values.size(1);
-  check(
-      rows % format.row_multiple == 0 && columns % format.column_multiple() == 0,
-      "values: expected a shape that the layout divides");
-  check(
-      meta.scalar_type() == (format.word_bits == 32 ? ScalarType::Int : ScalarType::Short) && meta.size(0) == rows &&
-          meta.size(1) == columns / format.columns_per_word(),
-      "meta: expected the dtype and shape that go with values");
+  check_packed(values, meta);
+  const int64_t rows = values.size(0), columns = 2 * values.size(1);
   const Tensor dense_values = torch::stable::contiguous(values);
   const Tensor dense_meta = torch::stable::contiguous(meta);
   Tensor weight = torch::stable::new_empty(values, {rows, columns});
   nm_unpack(
-      dense_values.const_data_ptr(), dense_meta.const_data_ptr(), element_size, rows, columns, weight.mutable_data_ptr(),
-      torch_executor());
+      dense_values.const_data_ptr(), dense_meta.const_data_ptr(), static_cast<int>(values.element_size()), rows, columns,
+      weight.mutable_data_ptr(), torch_executor());
   return weight;
 }
 

@@ -1,20 +1,14 @@
-// What the stable-ABI wrappers of the CPU kernels share: checks that keep a kernel inside its memory, contiguous operands, and torch's
-// thread pool. Friendly messages about shapes and dtypes come from the Python wrappers; these checks are for direct calls of torch.ops.
+// What the stable-ABI wrappers of the CPU kernels share beside stable/tensors.h: contiguous operands, and torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
 
 #include "cpu/kernels.h"
+#include "stable/tensors.h"
 
 namespace sparsekern::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline Executor torch_executor() {
   return {static_cast<int>(torch::stable::get_num_threads()),
@@ -24,25 +18,12 @@ inline Executor torch_executor() {
           }};
 }
 
-inline void check(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
 inline float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 inline const float* const_float_data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
 inline void check_square_float(const Tensor& tensor, const char* message) {
   check(tensor.dim() == 2 && tensor.size(0) == tensor.size(1) && tensor.scalar_type() == ScalarType::Float, message);
-}
-
-inline DType dtype_of(const Tensor& tensor, const char* message) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: throw std::invalid_argument(message);
-  }
 }
 
 // A contiguous copy where one is needed, kept alive beside its pointer.

@@ -1,7 +1,8 @@
 #include <tuple>
 
 #include "cuda/kernels.h"
-#include "cuda/nm_tensors.h"
+#include "cuda/tensors.h"
+#include "stable/nm_tensors.h"
 
 namespace sparsekern::cuda {
 

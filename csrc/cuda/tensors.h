@@ -1,11 +1,9 @@
-// What every stable-ABI wrapper of a CUDA kernel (<op>_op.cpp) needs: checks, the device, and torch's current stream.
+// What every stable-ABI wrapper of a CUDA kernel (<op>_op.cpp) needs beside stable/tensors.h: the device and torch's current stream.
 //
 // With SPARSEKERN_SIMT the same wrappers serve CPU tensors, through kernels that csrc/testing/simt runs on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #ifndef SPARSEKERN_SIMT
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -14,9 +12,8 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <stdexcept>
 
-#include "common/dtype.h"
+#include "stable/tensors.h"
 
 #ifdef SPARSEKERN_SIMT
 #define SPARSEKERN_DEVICE_KEY CPU
@@ -25,9 +22,6 @@
 #endif
 
 namespace sparsekern::cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 #ifdef SPARSEKERN_SIMT
 struct DeviceGuard {
@@ -50,24 +44,11 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 }
 #endif
 
-inline void check(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
 // Raw ops are called by sparsekern.backends with contiguous tensors on one device; these keep a direct call inside memory.
 inline void check_contiguous(const Tensor& tensor, const char* message) { check(tensor.is_contiguous(), message); }
 
 inline void check_same_device(const Tensor& a, const Tensor& b, const char* message) {
   check(a.get_device_index() == b.get_device_index(), message);
-}
-
-inline DType dtype_of(const Tensor& tensor, const char* message) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: throw std::invalid_argument(message);
-  }
 }
 
 template <class T>

@@ -1,0 +1,30 @@
+// What the stable-ABI wrappers of the CPU and of the CUDA kernels share: the checks that keep a kernel inside its memory. Friendly
+// messages about shapes and dtypes come from the Python wrappers; these checks are for direct calls of torch.ops.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+
+#include "common/dtype.h"
+
+namespace sparsekern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* message) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: throw std::invalid_argument(message);
+  }
+}
+
+}  // namespace sparsekern
