@@ -24,7 +24,7 @@ from .._warnings import SparsekernWarning
 from ..models import Linear
 from ..runtime import check_output_folder
 from .files import write_atomically
-from .report import LayerReport
+from .report import LayerReport, Report
 
 FOLDER = "checkpoint"
 STATE = "state.json"
@@ -131,9 +131,21 @@ class Checkpoint:
         return self.folder / f"block-{index:05d}.safetensors"
 
 
-def finish(out: str | os.PathLike) -> None:
-    """Remove the checkpoint from `out`, once the pruned model itself has been saved there."""
-    shutil.rmtree(Path(out) / FOLDER)
+def finish(out: str | os.PathLike, report: Report, dense_bytes: int, complete: Callable[[Report], None] | None) -> None:
+    """Put the report beside the pruned model saved in `out`, then what `complete` adds, and remove the checkpoint.
+
+    It goes last, so that a run killed before can be resumed.
+
+    Args:
+        dense_bytes: of the weights in memory, for the report.
+    """
+    folder = Path(out)
+    report.bytes = {"dense": dense_bytes, "saved": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+    report.to_json(folder / "report.json")
+    report.to_html(folder / "report.html")
+    if complete is not None:
+        complete(report)
+    shutil.rmtree(folder / FOLDER)
 
 
 def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) -> str:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -157,12 +156,7 @@ def prune(
         bar.close()
     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
     if out is not None:
-        report.bytes = {"dense": weight_bytes(model), "saved": sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))}
-        report.to_json(os.path.join(out, "report.json"))
-        report.to_html(os.path.join(out, "report.html"))
-        if complete is not None:
-            complete(report)
-        finish(out)
+        finish(out, report, weight_bytes(model), complete)
     return report
 
 

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +84,7 @@ def prune_units(
         bar.close()
     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
     if out is not None:
-        report.bytes = {"dense": dense_bytes, "saved": sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))}
-        report.to_json(os.path.join(out, "report.json"))
-        report.to_html(os.path.join(out, "report.html"))
-        if complete is not None:
-            complete(report)
-        finish(out)
+        finish(out, report, dense_bytes, complete)
     return report
 
 
