@@ -51,6 +51,8 @@ def cslt_linear(x: torch.Tensor, compressed: torch.Tensor, out_features: int, bi
 
 def through_torch(x, compressed, out_features, bias=None):
     """By `torch._cslt_sparse_mm`, which makes its plan anew in each call."""
+    if x.device != compressed.device:  # of which cuSPARSELt takes the bare addresses
+        raise ValueError(f"x: expected a tensor on {compressed.device}, as the compressed weight, got one on {x.device}")
     tokens = x.shape[0]
     if tokens == 0:
         return x.new_empty((0, out_features))

@@ -142,6 +142,12 @@ def test_nothing_is_searched_while_a_graph_is_captured(cusparselt, monkeypatch, 
     assert cusparselt.products[-1][1] == (7, 2, 1)
 
 
+def test_what_is_on_another_device_is_refused(cusparselt):
+    with pytest.raises(ValueError, match="x: expected a tensor on cpu, as the compressed weight, got one on meta"):
+        through_torch(torch.zeros(8, 32, device="meta"), torch.zeros(64, 32), 64)
+    assert not cusparselt.searches and not cusparselt.products
+
+
 def test_no_tokens(cusparselt):
     assert through_torch(torch.zeros(0, 32), torch.zeros(64, 32), 64).shape == (0, 64)
     assert not cusparselt.searches and not cusparselt.products
