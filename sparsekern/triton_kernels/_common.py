@@ -132,6 +132,16 @@ def lower_tile_at(index, row_tiles, WIDE: tl.constexpr, GROUP: tl.constexpr):
     return row, column
 
 
+@triton.jit
+def place_of_tile(index, rows, columns, LOWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of the `index`-th tile of a matrix, or of its lower triangle."""
+    if LOWER:
+        row, column = lower_tile_at(index, tl.cdiv(rows, ROWS), COLUMNS // ROWS, GROUP)
+    else:
+        row, column = tile_at(index, tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    return row * ROWS, column * COLUMNS
+
+
 def lower_tiles(row_tiles: int, wide: int) -> int:
     """How many tiles `lower_tile_at` goes through."""
     whole, rest = divmod(row_tiles, wide)
@@ -186,10 +196,7 @@ def add_partials(
         if tl.load(status) != 0:
             return
     index, tiles = tl.program_id(0), tl.num_programs(0)
-    if LOWER:
-        row, column = lower_tile_at(first_tile + index, tl.cdiv(rows, ROWS), COLUMNS // ROWS, GROUP)
-    else:
-        row, column = tile_at(first_tile + index, tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    row, column = place_of_tile(first_tile + index, rows, columns, LOWER, ROWS, COLUMNS, GROUP)
     strip = tl.program_id(1) * STRIP
     inside = (strip + tl.arange(0, STRIP))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     place = partials + index.to(tl.int64) * (ROWS * COLUMNS) + inside
@@ -198,7 +205,7 @@ def add_partials(
         place += tiles.to(tl.int64) * (ROWS * COLUMNS)
         total += tl.load(place)
     add_tile(
-        out, weight, status, total, row * ROWS + strip, column * COLUMNS, rows, columns, stride, weight_stride, alpha,
+        out, weight, status, total, row + strip, column, rows, columns, stride, weight_stride, alpha,
         LOWER, STRIP, COLUMNS, COLUMNS,
     )  # fmt: skip
 

@@ -45,11 +45,10 @@ from ._common import (
     case_of_partials,
     check_operand,
     device_of,
-    lower_tile_at,
     lower_tiles,
     on_device_of,
+    place_of_tile,
     takes_descriptor,
-    tile_at,
     weighed_pointers,
 )
 
@@ -148,11 +147,7 @@ def product(
         if tl.load(status) != 0:
             return
     index, split = tl.program_id(0), tl.program_id(1)
-    if LOWER:
-        i, j = lower_tile_at(first_tile + index, tl.cdiv(rows, ROWS), COLUMNS // ROWS, GROUP)
-    else:
-        i, j = tile_at(first_tile + index, tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
-    row, column = i * ROWS, j * COLUMNS
+    row, column = place_of_tile(first_tile + index, rows, columns, LOWER, ROWS, COLUMNS, GROUP)
     begin = tl.multiple_of(begin + split * split_depth, DEPTH)
     stop = min(begin + split_depth, end)
     tl.assume(begin < stop)  # or a way round the loop would set the accumulators behind it, and ptxas would wait for every product
