@@ -52,7 +52,7 @@ METHODS = {
     "COPAL, from dense": (COPAL(), "dense"),
     "COPAL": (COPAL(), "accumulate"),
 }
-PATTERNS = ("0.5", "2:4")
+PATTERNS = ("0.5", "2:4", "4:8")
 
 
 class Texts:
@@ -161,7 +161,7 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
         "Dense: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + f"; average {mean(dense.values()):.2f}.",
     ]
     for pattern, by_label in rows.items():
-        lines += ["", f"### {'2:4' if pattern == '2:4' else '50 %'}", ""]
+        lines += ["", f"### {'50 %' if pattern == '0.5' else pattern}", ""]
         lines += ["| method | orders | average perplexity at the end | backward transfer (worst, best order) | wiki | docs | code |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for label, found in by_label.items():
@@ -170,6 +170,8 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
                 f"| {label} | {len(found['orders'])} | {found['average perplexity']:.2f} | {found['backward transfer']:+.2f} "
                 f"({found['worst order']:+.2f}, {found['best order']:+.2f}) | {each} |"
             )
+        lowest = min(by_label, key=lambda label: by_label[label]["average perplexity"])
+        lines += ["", f"The lowest average at the end is that of {lowest}."]
         if goals := goals_met(by_label):
             lines += ["", goals]
     return "\n".join(lines) + "\n"
