@@ -89,6 +89,19 @@ Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
 // Products with packed weights are called for every token, so what needs no copy goes through no dispatcher.
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+// As torch::stable::new_empty, which boxes six arguments for the dispatcher.
+Tensor new_rows(const Tensor& like, const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) strides[i] = stride;
+  int32_t dtype;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // Inputs and outputs of a product with packed weights.
 struct LinearTensors {
   Tensor x, y;
@@ -107,7 +120,7 @@ struct LinearTensors {
       tokens *= x.size(i);
     }
     shape.push_back(rows);
-    y = torch::stable::new_empty(x, shape);
+    y = new_rows(x, shape);
     if (!bias_) return;
     check(
         bias_->dim() == 1 && bias_->size(0) == rows && bias_->scalar_type() == x.scalar_type(),
