@@ -195,14 +195,14 @@ bool one_by_one(const Factors& factors, Group* groups) {
 }
 
 template <class T, int kTokens>
-Multiplies choose_multiply() {
+Multiplies choose_multiply([[maybe_unused]] Isa isa) {
 #if SPARSEKERN_X86
-  if (current_isa() >= Isa::avx512) {
+  if (isa >= Isa::avx512) {
     constexpr Multiply one = &multiply_avx512<T, kTokens, 1>;
     if constexpr (kTokens > 4) return {one, &one_by_one<one>};  // the registers of two would not do
     else return {one, &multiply_avx512<T, kTokens, 2>};
   }
-  if (current_isa() >= Isa::avx2) return {&multiply_avx2<T, kTokens>, &one_by_one<&multiply_avx2<T, kTokens>>};
+  if (isa >= Isa::avx2) return {&multiply_avx2<T, kTokens>, &one_by_one<&multiply_avx2<T, kTokens>>};
 #endif
   return {&multiply_scalar<T, kTokens>, &one_by_one<&multiply_scalar<T, kTokens>>};
 }
@@ -215,7 +215,8 @@ struct BitmaskWeight {
   int64_t count;                          // units without the slack
   int64_t words;
   std::vector<uint64_t> no_bits;          // of the row that a last group may lack
-  Multiplies multiply_by[4] = {choose_multiply<T, 1>(), choose_multiply<T, 2>(), choose_multiply<T, 4>(), choose_multiply<T, 8>()};
+  Isa isa = current_isa();                // asked for once: it reads the environment
+  Multiplies multiply_by[4] = {choose_multiply<T, 1>(isa), choose_multiply<T, 2>(isa), choose_multiply<T, 4>(isa), choose_multiply<T, 8>(isa)};
 
   BitmaskWeight(const BitmaskRows& p, int64_t columns_)
       : rows(p.rows),
@@ -277,7 +278,7 @@ struct BitmaskWeight {
   bool expand(int64_t tile, float* panel) const {
     const int64_t first = tile * packed_rows::kTileRows;
 #if SPARSEKERN_X86
-    if (current_isa() >= Isa::avx512) {
+    if (isa >= Isa::avx512) {
       const std::optional<TileRows> found = rows_of(tile);
       if (!found) return false;
       if (found->rows < kLanes) std::fill_n(panel, columns * kLanes, 0.0f);
@@ -316,7 +317,7 @@ struct BitmaskWeight {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
 #if SPARSEKERN_X86
     if constexpr (sizeof(T) == 2) {
-      if (current_isa() >= Isa::avx512) {
+      if (isa >= Isa::avx512) {
         const Unit* next = units + packed.starts[tile];
         for (int64_t row = first; row < end && next != nullptr; row += 2) {
           auto* out = reinterpret_cast<uint16_t*>(weight);
@@ -361,9 +362,10 @@ struct BitmaskWeight {
 
 template <class T>
 bool multiply(const BitmaskRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
-  const Activations activations(static_cast<const T*>(x), tokens, columns, executor);
+  const BitmaskWeight<T> weight(packed, columns);
+  const Activations activations(static_cast<const T*>(x), tokens, columns, weight.isa, executor);
   const Output<T> output{static_cast<T*>(y), packed.rows, packed.order, static_cast<const T*>(bias)};
-  return packed_product(BitmaskWeight<T>(packed, columns), activations, output, executor);
+  return packed_product(weight, activations, output, executor);
 }
 
 // What would lead a kernel out of the tensors, the bits apart: those are followed with care.

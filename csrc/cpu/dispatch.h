@@ -24,8 +24,7 @@ struct TargetEntries<kBaseline, kAvx2, kAvx512> {
   SPARSEKERN_AVX512 static Result avx512(Arguments... arguments) { return kAvx512(arguments...); }
 #endif
 
-  static Function choose() {
-    [[maybe_unused]] const Isa isa = current_isa();
+  static Function choose([[maybe_unused]] Isa isa = current_isa()) {
 #if SPARSEKERN_X86
     if (isa >= Isa::avx512) return &avx512;
     if (isa >= Isa::avx2) return &avx2;

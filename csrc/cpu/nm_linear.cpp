@@ -241,13 +241,13 @@ Multiplies choose_multiply_avx512(bool half) {
 #endif
 
 template <class T, int kTokens>
-Multiplies choose_multiply([[maybe_unused]] int64_t n, [[maybe_unused]] int64_t m) {
+Multiplies choose_multiply([[maybe_unused]] Isa isa, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t m) {
 #if SPARSEKERN_X86
-  if (current_isa() >= Isa::avx512) {
+  if (isa >= Isa::avx512) {
     const bool half = m == 2 * n && (n & (n - 1)) == 0;
     return packed_rows::code_bits(m) == 2 ? choose_multiply_avx512<T, kTokens, false>(half) : choose_multiply_avx512<T, kTokens, true>(half);
   }
-  if (current_isa() >= Isa::avx2) return kOneByOne<&multiply_any_avx2<T, kTokens>>;
+  if (isa >= Isa::avx2) return kOneByOne<&multiply_any_avx2<T, kTokens>>;
 #endif
   return kOneByOne<&multiply_any<T, kTokens>>;
 }
@@ -259,6 +259,7 @@ struct NmWeight {
   int64_t stored;  // values a row
   int code_bits;
   std::vector<int32_t> group_columns;
+  Isa isa = current_isa();    // asked for once: it reads the environment
   Multiplies multiply_by[4];  // 1, 2, 4 and 8 tokens
 
   NmWeight(const NmRows& p, int64_t columns_)
@@ -269,10 +270,10 @@ struct NmWeight {
         code_bits(static_cast<int>(packed_rows::code_bits(p.m))),
         // What fills the last block meets the zeros after the last column of x.
         group_columns(static_cast<size_t>(stored), static_cast<int32_t>(packed_rows::words(columns_) * packed_rows::kWordColumns)) {
-    multiply_by[0] = choose_multiply<T, 1>(p.n, p.m);
-    multiply_by[1] = choose_multiply<T, 2>(p.n, p.m);
-    multiply_by[2] = choose_multiply<T, 4>(p.n, p.m);
-    multiply_by[3] = choose_multiply<T, 8>(p.n, p.m);
+    multiply_by[0] = choose_multiply<T, 1>(isa, p.n, p.m);
+    multiply_by[1] = choose_multiply<T, 2>(isa, p.n, p.m);
+    multiply_by[2] = choose_multiply<T, 4>(isa, p.n, p.m);
+    multiply_by[3] = choose_multiply<T, 8>(isa, p.n, p.m);
     auto column = group_columns.begin();
     for (int64_t first = 0; first < columns; first += p.m) column = std::fill_n(column, p.n, static_cast<int32_t>(first));
   }
@@ -318,7 +319,7 @@ struct NmWeight {
     std::fill_n(panel, columns * kLanes, 0.0f);
     const int64_t first = tile * packed_rows::kTileRows;
 #if SPARSEKERN_X86
-    if (current_isa() >= Isa::avx512) {
+    if (isa >= Isa::avx512) {
       Row tile_rows[kLanes];
       const int count = static_cast<int>(std::min(packed_rows::kTileRows, rows - first));
       for (int row = 0; row < count; ++row) tile_rows[row] = {units_of(first + row), codes_of(first + row), nullptr};
@@ -354,9 +355,10 @@ struct NmWeight {
 
 template <class T>
 bool multiply(const NmRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
-  const Activations activations(static_cast<const T*>(x), tokens, columns, executor);
+  const NmWeight<T> weight(packed, columns);
+  const Activations activations(static_cast<const T*>(x), tokens, columns, weight.isa, executor);
   const Output<T> output{static_cast<T*>(y), packed.rows, nullptr, static_cast<const T*>(bias)};
-  return packed_product(NmWeight<T>(packed, columns), activations, output, executor);
+  return packed_product(weight, activations, output, executor);
 }
 
 void check_codes(bool sound) {

@@ -31,12 +31,12 @@ struct Activations {
   Buffer<float> data;
 
   template <class T>
-  Activations(const T* x, int64_t tokens_, int64_t columns_, const Executor& executor)
+  Activations(const T* x, int64_t tokens_, int64_t columns_, Isa isa, const Executor& executor)
       : tokens(tokens_),
         columns(columns_),
         stride((packed_rows::words(columns_) + 1) * packed_rows::kWordColumns),
         data(allocate<float>(tokens_ * stride)) {
-    const auto convert = Entries<&floats_of<T>>::choose();
+    const auto convert = Entries<&floats_of<T>>::choose(isa);
     parallel_for(executor, tokens, 1 + 65536 / stride, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         float* row = data.get() + token * stride;
