@@ -151,9 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wikitext", type=Path, metavar="FOLDER", help="with valid.txt and test.txt of WikiText-2")
     parser.add_argument("--only", action="append", choices=PARTS, help="may be given more than once")
-    parser.add_argument("--tokens", type=int, default=24, help="to generate")
+    parser.add_argument("--tokens", type=int, default=32, help="to generate")
     parser.add_argument("--samples", type=int, default=8, help=f"windows of {smollm2.LENGTH} tokens to calibrate on")
-    parser.add_argument("--windows", type=int, default=2, help=f"of {smollm2.WINDOW} tokens to evaluate on")
+    parser.add_argument("--windows", type=int, default=smollm2.WINDOWS, help=f"of {smollm2.WINDOW} tokens to evaluate on")
     parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="FOLDER", help="where the figures go")
     arguments = parser.parse_args()
     parts = arguments.only or PARTS
