@@ -60,8 +60,9 @@ def measure(benchmark, request):
     `bytes` is what the operation must read at least, `flops` what it must compute; `setup` runs untimed before each round.
     `against` is a baseline that is timed between the rounds of `function` (ours, baseline, ours, ...), so that both see the same
     machine; the ratio of the medians, or of the minima where that is smaller, is stored with the `goal` it is to reach, and the
-    ratio that a kernel at the ceiling would have. `settled` has either called once untimed before it is timed: a core takes some 50 us
-    to go from the clock of AVX2 to that of AVX-512, which layers that follow one another never pay. `bench.cpu` collects those.
+    ratio that a kernel at the ceiling would have. `settled` has either called once untimed before it is timed: the first call
+    behind the other side is some 50 us slower (bench/README.md), which layers that follow one another do not pay. `bench.cpu`
+    collects those.
     """
 
     def run(
@@ -82,7 +83,7 @@ def measure(benchmark, request):
         benchmark.group = group
         baseline_seconds: list[float] = []
         if against is not None:
-            setup = _timed(against, baseline_seconds, first=function if settled else None)
+            setup = _timed(against, baseline_seconds, then=function if settled else None)
         result = benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=int(warmup))
         if benchmark.stats is None:  # --benchmark-disable: called once, for its assertions
             return result
@@ -108,16 +109,16 @@ def measure(benchmark, request):
     return run
 
 
-def _timed(against: Callable[[], object], seconds: list[float], first: Callable[[], object] | None) -> Callable[[], None]:
-    """Times `against`; with `first`, calls it once before, and `first` behind it."""
+def _timed(against: Callable[[], object], seconds: list[float], then: Callable[[], object] | None) -> Callable[[], None]:
+    """Times `against`; with `then`, calls it once before, and `then` behind it, which is to be timed next."""
 
     def call() -> None:
-        if first is not None:
+        if then is not None:
             against()
         start = time.perf_counter()
         against()
         seconds.append(time.perf_counter() - start)
-        if first is not None:
-            first()
+        if then is not None:
+            then()
 
     return call

@@ -5,7 +5,7 @@
 // without VBMI2 spreads 16 values of 4 bytes (vpexpandd) in two cycles of its one shuffle port, and the mask takes a third, so 16
 // weights take at least 3 cycles whatever d is, 32 GB/s of dense bf16 weights at 3 GHz. Hence the layout: two rows share a unit of 4
 // bytes, so that their 16-bit values need no shuffle to become floats (a shift, a mask), and both are multiplied by the same x.
-// Nothing else uses the shuffle port; values and bits are two streams that are read in order, prefetched 4 KiB ahead.
+// Nothing else uses the shuffle port; values and bits are read in order, prefetched 4 KiB ahead, of two tiles at a time.
 // A few tokens share the expanded registers. Many are a dense product of panels (packed_linear.h), bound by arithmetic.
 #include <optional>
 #include <stdexcept>
@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/bitmask_multiply.h"
 #include "cpu/bitmask_rows.h"
 #include "cpu/kernels.h"
 #include "cpu/packed_linear.h"
@@ -22,190 +23,9 @@ namespace sparsekern::cpu {
 
 namespace {
 
-// Some tokens against rows of the weight.
-struct Factors {
-  const Unit* last;  // the last unit from which a word of bits may be read
-  int64_t words;
-  const float* x;    // of the first token
-  int64_t x_stride;
-};
-
-// Rows whose values share units. A product moves `units` behind the group and stores sums[token * kTileRows + lane].
-struct Group {
-  const Unit* units;
-  const uint64_t* bits[2];  // of each row
-  float* sums;
-};
-
-// Products of kTokens tokens with some groups. False where the bits lead out of the values.
-template <class T, int kTokens>
-bool multiply_scalar(const Factors& factors, Group* group) {
-  const Unit* end = group->units;
-  for (int row = 0; row < kUnitValues<T>; ++row) {
-    const Unit* unit = group->units;
-    float sums[kTokens] = {};
-    for (int64_t word = 0; word < factors.words; ++word) {
-      if (unit > factors.last) return false;
-      const float* x = factors.x + word * packed_rows::kWordColumns;
-      for (uint64_t bits = group->bits[row][word]; bits != 0; bits &= bits - 1) {
-        const float value = value_of<T>(unit++, row);
-        for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * factors.x_stride + __builtin_ctzll(bits)];
-      }
-    }
-    for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = sums[token];
-    end = std::max(end, unit);
-  }
-  group->units = end;
-  return true;
-}
-
-#if SPARSEKERN_X86
-
-template <class T, int kTokens, int kGroups>
-SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
-  constexpr int kRows = kUnitValues<T>;
-  const auto [last, words, x, x_stride] = factors;
-  __m512 sums[kGroups][kRows][kTokens];
-  const Unit* unit[kGroups][kRows];
-  const uint64_t* bits[kGroups][kRows];
-#pragma GCC unroll 2
-  for (int group = 0; group < kGroups; ++group) {
-#pragma GCC unroll 2
-    for (int row = 0; row < kRows; ++row) {
-      unit[group][row] = groups[group].units;
-      bits[group][row] = groups[group].bits[row];
-#pragma GCC unroll 8
-      for (int token = 0; token < kTokens; ++token) sums[group][row][token] = _mm512_setzero_ps();
-    }
-  }
-  for (int64_t word = 0; word < words; ++word) {
-#pragma GCC unroll 2
-    for (int group = 0; group < kGroups; ++group) {
-#pragma GCC unroll 2
-      for (int row = 0; row < kRows; ++row) {
-        if (__builtin_expect(unit[group][row] > last, 0)) return false;
-        prefetch_ahead(unit[group][0] + 16 * row);
-      }
-    }
-    if (word % 8 == 0) {  // a line of bits: that of the next group
-      for (int group = 0; group < kGroups; ++group) {
-        for (int row = 0; row < kRows; ++row) prefetch_ahead(bits[group][row] + word, kRows * words * 8);
-      }
-    }
-#pragma GCC unroll 4
-    for (int part = 0; part < 4; ++part) {
-      __m512 features[kTokens];
-#pragma GCC unroll 8
-      for (int token = 0; token < kTokens; ++token) {
-        features[token] = _mm512_loadu_ps(x + token * x_stride + word * packed_rows::kWordColumns + part * 16);
-      }
-#pragma GCC unroll 2
-      for (int group = 0; group < kGroups; ++group) {
-#pragma GCC unroll 2
-        for (int row = 0; row < kRows; ++row) {
-          const uint32_t mask = bits_of_part(bits[group][row] + word, part);
-          const __m512i units = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit[group][row]);
-          const __m512 weight = floats_of_units<T>(units, row);
-          unit[group][row] += __builtin_popcount(mask);
-#pragma GCC unroll 8
-          for (int token = 0; token < kTokens; ++token) {
-            sums[group][row][token] = _mm512_fmadd_ps(weight, features[token], sums[group][row][token]);
-          }
-        }
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int group = 0; group < kGroups; ++group) {
-#pragma GCC unroll 2
-    for (int row = 0; row < kRows; ++row) {
-      groups[group].units = std::max(groups[group].units, unit[group][row]);
-#pragma GCC unroll 8
-      for (int token = 0; token < kTokens; ++token) {
-        groups[group].sums[token * packed_rows::kTileRows + row] = add_up(sums[group][row][token]);
-      }
-    }
-  }
-  return true;
-}
-
-// For each byte of bits the place of each column's value, with the sign bit set where there is none.
-struct Places {
-  alignas(32) int32_t of[256][8];
-};
-
-constexpr Places make_places() {
-  Places places{};
-  for (int bits = 0; bits < 256; ++bits) {
-    int next = 0;
-    for (int column = 0; column < 8; ++column) places.of[bits][column] = bits >> column & 1 ? next++ : INT32_MIN;
-  }
-  return places;
-}
-constexpr Places kPlaces = make_places();
-
-template <class T, int kTokens>
-SPARSEKERN_AVX2 bool multiply_avx2(const Factors& factors, Group* group) {
-  __m256 sums[kUnitValues<T>][kTokens];
-  const Unit* unit[kUnitValues<T>];
-  for (int row = 0; row < kUnitValues<T>; ++row) {
-    unit[row] = group->units;
-    for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm256_setzero_ps();
-  }
-  for (int64_t word = 0; word < factors.words; ++word) {
-    for (int row = 0; row < kUnitValues<T>; ++row) {
-      if (__builtin_expect(unit[row] > factors.last, 0)) return false;
-      prefetch_ahead(unit[0] + 16 * row);
-    }
-    for (int part = 0; part < 8; ++part) {
-      const float* x = factors.x + word * packed_rows::kWordColumns + part * 8;
-      __m256 weight[kUnitValues<T>];
-      for (int row = 0; row < kUnitValues<T>; ++row) {
-        const uint8_t bits = reinterpret_cast<const uint8_t*>(group->bits[row] + word)[part];
-        const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits]));
-        const __m256i units = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(unit[row])), places);
-        weight[row] = floats_of_units<T>(_mm256_andnot_si256(_mm256_srai_epi32(places, 31), units), row);
-        unit[row] += __builtin_popcount(bits);
-      }
-      for (int token = 0; token < kTokens; ++token) {
-        const __m256 features = _mm256_loadu_ps(x + token * factors.x_stride);
-        for (int row = 0; row < kUnitValues<T>; ++row) sums[row][token] = _mm256_fmadd_ps(weight[row], features, sums[row][token]);
-      }
-    }
-  }
-  for (int row = 0; row < kUnitValues<T>; ++row) {
-    group->units = std::max(group->units, unit[row]);
-    for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = add_up(sums[row][token]);
-  }
-  return true;
-}
-
-#endif
-
-using Multiply = bool (*)(const Factors&, Group*);
-
-// For one group, and for two.
-struct Multiplies {
-  Multiply one, two;
-};
-
-template <Multiply kOne>
-bool one_by_one(const Factors& factors, Group* groups) {
-  return kOne(factors, groups) && kOne(factors, groups + 1);
-}
-
-template <class T, int kTokens>
-Multiplies choose_multiply([[maybe_unused]] Isa isa) {
-#if SPARSEKERN_X86
-  if (isa >= Isa::avx512) {
-    constexpr Multiply one = &multiply_avx512<T, kTokens, 1>;
-    if constexpr (kTokens > 4) return {one, &one_by_one<one>};  // the registers of two would not do
-    else return {one, &multiply_avx512<T, kTokens, 2>};
-  }
-  if (isa >= Isa::avx2) return {&multiply_avx2<T, kTokens>, &one_by_one<&multiply_avx2<T, kTokens>>};
-#endif
-  return {&multiply_scalar<T, kTokens>, &one_by_one<&multiply_scalar<T, kTokens>>};
-}
+using bitmask_multiply::choose_multiply;
+using bitmask_multiply::Factors;
+using bitmask_multiply::Group;
 
 template <class T>
 struct BitmaskWeight {
@@ -216,7 +36,7 @@ struct BitmaskWeight {
   int64_t words;
   std::vector<uint64_t> no_bits;          // of the row that a last group may lack
   Isa isa = current_isa();                // asked for once: it reads the environment
-  Multiplies multiply_by[4] = {choose_multiply<T, 1>(isa), choose_multiply<T, 2>(isa), choose_multiply<T, 4>(isa), choose_multiply<T, 8>(isa)};
+  ByStreams<bitmask_multiply::Multiply> multiply_by[4] = {choose_multiply<T, 1>(isa), choose_multiply<T, 2>(isa), choose_multiply<T, 4>(isa), choose_multiply<T, 8>(isa)};
 
   BitmaskWeight(const BitmaskRows& p, int64_t columns_)
       : rows(p.rows),
@@ -263,16 +83,13 @@ struct BitmaskWeight {
     Factors factors{units + count, words, block.x, block.x_stride};
     const Unit* first[kStreams];
     for (int64_t i = 0; i < some; ++i) first[i] = groups[i].units;
-    for (int64_t token = 0; token < block.tokens;) {
-      const int64_t left = block.tokens - token;
-      const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
+    return for_token_groups(block.tokens, [&](int power) {
       for (int64_t i = 0; i < some; ++i) groups[i].units = first[i];
-      if (!(some == 2 ? multiply_by[power].two : multiply_by[power].one)(factors, groups)) return false;
+      if (!multiply_by[power].of(some)(factors, groups)) return false;
       factors.x += block.x_stride << power;
       for (int64_t i = 0; i < some; ++i) groups[i].sums += packed_rows::kTileRows << power;
-      token += int64_t{1} << power;
-    }
-    return true;
+      return true;
+    });
   }
 
   bool expand(int64_t tile, float* panel) const {

@@ -214,11 +214,6 @@ SPARSEKERN_AVX2 void multiply_any_avx2(const Factors& factors, const Row* row) {
 
 using Multiply = void (*)(const Factors&, const Row*);
 
-// For one row, and for two.
-struct Multiplies {
-  Multiply one, two;
-};
-
 template <Multiply kOne>
 void one_by_one(const Factors& factors, const Row* rows) {
   kOne(factors, rows);
@@ -226,12 +221,12 @@ void one_by_one(const Factors& factors, const Row* rows) {
 }
 
 template <Multiply kOne>
-constexpr Multiplies kOneByOne{kOne, &one_by_one<kOne>};
+constexpr ByStreams<Multiply> kOneByOne{kOne, &one_by_one<kOne>};
 
 #if SPARSEKERN_X86
 
 template <class T, int kTokens, bool kWide>
-Multiplies choose_multiply_avx512(bool half) {
+ByStreams<Multiply> choose_multiply_avx512(bool half) {
   if (!half) return kOneByOne<&multiply_any_avx512<T, kTokens, kWide>>;
   constexpr Multiply one = &multiply_half_avx512<T, kTokens, kWide, 1>;
   if constexpr (kTokens > 4) return kOneByOne<one>;  // the registers of two would not do
@@ -241,7 +236,7 @@ Multiplies choose_multiply_avx512(bool half) {
 #endif
 
 template <class T, int kTokens>
-Multiplies choose_multiply([[maybe_unused]] Isa isa, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t m) {
+ByStreams<Multiply> choose_multiply([[maybe_unused]] Isa isa, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t m) {
 #if SPARSEKERN_X86
   if (isa >= Isa::avx512) {
     const bool half = m == 2 * n && (n & (n - 1)) == 0;
@@ -260,7 +255,7 @@ struct NmWeight {
   int code_bits;
   std::vector<int32_t> group_columns;
   Isa isa = current_isa();    // asked for once: it reads the environment
-  Multiplies multiply_by[4];  // 1, 2, 4 and 8 tokens
+  ByStreams<Multiply> multiply_by[4];  // 1, 2, 4 and 8 tokens
 
   NmWeight(const NmRows& p, int64_t columns_)
       : rows(p.rows),
@@ -298,21 +293,15 @@ struct NmWeight {
         some_rows[some] = {units_of(i), codes_of(i), &sums[some][0][row]};
       }
       if (some == 0) break;
-      multiply_rows(some_rows, some, block);
+      Factors factors = factors_of(block.x, block.x_stride);
+      for_token_groups(block.tokens, [&](int power) {
+        multiply_by[power].of(some)(factors, some_rows);
+        factors.x += block.x_stride << power;
+        for (int64_t i = 0; i < some; ++i) some_rows[i].sums += packed_rows::kTileRows << power;
+        return true;
+      });
     }
     return true;
-  }
-
-  void multiply_rows(Row* some_rows, int64_t some, const TokenBlock& block) const {
-    Factors factors = factors_of(block.x, block.x_stride);
-    for (int64_t token = 0; token < block.tokens;) {
-      const int64_t left = block.tokens - token;
-      const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
-      (some == 2 ? multiply_by[power].two : multiply_by[power].one)(factors, some_rows);
-      factors.x += block.x_stride << power;
-      for (int64_t i = 0; i < some; ++i) some_rows[i].sums += packed_rows::kTileRows << power;
-      token += int64_t{1} << power;
-    }
   }
 
   bool expand(int64_t tile, float* panel) const {

@@ -59,6 +59,27 @@ struct TokenBlock {
   int64_t tokens;
 };
 
+// A kernel for one stream, and for kStreams of them.
+template <class Kernel>
+struct ByStreams {
+  Kernel one, all;
+
+  Kernel of(int64_t streams) const { return streams == kStreams ? all : one; }
+};
+
+// f(i) for 2^i tokens after another, 8 at the most, until all are through or it returns false, which is then returned.
+template <class F>
+bool for_token_groups(int64_t tokens, const F& f) {
+  static_assert(kTogether == 8, "2^3");
+  for (int64_t token = 0; token < tokens;) {
+    const int64_t left = tokens - token;
+    const int power = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
+    if (!f(power)) return false;
+    token += int64_t{1} << power;
+  }
+  return true;
+}
+
 // A weight in tiles of 16 stored rows is anything that has
 //   int64_t rows, columns;
 //   int64_t bytes() const;                                       // that its packed form takes, about

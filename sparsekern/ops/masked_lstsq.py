@@ -181,8 +181,8 @@ def _fake(weight, gram, mask, *, start=None, damping=0.0, tolerance=1e-4, max_it
 
 
 def _samples(generator: torch.Generator):
-    for rows, columns, dtype in ((5, 24, torch.float32), (50, 61, torch.bfloat16), (17, 136, torch.float16)):
-        x = torch.randn(16 * columns, columns, generator=generator)
+    for rows, columns, dtype in ((5, 24, torch.float32), (50, 71, torch.bfloat16), (17, 136, torch.float16)):
+        x = torch.randn(4 * columns, columns, generator=generator)
         x[:, columns // 3] = 0
         gram = x.T @ x
         weight = torch.randn(rows, columns, generator=generator).to(dtype)

@@ -1,0 +1,194 @@
+// The kernels of bitmask_linear for up to kTogether tokens, which multiply by the non-zeros as they lie; bitmask_linear.cpp has the
+// reasons.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/bitmask_rows.h"
+#include "cpu/packed_linear.h"
+#include "cpu/unit_floats.h"
+
+namespace sparsekern::cpu::bitmask_multiply {
+
+// Some tokens against rows of the weight.
+struct Factors {
+  const Unit* last;  // the last unit from which a word of bits may be read
+  int64_t words;
+  const float* x;    // of the first token
+  int64_t x_stride;
+};
+
+// Rows whose values share units. A product moves `units` behind the group and stores sums[token * kTileRows + lane].
+struct Group {
+  const Unit* units;
+  const uint64_t* bits[2];  // of each row
+  float* sums;
+};
+
+// Products of kTokens tokens with some groups. False where the bits lead out of the values.
+template <class T, int kTokens>
+bool multiply_scalar(const Factors& factors, Group* group) {
+  const Unit* end = group->units;
+  for (int row = 0; row < kUnitValues<T>; ++row) {
+    const Unit* unit = group->units;
+    float sums[kTokens] = {};
+    for (int64_t word = 0; word < factors.words; ++word) {
+      if (unit > factors.last) return false;
+      const float* x = factors.x + word * packed_rows::kWordColumns;
+      for (uint64_t bits = group->bits[row][word]; bits != 0; bits &= bits - 1) {
+        const float value = value_of<T>(unit++, row);
+        for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * factors.x_stride + __builtin_ctzll(bits)];
+      }
+    }
+    for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = sums[token];
+    end = std::max(end, unit);
+  }
+  group->units = end;
+  return true;
+}
+
+#if SPARSEKERN_X86
+
+template <class T, int kTokens, int kGroups>
+SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
+  constexpr int kRows = kUnitValues<T>;
+  const auto [last, words, x, x_stride] = factors;
+  __m512 sums[kGroups][kRows][kTokens];
+  const Unit* unit[kGroups][kRows];
+  const uint64_t* bits[kGroups][kRows];
+#pragma GCC unroll 2
+  for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      unit[group][row] = groups[group].units;
+      bits[group][row] = groups[group].bits[row];
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token) sums[group][row][token] = _mm512_setzero_ps();
+    }
+  }
+  for (int64_t word = 0; word < words; ++word) {
+#pragma GCC unroll 2
+    for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+      for (int row = 0; row < kRows; ++row) {
+        if (__builtin_expect(unit[group][row] > last, 0)) return false;
+        prefetch_ahead(unit[group][0] + 16 * row);
+      }
+    }
+    if (word % 8 == 0) {  // a line of bits: that of the next group
+      for (int group = 0; group < kGroups; ++group) {
+        for (int row = 0; row < kRows; ++row) prefetch_ahead(bits[group][row] + word, kRows * words * 8);
+      }
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      __m512 features[kTokens];
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token) {
+        features[token] = _mm512_loadu_ps(x + token * x_stride + word * packed_rows::kWordColumns + part * 16);
+      }
+#pragma GCC unroll 2
+      for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+        for (int row = 0; row < kRows; ++row) {
+          const uint32_t mask = bits_of_part(bits[group][row] + word, part);
+          const __m512i units = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit[group][row]);
+          const __m512 weight = floats_of_units<T>(units, row);
+          unit[group][row] += __builtin_popcount(mask);
+#pragma GCC unroll 8
+          for (int token = 0; token < kTokens; ++token) {
+            sums[group][row][token] = _mm512_fmadd_ps(weight, features[token], sums[group][row][token]);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      groups[group].units = std::max(groups[group].units, unit[group][row]);
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token) {
+        groups[group].sums[token * packed_rows::kTileRows + row] = add_up(sums[group][row][token]);
+      }
+    }
+  }
+  return true;
+}
+
+// For each byte of bits the place of each column's value, with the sign bit set where there is none.
+struct Places {
+  alignas(32) int32_t of[256][8];
+};
+
+constexpr Places make_places() {
+  Places places{};
+  for (int bits = 0; bits < 256; ++bits) {
+    int next = 0;
+    for (int column = 0; column < 8; ++column) places.of[bits][column] = bits >> column & 1 ? next++ : INT32_MIN;
+  }
+  return places;
+}
+constexpr Places kPlaces = make_places();
+
+template <class T, int kTokens>
+SPARSEKERN_AVX2 bool multiply_avx2(const Factors& factors, Group* group) {
+  __m256 sums[kUnitValues<T>][kTokens];
+  const Unit* unit[kUnitValues<T>];
+  for (int row = 0; row < kUnitValues<T>; ++row) {
+    unit[row] = group->units;
+    for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm256_setzero_ps();
+  }
+  for (int64_t word = 0; word < factors.words; ++word) {
+    for (int row = 0; row < kUnitValues<T>; ++row) {
+      if (__builtin_expect(unit[row] > factors.last, 0)) return false;
+      prefetch_ahead(unit[0] + 16 * row);
+    }
+    for (int part = 0; part < 8; ++part) {
+      const float* x = factors.x + word * packed_rows::kWordColumns + part * 8;
+      __m256 weight[kUnitValues<T>];
+      for (int row = 0; row < kUnitValues<T>; ++row) {
+        const uint8_t bits = reinterpret_cast<const uint8_t*>(group->bits[row] + word)[part];
+        const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits]));
+        const __m256i units = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(unit[row])), places);
+        weight[row] = floats_of_units<T>(_mm256_andnot_si256(_mm256_srai_epi32(places, 31), units), row);
+        unit[row] += __builtin_popcount(bits);
+      }
+      for (int token = 0; token < kTokens; ++token) {
+        const __m256 features = _mm256_loadu_ps(x + token * factors.x_stride);
+        for (int row = 0; row < kUnitValues<T>; ++row) sums[row][token] = _mm256_fmadd_ps(weight[row], features, sums[row][token]);
+      }
+    }
+  }
+  for (int row = 0; row < kUnitValues<T>; ++row) {
+    group->units = std::max(group->units, unit[row]);
+    for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = add_up(sums[row][token]);
+  }
+  return true;
+}
+
+#endif
+
+using Multiply = bool (*)(const Factors&, Group*);
+
+template <Multiply kOne>
+bool one_by_one(const Factors& factors, Group* groups) {
+  return kOne(factors, groups) && kOne(factors, groups + 1);
+}
+
+template <class T, int kTokens>
+ByStreams<Multiply> choose_multiply([[maybe_unused]] Isa isa) {
+#if SPARSEKERN_X86
+  if (isa >= Isa::avx512) {
+    constexpr Multiply one = &multiply_avx512<T, kTokens, 1>;
+    if constexpr (kTokens > 4) return {one, &one_by_one<one>};  // the registers of two would not do
+    else return {one, &multiply_avx512<T, kTokens, 2>};
+  }
+  if (isa >= Isa::avx2) return {&multiply_avx2<T, kTokens>, &one_by_one<&multiply_avx2<T, kTokens>>};
+#endif
+  return {&multiply_scalar<T, kTokens>, &one_by_one<&multiply_scalar<T, kTokens>>};
+}
+
+}  // namespace sparsekern::cpu::bitmask_multiply
