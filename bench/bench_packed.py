@@ -92,7 +92,15 @@ def logits_row(name: str, exact: nn.Module, dense: nn.Module, packed: nn.Module,
     errors = [float((found - logits[0]).norm() / logits[0].norm()) for found in logits[1:]]
     what = f"{name}: logits of {ids.shape[1]} tokens, distance from float32 with the same weights, relative to their norm"
     figures = dict(zip(("packed", "dense"), errors, strict=True))
-    return Row(SECTION, what, f"{errors[0]:.2e}", f"dense with zeros {errors[1]:.2e}", "<= 1.1x dense's", errors[0] <= 1.1 * errors[1], figures)
+    return Row(
+        SECTION,
+        what,
+        f"{errors[0]:.2e}",
+        f"dense with zeros {errors[1]:.2e}",
+        "<= 1.1x dense's",
+        errors[0] <= 1.1 * errors[1],
+        figures,
+    )
 
 
 def size_row(name: str, dense: nn.Module, packed: nn.Module) -> Row:

@@ -61,7 +61,11 @@ def run_theirs(work: Path, index: int, python: str, batch_size: int) -> dict:
 
 def _run(command: list, out: Path) -> dict:
     root = Path(__file__).parent.parent
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     subprocess.run([str(part) for part in command], cwd=out.parent, env=environment, check=True)
     return json.loads((out / "result.json").read_text())
 

@@ -94,7 +94,12 @@ def measure(benchmark, request):
             baseline = statistics.median(baseline_seconds)
             # Where something else ran for a while, the medians of the two may have seen different machines; the minima less so.
             ratio = min(baseline / stats.median, min(baseline_seconds) / stats.min)
-            benchmark.extra_info |= {"baseline_seconds": baseline, "baseline_rounds": baseline_seconds, "ratio": round(ratio, 3), "goal": goal}
+            benchmark.extra_info |= {
+                "baseline_seconds": baseline,
+                "baseline_rounds": baseline_seconds,
+                "ratio": round(ratio, 3),
+                "goal": goal,
+            }
         if bytes:
             share = bytes / stats.min / request.getfixturevalue("read_bandwidth")
             benchmark.extra_info |= {"bytes": bytes, "share_of_read_bandwidth": round(share, 3)}

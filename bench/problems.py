@@ -38,7 +38,13 @@ def output_error(weight: torch.Tensor, new_weight: torch.Tensor, gram: torch.Ten
 
 
 def plain_admm_step_(
-    offset: torch.Tensor, dual: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, pattern: str | float, *, scope: str = "matrix"
+    offset: torch.Tensor,
+    dual: torch.Tensor,
+    mask: torch.Tensor,
+    weight: torch.Tensor,
+    pattern: str | float,
+    *,
+    scope: str = "matrix",
 ) -> torch.Tensor:
     """`admm_step_` as torch has it: `kthvalue` for the threshold, a top-k for groups of four."""
     z = weight + offset + dual
@@ -58,7 +64,9 @@ def plain_admm_step_(
     return changed
 
 
-def conjugate_gradients(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+def conjugate_gradients(
+    weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None = None
+) -> torch.Tensor:
     """The public program's solution, with one product an iteration in place of its three, from `start` or the weight itself."""
     scale = gram.diagonal().sqrt()
     gram, target = gram / scale / scale[:, None], weight * scale

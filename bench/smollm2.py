@@ -32,7 +32,9 @@ def put_weights(model: torch.nn.Module, file: Path) -> None:
     weights = load_file(file)
     own = dict(model.named_parameters())
     if weights.keys() != own.keys():
-        raise ValueError(f"{file.name}: expected the parameters of the model, got {sorted(weights.keys() ^ own.keys())[:3]} besides")
+        raise ValueError(
+            f"{file.name}: expected the parameters of the model, got {sorted(weights.keys() ^ own.keys())[:3]} besides"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])

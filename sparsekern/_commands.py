@@ -79,7 +79,9 @@ def prune_command(arguments: argparse.Namespace) -> None:
             results["perplexity, pruned"] = evaluation.perplexity()
             results["evaluated on"] = evaluation.description
         results.update(_units_removed(report) if method.removes_units else _zeros(model, report))
-        results["weights"] = f"{report.bytes['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.bytes['saved'] / 1e6:,.1f} MB"
+        results["weights"] = (
+            f"{report.bytes['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.bytes['saved'] / 1e6:,.1f} MB"
+        )
         command = shlex.join(arguments.command_line)
         tokenizer.save_pretrained(out)
         card = model_card(model, packed=arguments.format != DENSE, command=command, results=results, settings=settings)
@@ -164,9 +166,7 @@ class _Evaluation:
         tokens = encode(read_documents(text, "held-out"), tokenizer)
         windows = len(tokens) // self.length
         if windows == 0:
-            raise ValueError(
-                f"text: {text} has {len(tokens)} tokens; one window of length {self.length} needs {self.length}"
-            )
+            raise ValueError(f"text: {text} has {len(tokens)} tokens; one window of length {self.length} needs {self.length}")
         windows = min(windows, arguments.windows or windows)
         self.tokens = tokens[: windows * self.length]
         part = "the held-out part of " if text.startswith("builtin:") else ""
@@ -188,7 +188,9 @@ def _checked(check: Callable):
 
 
 def _what_to_prune(arguments: argparse.Namespace) -> tuple[Method, Pattern, dict[str, Pattern | None]]:
-    options = {name: getattr(arguments, name) for name in (*METHOD_SETTINGS, *TRAINING_SETTINGS) if getattr(arguments, name) is not None}
+    options = {
+        name: getattr(arguments, name) for name in (*METHOD_SETTINGS, *TRAINING_SETTINGS) if getattr(arguments, name) is not None
+    }
     method = configured(arguments.method, options, arguments.set)
     patterns = {}
     for assignment in arguments.layer_pattern:
@@ -297,7 +299,9 @@ def _zeros(model: torch.nn.Module, report: Report) -> dict[str, str]:
 
 def _units_removed(report: StructuredReport) -> dict[str, str]:
     removed = {"FLOPs": report.flops_removed, "parameters": report.sparsity}
-    kept = {kind: "kept " + ", ".join(str(layer.kept) for layer in report.layers if layer.kind == kind) for kind in ("heads", "neurons")}
+    kept = {
+        kind: "kept " + ", ".join(str(layer.kept) for layer in report.layers if layer.kind == kind) for kind in ("heads", "neurons")
+    }
     before, after = report.model_parameters
     return {
         **{f"{what} of heads and neurons": f"{share:.2%} removed" for what, share in removed.items()},

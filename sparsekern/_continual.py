@@ -91,7 +91,9 @@ def continual_command(arguments: argparse.Namespace) -> None:
     print(_next_steps(out, packed))
 
 
-def _complete(model: torch.nn.Module, out: Path, report: ContinualReport, settings: dict[str, object], command: str, packed: bool) -> None:
+def _complete(
+    model: torch.nn.Module, out: Path, report: ContinualReport, settings: dict[str, object], command: str, packed: bool
+) -> None:
     results = {f"perplexity, {name}": value for name, value in report.steps[-1].perplexity.items()}
     results |= {"average perplexity": report.average_perplexity, "backward transfer": report.backward_transfer}
     results = {name: value for name, value in results.items() if value is not None}

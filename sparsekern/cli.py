@@ -87,8 +87,14 @@ def _add_prune(commands) -> None:
     prune = commands.add_parser("prune", help="prune a model and save it", formatter_class=_Help)
     _add_model(prune)
     prune.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the pruned model")
-    prune.add_argument("--method", default="sparsegpt", help="magnitude, random, structured, wanda, sparsegpt, alps, sparsellm, copal, gradual or kprune (encoders)")
-    prune.add_argument("--pattern", default="2:4", help="N:M keeps N of every M inputs; 0.5 or 50%% is the share of zeros (kprune: to remove)")
+    prune.add_argument(
+        "--method",
+        default="sparsegpt",
+        help="magnitude, random, structured, wanda, sparsegpt, alps, sparsellm, copal, gradual or kprune (encoders)",
+    )
+    prune.add_argument(
+        "--pattern", default="2:4", help="N:M keeps N of every M inputs; 0.5 or 50%% is the share of zeros (kprune: to remove)"
+    )
     prune.add_argument(
         "--layer-pattern",
         action="append",
@@ -107,7 +113,11 @@ def _add_prune(commands) -> None:
         "than once, the model is pruned for one after another without keeping any (best with --method copal)",
     )
     data.add_argument("--state", metavar="DIR", help="what is known after these texts, to add others later by the same command")
-    data.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state, whose text is lost or bad, and go on with these")
+    data.add_argument(
+        "--abandon",
+        action="store_true",
+        help="drop the unfinished step in --state, whose text is lost or bad, and go on with these",
+    )
     data.add_argument("--strategy", default="accumulate", help="with several texts: accumulate, dense (forgets) or carry (stasis)")
     data.add_argument("--samples", type=int, help="windows of text (default: 128), or for kprune sentences (default: 1024)")
     data.add_argument(
@@ -186,7 +196,9 @@ def _add_bench(commands) -> None:
     bench.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate, one at a time")
     bench.add_argument("--rounds", type=int, default=3, metavar="N", help="of timing; medians are shown")
     bench.add_argument(
-        "--no-rss", action="store_true", help="leave out the resident memory, for which each model is saved to a temporary folder and loaded"
+        "--no-rss",
+        action="store_true",
+        help="leave out the resident memory, for which each model is saved to a temporary folder and loaded",
     )
     bench.add_argument("--json", action="store_true", help="the same for a program to read")
     bench.add_argument("--plot", metavar="FILE.svg", help="write the ratios as a plot, too")

@@ -172,7 +172,9 @@ def test_torch_is_asked_for_only_to_build_native_code(hook):
     program = f"import build_backend; print(build_backend.get_requires_for_build_{hook}())"
     for environment, expected in (({"SPARSEKERN_BUILD": "0"}, False), ({"SPARSEKERN_BUILD": "auto"}, True)):
         environment = os.environ | environment | {"PYTHONPATH": str(ROOT / "tools")}
-        told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
         assert ("torch" in told.stdout.splitlines()[-1]) is expected
 
 

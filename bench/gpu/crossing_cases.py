@@ -46,7 +46,9 @@ class Sweep:
             yield failed(self.name, error)
 
     def _row(self, taken: Mapping[str, Mapping[int, float]]) -> Row:
-        against = {tokens: min(taken[way][tokens] for way in (UNPACKED, PACKED) if tokens in taken[way]) for tokens in taken[UNPACKED]}
+        against = {
+            tokens: min(taken[way][tokens] for way in (UNPACKED, PACKED) if tokens in taken[way]) for tokens in taken[UNPACKED]
+        }
         first = crossing(taken[COMPRESSED], against)
         where = "at no number of tokens measured" if first is None else f"from **{first}** tokens on"
         most = max(against)

@@ -21,7 +21,13 @@ from . import e2e
 from .cases import CASES, Place
 from .device import Ceilings, measure_ceilings
 
-for module in ("solve_cases", "linear_cases", "packed_cases", "select_cases", "method_cases"):  # each adds its own, the most important first
+for module in (
+    "solve_cases",
+    "linear_cases",
+    "packed_cases",
+    "select_cases",
+    "method_cases",
+):  # each adds its own, the most important first
     importlib.import_module(f"{__package__}.{module}")
 SWEEPS = importlib.import_module(f"{__package__}.crossing_cases").SWEEPS  # which imports some of those modules
 KNOWN = (*CASES, *SWEEPS, *e2e.RUNS)

@@ -30,7 +30,9 @@ WIDE = {"one wide network": (4096, 11008, 1024), "one network of a quarter": (10
 WEIGHT, ROUNDS, EPOCHS, RATE, CHUNK = 5.0, 4, 2, 0.01, 1000  # alpha = beta = gamma, and the steps of s
 
 
-def public_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor, sparsity: float) -> list[torch.Tensor]:
+def public_sparsellm(
+    x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor, sparsity: float
+) -> list[torch.Tensor]:
     """Up, gate and down after four rounds; `x` is `[tokens, inputs]`, but everything here has one column a token."""
     x = x.T.contiguous()
     z, s = up @ x, gate @ x
@@ -58,7 +60,9 @@ def _step_s(x: torch.Tensor, gate: torch.Tensor, z: torch.Tensor, p: torch.Tenso
         for start in range(0, s.shape[1], CHUNK):
             tokens = slice(start, start + CHUNK)
             with torch.enable_grad():
-                given = [v.detach().clone().requires_grad_() for v in (s[:, tokens], gate, x[:, tokens], z[:, tokens], p[:, tokens])]
+                given = [
+                    v.detach().clone().requires_grad_() for v in (s[:, tokens], gate, x[:, tokens], z[:, tokens], p[:, tokens])
+                ]
                 chunk, w, inputs, wanted, activated = given
                 loss = WEIGHT * (chunk - w @ inputs).square().sum() + WEIGHT * (activated - F.silu(chunk) * wanted).square().sum()
                 loss.backward()
@@ -109,7 +113,9 @@ def measure_wide(name: str) -> dict[str, object]:
 def compare(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, object]:
     y = _output(x, weights)
     figures: dict[str, object] = {"shape": [weights[0].shape[1], len(weights[0]), len(weights[2])], "tokens": len(x)}
-    our_sparsellm(x[:LENGTH, :LENGTH], *(weight[:LENGTH, :LENGTH] for weight in weights), SPARSITY)  # a first call loads and allocates
+    our_sparsellm(
+        x[:LENGTH, :LENGTH], *(weight[:LENGTH, :LENGTH] for weight in weights), SPARSITY
+    )  # a first call loads and allocates
     for name, solve in (("sparsekern", our_sparsellm), ("public", public_sparsellm)):
         start = time.perf_counter()
         solved = solve(x, *weights, SPARSITY)

@@ -72,7 +72,11 @@ def measure_errors(wikitext: Path, quick: bool) -> dict[str, object]:
 def linears_of_block(model: torch.nn.Module, ids: torch.Tensor, features: int) -> list[tuple[torch.Tensor, Gram]]:
     """Weight and statistics of those linears of a block that have `features` inputs."""
     block = model.model.layers[BLOCK]
-    found = {m: Gram(features, torch.device("cpu")) for m in block.modules() if isinstance(m, torch.nn.Linear) and m.in_features == features}
+    found = {
+        m: Gram(features, torch.device("cpu"))
+        for m in block.modules()
+        if isinstance(m, torch.nn.Linear) and m.in_features == features
+    }
     hooks = [m.register_forward_pre_hook(lambda m, inputs: found[m].add(inputs[0].flatten(0, -2), None)) for m in found]
     with torch.no_grad():
         for sample in ids:
@@ -123,7 +127,9 @@ def section(figures: dict[str, object]) -> str:
         "| pattern | SparseGPT | ALPS | public ALPS, float64 |",
         "|---|---|---|---|",
         *(
-            f"| {label} | " + " | ".join(cell("error", who, label) for who in ("SparseGPT", "ALPS", "public ALPS in float64")) + " |"
+            f"| {label} | "
+            + " | ".join(cell("error", who, label) for who in ("SparseGPT", "ALPS", "public ALPS in float64"))
+            + " |"
             for label in PATTERNS
         ),
     ]

@@ -111,7 +111,9 @@ def after_step(method, pattern: str, names: Order, texts: Texts, work: Path) -> 
         if not before.exists():
             raise RuntimeError(f"{before} is gone, but not its figures; remove {work} to measure anew")
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(before, copy, copy_function=os.link, ignore=shutil.ignore_patterns(".*"))  # each state has a lock of its own
+        shutil.copytree(
+            before, copy, copy_function=os.link, ignore=shutil.ignore_patterns(".*")
+        )  # each state has a lock of its own
         copy.rename(state)
     model, calibration = smollm2.dense_model(), {names[-1]: texts.calibration[names[-1]]}
     sparsekern.prune_continually(model, calibration, method, pattern, state=state, resume=True, progress=False)
@@ -162,7 +164,9 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
     ]
     for pattern, by_label in rows.items():
         lines += ["", f"### {'50 %' if pattern == '0.5' else pattern}", ""]
-        lines += ["| method | orders | average perplexity at the end | backward transfer (worst, best order) | wiki | docs | code |"]
+        lines += [
+            "| method | orders | average perplexity at the end | backward transfer (worst, best order) | wiki | docs | code |"
+        ]
         lines += ["|---|---|---|---|---|---|---|"]
         for label, found in by_label.items():
             each = " | ".join(f"{found['after the last step'][name]:.2f}" for name in DOMAINS)
@@ -188,7 +192,9 @@ def goals_met(by_label: dict[str, dict]) -> str:
         less = copal["backward transfer"] > by_label[rival]["backward transfer"]
         said.append(f"forgets less than {rival}: {'yes' if less else '**no**'}")
     ratio = copal["average perplexity"] / wanda["average perplexity"] - 1
-    said.append(f"average perplexity at the end no worse than Wanda's from dense: {'yes' if ratio <= 0 else '**no**'} ({ratio:+.1%})")
+    said.append(
+        f"average perplexity at the end no worse than Wanda's from dense: {'yes' if ratio <= 0 else '**no**'} ({ratio:+.1%})"
+    )
     return "Goals for COPAL: " + "; ".join(said) + "."
 
 
@@ -197,7 +203,9 @@ def run(wikitext: Path | None, quick: bool) -> str:
         raise Unavailable("it needs --wikitext")
     if quick:
         with tempfile.TemporaryDirectory() as work:
-            return table(*measure(Texts(wikitext, windows=1), Path(work), ["Wanda, from dense", "Wanda, carried"], PATTERNS[:1], "all"))
+            return table(
+                *measure(Texts(wikitext, windows=1), Path(work), ["Wanda, from dense", "Wanda, carried"], PATTERNS[:1], "all")
+            )
     measure_and_store(wikitext, WORK, list(METHODS), PATTERNS, "all")
     return section(stored(NAME))
 
@@ -230,7 +238,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER")
     parser.add_argument("--only", action="append", choices=list(METHODS), help="may be given more than once")
     parser.add_argument("--pattern", action="append", choices=PATTERNS, help="may be given more than once")
-    parser.add_argument("--orders", default="all", choices=list(ORDERS), help="cyclic: three, in which each domain has every place once")
+    parser.add_argument(
+        "--orders", default="all", choices=list(ORDERS), help="cyclic: three, in which each domain has every place once"
+    )
     arguments = parser.parse_args()
     labels, patterns = arguments.only or list(METHODS), arguments.pattern or PATTERNS
     measure_and_store(arguments.wikitext, arguments.work, labels, patterns, arguments.orders)

@@ -91,12 +91,20 @@ def measure_cell(wikitext: Path, sparsity: str, criterion: str, column: str, qui
     if steps is None:
         report = sparsekern.prune(model, CRITERIA[criterion], SPARSITIES[sparsity], progress=False)
     else:
-        method = Gradual(CRITERIA[criterion], steps=steps, train_steps=GRID_WINDOWS // steps, batch_tokens=1, learning_rate=LEARNING_RATE)
+        method = Gradual(
+            CRITERIA[criterion], steps=steps, train_steps=GRID_WINDOWS // steps, batch_tokens=1, learning_rate=LEARNING_RATE
+        )
         ids = text(wikitext, GRID_WINDOWS, GRID_LENGTH)
         report = sparsekern.prune(model, method, SPARSITIES[sparsity], ids, batch_size=1, progress=False)
     perplexity = sparsekern.perplexity(model, held_out(wikitext, windows, length), length)
     whole = criterion == "structured"
-    return {f"{sparsity} {criterion}, {column}": {"perplexity": perplexity, "sparsity": report.sparsity, "bytes": size(model, report, whole)}}
+    return {
+        f"{sparsity} {criterion}, {column}": {
+            "perplexity": perplexity,
+            "sparsity": report.sparsity,
+            "bytes": size(model, report, whole),
+        }
+    }
 
 
 def size(model: torch.nn.Module, report: sparsekern.Report, whole_units: bool) -> int:

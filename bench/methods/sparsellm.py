@@ -39,7 +39,9 @@ def run(wikitext: Path | None, quick: bool) -> str:
     if wikitext is None:
         raise Unavailable("it needs --wikitext")
     names = [f"{solver} {pattern}" for solver in SOLVERS for pattern in PATTERNS]
-    figures = measure(wikitext, names[:1] if quick else names, quick) | measure_relu(quick) | _sparsellm_public.measure(wikitext, quick)
+    figures = (
+        measure(wikitext, names[:1] if quick else names, quick) | measure_relu(quick) | _sparsellm_public.measure(wikitext, quick)
+    )
     if not quick:
         store(NAME, figures)
         for wide in _sparsellm_public.WIDE:
@@ -77,7 +79,9 @@ def measure(
     return figures
 
 
-def prune(model: torch.nn.Module, method: Method, pattern: str | float, ids: torch.Tensor, out: Path | None) -> list[dict[str, object]]:
+def prune(
+    model: torch.nn.Module, method: Method, pattern: str | float, ids: torch.Tensor, out: Path | None
+) -> list[dict[str, object]]:
     """Prune `model`, or go on with that in `out`, or take what is finished there; the report's layers."""
     if out is not None and (out / "report.json").is_file():
         smollm2.put_weights(model, out / "model.safetensors")
@@ -120,7 +124,8 @@ def section(figures: dict[str, object]) -> str:
         "",
         *_table(figures, [(solver, pattern) for solver in SOLVERS for pattern in PATTERNS], list(FORMS)),
         "",
-        _relu_model.__doc__.partition("\n")[0] + f" Dense perplexity {_perplexity(figures, 'ReLU dense')}. Pruned with SparseGPT inside.",
+        _relu_model.__doc__.partition("\n")[0]
+        + f" Dense perplexity {_perplexity(figures, 'ReLU dense')}. Pruned with SparseGPT inside.",
         "",
         *_table(figures, [("ReLU", pattern) for pattern in PATTERNS], RELU_FORMS),
         *_time(figures.get("one network")),
@@ -133,7 +138,13 @@ def _table(figures: dict[str, object], rows: list[tuple[str, str]], forms: Seque
     """A row for each solver and pattern of which anything is measured, a column for each form that anything is measured of."""
     rows = [row for row in rows if any(_figure(figures, *row, form) for form in forms)]
     forms = [form for form in forms if any(_figure(figures, *row, form) for row in rows)]
-    head = ["solver", "pattern", *(f"error, {form}" for form in forms), "its first round", *(f"perplexity, {form}" for form in forms)]
+    head = [
+        "solver",
+        "pattern",
+        *(f"error, {form}" for form in forms),
+        "its first round",
+        *(f"perplexity, {form}" for form in forms),
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         found = [_figure(figures, *row, form) for form in forms]
@@ -186,7 +197,13 @@ def _perplexity(figures: dict[str, object], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help=f'such as "SparseGPT 70 %%", or "relu", "time", {", ".join(map(repr, _sparsellm_public.WIDE))}')
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f'such as "SparseGPT 70 %%", or "relu", "time", {", ".join(map(repr, _sparsellm_public.WIDE))}',
+    )
     parser.add_argument("--form", action="append", choices=list(FORMS), help="may be given more than once")
     parser.add_argument("--work", type=Path, help="where a measurement that is killed leaves what it has, to go on from")
     arguments = parser.parse_args()

@@ -47,7 +47,8 @@ Tensor dense_gemv(Tensor x, Tensor weight) {
   Tensor y = torch::stable::new_empty(x, {1, rows});
   const auto* bits = static_cast<const sparsekern::BFloat16*>(x.const_data_ptr());
   std::vector<float> floats(static_cast<size_t>(columns));
-  for (int64_t i = 0; i < columns; ++i) floats[static_cast<size_t>(i / 32 * 32 + i % 2 * 16 + i % 32 / 2)] = sparsekern::to_float(bits[i]);
+  for (int64_t i = 0; i < columns; ++i)
+    floats[static_cast<size_t>(i / 32 * 32 + i % 2 * 16 + i % 32 / 2)] = sparsekern::to_float(bits[i]);
   const auto* data = static_cast<const uint16_t*>(weight.const_data_ptr());
   auto* out = static_cast<sparsekern::BFloat16*>(y.mutable_data_ptr());
   torch::stable::parallel_for(0, rows / kRows, 16, [&](int64_t begin, int64_t end) {

@@ -74,7 +74,8 @@ SPARSEKERN_HOST_DEVICE constexpr bool fits(unsigned flags) {
 template <class K>
 SPARSEKERN_HOST_DEVICE inline unsigned flags_of(typename K::group top_bits) {
   if constexpr (K::bits == 8) {
-    return (top_bits >> 7) * 0x01020408u >> 24;  // no two of the sixteen products meet, and those of a flag with its own factor end up there
+    return (top_bits >> 7) * 0x01020408u >>
+           24;  // no two of the sixteen products meet, and those of a flag with its own factor end up there
   } else if constexpr (K::bits == 16) {
     const auto spread = static_cast<unsigned>(top_bits >> 15) | static_cast<unsigned>(top_bits >> 45);  // at bits 0, 16, 2, 18
     return (spread | spread >> 15) & 15u;
@@ -103,8 +104,8 @@ SPARSEKERN_HOST_DEVICE inline typename K::group group_of(typename K::stored stor
   using Group = typename K::group;
   if constexpr (K::format.group == 4) {
     constexpr auto element = static_cast<typename K::stored>(kTop<K> * 2 - 1);
-    return static_cast<Group>(stored & element) << (first_position(code) * K::bits) |
-        static_cast<Group>(stored >> K::bits) << (second_position(code) * K::bits);
+    return static_cast<Group>(stored & element) << (first_position(code) * K::bits) | static_cast<Group>(stored >> K::bits)
+                                                                                          << (second_position(code) * K::bits);
   } else {
     return static_cast<Group>(stored) << (first_position(code) / 2 * K::bits);
   }

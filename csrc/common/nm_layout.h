@@ -13,9 +13,9 @@ enum class Type { i8, bf16, f16, f32 };
 
 // How a weight of `element_size` bytes is laid out: a group of columns keeps half of them.
 struct Format {
-  int group;          // columns: 4, or 2 of float32
-  int word_bits;      // metadata word: 16, or 32 of int8 weights
-  int row_multiple;   // rows whose words are permuted among themselves
+  int group;         // columns: 4, or 2 of float32
+  int word_bits;     // metadata word: 16, or 32 of int8 weights
+  int row_multiple;  // rows whose words are permuted among themselves
 
   SPARSEKERN_HOST_DEVICE constexpr int codes_per_word() const { return word_bits / 4; }
   SPARSEKERN_HOST_DEVICE constexpr int columns_per_word() const { return group * codes_per_word(); }

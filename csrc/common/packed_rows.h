@@ -12,7 +12,8 @@ using Unit = uint32_t;  // one float, or two half values for two accumulators, t
 
 constexpr int64_t kWordColumns = 64;  // of a word of bits
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kSlack = 64;      // units after the last value: what a word of bits can move over, so that vectors are read without care
+constexpr int64_t kSlack =
+    64;  // units after the last value: what a word of bits can move over, so that vectors are read without care
 constexpr int64_t kBlockUnits = 16;  // of a block of N:M values
 constexpr int64_t kMostM = 16;
 

@@ -43,8 +43,8 @@ SPARSEKERN_INLINE void load_magnitudes(const float* z, int64_t count, int32_t* k
 }
 
 // `dual` holds z on entry. Returns how many entries of the mask changed.
-SPARSEKERN_INLINE int64_t finish_step(
-    const uint8_t* kept, const float* weight, int64_t count, float* offset, float* dual, uint8_t* mask) {
+SPARSEKERN_INLINE int64_t
+finish_step(const uint8_t* kept, const float* weight, int64_t count, float* offset, float* dual, uint8_t* mask) {
   int32_t changed = 0;  // wide enough: a chunk is shorter than 2^31
   for (int64_t i = 0; i < count; ++i) {
     const float z = dual[i];
@@ -63,7 +63,8 @@ class Step {
   static uint32_t unsigned_key(int32_t key) { return static_cast<uint32_t>(key); }
   static int32_t signed_key(uint32_t key) { return static_cast<int32_t>(key); }
 
-  Step(float* offset, float* dual, uint8_t* mask, const float* weight) : offset_(offset), dual_(dual), mask_(mask), weight_(weight) {}
+  Step(float* offset, float* dual, uint8_t* mask, const float* weight)
+      : offset_(offset), dual_(dual), mask_(mask), weight_(weight) {}
 
   bool load(int64_t begin, int64_t count, int32_t* keys) {
     if (!load_(offset_ + begin, weight_ + begin, dual_ + begin, count, keys)) return false;
@@ -85,7 +86,13 @@ class Step {
     while (std::isfinite(dual_[i])) ++i;
     const bool in_offset = !std::isfinite(offset_[i]), in_weight = !in_offset && !std::isfinite(weight_[i]);
     refuse_nonfinite(
-        in_offset ? "offset" : in_weight ? "weight" : "dual", in_offset ? offset_[i] : in_weight ? weight_[i] : dual_[i], i, columns);
+        in_offset   ? "offset"
+        : in_weight ? "weight"
+                    : "dual",
+        in_offset   ? offset_[i]
+        : in_weight ? weight_[i]
+                    : dual_[i],
+        i, columns);
   }
 
  private:
@@ -131,7 +138,8 @@ void run_step(Step& step, const StepPattern& pattern, int64_t rows, int64_t colu
     const int64_t chunk = kSelectionChunk / pattern.m * pattern.m;
     return step_by_chunks(
         step, rows * columns, chunk,
-        [&](const int32_t* keys, int64_t count, uint8_t* kept) { rank(keys, count / pattern.m, pattern.n, pattern.m, kept); }, executor);
+        [&](const int32_t* keys, int64_t count, uint8_t* kept) { rank(keys, count / pattern.m, pattern.n, pattern.m, kept); },
+        executor);
   }
   if (!pattern.whole_matrix) {
     const auto choose = Entries<&keep_largest>::choose();
@@ -147,13 +155,7 @@ void run_step(Step& step, const StepPattern& pattern, int64_t rows, int64_t colu
 }  // namespace
 
 int64_t admm_step_(
-    float* offset,
-    float* dual,
-    uint8_t* mask,
-    const float* weight,
-    const StepPattern& pattern,
-    int64_t rows,
-    int64_t columns,
+    float* offset, float* dual, uint8_t* mask, const float* weight, const StepPattern& pattern, int64_t rows, int64_t columns,
     const Executor& executor) {
   if (rows * columns == 0) return 0;
   Step step(offset, dual, mask, weight);

@@ -32,11 +32,12 @@ struct BitmaskWeight {
   int64_t rows, columns;
   const BitmaskRows& packed;
   const Unit* units;
-  int64_t count;                          // units without the slack
+  int64_t count;  // units without the slack
   int64_t words;
-  std::vector<uint64_t> no_bits;          // of the row that a last group may lack
-  Isa isa = current_isa();                // asked for once: it reads the environment
-  ByStreams<bitmask_multiply::Multiply> multiply_by[4] = {choose_multiply<T, 1>(isa), choose_multiply<T, 2>(isa), choose_multiply<T, 4>(isa), choose_multiply<T, 8>(isa)};
+  std::vector<uint64_t> no_bits;  // of the row that a last group may lack
+  Isa isa = current_isa();        // asked for once: it reads the environment
+  ByStreams<bitmask_multiply::Multiply> multiply_by[4] = {
+      choose_multiply<T, 1>(isa), choose_multiply<T, 2>(isa), choose_multiply<T, 4>(isa), choose_multiply<T, 8>(isa)};
 
   BitmaskWeight(const BitmaskRows& p, int64_t columns_)
       : rows(p.rows),
@@ -58,9 +59,7 @@ struct BitmaskWeight {
     return task == 0 ? 0 : std::lower_bound(packed.starts, packed.starts + tiles, unit) - packed.starts;
   }
 
-  const uint64_t* bits_of(int64_t row) const {
-    return row < rows ? packed.bits + row * words : no_bits.data();
-  }
+  const uint64_t* bits_of(int64_t row) const { return row < rows ? packed.bits + row * words : no_bits.data(); }
 
   bool multiply(const int64_t* tiles, int64_t given, const TokenBlock& block, TileSums* sums) const {
     const Unit* next[kStreams];
@@ -104,7 +103,8 @@ struct BitmaskWeight {
     }
 #endif
     std::fill_n(panel, columns * kLanes, 0.0f);
-    return for_each_value(tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
+    return for_each_value(
+        tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
   }
 
   // Nothing where the bits ask for more values or columns than there are.
@@ -147,7 +147,8 @@ struct BitmaskWeight {
     }
 #endif
     for (int64_t row = first; row < end; ++row) std::fill_n(weight + packed.order[row] * columns, columns, T{});
-    return for_each_value(tile, [&](int64_t row, int64_t column, T value) { weight[packed.order[row] * columns + column] = value; });
+    return for_each_value(
+        tile, [&](int64_t row, int64_t column, T value) { weight[packed.order[row] * columns + column] = value; });
   }
 
   // f(row, column, value) for each value of a tile.
@@ -178,7 +179,9 @@ struct BitmaskWeight {
 };
 
 template <class T>
-bool multiply(const BitmaskRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
+bool multiply(
+    const BitmaskRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y,
+    const Executor& executor) {
   const BitmaskWeight<T> weight(packed, columns);
   const Activations activations(static_cast<const T*>(x), tokens, columns, weight.isa, executor);
   const Output<T> output{static_cast<T*>(y), packed.rows, packed.order, static_cast<const T*>(bias)};
@@ -187,18 +190,20 @@ bool multiply(const BitmaskRows& packed, const void* x, int64_t tokens, int64_t 
 
 // What would lead a kernel out of the tensors, the bits apart: those are followed with care.
 void check_places(const BitmaskRows& packed, DType dtype) {
-  const int64_t tiles = packed_rows::tiles(packed.rows), units = packed.value_count / packed_rows::lanes(size_of(dtype)) - packed_rows::kSlack;
+  const int64_t tiles = packed_rows::tiles(packed.rows),
+                units = packed.value_count / packed_rows::lanes(size_of(dtype)) - packed_rows::kSlack;
   for (int64_t tile = 0; tile <= tiles; ++tile) {
     if (packed.starts[tile] < (tile == 0 ? 0 : packed.starts[tile - 1]) || packed.starts[tile] > units) {
       throw std::invalid_argument(
-          "starts: expected ascending places of the " + std::to_string(units) + " units, got " + std::to_string(packed.starts[tile]));
+          "starts: expected ascending places of the " + std::to_string(units) + " units, got " +
+          std::to_string(packed.starts[tile]));
     }
   }
   bool inside = true;
   for (int64_t i = 0; i < packed.rows; ++i) inside &= static_cast<uint32_t>(packed.order[i]) < static_cast<uint64_t>(packed.rows);
   if (inside) return;
-  const int32_t* outside = std::find_if(
-      packed.order, packed.order + packed.rows, [&](int32_t row) { return row < 0 || row >= packed.rows; });
+  const int32_t* outside =
+      std::find_if(packed.order, packed.order + packed.rows, [&](int32_t row) { return row < 0 || row >= packed.rows; });
   throw std::invalid_argument(
       "order: expected rows from 0 to " + std::to_string(packed.rows - 1) + ", got " + std::to_string(*outside));
 }
@@ -210,13 +215,7 @@ void check_bits(bool sound) {
 }  // namespace
 
 void bitmask_linear(
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t columns,
-    const BitmaskRows& packed,
-    const void* bias,
-    void* y,
+    const void* x, DType dtype, int64_t tokens, int64_t columns, const BitmaskRows& packed, const void* bias, void* y,
     const Executor& executor) {
   check_places(packed, dtype);
   check_bits(dispatch_dtype(dtype, [&](auto* type) {

@@ -15,7 +15,7 @@ namespace sparsekern::cpu::bitmask_multiply {
 struct Factors {
   const Unit* last;  // the last unit from which a word of bits may be read
   int64_t words;
-  const float* x;    // of the first token
+  const float* x;  // of the first token
   int64_t x_stride;
 };
 
@@ -183,8 +183,10 @@ ByStreams<Multiply> choose_multiply([[maybe_unused]] Isa isa) {
 #if SPARSEKERN_X86
   if (isa >= Isa::avx512) {
     constexpr Multiply one = &multiply_avx512<T, kTokens, 1>;
-    if constexpr (kTokens > 4) return {one, &one_by_one<one>};  // the registers of two would not do
-    else return {one, &multiply_avx512<T, kTokens, 2>};
+    if constexpr (kTokens > 4)
+      return {one, &one_by_one<one>};  // the registers of two would not do
+    else
+      return {one, &multiply_avx512<T, kTokens, 2>};
   }
   if (isa >= Isa::avx2) return {&multiply_avx2<T, kTokens>, &one_by_one<&multiply_avx2<T, kTokens>>};
 #endif

@@ -70,13 +70,7 @@ void gather(
 }  // namespace
 
 int64_t bitmask_mark(
-    const void* weight,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    uint8_t* bits,
-    int64_t* row_start,
-    const Executor& executor) {
+    const void* weight, DType dtype, int64_t rows, int64_t columns, uint8_t* bits, int64_t* row_start, const Executor& executor) {
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* elements = static_cast<const T*>(weight);
@@ -94,13 +88,7 @@ int64_t bitmask_mark(
 }
 
 void bitmask_gather(
-    const void* weight,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    const uint8_t* bits,
-    const int64_t* row_start,
-    void* values,
+    const void* weight, DType dtype, int64_t rows, int64_t columns, const uint8_t* bits, const int64_t* row_start, void* values,
     const Executor& executor) {
   const auto move = size_of(dtype) == 4 ? &gather<uint32_t> : &gather<uint16_t>;
   move(weight, rows, columns, bits, row_start, values, executor);

@@ -63,7 +63,8 @@ SPARSEKERN_AVX512 void expand_panel_avx512(TileRows tile, int64_t columns, float
         const uint32_t mask = bits_of_part(tile.bits[row] + word, part);
         const __m512 weight =
             floats_of_units<T>(_mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit), row % kUnitValues<T>);
-        _mm512_mask_i32scatter_ps(panel + column * kLanes + row, static_cast<__mmask16>((1u << left) - 1), column_starts, weight, 4);
+        _mm512_mask_i32scatter_ps(
+            panel + column * kLanes + row, static_cast<__mmask16>((1u << left) - 1), column_starts, weight, 4);
         unit += __builtin_popcount(mask);
       }
       tile.units[row] = unit;

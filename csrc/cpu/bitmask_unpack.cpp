@@ -39,8 +39,7 @@ SPARSEKERN_INLINE void expand_row(const Bits* values, int64_t columns, const uin
 }
 
 // The place of each row's values. Throws unless the padding is zero and the bits account for all values.
-std::vector<int64_t> row_starts(
-    const uint8_t* bits, int64_t rows, int64_t columns, int64_t values, const Executor& executor) {
+std::vector<int64_t> row_starts(const uint8_t* bits, int64_t rows, int64_t columns, int64_t values, const Executor& executor) {
   const int64_t bytes = bitmask::bytes_per_row(columns);
   const uint8_t padding = bitmask::padding_bits(columns);
   const auto count = Entries<&count_bits>::choose();
@@ -84,13 +83,7 @@ void expand(
 }  // namespace
 
 void bitmask_unpack(
-    const void* values,
-    DType dtype,
-    int64_t value_count,
-    const uint8_t* bits,
-    int64_t rows,
-    int64_t columns,
-    void* weight,
+    const void* values, DType dtype, int64_t value_count, const uint8_t* bits, int64_t rows, int64_t columns, void* weight,
     const Executor& executor) {
   const std::vector<int64_t> starts = row_starts(bits, rows, columns, value_count, executor);
   const auto fill = size_of(dtype) == 4 ? &expand<uint32_t> : &expand<uint16_t>;

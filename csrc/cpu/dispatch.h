@@ -10,10 +10,7 @@ template <auto kBaseline, auto kAvx2, auto kAvx512>
 struct TargetEntries;
 
 template <
-    class Result,
-    class... Arguments,
-    Result (*kBaseline)(Arguments...),
-    Result (*kAvx2)(Arguments...),
+    class Result, class... Arguments, Result (*kBaseline)(Arguments...), Result (*kAvx2)(Arguments...),
     Result (*kAvx512)(Arguments...)>
 struct TargetEntries<kBaseline, kAvx2, kAvx512> {
   using Function = Result (*)(Arguments...);

@@ -68,13 +68,7 @@ void add_chunks(const std::vector<double>& partial, int64_t chunks, int64_t feat
 
 template <class T>
 void accumulate(
-    float* sum_squares,
-    float* sum,
-    const T* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t features,
-    const uint8_t* mask,
+    float* sum_squares, float* sum, const T* x, DType dtype, int64_t tokens, int64_t features, const uint8_t* mask,
     const Executor& executor) {
   const auto add = Entries<&add_strip<T>>::choose();
   const int64_t chunks = (tokens + kChunkTokens - 1) / kChunkTokens;
@@ -101,13 +95,7 @@ void accumulate(
 }  // namespace
 
 void feature_norm_(
-    float* sum_squares,
-    float* sum,
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t features,
-    const uint8_t* row_mask,
+    float* sum_squares, float* sum, const void* x, DType dtype, int64_t tokens, int64_t features, const uint8_t* row_mask,
     const Executor& executor) {
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

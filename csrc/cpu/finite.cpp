@@ -62,12 +62,7 @@ void refuse_nonfinite(const char* name, float value, int64_t index, int64_t colu
 }
 
 void require_finite(
-    const char* name,
-    const void* data,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    const uint8_t* row_mask,
+    const char* name, const void* data, DType dtype, int64_t rows, int64_t columns, const uint8_t* row_mask,
     const Executor& executor) {
   dispatch_dtype(dtype, [&](auto* type) {
     const auto* typed = static_cast<const std::remove_pointer_t<decltype(type)>*>(data);

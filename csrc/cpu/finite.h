@@ -12,12 +12,7 @@ namespace sparsekern::cpu {
 
 // Throws std::invalid_argument naming the first NaN or Inf of a row-major matrix. Rows where `row_mask` is 0 are not looked at.
 void require_finite(
-    const char* name,
-    const void* data,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    const uint8_t* row_mask,
+    const char* name, const void* data, DType dtype, int64_t rows, int64_t columns, const uint8_t* row_mask,
     const Executor& executor);
 
 // The same for the lower triangle of a square matrix.

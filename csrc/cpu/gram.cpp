@@ -162,8 +162,7 @@ SPARSEKERN_INLINE void multiply_strip(
 struct Kernels {
   int64_t tokens_per_unit;
   void (*pack)(const Tokens& tokens, int64_t first_token, int64_t begin, int64_t end, const Chunk& chunk);
-  void (*multiply)(
-      const Chunk& chunk, int64_t units, int64_t strip, int64_t panels, float alpha, float* gram, int64_t features);
+  void (*multiply)(const Chunk& chunk, int64_t units, int64_t strip, int64_t panels, float alpha, float* gram, int64_t features);
 };
 
 template <class T>
@@ -203,19 +202,12 @@ void accumulate(const Kernels& kernels, const Tokens& tokens, float alpha, float
 }  // namespace
 
 void gram_(
-    float* gram,
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t features,
-    const uint8_t* row_mask,
-    float alpha,
+    float* gram, const void* x, DType dtype, int64_t tokens, int64_t features, const uint8_t* row_mask, float alpha,
     const Executor& executor) {
   if (features == 0) return;
   require_finite("x", x, dtype, tokens, features, row_mask, executor);
   const Tokens selected = select_tokens(x, tokens, features, row_mask);
-  const Kernels kernels = dispatch_dtype(
-      dtype, [](auto* type) { return choose_kernels<std::remove_pointer_t<decltype(type)>>(); });
+  const Kernels kernels = dispatch_dtype(dtype, [](auto* type) { return choose_kernels<std::remove_pointer_t<decltype(type)>>(); });
   accumulate(kernels, selected, alpha, gram, executor);
 }
 

@@ -6,12 +6,7 @@
 namespace sparsekern::cpu {
 
 double gram_solve(
-    const float* gram,
-    const float* cross,
-    int64_t rows,
-    int64_t columns,
-    double damping,
-    float* solution,
+    const float* gram, const float* cross, int64_t rows, int64_t columns, double damping, float* solution,
     const Executor& executor) {
   require_finite("cross", cross, DType::f32, rows, columns, nullptr, executor);
   const auto factor = allocate<float>(columns * columns);

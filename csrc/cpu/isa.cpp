@@ -14,7 +14,8 @@ Isa detect() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512cd");
   if (avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -31,7 +32,8 @@ Isa requested(const std::string& name) {
     }
     return isa;
   }
-  throw std::invalid_argument("SPARSEKERN_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or avx512_bf16_emulated, got '" + name + "'");
+  throw std::invalid_argument(
+      "SPARSEKERN_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or avx512_bf16_emulated, got '" + name + "'");
 }
 
 }  // namespace

@@ -13,105 +13,51 @@
 namespace sparsekern::cpu {
 
 void gram_(
-    float* gram,
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t features,
+    float* gram, const void* x, DType dtype, int64_t tokens, int64_t features,
     const uint8_t* row_mask,  // null: every token counts
-    float alpha,
-    const Executor& executor);
+    float alpha, const Executor& executor);
 
 void gram_symmetrize_(float* gram, int64_t features, const Executor& executor);
 
 void feature_norm_(
     float* sum_squares,
     float* sum,  // null: not wanted
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t features,
+    const void* x, DType dtype, int64_t tokens, int64_t features,
     const uint8_t* row_mask,  // null: every token counts
     const Executor& executor);
 
 // Masks are bytes, 1 where kept. `columns` is divisible by m, m at most 64.
 void nm_mask(
-    const void* scores,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    int64_t n,
-    int64_t m,
-    uint8_t* mask,
-    const Executor& executor);
+    const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t n, int64_t m, uint8_t* mask, const Executor& executor);
 
 // k is at most `columns`, or at most `rows * columns` for the whole matrix.
 void topk_mask(
-    const void* scores,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    int64_t k,
-    bool whole_matrix,
-    uint8_t* mask,
+    const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t k, bool whole_matrix, uint8_t* mask,
     const Executor& executor);
 
 // What common/nm_layout.h lays out; shapes are multiples of its format's.
-void nm_pack(
-    const void* weight,
-    nm::Type type,
-    int64_t rows,
-    int64_t columns,
-    void* values,
-    void* meta,
-    const Executor& executor);
+void nm_pack(const void* weight, nm::Type type, int64_t rows, int64_t columns, void* values, void* meta, const Executor& executor);
 // Keeps as many of each group as fit the layout, the largest by `scores`; a weight of int8 has none of this.
 void nm_prune_pack(
-    const void* weight,
-    DType dtype,
+    const void* weight, DType dtype,
     const void* scores,  // null: the magnitudes of the weight
-    DType scores_dtype,
-    int64_t rows,
-    int64_t columns,
-    void* values,
-    void* meta,
-    const Executor& executor);
+    DType scores_dtype, int64_t rows, int64_t columns, void* values, void* meta, const Executor& executor);
 void nm_unpack(
-    const void* values,
-    const void* meta,
-    int element_size,
-    int64_t rows,
+    const void* values, const void* meta, int element_size, int64_t rows,
     int64_t columns,  // of the weight
-    void* weight,
-    const Executor& executor);
+    void* weight, const Executor& executor);
 
 // bitmask_pack in two steps, since the number of values is known only after the first: `bitmask_mark` writes the bits and where
 // each row's values start, and returns how many there are; `bitmask_gather` moves them.
 int64_t bitmask_mark(
-    const void* weight,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    uint8_t* bits,
+    const void* weight, DType dtype, int64_t rows, int64_t columns, uint8_t* bits,
     int64_t* row_start,  // [rows]
     const Executor& executor);
 void bitmask_gather(
-    const void* weight,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    const uint8_t* bits,
-    const int64_t* row_start,
-    void* values,
+    const void* weight, DType dtype, int64_t rows, int64_t columns, const uint8_t* bits, const int64_t* row_start, void* values,
     const Executor& executor);
 void bitmask_unpack(
-    const void* values,
-    DType dtype,
-    int64_t value_count,
-    const uint8_t* bits,
-    int64_t rows,
-    int64_t columns,
-    void* weight,
+    const void* values, DType dtype, int64_t value_count, const uint8_t* bits, int64_t rows, int64_t columns, void* weight,
     const Executor& executor);
 // Packed weights in the layouts of common/packed_rows.h. Neither product reads outside of what is handed in, whatever that holds.
 struct BitmaskRows {
@@ -129,23 +75,13 @@ struct NmRows {
 };
 constexpr int64_t kFewTokens = 32;  // up to which packed weights are expanded in registers
 void bitmask_linear(
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t columns,
-    const BitmaskRows& packed,
+    const void* x, DType dtype, int64_t tokens, int64_t columns, const BitmaskRows& packed,
     const void* bias,  // null: none
-    void* y,
-    const Executor& executor);
+    void* y, const Executor& executor);
 void nm_linear(
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t columns,
-    const NmRows& packed,
+    const void* x, DType dtype, int64_t tokens, int64_t columns, const NmRows& packed,
     const void* bias,  // null: none
-    void* y,
-    const Executor& executor);
+    void* y, const Executor& executor);
 
 // The dense weights.
 void bitmask_expand(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
@@ -167,17 +103,8 @@ struct LeastSquares {
 
 // `start` may be null (the weight itself). Returns how many rows conjugate gradients left unfinished.
 int64_t masked_lstsq(
-    const void* weight,
-    const void* start,
-    DType dtype,
-    const float* gram,
-    const uint8_t* mask,
-    const LeastSquares& settings,
-    int64_t rows,
-    int64_t columns,
-    void* new_weight,
-    float* row_error,
-    const Executor& executor);
+    const void* weight, const void* start, DType dtype, const float* gram, const uint8_t* mask, const LeastSquares& settings,
+    int64_t rows, int64_t columns, void* new_weight, float* row_error, const Executor& executor);
 
 struct StepPattern {
   int64_t n, m;  // n = 0: the k largest
@@ -188,13 +115,7 @@ struct StepPattern {
 // In place on offset, dual and mask; returns how many entries of the mask changed. `columns` is divisible by m, m at most 64; k is at
 // most `columns`, or `rows * columns` for the whole matrix.
 int64_t admm_step_(
-    float* offset,
-    float* dual,
-    uint8_t* mask,
-    const float* weight,
-    const StepPattern& pattern,
-    int64_t rows,
-    int64_t columns,
+    float* offset, float* dual, uint8_t* mask, const float* weight, const StepPattern& pattern, int64_t rows, int64_t columns,
     const Executor& executor);
 
 // Writes V and returns the damping used: negative (or -inf for 0) says that float64 arithmetic was needed. A pivot below
@@ -204,12 +125,7 @@ double reverse_cholesky(
 
 // solution (gram + shift I) = cross; returns what reverse_cholesky does.
 double gram_solve(
-    const float* gram,
-    const float* cross,
-    int64_t rows,
-    int64_t columns,
-    double damping,
-    float* solution,
+    const float* gram, const float* cross, int64_t rows, int64_t columns, double damping, float* solution,
     const Executor& executor);
 
 // The symmetric (gram + shift I)^-1, with rows and columns of zeros for dead features; returns what reverse_cholesky does.
@@ -227,16 +143,9 @@ struct SweepPattern {
 
 // Throws where columns are not divisible by m. A diagonal entry of the factor with a sign bit marks a dead feature.
 void obs_sweep(
-    const void* weight,
-    DType dtype,
-    const float* factor,
+    const void* weight, DType dtype, const float* factor,
     const uint8_t* mask,  // null: chosen by the pattern
-    const SweepPattern& pattern,
-    int64_t rows,
-    int64_t columns,
-    void* new_weight,
-    uint8_t* new_mask,
-    float* row_error,
+    const SweepPattern& pattern, int64_t rows, int64_t columns, void* new_weight, uint8_t* new_mask, float* row_error,
     const Executor& executor);
 
 // What the auxiliary activations of SparseLLM are found from (cpu/split.h): arrays of `entries` elements of `dtype`.

@@ -22,7 +22,8 @@ class LaneCholesky {
  public:
   using Float = typename VectorOf<Target::kWidth>::Float;
 
-  explicit LaneCholesky(int64_t largest) : rows_(allocate<float>(offset(round_up(largest, kStep)))), reciprocal_(allocate<float>(round_up(largest, kStep) * kLanes)) {}
+  explicit LaneCholesky(int64_t largest)
+      : rows_(allocate<float>(offset(round_up(largest, kStep)))), reciprocal_(allocate<float>(round_up(largest, kStep) * kLanes)) {}
 
   // Lane l: matrix[support[l], support[l]], of a symmetric matrix with `stride` columns and a unit diagonal; supports are ascending.
   SPARSEKERN_INLINE void gather(const float* matrix, int64_t stride, const std::vector<int32_t> (&support)[kLanes]) {
@@ -63,7 +64,7 @@ class LaneCholesky {
   int64_t size() const { return size_; }
 
  private:
-  static constexpr int64_t kStep = 4;                              // columns that rows are padded to
+  static constexpr int64_t kStep = 4;                             // columns that rows are padded to
   static constexpr int kTile = Target::kWidth == kLanes ? 4 : 2;  // what fits the registers
 
   // Rows are as long as the last of their group of four.

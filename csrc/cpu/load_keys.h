@@ -30,8 +30,8 @@ void refuse_nan(const char* name, const T* values, int64_t rows, int64_t columns
   for (int64_t i = 0; i < rows * columns; ++i) {
     if ((signed_bits(values[i]) & magnitude_bits(T{})) > infinity_bits(T{})) {
       throw std::invalid_argument(
-          std::string(name) + ": expected no NaN, got nan at [" + std::to_string(i / columns) + ", " +
-          std::to_string(i % columns) + "]");
+          std::string(name) + ": expected no NaN, got nan at [" + std::to_string(i / columns) + ", " + std::to_string(i % columns) +
+          "]");
     }
   }
 }

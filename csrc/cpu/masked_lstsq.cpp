@@ -63,7 +63,7 @@ struct Problem {
   float* row_error;
   int64_t rows, columns;
   const UnitGram& unit;
-  const Multiplier& gram;            // unit.matrix
+  const Multiplier& gram;             // unit.matrix
   const std::vector<int64_t>& order;  // rows by the size of their support, so that neighbours are of a size
   const LeastSquares& settings;
 };
@@ -248,7 +248,9 @@ SPARSEKERN_INLINE void iterate(const Multiplier& gram, float tolerance, Tile& ti
     const int8_t* keep = tile.keep_at(p);
     const int64_t row = p * kLanes;
     alignas(64) float curvature[kLanes], alpha[kLanes], beta[kLanes], gamma[kLanes];
-    L::sum_columns(gram.outputs, curvature, [&](int64_t i, int) SPARSEKERN_INLINE_LAMBDA { return L::load(direction + i) * L::load(product + i); });
+    L::sum_columns(gram.outputs, curvature, [&](int64_t i, int) SPARSEKERN_INLINE_LAMBDA {
+      return L::load(direction + i) * L::load(product + i);
+    });
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       alpha[lane] = tile.active[row + lane] && curvature[lane] > 0.0f ? tile.gamma[row + lane] / curvature[lane] : 0.0f;
     }
@@ -292,15 +294,19 @@ SPARSEKERN_INLINE int64_t run_tile(const UnitGram& unit, const Multiplier& gram,
     LaneCholesky<Target> cholesky(largest);
     solve_panel<Target>(unit, tile, p, cholesky);
   }
-  const auto any_active = [&] { return std::any_of(tile.active, tile.active + tile.panels * kLanes, [](bool active) { return active; }); };
-  for (int64_t i = 0; i < settings.max_iterations && any_active(); ++i) iterate<Target>(gram, static_cast<float>(settings.tolerance), tile);
+  const auto any_active = [&] {
+    return std::any_of(tile.active, tile.active + tile.panels * kLanes, [](bool active) { return active; });
+  };
+  for (int64_t i = 0; i < settings.max_iterations && any_active(); ++i)
+    iterate<Target>(gram, static_cast<float>(settings.tolerance), tile);
   return std::count(tile.active, tile.active + tile.panels * kLanes, true);
 }
 
 std::vector<int64_t> rows_by_support(const uint8_t* mask, int64_t rows, int64_t columns, const Executor& executor) {
   std::vector<int64_t> count(static_cast<size_t>(rows)), order(static_cast<size_t>(rows));
   parallel_for(executor, rows, 1 + 65536 / (columns + 1), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) count[row] = std::count(mask + row * columns, mask + (row + 1) * columns, uint8_t{1});
+    for (int64_t row = first; row < last; ++row)
+      count[row] = std::count(mask + row * columns, mask + (row + 1) * columns, uint8_t{1});
   });
   std::iota(order.begin(), order.end(), int64_t{0});
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return count[a] < count[b]; });
@@ -315,17 +321,8 @@ bool LeastSquares::exact(int64_t support, int64_t columns) const {
 }
 
 int64_t masked_lstsq(
-    const void* weight,
-    const void* start,
-    DType dtype,
-    const float* gram,
-    const uint8_t* mask,
-    const LeastSquares& settings,
-    int64_t rows,
-    int64_t columns,
-    void* new_weight,
-    float* row_error,
-    const Executor& executor) {
+    const void* weight, const void* start, DType dtype, const float* gram, const uint8_t* mask, const LeastSquares& settings,
+    int64_t rows, int64_t columns, void* new_weight, float* row_error, const Executor& executor) {
   require_finite("weight", weight, dtype, rows, columns, nullptr, executor);
   require_finite_lower("gram", gram, columns, executor);
   if (start != nullptr) require_finite("start", start, dtype, rows, columns, nullptr, executor);
@@ -337,8 +334,17 @@ int64_t masked_lstsq(
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Problem<T> problem{
-        static_cast<const T*>(weight), static_cast<const T*>(start), mask, static_cast<T*>(new_weight), row_error, rows, columns,
-        unit, multiplier, order, settings};
+        static_cast<const T*>(weight),
+        static_cast<const T*>(start),
+        mask,
+        static_cast<T*>(new_weight),
+        row_error,
+        rows,
+        columns,
+        unit,
+        multiplier,
+        order,
+        settings};
     const auto make_tile = [&] { return Tile(columns); };
     parallel_tasks(executor, ceil_div(rows, kTileRows), make_tile, [&](int64_t index, Tile& tile) {
       load_tile(problem, index * kTileRows, tile);

@@ -26,7 +26,7 @@ struct Factors {
   const int32_t* group_columns;  // the first column of the group of each value
   int code_bits;
   int64_t n;
-  const float* x;                // of the first token
+  const float* x;  // of the first token
   int64_t x_stride;
 };
 
@@ -108,7 +108,8 @@ SPARSEKERN_AVX512 void multiply_half_avx512(const Factors& factors, const Row* r
       const int64_t i = block * kUnitValues<T> + run;
 #pragma GCC unroll 2
       for (int row = 0; row < kRows; ++row) {
-        const __m512i columns = _mm512_ternarylogic_epi32(codes_of_run<kWide>(codes[row], i), code, groups, 0xea);  // (codes & code) | groups
+        const __m512i columns =
+            _mm512_ternarylogic_epi32(codes_of_run<kWide>(codes[row], i), code, groups, 0xea);  // (codes & code) | groups
         const __m512 weight = floats_of_units<T>(stored[row], run);
 #pragma GCC unroll 8
         for (int token = 0; token < kTokens; ++token) {
@@ -161,7 +162,8 @@ SPARSEKERN_AVX512 void multiply_any_avx512(const Factors& factors, const Row* ro
 // The 16 rows of a tile, or those there are, to panel[16 * column + row], block by block, so that what is written stays in the first
 // cache. Only `stored` values a row are meant. False where a position lies behind the last column.
 template <class T, bool kWide>
-SPARSEKERN_AVX512 bool expand_panel_avx512(const Factors& factors, const Row* rows, int count, int64_t stored, int64_t columns, float* panel) {
+SPARSEKERN_AVX512 bool expand_panel_avx512(
+    const Factors& factors, const Row* rows, int count, int64_t stored, int64_t columns, float* panel) {
   const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
   const __m512i end = _mm512_set1_epi32(static_cast<int>(columns));
   for (int64_t block = 0; block < factors.blocks; ++block) {
@@ -229,8 +231,10 @@ template <class T, int kTokens, bool kWide>
 ByStreams<Multiply> choose_multiply_avx512(bool half) {
   if (!half) return kOneByOne<&multiply_any_avx512<T, kTokens, kWide>>;
   constexpr Multiply one = &multiply_half_avx512<T, kTokens, kWide, 1>;
-  if constexpr (kTokens > 4) return kOneByOne<one>;  // the registers of two would not do
-  else return {one, &multiply_half_avx512<T, kTokens, kWide, 2>};
+  if constexpr (kTokens > 4)
+    return kOneByOne<one>;  // the registers of two would not do
+  else
+    return {one, &multiply_half_avx512<T, kTokens, kWide, 2>};
 }
 
 #endif
@@ -240,7 +244,8 @@ ByStreams<Multiply> choose_multiply([[maybe_unused]] Isa isa, [[maybe_unused]] i
 #if SPARSEKERN_X86
   if (isa >= Isa::avx512) {
     const bool half = m == 2 * n && (n & (n - 1)) == 0;
-    return packed_rows::code_bits(m) == 2 ? choose_multiply_avx512<T, kTokens, false>(half) : choose_multiply_avx512<T, kTokens, true>(half);
+    return packed_rows::code_bits(m) == 2 ? choose_multiply_avx512<T, kTokens, false>(half)
+                                          : choose_multiply_avx512<T, kTokens, true>(half);
   }
   if (isa >= Isa::avx2) return kOneByOne<&multiply_any_avx2<T, kTokens>>;
 #endif
@@ -254,7 +259,7 @@ struct NmWeight {
   int64_t stored;  // values a row
   int code_bits;
   std::vector<int32_t> group_columns;
-  Isa isa = current_isa();    // asked for once: it reads the environment
+  Isa isa = current_isa();             // asked for once: it reads the environment
   ByStreams<Multiply> multiply_by[4];  // 1, 2, 4 and 8 tokens
 
   NmWeight(const NmRows& p, int64_t columns_)
@@ -316,7 +321,8 @@ struct NmWeight {
       return expand_panel(factors_of(nullptr, 0), tile_rows, count, columns / packed.m * packed.n, columns, panel);
     }
 #endif
-    return for_each_value(tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
+    return for_each_value(
+        tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
   }
 
   bool expand_rows(int64_t tile, T* weight) const {
@@ -343,7 +349,8 @@ struct NmWeight {
 };
 
 template <class T>
-bool multiply(const NmRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
+bool multiply(
+    const NmRows& packed, const void* x, int64_t tokens, int64_t columns, const void* bias, void* y, const Executor& executor) {
   const NmWeight<T> weight(packed, columns);
   const Activations activations(static_cast<const T*>(x), tokens, columns, weight.isa, executor);
   const Output<T> output{static_cast<T*>(y), packed.rows, nullptr, static_cast<const T*>(bias)};
@@ -357,13 +364,7 @@ void check_codes(bool sound) {
 }  // namespace
 
 void nm_linear(
-    const void* x,
-    DType dtype,
-    int64_t tokens,
-    int64_t columns,
-    const NmRows& packed,
-    const void* bias,
-    void* y,
+    const void* x, DType dtype, int64_t tokens, int64_t columns, const NmRows& packed, const void* bias, void* y,
     const Executor& executor) {
   check_codes(dispatch_dtype(dtype, [&](auto* type) {
     return multiply<std::remove_pointer_t<decltype(type)>>(packed, x, tokens, columns, bias, y, executor);

@@ -35,14 +35,7 @@ bool select_groups(const T* scores, int64_t groups, int64_t n, int64_t m, uint8_
 }  // namespace
 
 void nm_mask(
-    const void* scores,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    int64_t n,
-    int64_t m,
-    uint8_t* mask,
-    const Executor& executor) {
+    const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t n, int64_t m, uint8_t* mask, const Executor& executor) {
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* values = static_cast<const T*>(scores);

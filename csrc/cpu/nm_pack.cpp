@@ -56,14 +56,7 @@ void pack(const void* weight, int64_t rows, int64_t columns, void* values, void*
 
 }  // namespace
 
-void nm_pack(
-    const void* weight,
-    nm::Type type,
-    int64_t rows,
-    int64_t columns,
-    void* values,
-    void* meta,
-    const Executor& executor) {
+void nm_pack(const void* weight, nm::Type type, int64_t rows, int64_t columns, void* values, void* meta, const Executor& executor) {
   nm::dispatch_type(type, [&](auto kind) { pack<decltype(kind)>(weight, rows, columns, values, meta, executor); });
 }
 

@@ -8,8 +8,8 @@
 #include "common/nm_group.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
-#include "cpu/nm_words.h"
 #include "cpu/load_keys.h"
+#include "cpu/nm_words.h"
 #include "cpu/rank_groups.h"
 
 namespace sparsekern::cpu {
@@ -17,7 +17,8 @@ namespace sparsekern::cpu {
 namespace {
 
 template <class T>
-using KindOf = std::conditional_t<std::is_same_v<T, float>, nm::F32, std::conditional_t<std::is_same_v<T, Half>, nm::F16, nm::Bf16>>;
+using KindOf =
+    std::conditional_t<std::is_same_v<T, float>, nm::F32, std::conditional_t<std::is_same_v<T, Half>, nm::F16, nm::Bf16>>;
 
 SPARSEKERN_INLINE void take_magnitudes(int32_t* keys, int64_t count) {
   for (int64_t i = 0; i < count; ++i) keys[i] = keys[i] < 0 ? -keys[i] : keys[i];
@@ -66,15 +67,8 @@ void prune_pack(
 }  // namespace
 
 void nm_prune_pack(
-    const void* weight,
-    DType dtype,
-    const void* scores,
-    DType scores_dtype,
-    int64_t rows,
-    int64_t columns,
-    void* values,
-    void* meta,
-    const Executor& executor) {
+    const void* weight, DType dtype, const void* scores, DType scores_dtype, int64_t rows, int64_t columns, void* values,
+    void* meta, const Executor& executor) {
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     dispatch_dtype(scores_dtype, [&](auto* score_type) {

@@ -75,13 +75,7 @@ void unpack(const void* values, const void* meta, int64_t rows, int64_t columns,
 }  // namespace
 
 void nm_unpack(
-    const void* values,
-    const void* meta,
-    int element_size,
-    int64_t rows,
-    int64_t columns,
-    void* weight,
-    const Executor& executor) {
+    const void* values, const void* meta, int element_size, int64_t rows, int64_t columns, void* weight, const Executor& executor) {
   switch (element_size) {
     case 1: return unpack<nm::Int8>(values, meta, rows, columns, weight, executor);
     case 2: return unpack<nm::Bf16>(values, meta, rows, columns, weight, executor);

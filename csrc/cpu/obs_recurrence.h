@@ -12,9 +12,9 @@ namespace sparsekern::cpu {
 // A block of columns and the triangle of V that its recurrence needs.
 struct Block {
   int64_t begin = 0, end = 0;
-  std::vector<float> inside;       // transposed: inside[j * size + i] = V[begin + i, begin + j], i < j
-  std::vector<float> diagonal;     // |V_jj|, 0 for a dead feature
-  std::vector<float> reciprocal;   // 1 / V_jj, 0 for a dead feature
+  std::vector<float> inside;      // transposed: inside[j * size + i] = V[begin + i, begin + j], i < j
+  std::vector<float> diagonal;    // |V_jj|, 0 for a dead feature
+  std::vector<float> reciprocal;  // 1 / V_jj, 0 for a dead feature
 
   int64_t size() const { return end - begin; }
 };
@@ -22,9 +22,9 @@ struct Block {
 struct Sweep {
   const SweepPattern& pattern;
   int64_t rows, columns;
-  Buffer<float> delta;     // D in panels; in the columns of the current block first their pending sums
-  Buffer<int8_t> keep;     // the mask in panels: -1 where kept, 0 where pruned
-  Buffer<float> scores;    // of the current block, in panels
+  Buffer<float> delta;   // D in panels; in the columns of the current block first their pending sums
+  Buffer<int8_t> keep;   // the mask in panels: -1 where kept, 0 where pruned
+  Buffer<float> scores;  // of the current block, in panels
   std::vector<double> row_error;
 
   int64_t panels() const { return ceil_div(rows, kLanes); }
@@ -55,9 +55,9 @@ struct Recurrence {
   const Sweep& sweep;
   const Block& block;
   int64_t panel;
-  float* weight;         // the tile's weights
-  float* scratch;        // as large
-  int64_t stride;        // floats between panels of sweep.delta
+  float* weight;          // the tile's weights
+  float* scratch;         // as large
+  int64_t stride;         // floats between panels of sweep.delta
   int64_t weight_stride;  // floats between panels of weight and of scratch
 
   static SPARSEKERN_INLINE Float absolute(Float x) {
@@ -70,7 +70,8 @@ struct Recurrence {
 
   // pending[j] += sum over source columns i in [first, last) of source_i V_ij, for j in [j, j + kColumns).
   template <int kColumns>
-  SPARSEKERN_INLINE void add_columns(const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j) const {
+  SPARSEKERN_INLINE void add_columns(
+      const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j) const {
     Columns sums[kColumns];
     for (int c = 0; c < kColumns; ++c) sums[c] = Columns::load(out + (j + c) * kLanes, out_stride);
     add_combination<Target, kPanels, kColumns>(
@@ -79,7 +80,9 @@ struct Recurrence {
   }
 
   // The same for any number of columns from j on: four at a time share the loads of the source.
-  SPARSEKERN_INLINE void add_to_group(const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j, int64_t columns) const {
+  SPARSEKERN_INLINE void add_to_group(
+      const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j,
+      int64_t columns) const {
     int64_t c = 0;
     for (; c + 4 <= columns; c += 4) add_columns<4>(source, source_stride, out, out_stride, first, last, j + c);
     for (; c < columns; ++c) add_columns<1>(source, source_stride, out, out_stride, first, last, j + c);

@@ -25,8 +25,8 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 128;     // columns in a block where the caller's block size has no influence on the result
-constexpr int64_t kSpan = 512;      // columns whose sums over all earlier spans are taken at once: how often D is read from memory
+constexpr int64_t kBlock = 128;  // columns in a block where the caller's block size has no influence on the result
+constexpr int64_t kSpan = 512;   // columns whose sums over all earlier spans are taken at once: how often D is read from memory
 constexpr int64_t kMaxGroup = 64;
 
 int64_t pruned_count(double total, double sparsity) { return static_cast<int64_t>(std::floor(total * sparsity + 1e-9)); }
@@ -55,7 +55,8 @@ Block load_block(const float* factor, int64_t columns, int64_t begin, int64_t en
 }
 
 // keep = score above the threshold, or equal to it and among the first `ties` in row-major order.
-void apply_threshold(const PanelScores& scores, const Threshold& threshold, const Sweep& sweep, int64_t begin, const Executor& executor) {
+void apply_threshold(
+    const PanelScores& scores, const Threshold& threshold, const Sweep& sweep, int64_t begin, const Executor& executor) {
   std::vector<int64_t> quota(static_cast<size_t>(scores.rows), threshold.ties == 0 ? 0 : scores.columns);
   const bool divided = threshold.ties != 0 && threshold.ties != threshold.equal;
   const auto score_at = [&](int64_t row, int64_t j) {
@@ -195,7 +196,8 @@ class BlockSweeper {
   void add_product(const Multiplier& factor, int64_t row, int64_t begin, int64_t panel, int64_t panels) const {
     const int64_t stride = sweep_.panel_stride();
     kernels_.multiply_add(
-        factor, factor.units, factor.outputs, 1.0f, sweep_.delta_at(panel, row), stride, sweep_.delta_at(panel, begin), stride, panels);
+        factor, factor.units, factor.outputs, 1.0f, sweep_.delta_at(panel, row), stride, sweep_.delta_at(panel, begin), stride,
+        panels);
   }
 
   template <class F>
@@ -217,8 +219,8 @@ class BlockSweeper {
   // Counting the pruned weights up to each border of a block makes the total exact whatever the block size.
   int64_t kept_of(const Block& block, int64_t rows) const {
     const double sparsity = sweep_.pattern.sparsity;
-    const int64_t pruned =
-        pruned_count(static_cast<double>(rows * block.end), sparsity) - pruned_count(static_cast<double>(rows * block.begin), sparsity);
+    const int64_t pruned = pruned_count(static_cast<double>(rows * block.end), sparsity) -
+                           pruned_count(static_cast<double>(rows * block.begin), sparsity);
     return rows * block.size() - pruned;
   }
 
@@ -275,12 +277,18 @@ int64_t block_columns(const SweepPattern& pattern, bool fixed_mask) {
 
 template <class T>
 void sweep_columns(
-    const Matrices<T>& matrices, const SweepPattern& pattern, int64_t rows, int64_t columns, float* row_error, const Executor& executor) {
+    const Matrices<T>& matrices, const SweepPattern& pattern, int64_t rows, int64_t columns, float* row_error,
+    const Executor& executor) {
   const int64_t panels = ceil_div(rows, kLanes);
   const int64_t step = std::min(block_columns(pattern, matrices.mask != nullptr), columns);
   Sweep sweep{
-      pattern, rows, columns, allocate<float>(panels * columns * kLanes), allocate<int8_t>(panels * columns * kLanes),
-      allocate<float>(panels * step * kLanes), std::vector<double>(static_cast<size_t>(rows), 0.0)};
+      pattern,
+      rows,
+      columns,
+      allocate<float>(panels * columns * kLanes),
+      allocate<int8_t>(panels * columns * kLanes),
+      allocate<float>(panels * step * kLanes),
+      std::vector<double>(static_cast<size_t>(rows), 0.0)};
   if (matrices.mask == nullptr && pattern.n == 0 && pattern.scope == Scope::matrix) choose_matrix(matrices, sweep, executor);
   BlockSweeper<T> sweeper(matrices, sweep, executor);
   const int64_t span = std::max<int64_t>(1, kSpan / step) * step;
@@ -297,17 +305,8 @@ void sweep_columns(
 }  // namespace
 
 void obs_sweep(
-    const void* weight,
-    DType dtype,
-    const float* factor,
-    const uint8_t* mask,
-    const SweepPattern& pattern,
-    int64_t rows,
-    int64_t columns,
-    void* new_weight,
-    uint8_t* new_mask,
-    float* row_error,
-    const Executor& executor) {
+    const void* weight, DType dtype, const float* factor, const uint8_t* mask, const SweepPattern& pattern, int64_t rows,
+    int64_t columns, void* new_weight, uint8_t* new_mask, float* row_error, const Executor& executor) {
   if (pattern.n > 0 && (pattern.m > kMaxGroup || columns % pattern.m != 0)) {
     throw std::invalid_argument("m: expected at most 64 and a divisor of the input features");
   }

@@ -16,7 +16,8 @@
 namespace sparsekern::cpu {
 
 constexpr int64_t kTogether = 8;  // tokens that share expanded registers
-constexpr int64_t kStreams = 2;   // tiles that are read at the same time: one core gets more from the memory by two streams than by one
+constexpr int64_t kStreams =
+    2;  // tiles that are read at the same time: one core gets more from the memory by two streams than by one
 constexpr int64_t kTasksPerThread = 8, kTaskBytes = 512 * 1024;  // the most tasks, the fewest bytes: a task's first lines come late
 
 template <class T>
@@ -128,7 +129,8 @@ struct Output {
 };
 
 template <class Weight, class T>
-bool multiply_tiles_by_few(const Weight& weight, const int64_t* tiles, int64_t count, const Activations& x, const Output<T>& output) {
+bool multiply_tiles_by_few(
+    const Weight& weight, const int64_t* tiles, int64_t count, const Activations& x, const Output<T>& output) {
   for (int64_t token = 0; token < x.tokens; token += kTogether) {
     TileSums sums[kStreams];
     const TokenBlock block{x.row(token), x.stride, std::min(kTogether, x.tokens - token)};
@@ -182,7 +184,8 @@ bool packed_product(const Weight& weight, const Activations& x, const Output<T>&
     const int64_t threads = std::max(executor.threads, 1), each = weight.bytes() / (threads * kTaskBytes);
     const int64_t tasks = std::min(tiles, threads == 1 ? 1 : threads * std::clamp<int64_t>(each, 1, kTasksPerThread));
     parallel_tasks(executor, tasks, [&](int64_t task) {
-      if (!multiply_range_by_few(weight, weight.first_tile(task, tasks), weight.first_tile(task + 1, tasks), x, output)) sound = false;
+      if (!multiply_range_by_few(weight, weight.first_tile(task, tasks), weight.first_tile(task + 1, tasks), x, output))
+        sound = false;
     });
     return sound;
   }

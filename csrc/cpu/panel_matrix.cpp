@@ -35,7 +35,8 @@ Multiplier load_multiplier(const float* corner, int64_t stride, int64_t units, i
   return multiplier;
 }
 
-Multiplier load_multiplier_transposed(const float* corner, int64_t stride, int64_t units, int64_t outputs, const Executor& executor) {
+Multiplier load_multiplier_transposed(
+    const float* corner, int64_t stride, int64_t units, int64_t outputs, const Executor& executor) {
   Multiplier multiplier(units, outputs);
   parallel_for(executor, ceil_div(outputs, kLanes), 1, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {

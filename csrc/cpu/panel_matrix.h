@@ -65,21 +65,15 @@ struct Multiplier {
 
 // Multiplier (k, j) = corner[k * stride + j], or corner[j * stride + k].
 Multiplier load_multiplier(const float* corner, int64_t stride, int64_t units, int64_t outputs, const Executor& executor);
-Multiplier load_multiplier_transposed(const float* corner, int64_t stride, int64_t units, int64_t outputs, const Executor& executor);
+Multiplier load_multiplier_transposed(
+    const float* corner, int64_t stride, int64_t units, int64_t outputs, const Executor& executor);
 
 // out[:, j] += alpha * sum_k in[:, k] multiplier(k, j) for the first `units` k and `outputs` j of the multiplier, and `panels`
 // panels of rows that lie `stride` floats apart.
 template <class Target>
 SPARSEKERN_INLINE void multiply_add(
-    const Multiplier& multiplier,
-    int64_t units,
-    int64_t outputs,
-    float alpha,
-    const float* in,
-    int64_t in_stride,
-    float* out,
-    int64_t out_stride,
-    int64_t panels) {
+    const Multiplier& multiplier, int64_t units, int64_t outputs, float alpha, const float* in, int64_t in_stride, float* out,
+    int64_t out_stride, int64_t panels) {
   alignas(64) float spill[kTilePanels * kLanes * kLanes];
   for (int64_t k = 0; k < units; k += kProductUnits) {
     const int64_t count = std::min(kProductUnits, units - k);

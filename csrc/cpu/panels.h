@@ -76,7 +76,9 @@ template <class Target>
 struct FloatArithmetic {
   using Unit = float;
   using Vector = typename VectorOf<Target::kWidth>::Float;
-  static SPARSEKERN_INLINE void multiply_add(Vector& acc, const Unit& broadcast, const Vector& vector) { acc += broadcast * vector; }
+  static SPARSEKERN_INLINE void multiply_add(Vector& acc, const Unit& broadcast, const Vector& vector) {
+    acc += broadcast * vector;
+  }
 };
 
 // Where a tile product goes: broadcast lane i of vector panel v is added to data[i * row_stride + v * panel_stride + lane].
@@ -95,12 +97,8 @@ constexpr int64_t kRunUnits = 128;
 // output[i][v] += alpha * sum_k broadcast[k][i] * vectors[v][k], for kRows broadcast lanes and kPanels vector panels.
 template <class Target, class Arithmetic, int kRows, int kPanels>
 SPARSEKERN_INLINE void tile_product(
-    int64_t units,
-    const typename Arithmetic::Unit* broadcast,
-    const typename Arithmetic::Unit* vectors,
-    int64_t vector_panel_stride,
-    float alpha,
-    const TileOutput& output) {
+    int64_t units, const typename Arithmetic::Unit* broadcast, const typename Arithmetic::Unit* vectors,
+    int64_t vector_panel_stride, float alpha, const TileOutput& output) {
   using Vector = typename Arithmetic::Vector;
   constexpr int kParts = kLanes / Target::kWidth;  // registers a panel row
   constexpr int kColumns = kPanels * kParts;
@@ -148,14 +146,8 @@ SPARSEKERN_INLINE void tile_product(
 // The same for any number of broadcast lanes that is a multiple of the tile's, and up to three vector panels.
 template <class Target, class Arithmetic>
 SPARSEKERN_INLINE void panel_product(
-    int64_t units,
-    const typename Arithmetic::Unit* broadcast,
-    int64_t rows,
-    const typename Arithmetic::Unit* vectors,
-    int64_t panels,
-    int64_t vector_panel_stride,
-    float alpha,
-    const TileOutput& output) {
+    int64_t units, const typename Arithmetic::Unit* broadcast, int64_t rows, const typename Arithmetic::Unit* vectors,
+    int64_t panels, int64_t vector_panel_stride, float alpha, const TileOutput& output) {
   constexpr int kRows = Target::kTileRows;
   for (int64_t i = 0; i < rows; i += kRows) {
     const auto* b = broadcast + i;
@@ -167,8 +159,7 @@ SPARSEKERN_INLINE void panel_product(
       tile.data += Target::kTilePanels * output.panel_stride;
     }
     for (; v < panels; ++v) {
-      tile_product<Target, Arithmetic, kRows, 1>(
-          units, b, vectors + v * vector_panel_stride, vector_panel_stride, alpha, tile);
+      tile_product<Target, Arithmetic, kRows, 1>(units, b, vectors + v * vector_panel_stride, vector_panel_stride, alpha, tile);
       tile.data += output.panel_stride;
     }
   }
@@ -201,11 +192,7 @@ struct Column {
 // panel. The heart of a triangular recurrence within a block, where the output of one step is an input of the next.
 template <class Target, int kPanels, int kColumns>
 SPARSEKERN_INLINE void add_combination(
-    int64_t count,
-    const float* columns,
-    int64_t panel_stride,
-    const float* coefficients,
-    int64_t coefficient_stride,
+    int64_t count, const float* columns, int64_t panel_stride, const float* coefficients, int64_t coefficient_stride,
     Column<Target, kPanels> (&sums)[kColumns]) {
   using Columns = Column<Target, kPanels>;
   for (int64_t i = 0; i < count; ++i) {

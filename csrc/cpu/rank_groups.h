@@ -18,7 +18,7 @@
 
 namespace sparsekern::cpu {
 
-constexpr int64_t kRankedLanes = 16;  // of rank_groups
+constexpr int64_t kRankedLanes = 16;    // of rank_groups
 constexpr int64_t kLargestRanked = 11;  // by measurement: from 12 on, bisection is faster
 
 // Groups [0, groups) of keys that follow one another.
@@ -100,8 +100,7 @@ SPARSEKERN_AVX512 void rank_in_16_lanes(const int32_t* keys, int64_t groups, int
       const __m512i partner = _mm512_or_epi32(_mm512_andnot_epi32(within, lane), rotated);
       const __mmask16 partner_is_lower = _mm512_cmplt_epi32_mask(partner, lane);
       const __m512i other = _mm512_permutexvar_epi32(partner, own);
-      const __mmask16 loses =
-          _mm512_cmpgt_epi32_mask(other, own) | _mm512_mask_cmpeq_epi32_mask(partner_is_lower, other, own);
+      const __mmask16 loses = _mm512_cmpgt_epi32_mask(other, own) | _mm512_mask_cmpeq_epi32_mask(partner_is_lower, other, own);
       rank = _mm512_mask_add_epi32(rank, loses, rank, one);
     }
     const __mmask16 keep = _mm512_cmplt_epi32_mask(rank, kept);

@@ -65,8 +65,7 @@ std::tuple<Tensor, Tensor> bitmask_pack_of(Tensor weight) {
       bitmask_mark(dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), torch_executor());
   Tensor values = torch::stable::new_empty(weight, {count});
   bitmask_gather(
-      dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), values.mutable_data_ptr(),
-      torch_executor());
+      dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), values.mutable_data_ptr(), torch_executor());
   return {values, bits};
 }
 
@@ -81,8 +80,8 @@ Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
   const Tensor bits = torch::stable::contiguous(bitmask);
   Tensor weight = torch::stable::new_empty(values, {bitmask.size(0), features});
   bitmask_unpack(
-      dense_values.const_data_ptr(), dtype, values.size(0), static_cast<const uint8_t*>(bits.const_data_ptr()),
-      bitmask.size(0), features, weight.mutable_data_ptr(), torch_executor());
+      dense_values.const_data_ptr(), dtype, values.size(0), static_cast<const uint8_t*>(bits.const_data_ptr()), bitmask.size(0),
+      features, weight.mutable_data_ptr(), torch_executor());
   return weight;
 }
 
@@ -175,7 +174,8 @@ Tensor bitmask_linear_of(Tensor x, Tensor values, Tensor bitmask, Tensor starts,
       static_cast<const int32_t*>(order.const_data_ptr()),
       rows};
   if (linear.wants_dense_weight()) {
-    return linear.multiply_dense(rows, [&](void* weight) { bitmask_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
+    return linear.multiply_dense(
+        rows, [&](void* weight) { bitmask_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
   }
   bitmask_linear(
       linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),
@@ -198,7 +198,8 @@ Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, int64_t n, int64_t m,
   codes = dense(codes);
   const NmRows packed{values.const_data_ptr(), static_cast<const uint32_t*>(codes.const_data_ptr()), rows, n, m};
   if (linear.wants_dense_weight()) {
-    return linear.multiply_dense(rows, [&](void* weight) { nm_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
+    return linear.multiply_dense(
+        rows, [&](void* weight) { nm_expand(packed, linear.dtype, linear.columns, weight, torch_executor()); });
   }
   nm_linear(
       linear.x.const_data_ptr(), linear.dtype, linear.tokens, linear.columns, packed, linear.bias_data(),

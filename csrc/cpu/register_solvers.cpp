@@ -50,7 +50,9 @@ Tensor admm_step(Tensor offset, Tensor dual, Tensor mask, Tensor weight, int64_t
   check_like(offset, weight, ScalarType::Float, "offset: expected float32 of the shape of weight");
   check_like(dual, weight, ScalarType::Float, "dual: expected float32 of the shape of weight");
   check_like(mask, weight, ScalarType::Bool, "mask: expected bool of the shape of weight");
-  check(n == 0 || (n >= 1 && n < m && m <= 64 && weight.size(1) % m == 0), "n, m: expected 1 <= n < m <= 64 with columns divisible by m");
+  check(
+      n == 0 || (n >= 1 && n < m && m <= 64 && weight.size(1) % m == 0),
+      "n, m: expected 1 <= n < m <= 64 with columns divisible by m");
   check(scope == "row" || scope == "matrix", "scope: expected row or matrix");
   const bool whole_matrix = scope == "matrix";
   check(n > 0 || (k >= 0 && k <= (whole_matrix ? weight.numel() : weight.size(1))), "k: expected 0 to the number of weights");
@@ -76,13 +78,7 @@ Solver solver_of(const std::string& name) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_lstsq_of(
-    Tensor weight,
-    Tensor gram,
-    Tensor mask,
-    std::optional<Tensor> start,
-    double damping,
-    double tolerance,
-    int64_t max_iterations,
+    Tensor weight, Tensor gram, Tensor mask, std::optional<Tensor> start, double damping, double tolerance, int64_t max_iterations,
     std::string solver) {
   check(weight.dim() == 2, "weight: expected 2 dimensions");
   const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
@@ -102,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_lstsq_of(
   Tensor unfinished = torch::stable::new_empty(weight, {}, ScalarType::Long);
   *static_cast<int64_t*>(unfinished.mutable_data_ptr()) = masked_lstsq(
       dense_weight.const_data_ptr(), dense_start ? dense_start->const_data_ptr() : nullptr, dtype, const_float_data(dense_gram),
-      static_cast<const uint8_t*>(dense_mask.const_data_ptr()), {damping, tolerance, max_iterations, solver_of(solver)}, rows, columns,
-      new_weight.mutable_data_ptr(), float_data(row_error), torch_executor());
+      static_cast<const uint8_t*>(dense_mask.const_data_ptr()), {damping, tolerance, max_iterations, solver_of(solver)}, rows,
+      columns, new_weight.mutable_data_ptr(), float_data(row_error), torch_executor());
   return {new_weight, row_error, unfinished};
 }
 
@@ -115,13 +111,7 @@ Scope scope_of(const std::string& name) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> obs_sweep_of(
-    Tensor weight,
-    Tensor factor,
-    int64_t n,
-    int64_t m,
-    double sparsity,
-    std::string scope,
-    int64_t block_size,
+    Tensor weight, Tensor factor, int64_t n, int64_t m, double sparsity, std::string scope, int64_t block_size,
     std::optional<Tensor> mask) {
   check(weight.dim() == 2, "weight: expected 2 dimensions");
   check_square_float(factor, "factor: expected a square float32 matrix");
@@ -145,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> obs_sweep_of(
   obs_sweep(
       dense_weight.const_data_ptr(), dtype, static_cast<const float*>(dense_factor.const_data_ptr()),
       fixed ? static_cast<const uint8_t*>(fixed->const_data_ptr()) : nullptr,
-      {mask ? 0 : n, m, sparsity, scope_of(scope), block_size}, rows, columns, new_weight.mutable_data_ptr(),
-      byte_data(chosen), float_data(row_error), torch_executor());
+      {mask ? 0 : n, m, sparsity, scope_of(scope), block_size}, rows, columns, new_weight.mutable_data_ptr(), byte_data(chosen),
+      float_data(row_error), torch_executor());
   return {new_weight, chosen, row_error};
 }
 
@@ -181,8 +171,15 @@ struct Alike {
 Tensor plain_split_of(Tensor activated, Tensor preactivation, Tensor start, std::string activation, double ratio, int64_t steps) {
   const Alike<3> in({activated, preactivation, start});
   Tensor z = in.new_one();
-  const SplitProblem problem{in.data(0), nullptr, in.data(1), in.data(2), in.dtype, activated.numel(), activation_of(activation),
-                             static_cast<float>(ratio), steps};
+  const SplitProblem problem{in.data(0),
+                             nullptr,
+                             in.data(1),
+                             in.data(2),
+                             in.dtype,
+                             activated.numel(),
+                             activation_of(activation),
+                             static_cast<float>(ratio),
+                             steps};
   plain_split(problem, z.mutable_data_ptr(), torch_executor());
   return z;
 }
@@ -191,8 +188,15 @@ std::tuple<Tensor, Tensor> gated_split_of(
     Tensor activated, Tensor up, Tensor gate, Tensor start, std::string activation, double ratio, int64_t steps) {
   const Alike<4> in({activated, up, gate, start});
   Tensor z = in.new_one(), s = in.new_one();
-  const SplitProblem problem{in.data(0), in.data(1), in.data(2), in.data(3), in.dtype, activated.numel(), activation_of(activation),
-                             static_cast<float>(ratio), steps};
+  const SplitProblem problem{in.data(0),
+                             in.data(1),
+                             in.data(2),
+                             in.data(3),
+                             in.dtype,
+                             activated.numel(),
+                             activation_of(activation),
+                             static_cast<float>(ratio),
+                             steps};
   gated_split(problem, z.mutable_data_ptr(), s.mutable_data_ptr(), torch_executor());
   return {z, s};
 }

@@ -14,7 +14,9 @@ void gram(Tensor gram, Tensor x, std::optional<Tensor> row_mask, double alpha) {
   const Tensor rows = torch::stable::contiguous(x);
   const RowMask mask(row_mask, x.size(0));
   in_place(gram, [&](Tensor& dense) {
-    gram_(float_data(dense), rows.const_data_ptr(), dtype, x.size(0), x.size(1), mask.data, static_cast<float>(alpha), torch_executor());
+    gram_(
+        float_data(dense), rows.const_data_ptr(), dtype, x.size(0), x.size(1), mask.data, static_cast<float>(alpha),
+        torch_executor());
   });
 }
 
@@ -35,8 +37,7 @@ void feature_norm(Tensor sum_squares, Tensor x, std::optional<Tensor> row_mask, 
   const Tensor rows = torch::stable::contiguous(x);
   const RowMask mask(row_mask, x.size(0));
   const auto run = [&](Tensor& squares, float* sums) {
-    feature_norm_(
-        float_data(squares), sums, rows.const_data_ptr(), dtype, x.size(0), x.size(1), mask.data, torch_executor());
+    feature_norm_(float_data(squares), sums, rows.const_data_ptr(), dtype, x.size(0), x.size(1), mask.data, torch_executor());
   };
   in_place(sum_squares, [&](Tensor& squares) {
     if (!sum) return run(squares, nullptr);
@@ -62,8 +63,7 @@ Tensor topk_mask_of(Tensor scores, int64_t k, std::string scope) {
   check(k >= 0 && k <= (scope == "row" ? scores.size(1) : scores.numel()), "k: expected 0 to the number of scores");
   const Tensor dense = torch::stable::contiguous(scores);
   Tensor mask = new_mask(scores);
-  topk_mask(
-      dense.const_data_ptr(), dtype, scores.size(0), scores.size(1), k, scope == "matrix", byte_data(mask), torch_executor());
+  topk_mask(dense.const_data_ptr(), dtype, scores.size(0), scores.size(1), k, scope == "matrix", byte_data(mask), torch_executor());
   return mask;
 }
 

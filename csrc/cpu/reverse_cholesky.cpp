@@ -84,7 +84,8 @@ SPARSEKERN_INLINE Column<Target, kPanels> pending_column(
   Columns sums[1] = {};
   const int64_t local = j - block.begin;
   add_combination<Target, kPanels, 1>(
-      block.end - j - 1, factor.column(panel, j + 1), factor.panel_stride(), coefficients + local * kBlock + local + 1, kBlock, sums);
+      block.end - j - 1, factor.column(panel, j + 1), factor.panel_stride(), coefficients + local * kBlock + local + 1, kBlock,
+      sums);
   Columns column = Columns::load(factor.column(panel, j), factor.panel_stride());
 #pragma GCC unroll 12
   for (int r = 0; r < Columns::kRegisters; ++r) column.part[r] -= sums[0].part[r];
@@ -125,7 +126,8 @@ SPARSEKERN_INLINE void solve_panels(const Factor& factor, const Block& block, co
 }
 
 template <class Target>
-SPARSEKERN_INLINE void solve_tile(const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t panels) {
+SPARSEKERN_INLINE void solve_tile(
+    const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t panels) {
   int64_t p = 0;
   for (; p + Target::kTilePanels <= panels; p += Target::kTilePanels) {
     solve_panels<Target, Target::kTilePanels>(factor, block, coefficients, panel + p);

@@ -10,8 +10,8 @@ namespace sparsekern::cpu {
 // The elements above `value` are selected, and `ties` of those equal to it.
 struct Threshold {
   float value;
-  int64_t ties;        // how many of the equal ones are selected
-  int64_t equal;       // how many equal ones there are
+  int64_t ties;   // how many of the equal ones are selected
+  int64_t equal;  // how many equal ones there are
 };
 
 // Scores in panels: panel p holds `columns` columns of 16 rows, `panel_stride` floats after the one before; `rows` rows count.

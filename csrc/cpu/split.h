@@ -35,7 +35,7 @@ struct Outputs {
 };
 
 constexpr int64_t kGrain = 1 << 12;
-constexpr int64_t kLanes = 64;  // entries at a time: their state stays in L1
+constexpr int64_t kLanes = 64;                           // entries at a time: their state stays in L1
 constexpr float kStarts[] = {-1.25f, 0.0f, 1.0f, 3.0f};  // near the minimum, at zero, and where the slope is about one
 
 struct Fit {

@@ -11,11 +11,12 @@
 namespace sparsekern::cpu {
 
 inline Executor torch_executor() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t begin, int64_t end, int64_t grain, Executor::RangeFunction function, void* context) {
-            torch::stable::parallel_for(
-                begin, end, grain, [=](int64_t range_begin, int64_t range_end) { function(range_begin, range_end, context); });
-          }};
+  return {
+      static_cast<int>(torch::stable::get_num_threads()),
+      [](int64_t begin, int64_t end, int64_t grain, Executor::RangeFunction function, void* context) {
+        torch::stable::parallel_for(
+            begin, end, grain, [=](int64_t range_begin, int64_t range_end) { function(range_begin, range_end, context); });
+      }};
 }
 
 inline float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -57,7 +58,8 @@ inline uint8_t* byte_data(const Tensor& tensor) { return static_cast<uint8_t*>(t
 
 inline void check_like(const Tensor& tensor, const Tensor& weight, ScalarType type, const char* message) {
   check(
-      tensor.dim() == 2 && tensor.size(0) == weight.size(0) && tensor.size(1) == weight.size(1) && tensor.scalar_type() == type, message);
+      tensor.dim() == 2 && tensor.size(0) == weight.size(0) && tensor.size(1) == weight.size(1) && tensor.scalar_type() == type,
+      message);
 }
 
 }  // namespace sparsekern::cpu

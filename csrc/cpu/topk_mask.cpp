@@ -73,13 +73,7 @@ bool select_matrix(const T* scores, int64_t count, int64_t k, uint8_t* mask, con
 }  // namespace
 
 void topk_mask(
-    const void* scores,
-    DType dtype,
-    int64_t rows,
-    int64_t columns,
-    int64_t k,
-    bool whole_matrix,
-    uint8_t* mask,
+    const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t k, bool whole_matrix, uint8_t* mask,
     const Executor& executor) {
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

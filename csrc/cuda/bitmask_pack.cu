@@ -89,7 +89,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <class Bits>
-void mark(const void* weight, int64_t rows, int64_t columns, Bits infinity, uint8_t* bits, int* counts, int* status, cudaStream_t stream) {
+void mark(
+    const void* weight, int64_t rows, int64_t columns, Bits infinity, uint8_t* bits, int* counts, int* status,
+    cudaStream_t stream) {
   const Weight<const Bits> dense(static_cast<const Bits*>(weight), columns);
   const int64_t bytes = rows * int64_t{dense.row_bytes};
   launch(mark_chunk<Bits>, one_block_each(chunks_of(bytes)), dim3(kThreads), stream, dense, bytes, infinity, bits, counts, status);
@@ -97,12 +99,13 @@ void mark(const void* weight, int64_t rows, int64_t columns, Bits infinity, uint
 
 template <class Bits>
 void gather(
-    const void* weight, int64_t rows, int64_t columns, const int64_t* ends, void* values, int64_t value_count, cudaStream_t stream) {
+    const void* weight, int64_t rows, int64_t columns, const int64_t* ends, void* values, int64_t value_count,
+    cudaStream_t stream) {
   const Weight<const Bits> dense(static_cast<const Bits*>(weight), columns);
   const int64_t bytes = rows * int64_t{dense.row_bytes};
   launch(
-      gather_chunk<Bits>, one_block_each(chunks_of(bytes)), dim3(kThreads), stream, dense, bytes, ends,
-      static_cast<Bits*>(values), value_count, is_aligned(values, 16));
+      gather_chunk<Bits>, one_block_each(chunks_of(bytes)), dim3(kThreads), stream, dense, bytes, ends, static_cast<Bits*>(values),
+      value_count, is_aligned(values, 16));
 }
 
 }  // namespace

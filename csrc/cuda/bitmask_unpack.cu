@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) count_chunks(
 
 template <class Bits>
 __global__ void __launch_bounds__(kThreads) expand_chunk(
-    const Bits* values, int64_t value_count, bool aligned, const uint8_t* bits, int64_t bytes, const int64_t* ends, Weight<Bits> weight,
-    int* status) {
+    const Bits* values, int64_t value_count, bool aligned, const uint8_t* bits, int64_t bytes, const int64_t* ends,
+    Weight<Bits> weight, int* status) {
   __shared__ ScanScratch<kThreads, uint64_t> scratch;
   __shared__ Stage<Bits> stage;
   const int64_t chunk = blockIdx.x;

@@ -44,8 +44,8 @@ Tensor bitmask_expand_of(Tensor values, Tensor bitmask, Tensor ends, int64_t fea
   Tensor weight = torch::stable::new_empty(values, {bitmask.size(0), features});
   bitmask_expand(
       values.const_data_ptr(), dtype, values.size(0), static_cast<const uint8_t*>(bitmask.const_data_ptr()),
-      static_cast<const int64_t*>(ends.const_data_ptr()), bitmask.size(0), features, weight.mutable_data_ptr(), data_of<int>(status),
-      current_stream(values));
+      static_cast<const int64_t*>(ends.const_data_ptr()), bitmask.size(0), features, weight.mutable_data_ptr(),
+      data_of<int>(status), current_stream(values));
   return weight;
 }
 

@@ -77,7 +77,9 @@ struct TileCounts {
   uint64_t words[kVectors / 4] = {};
 
   __device__ void set(int vector, unsigned count) { words[vector / 4] |= uint64_t{count} << 16 * (vector % 4); }
-  __device__ unsigned operator[](int vector) const { return static_cast<unsigned>(words[vector / 4] >> 16 * (vector % 4)) & 0xffffu; }
+  __device__ unsigned operator[](int vector) const {
+    return static_cast<unsigned>(words[vector / 4] >> 16 * (vector % 4)) & 0xffffu;
+  }
 };
 
 // Turns the counts of a tile's vectors into how many are counted before each, and returns how many there are in the tile.

@@ -13,13 +13,13 @@
 
 namespace sparsekern::cslt {
 
-enum DataType : int { kHalf = 2, kBFloat16 = 14 };                                // cudaDataType
-enum Operation : int { kAsItIs = 0, kTransposed = 1 };                            // cusparseOperation_t
-enum Order : int { kColumnMajor = 1, kRowMajor = 2 };                             // cusparseOrder_t
-enum Sparsity : int { kHalfOfThem = 0 };                                          // cusparseLtSparsity_t
-enum ComputeType : int { kFloat = 2 };                                            // cusparseComputeType
-enum MatmulAttribute : int { kBiasPointer = 8 };                                  // cusparseLtMatmulDescAttribute_t
-enum SelectionAttribute : int { kAlgorithm = 0, kSplitK = 3, kSplitKMode = 4 };   // cusparseLtMatmulAlgAttribute_t
+enum DataType : int { kHalf = 2, kBFloat16 = 14 };                               // cudaDataType
+enum Operation : int { kAsItIs = 0, kTransposed = 1 };                           // cusparseOperation_t
+enum Order : int { kColumnMajor = 1, kRowMajor = 2 };                            // cusparseOrder_t
+enum Sparsity : int { kHalfOfThem = 0 };                                         // cusparseLtSparsity_t
+enum ComputeType : int { kFloat = 2 };                                           // cusparseComputeType
+enum MatmulAttribute : int { kBiasPointer = 8 };                                 // cusparseLtMatmulDescAttribute_t
+enum SelectionAttribute : int { kAlgorithm = 0, kSplitK = 3, kSplitKMode = 4 };  // cusparseLtMatmulAlgAttribute_t
 constexpr uint32_t kAlignment = 16;
 
 // Handles, descriptors, selections and plans alike: 512 bytes that only the library understands. They refer to one another, so they

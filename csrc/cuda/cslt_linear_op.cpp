@@ -44,7 +44,8 @@ void check_operands(const Tensor& x, const Tensor& compressed, int64_t out_featu
   check_same_device(x, compressed, "compressed: expected the device of x");
   check(out_features > 0 && x.size(1) > 0, "out_features, x: expected at least one feature");
   check(
-      compressed.numel() >= out_features * x.size(1) / 16 * 9, "compressed: expected values and metadata of [out_features, in_features]");
+      compressed.numel() >= out_features * x.size(1) / 16 * 9,
+      "compressed: expected values and metadata of [out_features, in_features]");
   if (!bias) return;
   check(
       bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(),
@@ -77,7 +78,8 @@ Tensor cslt_linear(Tensor x, Tensor compressed, int64_t out_features, std::optio
   const cslt::Plan& plan = plans.get(problem, algorithm.value_or(cslt::Algorithm{}));
   const Tensor workspace = new_workspace(x, plan);
   plan.multiply(
-      compressed.const_data_ptr(), rows.const_data_ptr(), product.mutable_data_ptr(), workspace.mutable_data_ptr(), current_stream(x));
+      compressed.const_data_ptr(), rows.const_data_ptr(), product.mutable_data_ptr(), workspace.mutable_data_ptr(),
+      current_stream(x));
   return padded == tokens ? product : torch::stable::narrow(product, 0, 0, tokens);
 }
 

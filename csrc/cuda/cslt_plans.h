@@ -67,7 +67,8 @@ class Plan {
     const auto [type, out, in, tokens, bias] = problem;
     weight_.make([&, out = out, in = in, type = type](Opaque* matrix) {
       api.check(
-          api.structured(handle, matrix, out, in, in, kAlignment, type, kRowMajor, kHalfOfThem), "cusparseLtStructuredDescriptorInit");
+          api.structured(handle, matrix, out, in, in, kAlignment, type, kRowMajor, kHalfOfThem),
+          "cusparseLtStructuredDescriptorInit");
     });
     x_.make([&, tokens = tokens, in = in, type = type](Opaque* matrix) {
       api.check(api.dense(handle, matrix, tokens, in, in, kAlignment, type, kRowMajor), "cusparseLtDenseDescriptorInit");
@@ -77,25 +78,22 @@ class Plan {
       api.check(api.dense(handle, matrix, out, tokens, out, kAlignment, type, kColumnMajor), "cusparseLtDenseDescriptorInit");
     });
     api.check(
-        api.matmul(
-            handle, &matmul_, kAsItIs, kTransposed, weight_.get(), x_.get(), product_.get(), product_.get(), kFloat),
+        api.matmul(handle, &matmul_, kAsItIs, kTransposed, weight_.get(), x_.get(), product_.get(), product_.get(), kFloat),
         "cusparseLtMatmulDescriptorInit");
     if (bias != nullptr) {
       const void* address = bias;
       api.check(
-          api.set_matmul(handle, &matmul_, kBiasPointer, &address, sizeof address), "cusparseLtMatmulDescSetAttribute for the bias");
+          api.set_matmul(handle, &matmul_, kBiasPointer, &address, sizeof address),
+          "cusparseLtMatmulDescSetAttribute for the bias");
     }
-    selection_.make([&](Opaque* selection) {
-      api.check(api.selection(handle, selection, &matmul_, 0), "cusparseLtMatmulAlgSelectionInit");
-    });
+    selection_.make(
+        [&](Opaque* selection) { api.check(api.selection(handle, selection, &matmul_, 0), "cusparseLtMatmulAlgSelectionInit"); });
     set(kAlgorithm, algorithm.id);
     if (algorithm.split_k > 1) {
       set(kSplitK, algorithm.split_k);
       if (algorithm.split_k_mode > 0) set(kSplitKMode, algorithm.split_k_mode);
     }
-    plan_.make([&](Opaque* plan) {
-      api.check(api.plan(handle, plan, &matmul_, selection_.get()), "cusparseLtMatmulPlanInit");
-    });
+    plan_.make([&](Opaque* plan) { api.check(api.plan(handle, plan, &matmul_, selection_.get()), "cusparseLtMatmulPlanInit"); });
     counts().plans += 1;
   }
 
@@ -123,13 +121,11 @@ class Plan {
 
  private:
   void set(SelectionAttribute attribute, int value) {
-    api_.check(
-        api_.set_selection(handle_, selection_.get(), attribute, &value, sizeof value), "cusparseLtMatmulAlgSetAttribute");
+    api_.check(api_.set_selection(handle_, selection_.get(), attribute, &value, sizeof value), "cusparseLtMatmulAlgSetAttribute");
   }
   int get(SelectionAttribute attribute) const {
     int value = 0;
-    api_.check(
-        api_.get_selection(handle_, selection_.get(), attribute, &value, sizeof value), "cusparseLtMatmulAlgGetAttribute");
+    api_.check(api_.get_selection(handle_, selection_.get(), attribute, &value, sizeof value), "cusparseLtMatmulAlgGetAttribute");
     return value;
   }
 

@@ -10,8 +10,8 @@ namespace sparsekern::cuda {
 
 namespace {
 
-constexpr int kTile = 32;        // a warp reads and writes whole 128-byte lines of a tile
-constexpr int kRowsAtOnce = 8;   // 256 threads: each carries four elements, enough loads in flight to hide the latency
+constexpr int kTile = 32;       // a warp reads and writes whole 128-byte lines of a tile
+constexpr int kRowsAtOnce = 8;  // 256 threads: each carries four elements, enough loads in flight to hide the latency
 constexpr int kMaxGridY = 65535;
 
 struct Tile {
@@ -28,7 +28,7 @@ __host__ __device__ inline Tile lower_tile(int tiles, int x, int y) {
 }
 
 // Each block mirrors one tile through shared memory, so that the reads and the writes are both coalesced.
-__global__ void __launch_bounds__(kTile * kRowsAtOnce) mirror_lower(float* __restrict__ gram, int64_t features, int tiles) {
+__global__ void __launch_bounds__(kTile* kRowsAtOnce) mirror_lower(float* __restrict__ gram, int64_t features, int tiles) {
   __shared__ float staged[kTile][kTile + 1];  // the odd pitch keeps the transposed read free of bank conflicts
   const Tile tile = lower_tile(tiles, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y));
   if (!tile.exists) return;

@@ -25,8 +25,8 @@ int64_t topk_mask_workspace(DType dtype, int64_t rows, int64_t columns, bool who
 int64_t bitmask_chunks(int64_t rows, int64_t columns);
 void bitmask_mark(
     const void* weight, DType dtype, int64_t rows, int64_t columns, uint8_t* bits,
-    int* counts,   // [chunks]
-    int* status,   // kNotFinite: a weight is NaN
+    int* counts,  // [chunks]
+    int* status,  // kNotFinite: a weight is NaN
     cudaStream_t stream);
 void bitmask_gather(
     const void* weight, DType dtype, int64_t rows, int64_t columns,
@@ -41,8 +41,7 @@ void bitmask_expand(
 
 // Of 2:4 and N:M. Every pointer is one that 16 divides; shapes are multiples of the layout's (common/nm_layout.h); `status` gets bits
 // of cuda/status.h. A mask is a byte a score, 1 where kept.
-void nm_mask(
-    const void* scores, DType dtype, int64_t groups, int n, int m, uint8_t* mask, int* status, cudaStream_t stream);
+void nm_mask(const void* scores, DType dtype, int64_t groups, int n, int m, uint8_t* mask, int* status, cudaStream_t stream);
 void nm_pack(
     const void* weight, nm::Type type, int64_t rows, int64_t columns, void* values, void* meta, int* status, cudaStream_t stream);
 void nm_prune_pack(
@@ -63,25 +62,25 @@ enum class ObsChoice {
 // The columns [begin, begin + width) of a sweep, width at most 128. Columns and blocks begin at multiples of four elements and of 16
 // bytes; those up to the next multiple of four from the end are the block's, too, and `weight` is 0 there.
 struct ObsBlock {
-  const void* weight;   // [rows, columns] of dtype
+  const void* weight;  // [rows, columns] of dtype
   DType dtype;
   const float* factor;  // [columns, columns]
-  float* delta;         // from the block's first column on: on entry the products with the columns before, on exit weight - new weight
+  float* delta;  // from the block's first column on: on entry the products with the columns before, on exit weight - new weight
   int64_t delta_stride;
-  uint8_t* mask;        // [rows, columns]; read or written
-  void* new_weight;     // [rows, columns] of dtype
-  float* row_error;     // [rows], added to
-  float* scores;        // laid out like delta; of obs_sweep_scores only
+  uint8_t* mask;     // [rows, columns]; read or written
+  void* new_weight;  // [rows, columns] of dtype
+  float* row_error;  // [rows], added to
+  float* scores;     // laid out like delta; of obs_sweep_scores only
   int* status;
   int64_t rows, columns, begin;
   int width;
   ObsChoice choice;
   int64_t kept;
   int group;
-  int warps;            // 1 to 8 of a thread block, four rows each
-  int tiles;            // where all rows compete: of 32 rows of a thread block; obs_sweep_tiles(rows)
-  uint32_t* cleared;    // likewise: obs_sweep_cleared_words(), zero before and used once
-  uint32_t* shared;     // likewise: obs_sweep_shared_words(rows), anything
+  int warps;          // 1 to 8 of a thread block, four rows each
+  int tiles;          // where all rows compete: of 32 rows of a thread block; obs_sweep_tiles(rows)
+  uint32_t* cleared;  // likewise: obs_sweep_cleared_words(), zero before and used once
+  uint32_t* shared;   // likewise: obs_sweep_shared_words(rows), anything
 };
 void obs_sweep_block(const ObsBlock& block, cudaStream_t stream);
 // What it takes to have so many rows compete in one launch on the current device; 0 if that cannot be.

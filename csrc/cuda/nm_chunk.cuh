@@ -35,20 +35,22 @@ struct Planes {
 template <class K>
 __device__ __forceinline__ Planes<K> planes_of(const uint4& chunk) {
   if constexpr (K::bits == 16) {
-    return {{__byte_perm(chunk.x, chunk.z, 0x5410), __byte_perm(chunk.x, chunk.z, 0x7632),
-             __byte_perm(chunk.y, chunk.w, 0x5410), __byte_perm(chunk.y, chunk.w, 0x7632)}};
+    return {
+        {__byte_perm(chunk.x, chunk.z, 0x5410), __byte_perm(chunk.x, chunk.z, 0x7632), __byte_perm(chunk.y, chunk.w, 0x5410),
+         __byte_perm(chunk.y, chunk.w, 0x7632)}};
   } else {
     const uint32_t low01 = __byte_perm(chunk.x, chunk.y, 0x5140), low23 = __byte_perm(chunk.z, chunk.w, 0x5140);
     const uint32_t high01 = __byte_perm(chunk.x, chunk.y, 0x7362), high23 = __byte_perm(chunk.z, chunk.w, 0x7362);
-    return {{__byte_perm(low01, low23, 0x5410), __byte_perm(low01, low23, 0x7632), __byte_perm(high01, high23, 0x5410),
-             __byte_perm(high01, high23, 0x7632)}};
+    return {
+        {__byte_perm(low01, low23, 0x5410), __byte_perm(low01, low23, 0x7632), __byte_perm(high01, high23, 0x5410),
+         __byte_perm(high01, high23, 0x7632)}};
   }
 }
 
 // The truths of nm::nonzero_bits.
 template <class K>
 __device__ __forceinline__ uint32_t is_nonzero(uint32_t plane) {
-  const uint32_t carried = (plane & kMagnitudes<K>) + kMagnitudes<K>;
+  const uint32_t carried = (plane & kMagnitudes<K>)+kMagnitudes<K>;
   return K::infinity == 0 ? carried | plane : carried;
 }
 
@@ -59,7 +61,7 @@ __device__ __forceinline__ uint32_t is_nan(uint32_t plane) {
     return 0;
   } else {
     constexpr auto above = static_cast<uint32_t>(nm::kTop<K> - 1 - K::infinity) * 0x00010001u;
-    return (plane & kMagnitudes<K>) + above;
+    return (plane & kMagnitudes<K>)+above;
   }
 }
 
@@ -86,7 +88,8 @@ __device__ __forceinline__ PackedChunk take(const uint4& chunk, uint32_t codes) 
         (codes | codes >> 12) & 0xffu,
         make_uint2(__byte_perm(chunk.x, chunk.y, selectors), __byte_perm(chunk.z, chunk.w, selectors >> 16))};
   } else {
-    const uint32_t selectors = (codes & 0x03030303u) | (codes << 2 & 0x30303030u) | 0x44004400u;  // the second of two groups follows
+    const uint32_t selectors =
+        (codes & 0x03030303u) | (codes << 2 & 0x30303030u) | 0x44004400u;  // the second of two groups follows
     return {
         __byte_perm(codes | codes >> 4, 0, 0x4420),
         make_uint2(__byte_perm(chunk.x, chunk.y, selectors), __byte_perm(chunk.z, chunk.w, selectors >> 16))};

@@ -103,7 +103,8 @@ unsigned blocks_for(int64_t items, int64_t per_block) { return static_cast<unsig
 template <class T>
 void select_rest(const T* scores, int64_t groups, int n, int m, uint8_t* mask, int* status, cudaStream_t stream) {
   if (groups == 0) return;
-  launch(select_in_shared<T>, dim3(blocks_for(groups, kStagedScores / m)), dim3(kThreads), stream, scores, groups, n, m, mask, status);
+  launch(
+      select_in_shared<T>, dim3(blocks_for(groups, kStagedScores / m)), dim3(kThreads), stream, scores, groups, n, m, mask, status);
 }
 
 template <int M, class T>
@@ -120,8 +121,7 @@ void select_fast(const T* scores, int64_t groups, int n, uint8_t* mask, int* sta
 
 }  // namespace
 
-void nm_mask(
-    const void* scores, DType dtype, int64_t groups, int n, int m, uint8_t* mask, int* status, cudaStream_t stream) {
+void nm_mask(const void* scores, DType dtype, int64_t groups, int n, int m, uint8_t* mask, int* status, cudaStream_t stream) {
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* values = static_cast<const T*>(scores);

@@ -16,14 +16,16 @@ std::tuple<Tensor, Tensor, Tensor> nm_pack_of(Tensor weight) {
   const Tensor source = aligned(weight);
   Tensor status = new_status(weight);
   nm_pack(
-      source.const_data_ptr(), type, weight.size(0), weight.size(1), packed.values.mutable_data_ptr(), packed.meta.mutable_data_ptr(),
-      data_of<int>(status), current_stream(weight));
+      source.const_data_ptr(), type, weight.size(0), weight.size(1), packed.values.mutable_data_ptr(),
+      packed.meta.mutable_data_ptr(), data_of<int>(status), current_stream(weight));
   return {packed.values, packed.meta, status};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) { m.def("nm_pack(Tensor weight) -> (Tensor values, Tensor meta, Tensor status)"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
+  m.def("nm_pack(Tensor weight) -> (Tensor values, Tensor meta, Tensor status)");
+}
 STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) { m.impl("nm_pack", TORCH_BOX(&nm_pack_of)); }
 
 }  // namespace sparsekern::cuda

@@ -18,7 +18,8 @@ namespace sparsekern::cuda {
 namespace {
 
 template <class T>
-using KindOf = std::conditional_t<std::is_same_v<T, float>, nm::F32, std::conditional_t<std::is_same_v<T, Half>, nm::F16, nm::Bf16>>;
+using KindOf =
+    std::conditional_t<std::is_same_v<T, float>, nm::F32, std::conditional_t<std::is_same_v<T, Half>, nm::F16, nm::Bf16>>;
 
 // nm_pack goes by the positions of non-zeros, so where a kept weight is zero the code is another. Rarely called.
 template <class K>
@@ -146,8 +147,8 @@ void prune_pack_by(
 }  // namespace
 
 void nm_prune_pack(
-    const void* weight, DType dtype, const void* scores, DType scores_dtype, int64_t rows, int64_t columns, void* values, void* meta,
-    int* status, cudaStream_t stream) {
+    const void* weight, DType dtype, const void* scores, DType scores_dtype, int64_t rows, int64_t columns, void* values,
+    void* meta, int* status, cudaStream_t stream) {
   if (rows == 0 || columns == 0) return;
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -26,7 +26,9 @@ std::tuple<Tensor, Tensor> nm_unpack_of(Tensor values, Tensor meta) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) { m.def("nm_unpack(Tensor values, Tensor meta) -> (Tensor weight, Tensor status)"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
+  m.def("nm_unpack(Tensor values, Tensor meta) -> (Tensor weight, Tensor status)");
+}
 STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) { m.impl("nm_unpack", TORCH_BOX(&nm_unpack_of)); }
 
 }  // namespace sparsekern::cuda

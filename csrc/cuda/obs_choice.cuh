@@ -112,7 +112,8 @@ struct Ties {
 
   Ties() = default;
   __device__ explicit Ties(const Cut& cut)
-      : threshold(INT_MAX - static_cast<int>(cut.key)), needed(static_cast<int>(min(cut.needed, static_cast<uint32_t>(INT_MAX)))),
+      : threshold(INT_MAX - static_cast<int>(cut.key)),
+        needed(static_cast<int>(min(cut.needed, static_cast<uint32_t>(INT_MAX)))),
         split(cut.splits_ties()) {}
 
   // How many of the keys of this row that equal the threshold are kept.
@@ -142,7 +143,9 @@ struct AnyGroups {
   static constexpr int kFloats = (2 * kMaxColumns + kMaxGroup + kMaxColumns / 4) * kRowsPerWarp;
 
   __device__ explicit AnyGroups(float* shared)
-      : taken(shared), start(taken + kMaxColumns * kRowsPerWarp), score(start + kMaxColumns * kRowsPerWarp),
+      : taken(shared),
+        start(taken + kMaxColumns * kRowsPerWarp),
+        score(start + kMaxColumns * kRowsPerWarp),
         keep(reinterpret_cast<unsigned char*>(score + kMaxGroup * kRowsPerWarp)) {}
 
   __device__ static int at(int column) { return column * kRowsPerWarp + row_of_lane(); }

@@ -91,8 +91,8 @@ __device__ __forceinline__ void store_four(T* address, const float (&in)[4]) {
   if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<float4*>(address) = make_float4(in[0], in[1], in[2], in[3]);
   } else {
-    *reinterpret_cast<ushort4*>(address) = make_ushort4(
-        from_float<T>(in[0]).bits, from_float<T>(in[1]).bits, from_float<T>(in[2]).bits, from_float<T>(in[3]).bits);
+    *reinterpret_cast<ushort4*>(address) =
+        make_ushort4(from_float<T>(in[0]).bits, from_float<T>(in[1]).bits, from_float<T>(in[2]).bits, from_float<T>(in[3]).bits);
   }
 }
 
@@ -194,9 +194,13 @@ struct RawColumns {
 
  private:
   template <class T>
-  __device__ static T low(unsigned word) { return T{static_cast<uint16_t>(word)}; }
+  __device__ static T low(unsigned word) {
+    return T{static_cast<uint16_t>(word)};
+  }
   template <class T>
-  __device__ static T high(unsigned word) { return T{static_cast<uint16_t>(word >> 16)}; }
+  __device__ static T high(unsigned word) {
+    return T{static_cast<uint16_t>(word >> 16)};
+  }
 };
 
 // The mask in memory is bytes, 1 where kept.

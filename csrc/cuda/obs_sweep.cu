@@ -206,7 +206,8 @@ struct Competition {
   int* keys;  // [tiles][Keys<4>::kCount][kMostThreads]
 
   __device__ explicit Competition(float* shared)
-      : triangle(shared), scratch(*reinterpret_cast<ScoreScratch<kMostThreads>*>(shared + Triangle<4>::kFloats)),
+      : triangle(shared),
+        scratch(*reinterpret_cast<ScoreScratch<kMostThreads>*>(shared + Triangle<4>::kFloats)),
         keys(reinterpret_cast<int*>(&scratch + 1)) {}
 
   // This thread's keys of a tile.

@@ -157,7 +157,8 @@ void check_factor_of(Tensor factor, Tensor status) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
   m.def(
-      "obs_sweep_block(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, Tensor(d!) row_error, "
+      "obs_sweep_block(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, Tensor(d!) "
+      "row_error, "
       "Tensor(e!) status, int begin, int end, str choice, int kept, int group, int warps) -> ()");
   m.def(
       "obs_sweep_scores(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) scores, Tensor(c!) status, int begin, int end, "

@@ -5,9 +5,9 @@
 namespace sparsekern::cuda {
 
 enum Status : int {
-  kNotFinite = 1,         // NaN, or also an infinity, as the op has it
-  kTooManyNonZeros = 2,   // a group that does not fit the packed layout
-  kInconsistent = 4,      // packed parts that do not belong together
+  kNotFinite = 1,        // NaN, or also an infinity, as the op has it
+  kTooManyNonZeros = 2,  // a group that does not fit the packed layout
+  kInconsistent = 4,     // packed parts that do not belong together
 };
 
 }  // namespace sparsekern::cuda

@@ -226,7 +226,8 @@ struct MatrixScratch {
 
 template <class Bits>
 __global__ void __launch_bounds__(kMatrixThreads, 2) keep_best_of_matrix(
-    Scores<Bits> scores, int64_t count, int64_t k, GridSelection<kMatrixDigit> grid, unsigned* arrivals, uint8_t* mask, int* status) {
+    Scores<Bits> scores, int64_t count, int64_t k, GridSelection<kMatrixDigit> grid, unsigned* arrivals, uint8_t* mask,
+    int* status) {
   MatrixScratch& scratch = *dynamic_shared<MatrixScratch>();
   const Run<Bits> run = scores.run(0, count);
   const int64_t share = (run.vectors() + gridDim.x - 1) / gridDim.x;
@@ -358,12 +359,13 @@ void topk_mask(
   if (rows == 0 || columns == 0) return;
   if (dtype == DType::f32) {
     topk_mask_of<uint32_t>(
-        static_cast<const uint32_t*>(scores), infinity_bits(float{}), rows, columns, k, whole_matrix, mask, workspace, status, stream);
+        static_cast<const uint32_t*>(scores), infinity_bits(float{}), rows, columns, k, whole_matrix, mask, workspace, status,
+        stream);
   } else {
     const int32_t infinity = dtype == DType::bf16 ? infinity_bits(BFloat16{}) : infinity_bits(Half{});
     topk_mask_of<uint16_t>(
-        static_cast<const uint16_t*>(scores), static_cast<uint16_t>(infinity), rows, columns, k, whole_matrix, mask, workspace, status,
-        stream);
+        static_cast<const uint16_t*>(scores), static_cast<uint16_t>(infinity), rows, columns, k, whole_matrix, mask, workspace,
+        status, stream);
   }
 }
 

@@ -20,9 +20,7 @@ struct Vector {
     return static_cast<Bits>(words[i / kPerWord] >> 8 * static_cast<int>(sizeof(Bits)) * (i % kPerWord));
   }
   // In ascending order of i, each once.
-  __device__ void set(int i, uint32_t bits) {
-    words[i / kPerWord] = i % kPerWord == 0 ? bits : words[i / kPerWord] | bits << 16;
-  }
+  __device__ void set(int i, uint32_t bits) { words[i / kPerWord] = i % kPerWord == 0 ? bits : words[i / kPerWord] | bits << 16; }
 
   __device__ static Vector read(const Bits* aligned) {
     const uint4 raw = *reinterpret_cast<const uint4*>(aligned);

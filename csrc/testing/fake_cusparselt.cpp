@@ -35,7 +35,7 @@ struct Object {
   int type, order;
   const Object *a, *b, *d;  // of a matmul
   const void* bias;
-  const Object* matmul;     // of a selection and of a plan
+  const Object* matmul;  // of a selection and of a plan
   int algorithm, split_k, split_k_mode;
   const Object* selection;
 };
@@ -120,7 +120,8 @@ EXPORTED int cusparseLtMatmulDescriptorInit(
     int compute) {
   if (!is(handle, "handle") || op_a != 0 || op_b != 1 || c != d || compute != 2) return kInvalid;
   if (!is(a, "matrix") || !is(b, "matrix") || !is(d, "matrix")) return kInvalid;
-  if (a->columns != b->columns || d->rows != a->rows || d->columns != b->rows || a->type != b->type || a->type != d->type) return kInvalid;
+  if (a->columns != b->columns || d->rows != a->rows || d->columns != b->rows || a->type != b->type || a->type != d->type)
+    return kInvalid;
   make(matmul, "matmul");
   matmul->a = a, matmul->b = b, matmul->d = d;
   return kOk;
@@ -137,7 +138,8 @@ EXPORTED int cusparseLtMatmulAlgSelectionInit(const Object* handle, Object* sele
   selection->matmul = matmul, selection->split_k = 1;
   return kOk;
 }
-EXPORTED int cusparseLtMatmulAlgSetAttribute(const Object* handle, Object* selection, int attribute, const void* data, size_t bytes) {
+EXPORTED int cusparseLtMatmulAlgSetAttribute(
+    const Object* handle, Object* selection, int attribute, const void* data, size_t bytes) {
   if (!is(handle, "handle") || !is(selection, "selection") || bytes != sizeof(int)) return kInvalid;
   int value;
   std::memcpy(&value, data, sizeof value);
@@ -146,7 +148,8 @@ EXPORTED int cusparseLtMatmulAlgSetAttribute(const Object* handle, Object* selec
   if (attribute == 4) return selection->split_k_mode = value, kOk;
   return kInvalid;
 }
-EXPORTED int cusparseLtMatmulAlgGetAttribute(const Object* handle, const Object* selection, int attribute, void* data, size_t bytes) {
+EXPORTED int cusparseLtMatmulAlgGetAttribute(
+    const Object* handle, const Object* selection, int attribute, void* data, size_t bytes) {
   if (!is(handle, "handle") || !is(selection, "selection") || bytes != sizeof(int)) return kInvalid;
   const int value = attribute == 0 ? selection->algorithm : attribute == 3 ? selection->split_k : selection->split_k_mode;
   std::memcpy(data, &value, sizeof value);
@@ -168,8 +171,8 @@ EXPORTED int cusparseLtMatmulGetWorkspace(const Object* handle, const Object* pl
 }
 
 EXPORTED int cusparseLtMatmul(
-    const Object* handle, const Object* plan, const void* alpha, const void* a, const void* b, const void* beta, const void* c, void* d,
-    void* workspace, void** streams, int count) {
+    const Object* handle, const Object* plan, const void* alpha, const void* a, const void* b, const void* beta, const void* c,
+    void* d, void* workspace, void** streams, int count) {
   if (!is(handle, "handle") || !whole(plan) || c != d || count != 1 || streams == nullptr) return kInvalid;
   if (*static_cast<const float*>(alpha) != 1.0f || *static_cast<const float*>(beta) != 0.0f) return kInvalid;
   std::memset(workspace, 0xff, static_cast<size_t>(workspace_of(plan)));

@@ -72,7 +72,9 @@ class Gradual(Method):
             check_choice("Gradual.criterion", self.criterion, tuple(CRITERIA))
             object.__setattr__(self, "criterion", CRITERIA[self.criterion]())
         elif not isinstance(self.criterion, tuple(CRITERIA.values())):
-            raise TypeError(f"Gradual.criterion: expected {', '.join(map(repr, CRITERIA))} or a config of one, got {self.criterion!r}")
+            raise TypeError(
+                f"Gradual.criterion: expected {', '.join(map(repr, CRITERIA))} or a config of one, got {self.criterion!r}"
+            )
         check_choice("Gradual.schedule", self.schedule, tuple(EXPONENT))
         _check_whole("steps", self.steps, 1)
         _check_whole("epochs", self.epochs, 0)
@@ -119,4 +121,6 @@ def _check_number(field: str, value: object, *, above: float | None = None, most
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not (value >= 0 if above is None else value > above) or value > most:
         limit = "of at least 0" if above is None else f"above {above:g}"
-        raise ValueError(f"Gradual.{field}: expected a number {limit}{f' and at most {most:g}' if most < math.inf else ''}, got {value!r}")
+        raise ValueError(
+            f"Gradual.{field}: expected a number {limit}{f' and at most {most:g}' if most < math.inf else ''}, got {value!r}"
+        )

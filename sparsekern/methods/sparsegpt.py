@@ -50,9 +50,7 @@ class SparseGPT(Method):
         factor = statistics.factor(self.damping)
         fixed = self._fixed_mask(weight, statistics, pattern)
         target = {"pattern": pattern} if fixed is None else {"mask": fixed}
-        new_weight, mask, damped_error = ops.obs_sweep(
-            weight, factor, **target, scope=self.scope, block_size=self.block_size
-        )
+        new_weight, mask, damped_error = ops.obs_sweep(weight, factor, **target, scope=self.scope, block_size=self.block_size)
         delta = new_weight.float() - weight.float()
         if weight.dtype == torch.float32:
             moved = torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()

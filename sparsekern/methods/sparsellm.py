@@ -75,7 +75,9 @@ class SparseLLM(FeedForwardMethod):
         check_choice("SparseLLM.keep", self.keep, ("best", "last"))
         local = self.local
         if isinstance(local, FeedForwardMethod) or local.sensitivity or local.trains or local.whole_model or local.removes_units:
-            raise ValueError(f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}")
+            raise ValueError(
+                f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}"
+            )
 
     @property
     def local(self) -> Method:
@@ -89,9 +91,7 @@ class SparseLLM(FeedForwardMethod):
     def settings(self) -> dict[str, object]:
         return {"name": self.name, **asdict(self), "solver": self.local.settings()}
 
-    def arrange(
-        self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]
-    ) -> dict[str, Pattern]:
+    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         return self.local.arrange(model, blocks, patterns)
 
     def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:

@@ -54,14 +54,18 @@ class Structured(Method):
 
     def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         if is_encoder(model):
-            raise ValueError(f"model: expected a decoder for Structured, got the encoder {type(model).__name__}; KPrune removes its units")
+            raise ValueError(
+                f"model: expected a decoder for Structured, got the encoder {type(model).__name__}; KPrune removes its units"
+            )
         arranged: dict[str, Pattern] = dict.fromkeys(patterns, Slices())
         whole = find_blocks(model)
         for index, planned in enumerate(blocks[:-1]):
             if not planned:
                 continue
             linears = find_linears(whole.modules[index], whole.block_name(index))
-            found = [units for units in find_units(model, linears) if self.units in ("both", units.kind) and _is_planned(units, patterns)]
+            found = [
+                units for units in find_units(model, linears) if self.units in ("both", units.kind) and _is_planned(units, patterns)
+            ]
             if not found:
                 raise ValueError(f"Structured.units: found no {self._wanted} in the block of {planned[0].name}")
             for units in found:

@@ -71,7 +71,9 @@ def _units(model: nn.Module, owners: dict[str, list[Linear]]) -> Iterator[Units]
         others = [linear for linear in linears if linear is not consumer]
         if size > 1 and len(others) < 3 and all(len(linear.weight) <= consumer.features for linear in others):
             found = ", ".join(f"{linear.name.rpartition('.')[2]} {linear.features} to {len(linear.weight)}" for linear in linears)
-            raise ValueError(f"model: expected query, key, value and output projection in {name} of {type(model).__name__}, got {found}")
+            raise ValueError(
+                f"model: expected query, key, value and output projection in {name} of {type(model).__name__}, got {found}"
+            )
         whole = tuple(linear for linear in others if len(linear.weight) == consumer.features)
         shared = tuple(linear for linear in others if size > 1 and _is_shared(linear, consumer.features, size))
         yield Units("heads" if size > 1 else "neurons", consumer, whole, shared, size)
@@ -80,9 +82,7 @@ def _units(model: nn.Module, owners: dict[str, list[Linear]]) -> Iterator[Units]
 def _consumer(linears: Sequence[Linear]) -> Linear | None:
     """The last linear that leads back to where all the others start from."""
     fitting = [
-        linear
-        for linear in linears
-        if all(other.features == len(linear.weight) for other in linears if other is not linear)
+        linear for linear in linears if all(other.features == len(linear.weight) for other in linears if other is not linear)
     ]
     return fitting[-1] if len(linears) > 1 and fitting else None
 

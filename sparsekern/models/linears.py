@@ -81,6 +81,5 @@ def _check_prunable(name: str, module: nn.Module) -> None:
     if weight.dim() != 2 or weight.dtype not in DTYPES:
         dtype = str(weight.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{name}: expected a float32, bfloat16 or float16 matrix, got {dtype} {tuple(weight.shape)}; "
-            "prune before quantising"
+            f"{name}: expected a float32, bfloat16 or float16 matrix, got {dtype} {tuple(weight.shape)}; prune before quantising"
         )

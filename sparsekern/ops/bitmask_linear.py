@@ -39,7 +39,9 @@ def bitmask_linear(
         TypeError, ValueError: wrong dtypes, shapes or devices; starts, rows or bits that lead out of the other tensors.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
-        raise ValueError(f"x: expected [..., in_features], got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+        raise ValueError(
+            f"x: expected [..., in_features], got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}"
+        )
     check_tensor("x", x, ndim=x.dim(), dtypes=HALF_OR_FLOAT)
     check_tensor("values", values, ndim=1, dtypes=(x.dtype,), device=x.device)
     check_tensor("order", order, ndim=1, dtypes=(torch.int32,), device=x.device)

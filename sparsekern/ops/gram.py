@@ -10,9 +10,7 @@ from ._registry import define_op, sample
 SCHEMA = "(Tensor(a!) gram, Tensor x, *, Tensor? row_mask=None, float alpha=1.0) -> ()"
 
 
-def gram_(
-    gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None, alpha: float = 1.0
-) -> torch.Tensor:
+def gram_(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None, alpha: float = 1.0) -> torch.Tensor:
     """Add `alpha * x^T x` to the lower triangle of `gram`, in place.
 
     Only the lower triangle (with the diagonal) is computed and valid afterwards; `gram_symmetrize_` mirrors it once at the end.

@@ -33,7 +33,9 @@ def nm_linear(
         TypeError, ValueError: wrong dtypes, shapes or devices; a pattern that has no layout.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
-        raise ValueError(f"x: expected [..., in_features], got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+        raise ValueError(
+            f"x: expected [..., in_features], got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}"
+        )
     check_tensor("x", x, ndim=x.dim(), dtypes=HALF_OR_FLOAT)
     check_pattern(n, m)
     if x.shape[-1] % m:

@@ -13,7 +13,9 @@ from ._registry import define_op, sample
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor factor, Tensor damping_used)"
 SMALLEST_ESCALATION = 1e-6  # what an escalation starts from where no damping was asked for
 ESCALATIONS = 3  # float32 attempts with ten times the damping of the one before
-RESOLVED_PIVOT = 32  # epsilons: for whoever solves with the factor, a pivot below this share of its diagonal entry is rounding error
+RESOLVED_PIVOT = (
+    32  # epsilons: for whoever solves with the factor, a pivot below this share of its diagonal entry is rounding error
+)
 
 
 def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:

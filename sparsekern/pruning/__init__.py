@@ -7,4 +7,14 @@ from .preparation import check_seed
 from .report import LayerReport, Report
 from .units_report import StructuredReport, UnitsReport
 
-__all__ = ["ContinualReport", "LayerReport", "Report", "Step", "StructuredReport", "UnitsReport", "check_seed", "prune", "prune_continually"]
+__all__ = [
+    "ContinualReport",
+    "LayerReport",
+    "Report",
+    "Step",
+    "StructuredReport",
+    "UnitsReport",
+    "check_seed",
+    "prune",
+    "prune_continually",
+]

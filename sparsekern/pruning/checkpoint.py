@@ -109,7 +109,9 @@ class Checkpoint:
             raise ValueError(f"out: {path} holds other layers than the model's; remove it to prune that block again")
         return weights, layers
 
-    def read(self, index: int, make_report: Callable[[dict], ReportLike]) -> tuple[dict[str, torch.Tensor], list[ReportLike]] | None:
+    def read(
+        self, index: int, make_report: Callable[[dict], ReportLike]
+    ) -> tuple[dict[str, torch.Tensor], list[ReportLike]] | None:
         """What `save` wrote for block `index`, whatever it is of, or None where the block is not finished.
 
         Raises:

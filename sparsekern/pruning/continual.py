@@ -147,9 +147,13 @@ def prune_continually(
 def check_adds_up(method: Method, strategy: str) -> None:
     """Raise `ValueError` for a method that knows one data set only, or for an unknown strategy."""
     if not isinstance(method, METHODS):
-        raise ValueError(f"method: expected one of {', '.join(kind.name for kind in METHODS)} for several data sets, got {method.name}")
+        raise ValueError(
+            f"method: expected one of {', '.join(kind.name for kind in METHODS)} for several data sets, got {method.name}"
+        )
     if method == Magnitude(scope="global"):
-        raise ValueError("method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets")
+        raise ValueError(
+            "method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets"
+        )
     check_choice("strategy", strategy, STRATEGIES)
 
 

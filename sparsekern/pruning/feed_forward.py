@@ -101,7 +101,9 @@ def _reserve(file, size: int) -> None:
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        message = f"{error.strerror}: {file.name} needs {size:,} bytes for the activations of one block (TMPDIR names another folder)"
+        message = (
+            f"{error.strerror}: {file.name} needs {size:,} bytes for the activations of one block (TMPDIR names another folder)"
+        )
         raise OSError(error.errno, message) from error
 
 
@@ -120,7 +122,9 @@ class FeedForwardRun:
             self._x.write(slice(self._seen, self._seen + len(rows)), rows)
             self._seen += len(rows)
 
-    def solve(self, method: FeedForwardMethod, statistics: Mapping[str, FeatureNorm | Gram]) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
+    def solve(
+        self, method: FeedForwardMethod, statistics: Mapping[str, FeatureNorm | Gram]
+    ) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
         """The new weights by name, and the solution; `statistics` are those of each linear's dense inputs, by name."""
         network = self.network
         layers = [None if linear is None else self._layer(linear) for linear in (network.up, network.gate, network.down)]

@@ -161,13 +161,17 @@ def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
         raise ValueError(f"model: expected finite weights to train, got {found}")
     batch = next(filter(_predicted, batches), None)
     if batch is None:
-        raise ValueError("calibration: Gradual predicts tokens from those before, so it needs samples of at least two tokens, got none")
+        raise ValueError(
+            "calibration: Gradual predicts tokens from those before, so it needs samples of at least two tokens, got none"
+        )
     ids = batch.inputs["input_ids"][:1, :PROBE_TOKENS]
     other = ids.clone()
     other[:, -1] = (ids[:, -1] == 0).to(ids.dtype)  # token 1 instead of 0, 0 instead of any other
     logits = [getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other)]
     if logits[0] is None or logits[0].dim() != 3 or logits[0].shape[:2] != ids.shape:
-        raise ValueError(f"model: Gradual trains causal language models, but {type(model).__name__} returns no logits for each token")
+        raise ValueError(
+            f"model: Gradual trains causal language models, but {type(model).__name__} returns no logits for each token"
+        )
     if not torch.allclose(logits[0][:, :-1], logits[1][:, :-1], rtol=1e-3, atol=1e-4):
         raise ValueError(
             f"model: Gradual trains causal language models, but in {type(model).__name__} the logits of a token change with those behind it"
@@ -225,5 +229,3 @@ def _float32_masters(model: nn.Module) -> Iterator[torch.autocast]:
     finally:
         for parameter, dtype in dtypes.items():
             parameter.data = parameter.data.to(dtype)
-
-

@@ -105,7 +105,9 @@ def prune(
     if method.removes_units:
         _refuse_choice_of_linears(method, format, include, exclude, patterns)
         if report_error:
-            raise ValueError(f"report_error: {type(method).__name__} always reports the error of each sub-layer; expected False, got {report_error!r}")
+            raise ValueError(
+                f"report_error: {type(method).__name__} always reports the error of each sub-layer; expected False, got {report_error!r}"
+            )
         options = {"seed": seed, "out": out, "resume": resume, "progress": progress, "batch_size": batch_size, "complete": complete}
         return prune_units(model, method, pattern, calibration, **options)
     plan = make_plan(model, pattern, patterns, include, exclude)
@@ -238,7 +240,11 @@ class BlockRun:
         self._record(ordered)
 
     def _solve_alone(
-        self, linears: Sequence[Linear], shared: SharedStatistics | None, weights: dict[str, torch.Tensor], layers: dict[str, LayerReport]
+        self,
+        linears: Sequence[Linear],
+        shared: SharedStatistics | None,
+        weights: dict[str, torch.Tensor],
+        layers: dict[str, LayerReport],
     ) -> None:
         groups = shared.groups if shared else [(linears, None)]
         for members, statistic in groups:
@@ -364,4 +370,6 @@ def _refuse_choice_of_linears(method: Method, format: str, include: Globs, exclu
         raise ValueError(f"format: expected 'dense', {type(method).__name__} leaves no zeros to pack; got {format!r}")
     for argument, value in (("include", include), ("exclude", exclude), ("patterns", patterns)):
         if value:
-            raise ValueError(f"{argument}: expected none, {type(method).__name__} chooses among all heads and neurons; got {value!r}")
+            raise ValueError(
+                f"{argument}: expected none, {type(method).__name__} chooses among all heads and neurons; got {value!r}"
+            )

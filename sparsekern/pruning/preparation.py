@@ -31,7 +31,9 @@ def check_seed(seed: int) -> None:
 
 def batches_for(model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
     if calibration is None:
-        raise ValueError(f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None")
+        raise ValueError(
+            f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None"
+        )
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     vocabulary = getattr(embeddings, "num_embeddings", None)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -96,7 +98,9 @@ def save_model(model: nn.Module, out: str | os.PathLike, format: str) -> None:
         full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
         what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
         number = errno.ENOSPC if full else errno.EIO
-        raise OSError(number, f"{what}; all its blocks are kept in the checkpoint, so resume=True needs only to save it", str(out)) from error
+        raise OSError(
+            number, f"{what}; all its blocks are kept in the checkpoint, so resume=True needs only to save it", str(out)
+        ) from error
 
 
 @contextmanager

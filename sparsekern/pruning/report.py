@@ -100,7 +100,9 @@ class Report:
             )
         together = [layer for layer in self.layers if layer.output_error is not None]
         if together:
-            error, alone = (sum(getattr(t, name) for t in together) / len(together) for name in ("output_error", "output_error_alone"))
+            error, alone = (
+                sum(getattr(t, name) for t in together) / len(together) for name in ("output_error", "output_error_alone")
+            )
             lines.append(f"{len(together)} feed-forward networks, mean output error {error:.3e} (linear by linear {alone:.3e})")
         if self.training:
             first, last = self.training[0]["loss"], self.training[-1]["loss"]

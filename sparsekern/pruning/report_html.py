@@ -56,7 +56,11 @@ def html_page(report: Mapping) -> str:
     cut = "flops_removed" in report
     sections = [_facts(report), _perplexity(report.get("results", {})), _size(report.get("bytes", {}))]
     sections += _by_sublayer(layers) if cut else _by_layer(layers)
-    sections += [_time(report["seconds"]), _table(layers, *((UNIT_COLUMNS, f"{len(layers)} sub-layers") if cut else (COLUMNS, f"{len(layers)} linears"))), _about(report)]
+    sections += [
+        _time(report["seconds"]),
+        _table(layers, *((UNIT_COLUMNS, f"{len(layers)} sub-layers") if cut else (COLUMNS, f"{len(layers)} linears"))),
+        _about(report),
+    ]
     return _page(sections)
 
 
@@ -68,19 +72,25 @@ def continual_page(report: Mapping) -> str:
         facts.append(("average perplexity", f"{report['average_perplexity']:.4g}"))
     if report["backward_transfer"] is not None:
         facts.append(("backward transfer (negative: forgetting)", f"{report['backward_transfer']:+.3g}"))
-    rows = ([Step("dense", report["dense"])] if report["dense"] else []) + [Step(step["name"], step["perplexity"]) for step in steps]
+    rows = ([Step("dense", report["dense"])] if report["dense"] else []) + [
+        Step(step["name"], step["perplexity"]) for step in steps
+    ]
     series: dict[str, list[Point]] = {}
     for x, row in enumerate(rows, start=0 if report["dense"] else 1):
         for name, value in row.perplexity.items():
             series.setdefault(name, []).append(Point(x, value, f"{name}, after {row.name}: {value:.4g}"))
     columns = {"after": lambda row: row.name}
-    columns |= {name: lambda row, name=name: f"{row.perplexity[name]:.4g}" if name in row.perplexity else "–" for name in report["names"]}
+    columns |= {
+        name: lambda row, name=name: f"{row.perplexity[name]:.4g}" if name in row.perplexity else "–" for name in report["names"]
+    }
     plot = lines(series, x_label="data sets taken in", log=True)
     seconds = bars([Bar(step["name"], step["seconds"], f"{step['seconds']:.1f} s") for step in steps])
     return _page(
         [
             _fact_list(facts),
-            f"<h2>Perplexity of each data set, step by step</h2>\n<p>The scale is logarithmic; lower is better.</p>\n{plot}" if plot else "",
+            f"<h2>Perplexity of each data set, step by step</h2>\n<p>The scale is logarithmic; lower is better.</p>\n{plot}"
+            if plot
+            else "",
             f"<h2>Time by data set</h2>\n{seconds}",
             _table(rows, columns, "perplexities"),
             _about(report),
@@ -134,7 +144,9 @@ def _size(sizes: Mapping[str, int]) -> str:
     if not sizes:
         return ""
     rows = [Bar("dense weights", sizes["dense"], f"{sizes['dense'] / 1e6:,.1f} MB", BEFORE)]
-    rows.append(Bar("saved files", sizes["saved"], f"{sizes['saved'] / 1e6:,.1f} MB ({sizes['saved'] / max(1, sizes['dense']):.0%})"))
+    rows.append(
+        Bar("saved files", sizes["saved"], f"{sizes['saved'] / 1e6:,.1f} MB ({sizes['saved'] / max(1, sizes['dense']):.0%})")
+    )
     return f"<h2>Size</h2>\n{bars(rows)}"
 
 

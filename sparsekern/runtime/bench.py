@@ -146,11 +146,14 @@ def compare(
     for which, model in enumerate((dense, packed)):
         first, rest = median[which, 1], median[which, tokens + 1] - median[which, 1]
         if rest <= 0:
-            raise ValueError(f"tokens: {tokens} take no longer than what the clock is unsure of; generate more, or take more rounds")
+            raise ValueError(
+                f"tokens: {tokens} take no longer than what the clock is unsure of; generate more, or take more rounds"
+            )
         measured.append(Measured(saved_bytes(model), weight_bytes(model), prompt_length / first, tokens / rest))
     if not unknown:
         measured = [
-            replace(of, resident=found.after, peak=found.peak, started=found.before) for of, found in zip(measured, of_processes, strict=True)
+            replace(of, resident=found.after, peak=found.peak, started=found.before)
+            for of, found in zip(measured, of_processes, strict=True)
         ]
     return Comparison(*measured, difference, int(same), tokens, prompt_length, torch.get_num_threads(), unknown)
 

@@ -43,7 +43,9 @@ model = sparsekern.load("path/to/this/folder")
 ```
 """
 
-CUT_AND_PACKED = "The zeros of what is left take no space: the linear layers are packed; `sparsekern.unpack(model)` makes them dense.\n"
+CUT_AND_PACKED = (
+    "The zeros of what is left take no space: the linear layers are packed; `sparsekern.unpack(model)` makes them dense.\n"
+)
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,9 @@ def supports(
     if capability is None:
         return Support(False, "it is not on a CUDA device")
     if capability < LEAST_CAPABILITY:
-        return Support(False, "its device has compute capability {}.{}, expected at least {}.{}".format(*capability, *LEAST_CAPABILITY))
+        return Support(
+            False, "its device has compute capability {}.{}, expected at least {}.{}".format(*capability, *LEAST_CAPABILITY)
+        )
     return YES if has_library else Support(False, "this PyTorch has no cuSPARSELt")
 
 

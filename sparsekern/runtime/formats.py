@@ -88,7 +88,10 @@ class Format:
 
     def empty(self, shape: Shape, dtype: torch.dtype, stored: int | None = None, device=None) -> dict[str, torch.Tensor]:
         """Uninitialised tensors of the right sizes, to be loaded into."""
-        return {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in self.specs(shape, dtype, stored).items()}
+        return {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            for name, spec in self.specs(shape, dtype, stored).items()
+        }
 
     def check(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
         """Raise `ValueError`, naming the tensor and what is wrong with it, unless these are a packed weight of that shape and dtype.
@@ -255,7 +258,9 @@ class NMPacked(Format):
 
 def check_shape(shape: Shape) -> Shape:
     """Raise `ValueError` unless `shape` is two whole numbers of at least 0."""
-    whole = isinstance(shape, (tuple, list)) and all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape)
+    whole = isinstance(shape, (tuple, list)) and all(
+        isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape
+    )
     if not whole or len(shape) != 2:
         raise ValueError(f"shape: expected (out_features, in_features), got {shape!r}")
     return tuple(shape)

@@ -45,7 +45,12 @@ class PackedLayer:
     def from_dict(cls, name: str, entry: object) -> PackedLayer:
         """Raise `ValueError`, naming the entry and what is wrong with it, unless it can be read safely."""
         where = f"config.json: quantization_config.layers[{name!r}]"
-        if not isinstance(entry, Mapping) or not {"format", "shape", "dtype"} <= set(entry) <= {"format", "shape", "dtype", "stored"}:
+        if not isinstance(entry, Mapping) or not {"format", "shape", "dtype"} <= set(entry) <= {
+            "format",
+            "shape",
+            "dtype",
+            "stored",
+        }:
             raise ValueError(f"{where}: expected format, shape, dtype and, of a bitmask, stored; got {entry!r}")
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPE_OF_NAME:
             raise ValueError(f"{where}.dtype: expected one of {', '.join(DTYPE_OF_NAME)}, got {entry['dtype']!r}")
@@ -127,7 +132,9 @@ def check_headers(
         _check_tensor(f"{file}: {name}", shape, dtype, expected[name])
     if not renamed:
         if missing := sorted(expected.keys() - found.keys()):
-            raise ValueError(f"{', '.join(Path(file).name for file in files)}: {missing[0]}: is missing ({len(missing)} tensors in all)")
+            raise ValueError(
+                f"{', '.join(Path(file).name for file in files)}: {missing[0]}: is missing ({len(missing)} tensors in all)"
+            )
         _check_all_named(held, expected)
     return {name: file for name, (file, _, _) in found.items()}
 

@@ -131,7 +131,9 @@ def keep_compressed(model: nn.Module, keep: bool = True) -> nn.Module:
     support = {name: layer.supports_compressed() for name, layer in layers.items()}
     if keep and not any(found.ok for found in support.values()):
         name, found = next(iter(support.items()))
-        raise ValueError(f"model: cuSPARSELt can hold none of its {len(layers)} packed layers; {name or 'the model'}: {found.reason}")
+        raise ValueError(
+            f"model: cuSPARSELt can hold none of its {len(layers)} packed layers; {name or 'the model'}: {found.reason}"
+        )
     for name, layer in layers.items():
         if not keep or support[name].ok:
             try:
@@ -169,7 +171,9 @@ def count_zeros(model: nn.Module) -> tuple[int, int]:
         zeros += tensor.numel() - int(torch.count_nonzero(tensor))
     for layer in model.modules():
         if isinstance(layer, SparseLinear):
-            left_out = layer.out_features * layer.in_features - sum(t.numel() for t in layer.tensors.values() if t.is_floating_point())
+            left_out = layer.out_features * layer.in_features - sum(
+                t.numel() for t in layer.tensors.values() if t.is_floating_point()
+            )
             total, zeros = total + left_out, zeros + left_out
     return zeros, total
 
@@ -220,7 +224,9 @@ def _linears(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, Plac
     check_matches("include", include, list(packable))
     check_matches("exclude", exclude, list(packable))
     chosen = {
-        name: places for name, places in packable.items() if (include is None or matches(name, include)) and not matches(name, exclude)
+        name: places
+        for name, places in packable.items()
+        if (include is None or matches(name, include)) and not matches(name, exclude)
     }
     if not chosen:
         raise ValueError(f"include, exclude: together they leave none of the {len(packable)} linear layers to pack")

@@ -65,7 +65,9 @@ class SparsekernQuantizer(HfQuantizer):
             if isinstance(layer, SparseLinear):
                 del layer.weight
                 if layer.device.type == "meta":
-                    raise ValueError(f"device_map: expected one without offloading, which packed models do not support; {name} is offloaded")
+                    raise ValueError(
+                        f"device_map: expected one without offloading, which packed models do not support; {name} is offloaded"
+                    )
                 self._check(model, name, layer)
                 layer.freeze()
                 if self.dtype is not None:

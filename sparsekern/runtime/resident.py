@@ -19,7 +19,9 @@ from torch import nn
 
 from .save import check_space
 
-STATUS = Path("/proc/self/status")  # of Linux; unlike getrusage's, its peak does not begin with that of the process that started this one
+STATUS = Path(
+    "/proc/self/status"
+)  # of Linux; unlike getrusage's, its peak does not begin with that of the process that started this one
 
 
 class Resident(NamedTuple):

@@ -22,7 +22,9 @@ class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
         if isinstance(B, SparseSemiStructuredTensor):
             raise ValueError("B: expected a dense tensor, got a semi-structured one; no hardware multiplies two of them")
         if self.packed is None:
-            raise NotImplementedError("a product with the transpose of a semi-structured tensor: only `x @ weight.t()` is supported")
+            raise NotImplementedError(
+                "a product with the transpose of a semi-structured tensor: only `x @ weight.t()` is supported"
+            )
         # PyTorch 2.12 and later hand over the activations as they are, those before transposed; and so they want the product.
         x = B if should_transpose_dense else B.t()
         product = cslt_linear(x, self.packed, self.shape[0], bias)
@@ -66,9 +68,7 @@ def to_semi_structured(
     return _wrap(kind, dense.shape, torch._cslt_compress(dense), None)
 
 
-def semi_structured_linear(
-    x: torch.Tensor, weight: SparseSemiStructuredTensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def semi_structured_linear(x: torch.Tensor, weight: SparseSemiStructuredTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear(x, weight, bias)` without the detour through the tensor subclass, which costs the CPU more than a plan.
 
     Args:
@@ -83,7 +83,9 @@ def semi_structured_linear(
         ValueError: features, dtype or device that are not the weight's.
     """
     for name, tensor, features in (("x", x, weight.shape[1]), ("bias", bias, weight.shape[0])):
-        if tensor is not None and (tensor.shape[-1:] != (features,) or tensor.dtype != weight.dtype or tensor.device != weight.device):
+        if tensor is not None and (
+            tensor.shape[-1:] != (features,) or tensor.dtype != weight.dtype or tensor.device != weight.device
+        ):
             raise ValueError(
                 f"{name}: expected {features} features of {weight.dtype} on {weight.device}, got shape {tuple(tensor.shape)} of "
                 f"{tensor.dtype} on {tensor.device}"
@@ -116,7 +118,9 @@ def _backend_for(weight: torch.Tensor, asked: str | None) -> str:
 
 def _check(weight: torch.Tensor, columns_per: int, backend: str) -> None:
     """`weight` may also be its values, with two columns for each."""
-    rules = {dtype: (rule.sparse_min_rows, rule.sparse_min_cols) for dtype, rule in BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS.items()}
+    rules = {
+        dtype: (rule.sparse_min_rows, rule.sparse_min_cols) for dtype, rule in BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS.items()
+    }
     check_tensor("weight", weight, ndim=2, dtypes=tuple(dtype for dtype in rules if dtype in FORMATS))
     shape, multiple = (weight.shape[0], weight.shape[1] * columns_per), rules[weight.dtype]
     if 0 in shape or shape[0] % multiple[0] or shape[1] % multiple[1]:

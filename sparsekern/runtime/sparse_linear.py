@@ -78,7 +78,9 @@ class SparseLinear(nn.Module):
             raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
         weight = linear_weight(linear)
         tensors = format_of(format).pack(weight)
-        layer = cls(format, tuple(weight.shape), tensors, linear.bias, conv1d=is_conv1d(linear), trainable=linear.weight.requires_grad)
+        layer = cls(
+            format, tuple(weight.shape), tensors, linear.bias, conv1d=is_conv1d(linear), trainable=linear.weight.requires_grad
+        )
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Module:
@@ -234,7 +236,9 @@ class SparseLinear(nn.Module):
                 "sparsekern.unpack makes dense layers, which take any dtype"
             )
         if self.device.type == "meta" and after.itemsize != before.itemsize:
-            raise NotImplementedError(f"SparseLinear: a layer without data cannot be converted to {str(after).removeprefix('torch.')}")
+            raise NotImplementedError(
+                f"SparseLinear: a layer without data cannot be converted to {str(after).removeprefix('torch.')}"
+            )
 
     def _repack(self, fn, recurse: bool) -> None:
         dense = fn(self.dense_weight())

@@ -32,5 +32,7 @@ def merge_adapter(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, sc
     check_finite_number("scale", scale)
     merged = torch.addmm(weight.float(), up.float(), down.float(), alpha=scale).masked_fill_(weight == 0, 0).to(weight.dtype)
     if not torch.isfinite(merged).all():
-        raise ValueError(f"weight: expected a finite sum with the adapter in {str(weight.dtype).removeprefix('torch.')}, got NaN or Inf")
+        raise ValueError(
+            f"weight: expected a finite sum with the adapter in {str(weight.dtype).removeprefix('torch.')}, got NaN or Inf"
+        )
     weight.copy_(merged)

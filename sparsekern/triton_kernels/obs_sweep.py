@@ -29,7 +29,13 @@ from ._common import CompileCase, device_of, on_device_of
 ROWS = 16  # of a program
 CHUNK = 32  # earlier columns of the block that are multiplied at a time
 SCAN = 4096  # values that a program of `find_not_finite` reads: 32 or 64 bytes a thread in flight
-COMPILED = ((2, 4), (4, 8), (3, 5), (16, 32), (5, 64))  # patterns of `compile_cases`: usual ones, odd ones, the widest of both sizes
+COMPILED = (
+    (2, 4),
+    (4, 8),
+    (3, 5),
+    (16, 32),
+    (5, 64),
+)  # patterns of `compile_cases`: usual ones, odd ones, the widest of both sizes
 
 
 class Config(NamedTuple):
@@ -131,7 +137,9 @@ def sweep_block(
         for earlier in range(0, first, CHUNK):
             known = first - earlier
             taken = tl.load(
-                delta + delta_origin + earlier + row * delta_stride + chunk[None, :], mask=in_rows & (chunk[None, :] < known), other=0.0
+                delta + delta_origin + earlier + row * delta_stride + chunk[None, :],
+                mask=in_rows & (chunk[None, :] < known),
+                other=0.0,
             )
             block = tl.load(coefficients + chunk[:, None] * columns + lane, mask=(chunk[:, None] < known) & inside, other=0.0)
             sums = tl.dot(taken, block, sums, input_precision="tf32x3")
@@ -160,7 +168,9 @@ def sweep_block(
             tl.store(new_weight + origin + first + tile, new.to(new_weight.dtype.element_ty), mask=here)
             if M > 0:
                 tl.store(mask + origin + first + tile, kept.to(tl.uint8), mask=here)
-            again = tl.load(weight + origin + first + tile, mask=here & alive, other=0.0).to(tl.float32)  # held, it would cost registers
+            again = tl.load(weight + origin + first + tile, mask=here & alive, other=0.0).to(
+                tl.float32
+            )  # held, it would cost registers
             tl.store(delta + delta_origin + first + delta_tile, again - new, mask=here)
         tl.debug_barrier()  # the sub-blocks to come read delta across threads
         triangle += (SIZE + 1) * SIZE
@@ -220,7 +230,16 @@ class TritonKernels:
 
 
 def _constants(tiles: Config, score: bool, n: int, m: int) -> dict[str, object]:
-    return {"SCORE": score, "N": n, "M": m, "PART": tiles.part, "WIDTH": tiles.width, "SIZE": tiles.size, "ROWS": ROWS, "CHUNK": CHUNK}
+    return {
+        "SCORE": score,
+        "N": n,
+        "M": m,
+        "PART": tiles.part,
+        "WIDTH": tiles.width,
+        "SIZE": tiles.size,
+        "ROWS": ROWS,
+        "CHUNK": CHUNK,
+    }
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
@@ -232,7 +251,9 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     for tiles in sorted({config(128, m, capability)._replace(num_warps=4) for m in (0, *(m for _, m in COMPILED))}):
         constants = {"WIDTH": tiles.width, "SIZE": tiles.size}
         numbers = dict.fromkeys(("columns", "border", "block", "last"), "i32:16") | {"parts": "i32"}
-        yield CompileCase(prepare_triangles, {"factor": "*fp32:16", "triangles": "*fp32:16", **numbers}, constants, tiles.num_warps, 3)
+        yield CompileCase(
+            prepare_triangles, {"factor": "*fp32:16", "triangles": "*fp32:16", **numbers}, constants, tiles.num_warps, 3
+        )
     for dtype in ("fp32", "bf16", "fp16"):
         yield CompileCase(find_not_finite, {"x": f"*{dtype}:16", "status": "*i32:16", "elements": "i64:16"}, {"SCAN": SCAN}, 8, 3)
 

@@ -77,7 +77,10 @@ def attempt(gram: torch.Tensor, damping: float) -> Factor:
     diagonal = gram.diagonal()
     shift = damping * diagonal.double().mean()
     shift, mark = shift.float(), -shift.sqrt().float()
-    operand, factor = torch.empty_like(gram, memory_format=torch.contiguous_format), torch.empty_like(gram, memory_format=torch.contiguous_format)
+    operand, factor = (
+        torch.empty_like(gram, memory_format=torch.contiguous_format),
+        torch.empty_like(gram, memory_format=torch.contiguous_format),
+    )
     not_finite = torch.zeros((), dtype=torch.int32, device=gram.device)
     tiles = triton.cdiv(features, TILE)
     with on_device_of(gram):

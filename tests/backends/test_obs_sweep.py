@@ -72,9 +72,7 @@ def test_where_weights_compete_a_block_is_the_callers():
     assert block_size_for(0, 300, competing=True) == 300 and block_size_for(0, 7, competing=True) == 7
 
 
-@pytest.mark.parametrize(
-    ("rows", "warps"), [(1, 1), (128, 1), (1024, 2), (2048, 4), (4096, 8), (11008, 8), (28672, 8)]
-)
+@pytest.mark.parametrize(("rows", "warps"), [(1, 1), (128, 1), (1024, 2), (2048, 4), (4096, 8), (11008, 8), (28672, 8)])
 def test_thread_blocks_for_an_h200(rows, warps):
     assert warps_for(rows, processors=132) == warps
 

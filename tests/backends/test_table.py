@@ -65,7 +65,9 @@ def test_one_that_is_asked_for_runs(monkeypatch):
 
 def test_one_that_is_asked_for_runs_or_raises(monkeypatch):
     with backends.use(some_op="cuda"):
-        with pytest.raises(ValueError, match="^some_op: the cuda implementation was asked for, but x is 12, which is not below 10$"):
+        with pytest.raises(
+            ValueError, match="^some_op: the cuda implementation was asked for, but x is 12, which is not below 10$"
+        ):
             call(12)
         unavailable(monkeypatch, "cuda")
         with pytest.raises(RuntimeError, match="^some_op: the cuda implementation was asked for, but cuda is not there$"):

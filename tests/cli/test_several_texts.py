@@ -15,9 +15,18 @@ def test_several_texts_one_after_another(model, text, tmp_path, capsys):
     other.write_text(" ".join(reversed(tiny.TEXT.split())))
     given = ["prune", model, "--method", "copal", "--pattern", "0.5", "--samples", "4", "--length", "32"]
     both = ["--calibration", text, "--calibration", str(other)]
-    assert main([*given, *both, "--evaluate", "--text", text, "--text", str(other), "--windows", "2", "--out", str(tmp_path / "a")]) == 0
+    assert (
+        main([*given, *both, "--evaluate", "--text", text, "--text", str(other), "--windows", "2", "--out", str(tmp_path / "a")])
+        == 0
+    )
     printed = capsys.readouterr().out
-    for line in ("backward transfer", "average perplexity", "mask changed", f"evaluated on 2 x 64 tokens of {other}", "from_pretrained"):
+    for line in (
+        "backward transfer",
+        "average perplexity",
+        "mask changed",
+        f"evaluated on 2 x 64 tokens of {other}",
+        "from_pretrained",
+    ):
         assert line in printed
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["names"] == [text, str(other)] and report["backward_transfer"] is not None and report["versions"]

@@ -94,7 +94,12 @@ def test_nan_is_named():
         (torch.zeros(0, 20, dtype=torch.int64), 20, ValueError, "ids: one window of length 20 needs 20 tokens, got 0"),
         (torch.zeros(99, dtype=torch.int64), 1, ValueError, "length: expected at least 2, got 1"),
         (torch.zeros(99, dtype=torch.int64), 65, ValueError, "length: expected at most 64, the positions of this model, got 65"),
-        (torch.full((99,), 320), 20, ValueError, "ids: expected token ids from 0 to 319, got 320; is this the model's own tokenizer"),
+        (
+            torch.full((99,), 320),
+            20,
+            ValueError,
+            "ids: expected token ids from 0 to 319, got 320; is this the model's own tokenizer",
+        ),
         (torch.full((99,), -1), 20, ValueError, "ids: expected token ids from 0 to 319, got -1"),
         (torch.zeros(99), 20, TypeError, "ids: expected an integer tensor"),
         ([1, 2, 3], 2, TypeError, "ids: expected an integer tensor"),

@@ -50,7 +50,9 @@ def textbook_alps_support(layer, pattern, iterations):
     gram = layer.gram64 + 0.01 * layer.gram64.diagonal().mean() * torch.eye(len(layer.gram64), dtype=torch.float64)
     scale = gram.diagonal().sqrt()
     gram, dense = gram / scale / scale[:, None], layer.weight.double() * scale
-    kept = dense.numel() // pattern.m * pattern.n if isinstance(pattern, NM) else dense.numel() - int(dense.numel() * pattern.sparsity)
+    kept = (
+        dense.numel() // pattern.m * pattern.n if isinstance(pattern, NM) else dense.numel() - int(dense.numel() * pattern.sparsity)
+    )
     support_of = keep_nm if isinstance(pattern, NM) else keep_matrix
     rho, dual, mask = 0.1, torch.zeros_like(dense), support_of(dense, pattern, kept)
     sparse, seen = dense * mask, mask
@@ -134,7 +136,9 @@ def test_dead_features_are_pruned_first(layer, pattern):
 def test_any_damping_and_fewer_tokens_than_features(pattern, damping):
     layer = make_layer(24, 64, 30)
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if damping else "ignore")  # undamped, some rows are not determined, and may be said to be open
+        warnings.simplefilter(
+            "error" if damping else "ignore"
+        )  # undamped, some rows are not determined, and may be said to be open
         solution = ALPS(damping=damping).solve(layer.weight, layer.statistics(), pattern)
     assert solution.weight.isfinite().all()
     assert solution.row_error.sum() < 0.5 * error(layer, torch.zeros_like(layer.weight)).sum()
@@ -184,7 +188,9 @@ def test_max_iterations_is_the_most_and_it_is_said(layer, monkeypatch):
     steps = []
     step = alps.ops.admm_step_
     monkeypatch.setattr(alps.ops, "admm_step_", lambda *a, **k: steps.append(0) or step(*a, **k))
-    message = r"ALPS.max_iterations: ADMM did not settle in 7 iterations; the last 1 changed \d+\.\d\d% of the mask, and .* is 0.00%"
+    message = (
+        r"ALPS.max_iterations: ADMM did not settle in 7 iterations; the last 1 changed \d+\.\d\d% of the mask, and .* is 0.00%"
+    )
     with pytest.warns(SparsekernWarning, match=message) as said:
         ALPS(max_iterations=7, tolerance=0).solve(layer.weight, layer.statistics(), NM(2, 4))
     assert len(said) == 1

@@ -70,7 +70,9 @@ def test_a_chunk_of_tokens_at_a_time(layer, monkeypatch):
 def test_gram_importance_splits_the_energy_of_a_row(layer):
     gram = layer.statistics()
     found = layer.weight * (layer.weight @ (gram.gram.tril() + gram.gram.tril(-1).T))
-    torch.testing.assert_close(found.sum(1).double(), (layer.x.double() @ layer.weight.double().T).square().sum(0), rtol=1e-4, atol=1)
+    torch.testing.assert_close(
+        found.sum(1).double(), (layer.x.double() @ layer.weight.double().T).square().sum(0), rtol=1e-4, atol=1
+    )
     torch.testing.assert_close(found.abs(), COPAL(form="gram").importance(layer.weight, gram), rtol=1e-4, atol=1e-2)
 
 

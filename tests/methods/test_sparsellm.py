@@ -199,7 +199,9 @@ def test_half_precision_weights_and_a_dead_feature():
     problem.x.values[:, 3] = 0
     grams = Gram(INPUTS, torch.device("cpu"))
     grams.add(problem.x.values, None)
-    half = [Layer(layer.weight.bfloat16(), layer.bias.bfloat16(), layer.pattern) for layer in (problem.up, problem.gate, problem.down)]
+    half = [
+        Layer(layer.weight.bfloat16(), layer.bias.bfloat16(), layer.pattern) for layer in (problem.up, problem.gate, problem.down)
+    ]
     solution = SparseLLM().solve_feed_forward(
         FeedForwardProblem(*half, "silu", grams, problem.hidden, problem.x, problem.new_rows, problem.tiles)
     )

@@ -112,8 +112,14 @@ def test_resumes_and_reports(tmp_path):
     "arguments, message",
     [
         ({"pattern": "2:4"}, "pattern: expected a sparsity for Structured, which prunes whole units, got '2:4'"),
-        ({"include": "*.q_proj"}, "expected model.layers.0.self_attn.o_proj, without which .* heads, got only model.*.q_proj of its module"),
-        ({"method": Structured("heads"), "include": "*.mlp.*"}, "Structured.units: found no heads in the block of model.layers.0.mlp"),
+        (
+            {"include": "*.q_proj"},
+            "expected model.layers.0.self_attn.o_proj, without which .* heads, got only model.*.q_proj of its module",
+        ),
+        (
+            {"method": Structured("heads"), "include": "*.mlp.*"},
+            "Structured.units: found no heads in the block of model.layers.0.mlp",
+        ),
     ],
 )
 def test_bad_input(arguments, message):
@@ -125,14 +131,20 @@ def test_bad_input(arguments, message):
     ("family", "arguments", "expected"),
     [
         ("opt", {"exclude": "*out_proj"}, "model.decoder.layers.0.self_attn.out_proj"),
-        ("opt", {"patterns": {"*out_proj": None}, "method": Gradual(criterion="structured", epochs=0)}, "layers.0.self_attn.out_proj"),
+        (
+            "opt",
+            {"patterns": {"*out_proj": None}, "method": Gradual(criterion="structured", epochs=0)},
+            "layers.0.self_attn.out_proj",
+        ),
         ("phi", {"exclude": "*dense"}, "model.layers.0.self_attn.dense"),
         ("gpt2", {"exclude": "*.mlp.c_proj"}, "transformer.h.0.mlp.c_proj"),
     ],
 )
 def test_no_other_linear_passes_for_an_output_projection_that_is_left_out(family, arguments, expected):
     model = tiny_model(family)
-    with pytest.raises(ValueError, match=f"include, exclude, patterns: expected .*{expected}, without which Structured cannot prune"):
+    with pytest.raises(
+        ValueError, match=f"include, exclude, patterns: expected .*{expected}, without which Structured cannot prune"
+    ):
         prune(model, **arguments)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_model(family).parameters(), strict=True))
 
@@ -168,5 +180,7 @@ def test_an_attention_without_its_output_projection_is_refused():
 def test_refuses_unknown_units_and_a_single_linear():
     with pytest.raises(ValueError, match="Structured.units: expected one of 'both', 'heads', 'neurons', got 'layers'"):
         Structured(units="layers")
-    with pytest.raises(ValueError, match="Structured: expected the rows and columns that arrange has chosen; call sparsekern.prune"):
+    with pytest.raises(
+        ValueError, match="Structured: expected the rows and columns that arrange has chosen; call sparsekern.prune"
+    ):
         Structured().solve(torch.ones(4, 4), None, Unstructured(0.5))

@@ -79,7 +79,11 @@ def damaged(folder, tmp_path, name):
     [
         (sparsekern.load, "pickled", "no model can be loaded from '.*copy': .*no file named model.safetensors"),
         (sparsekern.load, "truncated", "no model can be loaded from '.*copy': .*header"),
-        (sparsekern.load, "not all there", "'.*copy' lacks 1 weights of a LlamaForCausalLM, model.layers.1.mlp.up_proj.weight among"),
+        (
+            sparsekern.load,
+            "not all there",
+            "'.*copy' lacks 1 weights of a LlamaForCausalLM, model.layers.1.mlp.up_proj.weight among",
+        ),
         (sparsekern.load, "bad config", "no model can be loaded from '.*copy': .*config.json"),
         (load_tokenizer, "no tokenizer", "no tokenizer can be loaded from '.*copy': "),
     ],

@@ -17,7 +17,15 @@ from .sanitizers import BUILD, ROOT, compiler
 
 CSRC = ROOT / "csrc"
 FLAGS = [
-    *("-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-DSPARSEKERN_SIMT", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *(
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-fno-omit-frame-pointer",
+        "-DSPARSEKERN_SIMT",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-unused-function", "-Wno-psabi"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 ]

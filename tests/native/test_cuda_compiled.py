@@ -60,7 +60,9 @@ def test_no_kernel_spills():
     sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda source: -source.stat().st_size)
     assert sources
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda case: faults(*case), [(source, architecture) for source in sources for architecture in ARCHITECTURES])
+        found = pool.map(
+            lambda case: faults(*case), [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+        )
     assert not [fault for some in found for fault in some]
 
 

@@ -49,9 +49,7 @@ def wide_case(**changes):
     cases = gram.compile_cases((9, 0))
     wanted = {"COLUMNS": 256, "DESCRIPTORS": True, "partials": None}
     case = next(
-        case
-        for case in cases
-        if case.signature["x"].startswith("tensordesc<bf16") and wanted.items() <= case.constexprs.items()
+        case for case in cases if case.signature["x"].startswith("tensordesc<bf16") and wanted.items() <= case.constexprs.items()
     )
     return case._replace(**changes)
 
@@ -106,7 +104,9 @@ def test_a_case_that_does_not_fit_its_kernel_is_found():
 @ON_EVERY_ARCHITECTURE
 def test_odd_sizes_of_the_result_do_not_spill(architecture):
     case = next(
-        case for case in gram.compile_cases(architecture.capability) if {"COLUMNS": 256, "partials": None}.items() <= case.constexprs.items()
+        case
+        for case in gram.compile_cases(architecture.capability)
+        if {"COLUMNS": 256, "partials": None}.items() <= case.constexprs.items()
     )
     odd = {name: case.signature[name].removesuffix(":16") for name in ("rows", "columns", "out", "out_stride")}
     assert not faults(case._replace(signature={**case.signature, **odd}), architecture)

@@ -45,7 +45,13 @@ def test_is_the_step_of_the_paper(isa, generator, pattern, scope, rounded, shape
 
 
 @PROPERTY
-@given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), groups=st.integers(1, 20), case=st.sampled_from(PATTERNS), rounded=st.booleans())
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 20),
+    case=st.sampled_from(PATTERNS),
+    rounded=st.booleans(),
+)
 def test_equals_the_reference_bit_for_bit(isa, seed, rows, groups, case, rounded):
     ours = state(rows, 12 * groups, torch.Generator().manual_seed(seed), rounded)
     theirs = tuple(t.clone() for t in ours)
@@ -77,7 +83,9 @@ def test_the_weight_itself_is_a_fixed_point_where_nothing_is_pruned(isa, generat
     assert (offset == 0).all() and (dual == 0).all() and mask.all()
 
 
-@pytest.mark.parametrize("function", [admm_step_, lambda *a: reference(*a[:4], n=2, m=4) if a[4] == "2:4" else reference(*a[:4], k=5)])
+@pytest.mark.parametrize(
+    "function", [admm_step_, lambda *a: reference(*a[:4], n=2, m=4) if a[4] == "2:4" else reference(*a[:4], k=5)]
+)
 @pytest.mark.parametrize("pattern", ["2:4", 0.5])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["offset", "dual", "weight"])

@@ -82,7 +82,14 @@ def test_many_rows_on_threads(isa, threads, generator, tokens, dtype):
 
 
 def test_sizes_of_zero_and_leading_dimensions(isa, generator):
-    for shape, rows, columns in (((3, 0), 4, 0), ((0, 5), 2, 5), ((2, 5), 0, 5), ((5,), 3, 5), ((2, 0, 5), 3, 5), ((2, 3, 5), 3, 5)):
+    for shape, rows, columns in (
+        ((3, 0), 4, 0),
+        ((0, 5), 2, 5),
+        ((2, 5), 0, 5),
+        ((5,), 3, 5),
+        ((2, 0, 5), 3, 5),
+        ((2, 3, 5), 3, 5),
+    ):
         weight = sparse(rows, columns, torch.float32, generator)
         x = torch.randn(shape, generator=generator)
         torch.testing.assert_close(bitmask_linear(x, *packed_of(weight)), torch.nn.functional.linear(x, weight))

@@ -100,7 +100,11 @@ def test_the_activation_is_torch_s(isa, activation):
 
 
 def test_large_values_and_nan(isa):
-    p, up, gate = torch.tensor([[1e4, -1e4, math.nan, 1.0, 1.0]]), torch.tensor([[1.0, 300.0, 1, math.nan, 2.0]]), torch.full((1, 5), 90.0)
+    p, up, gate = (
+        torch.tensor([[1e4, -1e4, math.nan, 1.0, 1.0]]),
+        torch.tensor([[1.0, 300.0, 1, math.nan, 2.0]]),
+        torch.full((1, 5), 90.0),
+    )
     z, s = gated_split(p, up, gate, gate, "silu", 1.0)
     assert z[0, :2].isfinite().all() and s[0, :2].isfinite().all()
     assert z[0, 2:4].isnan().all() and s[0, 2:4].isnan().all()

@@ -54,7 +54,9 @@ def test_nothing_is_known_of_dead_features(isa, generator, damping):
     weight = gram_solve(gram, cross, damping)
     assert (weight[:, dead] == 0).all()
     live = damped(gram, damping)[~dead][:, ~dead]
-    torch.testing.assert_close(weight[:, ~dead].double(), torch.linalg.solve(live, cross[:, ~dead].double().T).T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        weight[:, ~dead].double(), torch.linalg.solve(live, cross[:, ~dead].double().T).T, rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("tokens", [40, 95, 99])

@@ -170,5 +170,7 @@ def test_refusals(arguments, settings, error, message):
 
 def test_empty(isa):
     for rows, columns in ((0, 8), (3, 0)):
-        new_weight, row_error = masked_lstsq(torch.zeros(rows, columns), torch.eye(columns), torch.ones(rows, columns, dtype=torch.bool))
+        new_weight, row_error = masked_lstsq(
+            torch.zeros(rows, columns), torch.eye(columns), torch.ones(rows, columns, dtype=torch.bool)
+        )
         assert new_weight.shape == (rows, columns) and row_error.shape == (rows,)

@@ -43,7 +43,10 @@ def test_the_layout_is_what_files_hold():
 
 
 @PROPERTY
-@given(weight=matrices(rows=st.integers(0, 20), columns=st.integers(0, 40), zeros=st.sampled_from([0.5, 0.95, 1.0])), pattern=st.sampled_from(PATTERNS))
+@given(
+    weight=matrices(rows=st.integers(0, 20), columns=st.integers(0, 40), zeros=st.sampled_from([0.5, 0.95, 1.0])),
+    pattern=st.sampled_from(PATTERNS),
+)
 def test_comes_back(weight, pattern):
     n, m = pattern
     weight = weight.repeat_interleave(m, dim=1)

@@ -36,9 +36,7 @@ def test_equals_the_textbook_at_half(isa, generator, rows, columns, blocksize):
     pruned = rows * blocksize // 2
     blocks = columns - columns % blocksize
     weight, gram = weight[:, :blocks].contiguous(), gram[:blocks, :blocks].contiguous()
-    expected, mask = textbook_sparsegpt(
-        weight, gram.double(), sparsity=(pruned - 0.5) / (rows * blocksize), blocksize=blocksize
-    )
+    expected, mask = textbook_sparsegpt(weight, gram.double(), sparsity=(pruned - 0.5) / (rows * blocksize), blocksize=blocksize)
     ours, our_mask, _ = obs_sweep(weight, reverse_cholesky(gram), 0.5, block_size=blocksize)
     assert torch.equal(our_mask, mask)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

@@ -129,7 +129,13 @@ def test_messages_name_the_tensor(generator, dtype):
     nm = fmt.pack((torch.arange(192).view(3, 64) % 4 < 2).to(dtype))
     codes = nm["codes"].clone()
     codes[2, 0] = 0
-    refused(r"codes: expected 2 ascending positions below 4 in every group, got \[0, 0\] in row 2, group 0", shape=shape, fmt=fmt, sound=nm, codes=codes)
+    refused(
+        r"codes: expected 2 ascending positions below 4 in every group, got \[0, 0\] in row 2, group 0",
+        shape=shape,
+        fmt=fmt,
+        sound=nm,
+        codes=codes,
+    )
     fmt, shape = NMPacked(1, 3), (1, 12)
     nm = fmt.pack((torch.arange(12).view(1, 12) % 3 == 2).to(dtype))
     codes = nm["codes"].clone()

@@ -54,7 +54,11 @@ def model():
         ({"calibration": torch.full((2, 8), 96)}, ValueError, "token ids from 0 to 95, got 96; is this the model's own tokenizer"),
         ({"calibration": torch.full((2, 8), -1)}, ValueError, "token ids from 0 to 95, got -1"),
         ({"calibration": 5}, TypeError, "calibration: expected token ids or an iterable of batches, got 5"),
-        ({"calibration": torch.zeros(2, 65).long()}, ValueError, "samples of at most 64 tokens, the positions of this model, got 65"),
+        (
+            {"calibration": torch.zeros(2, 65).long()},
+            ValueError,
+            "samples of at most 64 tokens, the positions of this model, got 65",
+        ),
         ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1, got 0"),
         ({"resume": True}, ValueError, "resume: expected out"),
         ({"seed": -1}, ValueError, r"seed: expected a whole number from 0 to 2\*\*63 - 1, got -1"),
@@ -322,7 +326,16 @@ def test_an_instruction_set_that_is_none_is_refused_before_any_work(model, tmp_p
 
 @pytest.mark.parametrize(
     "pattern, format",
-    [("2:4", "1:4"), ("3:4", "2:8"), (0.5, "2:4"), (0.01, "packed"), (0.01, "bitmask"), ("4:8", "2:4"), ("15:16", "15:16"), ("2:4", "2:5")],
+    [
+        ("2:4", "1:4"),
+        ("3:4", "2:8"),
+        (0.5, "2:4"),
+        (0.01, "packed"),
+        (0.01, "bitmask"),
+        ("4:8", "2:4"),
+        ("15:16", "15:16"),
+        ("2:4", "2:5"),
+    ],
 )
 def test_a_format_that_nothing_is_sure_to_fit(model, tmp_path, pattern, format):
     message = f"format: by pattern {pattern}, none of 22 linear layers is sure to get smaller with '{format}'"
@@ -333,7 +346,9 @@ def test_a_format_that_nothing_is_sure_to_fit(model, tmp_path, pattern, format):
 
 def test_a_format_that_something_fits(model, tmp_path):
     model.pruned = True
-    for number, (pattern, format) in enumerate([("1:4", "2:4"), ("2:8", "2:4"), ("1:4", "2:8"), ("2:4", "bitmask"), (0.6, "packed")]):
+    for number, (pattern, format) in enumerate(
+        [("1:4", "2:4"), ("2:8", "2:4"), ("1:4", "2:8"), ("2:4", "bitmask"), (0.6, "packed")]
+    ):
         pruned = copy.deepcopy(model)
         sparsekern.prune(pruned, "magnitude", pattern, out=tmp_path / str(number), format=format, include="*.0.*", **QUIET)
         assert sparsekern.runtime.is_packed(sparsekern.load(tmp_path / str(number)))

@@ -140,22 +140,6 @@ def test_cumulative_sparsegpt_sees_the_gram_matrix_of_all(tmp_path):
     torch.testing.assert_close(memory[key].tril(), (x.T @ x).tril(), rtol=1e-4, atol=1e-3)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def test_the_pruned_model_can_be_gone_on_with(tmp_path):
     whole, _ = run(COPAL(), "ab")
     model, _ = run(COPAL(), "a", state=tmp_path)
@@ -181,15 +165,11 @@ def test_average_and_backward_transfer():
     assert report.backward_transfer == pytest.approx(((10 - 13) + (20 - 19)) / 2)  # negative: forgetting
     lines = str(report).splitlines()
     assert lines[0].split() == ["after", "a", "b", "c", "(perplexity)"] and lines[1].split() == ["dense", "5.000", "-", "-"]
-    assert lines[4].startswith("c      " ) and "13.000" in lines[4] and lines[-1] == "backward transfer  -1.000 (negative: forgetting)"
+    assert (
+        lines[4].startswith("c      ") and "13.000" in lines[4] and lines[-1] == "backward transfer  -1.000 (negative: forgetting)"
+    )
     del rows[2]["a"]
     assert report.average_perplexity is None and report.backward_transfer is None
-
-
-
-
-
-
 
 
 def test_data_sets_that_were_seen(tmp_path):
@@ -211,7 +191,11 @@ PADDING = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "attention_mask": 
         ({"calibrations": IDS["a"]}, TypeError, "calibrations: expected a mapping of names to calibration data, got Tensor"),
         ({"calibrations": {0: IDS["a"]}}, TypeError, "calibrations: expected names of data sets, got 0"),
         ({"calibrations": {"a": []}}, ValueError, r"calibrations\['a'\]: calibration: expected at least one token, got none"),
-        ({"calibrations": {"a": [PADDING]}}, ValueError, r"calibrations\['a'\]: calibration: expected at least one token, got none"),
+        (
+            {"calibrations": {"a": [PADDING]}},
+            ValueError,
+            r"calibrations\['a'\]: calibration: expected at least one token, got none",
+        ),
         ({"calibrations": {"a": torch.zeros(1, 2)}}, TypeError, r"calibrations\['a'\]: calibration: expected token ids of dtype"),
         ({"strategy": "mask"}, ValueError, "strategy: expected one of 'accumulate', 'dense', 'carry', got 'mask'"),
         ({"method": "best"}, ValueError, "method: expected one of"),

@@ -33,7 +33,9 @@ def test_a_killed_run_is_resumed_bit_for_bit(method, blocks, tmp_path, monkeypat
         run(method, "abc", **more)
     monkeypatch.setattr(StepFiles, "save", save)
     if blocks < 3:
-        with pytest.raises(ValueError, match=r"holds an unfinished step, 'b'; pass resume=True \(--resume\) and that data set to go on, or"):
+        with pytest.raises(
+            ValueError, match=r"holds an unfinished step, 'b'; pass resume=True \(--resume\) and that data set to go on, or"
+        ):
             run(method, "bc", **more)
         with pytest.raises(ValueError, match="calibrations: expected 'b' next, unchanged, to finish its step .* abandon=True"):
             run(method, "c", resume=True, **more)
@@ -95,7 +97,7 @@ def test_an_abandoned_step_leaves_no_trace(tmp_path, monkeypatch):
             prune_continually(model, {"b": IDS["b"]}, COPAL(), 0.5, {"b": IDS["b"]}, tmp_path, length=32, **QUIET)
     report = prune_continually(model, {"c": IDS["c"]}, COPAL(), 0.5, state=tmp_path, abandon=True, **QUIET)
     assert same(model, weights(whole)) and report.names == ["a", "c"] and report.dense == {}
-    assert "\"b\"" not in (tmp_path / "state.json").read_text()
+    assert '"b"' not in (tmp_path / "state.json").read_text()
 
 
 def test_a_state_is_for_one_call_at_a_time(tmp_path, monkeypatch):

@@ -163,7 +163,9 @@ def test_networks_alone_and_some_blocks_only():
 
 
 def test_a_part_of_a_network_is_refused():
-    message = "include, exclude, patterns: SparseLLM prunes .*up_proj, .*gate_proj, .*down_proj together, but .*gate_proj is left out"
+    message = (
+        "include, exclude, patterns: SparseLLM prunes .*up_proj, .*gate_proj, .*down_proj together, but .*gate_proj is left out"
+    )
     with pytest.raises(ValueError, match=message):
         sparsekern.prune(tiny_model("llama"), "sparsellm", 0.5, tiny_ids(), exclude="*gate_proj", **QUIET)
 

@@ -236,14 +236,22 @@ ALONE = {"input_ids": tiny_ids(2, 8), "attention_mask": torch.eye(2, 8, dtype=to
     [
         (None, {"ids": []}, "calibration: expected at least one token, got none"),
         (None, {"ids": [PADDING]}, "calibration: expected at least one token, got none"),
-        (None, {"ids": tiny_ids(4, 1)}, "calibration: Gradual predicts tokens from those before, so it needs samples of at least two"),
+        (
+            None,
+            {"ids": tiny_ids(4, 1)},
+            "calibration: Gradual predicts tokens from those before, so it needs samples of at least two",
+        ),
         (None, {"ids": [ALONE]}, "calibration: Gradual predicts tokens .* at least two tokens, got none"),
         (masked_language_model, {}, "Gradual trains causal language models, but in BertForMaskedLM the logits of a token change"),
         (lambda: masked_language_model().bert, {}, "Gradual trains causal .* but BertModel returns no logits for each token"),
         (lambda: tiny_model("llama").requires_grad_(False), {}, "model: .* none of its parameters requires a gradient"),
         (None, {"report_error": True}, "report_error: Gradual has no errors of layers to report"),
         (None, {"method": Gradual("structured"), "pattern": "2:4"}, "pattern: expected a sparsity for Structured"),
-        (None, {"method": Gradual(train_steps=9, learning_rate=1e30, clip=1e30)}, "Gradual.learning_rate: expected a finite loss, got (nan|inf) after"),
+        (
+            None,
+            {"method": Gradual(train_steps=9, learning_rate=1e30, clip=1e30)},
+            "Gradual.learning_rate: expected a finite loss, got (nan|inf) after",
+        ),
     ],
 )
 def test_bad_input(model, arguments, message):
@@ -258,7 +266,9 @@ def test_bad_input(model, arguments, message):
 def test_weights_that_the_last_step_makes_infinite(tmp_path, dtype, rate, when):
     """The loss of a step is from before it, so that of the last one says nothing."""
     method = Gradual(steps=1, train_steps=1, learning_rate=rate, warmup=0)
-    with pytest.raises(ValueError, match=rf"Gradual.learning_rate: expected finite weights, got \S+ in model\.\S+ after {when}; lower it"):
+    with pytest.raises(
+        ValueError, match=rf"Gradual.learning_rate: expected finite weights, got \S+ in model\.\S+ after {when}; lower it"
+    ):
         prune(tiny_model("llama", dtype), method, out=tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -275,7 +285,9 @@ def test_no_calibration():
         sparsekern.prune(tiny_model("llama"), "gradual", 0.5, progress=False)
 
 
-@pytest.mark.parametrize("ids", [tiny_ids(1, 16), [PADDING, {"input_ids": tiny_ids(1, 16)}]], ids=["one batch", "one of padding only"])
+@pytest.mark.parametrize(
+    "ids", [tiny_ids(1, 16), [PADDING, {"input_ids": tiny_ids(1, 16)}]], ids=["one batch", "one of padding only"]
+)
 def test_a_single_batch_will_do(ids):
     _, report = prune(method=Gradual(steps=2, epochs=3), ids=ids)
     assert len(report.training) == 6

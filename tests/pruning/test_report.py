@@ -86,11 +86,21 @@ def test_an_empty_report_has_a_page():
 
 
 def test_a_page_of_a_continual_run(tmp_path):
-    steps = [Step("wiki & co", 64, 0.5, None, 1.25, {"wiki & co": 30.5}), Step("docs", 64, 0.5, 0.1, 2.5, {"wiki & co": 34.0, "docs": 21.0})]
+    steps = [
+        Step("wiki & co", 64, 0.5, None, 1.25, {"wiki & co": 30.5}),
+        Step("docs", 64, 0.5, 0.1, 2.5, {"wiki & co": 34.0, "docs": 21.0}),
+    ]
     report = ContinualReport({"method": {"name": "copal"}, "strategy": "accumulate"}, {"wiki & co": 17.0, "docs": 11.0}, steps)
     report.to_html(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    shown = ["copal", "27.5", "-3.5", "<td>wiki &amp; co</td><td>30.5</td><td>–</td>", "<td>docs</td><td>34</td><td>21</td>", "2.5 s"]
+    shown = [
+        "copal",
+        "27.5",
+        "-3.5",
+        "<td>wiki &amp; co</td><td>30.5</td><td>–</td>",
+        "<td>docs</td><td>34</td><td>21</td>",
+        "2.5 s",
+    ]
     assert [text for text in shown if text not in page] == []
     points = [title.text for title in plots(page)[0].iter("{http://www.w3.org/2000/svg}title")]
     assert "docs, after dense: 11" in points and "wiki & co, after docs: 34" in points and len(points) == 5

@@ -212,11 +212,21 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     resumed = prune(model, out=tmp_path / "out", resume=True)
     assert resumed.resumed_blocks == 3 and [layer.kept for layer in resumed.layers] == [layer.kept for layer in report.layers]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "report.html", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "report.html",
+        "report.json",
+    ]
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["flops"] == list(report.flops) and len(found["layers"]) == 6 and "FLOPs" in str(report)
     page = (tmp_path / "out" / "report.html").read_text()
-    facts = [f"{resumed.flops_removed:.1%}", f"{resumed.model_parameters[1] / 1e6:,.2f} M", "Heads and neurons left", "All 6 sub-layers"]
+    facts = [
+        f"{resumed.flops_removed:.1%}",
+        f"{resumed.model_parameters[1] / 1e6:,.2f} M",
+        "Heads and neurons left",
+        "All 6 sub-layers",
+    ]
     facts += [f"<td>{layer.kept} of {layer.units}</td>" for layer in report.layers]
     assert [fact for fact in facts if fact not in page] == []
     assert resumed.bytes["saved"] < resumed.bytes["dense"]
@@ -277,7 +287,9 @@ def test_few_tokens_are_said_once_and_not_where_nothing_is_fitted():
     with pytest.warns(sparsekern.SparsekernWarning) as said:
         prune(encoders.tiny("bert"), 0.1, torch.arange(3, 9)[None], KPrune(ridge=1.0))
     messages = [str(warning.message) for warning in said]
-    assert len(messages) == 1 and "encoder.layer.0 heads: 6 calibration tokens for 32 input features; the result rests" in messages[0]
+    assert (
+        len(messages) == 1 and "encoder.layer.0 heads: 6 calibration tokens for 32 input features; the result rests" in messages[0]
+    )
     prune(encoders.tiny("bert"), 0.1, torch.arange(3, 9)[None], KPrune(tuning=False))
 
 

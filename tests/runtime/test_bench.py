@@ -36,7 +36,9 @@ def test_it_measures_both(tmp_path):
     model = packed.llama(torch.bfloat16, tie_word_embeddings=True)
     other = packed_copy(model)
     found = compare(model, other, prompt_length=8, tokens=4, rounds=1)
-    sizes = [(sparsekern.save(model, tmp_path / format, format) / "model.safetensors").stat().st_size for format in ("dense", "packed")]
+    sizes = [
+        (sparsekern.save(model, tmp_path / format, format) / "model.safetensors").stat().st_size for format in ("dense", "packed")
+    ]
     for size, of in zip(sizes, (found.dense, found.packed), strict=True):
         assert 0 < size - of.disk < 16_000 and of.memory >= of.disk and of.prefill > 0 and of.decode > 0
     assert saved_bytes(other) == found.packed.disk < found.dense.disk
@@ -76,7 +78,10 @@ def test_resident_memory_is_told_by_a_process_that_loads_the_model(tmp_path, mon
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo >&2; echo 'ValueError: the folder is empty' >&2; exit 3", "ended with 3: ValueError: the folder is empty; --no-rss does without"),
+        (
+            "echo >&2; echo 'ValueError: the folder is empty' >&2; exit 3",
+            "ended with 3: ValueError: the folder is empty; --no-rss does without",
+        ),
         ("echo '{}'; exit 1", "ended with 1; --no-rss does without"),
         ("kill -KILL $$", "was ended by SIGKILL, as the system does where memory runs out; --no-rss does without"),
         ("echo lost >&2; kill -TERM $$", "was ended by SIGTERM: lost; --no-rss does without"),
@@ -111,7 +116,9 @@ def test_two_models_that_are_not_the_same():
     other = packed_copy(model)
     other.model.norm = copy.deepcopy(other.model.norm)  # what is not packed is shared
     other.model.norm.weight.data.mul_(1.01)
-    with pytest.raises(ValueError, match="packed: its logits differ from the dense model's by .* of their norm; rounding explains 0.001"):
+    with pytest.raises(
+        ValueError, match="packed: its logits differ from the dense model's by .* of their norm; rounding explains 0.001"
+    ):
         compare(model, other, prompt_length=8, tokens=4)
     other.model.layers[1].mlp.up_proj.values[:8] *= 1.01
     with pytest.raises(ValueError, match="packed: the weight of model.layers.1.mlp.up_proj is not that of the dense model"):

@@ -233,7 +233,9 @@ def test_compiles(generator, stand_in, dynamic):
     called = []
 
     def record(graph, example_inputs):
-        called.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function" and "sparsekern" in str(node.target)])
+        called.append(
+            [str(node.target) for node in graph.graph.nodes if node.op == "call_function" and "sparsekern" in str(node.target)]
+        )
         return graph
 
     torch._dynamo.reset()

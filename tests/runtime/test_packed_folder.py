@@ -24,7 +24,9 @@ UP = "model.layers.0.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return sparsekern.save(packed.llama(torch.bfloat16, tie_word_embeddings=True), tmp_path_factory.mktemp("packed") / "it", "packed")
+    return sparsekern.save(
+        packed.llama(torch.bfloat16, tie_word_embeddings=True), tmp_path_factory.mktemp("packed") / "it", "packed"
+    )
 
 
 @pytest.fixture
@@ -76,7 +78,9 @@ def test_plain_transformers_loads_generates_and_saves_it(folder, tmp_path):
 def test_it_is_smaller(folder, tmp_path):
     dense = sparsekern.save(packed.llama(torch.bfloat16, tie_word_embeddings=True), tmp_path / "dense")
     assert (folder / "model.safetensors").stat().st_size < (dense / "model.safetensors").stat().st_size
-    assert "import sparsekern" in (folder / "README.md").read_text() and "import sparsekern" not in (dense / "README.md").read_text()
+    assert (
+        "import sparsekern" in (folder / "README.md").read_text() and "import sparsekern" not in (dense / "README.md").read_text()
+    )
 
 
 def test_conv1d_of_gpt2(tmp_path):
@@ -170,7 +174,9 @@ def test_the_base_is_packed_and_the_whole_is_saved_or_the_other_way_round(tmp_pa
 def test_dtypes_and_devices_that_cannot_be(folder, tmp_path):
     with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16 for a packed model, got float64; unpack it"):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    with pytest.raises(ValueError, match="device_map: expected one without offloading, .* model.layers.0.self_attn.q_proj is offloaded"):
+    with pytest.raises(
+        ValueError, match="device_map: expected one without offloading, .* model.layers.0.self_attn.q_proj is offloaded"
+    ):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=tmp_path)
 
 
@@ -194,7 +200,10 @@ def _set(name: str, value):
     [
         (_set("values", lambda t: t[:-2]), f"model.safetensors: {UP}.values: expected BF16"),
         (_set("values", lambda t: t.half()), f"model.safetensors: {UP}.values: expected BF16 .* got F16"),
-        (_set("starts", lambda t: t + (1 << 40)), f"model.safetensors: {UP}.starts: expected where the bits set before each tile end"),
+        (
+            _set("starts", lambda t: t + (1 << 40)),
+            f"model.safetensors: {UP}.starts: expected where the bits set before each tile end",
+        ),
         (_set("bitmask", lambda t: torch.full_like(t, -1)), f"model.safetensors: {UP}.values: expected .* values for the bits set"),
         (_set("order", torch.zeros_like), f"model.safetensors: {UP}.order: expected each row from 0 to 95 once"),
         (lambda state: state.pop(f"{UP}.starts"), f"model.safetensors: {UP}.starts: is missing"),
@@ -250,7 +259,10 @@ WHERE = rf"config.json: quantization_config.layers\['{UP}'\]"
         (_entry("format", None), f"{WHERE}: format: expected"),
         (_entry("format", "9:64"), f"{WHERE}: "),
         (_entry("shape", [96, -64]), f"{WHERE}: shape: expected"),
-        (_entry("shape", [64, 96]), rf"{WHERE}.shape: expected that of the model's layer, \[96, 64\], got \[64, 96\]|model.safetensors: "),
+        (
+            _entry("shape", [64, 96]),
+            rf"{WHERE}.shape: expected that of the model's layer, \[96, 64\], got \[64, 96\]|model.safetensors: ",
+        ),
         (_entry("shape", "96"), f"{WHERE}: shape: expected"),
         (_entry("dtype", "int4"), f"{WHERE}.dtype: expected one of float32, bfloat16, float16, got 'int4'"),
         (_entry("stored", -1), f"{WHERE}: stored: expected"),
@@ -260,10 +272,16 @@ WHERE = rf"config.json: quantization_config.layers\['{UP}'\]"
         (lambda config: config.update(version=2), "config.json: quantization_config.version: this sparsekern reads 1, got 2"),
         (lambda config: config.update(version=True), "config.json: quantization_config.version: this sparsekern reads 1, got True"),
         (lambda config: config["layers"].pop(UP), f"model.safetensors: {UP}.bitmask: belongs to a packed layer, .* no '{UP}'"),
-        (lambda config: config["layers"].clear(), "bitmask: belongs to a packed layer, but quantization_config.layers has no 'model"),
+        (
+            lambda config: config["layers"].clear(),
+            "bitmask: belongs to a packed layer, but quantization_config.layers has no 'model",
+        ),
         (lambda config: config.update(extra=2), "config.json: quantization_config: unknown entry 'extra'"),
         (lambda config: config.pop("layers"), "config.json: quantization_config.layers: expected an entry for each packed layer"),
-        (lambda config: config.update(layers=[1]), "config.json: quantization_config.layers: expected an entry for each packed layer"),
+        (
+            lambda config: config.update(layers=[1]),
+            "config.json: quantization_config.layers: expected an entry for each packed layer",
+        ),
         (
             lambda config: config["layers"].update({"model.embed_tokens": config["layers"][UP]}),
             r"model.embed_tokens.(values|bitmask|starts|order): is missing",
@@ -276,7 +294,9 @@ def test_configs_that_cannot_be(damaged, change, message):
         sparsekern.load(damaged.path)
 
 
-@pytest.mark.parametrize("name, message", [("model.embed_tokens", "got that of a Embedding"), ("model.nothing", "has no such layer")])
+@pytest.mark.parametrize(
+    "name, message", [("model.embed_tokens", "got that of a Embedding"), ("model.nothing", "has no such layer")]
+)
 def test_layers_that_are_no_linears(damaged, name, message):
     def rename(state):
         state.update({f"{name}.{part}": state.pop(f"{UP}.{part}") for part in ("values", "bitmask", "starts", "order")})
@@ -340,6 +360,8 @@ def test_an_encoder_that_lost_heads_and_neurons_can_be_packed_too(tmp_path):
         assert layers(again) and type(again) is type(model)
         card = (path / "README.md").read_text()
         assert "sparsekern.load(" in card and "the linear layers are packed" in card
-        with pytest.raises(ValueError, match="sparsekern.load builds the model with the sizes in sparsekern_units, from_pretrained does not"):
+        with pytest.raises(
+            ValueError, match="sparsekern.load builds the model with the sizes in sparsekern_units, from_pretrained does not"
+        ):
             type(model).from_pretrained(path)
         torch.testing.assert_close(again(**batch)[0], model(**batch)[0], rtol=1e-4, atol=1e-5)

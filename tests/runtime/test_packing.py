@@ -39,7 +39,9 @@ def test_pack_and_unpack(make):
 
 def test_what_gets_no_smaller_stays_dense():
     model = tiny.llama()
-    with pytest.raises(ValueError, match="model: none of its 22 linear layers gets smaller with format='auto'; 0.0% of their weights are zero"):
+    with pytest.raises(
+        ValueError, match="model: none of its 22 linear layers gets smaller with format='auto'; 0.0% of their weights are zero"
+    ):
         sparsekern.pack(model)
     packed.prune_linears(model.model.layers[1])
     sparsekern.pack(model)
@@ -69,7 +71,12 @@ def test_the_format_that_is_smallest():
         kept = torch.rand(64, 512 // of, of).argsort(-1) < keep
         return (torch.rand(64, 512) + 1) * kept.view(64, 512)
 
-    assert [smallest(weight(*pattern).bfloat16()) for pattern in ((2, 4), (1, 4), (1, 8), (4, 8))] == ["2:4", "1:4", "1:8", "bitmask"]
+    assert [smallest(weight(*pattern).bfloat16()) for pattern in ((2, 4), (1, 4), (1, 8), (4, 8))] == [
+        "2:4",
+        "1:4",
+        "1:8",
+        "bitmask",
+    ]
     assert smallest(torch.rand(64, 64) + 1) is None
     assert smallest(weight(2, 4), "bitmask") == "bitmask" and smallest(weight(3, 4), "2:4") is None
     assert smallest(torch.zeros(64, 64)) is not None and smallest(torch.zeros(0, 64)) is None
@@ -106,7 +113,9 @@ def test_a_format_that_is_named_is_the_only_one_afterwards(monkeypatch):
         patch.setattr(SparseLinear, "dense_weight", one_at_a_time)
         sparsekern.pack(model, "bitmask")
     assert len(alive) == 2 and {model.get_submodule(name).format for name in expected} == {"bitmask"}
-    with pytest.raises(ValueError, match="none of its 15 linear layers gets smaller with format='1:4'; 44.*% of their weights are zero"):
+    with pytest.raises(
+        ValueError, match="none of its 15 linear layers gets smaller with format='1:4'; 44.*% of their weights are zero"
+    ):
         sparsekern.pack(model, "1:4")
     found = packed_weights(model)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
@@ -175,7 +184,9 @@ def test_bad_input():
 def test_hooks_are_not_lost(spoil, tmp_path):
     model = packed.llama()
     spoil(model.model.layers[0].mlp.up_proj)
-    with pytest.raises(ValueError, match="layers.0.mlp.up_proj: has hooks, which packing would lose; .*, or leave it out with exclude"):
+    with pytest.raises(
+        ValueError, match="layers.0.mlp.up_proj: has hooks, which packing would lose; .*, or leave it out with exclude"
+    ):
         sparsekern.pack(model)
     assert packed_names(packed_copy(model)) and not packed_names(model)  # to be saved, they are not needed
     model = sparsekern.pack(packed.llama())
@@ -195,13 +206,25 @@ def _masked() -> nn.Module:
 @pytest.mark.parametrize(
     "make, options, message",
     [
-        (lambda: nn.Linear(64, 64), {}, "model: expected linear layers in it, Linear has none; SparseLinear.from_linear packs one layer"),
+        (
+            lambda: nn.Linear(64, 64),
+            {},
+            "model: expected linear layers in it, Linear has none; SparseLinear.from_linear packs one layer",
+        ),
         (lambda: nn.ReLU(), {}, "model: expected linear layers in it, ReLU has none$"),
-        (lambda: packed.llama().double(), {}, r"none of its 15 linear layers can be packed \(15: the weight is float64, expected float32"),
+        (
+            lambda: packed.llama().double(),
+            {},
+            r"none of its 15 linear layers can be packed \(15: the weight is float64, expected float32",
+        ),
         (_masked, {}, r"none of its 1 linear layers can be packed \(1: the weight is computed from other tensors\)"),
         (lambda: nn.MultiheadAttention(64, 4), {}, "NonDynamicallyQuantizableLinear may be more than a product"),
         (packed.llama, {"include": []}, "include, exclude: together they leave none of the 15 linear layers to pack"),
-        (lambda: packed.llama().to("meta"), {}, "lm_head: expected its weight in memory, found none; offloaded models are not supported"),
+        (
+            lambda: packed.llama().to("meta"),
+            {},
+            "lm_head: expected its weight in memory, found none; offloaded models are not supported",
+        ),
     ],
 )
 def test_nothing_to_pack(make, options, message):

@@ -36,7 +36,11 @@ def test_cutlass_takes_what_nm_pack_makes(generator, dtype):
     tensor = to_semi_structured((values, meta), backend="cutlass")
     assert type(tensor) is SparseSemiStructuredTensorCUTLASS and tensor.shape == weight.shape and tensor.dtype == dtype
     assert tensor.packed is values and tensor.meta is meta
-    for other in (tensor, to_semi_structured(weight, backend="cutlass"), to_semi_structured(weight.T.contiguous().T, backend="cutlass")):
+    for other in (
+        tensor,
+        to_semi_structured(weight, backend="cutlass"),
+        to_semi_structured(weight.T.contiguous().T, backend="cutlass"),
+    ):
         assert torch.equal(other.to_dense(), weight)
 
 
@@ -202,7 +206,9 @@ def test_what_it_cannot_multiply(on_cpu):
 def test_linear_refuses_what_is_not_the_weights():
     weight = to_semi_structured(torch.zeros(32, 64, dtype=torch.bfloat16), backend="cutlass")
     x = torch.zeros(8, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"x: expected 64 features of torch.bfloat16 on cpu, got shape \(8, 64\) of torch.float32 on cpu"):
+    with pytest.raises(
+        ValueError, match=r"x: expected 64 features of torch.bfloat16 on cpu, got shape \(8, 64\) of torch.float32 on cpu"
+    ):
         semi_structured_linear(x.float(), weight)
     with pytest.raises(ValueError, match=r"x: expected 64 features .* got shape \(64, 8\)"):
         semi_structured_linear(x.T, weight)

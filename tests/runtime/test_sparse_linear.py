@@ -119,7 +119,9 @@ def test_dtype_moves(format):
 @pytest.mark.parametrize("move, dtype", [(lambda m: m.double(), "float64"), (lambda m: m.to(torch.float8_e5m2), "float8_e5m2")])
 def test_dtypes_that_no_kernel_takes(move, dtype):
     layer = SparseLinear.from_linear(sparse_linear(), "bitmask")
-    with pytest.raises(TypeError, match=f"SparseLinear: expected float32, bfloat16 or float16, got {dtype}; sparsekern.unpack makes"):
+    with pytest.raises(
+        TypeError, match=f"SparseLinear: expected float32, bfloat16 or float16, got {dtype}; sparsekern.unpack makes"
+    ):
         move(layer)
     assert layer.dtype == torch.float32
     layer.check()

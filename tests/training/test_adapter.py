@@ -65,7 +65,11 @@ def test_a_merge_inside_keep_sparsity():
         ({"down": torch.ones(8)}, ValueError, r"down: expected 2 dimensions, got shape \(8,\)"),
         ({"up": torch.ones(2, 6)}, ValueError, r"up: expected shape \(6, 2\), got \(2, 6\)"),
         ({"up": torch.ones(6, 3)}, ValueError, r"up: expected shape \(6, 2\), got \(6, 3\)"),
-        ({"weight": torch.ones(6, 8, dtype=torch.int32)}, TypeError, "weight: expected dtype float32 or bfloat16 or float16, got int32"),
+        (
+            {"weight": torch.ones(6, 8, dtype=torch.int32)},
+            TypeError,
+            "weight: expected dtype float32 or bfloat16 or float16, got int32",
+        ),
         ({"down": [[1.0] * 8] * 2}, TypeError, "down: expected a tensor, got list"),
         ({"up": torch.ones(6, 2).double()}, TypeError, "up: expected dtype float32 or bfloat16 or float16, got float64"),
         ({"scale": "x"}, TypeError, "scale: expected a number, got 'x'"),

@@ -210,7 +210,11 @@ def test_the_model_itself_is_as_it_was():
     model = pruned()
     before = {name: id(value) for name, value in model.named_parameters()}, [*model.state_dict()], [*model.named_buffers()]
     keeper = sparsekern.keep_sparsity(model)
-    assert ({name: id(value) for name, value in model.named_parameters()}, [*model.state_dict()], [*model.named_buffers()]) == before
+    assert (
+        {name: id(value) for name, value in model.named_parameters()},
+        [*model.state_dict()],
+        [*model.named_buffers()],
+    ) == before
     torch.save(model.state_dict(), io.BytesIO())
     twin = copy.deepcopy(model)
     zeros = zeros_of(twin)

@@ -13,7 +13,9 @@ def check(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options) -> Non
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * max(a.shape[1], 1) ** 0.5)
 
 
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 1, 1), (5, 40, 3), (130, 128, 128), (140, 200, 132), (0, 4, 4), (4, 0, 4)])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(1, 1, 1), (5, 40, 3), (130, 128, 128), (140, 200, 132), (0, 4, 4), (4, 0, 4)]
+)
 def test_any_size(rows, depth, columns):
     check(torch.randn(rows, columns), torch.randn(rows, depth), torch.randn(depth, columns), alpha=-0.5)
 
@@ -47,7 +49,12 @@ def test_the_same_bits_on_every_run(few_multiprocessors):
     [
         (torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(5, 5), r"a: expected shape \(3, 5\)"),
         (torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(4, 6), r"b: expected shape \(4, 5\)"),
-        (torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(4, 5).double(), "b: expected .* of torch.float32.* got .* of torch.float64"),
+        (
+            torch.zeros(3, 5),
+            torch.zeros(3, 4),
+            torch.zeros(4, 5).double(),
+            "b: expected .* of torch.float32.* got .* of torch.float64",
+        ),
         (torch.zeros(3, 5).double(), torch.zeros(3, 4), torch.zeros(4, 5), "out: expected .* of torch.float32"),
     ],
 )

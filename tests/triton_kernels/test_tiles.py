@@ -154,7 +154,12 @@ def test_the_warps_of_a_tile_of_packed_rows(rows, columns, one, more):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(rows=st.integers(1, 100000), kept=st.integers(0, 60000), tokens=st.integers(1, 16), multiprocessors=st.sampled_from([1, 108, 132]))
+@given(
+    rows=st.integers(1, 100000),
+    kept=st.integers(0, 60000),
+    tokens=st.integers(1, 16),
+    multiprocessors=st.sampled_from([1, 108, 132]),
+)
 def test_values_that_are_picked_for_fit_into_registers(rows, kept, tokens, multiprocessors):
     tiles = nm_linear.config(rows, kept, tokens, multiprocessors)
     sums = tiles.rows * 2 ** (tokens - 1).bit_length()  # of a thread

@@ -27,10 +27,10 @@ constexpr int warpSize = 32;
 
 // ---- vectors, aligned as on the device: a misaligned access is found by UndefinedBehaviorSanitizer
 
-#define SIMT_VECTORS(type, name, align2, align4)                                                                     \
-  struct alignas(align2) name##2 { type x, y; };                                                                     \
-  struct alignas(align4) name##4 { type x, y, z, w; };                                                               \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                                   \
+#define SIMT_VECTORS(type, name, align2, align4)                   \
+  struct alignas(align2) name##2 { type x, y; };                   \
+  struct alignas(align4) name##4 { type x, y, z, w; };             \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 SIMT_VECTORS(float, float, 8, 16)
@@ -40,11 +40,26 @@ SIMT_VECTORS(unsigned short, ushort, 4, 8)
 SIMT_VECTORS(unsigned char, uchar, 2, 4)
 #undef SIMT_VECTORS
 
-template <class T> inline T __ldg(const T* address) { return *address; }
-template <class T> inline T __ldcg(const T* address) { return *address; }
-template <class T> inline T __ldcs(const T* address) { return *address; }
-template <class T> inline void __stcg(T* address, T value) { *address = value; }
-template <class T> inline void __stcs(T* address, T value) { *address = value; }
+template <class T>
+inline T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+inline T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+inline T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+inline void __stcg(T* address, T value) {
+  *address = value;
+}
+template <class T>
+inline void __stcs(T* address, T value) {
+  *address = value;
+}
 
 // ---- bits
 
@@ -98,12 +113,28 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   return simt_exchange(address, *address + value);
 }
 inline int atomicSub(int* address, int value) { return simt_exchange(address, *address - value); }
-template <class T> inline T atomicOr(T* address, T value) { return simt_exchange(address, static_cast<T>(*address | value)); }
-template <class T> inline T atomicAnd(T* address, T value) { return simt_exchange(address, static_cast<T>(*address & value)); }
-template <class T> inline T atomicMax(T* address, T value) { return simt_exchange(address, std::max(*address, value)); }
-template <class T> inline T atomicMin(T* address, T value) { return simt_exchange(address, std::min(*address, value)); }
-template <class T> inline T atomicExch(T* address, T value) { return simt_exchange(address, value); }
-template <class T> inline T atomicCAS(T* address, T expected, T value) {
+template <class T>
+inline T atomicOr(T* address, T value) {
+  return simt_exchange(address, static_cast<T>(*address | value));
+}
+template <class T>
+inline T atomicAnd(T* address, T value) {
+  return simt_exchange(address, static_cast<T>(*address & value));
+}
+template <class T>
+inline T atomicMax(T* address, T value) {
+  return simt_exchange(address, std::max(*address, value));
+}
+template <class T>
+inline T atomicMin(T* address, T value) {
+  return simt_exchange(address, std::min(*address, value));
+}
+template <class T>
+inline T atomicExch(T* address, T value) {
+  return simt_exchange(address, value);
+}
+template <class T>
+inline T atomicCAS(T* address, T expected, T value) {
   return simt_exchange(address, *address == expected ? value : *address);
 }
 
@@ -170,35 +201,52 @@ inline unsigned ballot(unsigned mask, bool predicate) {
 
 }  // namespace simt
 
-template <class T> inline T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+template <class T>
+inline T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int) { return source & (width - 1); });
 }
-template <class T> inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int lane) { return lane ^ bits; });
 }
-template <class T> inline T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+template <class T>
+inline T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int lane) { return lane - static_cast<int>(by); });
 }
-template <class T> inline T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+template <class T>
+inline T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int lane) { return lane + static_cast<int>(by); });
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::ballot(mask, false); }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0); }
 inline int __any_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate == 0) == 0; }
-template <class T> inline T __reduce_add_sync(unsigned mask, T value) { return simt::reduce(mask, value, std::plus<T>()); }
-template <class T> inline T __reduce_or_sync(unsigned mask, T value) { return simt::reduce(mask, value, std::bit_or<T>()); }
-template <class T> inline T __reduce_and_sync(unsigned mask, T value) { return simt::reduce(mask, value, std::bit_and<T>()); }
-template <class T> inline T __reduce_max_sync(unsigned mask, T value) {
+template <class T>
+inline T __reduce_add_sync(unsigned mask, T value) {
+  return simt::reduce(mask, value, std::plus<T>());
+}
+template <class T>
+inline T __reduce_or_sync(unsigned mask, T value) {
+  return simt::reduce(mask, value, std::bit_or<T>());
+}
+template <class T>
+inline T __reduce_and_sync(unsigned mask, T value) {
+  return simt::reduce(mask, value, std::bit_and<T>());
+}
+template <class T>
+inline T __reduce_max_sync(unsigned mask, T value) {
   return simt::reduce(mask, value, [](T a, T b) { return std::max(a, b); });
 }
-template <class T> inline T __reduce_min_sync(unsigned mask, T value) {
+template <class T>
+inline T __reduce_min_sync(unsigned mask, T value) {
   return simt::reduce(mask, value, [](T a, T b) { return std::min(a, b); });
 }
-template <class T> inline unsigned __match_any_sync(unsigned mask, T value) {
+template <class T>
+inline unsigned __match_any_sync(unsigned mask, T value) {
   return simt::warp_meeting(mask, simt::to_word(value), [](const uint64_t* words, unsigned own, unsigned present) {
     unsigned bits = 0;
-    for (unsigned lane = 0; lane < simt::kWarp; ++lane) bits |= (present >> lane & 1) && words[lane] == words[own] ? 1u << lane : 0u;
+    for (unsigned lane = 0; lane < simt::kWarp; ++lane)
+      bits |= (present >> lane & 1) && words[lane] == words[own] ? 1u << lane : 0u;
     return bits;
   });
 }
@@ -207,7 +255,9 @@ template <class T> inline unsigned __match_any_sync(unsigned mask, T value) {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid configuration argument"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeCooperative = 2 };
 union cudaLaunchAttributeValue {
@@ -241,7 +291,8 @@ inline bool refused(const dim3& grid, const dim3& block, size_t shared_bytes) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-  const bool cooperative = config->numAttrs != 0 && config->attrs[0].id == cudaLaunchAttributeCooperative && config->attrs[0].val.cooperative;
+  const bool cooperative =
+      config->numAttrs != 0 && config->attrs[0].id == cudaLaunchAttributeCooperative && config->attrs[0].val.cooperative;
   const uint64_t blocks = uint64_t{config->gridDim.x} * config->gridDim.y * config->gridDim.z;
   if (simt::refused(config->gridDim, config->blockDim, config->dynamicSmemBytes) ||
       (cooperative && blocks > simt::kProcessors * simt::kBlocksPerProcessor)) {
@@ -263,7 +314,8 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { r
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrMultiProcessorCount ? simt::kProcessors : static_cast<int>(simt::kSharedPerBlock), cudaSuccess;
+  return *value = attribute == cudaDevAttrMultiProcessorCount ? simt::kProcessors : static_cast<int>(simt::kSharedPerBlock),
+         cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {

@@ -28,9 +28,10 @@ constexpr unsigned kWarp = 32;
 
 // The order in which runnable threads run. A kernel whose result depends on it lacks a barrier.
 enum class Order { forward, reversed };
-inline Order order = std::getenv("SPARSEKERN_SIMT_ORDER") != nullptr && std::strcmp(std::getenv("SPARSEKERN_SIMT_ORDER"), "reversed") == 0
-    ? Order::reversed
-    : Order::forward;
+inline Order order =
+    std::getenv("SPARSEKERN_SIMT_ORDER") != nullptr && std::strcmp(std::getenv("SPARSEKERN_SIMT_ORDER"), "reversed") == 0
+        ? Order::reversed
+        : Order::forward;
 
 // One meeting of the lanes named by a mask: each brings a word and reads those of the others. Two buffers, since a lane may come to
 // the next meeting while another has still to read from this one.
@@ -49,9 +50,9 @@ struct Block {
   dim3 index;
   size_t threads = 0;
   size_t finished = 0;
-  size_t arrived = 0;            // at __syncthreads
+  size_t arrived = 0;  // at __syncthreads
   uint64_t generation = 0;
-  int64_t tally[2] = {};         // what __syncthreads_count and its kin add up
+  int64_t tally[2] = {};  // what __syncthreads_count and its kin add up
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
 };
@@ -81,7 +82,8 @@ class Scheduler {
         if (!error_.empty()) throw std::logic_error(error_);
         left -= fiber.finished;
       }
-      if (left != 0 && !progress_) throw std::logic_error("deadlock: every thread waits for one that will not come, or spins for ever");
+      if (left != 0 && !progress_)
+        throw std::logic_error("deadlock: every thread waits for one that will not come, or spins for ever");
     }
     running = nullptr;
     for (auto& fiber : fibers_) fiber->stack.give_back();
