@@ -3,7 +3,7 @@
 # make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
 # make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
 #              torch must have CUDA, and installs nothing
-# make lint    ruff
+# make lint    the formatters and the linter, at the versions that pyproject.toml pins
 # make clean   remove what was built
 #
 # Each but gpu sets up its own virtual environment first; the second time there is nothing to do.
@@ -46,6 +46,8 @@ gpu:
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf build dist *.egg-info sparsekern/*.so demo-out .pytest_cache .hypothesis .benchmarks .ruff_cache
@@ -73,6 +75,6 @@ $(INSTALLED): $(REQUIRED) $(SOURCES)
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.made
-	$(PIP) install --quiet ruff
+$(VENV)/.lint: $(VENV)/.made pyproject.toml
+	$(PIP) install --quiet $$($(BIN)/python tools/extra.py lint)
 	@touch $@

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 import sparsekern
-from sparsekern._svg import Bar, bars
 from sparsekern.data import calibration_ids, encode, read_documents
+from sparsekern.measure.compare import Comparison, compare
+from sparsekern.reports.plots import Bar, bars
 from sparsekern.runtime import SparseLinear, weight_bytes
-from sparsekern.runtime.bench import Comparison, compare
 from sparsekern.runtime.packing import packed_copy
 
 from . import results, smollm2

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import sparsekern
-from sparsekern.pruning.files import write_atomically
+from sparsekern._files import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 

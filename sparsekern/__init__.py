@@ -1,14 +1,14 @@
 """sparsekern: prune pretrained transformers fast, and make the zeros pay."""
 
-__version__ = "0.1.0"
-
 from ._info import info
+from ._version import __version__
 from ._warnings import SparsekernWarning
 from .data import perplexity
 from .methods import ALPS, COPAL, Gradual, KPrune, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda
 from .models.load import load
 from .pattern import NM, Unstructured
-from .pruning import ContinualReport, Report, prune, prune_continually
+from .pruning import prune, prune_continually
+from .reports import ContinualReport, Report
 from .runtime import SparseLinear, pack, save, unpack
 from .training import keep_sparsity, merge_adapter
 
@@ -29,6 +29,7 @@ __all__ = [
     "Structured",
     "Unstructured",
     "Wanda",
+    "__version__",
     "info",
     "keep_sparsity",
     "load",

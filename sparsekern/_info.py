@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import __version__, backends
+from . import backends
+from ._version import __version__
 
 PACKAGES = {  # name: what it is needed for, where it is optional
     "torch": "",

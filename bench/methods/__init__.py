@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sparsekern.pruning.files import write_atomically
+from sparsekern._files import write_atomically
 
 from .. import results
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from sparsekern.pruning.files import write_atomically
+from sparsekern._files import write_atomically
 
 from .. import results
 from . import Unavailable, __path__, stored

@@ -16,8 +16,8 @@ from sparsekern import SparseLLM
 from sparsekern.data import calibration_ids
 from sparsekern.methods.base import FeedForwardProblem, Layer
 from sparsekern.pattern import Unstructured
-from sparsekern.pruning.feed_forward import TILE, MappedRows
-from sparsekern.pruning.statistics import Gram
+from sparsekern.pruning.blockwise.feed_forward import TILE, MappedRows
+from sparsekern.pruning.blockwise.statistics import Gram
 from tests.textbook import textbook_sparsegpt
 
 from .. import smollm2

@@ -10,7 +10,7 @@ import torch
 import sparsekern
 from sparsekern.methods import Method
 from sparsekern.pattern import parse_pattern
-from sparsekern.pruning.statistics import Gram
+from sparsekern.pruning.blockwise.statistics import Gram
 from tests.textbook import textbook_alps
 
 from .. import quality, smollm2

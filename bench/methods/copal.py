@@ -28,7 +28,7 @@ import torch
 import sparsekern
 from sparsekern import COPAL, Magnitude, SparseGPT, Wanda
 from sparsekern.data import calibration_ids, encode, read_documents
-from sparsekern.pruning import ContinualReport, Step
+from sparsekern.reports import ContinualReport, Step
 
 from .. import smollm2
 from . import Unavailable, store, stored

@@ -34,8 +34,8 @@ from sparsekern.methods.kprune import search
 from sparsekern.models.encoder import Encoder
 from sparsekern.models.load import load_tokenizer
 from sparsekern.models.units import keep_units, record_units, recorded_units
-from sparsekern.pruning.calibration import as_batches
-from sparsekern.pruning.units import Costs
+from sparsekern.pruning.batches import as_batches
+from sparsekern.pruning.removal.loop import Costs
 
 from . import Unavailable, shown, store, stored
 

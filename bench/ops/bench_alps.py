@@ -7,7 +7,7 @@ import torch
 
 from sparsekern import ALPS
 from sparsekern.pattern import parse_pattern
-from sparsekern.pruning.statistics import Gram
+from sparsekern.pruning.blockwise.statistics import Gram
 from tests.textbook import textbook_alps
 
 from ..problems import DAMPING, conjugate_gradients, gram_of, output_error

@@ -29,7 +29,7 @@ class Solution(NamedTuple):
 
 
 class Statistics(Protocol):
-    """What a method may ask of a linear layer's calibration inputs (see `sparsekern.pruning.statistics`)."""
+    """What a method may ask of a linear layer's calibration inputs (see `sparsekern.pruning.blockwise.statistics`)."""
 
     tokens: int
 
@@ -100,7 +100,7 @@ class Method:
 
 
 class Rows(Protocol):
-    """`[tokens, width]` in the model's dtype, kept outside the device's memory (see `sparsekern.pruning.feed_forward`)."""
+    """`[tokens, width]` in the model's dtype, kept outside the device's memory (see `sparsekern.pruning.blockwise.feed_forward`)."""
 
     def read(self, rows: slice) -> torch.Tensor:
         """Some rows in float32 on the model's device."""

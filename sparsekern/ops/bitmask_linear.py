@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from .._packed_rows import SLACK, TILE_ROWS, lanes, pack_bitmask_rows, unit_counts, unpack_bitmask_rows, words, words_to_bits
+from ..layouts.packed_rows import SLACK, TILE_ROWS, lanes, pack_bitmask_rows, unit_counts, unpack_bitmask_rows, words, words_to_bits
 from ._checks import HALF_OR_FLOAT, check_tensor
 from ._registry import define_op, sample
 from .bitmask_pack import sparse_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from .._packed_rows import MOST_M, code_bits, pack_nm_rows, stored_per_row, unpack_nm_rows
+from ..layouts.packed_rows import MOST_M, code_bits, pack_nm_rows, stored_per_row, unpack_nm_rows
 from ._checks import HALF_OR_FLOAT, check_tensor, check_whole
 from ._registry import define_op, sample
 

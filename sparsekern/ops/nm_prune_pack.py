@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..layouts.semi_structured import FORMATS
 from ._checks import HALF_OR_FLOAT, check_no_nan, check_tensor
-from ._nm_layout import FORMATS
 from ._registry import define_op, sample
 from .nm_mask import reference as mask_of
 from .nm_pack import check_divides, new_packed

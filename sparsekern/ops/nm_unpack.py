@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..layouts.semi_structured import FORMATS, word_offsets
 from ._checks import check_tensor
-from ._nm_layout import FORMATS, word_offsets
 from ._registry import define_op, sample
 from .nm_pack import reference as pack
 from .nm_pack import sparse_weight

@@ -1,20 +1,7 @@
-"""The block-by-block pipeline: calibration batches in, a pruned model and a report out."""
+"""The loops that prune: calibration batches in, a pruned model and a report out."""
 
-from .continual import prune_continually
-from .continual_report import ContinualReport, Step
-from .pipeline import prune
-from .preparation import check_seed
-from .report import LayerReport, Report
-from .units_report import StructuredReport, UnitsReport
+from .continual.loop import prune_continually
+from .prune import prune
+from .session import check_seed
 
-__all__ = [
-    "ContinualReport",
-    "LayerReport",
-    "Report",
-    "Step",
-    "StructuredReport",
-    "UnitsReport",
-    "check_seed",
-    "prune",
-    "prune_continually",
-]
+__all__ = ["check_seed", "prune", "prune_continually"]

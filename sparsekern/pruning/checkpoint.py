@@ -20,11 +20,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .._files import write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear
+from ..reports.report import LayerReport, Report
 from ..runtime import check_output_folder
-from .files import write_atomically
-from .report import LayerReport, Report
 
 FOLDER = "checkpoint"
 STATE = "state.json"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from .._warnings import SparsekernWarning
-from .report import LayerReport
+from ..reports.report import LayerReport
 
 
 class Clock:

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from .. import __version__
+from .._version import __version__
 from ..models.units import recorded_units
 
 DENSE = """The zeros are stored like any other weight, so every loader takes this folder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import _packed_rows as rows_layout
+from ..layouts import packed_rows as rows_layout
 from ..ops._checks import HALF_OR_FLOAT, check_tensor
 from ..ops._registry import OPS
 from ..ops.nm_linear import check_pattern
@@ -127,7 +127,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Bitmask(Format):
-    """The non-zeros and one bit a weight, for any sparsity: see `sparsekern._packed_rows`, bitmask rows."""
+    """The non-zeros and one bit a weight, for any sparsity: see `sparsekern.layouts.packed_rows`, bitmask rows."""
 
     name = "bitmask"
     tensor_names = ("values", "bitmask", "starts", "order")
@@ -185,7 +185,7 @@ class Bitmask(Format):
 
 @dataclass(frozen=True)
 class NMPacked(Format):
-    """N values of every M inputs and their positions, `M <= 16`: see `sparsekern._packed_rows`, N:M rows."""
+    """N values of every M inputs and their positions, `M <= 16`: see `sparsekern.layouts.packed_rows`, N:M rows."""
 
     n: int
     m: int

@@ -337,6 +337,6 @@ def _transformers_side(model: nn.Module) -> ModuleType | None:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
-    from . import quantizer
+    from . import hf_quantizer
 
-    return quantizer
+    return hf_quantizer

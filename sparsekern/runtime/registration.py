@@ -23,7 +23,7 @@ def register_with_transformers() -> None:
 
 
 def _register(table) -> None:
-    from .quantizer import METHOD, SparsekernConfig, SparsekernQuantizer
+    from .hf_quantizer import METHOD, SparsekernConfig, SparsekernQuantizer
 
     if METHOD not in table.AUTO_QUANTIZER_MAPPING:
         table.register_quantization_config(METHOD)(SparsekernConfig)

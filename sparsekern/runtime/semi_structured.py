@@ -7,8 +7,8 @@ from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from .. import ops
+from ..layouts.semi_structured import FORMATS
 from ..ops._checks import check_tensor
-from ..ops._nm_layout import FORMATS
 from ..ops.nm_pack import check_fits
 from .cslt_linear import DTYPES, cslt_linear
 

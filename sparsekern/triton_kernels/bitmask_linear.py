@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._packed_rows import SLACK, TILE_ROWS, lanes, words
+from ..layouts.packed_rows import SLACK, TILE_ROWS, lanes, words
 from ._common import CompileCase, check_operand, device_of, on_device_of
 from ._packed_linear import COLUMNS, DTYPES, MOST_TOKENS, add_products, as_bias, as_matrix, side_by_side, store_product, warps_for
 
@@ -31,7 +31,7 @@ WORDS = 64  # of a row, counted at a time
 
 
 class Weight(NamedTuple):
-    """The packed tensors, contiguous, as `sparsekern._packed_rows` has them."""
+    """The packed tensors, contiguous, as `sparsekern.layouts.packed_rows` has them."""
 
     values: torch.Tensor
     bitmask: torch.Tensor

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._packed_rows import UNITS, block_values, code_bits, stored_per_row
+from ..layouts.packed_rows import UNITS, block_values, code_bits, stored_per_row
 from ._common import CompileCase, check_operand, device_of, on_device_of
 from ._packed_linear import COLUMNS, DTYPES, MOST_TOKENS, add_products, as_bias, as_matrix, side_by_side, store_product, warps_for
 

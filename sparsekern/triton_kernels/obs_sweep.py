@@ -35,7 +35,7 @@ COMPILED = (
     (3, 5),
     (16, 32),
     (5, 64),
-)  # patterns of `compile_cases`: usual ones, odd ones, the widest of both sizes
+)
 
 
 class Config(NamedTuple):

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
-from sparsekern import ALPS, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, _commands, cli
-from sparsekern.cli import main
+from sparsekern import ALPS, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured
+from sparsekern.cli import commands, main
+from sparsekern.cli.main import _parser
 from sparsekern.methods import METHODS
-from sparsekern.pruning import pipeline
+from sparsekern.pruning.blockwise import loop
 from tests import tiny
 
 
@@ -157,8 +158,8 @@ def test_sparsellm_with_another_solver(prune, tmp_path):
     ],
 )
 def test_every_setting_can_be_given(arguments, expected):
-    options = cli._parser().parse_args(["prune", "model", "--out", "out", "--pattern", "0.5", "--method", *arguments])
-    assert _commands._what_to_prune(options)[0] == expected
+    options = _parser().parse_args(["prune", "model", "--out", "out", "--pattern", "0.5", "--method", *arguments])
+    assert commands._what_to_prune(options)[0] == expected
 
 
 def test_magnitude_reads_no_text(model, tmp_path):
@@ -166,13 +167,13 @@ def test_magnitude_reads_no_text(model, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
-    def stop_at_the_last_block(run, index, linears, original=pipeline.BlockRun._prune_block):
+    def stop_at_the_last_block(run, index, linears, original=loop.BlockRun._prune_block):
         if index == 2:
             raise KeyboardInterrupt
         original(run, index, linears)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.BlockRun, "_prune_block", stop_at_the_last_block)
+        patch.setattr(loop.BlockRun, "_prune_block", stop_at_the_last_block)
         assert prune() == 130
     assert "interrupted; run the same command with --resume to go on" in capsys.readouterr().err
     assert prune() == 2
@@ -196,14 +197,14 @@ def test_a_run_killed_after_the_last_block_loses_nothing(prune, text, tmp_path, 
         return 1.0
 
     with monkeypatch.context() as patch:
-        patch.setattr(_commands, "perplexity", killed)
+        patch.setattr(commands, "perplexity", killed)
         assert prune(*evaluation) == 130
     assert (tmp_path / "out" / "model.safetensors").exists()
 
     def unneeded(*_, **__):
         raise AssertionError("all blocks are done: no hidden states are needed")
 
-    monkeypatch.setattr(pipeline, "Activations", unneeded)
+    monkeypatch.setattr(loop, "Activations", unneeded)
     assert prune(*evaluation, "--resume") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["resumed_blocks"] == 3 and report["results"]["perplexity, pruned"] > 1

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from sparsekern._packed_rows import SLACK, TILE_ROWS, pack_bitmask_rows, pack_nm_rows
+from sparsekern.layouts.packed_rows import SLACK, TILE_ROWS, pack_bitmask_rows, pack_nm_rows
 from sparsekern.ops import bitmask_linear, nm_linear
 from sparsekern.runtime import SparseLinear
 from tests.ops.test_bitmask_linear import assert_close_to_exact, sparse

@@ -82,7 +82,7 @@ def test_perplexity_and_a_saved_model(ids, tmp_path):
 
 
 def test_a_killed_run_goes_on(ids, tmp_path, monkeypatch):
-    from sparsekern.pruning.pipeline import BlockRun
+    from sparsekern.pruning.blockwise.loop import BlockRun
 
     whole, part = llama().cuda(), llama().cuda()
     sparsekern.prune(whole, "sparsegpt", "2:4", ids, progress=False)

@@ -8,7 +8,7 @@ import torch
 import sparsekern
 from sparsekern import COPAL, NM, Unstructured
 from sparsekern.ops import sensitivity_
-from sparsekern.pruning.statistics import FeatureNorm, Sensitivity
+from sparsekern.pruning.blockwise.statistics import FeatureNorm, Sensitivity
 from tests.tiny import llama
 
 FORMS = pytest.mark.parametrize("form", ["sample", "gram"])

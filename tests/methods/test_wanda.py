@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparsekern import NM, Unstructured, Wanda
-from sparsekern.pruning.statistics import FeatureNorm
+from sparsekern.pruning.blockwise.statistics import FeatureNorm
 from tests.textbook import textbook_wanda
 
 

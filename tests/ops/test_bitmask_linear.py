@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekern._packed_rows import SLACK, pack_bitmask_rows, unpack_bitmask_rows
+from sparsekern.layouts.packed_rows import SLACK, pack_bitmask_rows, unpack_bitmask_rows
 from sparsekern.ops import bitmask_linear
 
 from .strategies import FLOATS, INTERPRETED, PROPERTY, bits, matrices

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekern._packed_rows import pack_nm_rows, unpack_nm_rows
+from sparsekern.layouts.packed_rows import pack_nm_rows, unpack_nm_rows
 from sparsekern.ops import nm_linear
 
 from .strategies import FLOATS, INTERPRETED, PROPERTY, bits, matrices

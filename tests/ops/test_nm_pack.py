@@ -12,8 +12,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from sparsekern.layouts.semi_structured import FORMATS
 from sparsekern.ops import nm_mask, nm_pack, nm_unpack
-from sparsekern.ops._nm_layout import FORMATS
 from sparsekern.ops.nm_pack import reference, sparse_weight
 from sparsekern.ops.nm_unpack import reference as unpack_reference
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+from sparsekern.layouts.semi_structured import FORMATS
 from sparsekern.ops import nm_mask, nm_prune_pack, nm_unpack
-from sparsekern.ops._nm_layout import FORMATS
 from sparsekern.ops.nm_prune_pack import reference
 
 from .strategies import AWKWARD, FLOATS, PROPERTY, bits, misaligned, with_nan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsekern.layouts.semi_structured import FORMATS, word_offsets
 from sparsekern.ops import nm_pack, nm_unpack
-from sparsekern.ops._nm_layout import FORMATS, word_offsets
 from sparsekern.ops.nm_pack import sparse_weight
 from sparsekern.ops.nm_unpack import reference
 

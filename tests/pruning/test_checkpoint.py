@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import sparsekern
 from sparsekern import SparseGPT, SparsekernWarning, SparseLLM
-from sparsekern.pruning import checkpoint, files
+from sparsekern import _files as files
+from sparsekern.pruning import checkpoint
 from tests.models.families import tiny_ids, tiny_model
 
 QUIET = {"progress": False}

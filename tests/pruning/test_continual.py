@@ -9,8 +9,8 @@ import torch
 
 import sparsekern
 from sparsekern import COPAL, Magnitude, SparseGPT, Wanda, prune_continually
-from sparsekern.pruning import ContinualReport, Step
-from sparsekern.pruning.activations import Activations
+from sparsekern.pruning.blockwise.activations import Activations
+from sparsekern.reports import ContinualReport, Step
 from tests.tiny import llama
 
 IDS = {name: torch.randint(320, (4, 32), generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}

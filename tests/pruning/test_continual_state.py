@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparsekern import COPAL, SparseGPT, Wanda, prune_continually
-from sparsekern.pruning import files
-from sparsekern.pruning.continual_state import StepFiles
+from sparsekern import _files as files
+from sparsekern.pruning.continual.state import StepFiles
 from tests.pruning.test_continual import IDS, QUIET, run, same, weights
 from tests.tiny import llama
 

@@ -8,9 +8,9 @@ import torch
 import sparsekern
 from sparsekern import Magnitude, SparseLLM
 from sparsekern.models import find_blocks, find_feed_forwards, find_linears
-from sparsekern.pruning import feed_forward
-from sparsekern.pruning.calibration import Batch
-from sparsekern.pruning.feed_forward import MappedRows, networks_of
+from sparsekern.pruning.batches import Batch
+from sparsekern.pruning.blockwise import feed_forward
+from sparsekern.pruning.blockwise.feed_forward import MappedRows, networks_of
 from sparsekern.pruning.plan import make_plan
 from tests.models.families import tiny_ids, tiny_model
 

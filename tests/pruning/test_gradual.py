@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 import sparsekern
 from sparsekern import Gradual, Magnitude
-from sparsekern.pruning import progress, training_state
-from sparsekern.pruning.interrupt import interrupt_deferred
+from sparsekern.pruning import progress
+from sparsekern.pruning.gradual import training_state
+from sparsekern.pruning.gradual.interrupt import interrupt_deferred
 from tests import tiny
 from tests.models.families import COMMON, tiny_ids, tiny_model
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern
-from sparsekern.pruning.calibration import Batch, as_batches, tokens_per_batch
+from sparsekern.pruning.batches import Batch, as_batches, tokens_per_batch
+from sparsekern.pruning.blockwise.statistics import bf16_pieces
 from sparsekern.pruning.progress import Clock
-from sparsekern.pruning.statistics import bf16_pieces
 from tests.tiny import llama
 
 GIB = 1 << 30

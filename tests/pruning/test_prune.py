@@ -78,7 +78,7 @@ def test_errors_are_those_of_the_definition(model):
 
 
 def test_wanda_takes_no_gram_matrix_unless_asked(model, monkeypatch):
-    from sparsekern.pruning import statistics
+    from sparsekern.pruning.blockwise import statistics
 
     monkeypatch.setitem(statistics.STATISTICS, "gram", None)
     report = sparsekern.prune(model, "wanda", "2:4", tiny_ids(), **QUIET)

@@ -4,8 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sparsekern.pruning import ContinualReport, LayerReport, Report, Step
-from sparsekern.pruning.report_html import html_page
+from sparsekern.reports import ContinualReport, LayerReport, Report, Step
+from sparsekern.reports.html import html_page
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sparsekern.models import find_linears
-from sparsekern.pruning.calibration import Batch
-from sparsekern.pruning.statistics import FeatureNorm, Gram, SharedStatistics
+from sparsekern.pruning.batches import Batch
+from sparsekern.pruning.blockwise.statistics import FeatureNorm, Gram, SharedStatistics
 
 
 def batch_of(tokens: int) -> Batch:

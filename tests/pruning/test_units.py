@@ -13,8 +13,8 @@ import sparsekern
 from sparsekern import KPrune
 from sparsekern.cli import main
 from sparsekern.models.encoder import Encoder
-from sparsekern.pruning import units
-from sparsekern.pruning.calibration import as_batches
+from sparsekern.pruning.batches import as_batches
+from sparsekern.pruning.removal import loop as removal
 from tests import encoders, tiny
 
 QUIET = dict(progress=False)
@@ -31,11 +31,11 @@ def scored(monkeypatch):
     """The scores of every pass, as `search` is given them."""
     passes = []
 
-    def listen(scores, costs, remaining, original=units.search):
+    def listen(scores, costs, remaining, original=removal.search):
         passes.append(scores)
         return original(scores, costs, remaining)
 
-    monkeypatch.setattr(units, "search", listen)
+    monkeypatch.setattr(removal, "search", listen)
     return passes
 
 
@@ -89,7 +89,7 @@ def test_scores_are_those_of_masks_sample_by_sample(name, kind, scored):
         loss = distance(kind, masked(student, masks, sample), teacher(**sample))
         for total, gradient, sublayer in zip(expected, torch.autograd.grad(loss, masks), sublayers, strict=True):
             total += gradient.square().unflatten(0, (-1, sublayer.head_size)).mean(1) / 2 / len(samples)
-    costs = units.Costs.of(Encoder(student), as_batches([batch], None, torch.device("cpu"), None), "flops")
+    costs = removal.Costs.of(Encoder(student), as_batches([batch], None, torch.device("cpu"), None), "flops")
     for got, sublayer, knowledge in zip(scored[1], sublayers[1:], expected[1:], strict=True):
         scale = (method.mu if sublayer.kind == "heads" else 1.0) / costs.unit(sublayer)
         torch.testing.assert_close(got, knowledge * scale, rtol=2e-3, atol=1e-4 * float(knowledge.max()) * scale)
@@ -107,7 +107,7 @@ def test_the_first_pass_takes_the_curvature(scored):
         return distance("kl", masked(dense, list(masks), sample), teacher)
 
     ones = tuple(torch.ones(s.out.in_features, dtype=torch.float64) for s in sublayers)
-    costs = units.Costs.of(Encoder(dense), as_batches([sample], None, torch.device("cpu"), None), "flops")
+    costs = removal.Costs.of(Encoder(dense), as_batches([sample], None, torch.device("cpu"), None), "flops")
     hessian = torch.autograd.functional.hessian(lambda mask: divergence(mask, *ones[1:]), ones[0])
     expected = hessian.diagonal().unflatten(0, (-1, sublayers[0].head_size)).mean(1) / 2
     torch.testing.assert_close(scored[0][0] * costs.heads / 64, expected, rtol=0.15, atol=0.0)
@@ -195,14 +195,14 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     expected = encoders.tiny("bert")
     report = prune(expected)
 
-    def stop(run, index, original=units._Run._decide):
+    def stop(run, index, original=removal._Run._decide):
         if index == 3:
             raise KeyboardInterrupt
         return original(run, index)
 
     model = encoders.tiny("bert")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(units._Run, "_decide", stop)
+        patch.setattr(removal._Run, "_decide", stop)
         prune(model, out=tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), encoders.tiny("bert").parameters(), strict=True))
     with pytest.raises(ValueError, match="holds an unfinished run; pass resume=True"):

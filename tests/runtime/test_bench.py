@@ -10,8 +10,9 @@ import torch
 
 import sparsekern
 from sparsekern.cli import main
-from sparsekern.runtime import bench, resident
-from sparsekern.runtime.bench import compare, saved_bytes
+from sparsekern.measure import compare as comparing
+from sparsekern.measure import resident
+from sparsekern.measure.compare import compare, saved_bytes
 from sparsekern.runtime.packing import packed_copy
 from tests import encoders
 from tests.runtime import packed
@@ -133,7 +134,7 @@ def test_a_model_that_does_not_generate():
 
 def test_a_decode_too_short_for_the_clock(monkeypatch):
     model = packed.llama()
-    monkeypatch.setattr(bench, "_timed", lambda model, prompt, tokens: 0.5)
+    monkeypatch.setattr(comparing, "_timed", lambda model, prompt, tokens: 0.5)
     with pytest.raises(ValueError, match="tokens: 4 take no longer than what the clock is unsure of"):
         compare(model, packed_copy(model), prompt_length=8, tokens=4)
 

@@ -14,8 +14,8 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 
 from sparsekern import backends
 from sparsekern.backends.cslt_linear import library
+from sparsekern.layouts.semi_structured import FORMATS
 from sparsekern.ops import nm_pack, nm_prune_pack, nm_unpack
-from sparsekern.ops._nm_layout import FORMATS
 from sparsekern.ops.nm_pack import sparse_weight
 from sparsekern.runtime import cslt_linear, semi_structured_linear, to_semi_structured
 from sparsekern.runtime.cslt_linear import Algorithm, through_torch

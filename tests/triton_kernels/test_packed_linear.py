@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsekern import backends
-from sparsekern._packed_rows import SLACK, pack_bitmask_rows, pack_nm_rows
 from sparsekern.backends import bitmask_linear as bitmask_table
+from sparsekern.layouts.packed_rows import SLACK, pack_bitmask_rows, pack_nm_rows
 from sparsekern.ops import bitmask_linear
 from sparsekern.triton_kernels import bitmask_linear as bitmask_kernels
 from sparsekern.triton_kernels import nm_linear as nm_kernels

@@ -12,20 +12,21 @@ from pathlib import Path
 
 import torch
 
-from ._settings import configured
-from .backends.libraries import check_isa
-from .data import calibration_ids, encode, perplexity, read_documents, sentence_batches
-from .methods import Method
-from .models.load import DTYPES, load, load_tokenizer
-from .pattern import Pattern, parse_pattern
-from .pruning import Report, StructuredReport, check_seed, prune
-from .pruning.report_html import html_page
-from .pruning.units import encoder_to_cut
-from .runtime import check_format, check_output_folder, check_space, count_zeros, model_card, versions
-from .runtime.bench import compare
-from .runtime.formats import format_of
-from .runtime.packing import AUTO, is_packed, packed_copy, unpacked_copy
-from .runtime.save import DENSE
+from ..backends.libraries import check_isa
+from ..data import calibration_ids, encode, perplexity, read_documents, sentence_batches
+from ..measure.compare import compare
+from ..methods import Method
+from ..models.load import DTYPES, load, load_tokenizer
+from ..pattern import Pattern, parse_pattern
+from ..pruning import check_seed, prune
+from ..pruning.removal.loop import encoder_to_cut
+from ..reports import Report, StructuredReport
+from ..reports.html import html_page
+from ..runtime import check_format, check_output_folder, check_space, count_zeros, model_card, versions
+from ..runtime.formats import format_of
+from ..runtime.packing import AUTO, is_packed, packed_copy, unpacked_copy
+from ..runtime.save import DENSE
+from .settings import configured
 
 DEFAULT_LENGTH = 2048
 DEFAULT_SAMPLES = 128

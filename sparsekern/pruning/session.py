@@ -12,13 +12,14 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from .._version import __version__
 from ..methods import Method
 from ..models.linears import linear_weight
 from ..pattern import NM, Pattern
 from ..runtime.formats import format_of
 from ..runtime.packing import AUTO, packable_linears, smallest
 from ..runtime.save import DENSE, PACKED, in_format
-from .calibration import Batch, Calibration, as_batches
+from .batches import Batch, Calibration, as_batches
 
 HOW_TO_SAVE_IT = "and resume=True with format='dense' (--resume --format dense) needs only to save it"
 
@@ -120,8 +121,6 @@ def prepared(model: nn.Module, seed: int) -> Iterator[None]:
 
 def environment(model: nn.Module) -> dict[str, object]:
     """What the last bit of a result may hang on besides the settings."""
-    from .. import __version__
-
     return {
         "sparsekern": __version__,
         "torch": torch.__version__,

@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .save import check_space
+from ..runtime.save import check_space
 
-STATUS = Path(
-    "/proc/self/status"
-)  # of Linux; unlike getrusage's, its peak does not begin with that of the process that started this one
+# Of Linux. Unlike the peak of getrusage, this one does not begin with that of the process that started this one.
+STATUS = Path("/proc/self/status")
 
 
 class Resident(NamedTuple):
@@ -63,7 +62,7 @@ def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remo
 
 def _program() -> str:
     """`main` with the modules of this process, not what lies under their names in the current folder."""
-    return f"import sys; sys.path[:] = {[str(path) for path in sys.path]}; from sparsekern.runtime.resident import main; main()"
+    return f"import sys; sys.path[:] = {[str(path) for path in sys.path]}; from sparsekern.measure.resident import main; main()"
 
 
 def _how_it_ended(done: subprocess.CompletedProcess) -> str:
@@ -96,7 +95,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from ..models.load import load
-    from .bench import generate, random_prompt
+    from .generate import generate, random_prompt
 
     logging.disable_progress_bar()
     before, _ = current_and_peak(STATUS.read_text())

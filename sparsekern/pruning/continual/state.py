@@ -18,10 +18,10 @@ from typing import Protocol
 
 import torch
 
-from ..models import Linear
-from .continual_report import Step
-from .files import locked, write_atomically
-from .report import LayerReport
+from ..._files import locked, write_atomically
+from ...models import Linear
+from ...reports.continual import Step
+from ...reports.report import LayerReport
 
 STATE, LOCK = "state.json", ".lock"
 FORMAT = 1

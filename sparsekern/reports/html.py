@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import NamedTuple
 
-from .._svg import Bar, Point, bars, lines
+from .plots import Bar, Point, bars, lines
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --faint: #d0d7de; --bar: #2f78b7; --before: #9aa4ae; --page: #fff; }

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 
-from .methods import METHODS, Method
+from ..methods import METHODS, Method
 
 
 def configured(name: str, options: Mapping[str, object], assignments: Sequence[str]) -> Method:

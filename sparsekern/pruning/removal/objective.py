@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .calibration import Batch
+from ..batches import Batch
 
 Answers = tuple[torch.Tensor, ...]
 

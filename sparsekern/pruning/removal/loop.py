@@ -15,20 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
-from ..methods.kprune import KPrune, predictive_knowledge, search, tuned_projection
-from ..models.encoder import Encoder, SubLayer
-from ..models.units import keep_units, record_units, recorded_units
-from ..pattern import parse_pattern
-from ..runtime import weight_bytes
-from .calibration import Batch, Calibration
-from .calibration import fingerprint as calibration_fingerprint
-from .checkpoint import Checkpoint, finish, model_fingerprint
+from ... import ops
+from ...methods.kprune import KPrune, predictive_knowledge, search, tuned_projection
+from ...models.encoder import Encoder, SubLayer
+from ...models.units import keep_units, record_units, recorded_units
+from ...pattern import parse_pattern
+from ...reports.removal import StructuredReport, UnitsReport
+from ...runtime import weight_bytes
+from ..batches import Batch, Calibration
+from ..batches import fingerprint as calibration_fingerprint
+from ..checkpoint import Checkpoint, finish, model_fingerprint
+from ..plan import PatternLike, check_device, check_finite
+from ..progress import Clock, Notices, Progress, warnings_named
+from ..session import batches_for, check_saveable, environment, prepared, save_model
 from .objective import Answers, Objective
-from .plan import PatternLike, check_device, check_finite
-from .preparation import batches_for, check_saveable, environment, prepared, save_model
-from .progress import Clock, Notices, Progress, warnings_named
-from .units_report import StructuredReport, UnitsReport
 
 
 def prune_units(

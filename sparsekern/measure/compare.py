@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from .._svg import Bar, bars
 from ..models.linears import linear_weight
-from .packing import weight_bytes
+from ..reports.plots import Bar, bars
+from ..runtime.packing import weight_bytes
+from ..runtime.sparse_linear import SparseLinear
+from .generate import generate, random_prompt
 from .resident import resident_of, why_unknown
-from .sparse_linear import SparseLinear
 
 # Relative difference of logits above which the two are not the same model: some tens of roundings, as a deep model adds them up.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -186,19 +187,6 @@ def _logit_difference(dense: nn.Module, packed: nn.Module, prompt: torch.Tensor)
             f"packed: its logits differ from the dense model's by {difference:.2g} of their norm; rounding explains {TOLERANCE[dense.dtype]}"
         )
     return difference
-
-
-def random_prompt(model: nn.Module, length: int) -> torch.Tensor:
-    """`[1, length]` token ids on the model's device, the same ones every time."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-
-
-def generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Exactly so many tokens after the prompt, the likeliest each time."""
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
-    mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, pad_token_id=0, **settings)[0, prompt.shape[1] :]
 
 
 def _timed(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..training.keep_sparsity import SparsityKeeper
-from .files import replace_atomically
+from ..._files import replace_atomically
+from ...training.keep_sparsity import SparsityKeeper
 
 FILE = "training.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

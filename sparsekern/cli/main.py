@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from . import __version__
-from ._commands import DEFAULT_TEXT, UsageError, bench_command, eval_command, prune_command
-from ._continual import continual_command
-from ._info import info
-from ._warnings import SparsekernWarning
+from .._info import info
+from .._version import __version__
+from .._warnings import SparsekernWarning
+from .commands import DEFAULT_TEXT, UsageError, bench_command, eval_command, prune_command
+from .continual import continual_command
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C stopped
 

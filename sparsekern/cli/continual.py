@@ -9,7 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ._commands import (
+from ..backends.libraries import check_isa
+from ..data import calibration_ids
+from ..pruning import check_seed, prune_continually
+from ..pruning.continual.loop import check_adds_up
+from ..reports import ContinualReport
+from ..reports.html import continual_page
+from ..runtime import check_format, check_output_folder, check_space, model_card, versions
+from ..runtime.save import DENSE
+from .commands import (
     DEFAULT_SAMPLES,
     UsageError,
     _check_counts,
@@ -23,13 +31,6 @@ from ._commands import (
     _what_to_prune,
     _window_length,
 )
-from .backends.libraries import check_isa
-from .data import calibration_ids
-from .pruning import ContinualReport, check_seed, prune_continually
-from .pruning.continual import check_adds_up
-from .pruning.report_html import continual_page
-from .runtime import check_format, check_output_folder, check_space, model_card, versions
-from .runtime.save import DENSE
 
 BUILTIN = "builtin:"
 

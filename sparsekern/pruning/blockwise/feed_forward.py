@@ -15,11 +15,11 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from ..methods.base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer
-from ..models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
+from ...methods.base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer
+from ...models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
+from ..batches import Batch
+from ..plan import Plan
 from .activations import PROBE_TOKENS
-from .calibration import Batch
-from .plan import Plan
 from .statistics import FeatureNorm, Gram
 
 TILE = 2048  # tokens worked on at once: enough for the matrix products to run at full speed

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..methods import Gradual
-from ..models import Linear
-from ..training.keep_sparsity import SparsityKeeper
-from .calibration import Batch
-from .checkpoint import Checkpoint
+from ...methods import Gradual
+from ...models import Linear
+from ...reports.report import LayerReport, Report
+from ...training.keep_sparsity import SparsityKeeper
+from ..batches import Batch
+from ..checkpoint import Checkpoint
+from ..plan import Plan
+from ..progress import Clock, Progress
+from ..seeds import derived_seed, seeded
 from .interrupt import interrupt_deferred
-from .plan import Plan
-from .progress import Clock, Progress
-from .report import LayerReport, Report
-from .seeds import derived_seed, seeded
 from .training_state import TrainingState
 
 PROBE_TOKENS = 8

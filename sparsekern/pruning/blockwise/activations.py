@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..models import Blocks, Linear
-from .calibration import Batch
+from ...models import Blocks, Linear
+from ..batches import Batch
 
 PROBE_TOKENS = 8
 

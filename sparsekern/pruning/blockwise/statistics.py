@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops
-from ..methods.base import StatisticKind
-from ..models import Linear
-from ..ops.reverse_cholesky import alive
-from .calibration import Batch
+from ... import ops
+from ...methods.base import StatisticKind
+from ...models import Linear
+from ...ops.reverse_cholesky import alive
+from ..batches import Batch
 
 BETWEEN_NAMES = "|"
 

@@ -7,8 +7,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .files import write_atomically
-from .report_html import html_page
+from .._files import write_atomically
+from .html import html_page
 
 
 @dataclass(frozen=True)

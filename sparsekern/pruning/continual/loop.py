@@ -11,25 +11,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..backends.libraries import check_isa
-from ..data.perplexity import evaluation_windows, perplexity
-from ..methods import ALPS, COPAL, Magnitude, Method, Solution, SparseGPT, Wanda, resolve_method
-from ..methods.base import check_choice
-from ..models import Linear
-from ..pattern import Pattern
-from ..runtime import check_format, check_output_folder, save
-from ..runtime.save import DENSE
-from .calibration import Batch, Calibration, fingerprint
-from .checkpoint import differences, model_fingerprint
-from .continual_report import ContinualReport, Step
-from .continual_state import State, StepFiles
-from .host_memory import freed_memory_kept
-from .pipeline import BlockRun
-from .plan import Globs, PatternLike, Plan, make_plan
-from .preparation import HOW_TO_SAVE_IT, batches_for, check_format_fits, check_saveable, check_seed, environment, prepared
-from .progress import Clock, Progress
-from .report import Report
-from .statistics import SharedStatistics
+from ...backends.libraries import check_isa
+from ...data.perplexity import evaluation_windows, perplexity
+from ...methods import ALPS, COPAL, Magnitude, Method, Solution, SparseGPT, Wanda, resolve_method
+from ...methods.base import check_choice
+from ...models import Linear
+from ...pattern import Pattern
+from ...reports.continual import ContinualReport, Step
+from ...reports.report import Report
+from ...runtime import check_format, check_output_folder, save
+from ...runtime.save import DENSE
+from ..batches import Batch, Calibration, fingerprint
+from ..blockwise.loop import BlockRun
+from ..blockwise.statistics import SharedStatistics
+from ..checkpoint import differences, model_fingerprint
+from ..host_memory import freed_memory_kept
+from ..plan import Globs, PatternLike, Plan, make_plan
+from ..progress import Clock, Progress
+from ..session import HOW_TO_SAVE_IT, batches_for, check_format_fits, check_saveable, check_seed, environment, prepared
+from .state import State, StepFiles
 
 STRATEGIES = ("accumulate", "dense", "carry")
 METHODS = (ALPS, COPAL, Magnitude, SparseGPT, Wanda)  # what they know of a data set adds up

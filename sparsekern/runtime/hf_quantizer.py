@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..models.linears import is_conv1d, is_plain_linear
 from ..models.units import CONFIG_KEY, recorded_units
-from .packed_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
+from .hf_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
 from .sparse_linear import DTYPES, SparseLinear
 
 if TYPE_CHECKING:  # it is this module's importer that is about to define it

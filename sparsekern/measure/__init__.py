@@ -1,0 +1,1 @@
+"""Size, memory and speed of a packed model beside the dense one."""

@@ -1,0 +1,1 @@
+"""One block at a time: gather statistics of its inputs, solve its linears, go on with what it makes."""

@@ -1,0 +1,1 @@
+"""The whole model in steps: prune a little, train, prune more."""
