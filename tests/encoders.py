@@ -53,3 +53,15 @@ def one_by_one(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """The samples of a batch each by itself, without padding."""
     lengths = batch["attention_mask"].sum(1).tolist()
     return [{name: value[i : i + 1, :n] for name, value in batch.items()} for i, n in enumerate(lengths)]
+
+
+def assert_same_weights(model: tf.PreTrainedModel, expected: tf.PreTrainedModel) -> None:
+    """Raise unless the parameters and buffers are equal to the bit.
+
+    Outputs of equal models need not be: where a file is mapped, weights begin at other addresses, and on some CPUs the product that
+    torch calls adds in an order that depends on the address.
+    """
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in wanted.items()}
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name

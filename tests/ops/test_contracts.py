@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -63,6 +64,11 @@ def assert_bits_equal(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.equal(got, want)
 
 
+def assert_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for got, want in zip(actual, expected, strict=True):
+        assert_bits_equal(got, want)
+
+
 def strided(value):
     """The same values in memory with gaps, or with the last axis not the fastest."""
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
@@ -108,12 +114,13 @@ def test_strides_do_not_change_the_result(op, isa, poisoned):
 
 @EVERY_OP
 def test_threads_do_not_change_the_result(op, threads):
+    """To the bit where the kernel is ours. A reference calls products of torch, which promises no order of its sums."""
+    same = assert_bits if has_kernel(op) else functools.partial(assert_same, op)
     for sample in samples(op):
         threads(1)
         alone = call(op.overload, sample)
         threads(3)
-        for got, want in zip(call(op.overload, sample), alone, strict=True):
-            assert_bits_equal(got, want)
+        same(call(op.overload, sample), alone)
 
 
 @EVERY_OP

@@ -59,7 +59,10 @@ def test_plain_transformers_loads_generates_and_saves_it(folder, tmp_path):
     dense = sparsekern.load(sparsekern.save(packed.llama(torch.bfloat16, tie_word_embeddings=True), tmp_path / "dense"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert len(layers(model)) == 14 and model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(model(packed.ids()).logits, sparsekern.pack(dense)(packed.ids()).logits)
+    # Equal to the bit are the weights; what torch multiplies may differ with the addresses of mapped files.
+    expected = sparsekern.pack(dense)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(model(packed.ids()).logits, expected(packed.ids()).logits)
     dense = sparsekern.unpack(dense).float()
     model = model.to(torch.float32)
     prompt = packed.ids(1)
