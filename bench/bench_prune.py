@@ -32,7 +32,7 @@ from . import results, smollm2
 from .results import Row
 
 TEXT = "builtin:python-docs"
-BASELINE = Path(__file__).with_name("llmcompressor_baseline.py")
+BASELINE = Path(__file__).parent.parent / "baselines" / "llmcompressor_oneshot.py"
 FASTER, PERPLEXITY, MEMORY = 2.5, 1.01, 2.5e9
 
 

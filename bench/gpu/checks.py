@@ -139,7 +139,7 @@ def _sanitize(name: str, tool_path: str, tool: str, implementation: str, names: 
     options = ["--tool", tool, "--error-exitcode", ERRORS_FOUND, "--report-api-errors", "no", "--print-limit", 20]
     filters = [part for known in names for part in ("--kernel-name", f"kns={known}")]
     before = log.stat().st_size if log.is_file() else 0
-    command = [tool_path, *options, *filters, sys.executable, "-m", "bench.gpu.small_cases", implementation]
+    command = [tool_path, *options, *filters, sys.executable, "-m", "bench.gpu.samples", implementation]
     code = run(command, log, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     with open(log, errors="replace") as file:
         file.seek(before)

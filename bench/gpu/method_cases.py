@@ -7,9 +7,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from baselines.plain import conjugate_gradients, gradient_steps, plain_admm_step_
 from sparsekern import ops
 
-from ..problems import DAMPING, conjugate_gradients, gated_objective, gradient_steps, plain_admm_step_
+from ..problems import DAMPING, gated_objective
 from .cases import Place, Problem, case
 from .solve_cases import CHECKED, activations, correlated_gram, output_error
 

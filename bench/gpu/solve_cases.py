@@ -6,9 +6,9 @@ import functools
 
 import torch
 
+from baselines.textbook import textbook_sparsegpt, textbook_sweep
 from sparsekern import ops
 from sparsekern.ops.topk_mask import reference as topk_by_sort
-from tests.textbook import textbook_sparsegpt, textbook_sweep
 
 from ..problems import DAMPING
 from .cases import Faster, NotHere, Place, Problem, Within, case

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 import sparsekern
+from baselines.textbook import textbook_alps
 from sparsekern.methods import Method
 from sparsekern.pattern import parse_pattern
 from sparsekern.pruning.blockwise.statistics import Gram
-from tests.textbook import textbook_alps
 
 from .. import quality, smollm2
 from . import Unavailable, shown, store, stored

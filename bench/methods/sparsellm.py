@@ -20,7 +20,7 @@ from sparsekern.data import calibration_ids
 from sparsekern.methods import Method
 
 from .. import quality, smollm2
-from . import Unavailable, _relu_model, _sparsellm_public, shown, store, stored
+from . import Unavailable, _relu_model, _sparsellm_network, shown, store, stored
 
 NAME = "sparsellm"
 SAMPLES, LENGTH = 16, 512
@@ -40,12 +40,12 @@ def run(wikitext: Path | None, quick: bool) -> str:
         raise Unavailable("it needs --wikitext")
     names = [f"{solver} {pattern}" for solver in SOLVERS for pattern in PATTERNS]
     figures = (
-        measure(wikitext, names[:1] if quick else names, quick) | measure_relu(quick) | _sparsellm_public.measure(wikitext, quick)
+        measure(wikitext, names[:1] if quick else names, quick) | measure_relu(quick) | _sparsellm_network.measure(wikitext, quick)
     )
     if not quick:
         store(NAME, figures)
-        for wide in _sparsellm_public.WIDE:
-            store(NAME, _sparsellm_public.measure_wide(wide))
+        for wide in _sparsellm_network.WIDE:
+            store(NAME, _sparsellm_network.measure_wide(wide))
     return section(figures)
 
 
@@ -129,7 +129,7 @@ def section(figures: dict[str, object]) -> str:
         "",
         *_table(figures, [("ReLU", pattern) for pattern in PATTERNS], RELU_FORMS),
         *_time(figures.get("one network")),
-        *_time_wide([figures[name] for name in _sparsellm_public.WIDE if name in figures]),
+        *_time_wide([figures[name] for name in _sparsellm_network.WIDE if name in figures]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -167,7 +167,7 @@ def _time(found: dict | None) -> list[str]:
     errors = [f"{found[f'{name}, output_error']:.4f}" for name in ("sparsekern", "public")]
     return [
         "",
-        f"One network of it (block {_sparsellm_public.BLOCK}, {inputs} -> {features} -> {inputs}: LLaMA-7B's shape is 7 times as wide), "
+        f"One network of it (block {_sparsellm_network.BLOCK}, {inputs} -> {features} -> {inputs}: LLaMA-7B's shape is 7 times as wide), "
         f"{found['tokens']} tokens, 70 %,",
         f"four rounds, against the public program's algorithm in float32 (SVD pseudo-inverses), in one run: {public / ours:.1f} times as fast",
         f"(goal 10). Output error after the last round {errors[0]}, the public algorithm's {errors[1]}.",
@@ -202,7 +202,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help=f'such as "SparseGPT 70 %%", or "relu", "time", {", ".join(map(repr, _sparsellm_public.WIDE))}',
+        help=f'such as "SparseGPT 70 %%", or "relu", "time", {", ".join(map(repr, _sparsellm_network.WIDE))}',
     )
     parser.add_argument("--form", action="append", choices=list(FORMS), help="may be given more than once")
     parser.add_argument("--work", type=Path, help="where a measurement that is killed leaves what it has, to go on from")
@@ -211,9 +211,9 @@ def main() -> None:
         if name == "relu":
             store(NAME, measure_relu())
         elif name == "time":
-            store(NAME, _sparsellm_public.measure(arguments.folder))
-        elif name in _sparsellm_public.WIDE:
-            store(NAME, _sparsellm_public.measure_wide(name))
+            store(NAME, _sparsellm_network.measure(arguments.folder))
+        elif name in _sparsellm_network.WIDE:
+            store(NAME, _sparsellm_network.measure_wide(name))
         else:
             for form in arguments.form or FORMS:
                 store(NAME, measure(arguments.folder, [name], forms=(form,), work=arguments.work))

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from baselines.plain import plain_admm_step_
 from sparsekern.ops import admm_step_
-
-from ..problems import plain_admm_step_
 
 CASES = [(4096, 4096, 0.5, "matrix"), (4096, 4096, 0.5, "row"), (4096, 4096, "2:4", "matrix"), (1536, 576, 0.5, "matrix")]
 

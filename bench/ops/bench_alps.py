@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from baselines.plain import plain_alps
+from baselines.textbook import textbook_alps
 from sparsekern import ALPS
 from sparsekern.pattern import parse_pattern
 from sparsekern.pruning.blockwise.statistics import Gram
-from tests.textbook import textbook_alps
 
-from ..problems import DAMPING, conjugate_gradients, gram_of, output_error
+from ..problems import DAMPING, gram_of, output_error
 
 TEXTBOOK = {"2:4": {"n_kept": 2, "m": 4}, 0.5: {"sparsity": 0.5}}
 SHAPES = ((1536, 576), (4096, 4096))
@@ -34,39 +35,7 @@ def public(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
 
 
 def prototype(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
-    """The same algorithm in plain torch without what the public program wastes: a Cholesky inverse for each penalty, `kthvalue` or
-    a top-k of groups for the projection, one product an iteration of conjugate gradients."""
-    gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
-    scale = gram.diagonal().sqrt()
-    gram, target = gram / scale / scale[:, None], weight * scale
-
-    def project(z: torch.Tensor) -> torch.Tensor:
-        size = z.abs()
-        if pattern == "2:4":
-            groups = size.view(-1, 4)
-            return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True).view_as(z)
-        return size > torch.kthvalue(size.flatten(), int(pattern * z.numel())).values
-
-    def inverse(rho: float) -> torch.Tensor:
-        return torch.cholesky_inverse(torch.linalg.cholesky(gram + rho * torch.eye(len(gram))))
-
-    rho, mask, dual = 0.1, project(target), torch.zeros_like(target)
-    kept, seen, sparse, step = int(mask.sum()), mask, target * mask, inverse(0.1)
-    for iteration in range(300):
-        dense = target - rho * ((target - sparse + dual) @ step)
-        z = dense + dual
-        mask = project(z)
-        sparse = z * mask
-        dual = z - sparse
-        if iteration % 3 == 2:
-            changed, seen = int((mask != seen).sum()) / kept, mask
-            if changed == 0 or (iteration >= 30 and changed < 3e-4):
-                break
-            growth = 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
-            dual, rho = dual / growth, rho * growth
-            step = inverse(rho)
-    mask = project(dense)
-    return conjugate_gradients(target, gram, mask, start=dense) / scale
+    return plain_alps(weight, gram, pattern, DAMPING)
 
 
 BASELINES = {"public": (public, 3.0), "prototype": (prototype, 1.5)}

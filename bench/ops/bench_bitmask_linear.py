@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from bench.dense_gemv import dense_gemv
+from baselines.dense_gemv import dense_gemv
 from sparsekern.runtime.formats import Bitmask
 
 SHAPES = pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096)], ids=lambda shape: f"{shape[0]}x{shape[1]}")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from baselines.textbook import textbook_sparsegpt
 from sparsekern.ops import obs_sweep, reverse_cholesky
-from tests.textbook import textbook_sparsegpt
 
 from ..problems import DAMPING, gram_of, output_error
 

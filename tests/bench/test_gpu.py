@@ -184,7 +184,7 @@ def test_what_a_sanitizer_found():
 def test_every_part_that_is_checked_exists():
     for path in ("tests/ops", "tests/gpu", "setup.py"):
         assert (ROOT / path).exists()
-    for name in ("small_cases", "worker"):
+    for name in ("samples", "worker"):
         assert (ROOT / "bench" / "gpu" / f"{name}.py").is_file()
     assert checks.kernel_names("cuda") == ["sparsekern"]
     assert {"product", "multiply", "split_relu"} <= set(checks.kernel_names("triton"))

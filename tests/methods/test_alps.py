@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
+from baselines.textbook import textbook_alps
 from sparsekern import ALPS, NM, Magnitude, SparseGPT, SparsekernWarning, Unstructured
 from sparsekern.methods import alps
 from tests.methods.conftest import make_layer
-from tests.textbook import textbook_alps
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(1, 4)]
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)

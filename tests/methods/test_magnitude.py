@@ -2,10 +2,10 @@ import pytest
 import torch
 
 import sparsekern
+from baselines.textbook import textbook_magnitude
 from sparsekern import NM, Magnitude, Unstructured
 from sparsekern.methods.selection import global_kept_counts
 from tests.models.families import tiny_model
-from tests.textbook import textbook_magnitude
 
 
 def test_equals_the_textbook_over_the_matrix(layer):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from baselines.textbook import textbook_sparsegpt
 from sparsekern import NM, SparseGPT, Unstructured
 from tests.methods.conftest import make_layer
-from tests.textbook import textbook_sparsegpt
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)])

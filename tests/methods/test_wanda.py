@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from baselines.textbook import textbook_wanda
 from sparsekern import NM, Unstructured, Wanda
 from sparsekern.pruning.blockwise.statistics import FeatureNorm
-from tests.textbook import textbook_wanda
 
 
 def feature_norm(layer) -> FeatureNorm:

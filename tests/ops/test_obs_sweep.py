@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baselines.textbook import textbook_sparsegpt
 from sparsekern.ops import obs_sweep, reverse_cholesky
 from sparsekern.ops.obs_sweep import SCOPES, reference
 from sparsekern.pattern import pruned_count
-from tests.textbook import textbook_sparsegpt
 
 from .strategies import FLOATS, PROPERTY
 

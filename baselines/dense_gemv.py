@@ -1,4 +1,4 @@
-"""Our own best product of one token with a dense bfloat16 weight, compiled where it is first asked for."""
+"""A hand-written product of one token with a dense bfloat16 weight, compiled on its first use."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 
 @cache
 def dense_gemv():
-    """`dense_gemv(x, weight)`: `[1, in_features]` times `[out_features, in_features]`, both bfloat16, on a CPU with AVX-512."""
+    """Return `dense_gemv(x, weight)`: `[1, in_features]` times `[out_features, in_features]`, both bfloat16; needs AVX-512."""
     from torch.utils.cpp_extension import load
 
     load(
         "sparsekern_bench",
-        [str(ROOT / "bench" / "native" / "dense_gemv.cpp")],
+        [str(ROOT / "baselines" / "dense_gemv.cpp")],
         extra_cflags=["-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         extra_include_paths=[str(ROOT / "csrc")],
         is_python_module=False,

@@ -1,8 +1,8 @@
-"""The same pruning by llm-compressor, run with the Python of an environment that has it (0.14): `PYTHON llmcompressor_baseline.py MODEL IDS OUT`.
+"""Prune by llm-compressor's `oneshot` and save the result: `PYTHON baselines/llmcompressor_oneshot.py MODEL IDS OUT`.
 
-MODEL is a folder, IDS a safetensors file with `ids` `[samples, length]`; OUT gets `result.json` and the pruned weights. Only the call
-of `oneshot` is timed. The ids go in as a data loader, so nothing is tokenised, padded or shuffled; `lm_head`, which llm-compressor
-prunes by default, is left out as ours leaves it out.
+PYTHON is that of an environment with llm-compressor 0.14. MODEL is a folder, IDS a safetensors file with `ids` `[samples, length]`.
+OUT receives `result.json` and the pruned weights. Only the call of `oneshot` is timed. The ids are passed as a data loader, so nothing
+is tokenised, padded or shuffled. `lm_head`, which llm-compressor prunes by default, is ignored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""SparseLLM's LLaMA form as its public program computes it, and how much longer that takes on one feed-forward network.
-
-Literally: pseudo-inverses by SVD, an explicit inverse as wide as the hidden layer, two epochs of gradient steps through autograd, a
-loss for the log, and three chains of three factorisations a round. Float32 instead of the public half precision, which CPUs lack.
-"""
+"""How much longer the public SparseLLM takes than ours on one feed-forward network."""
 
 from __future__ import annotations
 
@@ -12,13 +8,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from baselines.sparsellm import ROUNDS, public_sparsellm
 from sparsekern import SparseLLM
 from sparsekern.data import calibration_ids
 from sparsekern.methods.base import FeedForwardProblem, Layer
 from sparsekern.pattern import Unstructured
 from sparsekern.pruning.blockwise.feed_forward import TILE, MappedRows
 from sparsekern.pruning.blockwise.statistics import Gram
-from tests.textbook import textbook_sparsegpt
 
 from .. import smollm2
 from ..problems import correlated_tokens
@@ -27,47 +23,6 @@ BLOCK, SPARSITY, SAMPLES, LENGTH = 14, 0.7, 8, 512
 # Inputs, features and tokens: LLaMA-7B's shape with as few tokens as the public program needs to end within minutes, and a quarter of
 # it with more tokens than features, as a calibration has.
 WIDE = {"one wide network": (4096, 11008, 1024), "one network of a quarter": (1024, 2752, 8192)}
-WEIGHT, ROUNDS, EPOCHS, RATE, CHUNK = 5.0, 4, 2, 0.01, 1000  # alpha = beta = gamma, and the steps of s
-
-
-def public_sparsellm(
-    x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor, sparsity: float
-) -> list[torch.Tensor]:
-    """Up, gate and down after four rounds; `x` is `[tokens, inputs]`, but everything here has one column a token."""
-    x = x.T.contiguous()
-    z, s = up @ x, gate @ x
-    p = F.silu(s) * z
-    y = down @ p
-    x_inverse = torch.linalg.pinv(x)
-    hessian_x, hessian_p = x @ x.T, p @ p.T
-    for turn in range(ROUNDS):
-        if turn:
-            up, down, gate = z @ x_inverse, y @ torch.linalg.pinv(p), s @ x_inverse
-            hessian_p = p @ p.T
-        up, gate = (textbook_sparsegpt(weight, hessian_x, sparsity)[0] for weight in (up, gate))
-        down = textbook_sparsegpt(down, hessian_p, sparsity)[0]
-        inverse = torch.inverse(WEIGHT * down.T @ down + WEIGHT * torch.eye(len(p)))
-        p = inverse @ (WEIGHT * down.T @ y + WEIGHT * F.silu(s) * z)
-        z = (up @ x + F.silu(s) * p) / (F.silu(s) ** 2 + 1)
-        s = _step_s(x, gate, z, p, s)
-        F.mse_loss(down @ (F.silu(gate @ x) * (up @ x)), y)
-    return [up, gate, down]
-
-
-def _step_s(x: torch.Tensor, gate: torch.Tensor, z: torch.Tensor, p: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    s = s.clone()
-    for _ in range(EPOCHS):
-        for start in range(0, s.shape[1], CHUNK):
-            tokens = slice(start, start + CHUNK)
-            with torch.enable_grad():
-                given = [
-                    v.detach().clone().requires_grad_() for v in (s[:, tokens], gate, x[:, tokens], z[:, tokens], p[:, tokens])
-                ]
-                chunk, w, inputs, wanted, activated = given
-                loss = WEIGHT * (chunk - w @ inputs).square().sum() + WEIGHT * (activated - F.silu(chunk) * wanted).square().sum()
-                loss.backward()
-            s[:, tokens] -= RATE * chunk.grad
-    return s
 
 
 def our_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor, sparsity: float) -> list[torch.Tensor]:

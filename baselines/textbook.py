@@ -1,8 +1,7 @@
-"""The published algorithms in plain PyTorch, as their public programs run them: what the methods are checked against, and what the
-benchmarks are measured against.
+"""The published pruning algorithms in plain PyTorch, as their public programs run them.
 
-Public semantics are kept where they differ from ours: `n_zeros` of every `m` weights are *zeroed*, and a sparsity prunes every score
-up to and including the one at index `floor(count * sparsity)` of the sorted scores, which is one more than asked for (and any ties).
+They keep the public semantics where those differ from ours. `n_zeros` of every `m` weights are *zeroed*. A sparsity prunes every score
+up to and including the one at index `floor(count * sparsity)` of the sorted scores: one more than asked for, and any ties.
 """
 
 from __future__ import annotations
@@ -21,11 +20,18 @@ def textbook_sparsegpt(
     blocksize: int = 128,
     percdamp: float = 0.01,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frantar and Alistarh, 2023: three factorisations, then a loop over columns.
+    """Prune by SparseGPT: three factorisations, then a loop over columns.
+
+    Source: Frantar and Alistarh, 2023.
 
     Args:
-        weight: `[rows, columns]`; hessian: `[columns, columns]`, any positive multiple of `X^T X`. The dtype of `hessian` is that of
-            the computation.
+        weight: `[rows, columns]`.
+        hessian: `[columns, columns]`, any positive multiple of `X^T X`. The computation runs in its dtype.
+        sparsity: Share of zeros in each block of columns; unused with `m`.
+        n_zeros: Weights to zero in every `m` consecutive ones of a row.
+        m: Group size; 0 prunes to `sparsity`.
+        blocksize: Columns a block.
+        percdamp: Damping as a share of the mean of the diagonal.
 
     Returns:
         The pruned weights and the mask, True where kept.
@@ -44,7 +50,10 @@ def textbook_sparsegpt(
 def textbook_sweep(
     weight: torch.Tensor, upper: torch.Tensor, sparsity: float = 0.0, n_zeros: int = 0, m: int = 0, blocksize: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loop over columns alone, from `upper`, the upper Cholesky factor of the inverse Hessian, in its dtype."""
+    """Run SparseGPT's loop over columns alone.
+
+    `upper` is the upper Cholesky factor of the inverse Hessian; the computation runs in its dtype.
+    """
     work = weight.to(upper.dtype, copy=True)
     columns = work.shape[1]
     pruned = torch.zeros_like(work, dtype=torch.bool)
@@ -75,7 +84,9 @@ def textbook_sweep(
 def textbook_wanda(
     weight: torch.Tensor, sum_squares: torch.Tensor, sparsity: float = 0.0, n_zeros: int = 0, m: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sun et al., 2023: a full stable sort of each row, or a loop over the groups. Prunes exactly `floor(columns * sparsity)` a row.
+    """Prune by Wanda: a full stable sort of each row, or a loop over the groups.
+
+    A row loses exactly `floor(columns * sparsity)` weights. Source: Sun et al., 2023.
 
     Returns:
         The pruned weights and the mask, True where kept.
@@ -94,7 +105,7 @@ def textbook_wanda(
 def textbook_magnitude(
     weight: torch.Tensor, sparsity: float = 0.0, n_zeros: int = 0, m: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One threshold for the whole matrix, or the smallest of each group.
+    """Prune by magnitude: one threshold for the whole matrix, or the smallest weights of each group.
 
     Returns:
         The pruned weights and the mask, True where kept.
@@ -116,14 +127,21 @@ def textbook_alps(
     rho: float = 0.1,
     iterations: int = 300,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Meng et al., 2024, as its public program runs: ADMM with the eigenvectors of `gram` in float64, then conjugate gradients.
+    """Prune by ALPS: ADMM with the eigenvectors of `gram` in float64, then conjugate gradients.
 
-    Everything is transposed (`[columns, rows]`), and nothing is left out that the program computes: the inverse from the eigenvectors for
-    every penalty, a full sort of all scores, the trace of the error by a product of all rows with all rows, and three products an
-    iteration of conjugate gradients, whose stopping test never passes. `n_kept` of every `m` weights are *kept*.
+    Everything is transposed (`[columns, rows]`), and nothing that the public program computes is left out. That includes the inverse from
+    the eigenvectors for every penalty, a full sort of all scores, and the trace of the error by a product of all rows with all rows.
+    Conjugate gradients compute three products an iteration, and their stopping test never passes. Source: Meng et al., 2024.
 
     Args:
-        weight: `[rows, columns]`; gram: `[columns, columns]`, `X^T X`, whose dtype is that of the computation.
+        weight: `[rows, columns]`.
+        gram: `[columns, columns]`, `X^T X`. The computation runs in its dtype.
+        sparsity: Share of zeros in the matrix; unused with `m`.
+        n_kept: Weights to *keep* in every `m` consecutive ones of a row.
+        m: Group size; 0 prunes to `sparsity`.
+        damping: Added to the diagonal, as a share of its mean.
+        rho: The first penalty.
+        iterations: The most iterations of ADMM.
 
     Returns:
         The pruned weights and the mask, True where kept.
