@@ -1,5 +1,6 @@
 """Pruning methods: the papers' mathematics, one small file each, built on `sparsekern.ops`."""
 
+from ._fields import Setting, check_choice, settings_of, settings_table
 from .alps import ALPS
 from .base import Method, Solution, Statistics
 from .copal import COPAL
@@ -41,11 +42,15 @@ __all__ = [
     "Magnitude",
     "Method",
     "Random",
+    "Setting",
     "Solution",
     "SparseGPT",
     "SparseLLM",
     "Statistics",
     "Structured",
     "Wanda",
+    "check_choice",
     "resolve_method",
+    "settings_of",
+    "settings_table",
 ]

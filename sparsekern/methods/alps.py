@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -13,7 +12,8 @@ from .. import ops
 from .._warnings import SparsekernWarning
 from ..ops._checks import check_finite
 from ..pattern import Pattern
-from .base import Method, Solution, Statistics, check_choice
+from ._fields import choice, number, whole
+from .base import Method, Solution, Statistics
 from .selection import keep_mask
 
 LOOK_EVERY = 3  # iterations between looks at how much of the mask has changed, after which the penalty is adapted
@@ -32,14 +32,6 @@ class ALPS(Method):
     and how fast the penalty grows depends on how much of the support still changes. Features that were never active are pruned
     first, and their weights are cleared where the pattern keeps them.
 
-    Args:
-        damping: share of the Gram matrix's mean diagonal added to its diagonal (paper: 0.01), at least 0.
-        scope: for a sparsity, where the exact number of pruned weights is counted: `"matrix"` (paper) or `"row"`.
-        rho: the penalty to start with (paper: 0.1), relative to the unit diagonal.
-        tolerance: ADMM ends when three iterations change no more than this share of the mask (of its kept or of its pruned entries,
-            whichever are fewer). The public program asks for less than 3e-4 of the kept entries, after at least 30 iterations.
-        max_iterations: the most ADMM iterations (paper: 300); it is said where they do not suffice.
-
     Source: Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024, algorithms
     1 and 2, with the dual scaled by the penalty and one Cholesky factorisation for each penalty in place of an eigendecomposition.
     """
@@ -47,21 +39,17 @@ class ALPS(Method):
     name: ClassVar[str] = "alps"
     statistic: ClassVar[str] = "gram"
 
-    damping: float = 0.01
-    scope: str = "matrix"
-    rho: float = 0.1
-    tolerance: float = 0.01
-    max_iterations: int = 300
-
-    def __post_init__(self) -> None:
-        for field, low in (("damping", "at least 0"), ("rho", "above 0"), ("tolerance", "at least 0")):
-            value = getattr(self, field)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-            if not number or (value == 0 and low == "above 0"):
-                raise ValueError(f"ALPS.{field}: expected a number {low}, got {value!r}")
-        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
-            raise ValueError(f"ALPS.max_iterations: expected a whole number of at least 1, got {self.max_iterations!r}")
-        check_choice("ALPS.scope", self.scope, ("matrix", "row"))
+    damping: float = number(
+        0.01, at_least=0, help="share of the Gram matrix's mean diagonal that is added to its diagonal (paper: 0.01)"
+    )
+    scope: str = choice("matrix", ("matrix", "row"), help="where a sparsity is counted: over the matrix (paper) or each row")
+    rho: float = number(0.1, above=0, help="first penalty, relative to the unit diagonal (paper: 0.1)")
+    tolerance: float = number(
+        0.01,
+        at_least=0,
+        help="share of the mask, of its kept or pruned entries, whichever are fewer: ADMM ends when three iterations change no more",
+    )
+    max_iterations: int = whole(300, at_least=1, help="maximum ADMM iterations (paper: 300); warns if the mask has not converged")
 
     def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
         check_finite("weight", weight)

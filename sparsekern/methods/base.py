@@ -11,6 +11,8 @@ from torch import nn
 
 from ..models import Linear
 from ..pattern import Pattern
+from ._fields import Settings
+from ._fields import check_choice as check_choice
 
 StatisticKind = Literal["gram", "feature_norm"]
 
@@ -65,7 +67,7 @@ class Statistics(Protocol):
         """`[out_features, in_features]` float32: `|W| * (|Y|^T |X|)` of one linear, for a method that asks for `sensitivity`."""
 
 
-class Method:
+class Method(Settings):
     """Base of the method configs. `statistic` says which statistic of the inputs `solve` needs (None: no data at all).
 
     `trains` says whether it trains the model on the calibration ids, `whole_model` whether it works on all of it at once, not block by
@@ -160,8 +162,3 @@ class FeedForwardMethod(Method):
     def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
         """Prune the linears of one feed-forward network; nothing of `problem` but rows and statistics of its own making is changed."""
         raise NotImplementedError
-
-
-def check_choice(argument: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

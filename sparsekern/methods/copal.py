@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +10,8 @@ import torch
 
 from .. import ops
 from ..pattern import Pattern
-from .base import Method, Solution, StatisticKind, Statistics, check_choice
+from ._fields import choice, number
+from .base import Method, Solution, StatisticKind, Statistics
 from .selection import keep_mask
 
 GRADIENTS_AT_ONCE = 1 << 24  # numbers in the per-token gradients of the general form
@@ -38,26 +38,18 @@ class COPAL(Method):
 
     With `sparsekern.prune` there is one data set; `sparsekern.prune_continually` takes one after another.
 
-    Args:
-        form: `"sample"` or `"gram"`.
-        scope: for a sparsity, where the exact number of pruned weights is counted: `"row"` or `"matrix"`. N:M does not look at it.
-        perturbation: the size of both perturbations, relative to `x` and `W`, in `general_importance`; linears do without.
-
     Source: Malla, Choi and Choi, COPAL: Continual Pruning in Large Language Generative Models, ICML 2024 (section 3).
     """
 
     name: ClassVar[str] = "copal"
 
-    form: str = "sample"
-    scope: str = "row"
-    perturbation: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_choice("COPAL.form", self.form, ("sample", "gram"))
-        check_choice("COPAL.scope", self.scope, ("row", "matrix"))
-        number = isinstance(self.perturbation, (int, float)) and not isinstance(self.perturbation, bool)
-        if not number or not (self.perturbation > 0 and math.isfinite(self.perturbation)):
-            raise ValueError(f"COPAL.perturbation: expected a number above 0, got {self.perturbation!r}")
+    form: str = choice("sample", ("sample", "gram"), help="absolute value of each token's gradient, or of a data set's")
+    scope: str = choice(
+        "row", ("row", "matrix"), help="where a sparsity is counted: in each row or over the matrix; N:M ignores it"
+    )
+    perturbation: float = number(
+        1e-3, above=0, help="size of both perturbations, relative to x and W, in general_importance; linears do without"
+    )
 
     @property
     def statistic(self) -> StatisticKind:

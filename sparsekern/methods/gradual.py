@@ -11,12 +11,13 @@ from torch import nn
 
 from ..models import Linear
 from ..pattern import NM, Pattern, Unstructured
-from .base import Method, check_choice
+from ._fields import check_choice, choice, method, number, settings_of, whole
+from .base import Method
 from .magnitude import Magnitude
 from .random import Random
 from .structured import Structured
 
-CRITERIA = {method.name: method for method in (Magnitude, Random, Structured)}
+CRITERIA = {criterion.name: criterion for criterion in (Magnitude, Random, Structured)}
 EXPONENT = {"cubic": 3, "linear": 1}
 
 
@@ -35,19 +36,6 @@ class Gradual(Method):
     by what Gholami and Omar study (Can pruning make large language models more efficient?, arXiv 2310.04573); of that paper only
     the abstract could be read, so nothing here reproduces its settings.
 
-    Args:
-        criterion: which weights go: `"magnitude"`, `"random"` or `"structured"`, or a config such as `Magnitude(scope="global")`.
-        steps: pruning steps `n`.
-        schedule: `"cubic"`, or `"linear"` for `s_t = s t/n`.
-        epochs: passes over the calibration ids after each step; 0 does not train.
-        train_steps: optimizer steps after each pruning step, instead of whole epochs.
-        batch_tokens: predicted tokens in an optimizer step, at least: whole calibration batches are accumulated (a step ends with
-            its epoch). How many samples run at once is `prune`'s `batch_size`.
-        learning_rate: the highest.
-        warmup: share of a step's optimizer steps.
-        weight_decay: AdamW's, of matrices only.
-        clip: the largest norm of the gradient.
-
     Source: the schedule is equation 1 of Zhu and Gupta, To prune, or not to prune, 2017; training on after each step follows Han et al.,
     2015, with the learning rate rewound as in Renda et al., Comparing rewinding and fine-tuning, 2020.
     """
@@ -56,35 +44,31 @@ class Gradual(Method):
     statistic: ClassVar[None] = None
     whole_model: ClassVar[bool] = True
 
-    criterion: Method | str = "magnitude"
-    steps: int = 4
-    schedule: str = "cubic"
-    epochs: int = 1
-    train_steps: int | None = None
-    batch_tokens: int = 8192
-    learning_rate: float = 1e-4
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    criterion: Method | str = method(
+        "magnitude",
+        expected="'magnitude', 'random', 'structured' or a config of one",
+        help="which weights go, such as Magnitude(scope='global')",
+    )
+    steps: int = whole(4, at_least=1, help="pruning steps n")
+    schedule: str = choice("cubic", ("cubic", "linear"), help="how the sparsity grows; linear is s_t = s t/n")
+    epochs: int = whole(1, at_least=0, help="passes over the calibration ids after each step; 0 does not train")
+    train_steps: int | None = whole(None, at_least=0, help="optimizer steps after each pruning step, instead of whole epochs")
+    batch_tokens: int = whole(
+        8192, at_least=1, help="predicted tokens in an optimizer step, at least; whole calibration batches are accumulated"
+    )
+    learning_rate: float = number(1e-4, above=0, help="highest learning rate of AdamW")
+    warmup: float = number(0.1, at_least=0, at_most=1, help="share of a step's optimizer steps in which the learning rate rises")
+    weight_decay: float = number(0.0, at_least=0, help="weight decay of AdamW, on matrices only")
+    clip: float = number(1.0, above=0, help="largest norm of the gradient")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.criterion, str):
             check_choice("Gradual.criterion", self.criterion, tuple(CRITERIA))
             object.__setattr__(self, "criterion", CRITERIA[self.criterion]())
         elif not isinstance(self.criterion, tuple(CRITERIA.values())):
-            raise TypeError(
-                f"Gradual.criterion: expected {', '.join(map(repr, CRITERIA))} or a config of one, got {self.criterion!r}"
-            )
-        check_choice("Gradual.schedule", self.schedule, tuple(EXPONENT))
-        _check_whole("steps", self.steps, 1)
-        _check_whole("epochs", self.epochs, 0)
-        _check_whole("batch_tokens", self.batch_tokens, 1)
-        if self.train_steps is not None:
-            _check_whole("train_steps", self.train_steps, 0)
-        _check_number("learning_rate", self.learning_rate, above=0)
-        _check_number("weight_decay", self.weight_decay)
-        _check_number("clip", self.clip, above=0)
-        _check_number("warmup", self.warmup, most=1)
+            expected = settings_of(Gradual)["criterion"].expected
+            raise TypeError(f"Gradual.criterion: expected {expected}, got {self.criterion!r}")
 
     @property
     def trains(self) -> bool:
@@ -110,17 +94,3 @@ class Gradual(Method):
             return Unstructured(sparsity)
         kept = max(math.ceil(pattern.m * (1 - sparsity) - 1e-9), pattern.n)
         return NM(kept, pattern.m) if kept < pattern.m else None
-
-
-def _check_whole(field: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Gradual.{field}: expected a whole number of at least {least}, got {value!r}")
-
-
-def _check_number(field: str, value: object, *, above: float | None = None, most: float = math.inf) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not (value >= 0 if above is None else value > above) or value > most:
-        limit = "of at least 0" if above is None else f"above {above:g}"
-        raise ValueError(
-            f"Gradual.{field}: expected a number {limit}{f' and at most {most:g}' if most < math.inf else ''}, got {value!r}"
-        )

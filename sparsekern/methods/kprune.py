@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +10,8 @@ import torch
 
 from .. import ops
 from ..pattern import Pattern, Unstructured
-from .base import Method, Solution, Statistics, check_choice
+from ._fields import choice, flag, number
+from .base import Method, Solution, Statistics
 
 OBJECTIVES = ("auto", "kl", "mse", "cosine", "embedding")
 
@@ -33,23 +33,12 @@ class KPrune(Method):
     nothing. There (and everywhere with `curvature="fisher"`) the second-order term is taken instead: the squared Jacobian in the
     metric of the objective, its expectation estimated with one random probe a sample. For KL that is the Fisher information.
 
-    `pattern` is the share to remove, 0.5 for half; N:M has no meaning here.
-
-    Args:
-        budget: `"flops"` or `"parameters"`: what the share is of. Both count the heads and neurons only (embeddings, LayerNorms and
-            classifiers cannot be removed), FLOPs as the mean over the calibration samples with their own lengths.
-        temperature: of the softmaxes whose KL divergence is taken (paper: 2).
-        lam_pred: weight of the predictive knowledge (paper: 1).
-        lam_rep: weight of the representational knowledge (paper: 2.5e-4).
-        mu: how much a head's score counts more than a neuron's (paper: 64, the channels of its heads).
-        tuning: fit the output projections to the dense model (paper: on).
-        ridge: damping of that fit, as a share of the mean diagonal of the Gram matrix. It holds the weights at their dense values,
-            so what the calibration tokens do not determine stays as it was.
-        tune_bias: fit the bias along with the weights. The paper keeps it; so the mean of what was removed is made up for.
-        objective: `"kl"` of the softmax over the classes; `"mse"` of the logits (regression); `"cosine"`: one minus the cosine of
-            the mean-pooled last hidden states; `"embedding"`: their mean squared error, lengths included; `"auto"`: KL for a
-            classifier, MSE for a regression or several labels, cosine for a model without a head.
-        curvature: `"gradient"` (paper) or `"fisher"`, see above.
+    Of the budget, FLOPs count as the mean over the calibration samples with their own lengths. Embeddings, LayerNorms and classifiers
+    cannot be removed and are no part of it. The fit of the output projections holds the weights at their dense values, so what the
+    calibration tokens do not determine stays as it was. The paper leaves the bias out of that fit; with it, the mean of what was
+    removed is made up for. The objective `"kl"` compares softmaxes over the classes, `"mse"` the logits (regression), `"cosine"` the
+    mean-pooled last hidden states, `"embedding"` their squared difference, lengths included. `"auto"` is KL for a classifier, MSE for
+    a regression or several labels, cosine for a model without a head.
 
     Source: Park, Choi and Kang, Accurate retraining-free pruning for pretrained encoder-based language models (K-prune), 2024:
     equations 4 and 5 (knowledge), algorithm 1 (search), equations 10 and 11 (tuning).
@@ -59,27 +48,22 @@ class KPrune(Method):
     statistic: ClassVar[None] = None
     removes_units: ClassVar[bool] = True
 
-    budget: str = "flops"
-    temperature: float = 2.0
-    lam_pred: float = 1.0
-    lam_rep: float = 2.5e-4
-    mu: float = 64.0
-    tuning: bool = True
-    ridge: float = 1e-3
-    tune_bias: bool = True
-    objective: str = "auto"
-    curvature: str = "gradient"
+    remove: float = number(0.5, at_least=0, below=1, help="share of the budget to remove, such as 0.5 for half of the FLOPs")
+    budget: str = choice("flops", ("flops", "parameters"), help="what the share is of; both count heads and neurons only")
+    temperature: float = number(2.0, above=0, help="temperature of the softmaxes whose KL divergence is taken (paper: 2)")
+    lam_pred: float = number(1.0, at_least=0, help="weight of the predictive knowledge (paper: 1)")
+    lam_rep: float = number(2.5e-4, at_least=0, help="weight of the representational knowledge (paper: 2.5e-4)")
+    mu: float = number(64.0, above=0, help="factor of a head's score over a neuron's (paper: 64, the channels of its heads)")
+    tuning: bool = flag(True, help="fit the output projections to the dense model (paper: on)")
+    ridge: float = number(1e-3, at_least=0, help="damping of that fit, as a share of the mean diagonal of the Gram matrix")
+    tune_bias: bool = flag(True, help="fit the bias along with the weights (paper: off)")
+    objective: str = choice("auto", OBJECTIVES, help="what student and teacher are compared by; auto goes by the model's head")
+    curvature: str = choice(
+        "gradient", ("gradient", "fisher"), help="order of the predictive knowledge: squared gradient (paper) or Fisher information"
+    )
 
     def __post_init__(self) -> None:
-        check_choice("KPrune.budget", self.budget, ("flops", "parameters"))
-        check_choice("KPrune.objective", self.objective, OBJECTIVES)
-        check_choice("KPrune.curvature", self.curvature, ("gradient", "fisher"))
-        for field in ("tuning", "tune_bias"):
-            check_choice(f"KPrune.{field}", getattr(self, field), (True, False))
-        for field in ("lam_pred", "lam_rep", "ridge"):
-            _check_number(f"KPrune.{field}", getattr(self, field))
-        for field in ("temperature", "mu"):
-            _check_number(f"KPrune.{field}", getattr(self, field), positive=True)
+        super().__post_init__()
         if not self.lam_pred and not self.lam_rep:
             raise ValueError("KPrune.lam_pred, KPrune.lam_rep: expected one of them to be above 0, got 0 and 0")
 
@@ -159,9 +143,3 @@ def tuned_projection(
     kept = weight.shape[1]
     new_bias = bias if gram.shape[0] == kept else (bias.float() + change[:, kept]).to(bias.dtype)
     return (weight.float() + change[:, :kept]).to(weight.dtype), new_bias
-
-
-def _check_number(argument: str, value: object, positive: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (positive and value == 0):
-        raise ValueError(f"{argument}: expected a number {'above' if positive else 'of at least'} 0, got {value!r}")

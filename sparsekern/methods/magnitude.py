@@ -11,7 +11,8 @@ from torch import nn
 
 from ..models import Linear
 from ..pattern import Pattern, Unstructured
-from .base import Method, Solution, Statistics, check_choice
+from ._fields import choice
+from .base import Method, Solution, Statistics
 from .selection import global_kept_counts, keep_mask
 
 
@@ -19,10 +20,8 @@ from .selection import global_kept_counts, keep_mask
 class Magnitude(Method):
     """Prune the weights of the smallest absolute value.
 
-    Args:
-        scope: for a sparsity, where the exact number of pruned weights is counted: `"matrix"` (the usual baseline), `"row"` or
-            `"global"`, one threshold over all linears that are pruned to the same sparsity (of equal weights the earlier linear's,
-            then the lower index's is kept). N:M patterns do not look at it.
+    With `scope="global"` one threshold holds for all linears that are pruned to the same sparsity. Of equal weights the earlier
+    linear's is kept, then that of the lower index. N:M patterns ignore the scope.
 
     Source: Han et al., Learning both weights and connections for efficient neural networks, 2015.
     """
@@ -30,10 +29,11 @@ class Magnitude(Method):
     name: ClassVar[str] = "magnitude"
     statistic: ClassVar[None] = None
 
-    scope: str = "matrix"
-
-    def __post_init__(self) -> None:
-        check_choice("Magnitude.scope", self.scope, ("matrix", "row", "global"))
+    scope: str = choice(
+        "matrix",
+        ("matrix", "row", "global"),
+        help="where a sparsity is counted: over each matrix (the usual baseline), each row or all linears together",
+    )
 
     def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         arranged = dict(patterns)

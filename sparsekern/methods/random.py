@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from ..pattern import Pattern
-from .base import Method, Solution, Statistics, check_choice
+from ._fields import choice
+from .base import Method, Solution, Statistics
 from .selection import keep_mask
 
 
@@ -18,19 +19,14 @@ class Random(Method):
 
     The numbers are drawn on the CPU from torch's generator, which `prune` seeds for each linear from its `seed` and the linear's name:
     the same weights go on any device, and whether or not a run was resumed. Weights that are zero already go first.
-
-    Args:
-        scope: for a sparsity, where the exact number of pruned weights is counted: `"matrix"` or `"row"`. N:M patterns do not look
-            at it.
     """
 
     name: ClassVar[str] = "random"
     statistic: ClassVar[None] = None
 
-    scope: str = "matrix"
-
-    def __post_init__(self) -> None:
-        check_choice("Random.scope", self.scope, ("matrix", "row"))
+    scope: str = choice(
+        "matrix", ("matrix", "row"), help="where a sparsity is counted: over each matrix or each row; N:M ignores it"
+    )
 
     def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
         scores = torch.rand(weight.shape, device="cpu").to(weight.device).masked_fill_(weight == 0, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,8 @@ import torch
 
 from .. import ops
 from ..pattern import NM, Pattern, pruned_count
-from .base import Method, Solution, Statistics, check_choice
+from ._fields import choice, number, whole
+from .base import Method, Solution, Statistics
 from .magnitude import Magnitude
 from .wanda import Wanda
 
@@ -19,32 +19,26 @@ from .wanda import Wanda
 class SparseGPT(Method):
     """Optimal-brain-surgeon pruning of each linear against the Gram matrix of its calibration inputs.
 
-    Args:
-        damping: share of the Gram matrix's mean diagonal added to its diagonal (paper: 0.01), at least 0.
-        block_size: columns in a block (paper: 128). N:M results do not depend on it.
-        scope: for a sparsity, where the exact number of pruned weights is counted: `"block"` (paper: over all rows of each block
-            of columns, chosen when the block is reached), `"row"` or `"matrix"`.
-        mask: None lets the sweep choose. `"magnitude"` or `"wanda"` fixes that method's mask from the dense weights first, and the
-            sweep only compensates. `"zeros"` takes the zeros that the weight has already, which must make up the pattern.
-
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1.
     """
 
     name: ClassVar[str] = "sparsegpt"
     statistic: ClassVar[str] = "gram"
 
-    damping: float = 0.01
-    block_size: int = 128
-    scope: str = "block"
-    mask: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.damping, (int, float)) or not (self.damping >= 0 and math.isfinite(self.damping)):
-            raise ValueError(f"SparseGPT.damping: expected a number of at least 0, got {self.damping!r}")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"SparseGPT.block_size: expected a whole number of at least 1, got {self.block_size!r}")
-        check_choice("SparseGPT.scope", self.scope, ("block", "row", "matrix"))
-        check_choice("SparseGPT.mask", self.mask, (None, "magnitude", "wanda", "zeros"))
+    damping: float = number(
+        0.01, at_least=0, help="share of the Gram matrix's mean diagonal that is added to its diagonal (paper: 0.01)"
+    )
+    block_size: int = whole(128, at_least=1, help="columns in a block (paper: 128); results of N:M do not depend on it")
+    scope: str = choice(
+        "block",
+        ("block", "row", "matrix"),
+        help="where a sparsity is counted: over all rows of each block of columns (paper), each row or the matrix",
+    )
+    mask: str | None = choice(
+        None,
+        (None, "magnitude", "wanda", "zeros"),
+        help="mask that is fixed before the sweep: that method's, or the weight's own zeros; None lets the sweep choose",
+    )
 
     def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
         factor = statistics.factor(self.damping)

@@ -14,7 +14,8 @@ from .. import ops
 from ..models import Linear
 from ..ops._activations import activate
 from ..pattern import Pattern
-from .base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer, Method, Solution, Statistics, check_choice
+from ._fields import choice, method, number, whole
+from .base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer, Method, Solution, Statistics
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,6 @@ class SparseLLM(FeedForwardMethod):
     pruning uses; the damping holds them near the weights they come from, not near zero. So no update raises the objective, and
     dense weights stay what they are if nothing is pruned. The objective counts only by the ratios of alpha, beta and gamma.
 
-    Args:
-        solver: name or config of the method that prunes each linear: `"sparsegpt"` (paper), `"wanda"`, `"magnitude"`, `"alps"`, …
-        alpha, beta, gamma: weights of the terms, above 0 (paper: all equal, 0.1 for OPT and 5 for LLaMA).
-        iterations: rounds, at least 1 (paper: 4).
-        attention: whether `x` and `y` are taken behind the block's attention while it is `"dense"` (paper), or `"pruned"`, which is
-            what the network will see.
-        newton_steps: Gauss-Newton steps in an update of `s`, or of `z` where the network has no gate and is not ReLU; at least 1.
-        damping: share of the Gram matrix's mean diagonal by which a fit of dense weights is held back, above 0.
-        keep: the weights of the `"best"` round by the error of the network's output, or of the `"last"` (paper).
-
     Source: Bai et al., SparseLLM (first AdaGP), NeurIPS 2024, arXiv 2402.17946: the alternating minimisation of its OPT and LLaMA
     forms, with the constants of its program.
     """
@@ -52,27 +43,28 @@ class SparseLLM(FeedForwardMethod):
     name: ClassVar[str] = "sparsellm"
     statistic: ClassVar[str] = "gram"
 
-    solver: str | Method = "sparsegpt"
-    alpha: float = 5.0
-    beta: float = 5.0
-    gamma: float = 5.0
-    iterations: int = 4
-    attention: str = "dense"
-    newton_steps: int = 4
-    damping: float = 0.01
-    keep: str = "best"
+    solver: str | Method = method(
+        "sparsegpt",
+        expected="the name or config of a method that solves one linear from the Gram matrix of its inputs",
+        help="method that prunes each linear inside (paper: 'sparsegpt'), such as 'wanda', 'magnitude' or ALPS()",
+    )
+    alpha: float = number(5.0, above=0, help="weight of the auxiliary outputs' terms (paper: 0.1 for OPT, 5 for LLaMA)")
+    beta: float = number(5.0, above=0, help="weight of the network's output (paper: as alpha)")
+    gamma: float = number(5.0, above=0, help="weight of the activation's term (paper: as alpha)")
+    iterations: int = whole(4, at_least=1, help="rounds of the alternation (paper: 4)")
+    attention: str = choice(
+        "dense",
+        ("dense", "pruned"),
+        help="take the network's inputs and outputs behind the dense attention (paper), or the pruned one that it will see",
+    )
+    newton_steps: int = whole(4, at_least=1, help="Gauss-Newton steps in an update of s, or of z without gate and ReLU")
+    damping: float = number(0.01, above=0, help="share of the Gram matrix's mean diagonal that holds back a fit of dense weights")
+    keep: str = choice(
+        "best", ("best", "last"), help="round whose weights are kept: that of the least error of the output, or the last (paper)"
+    )
 
     def __post_init__(self) -> None:
-        for field in ("alpha", "beta", "gamma", "damping"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"SparseLLM.{field}: expected a number above 0, got {value!r}")
-        for field in ("iterations", "newton_steps"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"SparseLLM.{field}: expected a whole number of at least 1, got {value!r}")
-        check_choice("SparseLLM.attention", self.attention, ("dense", "pruned"))
-        check_choice("SparseLLM.keep", self.keep, ("best", "last"))
+        super().__post_init__()
         local = self.local
         if isinstance(local, FeedForwardMethod) or local.sensitivity or local.trains or local.whole_model or local.removes_units:
             raise ValueError(

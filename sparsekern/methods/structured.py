@@ -13,7 +13,8 @@ from ..models import Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
 from ..models.encoder import is_encoder
 from ..pattern import Pattern, Unstructured, pruned_count
-from .base import Method, Solution, Statistics, check_choice
+from ._fields import choice
+from .base import Method, Solution, Statistics
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,6 @@ class Structured(Method):
     that are left out; of a unit they count, and an output projection cannot be left out alone. The zeros stay in the model, whose
     shapes do not change.
 
-    Args:
-        units: `"both"`, `"heads"` or `"neurons"`; the others stay dense.
-
     Source: the norm of a filter of Li et al., Pruning filters for efficient convnets, 2017, section 3.1 (with L2), on the units of
     Michel et al., Are sixteen heads really better than one?, 2019.
     """
@@ -47,10 +45,7 @@ class Structured(Method):
     name: ClassVar[str] = "structured"
     statistic: ClassVar[None] = None
 
-    units: str = "both"
-
-    def __post_init__(self) -> None:
-        check_choice("Structured.units", self.units, ("both", "heads", "neurons"))
+    units: str = choice("both", ("both", "heads", "neurons"), help="which units are pruned; the others stay dense")
 
     def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         if is_encoder(model):

@@ -200,11 +200,11 @@ def test_max_iterations_is_the_most_and_it_is_said(layer, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"damping": -0.1}, "ALPS.damping: expected a number at least 0, got -0.1"),
-        ({"damping": float("nan")}, "ALPS.damping: expected a number at least 0, got nan"),
+        ({"damping": -0.1}, "ALPS.damping: expected a number of at least 0, got -0.1"),
+        ({"damping": float("nan")}, "ALPS.damping: expected a number of at least 0, got nan"),
         ({"rho": 0}, "ALPS.rho: expected a number above 0, got 0"),
         ({"rho": float("inf")}, "ALPS.rho: expected a number above 0, got inf"),
-        ({"tolerance": "x"}, "ALPS.tolerance: expected a number at least 0, got 'x'"),
+        ({"tolerance": "x"}, "ALPS.tolerance: expected a number of at least 0, got 'x'"),
         ({"max_iterations": 0}, "ALPS.max_iterations: expected a whole number of at least 1, got 0"),
         ({"max_iterations": True}, "ALPS.max_iterations: expected a whole number of at least 1, got True"),
         ({"scope": "block"}, "ALPS.scope: expected one of 'matrix', 'row', got 'block'"),

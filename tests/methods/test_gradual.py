@@ -57,7 +57,7 @@ def test_what_trains():
         ({"steps": 1.5}, ValueError, "Gradual.steps: expected a whole number .* got 1.5"),
         ({"schedule": "quartic"}, ValueError, "Gradual.schedule: expected one of 'cubic', 'linear', got 'quartic'"),
         ({"epochs": -1}, ValueError, "Gradual.epochs: expected a whole number of at least 0, got -1"),
-        ({"train_steps": True}, ValueError, "Gradual.train_steps: expected a whole number of at least 0, got True"),
+        ({"train_steps": True}, ValueError, "Gradual.train_steps: expected a whole number of at least 0, or None, got True"),
         ({"batch_tokens": 0}, ValueError, "Gradual.batch_tokens: expected a whole number of at least 1, got 0"),
         ({"learning_rate": 0}, ValueError, "Gradual.learning_rate: expected a number above 0, got 0"),
         ({"learning_rate": float("nan")}, ValueError, "Gradual.learning_rate: expected a number above 0, got nan"),
