@@ -11,7 +11,6 @@ FOLDER holds `valid.txt` and `test.txt` of WikiText-2, which do not come with th
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -142,15 +141,15 @@ def speed_rows(name: str, comparison: Comparison, goal: float) -> list[Row]:
 
 
 def write_picture(folder: Path) -> Path:
-    """Plot what this machine's results hold of packed models: tokens a second over the dense model's. Returns the picture's path."""
-    table = results.record([], folder)
+    """Plot this machine's figures of packed models: tokens a second over the dense model's. Return the picture's path."""
+    path = results.path_of(results.this_run(), folder)
     rows = [Bar("dense", 1.0, "1", "#9aa4ae")]
-    for row in json.loads(table.with_suffix(".json").read_text())["rows"]:
-        of = row["details"]
-        if row["section"] == SECTION and "tokens" in of:
+    for row in results.stored(path):
+        of = row.details
+        if row.section == SECTION and "tokens" in of:
             ratio = of["packed"]["decode"] / of["dense"]["decode"]
-            rows.append(Bar(row["what"].partition(":")[0], ratio, f"{ratio:.2f} times the tokens a second"))
-    picture = table.with_name("packed.svg")
+            rows.append(Bar(row.what.partition(":")[0], ratio, f"{ratio:.2f} times the tokens a second"))
+    picture = path.with_name("packed.svg")
     picture.write_text(bars(rows, width=820) + "\n", encoding="utf-8")
     return picture
 
@@ -164,13 +163,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=smollm2.WINDOWS, help=f"of {smollm2.WINDOW} tokens to evaluate on")
     parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="FOLDER", help="where the figures go")
     arguments = parser.parse_args()
-    parts = arguments.only or PARTS
+    parts, run = arguments.only or PARTS, results.this_run()
     rows = run_llama(arguments.tokens) if "llama" in parts else []
     if "smollm2" in parts and arguments.wikitext is None:
         print("smollm2: not measured, --wikitext was not given")
     elif "smollm2" in parts:
         rows += run_smollm2(arguments.wikitext, arguments.tokens, arguments.samples, arguments.windows)
-    print(results.record(rows, arguments.out).read_text())
+    print(results.record(rows, arguments.out, run).read_text())
     print(write_picture(arguments.out))
 
 

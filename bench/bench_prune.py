@@ -160,8 +160,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.llmcompressor:
         parser.error("LLMCOMPRESSOR_PYTHON: expected the Python of an environment with llmcompressor 0.14")
+    run = results.this_run()
     found = compare(arguments.llmcompressor, arguments.batch_size, arguments.rounds)
-    print(results.record(found).read_text())
+    print(results.record(found, run=run).read_text())
 
 
 if __name__ == "__main__":

@@ -67,27 +67,27 @@ def main() -> None:
     parser.add_argument("--llmcompressor", default=os.environ.get("LLMCOMPRESSOR_PYTHON"), metavar="PYTHON")
     parser.add_argument("--wikitext", type=Path, metavar="FOLDER", help="with valid.txt and test.txt of WikiText-2")
     arguments, pytest_arguments = parser.parse_known_args()
-    parts = arguments.only or PARTS
+    parts, run = arguments.only or PARTS, results.this_run()
     if "ops" in parts:
-        results.record(run_ops(pytest_arguments))
+        results.record(run_ops(pytest_arguments), run=run)
     if "prune" in parts:
         if arguments.llmcompressor:
             from . import bench_prune
 
-            results.record(bench_prune.compare(arguments.llmcompressor))
+            results.record(bench_prune.compare(arguments.llmcompressor), run=run)
         else:
             print("prune: not measured, LLMCOMPRESSOR_PYTHON is not set")
     if "quality" in parts:
         if arguments.wikitext:
             from . import quality
 
-            results.record(quality.run(arguments.wikitext, list(quality.TARGETS)))
+            results.record(quality.run(arguments.wikitext, list(quality.TARGETS)), run=run)
         else:
             print("quality: not measured, --wikitext was not given")
     if "packed" in parts:
         command = [sys.executable, "-m", "bench.bench_packed"]
         subprocess.run([*command, *(["--wikitext", str(arguments.wikitext)] if arguments.wikitext else [])], cwd=ROOT, check=True)
-    print(results.record([]).read_text())
+    print(results.record([], run=run).read_text())
 
 
 if __name__ == "__main__":

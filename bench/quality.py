@@ -78,7 +78,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", action="append", choices=list(TARGETS), help="may be given more than once")
     arguments = parser.parse_args()
-    print(results.record(run(arguments.folder, arguments.only or list(TARGETS))).read_text())
+    begun = results.this_run()
+    print(results.record(run(arguments.folder, arguments.only or list(TARGETS)), run=begun).read_text())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from .. import results
+from ..provenance import provenance
 from ..results import Row
 from . import checks, device, worker
 from .budget import Budget
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
     """Runs the parts, the cheap and important first, and records what each has found before the next begins."""
     budget = Budget(60 * options.minutes - KEPT_BACK)
-    machine = {"device": "rehearsal"} if options.rehearse else device.description()
+    run = provenance({"device": "rehearsal"} if options.rehearse else device.description())
     parts = options.only or PARTS
     logs.mkdir(parents=True, exist_ok=True)
     for log in logs.glob("*.log"):
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
 
     def record(rows: list[Row]) -> None:
         found.extend(rows)
-        table = results.record(rows, folder, machine)
+        table = results.record(rows, folder, run)
         print(f"{len(rows)} rows in {table}, {budget.left:.0f} s left", flush=True)
 
     if not (options.no_build or options.rehearse):

@@ -20,6 +20,7 @@ from pathlib import Path
 from sparsekern._files import write_atomically
 
 from .. import results
+from ..provenance import Run
 
 
 class Unavailable(Exception):
@@ -30,17 +31,28 @@ def path_of(name: str, folder: Path = results.FOLDER) -> Path:
     return folder / f"quality-{name}.json"
 
 
-def store(name: str, figures: dict[str, object], folder: Path = results.FOLDER) -> None:
-    """Put `figures` in the place of those of the same key, keep the others, and say on what machine they were last taken."""
-    content = {"machine": results.this_cpu(), "figures": stored(name, folder) | figures}
+def store(name: str, figures: dict[str, object], folder: Path = results.FOLDER, run: Run | None = None) -> None:
+    """Write `figures` in place of those of the same key, and keep the others, each with the provenance of its own run.
+
+    `run` is the provenance of `figures`; None is a run on this CPU now.
+    """
+    kept, run = stored(name, folder), run or results.this_run()
+    runs = {key: earlier for key, earlier in runs_of(name, folder).items() if key in kept} | dict.fromkeys(figures, run)
+    content = {"figures": kept | figures, "runs": runs}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path_of(name, folder), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def stored(name: str, folder: Path = results.FOLDER) -> dict[str, object]:
-    """The figures of earlier runs."""
+    """Return the figures of earlier runs."""
     path = path_of(name, folder)
     return json.loads(path.read_text())["figures"] if path.is_file() else {}
+
+
+def runs_of(name: str, folder: Path = results.FOLDER) -> dict[str, Run]:
+    """Return the provenance of each figure by its key."""
+    path = path_of(name, folder)
+    return json.loads(path.read_text())["runs"] if path.is_file() else {}
 
 
 def shown(value: float | None, text: str) -> str:

@@ -1,7 +1,7 @@
 """Measure the quality of the methods and write `bench/results/quality.md`: `python -m bench.methods --wikitext FOLDER`.
 
-Each method has a section of its own, made from its figures in `bench/results/quality-<name>.json`; those that are not measured this
-time stay as they are. `--only` without a name puts the page together from what there is.
+Each method has a section of its own, made from its figures in `bench/results/quality-<name>.json`. Figures that are not measured this
+time are kept with their own date, commit and versions. `--only` without a name writes the page from the stored figures.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from types import ModuleType
 from sparsekern._files import write_atomically
 
 from .. import results
-from . import Unavailable, __path__, stored
+from ..provenance import labels
+from . import Unavailable, __path__, runs_of, stored
 
 TITLE = """# Quality
 
 What the methods reach on real models, each section with its conditions. `python -m bench.methods` measures and writes this page;
-`--only NAME` measures one section anew. Perplexities are lower where better.
+`--only NAME` measures one section again. Lower perplexities are better.
 """
 
 
@@ -42,8 +43,12 @@ def measure(name: str, wikitext: Path | None, quick: bool) -> None:
 
 
 def write_page(of: Iterable[str], folder: Path = results.FOLDER) -> Path:
-    """Make one page of all figures that are stored, in the order of the names."""
-    sections = [module(name).section(figures).strip() for name in of if (figures := stored(name, folder))]
+    """Write one page of all figures that are stored, in the order of the names, each section with its runs."""
+    sections = []
+    for name in of:
+        if figures := stored(name, folder):
+            runs = labels(runs_of(name, folder).values())
+            sections += [module(name).section(figures).strip(), "\n".join(["Measured (date, commit):", "", *runs.described()])]
     page = folder / "quality.md"
     write_atomically(page, ("\n\n".join([TITLE.strip(), *sections]) + "\n").encode())
     return page

@@ -121,6 +121,8 @@ def section(figures: dict[str, object]) -> str:
         lines.append(f"| {label} | {cells[0]} | {cells[1]} | {target} ({target * quality.WITHIN:.2f}) | {met} |")
     lines += [
         "",
+        "### Output error",
+        "",
         f"Relative output error `|X (W' - W)^T|^2 / |X W^T|^2` on the calibration tokens, mean over the linears of block {BLOCK} that read the",
         "hidden state (all blocks dense):",
         "",

@@ -267,14 +267,15 @@ def test_a_sweep_names_the_crossing():
 
 
 def test_parts_put_their_rows_into_one_file(tmp_path):
-    machine = {"device": "NVIDIA H200", "driver": "1"}
-    results.record([Row("ops", "a", "1 ms"), Row("ops", "b", "2 ms")], tmp_path, machine)
-    table = results.record([Row("checks", "t", "3 passed", met=True), Row("ops", "b", "4 ms")], tmp_path, machine)
+    run = {"date": "2026-01-02", "commit": "1111111111", "device": "NVIDIA H200", "driver": "1"}
+    results.record([Row("ops", "a", "1 ms"), Row("ops", "b", "2 ms")], tmp_path, run)
+    table = results.record([Row("checks", "t", "3 passed", met=True), Row("ops", "b", "4 ms")], tmp_path, run)
     assert table == tmp_path / "nvidia-h200.md"
-    content = json.loads(table.with_suffix(".json").read_text())
-    assert content["machine"] == machine
-    assert [(row["what"], row["reached"]) for row in content["rows"]] == [("t", "3 passed"), ("a", "1 ms"), ("b", "4 ms")]
-    assert table.read_text().startswith("# NVIDIA H200\n\ndriver 1.\n") and "| b |  | 4 ms |  |  |" in table.read_text()
+    rows = results.stored(table.with_suffix(".json"))
+    assert [(row.what, row.reached) for row in rows] == [("t", "3 passed"), ("a", "1 ms"), ("b", "4 ms")]
+    page = table.read_text()
+    assert page.startswith("# NVIDIA H200\n\n## checks\n") and "device NVIDIA H200, driver 1.\n" in page
+    assert "| b |  | 4 ms |  |  | 2026-01-02, 1111111111 |" in page
 
 
 def test_the_last_words(capsys, budget):

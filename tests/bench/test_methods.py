@@ -28,9 +28,10 @@ def test_figures_are_merged_by_key(tmp_path):
 
 def test_the_page_is_made_of_what_is_stored(section, tmp_path):
     section.section = lambda figures: f"## Fake\n\n{figures}\n"
-    methods.store("fake", {"a": 1}, tmp_path)
+    methods.store("fake", {"a": 1}, tmp_path, {"date": "2026-01-02", "commit": "1111111111", "cpu": "A CPU"})
     page = command.write_page(["alps", "fake"], tmp_path).read_text()  # nothing of the former
-    assert page.startswith("# Quality") and page.endswith("\n\n## Fake\n\n{'a': 1}\n") and "ALPS" not in page
+    assert page.startswith("# Quality") and "ALPS" not in page
+    assert page.endswith("\n\n## Fake\n\n{'a': 1}\n\nMeasured (date, commit):\n\n* 2026-01-02, 1111111111: cpu A CPU.\n")
 
 
 def test_a_section_is_shown(section, capsys):
