@@ -1,4 +1,4 @@
-"""What the pipeline must know of a model: its repeated blocks and its linear layers, found by looking, not by name."""
+"""Find a model's blocks, linears, feed-forward networks and units by structure, not by name."""
 
 from .blocks import Blocks, find_blocks
 from .feed_forward import FeedForward, LinearCall, find_feed_forwards

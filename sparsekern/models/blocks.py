@@ -1,4 +1,4 @@
-"""The repeated decoder blocks of a model, found as the heaviest list of modules that hold linears."""
+"""Find the repeated blocks of a model: the heaviest list of modules that hold linears."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from .linears import find_linears
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a model in order; `name` is that of their list, such as `model.layers`."""
+    """The blocks of a model in order.
+
+    Attributes:
+        name: name of their list, such as `model.layers`.
+        modules: the blocks.
+    """
 
     name: str
     modules: tuple[nn.Module, ...]
 
     def block_name(self, index: int) -> str:
+        """Return the name of block `index` in the model."""
         return f"{self.name}.{index}"
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The `nn.ModuleList` with the most weights in linears, of which every entry is of one class and holds a linear.
+    """Return the `nn.ModuleList` with the most weights in linears; its entries share one class and each holds a linear.
 
-    No name is looked at. Lists inside a block (experts, say) weigh less than the list of blocks that holds them; where both weigh
-    the same, the outer one is taken. That a forward really runs the blocks in order is checked when the model is first run.
+    Names do not matter. A list inside a block, such as its experts, weighs less than the list of blocks around it; of equals the outer
+    one is taken. Whether a forward runs the blocks in order is checked when the model first runs.
 
     Raises:
-        ValueError: a model with no linears or with no such list.
+        ValueError: the model has no linears, or no such list.
     """
     if not find_linears(model):
         raise ValueError(f"model: found no linear layers in {type(model).__name__}, so there is nothing to prune")

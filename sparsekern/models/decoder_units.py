@@ -1,4 +1,4 @@
-"""The heads and neurons of a decoder's blocks: slices of several linears that mean nothing without each other."""
+"""Find the heads and neurons of a decoder's blocks: slices of several linears that are only useful together."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from torch import nn
 
 from .linears import Linear
 
-HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")  # under which an attention knows the channels of a head
+HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")  # attributes of an attention that hold the channels of a head
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """`count` heads or neurons of one attention or FFN: the inputs of `consumer` that they feed, `size` columns each.
+    """The heads of one attention or the neurons of one feed-forward network.
 
-    `producers` have the same slices as rows. `shared` have fewer, each used by several units in turn (grouped keys and values).
+    Attributes:
+        kind: `"heads"` or `"neurons"`.
+        consumer: the output projection, which reads `size` columns from each unit.
+        producers: linears with one slice of `size` rows a unit.
+        shared: linears with fewer slices, each used by several units (grouped keys and values).
+        size: channels of a unit.
     """
 
-    kind: str  # "heads" or "neurons"
+    kind: str
     consumer: Linear
     producers: tuple[Linear, ...]
     shared: tuple[Linear, ...]
@@ -28,14 +33,15 @@ class Units:
 
     @property
     def count(self) -> int:
+        """Number of units."""
         return self.consumer.features // self.size
 
     def groups(self, linear: Linear) -> int:
-        """How many slices of rows a linear of `shared` has."""
+        """Return how many slices of rows a linear of `shared` has."""
         return len(linear.weight) // self.size
 
     def square_norms(self) -> torch.Tensor:
-        """`[count]` float64: of all weights of a unit; what several units share counts in parts."""
+        """Return the squared norm of each unit's weights, `[count]` float64; a shared slice is divided among its units."""
         total = _squares(self.consumer.weight, 0).view(self.count, self.size).sum(1)
         for linear in self.producers:
             total += _squares(linear.weight, 1).view(self.count, self.size).sum(1)
@@ -46,14 +52,18 @@ class Units:
 
 
 def find_units(model: nn.Module, linears: Sequence[Linear]) -> list[Units]:
-    """The heads and neurons of one block, whose linears must be given whole: of some of them, another may pass for the consumer.
+    """Return the heads and neurons of one block.
 
     Linears of one parent module belong together, and one of them consumes what the others produce: an attention (its module knows
-    the size of a head) or an FFN. A producer that is fused with others is left out, since how its rows are laid out cannot be seen:
-    its units are still cut off from the consumer. Where no such shape is found (routers, state-space mixers) there are no units.
+    the size of a head) or a feed-forward network. A fused producer is left out, since the layout of its rows is unknown; its units
+    are still cut off from the consumer. Modules without this shape (routers, state-space mixers) have no units.
+
+    Args:
+        model: the model that holds the block.
+        linears: all linears of the block; with some of them missing, another could pass for the consumer.
 
     Raises:
-        ValueError: an attention whose output projection is not in its module, so that query, key or value would pass for it.
+        ValueError: the output projection of an attention is outside its module.
     """
     owners: dict[str, list[Linear]] = {}
     for linear in linears:
@@ -80,7 +90,7 @@ def _units(model: nn.Module, owners: dict[str, list[Linear]]) -> Iterator[Units]
 
 
 def _consumer(linears: Sequence[Linear]) -> Linear | None:
-    """The last linear that leads back to where all the others start from."""
+    """Return the last linear whose outputs have the width of all the other linears' inputs."""
     fitting = [
         linear for linear in linears if all(other.features == len(linear.weight) for other in linears if other is not linear)
     ]

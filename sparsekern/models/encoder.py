@@ -1,4 +1,4 @@
-"""An encoder as a chain of sub-layers, found by looking at it: what structured pruning measures, cuts and runs from the middle."""
+"""An encoder as a chain of sub-layers that can be measured, cut, and run from any of them on."""
 
 from __future__ import annotations
 
@@ -20,28 +20,38 @@ Visit = Callable[[int, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A child of a module, under the name where it can be put back or replaced."""
+    """A child of a module and the name to replace it under."""
 
     parent: nn.Module
     attribute: str
 
     @property
     def module(self) -> nn.Module:
+        """The child."""
         return getattr(self.parent, self.attribute)
 
     def put(self, module: nn.Module) -> None:
+        """Replace the child."""
         setattr(self.parent, self.attribute, module)
 
 
 @dataclass(frozen=True, eq=False)
 class SubLayer:
-    """`norm(x + out(features(x)))`. The features come in units: `head_size` channels make a head, each of them is a neuron.
+    """`norm(x + out(features(x)))`, whose features come in units.
 
-    `owner` is the module that computes the features; the output projection lies inside it (DistilBERT) or behind it (BERT).
+    Attributes:
+        name: name of the block.
+        kind: `"heads"` or `"neurons"`.
+        owner: the module that computes the features. The output projection is inside it (DistilBERT) or behind it (BERT).
+        inputs: linears whose rows make the features.
+        output: where the output projection is.
+        out: the output projection.
+        norm: the LayerNorm behind it.
+        head_size: channels of a unit; 1 for neurons.
     """
 
     name: str
-    kind: str  # "heads" or "neurons"
+    kind: str
     owner: Place
     inputs: tuple[nn.Linear, ...]
     output: Place
@@ -51,24 +61,28 @@ class SubLayer:
 
     @property
     def units(self) -> int:
+        """Number of units."""
         return self.out.in_features // self.head_size
 
     @property
     def owns_output(self) -> bool:
+        """Whether the output projection is inside `owner`."""
         return any(module is self.output.parent for module in self.owner.module.modules())
 
     def features(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """What the output projection reads, `[samples, length, units * head_size]`; only while the encoder is `opened`."""
+        """Return what the output projection reads, `[samples, length, units * head_size]`; valid while the encoder is `opened`."""
         if self.kind == "heads":
             return self.owner.module(x, attention_mask=attention_mask)[0]
         return self.owner.module(x)
 
 
 class Encoder:
-    """The sub-layers of a transformers encoder, bottom to top, attention before FFN.
+    """The sub-layers of a transformers encoder, bottom to top, attention before the feed-forward network.
+
+    `opened` checks that the sub-layers compute what the model does.
 
     Raises:
-        ValueError: a decoder, or blocks of another make. Whether the sub-layers do make up the model shows when it is `opened`.
+        ValueError: the model is a decoder, or its blocks have another structure.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,26 +96,31 @@ class Encoder:
         heads = getattr(config, "num_attention_heads", None)
         self._name, self._list = blocks, _place(model, blocks)
         self.sublayers: list[SubLayer] = []
-        for index, block in enumerate(self._list.module):
+        for index, block in enumerate(self._list.module.children()):
             self.sublayers += _sublayers(name, block, f"{blocks}.{index}", heads)
 
     @property
     def linears(self) -> list[Linear]:
-        """Those of all sub-layers. Raises `ValueError` that names the first whose weight is no plain matrix of a known dtype."""
+        """The linears of all sub-layers.
+
+        Raises:
+            ValueError: a weight is no plain matrix of a known dtype.
+        """
         return find_linears(self._list.module, self._name)
 
     @contextmanager
     def opened(self, inputs: dict[str, torch.Tensor]) -> Iterator[_Chain]:
-        """Run the model by its sub-layers, from any of them on, as long as the context lasts.
+        """Replace the blocks by a chain of sub-layers inside a `with` block.
 
         Args:
-            inputs: of a first batch, on which the chain is compared with the model as it was.
+            inputs: keyword arguments of a first batch, on which the chain is compared with the model.
 
         Raises:
-            ValueError: the chain of sub-layers does not give what the blocks gave.
+            ValueError: the chain computes something else than the blocks.
         """
         blocks = self._list.module
-        expected, returns_tuple = _output_of(self.model, blocks[-1], inputs)
+        *_, last = blocks.children()
+        expected, returns_tuple = _output_of(self.model, last, inputs)
         chain = _Chain(self.model, self.sublayers, returns_tuple)
         inside = [sublayer for sublayer in self.sublayers if sublayer.owns_output]
         try:
@@ -114,7 +133,7 @@ class Encoder:
                 # The model's own code met sub-layers that are called as BERT's are: whatever it stumbles over, this is why.
                 what = f"the blocks of {type(self.model).__name__} are called otherwise ({type(error).__name__}: {error})"
                 raise ValueError(f"model: expected {EXPECTED}; {what}") from error
-            if not torch.allclose(chain.last, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+            if chain.last is None or not torch.allclose(chain.last, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(f"model: expected {EXPECTED}; the blocks of {type(self.model).__name__} compute something else")
             yield chain
         finally:
@@ -124,16 +143,18 @@ class Encoder:
 
 
 class _Chain(nn.Module):
-    """Stands in for all blocks: runs the sub-layers from `start` on, on hidden states that were stored.
+    """A stand-in for all blocks that runs the sub-layers from `start` on, from stored hidden states.
 
-    What the model does around its blocks (embeddings, attention mask, pooler, head) is left to the model.
+    Embeddings, attention mask, pooler and head stay the model's own.
     """
 
     def __init__(self, model: nn.Module, sublayers: list[SubLayer], returns_tuple: bool) -> None:
         super().__init__()
         self._run_model = model.__call__  # a bound method: the model must not become a child of its own child
         self._sublayers, self._returns_tuple = tuple(sublayers), returns_tuple
-        self._start, self._stored, self._visit = 0, None, None
+        self._start = 0
+        self._stored: torch.Tensor | None = None
+        self._visit: Visit | None = None
         self.embedded: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
         self.last: torch.Tensor | None = None
@@ -141,9 +162,13 @@ class _Chain(nn.Module):
     def run(
         self, inputs: dict[str, torch.Tensor], start: int = 0, stored: torch.Tensor | None = None, visit: Visit | None = None
     ) -> object:
-        """The model's output from sub-layer `start` on, whose input is `stored` (None: the embeddings).
+        """Return the model's output, computed from sub-layer `start` on.
 
-        `visit(index, features)` is given the features of each sub-layer and returns those to go on with.
+        Args:
+            inputs: keyword arguments of the model.
+            start: the first sub-layer to run.
+            stored: its input; None takes the embeddings.
+            visit: called as `visit(index, features)` with the features of each sub-layer; returns those to continue with.
         """
         self._start, self._stored, self._visit = start, stored, visit
         try:
@@ -165,7 +190,7 @@ class _Chain(nn.Module):
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """Whether `Encoder` can take it apart."""
+    """Return whether `Encoder` knows the structure of `model`."""
     try:
         Encoder(model)
     except ValueError:
@@ -174,9 +199,9 @@ def is_encoder(model: nn.Module) -> bool:
 
 
 def _list_of_blocks(model: nn.Module) -> str:
-    """The name of the list with the most linears below it, the outer one of equals.
+    """Return the name of the list with the most linears below it; of equals the outer one.
 
-    Unlike `find_blocks` it asks for no weights, since a model that is about to be loaded has none yet.
+    Unlike `find_blocks` this reads no weights: a model that is being loaded has none yet.
     """
     most, best = 0, None
     for name, modules in model.named_modules():
@@ -189,10 +214,10 @@ def _list_of_blocks(model: nn.Module) -> str:
 
 
 def _sublayers(model: str, block: nn.Module, name: str, heads: int | None) -> tuple[SubLayer, SubLayer]:
-    """The attention and the FFN of a block: six linears in the order of their use, told by their shapes."""
+    """Return the attention and the feed-forward network of a block: six linears in the order of their use, recognised by shape."""
     linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
     norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
-    if not _is_encoder_block(list(linears.values()), len(norms), heads):
+    if heads is None or not _is_encoder_block(list(linears.values()), len(norms), heads):
         shapes = ", ".join(f"{linear.in_features} to {linear.out_features}" for linear in linears.values())
         raise ValueError(
             f"model: expected {EXPECTED}; {name} of {model} holds {len(norms)} LayerNorms and the linears {shapes or 'none'}"
@@ -212,7 +237,7 @@ def _sublayers(model: str, block: nn.Module, name: str, heads: int | None) -> tu
     )
 
 
-def _is_encoder_block(linears: list[nn.Linear], norms: int, heads: int | None) -> bool:
+def _is_encoder_block(linears: list[nn.Linear], norms: int, heads: int) -> bool:
     if len(linears) != 6 or norms != 2 or not heads or any(linear.bias is None for linear in linears):
         return False
     (hidden, width), neurons = (linears[0].in_features, linears[0].out_features), linears[4].out_features
@@ -226,7 +251,7 @@ def _place(root: nn.Module, path: str) -> Place:
 
 
 def _output_of(model: nn.Module, block: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
-    """What `block` returns when the model runs, and whether as a tuple."""
+    """Return what `block` returns when the model runs, and whether that is a tuple."""
     seen = []
     handle = block.register_forward_hook(lambda module, args, output: seen.append(output))
     try:

@@ -1,4 +1,4 @@
-"""The feed-forward network of a block, recognised by what it computes and not by its names."""
+"""Find the feed-forward network of a block by what it computes, not by its names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .linears import Linear
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`; `activation` is a name of `sparsekern.ops`."""
+    """The network `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`; `activation` is a name of `sparsekern.ops`."""
 
     up: Linear
     gate: Linear | None
@@ -22,24 +22,30 @@ class FeedForward:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
+        """The linears, `down` last."""
         return (self.up, self.down) if self.gate is None else (self.up, self.gate, self.down)
 
 
 @dataclass(frozen=True)
 class LinearCall:
-    """What a linear was called with and what it returned, for a few tokens."""
+    """The input and the output of one call of a linear, for a few tokens."""
 
     input: torch.Tensor
     output: torch.Tensor
 
     @property
     def source(self) -> tuple:
+        """Where the input is stored: equal for linears that read the same tensor."""
         return self.input.data_ptr(), self.input.shape, self.input.stride()
 
 
 def find_feed_forwards(calls: Mapping[Linear, LinearCall]) -> list[FeedForward]:
-    """Every feed-forward network among the linears of a block, each called once: whatever feeds a linear is compared with the
-    activations, and gated activations, of the outputs of the others. At most one for each linear that is fed so.
+    """Return every feed-forward network among the linears of a block, at most one for each `down`.
+
+    The input of each linear is compared with the activations, and gated activations, of the other linears' outputs.
+
+    Args:
+        calls: one call of each linear.
     """
     found = []
     for down, call in calls.items():
@@ -52,7 +58,7 @@ def find_feed_forwards(calls: Mapping[Linear, LinearCall]) -> list[FeedForward]:
 
 
 def _made(calls: Mapping[Linear, LinearCall], down: Linear, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, FeedForward]]:
-    """What each way to feed `down` would have fed it."""
+    """Yield what each candidate network would have fed to `down`."""
     outputs = {linear: _rows(call.output).float() for linear, call in calls.items() if linear is not down}
     outputs = {linear: output for linear, output in outputs.items() if output.shape == hidden.shape}
     for name in ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""Linear layers behind one face: `nn.Linear` and the `Conv1D` of GPT-2, whose weight lies transposed."""
+"""One interface to linears: `nn.Linear`, and the `Conv1D` of GPT-2, whose weight is stored transposed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, known to be the product and nothing else
+PLAIN_SUBCLASSES = ("FalconLinear",)  # subclasses of nn.Linear that only multiply
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One weight matrix of a model, with the modules that multiply by it (more than one where a weight is shared)."""
+    """One weight matrix of a model.
+
+    Attributes:
+        name: name of the first module in the model.
+        modules: the modules that multiply by it; several where a weight is shared.
+    """
 
     name: str
     modules: tuple[nn.Module, ...]
@@ -26,47 +31,53 @@ class Linear:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        bias = self.modules[0].bias
+        """`[out_features]`, or None."""
+        bias = self.modules[0]._parameters["bias"]
         return None if bias is None else bias.detach()
 
     @property
     def features(self) -> int:
+        """Number of inputs."""
         return self.weight.shape[1]
 
 
 def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
-    """The linears under `root`, in the model's order; modules that share one weight are one entry, named after the first.
+    """Return the linears under `root` in the model's order; modules that share one weight are one entry.
 
     Args:
+        root: a model or a part of one.
         prefix: name of `root` in its model, put before each linear's name.
 
     Raises:
-        ValueError: a linear whose weight is no plain float matrix (quantised, parametrised, on the meta device).
+        ValueError: a weight is no plain float matrix (quantised, parametrised, on the meta device).
     """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in root.named_modules(prefix=prefix):
         if isinstance(module, nn.Linear) or is_conv1d(module):
             _check_prunable(name, module)
-            owners.setdefault(id(module.weight), []).append((name, module))
+            owners.setdefault(id(module._parameters["weight"]), []).append((name, module))
     return [Linear(found[0][0], tuple(module for _, module in found)) for found in owners.values()]
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
-    """`[out_features, in_features]` of an `nn.Linear` or a `Conv1D`, a view of its own storage."""
-    weight = module.weight.detach()
+    """Return the weight of an `nn.Linear` or a `Conv1D` as `[out_features, in_features]`, a view of its own storage."""
+    parameter = module.get_parameter("weight")
+    weight = parameter.detach()
     return weight.T if is_conv1d(module) else weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
+    """Return whether the module is the `Conv1D` of transformers."""
     # Looked up rather than imported: where transformers is not loaded, no module can be one of its classes.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module is its product and nothing else, so that another kind of layer can stand in its place.
+    """Return whether the module only multiplies, so that another kind of layer can replace it.
 
-    Of a subclass of `nn.Linear` that cannot be seen: some compute more, and of some the owner takes the weight (attention's `out_proj`).
+    Unknown subclasses of `nn.Linear` do not qualify: some compute more, and of some the owner reads the weight itself (the `out_proj`
+    of attention).
     """
     kind = type(module)
     return kind is nn.Linear or is_conv1d(module) or (issubclass(kind, nn.Linear) and kind.__name__ in PLAIN_SUBCLASSES)

@@ -1,4 +1,4 @@
-"""Cutting heads and neurons out of an encoder for good, and saying in its config what is left, so that it can be built again."""
+"""Cut heads and neurons out of an encoder, and record the remaining sizes in its config so that it can be built again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG_KEY = "sparsekern_units"
 
 
 class NoHeads(nn.Module):
-    """Stands where attention has lost its last head: nothing is attended to, and of the output projection the bias is left."""
+    """An attention without heads: nothing is attended to, and only the bias of the output projection remains."""
 
     def __init__(self, out_name: str | None = None, out: nn.Linear | None = None) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class NoHeads(nn.Module):
 
 
 def keep_units(sublayer: SubLayer, kept: torch.Tensor) -> None:
-    """Cut every unit but those at the indices `kept` out of the linears of a sub-layer, in place."""
+    """Cut all units out of the linears of a sub-layer, in place, except those at the indices `kept`."""
     features = (kept[:, None] * sublayer.head_size + torch.arange(sublayer.head_size, device=kept.device)).flatten()
     for linear in sublayer.inputs:
         _cut(linear, linear.weight.detach()[features], linear.bias.detach()[features])
@@ -37,7 +37,7 @@ def keep_units(sublayer: SubLayer, kept: torch.Tensor) -> None:
 
 
 def record_units(encoder: Encoder) -> None:
-    """Write what is left of each sub-layer into the model's config, from where `build` takes it."""
+    """Write the remaining units of each sub-layer into the model's config."""
     left: dict[str, list[int]] = {"heads": [], "neurons": []}
     for sublayer in encoder.sublayers:
         left[sublayer.kind].append(sublayer.units)
@@ -45,12 +45,12 @@ def record_units(encoder: Encoder) -> None:
 
 
 def recorded_units(config) -> dict[str, list[int]] | None:
-    """What `record_units` wrote, or None where the model is whole."""
+    """Return what `record_units` wrote, or None where no units were cut."""
     return getattr(config, CONFIG_KEY, None)
 
 
 def check_units(config, source: str) -> None:
-    """Raise `ValueError` unless what the config says is left of each layer can be."""
+    """Raise `ValueError` unless the sizes that a config records are possible."""
     left, layers = recorded_units(config), config.num_hidden_layers
     most = {"heads": config.num_attention_heads, "neurons": getattr(config, "intermediate_size", getattr(config, "hidden_dim", 0))}
     for kind, limit in most.items():
@@ -63,14 +63,14 @@ def check_units(config, source: str) -> None:
 
 
 def cut_to_size(model: nn.Module, units: dict[str, Sequence[int]]) -> None:
-    """Give a freshly built model the sizes that a config records. The weights that are left mean nothing until they are loaded."""
+    """Give a newly built model the sizes that a config records; its weights are arbitrary until they are loaded."""
     left = {kind: iter(counts) for kind, counts in units.items()}
     for sublayer in Encoder(model).sublayers:
         keep_units(sublayer, torch.arange(next(left[sublayer.kind]), device=sublayer.out.weight.device))
 
 
 def sized(kind: type) -> type:
-    """The transformers class `kind`, whose models are built with the sizes that their config records."""
+    """Return a subclass of the transformers class `kind` that builds models with the sizes in their config."""
 
     def build(self, config, *args, **kwargs):
         kind.__init__(self, config, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Training a pruned model without losing its zeros."""
+"""Train a pruned model without losing its zeros."""
 
 from .adapter import merge_adapter
 from .keep_sparsity import SparsityKeeper, keep_sparsity

@@ -1,4 +1,4 @@
-"""Merging a low-rank adapter into a pruned weight."""
+"""Merge a low-rank adapter into a pruned weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..ops._checks import HALF_OR_FLOAT, check_finite_number, check_tensor
 def merge_adapter(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float = 1.0) -> None:
     """Add a LoRA adapter to a pruned weight in place, `weight += scale * up @ down`, where `weight` is not zero.
 
-    The product is dense: what it adds to the pruned weights is lost, so judge the merged model by itself. Computed in float32 and
+    The product is dense: what it would add to pruned weights is lost, so evaluate the merged model. The sum is computed in float32 and
     rounded once.
 
     Args:
@@ -21,8 +21,8 @@ def merge_adapter(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, sc
         scale: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` for rank-stabilised adapters.
 
     Raises:
-        TypeError, ValueError: no tensors of these dtypes, shapes that do not fit, two devices, a scale that is no finite number, or a
-            sum that is not finite; `weight` is then unchanged.
+        TypeError: an argument is no tensor of these dtypes.
+        ValueError: shapes or devices differ, `scale` is not finite, or the sum is not finite. `weight` is then unchanged.
 
     Source: Hu et al., LoRA: Low-rank adaptation of large language models, 2021, section 4.1 (`W + B A`).
     """

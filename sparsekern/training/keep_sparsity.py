@@ -1,4 +1,4 @@
-"""`keep_sparsity`: the zeros of a pruned model stay zero, whatever trains it."""
+"""`keep_sparsity`: keep the zeros of a pruned model at zero through any training loop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..models import Linear, find_linears
 def keep_sparsity(
     model: nn.Module, *, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
 ) -> SparsityKeeper:
-    """Keep the weights of `model` that are zero now at zero while it is trained.
+    """Keep the weights of `model` that are zero now at zero during training.
 
-    Two guards work together: the gradient of a kept zero is set to zero as soon as it is accumulated (so that it counts neither for
-    clipping nor for momentum), and after each step of any `torch.optim.Optimizer` the weights that it steps are masked again (which
-    undoes momentum from before, weight decay towards something, noise). Nothing is added to the model: its parameters, state
-    dictionary, copies and saved files are as they were, and `torch.compile` sees the plain model.
+    Two guards work together. The gradient of a kept zero is set to zero as soon as it is accumulated, so it affects neither clipping
+    nor momentum. After each step of a `torch.optim.Optimizer`, the weights that it stepped are masked, which undoes earlier momentum,
+    weight decay and noise. Nothing is added to the model: parameters, state dictionary, copies and saved files stay the same, and
+    `torch.compile` sees the plain model.
 
         with sparsekern.keep_sparsity(model):
             train(model)                                   # any loop, any optimizer, gradient accumulation, GradScaler, …
@@ -32,11 +32,11 @@ def keep_sparsity(
         with sparsekern.keep_sparsity(model):              # merging a LoRA adapter writes to the weights: they are masked on leaving
             model = peft_model.merge_and_unload()
 
-    The guards live as long as the guarded modules, or until `remove()` or the end of the `with` block.
+    The guards stay until the guarded modules are freed, `remove()` is called or the `with` block ends.
 
-    An optimizer that is no `torch.optim.Optimizer`, or one that keeps float32 copies of the weights and writes them back itself, is
-    seen only through the masked gradients, which keep zeros zero unless it had momentum before; call `apply()` after its step to be
-    certain. Each process must hold the weights whole: `DistributedDataParallel` does, sharded parameters do not.
+    Other optimizers, and those that write back float32 copies of the weights, are seen only through the masked gradients. These keep
+    zeros at zero unless the optimizer already had momentum; call `apply()` after its step to be certain. Each process must hold the
+    whole weights: `DistributedDataParallel` does, sharded parameters do not.
 
     Args:
         model: a pruned model, or any module with pruned linears.
@@ -49,7 +49,8 @@ def keep_sparsity(
         each weight of the guarded linears.
 
     Raises:
-        TypeError, ValueError: `model` is no module, no linear of it has a zero, or a glob matches none of its linears.
+        TypeError: `model` is no module.
+        ValueError: no linear has a zero, or a glob matches no linear.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module with pruned linears, got {type(model).__name__}")
@@ -64,16 +65,16 @@ def keep_sparsity(
 
 @dataclass(eq=False)
 class _Guard:
-    """One weight and its zeros. The module is held weakly: what guards a model must not keep it alive."""
+    """One weight and its zeros. The module is referenced weakly, so that guarding it does not keep it alive."""
 
     name: str
     module: weakref.ref[nn.Module]
-    zeros: torch.Tensor  # bool, as the parameter lies
+    zeros: torch.Tensor  # bool, in the layout of the parameter
 
     @property
     def weight(self) -> torch.Tensor | None:
         module = self.module()
-        return None if module is None else module.weight
+        return None if module is None else module.get_parameter("weight")
 
     def mask_(self, values: torch.Tensor) -> None:
         if self.zeros.device != values.device:
@@ -82,36 +83,47 @@ class _Guard:
 
 
 class SparsityKeeper:
-    """What `keep_sparsity` returns; see there. `names` are the guarded linears, `sparsity` the share of their weights kept at zero."""
+    """The guards that `keep_sparsity` returns; a context manager and a `transformers.TrainerCallback`.
+
+    Attributes:
+        names: the guarded linears.
+        sparsity: share of their weights that is kept at zero.
+    """
 
     def __init__(self, linears: list[Linear], masks: Mapping[str, torch.Tensor] | None = None) -> None:
-        """`masks` as the property gives them; None takes the zeros of now."""
+        """Guard `linears`.
+
+        Args:
+            linears: what to guard.
+            masks: as the property `masks` returns them; None takes the current zeros.
+        """
         self._guards = []
         for linear in linears:
             module = linear.modules[0]
-            zeros = module.weight.detach() == 0 if masks is None else ~masks[linear.name].to(module.weight.device)
+            weight = module.get_parameter("weight")
+            zeros = weight.detach() == 0 if masks is None else ~masks[linear.name].to(weight.device)
             self._guards.append(_Guard(linear.name, weakref.ref(module, self._module_gone), zeros))
         self.names = tuple(guard.name for guard in self._guards)
         zeros = sum(int(guard.zeros.sum()) for guard in self._guards)
         self.sparsity = zeros / sum(guard.zeros.numel() for guard in self._guards)
         self._handles = [register_optimizer_step_post_hook(self._after_step)]
         for guard in self._guards:
-            if guard.weight.requires_grad:
-                self._handles.append(guard.weight.register_post_accumulate_grad_hook(_gradient_hook(guard)))
+            if (parameter := guard.weight) is not None and parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_gradient_hook(guard)))
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
-        """By linear name, as its parameter lies: bool, True where a weight may be other than zero."""
+        """By linear name, in the layout of its parameter: bool, True where a weight may be non-zero."""
         return {guard.name: ~guard.zeros for guard in self._guards}
 
     def apply(self) -> None:
-        """Set the kept zeros to zero now. Only an optimizer that hooks do not reach needs it."""
+        """Set the kept zeros to zero now; needed only after the step of an optimizer that hooks do not reach."""
         for guard in self._guards:
             if (weight := guard.weight) is not None:
                 guard.mask_(weight)
 
     def remove(self) -> None:
-        """Mask the weights a last time and let them go; may be called again."""
+        """Mask the weights one last time and remove the guards; may be called again."""
         self.apply()
         self._let_go()
 
@@ -122,7 +134,7 @@ class SparsityKeeper:
         self.remove()
 
     def on_step_end(self, *arguments: object, **keywords: object) -> None:
-        """Of `transformers.TrainerCallback`: before the model is evaluated or saved, whatever optimizer the trainer has."""
+        """Mask the weights before a `transformers.Trainer` evaluates or saves the model."""
         self.apply()
 
     def __getattr__(self, name: str):
@@ -137,7 +149,7 @@ class SparsityKeeper:
         # Only what this optimizer has changed: another's step may come between a forward and a backward, which forbids writing.
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for guard in self._guards:
-            if id(weight := guard.weight) in stepped:
+            if (weight := guard.weight) is not None and id(weight) in stepped:
                 guard.mask_(weight)
 
     def _module_gone(self, module: weakref.ref) -> None:
@@ -153,13 +165,14 @@ class SparsityKeeper:
 
 def _gradient_hook(guard: _Guard):
     def mask_gradient(parameter: torch.Tensor) -> None:
-        guard.mask_(parameter.grad)
+        if parameter.grad is not None:
+            guard.mask_(parameter.grad)
 
     return mask_gradient
 
 
 def _nothing(*arguments: object, **keywords: object) -> None:
-    """An event of a `transformers.TrainerCallback` that needs no answer."""
+    """Ignore an event of a `transformers.TrainerCallback`."""
 
 
 def _pruned(model: nn.Module, linears: list[Linear]) -> set[str]:
