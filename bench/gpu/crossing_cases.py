@@ -102,8 +102,8 @@ def _ways(weight: torch.Tensor, place: Place) -> dict[str, list[Product]]:
 def _compressed(weight: torch.Tensor) -> Product:
     """By cuSPARSELt; on a CPU, where it is only tried out, by unpacking."""
     if weight.device.type != "cuda":
-        values, meta = ops.nm_pack(weight)
-        return lambda x: functional.linear(x, ops.nm_unpack(values, meta))
+        values, meta = ops.semi_structured_pack(weight)
+        return lambda x: functional.linear(x, ops.semi_structured_unpack(values, meta))
     tensor = to_semi_structured(weight, backend="cusparselt")
     return lambda x: semi_structured_linear(x, tensor)
 

@@ -19,9 +19,9 @@ DENSE, BEST_PLAN = "dense cuBLAS", "best cuSPARSELt plan"
 
 def sparse_linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """`x -> x @ weight.T` from the packed weight; on a CPU, where it is only tried out, by unpacking."""
-    values, meta = ops.nm_pack(weight)
+    values, meta = ops.semi_structured_pack(weight)
     if weight.device.type != "cuda":
-        return lambda x: functional.linear(x, ops.nm_unpack(values, meta))
+        return lambda x: functional.linear(x, ops.semi_structured_unpack(values, meta))
     tensor = to_semi_structured((values, meta))
     return lambda x: semi_structured_linear(x, tensor)
 

@@ -38,25 +38,25 @@ def packing_bytes(weight: torch.Tensor) -> int:
     return weight.nbytes + weight.nbytes // 2 + weight.numel() // 8
 
 
-@case("nm_prune_pack 8192x8192 bf16", "nm_prune_pack")
+@case("semi_structured_prune_pack 8192x8192 bf16", "semi_structured_prune_pack")
 def prune_pack(place: Place) -> Problem:
     size = place.size(8192, 128)
     given = weights(place, size, size)
     return Problem(
-        calls=[lambda w=w: ops.nm_prune_pack(w) for w in given],
+        calls=[lambda w=w: ops.semi_structured_prune_pack(w) for w in given],
         check=same(lambda: pytorch_pack(sparse(given[0]))),
         bytes=packing_bytes(given[0]),
         goals=(Share(0.8),),
     )
 
 
-@case("nm_mask, masked_fill and nm_pack 8192x8192 bf16")
+@case("nm_mask, masked_fill and semi_structured_pack 8192x8192 bf16")
 def mask_and_pack(place: Place) -> Problem:
     size = place.size(8192, 128)
     given = weights(place, size, size)
     pruned = sparse(given[0])
     return Problem(
-        calls=[lambda w=w: ops.nm_pack(sparse(w)) for w in given],
+        calls=[lambda w=w: ops.semi_structured_pack(sparse(w)) for w in given],
         check=same(lambda: pytorch_pack(pruned)),
         baselines={"PyTorch's converter on what is pruned": [lambda: pytorch_pack(pruned)]},
         bytes=packing_bytes(given[0]),
@@ -80,25 +80,25 @@ def nm_mask(place: Place) -> Problem:
     )
 
 
-@case("nm_pack 8192x8192 bf16", "nm_pack")
-def nm_pack(place: Place) -> Problem:
+@case("semi_structured_pack 8192x8192 bf16", "semi_structured_pack")
+def semi_structured_pack(place: Place) -> Problem:
     size = place.size(8192, 128)
     given = weights(place, size, size, prepare=sparse)
     return Problem(
-        calls=[lambda w=w: ops.nm_pack(w) for w in given],
+        calls=[lambda w=w: ops.semi_structured_pack(w) for w in given],
         check=same(lambda: pytorch_pack(given[0])),
         baselines={"PyTorch's converter": [lambda: pytorch_pack(given[0])]},
         bytes=packing_bytes(given[0]),
     )
 
 
-@case("nm_unpack 8192x8192 bf16", "nm_unpack")
-def nm_unpack(place: Place) -> Problem:
+@case("semi_structured_unpack 8192x8192 bf16", "semi_structured_unpack")
+def semi_structured_unpack(place: Place) -> Problem:
     size = place.size(8192, 128)
     given = weights(place, size, size, prepare=sparse)
-    packed = [ops.nm_pack(w) for w in given]
+    packed = [ops.semi_structured_pack(w) for w in given]
     return Problem(
-        calls=[lambda p=p: ops.nm_unpack(*p) for p in packed],
+        calls=[lambda p=p: ops.semi_structured_unpack(*p) for p in packed],
         check=same(lambda: given[0]),
         bytes=packing_bytes(given[0]),
     )
@@ -134,44 +134,6 @@ def topk_matrix(place: Place) -> Problem:
 
 def half_zero(weight: torch.Tensor) -> torch.Tensor:
     return weight.clamp(min=0)
-
-
-def bitmask_bytes(weight: torch.Tensor) -> int:
-    return weight.nbytes + weight.nbytes // 2 + weight.numel() // 8
-
-
-@case("bitmask_pack 8192x8192 bf16, half zero", "bitmask_pack")
-def bitmask_pack(place: Place) -> Problem:
-    size = place.size(8192, 128)
-    given = weights(place, size, size, prepare=half_zero)
-
-    def check(result) -> None:
-        values, bitmask = result
-        assert torch.equal(values, given[0][given[0] != 0]), "wrong values"
-        bits = bitmask[..., None] >> torch.arange(8, device=place.device, dtype=torch.uint8) & 1
-        assert torch.equal(bits.flatten(1)[:, :size].bool(), given[0] != 0), "wrong bits"
-
-    return Problem(
-        calls=[lambda w=w: ops.bitmask_pack(w) for w in given],
-        check=check,
-        baselines={"weight[weight != 0]": [lambda: given[0][given[0] != 0]]},
-        bytes=bitmask_bytes(given[0]),
-        captured=False,
-    )
-
-
-@case("bitmask_unpack 8192x8192 bf16, half zero", "bitmask_unpack")
-def bitmask_unpack(place: Place) -> Problem:
-    size = place.size(8192, 128)
-    given = weights(place, size, size, prepare=half_zero)
-    packed = [ops.bitmask_pack(w) for w in given]
-    mask = given[0] != 0
-    return Problem(
-        calls=[lambda p=p: ops.bitmask_unpack(*p, size) for p in packed],
-        check=same(lambda: given[0]),
-        baselines={"masked_scatter": [lambda: torch.zeros_like(given[0]).masked_scatter_(mask, packed[0][0])]},
-        bytes=bitmask_bytes(given[0]),
-    )
 
 
 @case("gram_symmetrize_ 4096", "gram_symmetrize_")

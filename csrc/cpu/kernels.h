@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-#include "common/nm_layout.h"
+#include "common/semi_structured.h"
 #include "cpu/activation.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -35,30 +35,20 @@ void topk_mask(
     const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t k, bool whole_matrix, uint8_t* mask,
     const Executor& executor);
 
-// What common/nm_layout.h lays out; shapes are multiples of its format's.
-void nm_pack(const void* weight, nm::Type type, int64_t rows, int64_t columns, void* values, void* meta, const Executor& executor);
+// What common/semi_structured.h lays out; shapes are multiples of its format's.
+void semi_structured_pack(
+    const void* weight, semi_structured::Type type, int64_t rows, int64_t columns, void* values, void* meta,
+    const Executor& executor);
 // Keeps as many of each group as fit the layout, the largest by `scores`; a weight of int8 has none of this.
-void nm_prune_pack(
+void semi_structured_prune_pack(
     const void* weight, DType dtype,
     const void* scores,  // null: the magnitudes of the weight
     DType scores_dtype, int64_t rows, int64_t columns, void* values, void* meta, const Executor& executor);
-void nm_unpack(
+void semi_structured_unpack(
     const void* values, const void* meta, int element_size, int64_t rows,
     int64_t columns,  // of the weight
     void* weight, const Executor& executor);
 
-// bitmask_pack in two steps, since the number of values is known only after the first: `bitmask_mark` writes the bits and where
-// each row's values start, and returns how many there are; `bitmask_gather` moves them.
-int64_t bitmask_mark(
-    const void* weight, DType dtype, int64_t rows, int64_t columns, uint8_t* bits,
-    int64_t* row_start,  // [rows]
-    const Executor& executor);
-void bitmask_gather(
-    const void* weight, DType dtype, int64_t rows, int64_t columns, const uint8_t* bits, const int64_t* row_start, void* values,
-    const Executor& executor);
-void bitmask_unpack(
-    const void* values, DType dtype, int64_t value_count, const uint8_t* bits, int64_t rows, int64_t columns, void* weight,
-    const Executor& executor);
 // Packed weights in the layouts of common/packed_rows.h. Neither product reads outside of what is handed in, whatever that holds.
 struct BitmaskRows {
   const void* values;
@@ -86,9 +76,6 @@ void nm_linear(
 // The dense weights.
 void bitmask_expand(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 void nm_expand(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
-
-// Turns the number of values of each row into the place of its first, and returns how many there are in all.
-int64_t counts_to_starts(int64_t* counts, int64_t rows);
 
 enum class Solver { automatic, cholesky, conjugate_gradients };
 

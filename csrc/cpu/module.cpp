@@ -4,6 +4,7 @@
 
 #include <exception>
 
+#include "common/interface.h"
 #include "cpu/isa.h"
 
 namespace {
@@ -29,5 +30,7 @@ PyMethodDef methods[] = {
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+
+SPARSEKERN_INTERFACE
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) { return PyModule_Create(&definition); }

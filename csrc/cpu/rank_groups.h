@@ -1,4 +1,4 @@
-// Which N of every M consecutive keys are the largest: what nm_mask and nm_prune_pack select by.
+// Which N of every M consecutive keys are the largest: what nm_mask and semi_structured_prune_pack select by.
 //
 // Every member of a small group is ranked by comparing all pairs, with no branch: of two equal ones the lower column ranks first.
 // Where M divides the lanes of a register, the register is compared with its own rotations within the groups; otherwise 16 groups

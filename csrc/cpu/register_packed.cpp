@@ -4,28 +4,27 @@
 #include <tuple>
 #include <vector>
 
-#include "common/bitmask_layout.h"
 #include "common/packed_rows.h"
 #include "cpu/tensors.h"
-#include "stable/nm_tensors.h"
+#include "stable/semi_structured_tensors.h"
 
 namespace sparsekern::cpu {
 
 namespace {
 
-std::tuple<Tensor, Tensor> nm_pack_of(Tensor weight) {
-  const nm::Type type = nm_type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
-  Packed packed = new_packed(weight);
+std::tuple<Tensor, Tensor> semi_structured_pack_of(Tensor weight) {
+  const semi_structured::Type type = semi_structured::type_of(weight, "weight: expected dtype bfloat16, float16, float32 or int8");
+  semi_structured::Packed packed = semi_structured::new_packed(weight);
   const Tensor dense = torch::stable::contiguous(weight);
-  nm_pack(
+  semi_structured_pack(
       dense.const_data_ptr(), type, weight.size(0), weight.size(1), packed.values.mutable_data_ptr(),
       packed.meta.mutable_data_ptr(), torch_executor());
   return {packed.values, packed.meta};
 }
 
-std::tuple<Tensor, Tensor> nm_prune_pack_of(Tensor weight, std::optional<Tensor> scores) {
+std::tuple<Tensor, Tensor> semi_structured_prune_pack_of(Tensor weight, std::optional<Tensor> scores) {
   const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
-  Packed packed = new_packed(weight);
+  semi_structured::Packed packed = semi_structured::new_packed(weight);
   const Tensor dense = torch::stable::contiguous(weight);
   DType scores_dtype = dtype;
   if (scores) {
@@ -35,53 +34,21 @@ std::tuple<Tensor, Tensor> nm_prune_pack_of(Tensor weight, std::optional<Tensor>
         "scores: expected the shape of weight");
     scores = torch::stable::contiguous(*scores);
   }
-  nm_prune_pack(
+  semi_structured_prune_pack(
       dense.const_data_ptr(), dtype, scores ? scores->const_data_ptr() : nullptr, scores_dtype, weight.size(0), weight.size(1),
       packed.values.mutable_data_ptr(), packed.meta.mutable_data_ptr(), torch_executor());
   return {packed.values, packed.meta};
 }
 
-Tensor nm_unpack_of(Tensor values, Tensor meta) {
-  check_packed(values, meta);
+Tensor semi_structured_unpack_of(Tensor values, Tensor meta) {
+  semi_structured::check_packed(values, meta);
   const int64_t rows = values.size(0), columns = 2 * values.size(1);
   const Tensor dense_values = torch::stable::contiguous(values);
   const Tensor dense_meta = torch::stable::contiguous(meta);
   Tensor weight = torch::stable::new_empty(values, {rows, columns});
-  nm_unpack(
+  semi_structured_unpack(
       dense_values.const_data_ptr(), dense_meta.const_data_ptr(), static_cast<int>(values.element_size()), rows, columns,
       weight.mutable_data_ptr(), torch_executor());
-  return weight;
-}
-
-std::tuple<Tensor, Tensor> bitmask_pack_of(Tensor weight) {
-  const DType dtype = dtype_of(weight, "weight: expected dtype float32, bfloat16 or float16");
-  check(weight.dim() == 2, "weight: expected 2 dimensions");
-  const Tensor dense = torch::stable::contiguous(weight);
-  const int64_t rows = weight.size(0);
-  const int64_t columns = weight.size(1);
-  Tensor bits = torch::stable::new_empty(weight, {rows, bitmask::bytes_per_row(columns)}, ScalarType::Byte);
-  std::vector<int64_t> starts(static_cast<size_t>(rows));
-  const int64_t count =
-      bitmask_mark(dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), torch_executor());
-  Tensor values = torch::stable::new_empty(weight, {count});
-  bitmask_gather(
-      dense.const_data_ptr(), dtype, rows, columns, byte_data(bits), starts.data(), values.mutable_data_ptr(), torch_executor());
-  return {values, bits};
-}
-
-Tensor bitmask_unpack_of(Tensor values, Tensor bitmask, int64_t features) {
-  const DType dtype = dtype_of(values, "values: expected dtype float32, bfloat16 or float16");
-  check(values.dim() == 1, "values: expected 1 dimension");
-  check(
-      features >= 0 && bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte &&
-          bitmask.size(1) == bitmask::bytes_per_row(features),
-      "bitmask: expected uint8 [rows, ceil(features / 8)]");
-  const Tensor dense_values = torch::stable::contiguous(values);
-  const Tensor bits = torch::stable::contiguous(bitmask);
-  Tensor weight = torch::stable::new_empty(values, {bitmask.size(0), features});
-  bitmask_unpack(
-      dense_values.const_data_ptr(), dtype, values.size(0), static_cast<const uint8_t*>(bits.const_data_ptr()), bitmask.size(0),
-      features, weight.mutable_data_ptr(), torch_executor());
   return weight;
 }
 
@@ -211,12 +178,10 @@ Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, int64_t n, int64_t m,
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("bitmask_linear", TORCH_BOX(&bitmask_linear_of));
-  m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack_of));
-  m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack_of));
   m.impl("nm_linear", TORCH_BOX(&nm_linear_of));
-  m.impl("nm_pack", TORCH_BOX(&nm_pack_of));
-  m.impl("nm_prune_pack", TORCH_BOX(&nm_prune_pack_of));
-  m.impl("nm_unpack", TORCH_BOX(&nm_unpack_of));
+  m.impl("semi_structured_pack", TORCH_BOX(&semi_structured_pack_of));
+  m.impl("semi_structured_prune_pack", TORCH_BOX(&semi_structured_prune_pack_of));
+  m.impl("semi_structured_unpack", TORCH_BOX(&semi_structured_unpack_of));
 }
 
 }  // namespace sparsekern::cpu

@@ -1,4 +1,4 @@
-// The places of scores among their group, in registers: what nm_mask and nm_prune_pack select by.
+// The places of scores among their group, in registers: what nm_mask and semi_structured_prune_pack select by.
 #pragma once
 
 #include <cuda_runtime.h>

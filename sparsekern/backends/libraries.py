@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import mmap
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import torch
 
@@ -16,6 +20,8 @@ class Library:
     loaded: bool
     reason: str
 
+
+INTERFACE = b"sparsekern-interface:2\0"  # of csrc/common/interface.h
 
 LIBRARIES: dict[str, Library] = {}
 
@@ -30,14 +36,31 @@ def load() -> None:
 
 
 def _load(name: str) -> None:
-    try:
-        importlib.import_module(f"sparsekern.{name}")
-    except ModuleNotFoundError:
-        LIBRARIES[name] = Library(name, False, "not built (SPARSEKERN_BUILD=0, or no compiler when it was installed)")
-    except ImportError as error:
-        LIBRARIES[name] = Library(name, False, str(error))
-    else:
-        LIBRARIES[name] = Library(name, True, "")
+    reason = _stale(name)
+    if not reason:
+        try:
+            importlib.import_module(f"sparsekern.{name}")
+        except ModuleNotFoundError:
+            reason = "not built (SPARSEKERN_BUILD=0, or no compiler when it was installed)"
+        except ImportError as error:
+            reason = str(error)
+    LIBRARIES[name] = Library(name, not reason, reason)
+
+
+def _stale(name: str) -> str:
+    """Return why a library must not be loaded: it was built from sources whose ops take other arguments. Empty: it may be."""
+    found = importlib.util.find_spec(f"sparsekern.{name}")
+    if found is None or found.origin is None or not found.origin.endswith(tuple(EXTENSION_SUFFIXES)):
+        return ""
+    return "" if has_interface(Path(found.origin)) else f"built from other sources than these ({found.origin}); build it again"
+
+
+def has_interface(library: Path) -> bool:
+    """Whether the ops of a library take the arguments of today's schemas, told without loading it."""
+    if library.stat().st_size == 0:
+        return False
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(INTERFACE) >= 0
 
 
 def check_isa() -> None:

@@ -1,4 +1,4 @@
-"""The 2:4 layout of PyTorch's semi-structured tensors (CUTLASS): the Python mirror of csrc/common/nm_layout.h.
+"""The 2:4 layout of PyTorch's semi-structured tensors (CUTLASS): the Python mirror of csrc/common/semi_structured.h.
 
 A group is four weights of which at most two are not zero; a float32 weight stands for two of the four flags, so there it is two
 weights of which at most one is not zero. A group's code is the positions of its two stored flags, two bits each, the lower first.

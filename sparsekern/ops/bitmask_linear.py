@@ -8,7 +8,6 @@ from torch.nn.functional import linear
 from ..layouts.packed_rows import SLACK, TILE_ROWS, lanes, pack_bitmask_rows, unit_counts, unpack_bitmask_rows, words, words_to_bits
 from ._checks import HALF_OR_FLOAT, check_tensor
 from ._registry import define_op, sample
-from .bitmask_pack import sparse_weight
 
 SCHEMA = "(Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, Tensor? bias=None) -> Tensor"
 
@@ -77,6 +76,12 @@ def reference(x, values, bitmask, starts, order, bias=None) -> torch.Tensor:
 def _fake(x, values, bitmask, starts, order, bias=None):
     torch._check(x.dim() > 0 and order.dim() == 1)
     return x.new_empty((*x.shape[:-1], order.shape[0]))
+
+
+def sparse_weight(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Return a random weight, about half of it zero."""
+    weight = torch.randn(rows, columns, generator=generator)
+    return (weight * (torch.rand(rows, columns, generator=generator) > 0.5)).to(dtype)
 
 
 def _samples(generator: torch.Generator):

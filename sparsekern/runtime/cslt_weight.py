@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from ..backends.table import YES, Support
-from ..ops.nm_pack import check_fits
+from ..ops.semi_structured_pack import check_fits
 from .cslt_linear import DTYPES
 from .semi_structured import BACKENDS
 

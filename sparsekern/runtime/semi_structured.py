@@ -1,4 +1,4 @@
-"""2:4 weights as PyTorch's semi-structured tensors, straight from `nm_pack`, and linear layers on them."""
+"""2:4 weights as PyTorch's semi-structured tensors, straight from `semi_structured_pack`, and linear layers on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorC
 from .. import ops
 from ..layouts.semi_structured import FORMATS
 from ..ops._checks import check_tensor
-from ..ops.nm_pack import check_fits
+from ..ops.semi_structured_pack import check_fits
 from .cslt_linear import DTYPES, cslt_linear
 
 BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
@@ -40,8 +40,8 @@ def to_semi_structured(
     `torch.compile`. It is for inference, and for batches of some hundred tokens: single tokens gain nothing.
 
     Args:
-        weight: `[out_features, in_features]`, 2:4 along its columns, any strides; or `(values, meta)` from `nm_pack` or
-            `nm_prune_pack`, which "cutlass" takes as they are.
+        weight: `[out_features, in_features]`, 2:4 along its columns, any strides; or `(values, meta)` from `semi_structured_pack` or
+            `semi_structured_prune_pack`, which "cutlass" takes as they are.
         backend: "cusparselt": bfloat16 or float16, shape a multiple of (16, 16), or int8, of (32, 32), which PyTorch multiplies into
             int8; on the CUDA device that is to multiply. "cutlass": also float32 (1:2); shape a multiple of (32, 64), of int8
             (16, 128), of float32 (32, 32); to multiply it takes a device of compute capability 8.x. None: "cusparselt" where it can
@@ -59,11 +59,11 @@ def to_semi_structured(
     backend = _backend_for(first, backend)
     _check(first, columns_per, backend)
     if backend == "cutlass":
-        values, meta = ops.nm_pack(weight.detach()) if packed is None else packed
+        values, meta = ops.semi_structured_pack(weight.detach()) if packed is None else packed
         return _wrap(SparseSemiStructuredTensorCUTLASS, (values.shape[0], 2 * values.shape[1]), values, meta)
     if packed is None:
         check_fits(weight)  # cuSPARSELt drops what does not fit without a word
-    dense = weight.detach().contiguous() if packed is None else ops.nm_unpack(*packed)
+    dense = weight.detach().contiguous() if packed is None else ops.semi_structured_unpack(*packed)
     kind = SemiStructuredTensor if dense.dtype in DTYPES else SparseSemiStructuredTensorCUSPARSELT
     return _wrap(kind, dense.shape, torch._cslt_compress(dense), None)
 

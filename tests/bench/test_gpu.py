@@ -282,14 +282,14 @@ def test_the_last_words(capsys, budget):
     budget.cut.append("obs_sweep 4096x11008 2:4")
     rows = [
         Row("ops", "gram_", "**1.7x** torch.mm", goal=">= 1.6x", met=True),
-        Row("ops", "nm_pack", "**failed**: wrong bits", met=False),
+        Row("ops", "semi_structured_pack", "**failed**: wrong bits", met=False),
         Row("checks", "tests/ops/test_gram.py", "1 failed", met=False, details={"failed": ["test_a"]}),
-        Row("checks", "tests/ops/test_nm_pack.py", "9 passed", met=True),
+        Row("checks", "tests/ops/test_semi_structured_pack.py", "9 passed", met=True),
     ]
     assert command._say(rows, budget) == 1
     said = capsys.readouterr().out
     assert "met  gram_: 1.7x torch.mm [goal >= 1.6x]" in said and "checks: 1 of 2 passed" in said
-    assert "FAILED nm_pack: failed: wrong bits" in said and "    test_a" in said
+    assert "FAILED semi_structured_pack: failed: wrong bits" in said and "    test_a" in said
     assert said.endswith("cut, no time was left: obs_sweep 4096x11008 2:4\n")
     assert command._say(rows[:1], Budget(1)) == 0
 

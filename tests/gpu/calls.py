@@ -11,7 +11,6 @@ DEVICE = "cuda"
 # Ops whose output sizes and control flow do not depend on values, so that a CUDA graph can capture them.
 CAPTURABLE = (
     "bitmask_linear",
-    "bitmask_unpack",
     "cross_gram_",
     "feature_norm_",
     "gated_split",
@@ -20,11 +19,11 @@ CAPTURABLE = (
     "head_neuron_scores",
     "nm_linear",
     "nm_mask",
-    "nm_pack",
-    "nm_prune_pack",
-    "nm_unpack",
     "obs_sweep",
     "plain_split",
+    "semi_structured_pack",
+    "semi_structured_prune_pack",
+    "semi_structured_unpack",
     "sensitivity_",
     "topk_mask",
 )

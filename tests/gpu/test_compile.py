@@ -12,8 +12,8 @@ pytestmark = pytest.mark.gpu
 
 def select(weight):
     mask = ops.nm_mask(weight.abs(), "2:4")
-    values, meta = ops.nm_pack(torch.where(mask, weight, 0.0))
-    return ops.nm_unpack(values, meta) * 2, ops.topk_mask(weight, weight.shape[1] // 2)
+    values, meta = ops.semi_structured_pack(torch.where(mask, weight, 0.0))
+    return ops.semi_structured_unpack(values, meta) * 2, ops.topk_mask(weight, weight.shape[1] // 2)
 
 
 def sweep(weight, factor):

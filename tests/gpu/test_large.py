@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsekern import ops
-from sparsekern.ops.nm_pack import sparse_weight
+from sparsekern.ops.semi_structured_pack import sparse_weight
 
 pytestmark = pytest.mark.gpu
 
@@ -46,11 +46,8 @@ def test_topk_mask_of_all(room):
 def test_packing_comes_back(room, generator):
     room(40)
     weight = sparse_weight(FEW, COLUMNS, torch.bfloat16, generator).cuda().repeat(ROWS // FEW, 1)
-    values, meta = ops.nm_pack(weight)
-    assert torch.equal(ops.nm_unpack(values, meta), weight)
-    del values, meta
-    values, bitmask = ops.bitmask_pack(weight)
-    assert torch.equal(ops.bitmask_unpack(values, bitmask, COLUMNS), weight)
+    values, meta = ops.semi_structured_pack(weight)
+    assert torch.equal(ops.semi_structured_unpack(values, meta), weight)
 
 
 def test_statistics(room, device_generator):

@@ -56,23 +56,28 @@ for features in (1, 31, 32, 33, 64, 97):
     assert torch.equal(gram, lower + lower.tril(-1).T), f"wrong at {features}"
 """
 
-PACK = """
-weight = torch.randn(41, 640).clamp_min(0)
-bitmask, counts, status = torch.ops.sparsekern_cuda.bitmask_mark(weight)
-values = torch.ops.sparsekern_cuda.bitmask_gather(weight, counts.cumsum(0), int(counts.sum()))
-assert torch.equal(values, weight[weight != 0]), "wrong values"
+SELECT = """
+scores = torch.randn(41, 640)
+mask, status = torch.ops.sparsekern_cuda.topk_mask(scores, 200, False)
+expected = torch.zeros_like(mask).scatter_(1, scores.topk(200, dim=1).indices, True)
+assert torch.equal(mask, expected), "wrong mask"
 """
 
 
-SYMMETRIZE, PACK_BITS = "gram_symmetrize.cu", "bitmask_pack.cu"
-PROGRAMS = {SYMMETRIZE: MIRROR, PACK_BITS: PACK}
+SYMMETRIZE, TOPK = "gram_symmetrize.cu", "topk_mask.cu"
+PROGRAMS = {SYMMETRIZE: MIRROR, TOPK: SELECT}
+INLINED = {TOPK: "select.cuh"}  # the header that holds the kernel's barriers and sums, so that faults can be planted there
 BARRIER = "  __syncthreads();\n"
-SUM = "  set = block_sum<kThreads>(set, scratch);\n"
+CLEARED = "  bins.clear();\n"
+SCAN = "  Count before = block_scan<kThreads>(sum, scratch.scan).before;\n"
 
 
 def planted(package: Path, folder: Path, kernel: str, whole: str, broken: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs a kernel with a fault planted into it."""
     source = (simt.CSRC / "cuda" / kernel).read_text()
+    if header := INLINED.get(kernel):
+        text = (simt.CSRC / "cuda" / header).read_text().replace("#pragma once\n", "")
+        source = source.replace(f'#include "cuda/{header}"\n', text)
     assert source.count(whole) == 1
     (folder / kernel).write_text(source.replace(whole, broken))
     library = simt.build_library(folder / "_C_simt.so", {kernel: folder / kernel})
@@ -82,7 +87,7 @@ def planted(package: Path, folder: Path, kernel: str, whole: str, broken: str, *
 
 @pytest.mark.parametrize("kernel", PROGRAMS)
 def test_the_unbroken_kernel_passes_where_faults_are_planted(package, tmp_path, kernel):
-    done = planted(package, tmp_path, kernel, "__syncthreads();", "__syncthreads();")
+    done = planted(package, tmp_path, kernel, "namespace {\n", "namespace {\n")
     assert done.returncode == 0, done.stderr
 
 
@@ -94,9 +99,9 @@ def test_the_unbroken_kernel_passes_where_faults_are_planted(package, tmp_path, 
         (SYMMETRIZE, "features && column <= row)", "features && column <= row && (__syncthreads(), true))", "while others wait"),
         (SYMMETRIZE, BARRIER, BARRIER + "  if (threadIdx.x < 31) __shfl_sync(~0u, 1, 0);\n", "has left the kernel"),
         (SYMMETRIZE, BARRIER, BARRIER + "  if (threadIdx.x < 31) __syncwarp(); else __syncthreads();\n", "deadlock"),
-        (PACK_BITS, BARRIER, "", "wrong values"),
-        (PACK_BITS, SUM, "  if (threadIdx.x != 77)" + SUM, "has left the kernel"),
-        (PACK_BITS, SUM, "  set = warp_sum(set);\n", "wrong values"),
+        (TOPK, CLEARED + BARRIER, CLEARED, "wrong mask"),
+        (TOPK, SCAN, "  if (threadIdx.x == 77) return {};\n" + SCAN, "deadlock"),
+        (TOPK, SCAN, "  Count before = warp_inclusive_scan(sum) - sum;\n", "wrong mask"),
     ],
     ids=[
         *("race: missing barrier", "out of bounds", "divergent barrier", "missing lane", "warp against block"),

@@ -15,8 +15,8 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from sparsekern import backends
 from sparsekern.backends.cslt_linear import library
 from sparsekern.layouts.semi_structured import FORMATS
-from sparsekern.ops import nm_pack, nm_prune_pack, nm_unpack
-from sparsekern.ops.nm_pack import sparse_weight
+from sparsekern.ops import semi_structured_pack, semi_structured_prune_pack, semi_structured_unpack
+from sparsekern.ops.semi_structured_pack import sparse_weight
 from sparsekern.runtime import cslt_linear, semi_structured_linear, to_semi_structured
 from sparsekern.runtime.cslt_linear import Algorithm, through_torch
 from sparsekern.runtime.semi_structured import SemiStructuredTensor
@@ -26,13 +26,13 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=l
 
 
 def pruned(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    return nm_unpack(*nm_prune_pack(torch.randn(rows, columns, generator=generator).to(dtype)))
+    return semi_structured_unpack(*semi_structured_prune_pack(torch.randn(rows, columns, generator=generator).to(dtype)))
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_cutlass_takes_what_nm_pack_makes(generator, dtype):
     weight = sparse_weight(64, 256, dtype, generator)
-    values, meta = nm_pack(weight)
+    values, meta = semi_structured_pack(weight)
     tensor = to_semi_structured((values, meta), backend="cutlass")
     assert type(tensor) is SparseSemiStructuredTensorCUTLASS and tensor.shape == weight.shape and tensor.dtype == dtype
     assert tensor.packed is values and tensor.meta is meta
@@ -64,7 +64,7 @@ def test_shape_is_refused(monkeypatch, shape, dtype, backend, multiple):
 
 def test_the_shape_of_a_packed_weight_is_that_of_the_weight():
     with pytest.raises(ValueError, match=r"multiple of \(32, 64\) for bfloat16 .* got \(32, 32\)"):
-        to_semi_structured(nm_pack(torch.zeros(32, 32, dtype=torch.bfloat16)), backend="cutlass")
+        to_semi_structured(semi_structured_pack(torch.zeros(32, 32, dtype=torch.bfloat16)), backend="cutlass")
 
 
 def test_other_arguments_are_refused(monkeypatch):
@@ -254,7 +254,7 @@ def test_products_equal_dense_ones(generator, dtype, backend, rows, columns):
     needs(backend)
     weight = pruned(rows, columns, dtype, generator).cuda()
     bias = torch.randn(rows, generator=generator).to(dtype).cuda()
-    tensors = to_semi_structured(weight, backend=backend), to_semi_structured(nm_pack(weight), backend=backend)
+    tensors = to_semi_structured(weight, backend=backend), to_semi_structured(semi_structured_pack(weight), backend=backend)
     for tokens in (1, 8, 13, 300):
         x = torch.randn(tokens, columns, generator=generator).to(dtype).cuda()
         for tensor in tensors:
@@ -269,7 +269,7 @@ def test_what_cusparselt_compresses_comes_back(generator, dtype):
     """Its layout is its own: the product with the identity shows that it holds our weight."""
     needs("cusparselt")
     weight = pruned(256, 128, dtype, generator).cuda()
-    tensor = to_semi_structured(nm_pack(weight), backend="cusparselt")
+    tensor = to_semi_structured(semi_structured_pack(weight), backend="cusparselt")
     identity = torch.eye(128, dtype=dtype, device="cuda")
     assert torch.equal(semi_structured_linear(identity, tensor).T, weight)
     assert torch.equal(tensor.to_dense(), weight)
