@@ -1,66 +1,121 @@
-"""Files that are there whole or not at all, and folders that one call works on at a time."""
+"""Files that are written whole or not at all, and folders that one call works on at a time."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+_numbers = itertools.count()  # two threads may write one path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, force it to disk and rename it: a crash leaves the old file or the new one.
+    """Write `data` to a temporary file beside `path`, force it to disk and rename it.
+
+    A crash leaves the old file or the new one.
 
     Raises:
-        OSError: with what was being written where there is no space left; `path` is then as it was.
+        OSError: naming what was being written where there is no space left; `path` is unchanged then.
     """
     replace_atomically(path, lambda temporary: temporary.write_bytes(data), f"{len(data):,} bytes")
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object], what: str = "a file") -> None:
-    """The same for whatever `write` puts into the file that it is given."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace `path` by what `write` puts into the file that it is given, as `write_atomically` does.
+
+    Args:
+        path: the file to make or replace.
+        write: is called with a path beside `path`, which does not exist yet.
+        what: names the content in the error where there is no space left.
+
+    Raises:
+        OSError: as `write_atomically` does.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask, or the folder's default ACL, has it
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        temporary.chmod(mode)  # safetensors replaces the file by a private one
+        sync(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left while writing {what}; what was written before is intact"
             raise OSError(error.errno, message, str(path)) from error
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` within; the system releases it also when the process dies. Where it knows no such locks, nothing is held.
-
-    Raises:
-        ValueError: another call holds it; the message begins with `what`.
-    """
-    with open(path, "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"{what} is in use by another process or call; wait until it is done") from error
-        yield
+def is_temporary(name: str) -> bool:
+    """Return whether a file of that name is one that a killed `replace_atomically` (or safetensors inside it) leaves."""
+    return name.startswith(".") and (name.endswith(".tmp") or name.startswith(".tmp"))
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
+def remove_temporary(folder: Path) -> None:
+    """Remove the files that killed calls left in `folder`, which the caller holds the lock of."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to disk. Windows has no such call for folders."""
+    if os.name != "posix" and path.is_dir():
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path` within, and remove it afterwards; the system releases it where the process dies.
+
+    Args:
+        path: the lock file; its folder exists.
+        what: names the locked thing; the messages begin with it.
+
+    Raises:
+        ValueError: another call, in this process or another, holds it.
+        OSError: the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    in_use = f"{what} is in use by another process or call; wait until it is done"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"{what} cannot be written to ({error.strerror})") from error
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(in_use) from error
+        if not _is_at(descriptor, path):  # its holder finished, and removed it, after it was opened here
+            raise ValueError(in_use)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()
+    finally:
+        os.close(descriptor)
+        lock.release()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

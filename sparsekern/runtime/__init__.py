@@ -1,9 +1,10 @@
 """What becomes of a pruned model: packed weights that multiply, the folder it is saved to, and 2:4 weights on a GPU."""
 
 from .card import model_card, versions
+from .output import check_output_folder
 from .packing import count_zeros, is_packed, keep_compressed, pack, unpack, weight_bytes
 from .registration import register_with_transformers
-from .save import check_format, check_output_folder, check_space, save
+from .save import check_format, check_space, save
 from .semi_structured import semi_structured_linear, to_semi_structured
 from .sparse_linear import SparseLinear
 

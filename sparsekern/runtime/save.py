@@ -1,92 +1,148 @@
-"""Saving a pruned model: the folder is there whole or not at all."""
+"""Saving a model: check before the work what would be refused after it, then write the folder."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from .card import model_card
 from .formats import format_of
+from .output import OutputFolder, check_model_folder, check_output_folder
 from .packing import AUTO, is_packed, packed_copy, unpacked_copy, weight_bytes
 
 DENSE, PACKED = "dense", "packed"
+CARD = "README.md"
 
 
-def save(model: torch.nn.Module, path: str | os.PathLike, format: str = "dense", *, tokenizer=None) -> Path:
+def save(
+    model: torch.nn.Module, path: str | os.PathLike, format: str = "dense", *, tokenizer=None, overwrite: bool = False
+) -> Path:
     """Save a pruned model so that plain `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
-    Everything is written to a new folder beside `path`, which then takes its name. The model stays as it is.
+    The folder gets its `config.json` last, so it is loadable only once it is whole. The model is not changed.
 
     Args:
         model: a transformers model, packed by `sparsekern.pack` or not.
         path: a new or empty folder.
         format: `"dense"`: the zeros are stored like any weight, and every loader takes the folder. `"packed"`: linears that get
-            smaller by it are stored packed, each in the format that it fits best, or as it is packed already; to load it, `import
-            sparsekern` first. `"bitmask"` or `"N:M"`: packed, in that format only.
-        tokenizer: saved along where given.
+            smaller by it are stored packed, each in the format that it fits best, or in its own where it is packed already; to load
+            it, `import sparsekern` first. `"bitmask"` or `"N:M"`: packed, in that format only.
+        tokenizer: is saved to the folder too.
+        overwrite: replace the model in `path`: its weights, configs, card and reports. Other files stay.
 
     Returns:
         `path`, links resolved.
 
     Raises:
-        TypeError: a model without `save_pretrained`.
-        ValueError: an unknown format; a model to be packed in which nothing gets smaller.
-        FileExistsError: `path` is a file, or a folder that holds something.
-        OSError: no space left; nothing is left behind then.
+        TypeError: a model or a tokenizer without `save_pretrained`.
+        ValueError: an unknown format; a model to be packed in which nothing gets smaller; a model or a tokenizer that transformers
+            refuses to save; a folder that another call is saving to.
+        FileExistsError: `path` is a file, or a folder that holds something, or with `overwrite` something that is no model.
+        OSError: no space left, or a folder that cannot be written to; nothing is left behind then.
     """
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     check_format(format)
-    path = Path(path).expanduser().resolve()
-    check_output_folder(path)
-    model = in_format(model, format)
-    _remove_stale(path)
-    check_space(model, path)
-    staging = _staging(path, os.getpid())
+    with OutputFolder.held(path, "path", check_model_folder if overwrite else check_output_folder) as folder:
+        model = in_format(model, format)
+        check_space(model, folder.path, argument="path")
+        with folder.staged(replace=overwrite) as staging:
+            write_model(model, staging, tokenizer)
+            (staging / CARD).write_text(model_card(model, packed=format != DENSE), encoding="utf-8")
+    return folder.path
+
+
+def write_model(model: torch.nn.Module, folder: Path, tokenizer=None) -> None:
+    """Write weights, configs and tokenizer to `folder`.
+
+    Raises:
+        TypeError: a tokenizer without `save_pretrained`.
+        ValueError: transformers refuses to save the model or the tokenizer.
+        OSError: the disk does; ENOSPC where it is full.
+    """
+    from safetensors import SafetensorError
+
     try:
-        staging.mkdir(parents=True)
-        model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(model_card(model, packed=format != DENSE), encoding="utf-8")
-        os.rename(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return path
+        with _refusals("model"):
+            model.save_pretrained(folder)
+    except SafetensorError as error:
+        full = f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
+    _write_tokenizer(tokenizer, folder)
 
 
-def _staging(path: Path, process: int | str) -> Path:
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{process}.tmp")
+def check_saveable(model: torch.nn.Module, tokenizer, folder: OutputFolder) -> None:
+    """Save all but the weights to a scratch folder, so that what transformers refuses is found before the work.
+
+    Args:
+        model: the model that is going to be saved, before or after it is pruned.
+        tokenizer: the tokenizer to be saved with it, or None.
+        folder: the folder that it is going to be saved to.
+
+    Raises:
+        TypeError: a model or a tokenizer without `save_pretrained`.
+        ValueError: transformers refuses to save the model or the tokenizer.
+        OSError: the folder cannot be written to.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"out: expected a model with save_pretrained, got {type(model).__name__}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_serializable():
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"out: transformers refuses to save a model that it loaded as {getattr(method, 'value', method)}; "
+            "load it with sparsekern.load, or save it dense and load that"
+        )
+    with folder.scratch() as scratch:
+        with _refusals("model"):
+            if hasattr(model, "config"):
+                model.config.save_pretrained(scratch)
+            if hasattr(model, "can_generate") and model.can_generate():
+                model.generation_config.save_pretrained(scratch)
+            _check_shared_weights(model)
+        _write_tokenizer(tokenizer, scratch)
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove what saves to `path` left that were killed: those of this host whose process is no more, or has this one's number."""
-    first, _, last = _staging(path, "*").name.rpartition("*")
-    for folder in path.parent.iterdir() if path.parent.is_dir() else ():
-        process = folder.name.removeprefix(first).removesuffix(last)
-        if folder.name == f"{first}{process}{last}" and process.isdecimal() and not _runs_elsewhere(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
+def _check_shared_weights(model: torch.nn.Module) -> None:
+    """Raise what `save_pretrained` raises for weights that share memory, where this transformers lets us ask it."""
+    from transformers import modeling_utils
+
+    check = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)
+    if check is not None and isinstance(model, modeling_utils.PreTrainedModel):
+        check(model.state_dict(), model)
 
 
-def _runs_elsewhere(process: int) -> bool:
-    if process == os.getpid():
-        return False
+def _write_tokenizer(tokenizer, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"tokenizer: expected one with save_pretrained, got {type(tokenizer).__name__}")
+    with _refusals("tokenizer"):
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _refusals(argument: str) -> Iterator[None]:
+    """Name the argument that transformers refuses to save. What the disk or safetensors raises is passed on."""
+    from safetensors import SafetensorError
+
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # somebody else's
-        pass
-    return True
+        yield
+    except (OSError, SafetensorError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{argument}: expected one that transformers can save; it says: {reason}") from error
 
 
 def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:
-    """The model as it is to be saved: itself, or a copy that shares with it what has the same form in both."""
+    """Return the model as it is saved: itself, or a copy that shares with it what has the same form in both."""
     if format == DENSE:
         return unpacked_copy(model) if is_packed(model) else model
     return packed_copy(model, AUTO if format == PACKED else format)
@@ -101,25 +157,21 @@ def check_format(format: str) -> None:
             raise ValueError(f"format: expected 'dense', 'packed', 'bitmask' or 'N:M', got {format!r}") from error
 
 
-def check_output_folder(path: str | os.PathLike) -> None:
-    """Raise `FileExistsError` unless `path` is new or an empty folder, and could be made."""
-    path = Path(path).expanduser()
-    for file in (path, *path.parents):
-        if file.exists() and not file.is_dir():
-            raise FileExistsError(f"out: {str(file)!r} is a file, expected a folder")
-    held = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if held:
-        shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
-        raise FileExistsError(f"out: the folder {str(path)!r} already holds something else ({shown}); name a new or empty one")
+def check_space(model: torch.nn.Module, path: str | os.PathLike, copies: int = 1, *, argument: str = "out", held: int = 0) -> None:
+    """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights.
 
-
-def check_space(model: torch.nn.Module, path: str | os.PathLike, copies: int = 1) -> None:
-    """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights: better before the work than after."""
-    needed = copies * weight_bytes(model)
+    Args:
+        model: the model to be saved.
+        path: the folder, which need not exist.
+        copies: how many times the weights are written.
+        argument: names `path` in messages.
+        held: bytes of them that are on the disk already.
+    """
+    needed = max(0, copies * weight_bytes(model) - held)
     existing = Path(path).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed:
-        message = f"out: no space left: the weights need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        message = f"{argument}: no space left: the weights need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
         raise OSError(errno.ENOSPC, message, str(path))

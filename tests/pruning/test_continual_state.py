@@ -119,8 +119,8 @@ def test_a_state_is_for_one_call_at_a_time(tmp_path, monkeypatch):
 def test_a_lock_goes_with_its_process(tmp_path):
     path = tmp_path / "lock"
     script = f"""
-import os, runpy, sys
-with runpy.run_path({files.__file__!r})["locked"]({str(path)!r}, "it"):
+import pathlib, runpy, sys
+with runpy.run_path({files.__file__!r})["locked"](pathlib.Path({str(path)!r}), "it"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -131,7 +131,8 @@ with runpy.run_path({files.__file__!r})["locked"]({str(path)!r}, "it"):
     holder.kill()
     holder.communicate()
     with files.locked(path, "it"):
-        pass
+        assert path.exists()
+    assert not path.exists()
 
 
 def test_step_files_of_another_data_set_are_refused(tmp_path):

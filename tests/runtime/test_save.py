@@ -1,15 +1,22 @@
+"""`save`: what it writes, and what it refuses before it writes."""
+
 import errno
 import os
 import shutil
-import subprocess
+import stat
+import threading
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
-from sparsekern.runtime.save import _staging
+from sparsekern.runtime import output
 from tests import tiny
+
+
+def names(folder) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
 
 
 def test_plain_transformers_loads_what_was_saved(tmp_path):
@@ -21,22 +28,72 @@ def test_plain_transformers_loads_what_was_saved(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert AutoTokenizer.from_pretrained(path)("the fox")["input_ids"] == tiny.tokenizer()("the fox")["input_ids"]
     assert f"| sparsekern | {sparsekern.__version__} |" in (path / "README.md").read_text()
-    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+    assert names(path.parent) == {"b"} and not any(name.startswith(".") for name in names(path))
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_an_empty_folder_is_taken_and_stays_the_same_folder(tmp_path):
+    """A mount point or the current folder cannot be replaced, and a shared folder would lose its group."""
+    (tmp_path / "lost+found").mkdir()
+    inode = tmp_path.stat().st_ino
     sparsekern.save(tiny.llama(), tmp_path)
-    assert (tmp_path / "config.json").exists()
+    assert (tmp_path / "config.json").exists() and tmp_path.stat().st_ino == inode
 
 
-def test_what_is_there_is_never_overwritten(tmp_path):
+def test_the_current_folder_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sparsekern.save(tiny.llama(), ".") == tmp_path
+    assert AutoModelForCausalLM.from_pretrained(".").config.vocab_size == 320
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_all_files_have_the_mode_of_the_umask(tmp_path, umask, mode):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o2775)
+    before = os.umask(umask)
+    try:
+        sparsekern.save(tiny.llama(), folder, tokenizer=tiny.tokenizer())
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {mode}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o2775
+
+
+def test_what_is_there_is_never_overwritten_unasked(tmp_path):
     for name in "abcd":
         (tmp_path / name).write_text("mine")
     with pytest.raises(FileExistsError, match=r"already holds something else \(a, b, c, …\); name a new or empty one"):
         sparsekern.save(tiny.llama(), tmp_path)
-    with pytest.raises(FileExistsError, match="out: '.*a' is a file, expected a folder"):
+    with pytest.raises(FileExistsError, match="path: '.*a' is a file, expected a folder"):
         sparsekern.save(tiny.llama(), tmp_path / "a")
+    with pytest.raises(FileExistsError, match="path: '.*a' is a file, expected a folder"):
+        sparsekern.save(tiny.llama(), tmp_path / "a" / "below")
+    with pytest.raises(FileExistsError, match="already holds something else"):  # no model either
+        sparsekern.save(tiny.llama(), tmp_path, overwrite=True)
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["mine"] * 4
+
+
+def test_overwriting_replaces_the_model_and_nothing_else(tmp_path):
+    old, new = tiny.llama(), tiny.llama(num_hidden_layers=2)
+    old.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    for name in ("report.json", "report.html", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    sparsekern.save(new, tmp_path, overwrite=True)
+    assert names(tmp_path) == {"README.md", "config.json", "generation_config.json", "model.safetensors", "notes.txt"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), again.state_dict().values(), strict=True))
+    sparsekern.save(old, tmp_path / "new", overwrite=True)
+    assert (tmp_path / "new" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("name", "what"), [("adapter_config.json", "an adapter"), ("checkpoint", "an unfinished run")])
+def test_overwriting_spares_what_is_no_finished_model(tmp_path, name, what):
+    sparsekern.save(tiny.llama(), tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match=f"holds {what} .*, which is not overwritten"):
+        sparsekern.save(tiny.llama(), tmp_path, overwrite=True)
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -48,19 +105,66 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "save_pretrained", fails)
     with pytest.raises(OSError, match="No space left on device"):
-        sparsekern.save(model, tmp_path / "out")
+        sparsekern.save(model, tmp_path / "a" / "out")
     assert not list(tmp_path.iterdir())
 
 
+def test_overwriting_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
+    old, new = tiny.llama(), tiny.llama(num_hidden_layers=2)
+    sparsekern.save(old, tmp_path)
+
+    def fails(path):
+        (path / "config.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(new, "save_pretrained", fails)
+    with pytest.raises(OSError, match="No space left on device"):
+        sparsekern.save(new, tmp_path, overwrite=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+class Killed(BaseException):
+    """Ends a call where a signal would have killed it."""
+
+
+@pytest.mark.parametrize("moved", range(5))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_amid_the_moves_it_is_never_a_mixture(tmp_path, monkeypatch, moved, overwrite):
+    """Whatever was moved before the kill, the folder is whole or has no config, and the next call finishes it."""
+    old, new, out = tiny.llama(), tiny.llama(num_hidden_layers=2), tmp_path / "out"
+    if overwrite:
+        sparsekern.save(old, out)
+    move, left = output._replace, [moved]
+
+    def killed(source, target):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "_replace", killed)
+        if moved < 4:
+            with pytest.raises(Killed):
+                sparsekern.save(new, out, overwrite=overwrite)
+            assert not (out / "config.json").exists()
+        else:
+            sparsekern.save(new, out, overwrite=overwrite)
+    with pytest.raises(FileExistsError, match="already holds something else"):
+        sparsekern.save(old, out)
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), again.state_dict().values(), strict=True))
+    assert names(out) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+
+
 def test_what_a_killed_save_left_goes(tmp_path):
-    with subprocess.Popen(["true"]) as ended:
-        pass
-    out = tmp_path / "out*"
-    others = {folder.name for folder in (_staging(out, os.getppid()), _staging(out, "it"), _staging(tmp_path / "other", ended.pid))}
-    for folder in (_staging(out, ended.pid), _staging(out, os.getpid()), *map(tmp_path.joinpath, others)):
-        folder.mkdir()
-    sparsekern.save(tiny.llama(), out)
-    assert {entry.name for entry in tmp_path.iterdir()} == {"out*", *others}
+    for name in (output.STAGING, output.REMOVED):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmp5CMSnJ").write_text("half a model")
+    (tmp_path / output.LOCK).touch()
+    sparsekern.save(tiny.llama(), tmp_path)
+    assert names(tmp_path) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 
 
 def test_a_link_to_an_empty_folder(tmp_path):
@@ -68,15 +172,84 @@ def test_a_link_to_an_empty_folder(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     sparsekern.save(tiny.llama(), tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "config.json").exists()
-    assert {entry.name for entry in tmp_path.iterdir()} == {"folder", "link"}
+    assert names(tmp_path) == {"folder", "link"}
+
+
+def test_everything_is_on_disk_before_the_config_is_in_place(tmp_path, monkeypatch):
+    """Or else a power cut could leave a folder that looks whole."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def syncing(descriptor):
+        done.append(("sync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def replacing(source, target):
+        done.append(("move", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    sparsekern.save(tiny.llama(), tmp_path)
+    files = {entry.name: entry.stat().st_ino for entry in tmp_path.iterdir()}
+    for name, inode in files.items():
+        assert done.index(("sync", inode)) < done.index(("move", inode)), name
+    assert max(done.index(("move", inode)) for inode in files.values()) == done.index(("move", files["config.json"]))
+    assert done[-1] == ("sync", tmp_path.stat().st_ino)
 
 
 def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="out: no space left: the weights need 0 MB, 0 MB are free") as caught:
+    with pytest.raises(OSError, match="path: no space left: the weights need 0 MB, 0 MB are free") as caught:
         sparsekern.save(tiny.llama(), tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_named_as_such(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    model = tiny.llama()
+    for number in (errno.ENOSPC, errno.EDQUOT):
+
+        def fails(path, number=number):
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+        monkeypatch.setattr(model, "save_pretrained", fails)
+        with pytest.raises(OSError, match="I/O error") as caught:
+            sparsekern.save(model, tmp_path / "out")
+        assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_or_written_to(tmp_path, monkeypatch):
+    if os.path.isdir("/proc/self"):
+        with pytest.raises(OSError, match="path: the folder '/proc/sparsekern/out' cannot be made"):
+            sparsekern.save(tiny.llama(), "/proc/sparsekern/out")
+    opened = os.open
+
+    def read_only(path, *arguments, **keywords):
+        if os.fspath(path).endswith(output.LOCK):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(OSError, match="path: .*out cannot be written to .Read-only file system"):
+        sparsekern.save(tiny.llama(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("", ValueError, "path: expected the path of a folder, got an empty one"),
+        (3, TypeError, "path: expected the path of a folder, got 3"),
+        ("a\0b", ValueError, "path: expected the path of a folder, got 'a.x00b'"),
+        ("~nobody-of-that-name/x", ValueError, "path: expected the path of a folder, got '~nobody-of-that-name/x'"),
+        (os.fsdecode(b"caf\xe9"), ValueError, r"path: expected a path in UTF-8, got b'caf\\xe9'"),
+    ],
+)
+def test_paths_that_are_none(path, error, message):
+    with pytest.raises(error, match=message):
+        sparsekern.save(tiny.llama(), path)
 
 
 @pytest.mark.parametrize("format", ["onnx", "9:99", "", None])
@@ -88,3 +261,47 @@ def test_unknown_formats(tmp_path, format):
 def test_only_a_transformers_model_can_be_saved(tmp_path):
     with pytest.raises(TypeError, match="model: expected a transformers model, got Linear"):
         sparsekern.save(torch.nn.Linear(2, 2), tmp_path / "out")
+    with pytest.raises(TypeError, match="tokenizer: expected one with save_pretrained, got str"):
+        sparsekern.save(tiny.llama(), tmp_path / "out", tokenizer="gpt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_transformers_refuses_to_save_is_named(tmp_path):
+    model = tiny.llama()
+    model.generation_config.temperature = 0.6
+    with pytest.raises(ValueError, match="model: expected one that transformers can save; it says: .*temperature"):
+        sparsekern.save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_threads_that_save_to_one_path(tmp_path):
+    """One of them makes the folder, whole; the others are refused by name."""
+    models = [tiny.llama() for _ in range(6)]
+    for index, model in enumerate(models):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(index)
+    saved, refused, begin = [], [], threading.Barrier(len(models))
+
+    def work(index):
+        begin.wait()
+        try:
+            sparsekern.save(models[index], tmp_path / "deep" / "out", tokenizer=tiny.tokenizer())
+            saved.append(index)
+        except (ValueError, FileExistsError) as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(saved) == 1 and len(refused) == 5
+    assert all("is in use by another process or call" in said or "already holds" in said for said in refused)
+    assert (sparsekern.load(tmp_path / "deep" / "out").lm_head.weight == saved[0]).all()
+
+
+def test_a_folder_in_use_is_refused_at_once(tmp_path):
+    with output.OutputFolder.held(tmp_path / "out"):
+        with pytest.raises(ValueError, match="path: .*out is in use by another process or call; wait until it is done"):
+            sparsekern.save(tiny.llama(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
