@@ -1,3 +1,4 @@
+#include <string>
 #include <tuple>
 
 #include "cuda/kernels.h"
@@ -7,10 +8,12 @@ namespace sparsekern::cuda {
 
 namespace {
 
-std::tuple<Tensor, Tensor> topk_mask_of(Tensor scores, int64_t k, bool whole_matrix) {
+std::tuple<Tensor, Tensor> topk_mask_of(Tensor scores, int64_t k, std::string scope) {
   const DType dtype = dtype_of(scores, "scores: expected dtype float32, bfloat16 or float16");
   check(scores.dim() == 2, "scores: expected 2 dimensions");
   check_contiguous(scores, "scores: expected contiguous memory");
+  check(scope == "row" || scope == "matrix", "scope: expected row or matrix");
+  const bool whole_matrix = scope == "matrix";
   check(k >= 0 && k <= (whole_matrix ? scores.numel() : scores.size(1)), "k: expected 0 to the number of scores");
   const DeviceGuard guard(scores);
   Tensor mask = torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, ScalarType::Bool);
@@ -26,7 +29,7 @@ std::tuple<Tensor, Tensor> topk_mask_of(Tensor scores, int64_t k, bool whole_mat
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
-  m.def("topk_mask(Tensor scores, int k, bool whole_matrix) -> (Tensor mask, Tensor status)");
+  m.def("topk_mask(Tensor scores, int k, str scope) -> (Tensor mask, Tensor status)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) { m.impl("topk_mask", TORCH_BOX(&topk_mask_of)); }
 

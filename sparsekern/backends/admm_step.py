@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability
-from .table import Implementation, Support
+from .table import Implementation
 from .values import BadValues, value_checks, values_are_checked
 
 
@@ -38,8 +37,4 @@ def _triton(
     return changed
 
 
-def _supports(offset: torch.Tensor, *args, **kwargs) -> Support:
-    return needs_capability(offset, (8, 0))
-
-
-IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
+IMPLEMENTATIONS = (Implementation("triton", _triton),)

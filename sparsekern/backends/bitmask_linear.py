@@ -6,11 +6,9 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .devices import needs_capability
-from .table import Implementation, Support
+from .devices import Support, can_place_columns
+from .table import Implementation
 from .values import raise_if, values_are_checked
-
-MOST_COLUMNS = 2**26  # so that 32 bits are enough for a place in 16 rows
 
 # To look at what the packed tensors hold is to wait for the device, which must not happen for every token. So the first product of a
 # weight does: by `starts`, what else it was found sound with. Should they be overwritten, a kernel still stays inside their memory.
@@ -51,15 +49,8 @@ def _aligned(values: torch.Tensor) -> torch.Tensor:
     return values if values.data_ptr() % 4 == 0 else values.clone()
 
 
-def supports_rows_of(x: torch.Tensor) -> Support:
-    """Whether the Triton kernels can multiply packed rows that are as long as those of `x`."""
-    if x.shape[-1] > MOST_COLUMNS:
-        return Support(False, f"x has {x.shape[-1]} input features, more than {MOST_COLUMNS}")
-    return needs_capability(x, (8, 0))
-
-
 def _supports(x: torch.Tensor, *args, **kwargs) -> Support:
-    return supports_rows_of(x)
+    return can_place_columns(x)
 
 
 IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)

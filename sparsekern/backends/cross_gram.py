@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability, refuse_not_finite
-from .table import Implementation, Support
-from .values import values_are_checked
+from .table import Implementation
+from .values import refuse_not_finite, values_are_checked
 
 
 def _triton(
@@ -19,8 +18,4 @@ def _triton(
         refuse_not_finite(y, row_mask)
 
 
-def _supports(cross: torch.Tensor, *args, **kwargs) -> Support:
-    return needs_capability(cross, (8, 0))
-
-
-IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
+IMPLEMENTATIONS = (Implementation("triton", _triton),)

@@ -4,7 +4,8 @@ import functools
 
 import torch
 
-from .table import Implementation, Support, availability
+from .devices import Support
+from .table import Implementation, availability
 
 LIBRARY = "libcusparseLt.so.0"  # as a CUDA build of torch has loaded it
 

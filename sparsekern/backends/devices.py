@@ -1,25 +1,36 @@
-"""What several implementations ask of a device and of values on it."""
+"""What can run on a device, and the reason where something cannot."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from .table import YES, Support
-from .values import BadValues
+MOST_COLUMNS = 2**26  # of packed rows, so that 32 bits hold a place in 16 of them
 
 
-def needs_capability(tensor: torch.Tensor, least: tuple[int, int]) -> Support:
-    """Whether the CUDA device of `tensor` has that compute capability; a CPU, where only tests run kernels, has them all."""
-    if not tensor.is_cuda:
+class Support(NamedTuple):
+    """Whether something can run, and the reason if not."""
+
+    ok: bool
+    reason: str = ""
+
+
+YES = Support(True)
+
+
+def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
+    """Return whether a CUDA device has compute capability `least`; a CPU, where only tests run kernels, has every one."""
+    if device.type != "cuda":
         return YES
-    found = torch.cuda.get_device_capability(tensor.device)
+    found = torch.cuda.get_device_capability(device)
     if found >= least:
         return YES
     return Support(False, f"it needs compute capability {least[0]}.{least[1]}, and this device has {found[0]}.{found[1]}")
 
 
-def refuse_not_finite(x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
-    """Raise `BadValues` if a row of `x` that is used holds a NaN or Inf."""
-    good = x.isfinite().all(1)
-    if not (good if row_mask is None else good | ~row_mask).all():
-        raise BadValues("x: expected finite values")
+def can_place_columns(x: torch.Tensor) -> Support:
+    """Return whether a kernel can number the places of packed rows that are as long as those of `x`."""
+    if x.shape[-1] <= MOST_COLUMNS:
+        return YES
+    return Support(False, f"x has {x.shape[-1]} input features, more than {MOST_COLUMNS}")

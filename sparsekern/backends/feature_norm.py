@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability, refuse_not_finite
-from .table import Implementation, Support
-from .values import values_are_checked
+from .table import Implementation
+from .values import refuse_not_finite, values_are_checked
 
 
 def _triton(
@@ -21,8 +20,4 @@ def _triton(
         feature_norm.add_(sum, found.sums[:, 1])
 
 
-def _supports(sum_squares: torch.Tensor, *args, **kwargs) -> Support:
-    return needs_capability(sum_squares, (8, 0))
-
-
-IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
+IMPLEMENTATIONS = (Implementation("triton", _triton),)

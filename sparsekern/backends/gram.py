@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability, refuse_not_finite
-from .table import Implementation, Support
-from .values import values_are_checked
+from .table import Implementation
+from .values import refuse_not_finite, values_are_checked
 
 
 def _triton(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None, alpha: float = 1.0) -> None:
@@ -16,8 +15,4 @@ def _triton(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | Non
         refuse_not_finite(x, row_mask)
 
 
-def _supports(gram: torch.Tensor, *args, **kwargs) -> Support:
-    return needs_capability(gram, (8, 0))
-
-
-IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
+IMPLEMENTATIONS = (Implementation("triton", _triton),)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability
-from .obs_sweep import add_product, full_float32
-from .table import Implementation, Support
+from .devices import YES, Support
+from .products import add_product, full_float32
+from .table import Implementation
 from .values import LeftToReference, raise_if
 
 
@@ -63,10 +63,8 @@ def _iterate(rows, tolerance: float, max_iterations: int) -> None:
             return
 
 
-def _supports(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, *, solver: str = "auto", **settings) -> Support:
-    if solver == "cholesky":
-        return Support(False, "solver is 'cholesky', which has no kernel")
-    return needs_capability(weight, (8, 0))
+def _supports(*args, solver: str = "auto", **kwargs) -> Support:
+    return Support(False, "solver is 'cholesky', which has no kernel") if solver == "cholesky" else YES
 
 
 IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from .bitmask_linear import supports_rows_of
-from .table import Implementation, Support
+from .devices import Support, can_place_columns
+from .table import Implementation
 
 
 def _triton(
@@ -19,7 +19,7 @@ def _triton(
 
 
 def _supports(x: torch.Tensor, *args, **kwargs) -> Support:
-    return supports_rows_of(x)
+    return can_place_columns(x)
 
 
 IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)

@@ -10,20 +10,20 @@ in products 1024 columns wide and more. What is pending stands in `delta` itself
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ..pattern import pruned_count
-from .table import YES, Implementation, Support
+from .devices import YES, Support
+from .products import add_product, full_float32
+from .table import Implementation
 from .values import raise_if, value_checks, values_are_checked
 
 LAUNCH_COLUMNS = 128  # the most of one launch
 MAX_GROUP = 64
-TENSOR_CORES_FROM = math.inf  # multiply-adds of a product; not measured yet, so cuBLAS has them all
 ALIGNMENT = 4  # of columns, for the CUDA C++ kernels
 
 
@@ -71,18 +71,6 @@ def by_halves(count: int, run: Callable[[int], None], update: Callable[[int, int
     part(0, count)
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """No TF32 in float32 products inside the `with` block, whatever the user allows outside."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 @dataclass(frozen=True)
 class Sweep:
     """The tensors of one sweep: `[rows, columns]` with the columns where `blocks` say, contiguous and at multiples of 16 bytes."""
@@ -114,7 +102,7 @@ class Kernels(Protocol):
         column; `delta` goes from what is pending to the change of each weight."""
 
 
-def sweep(make_kernels, weight, factor, *, n=0, m=0, sparsity=0.0, scope="block", block_size=LAUNCH_COLUMNS, mask=None):
+def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, mask):
     """`obs_sweep` with `make_kernels(sweep)`; the other arguments and the results are those of the reference."""
     rows, columns = weight.shape
     if mask is not None:
@@ -154,23 +142,6 @@ def _product(delta: torch.Tensor, factor: torch.Tensor, borders: list[int], fres
         add_product(delta[:, b - origin : c - origin], delta[:, a - origin : b - origin], factor[a:b, b:c], begins)
 
     return update
-
-
-def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, begins: bool) -> None:
-    """`out += left @ right`, with the error of float32; `out` is taken for zeros if the sum `begins` here."""
-    if product_for(len(left), *right.shape) == "cublas":
-        out.addmm_(left, right, beta=0.0 if begins else 1.0)
-        return
-    from ..triton_kernels.matmul import add_product as add_on_tensor_cores
-
-    if begins:
-        out.zero_()
-    add_on_tensor_cores(out, left, right)
-
-
-def product_for(rows: int, depth: int, columns: int) -> str:
-    """cuBLAS, which multiplies float32 on plain units, or Triton, on tensor cores in three passes, which small products do not repay."""
-    return "triton" if rows * depth * columns >= TENSOR_CORES_FROM else "cublas"
 
 
 def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, sparsity: float) -> None:
@@ -326,14 +297,14 @@ def _supports(weight, factor, *, n=0, m=0, mask=None, **options) -> Support:
     return YES
 
 
-def _cuda(weight, factor, **options):
-    return sweep(CudaKernels, weight, factor, **options)
+def _cuda(weight, factor, *, n=0, m=0, sparsity=0.0, scope="block", block_size=128, mask=None):
+    return sweep(CudaKernels, weight, factor, n=n, m=m, sparsity=sparsity, scope=scope, block_size=block_size, mask=mask)
 
 
-def _triton(weight, factor, **options):
+def _triton(weight, factor, *, n=0, m=0, sparsity=0.0, scope="block", block_size=128, mask=None):
     from ..triton_kernels.obs_sweep import TritonKernels
 
-    return sweep(TritonKernels, weight, factor, **options)
+    return sweep(TritonKernels, weight, factor, n=n, m=m, sparsity=sparsity, scope=scope, block_size=block_size, mask=mask)
 
 
 IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports), Implementation("triton", _triton, _supports))

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability
-from .table import Implementation, Support
+from .table import Implementation
 from .values import BadValues, LeftToReference
 
 # One factorisation at a time, not several on streams of their own. The host reads the outcome of each, and then the damping, the shift
@@ -26,8 +25,4 @@ def _triton(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, to
     return found.factor, torch.full((), damping, dtype=torch.float64, device=gram.device)
 
 
-def _supports(gram: torch.Tensor, *args, **kwargs) -> Support:
-    return needs_capability(gram, (8, 0))
-
-
-IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
+IMPLEMENTATIONS = (Implementation("triton", _triton),)

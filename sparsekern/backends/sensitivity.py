@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from .devices import needs_capability, refuse_not_finite
-from .table import Implementation, Support
-from .values import BadValues, values_are_checked
+from .table import Implementation
+from .values import BadValues, refuse_not_finite, values_are_checked
 
 
 def _triton(importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None) -> None:
@@ -21,8 +20,4 @@ def _triton(importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *, 
             refuse_not_finite(part.values, None if row_mask is None else row_mask[part.tokens])
 
 
-def _supports(importance: torch.Tensor, *args, **kwargs) -> Support:
-    return needs_capability(importance, (8, 0))
-
-
-IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
+IMPLEMENTATIONS = (Implementation("triton", _triton),)

@@ -11,23 +11,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
+import torch
+
+from .devices import YES, Support, has_capability
 from .libraries import LIBRARIES
 from .values import BadValues, LeftToReference
 
 REFERENCE = "reference"
 VARIABLE = "SPARSEKERN_BACKENDS"
-
-
-class Support(NamedTuple):
-    """Whether something can be had, and where not, the reason."""
-
-    ok: bool
-    reason: str = ""
-
-
-YES = Support(True)
 
 
 def _always(*args, **kwargs) -> Support:
@@ -40,8 +32,9 @@ class Implementation:
 
     Attributes:
         name: the backend, `"cuda"` (C++, in `_C_cuda`) or `"triton"`.
-        run: takes the arguments of the op's reference.
-        supports: takes them too, and says whether `run` can serve them.
+        run: takes the arguments of the op's schema, in its order and with its defaults.
+        supports: says whether `run` can serve a call; it names the arguments that it looks at and takes the rest. The compute
+            capability that the backend needs is looked at before.
     """
 
     name: str
@@ -60,6 +53,7 @@ def _triton_package() -> Support:
     return YES if found else Support(False, "triton is not installed")
 
 
+LEAST_CAPABILITY = {"triton": (8, 0)}  # that all kernels of a backend need
 AVAILABILITY: dict[str, Callable[[], Support]] = {"cuda": _cuda_library, "triton": _triton_package}
 
 
@@ -68,18 +62,18 @@ def availability(backend: str) -> Support:
     return AVAILABILITY[backend]()
 
 
-def _module(op: str) -> str:
-    return f"{__package__}.{op.rstrip('_')}"
-
-
 def has_implementations(op: str) -> bool:
-    return importlib.util.find_spec(_module(op)) is not None
+    """Return whether an op has a CUDA implementation."""
+    return bool(implementations(op))
 
 
 @functools.cache
 def implementations(op: str) -> tuple[Implementation, ...]:
-    """The CUDA implementations of an op, the preferred one first."""
-    return importlib.import_module(_module(op)).IMPLEMENTATIONS if has_implementations(op) else ()
+    """Return the CUDA implementations of an op, the preferred one first."""
+    from .adapters import adapted
+
+    module = f"{__package__}.{op.rstrip('_')}"
+    return importlib.import_module(module).IMPLEMENTATIONS if importlib.util.find_spec(module) else adapted(op)
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -113,9 +107,21 @@ def choose(op: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
     if backend is not None:
         return _the_one_asked_for(op, backend, reference, args, kwargs)
     for implementation in implementations(op):
-        if availability(implementation.name).ok and implementation.supports(*args, **kwargs).ok:
+        if availability(implementation.name).ok and supports(implementation, args, kwargs).ok:
             return implementation.run
     return reference
+
+
+def supports(implementation: Implementation, args: tuple, kwargs: dict) -> Support:
+    """Return whether an implementation that is available can serve a call."""
+    least = LEAST_CAPABILITY.get(implementation.name)
+    capable = YES if least is None else has_capability(device_of_call(args, kwargs), least)
+    return implementation.supports(*args, **kwargs) if capable.ok else capable
+
+
+def device_of_call(args: tuple, kwargs: dict) -> torch.device:
+    """Return the device of the first tensor of a call; the ops' own checks want all on one."""
+    return next((value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), torch.device("cpu"))
 
 
 def preferred(op: str) -> str:
@@ -138,7 +144,7 @@ def _the_one_asked_for(op: str, backend: str, reference: Callable, args: tuple, 
     if not available.ok:
         raise RuntimeError(f"{op}: the {backend} implementation was asked for, but {available.reason}")
     implementation = next(known for known in implementations(op) if known.name == backend)
-    supported = implementation.supports(*args, **kwargs)
+    supported = supports(implementation, args, kwargs)
     if not supported.ok:
         raise ValueError(f"{op}: the {backend} implementation was asked for, but {supported.reason}")
     return implementation.run

@@ -42,3 +42,10 @@ def raise_if(status: torch.Tensor) -> None:
     """Raise `BadValues` if a kernel has set a bit of `status`, an int32 on its device. Does nothing where checks are off."""
     if values_are_checked(status) and int(status):
         raise BadValues(f"a kernel refused a value (status {int(status)})")
+
+
+def refuse_not_finite(x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+    """Raise `BadValues` if a row of `x` that is used holds a NaN or Inf."""
+    good = x.isfinite().all(1)
+    if not (good if row_mask is None else good | ~row_mask).all():
+        raise BadValues("x: expected finite values")

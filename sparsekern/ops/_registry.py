@@ -1,19 +1,24 @@
 """The table of ops: each file beside this one adds its op with `define_op`; C++ and Triton only implement what is defined here.
 
 An op is a schema, a pure-PyTorch reference (the `default` kernel, so it runs on any device without a compiler), a fake for
-`torch.compile`, and sample inputs. The contract tests walk `OPS`, so an op without samples is a red test, not a blind spot.
+`torch.compile`, and sample inputs. The schema says the arguments: the reference, the fake, every implementation and the wrapper that
+users call have its names, its order and its defaults. The contract tests walk `OPS`, so an op without samples is a red test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from .. import backends
+from ..backends.adapters import signature_of
 
 NAMESPACE = "sparsekern"
+AS_THE_SCHEMA: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -25,25 +30,51 @@ class Sample:
 
 
 def sample(*args, **kwargs) -> Sample:
+    """Return the call with these arguments."""
     return Sample(args, kwargs)
 
 
 @dataclass(frozen=True)
 class Op:
+    """One op.
+
+    Attributes:
+        name: as in `torch.ops.sparsekern.<name>`.
+        reference, fake: take the arguments of the schema.
+        samples: yields valid calls.
+        friendly: the arguments of the wrapper that the schema does not have, each with those of the schema it stands for. In the
+            wrapper it has the place of the first of them.
+    """
+
     name: str
-    schema: str
     reference: Callable
+    fake: Callable
     samples: Callable[[torch.Generator], Iterator[Sample]]
+    friendly: Mapping[str, tuple[str, ...]]
 
     @property
     def overload(self) -> torch._ops.OpOverload:
+        """The op as torch calls it."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The arguments of the schema, which every function of the op has."""
+        return signature_of(self.overload._schema)
 
 
 OPS: dict[str, Op] = {}
 
 
-def define_op(name: str, schema: str, *, reference: Callable, fake: Callable, samples: Callable) -> torch._ops.OpOverload:
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    samples: Callable,
+    friendly: Mapping[str, tuple[str, ...]] = AS_THE_SCHEMA,
+) -> torch._ops.OpOverload:
     """Define `torch.ops.sparsekern.<name>` and return its overload.
 
     `register_kernel("default")` makes the reference serve every device; a compiled kernel registered for a device wins there. On
@@ -55,6 +86,6 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable, sa
     if backends.has_implementations(name):
         torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(name, reference))
     torch.library.register_fake(qualified)(fake)
-    op = Op(name, schema, reference, samples)
+    op = Op(name, reference, fake, samples, friendly)
     OPS[name] = op
     return op.overload

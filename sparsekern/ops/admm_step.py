@@ -128,4 +128,4 @@ def _samples(generator: torch.Generator):
         yield sample(offset, dual, mask, weight, k=columns, scope="row")
 
 
-_op = define_op("admm_step_", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+_op = define_op("admm_step_", SCHEMA, reference=reference, fake=_fake, samples=_samples, friendly={"pattern": ("n", "m", "k")})

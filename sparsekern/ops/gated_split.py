@@ -12,7 +12,8 @@ from ._checks import HALF_OR_FLOAT, check_finite_number, check_tensor, check_who
 from ._registry import define_op, sample
 
 SCHEMA = (
-    "(Tensor activated, Tensor up, Tensor gate, Tensor start, str activation, float ratio=1.0, int steps=4) -> (Tensor z, Tensor s)"
+    '(Tensor activated, Tensor up, Tensor gate, Tensor start, str activation="silu", float ratio=1.0, int steps=4) '
+    "-> (Tensor z, Tensor s)"
 )
 STARTS = (-1.25, 0.0, 1.0, 3.0)  # as in csrc/cpu/split.h
 
@@ -118,7 +119,7 @@ def reference(
     up: torch.Tensor,
     gate: torch.Tensor,
     start: torch.Tensor,
-    activation: str,
+    activation: str = "silu",
     ratio: float = 1.0,
     steps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +141,7 @@ def _as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.to(like.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _fake(activated, up, gate, start, activation, ratio=1.0, steps=4):
+def _fake(activated, up, gate, start, activation="silu", ratio=1.0, steps=4):
     torch._check(activated.dim() == 2 and activated.shape == up.shape == gate.shape == start.shape)
     z = torch.empty_like(activated, memory_format=torch.contiguous_format)
     return z, torch.empty_like(z)

@@ -6,8 +6,7 @@ import torch
 
 from ._checks import check_finite_number, check_square
 from ._registry import define_op, sample
-from .reverse_cholesky import RESOLVED_PIVOT, alive, report_departure
-from .reverse_cholesky import reference as factorise
+from .reverse_cholesky import RESOLVED_PIVOT, alive, factorise, report_departure
 
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor inverse, Tensor damping_used)"
 

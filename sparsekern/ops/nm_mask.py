@@ -55,4 +55,4 @@ def _samples(generator: torch.Generator):
         yield sample(scores.round(), 7, 12)
 
 
-_op = define_op("nm_mask", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+_op = define_op("nm_mask", SCHEMA, reference=reference, fake=_fake, samples=_samples, friendly={"pattern": ("n", "m")})

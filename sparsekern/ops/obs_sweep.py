@@ -155,4 +155,6 @@ def _samples(generator: torch.Generator):
         yield sample(weight, factor, mask=torch.rand(rows, columns, generator=generator) > 0.4)
 
 
-_op = define_op("obs_sweep", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+_op = define_op(
+    "obs_sweep", SCHEMA, reference=reference, fake=_fake, samples=_samples, friendly={"pattern": ("n", "m", "sparsity")}
+)

@@ -9,7 +9,7 @@ from ._checks import HALF_OR_FLOAT, check_tensor
 from ._registry import define_op, sample
 from .gated_split import Fit, check_split, search
 
-SCHEMA = "(Tensor activated, Tensor preactivation, Tensor start, str activation, float ratio=1.0, int steps=4) -> Tensor"
+SCHEMA = '(Tensor activated, Tensor preactivation, Tensor start, str activation="relu", float ratio=1.0, int steps=4) -> Tensor'
 
 
 def plain_split(
@@ -53,7 +53,7 @@ def reference(
     activated: torch.Tensor,
     preactivation: torch.Tensor,
     start: torch.Tensor,
-    activation: str,
+    activation: str = "relu",
     ratio: float = 1.0,
     steps: int = 4,
 ) -> torch.Tensor:
@@ -69,7 +69,7 @@ def reference(
     return z.to(activated.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _fake(activated, preactivation, start, activation, ratio=1.0, steps=4):
+def _fake(activated, preactivation, start, activation="relu", ratio=1.0, steps=4):
     torch._check(activated.dim() == 2 and activated.shape == preactivation.shape == start.shape)
     return torch.empty_like(activated, memory_format=torch.contiguous_format)
 

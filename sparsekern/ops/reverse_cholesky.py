@@ -62,11 +62,13 @@ def report_departure(damping: float, used: float) -> None:
         )
 
 
-def reference(gram: torch.Tensor, damping: float = 0.01, smallest_pivot: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the factor and the damping that was used (float64, 0-dim); a negative value says float64 arithmetic was needed.
+def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factor and the damping that was used (float64, 0-dim); a negative value says float64 arithmetic was needed."""
+    return factorise(gram, damping, 0.0)
 
-    A pivot below `smallest_pivot` of its entry of the damped diagonal, in epsilons of the arithmetic, counts as not positive.
-    """
+
+def factorise(gram: torch.Tensor, damping: float, smallest_pivot: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `reference` returns; a pivot below `smallest_pivot` epsilons of its damped diagonal entry counts as not positive."""
     lower = torch.tril(gram)
     check_finite("gram", lower)
     for attempt in damping_schedule(damping):

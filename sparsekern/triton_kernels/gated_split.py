@@ -109,7 +109,13 @@ def split(
 
 
 def gated_split(
-    activated: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, start: torch.Tensor, activation: str, ratio: float, steps: int
+    activated: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor,
+    start: torch.Tensor,
+    activation: str = "silu",
+    ratio: float = 1.0,
+    steps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `sparsekern.ops.gated_split`, for tensors of one shape and dtype."""
     activated, up, gate, start = alike(activated, up, gate, start)

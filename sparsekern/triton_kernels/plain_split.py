@@ -34,7 +34,12 @@ def split_relu(activated, preactivation, out, entries, ratio, scale, ENTRIES: tl
 
 
 def plain_split(
-    activated: torch.Tensor, preactivation: torch.Tensor, start: torch.Tensor, activation: str, ratio: float, steps: int
+    activated: torch.Tensor,
+    preactivation: torch.Tensor,
+    start: torch.Tensor,
+    activation: str = "relu",
+    ratio: float = 1.0,
+    steps: int = 4,
 ) -> torch.Tensor:
     """As `sparsekern.ops.plain_split`, for tensors of one shape and dtype."""
     activated, preactivation, start = alike(activated, preactivation, start)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekern.backends import obs_sweep
+from sparsekern.backends import products
 from sparsekern.backends.obs_sweep import (
     LAUNCH_COLUMNS,
     MAX_WARPS,
@@ -19,10 +19,10 @@ from sparsekern.backends.obs_sweep import (
     block_size_for,
     by_halves,
     column_blocks,
-    full_float32,
     sweep,
     warps_for,
 )
+from sparsekern.ops._registry import OPS
 from sparsekern.ops.obs_sweep import reference
 
 
@@ -90,7 +90,7 @@ def test_tf32_is_off_inside_and_as_it_was_afterwards():
     try:
         for allowed in ("tf32", "ieee"):
             matmul.fp32_precision = allowed
-            with pytest.raises(KeyError), full_float32():
+            with pytest.raises(KeyError), products.full_float32():
                 assert matmul.fp32_precision == "ieee"
                 raise KeyError
             assert matmul.fp32_precision == allowed
@@ -99,9 +99,9 @@ def test_tf32_is_off_inside_and_as_it_was_afterwards():
 
 
 def test_cublas_has_all_products_until_the_tensor_cores_are_measured(monkeypatch):
-    assert obs_sweep.product_for(1 << 20, 1 << 20, 1 << 20) == "cublas"
-    monkeypatch.setattr(obs_sweep, "TENSOR_CORES_FROM", 1 << 32)
-    assert obs_sweep.product_for(4096, 1024, 1024) == "triton" and obs_sweep.product_for(4096, 512, 512) == "cublas"
+    assert products.product_for(1 << 20, 1 << 20, 1 << 20) == "cublas"
+    monkeypatch.setattr(products, "TENSOR_CORES_FROM", 1 << 32)
+    assert products.product_for(4096, 1024, 1024) == "triton" and products.product_for(4096, 512, 512) == "cublas"
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -111,9 +111,9 @@ def test_a_product_on_the_tensor_cores_is_added_to_what_is_there(monkeypatch, be
     left, right = torch.randn(3, 4), torch.randn(4, 5)
     sums = []
     for least in (0, 1000):
-        monkeypatch.setattr(obs_sweep, "TENSOR_CORES_FROM", least)
+        monkeypatch.setattr(products, "TENSOR_CORES_FROM", least)
         out = torch.full((3, 5), math.nan) if begins else torch.ones(3, 5)
-        obs_sweep.add_product(out, left, right, begins)
+        products.add_product(out, left, right, begins)
         sums.append(out)
     torch.testing.assert_close(*sums)
     torch.testing.assert_close(sums[0], left @ right + (0 if begins else 1))
@@ -192,7 +192,11 @@ def test_the_loop_around_plain_kernels_is_the_reference(generator, columns, opti
     weight = torch.randn(11, columns, generator=generator)
     if options.get("mask"):
         options = {"mask": torch.rand(11, columns, generator=generator) > 0.5}
-    got, expected = sweep(PlainKernels, weight, factor, **options), reference(weight.double(), factor, **options)
+    defaults = {
+        name: known.default for name, known in OPS["obs_sweep"].signature.parameters.items() if known.default is not known.empty
+    }
+    got = sweep(PlainKernels, weight, factor, **{**defaults, **options})
+    expected = reference(weight.double(), factor, **options)
     assert torch.equal(got[1], expected[1])
     torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[2], expected[2], rtol=1e-4, atol=1e-5)
