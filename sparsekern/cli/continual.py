@@ -1,58 +1,72 @@
-"""What `sparsekern prune` does with more than one `--calibration`, or with a `--state`: one data set after another."""
+"""`sparsekern prune` with more than one `--calibration`, or with `--state`: one data set after another."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..backends.libraries import check_isa
 from ..data import calibration_ids
-from ..pruning import check_seed, prune_continually
+from ..methods import Method
+from ..pruning import prune_continually
 from ..pruning.continual.loop import check_adds_up
 from ..reports import ContinualReport
 from ..reports.html import continual_page
-from ..runtime import check_format, check_output_folder, check_space, model_card, versions
+from ..runtime import check_output_folder, check_space, model_card, versions
 from ..runtime.save import DENSE
-from .commands import (
+from .common import (
+    DEFAULT_PATTERN,
     DEFAULT_SAMPLES,
-    UsageError,
-    _check_counts,
-    _checked,
-    _describe,
-    _device,
-    _Evaluation,
-    _load,
-    _next_steps,
-    _say,
-    _what_to_prune,
-    _window_length,
+    HeldOutText,
+    described,
+    load_model,
+    load_tokenizer_of,
+    next_steps,
+    window_length,
 )
+from .settings import configured
 
 BUILTIN = "builtin:"
 
 
-def continual_command(arguments: argparse.Namespace) -> None:
-    """Prune a model for several texts, and leave its folder complete: weights, tokenizer, `report.json` and model card."""
-    method, pattern, patterns = _checked(lambda: _what_to_prune(arguments))
-    _checked(lambda: check_adds_up(method, arguments.strategy))
-    _checked(lambda: check_format(arguments.format))
-    texts = _checked(lambda: _texts_to_evaluate(arguments))
-    out = Path(arguments.out).expanduser()
-    _checked(lambda: check_output_folder(out))
-    device = _checked(lambda: _device(arguments.device))
-    _checked(lambda: _check_counts(arguments, ("samples", "length", "windows", "batch_size")))
-    _checked(lambda: check_seed(arguments.seed))
-    _checked(check_isa)
+def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
+    """Check a command line as far as that takes no model, and return the work.
 
-    _say(f"loading {arguments.model}")
-    model, tokenizer = _load(arguments, device)
+    Raises:
+        ValueError: options that contradict each other, or a method that knows one data set only.
+        OSError: a folder that cannot be written to.
+    """
+    method = configured(arguments.method, arguments.set)
+    check_adds_up(method, arguments.strategy)
+    texts = _texts_to_evaluate(arguments)
+    check_output_folder(arguments.out)
+    check_isa()
+    return partial(_prune, arguments, method, texts)
+
+
+def interrupted_hint(arguments: argparse.Namespace) -> str:
+    """Return what to do after Ctrl-C: only a state is gone on with."""
+    if not arguments.state:
+        return "nothing was kept; with --state DIR a run can be resumed"
+    instead = " in place of --abandon" if arguments.abandon else ""
+    return f"run the same command with --resume{instead} to go on"
+
+
+def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str]) -> None:
+    out, pattern = arguments.out, arguments.pattern or DEFAULT_PATTERN
+    tokenizer = load_tokenizer_of(arguments)
+    model = load_model(arguments)
     check_space(model, out)
-    samples, length = arguments.samples or DEFAULT_SAMPLES, _window_length(arguments.length, model)
-    evaluation = {source: _Evaluation(arguments, model, tokenizer, text) for source, text in texts.items()}
+    samples, length = arguments.samples or DEFAULT_SAMPLES, window_length(arguments.length, model)
+    held_out = {
+        source: HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) for source, text in texts.items()
+    }
     calibrations = {
         source: calibration_ids(source, tokenizer, samples=samples, length=length, seed=arguments.seed)
         for source in arguments.calibration
@@ -62,7 +76,7 @@ def continual_command(arguments: argparse.Namespace) -> None:
         calibrations,
         method,
         pattern,
-        {source: of.tokens for source, of in evaluation.items()},
+        {source: of.tokens for source, of in held_out.items()},
         arguments.state,
         arguments.seed,
         resume=arguments.resume,
@@ -70,16 +84,16 @@ def continual_command(arguments: argparse.Namespace) -> None:
         strategy=arguments.strategy,
         include=arguments.include,
         exclude=arguments.exclude,
-        patterns=patterns,
+        patterns=dict(arguments.pattern_for),
         batch_size=arguments.batch_size,
-        length=_window_length(None, model),
+        length=window_length(None, model),
         out=out,
         format=arguments.format,
     )
     tokenizer.save_pretrained(out)
     settings = {
         "model": arguments.model,
-        "method": f"{_describe(method)}, {arguments.strategy}",
+        "method": f"{described(method)}, {arguments.strategy}",
         "pattern": str(pattern),
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration": f"{samples} x {length} tokens each of {', '.join(report.names)}, one after another",
@@ -87,9 +101,9 @@ def continual_command(arguments: argparse.Namespace) -> None:
     packed = arguments.format != DENSE
     _complete(model, out, report, settings, shlex.join(arguments.command_line), packed)
     print(f"\n{report}")
-    for of in evaluation.values():
+    for of in held_out.values():
         print(f"evaluated on {of.description}")
-    print(_next_steps(out, packed))
+    print(next_steps(out, packed))
 
 
 def _complete(
@@ -106,21 +120,21 @@ def _complete(
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:
-    """The text to evaluate each data set on."""
+    """Return the text to evaluate each data set on, none without `--evaluate`."""
     sources = arguments.calibration
     for source in sources:
         if sources.count(source) > 1:
-            raise UsageError(f"calibration: {source} is given twice")
+            raise ValueError(f"--calibration: {source} is given twice")
     if arguments.report_error:
-        raise UsageError("report-error: not with more than one --calibration, nor with --state")
+        raise ValueError("--report-error: not with more than one --calibration, nor with --state")
     for name in ("resume", "abandon"):
         if getattr(arguments, name) and not arguments.state:
-            raise UsageError(f"{name}: expected --state, the folder of the run to go on with")
+            raise ValueError(f"--{name}: expected --state, the folder of the run to go on with")
     if arguments.resume and arguments.abandon:
-        raise UsageError("abandon: expected it without --resume, which goes on with the unfinished step")
+        raise ValueError("--abandon: expected it without --resume, which goes on with the unfinished step")
     if not arguments.evaluate:
         return {}
     texts = arguments.text or [source for source in sources if source.startswith(BUILTIN)]
     if len(texts) != len(sources):
-        raise UsageError("text: expected one --text for each --calibration, in the same order, to evaluate each data set on")
+        raise ValueError("--text: expected one for each --calibration, in the same order, to evaluate each data set on")
     return dict(zip(sources, texts, strict=True))

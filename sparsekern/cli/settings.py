@@ -1,83 +1,87 @@
-"""A method's settings as a command line gives them: the common ones as options, any one as `--set NAME=VALUE`."""
+"""A method's settings as a command line gives and lists them, made from the rules that its config declares."""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Mapping, Sequence
+import inspect
+import textwrap
+from collections.abc import Sequence
 
-from ..methods import METHODS, Method
+from ..methods import METHODS, Method, settings_of
 
 
-def configured(name: str, options: Mapping[str, object], assignments: Sequence[str]) -> Method:
-    """The method `name` with these settings, in its config's own types.
-
-    What it has no setting for goes to the method inside it, gradual's criterion or sparsellm's solver; `solver.damping` always does.
+def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
+    """Return the config of the method `name` with these settings.
 
     Args:
-        options: setting -> value, from options of the same name with dashes.
-        assignments: `NAME=VALUE`, read by the type of the config's field.
+        name: a key of `METHODS`.
+        assignments: setting and text of its value; `solver.damping` is a setting of the method inside.
 
     Raises:
-        ValueError, TypeError: no such method or setting, a value of another type, or one that the method refuses.
+        ValueError: the method has no such setting or does not accept the value, or a setting is given twice.
     """
-    if name not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {name!r}")
-    own = _types(METHODS[name])
-    part = next((setting for setting, types in own.items() if Method in types), "")
-    chosen = {f"--{setting.replace('_', '-')}": (setting, value) for setting, value in options.items()}
-    for assignment in assignments:
-        setting, separator, value = assignment.partition("=")
-        if not separator or not setting:
-            raise ValueError(f"set: expected NAME=VALUE, got {assignment!r}")
-        if setting in options or (label := f"--set {setting}") in chosen:
-            raise ValueError(f"set: {setting} is given twice")
-        chosen[label] = (setting, value)
-    inside = _inside(name, part, dict(chosen.values())) if part else None
-    inner = _types(METHODS[inside]) if inside else {}
-
+    kind, rules = METHODS[name], settings_of(METHODS[name])
+    part = _part(name)
     given: dict[str, object] = {}
-    given_inside: dict[str, object] = {}
-    for label, (setting, value) in chosen.items():
-        prefix, _, rest = setting.rpartition(".")
-        if setting in own:
-            given[setting] = _read(label, value, own[setting])
-        elif rest in inner and prefix in ("", part):
-            given_inside[rest] = _read(label, value, inner[rest])
+    inner: dict[str, str] = {}
+    seen: set[str] = set()
+    for setting, text in assignments:
+        if setting in seen:
+            raise ValueError(f"--set: {setting} is given twice")
+        seen.add(setting)
+        owner, _, rest = setting.partition(".")
+        if setting in rules:
+            given[setting] = rules[setting].from_text(f"--set {setting}", text)
+        elif part and owner == part and rest:
+            inner[rest] = text
         else:
-            others = f"; its {part} {inside} has {', '.join(inner) or 'none'}" if inside else ""
-            raise ValueError(f"{label}: the method {name} has no such setting, only {', '.join(own) or 'none'}{others}")
-    if given_inside:
-        given[part] = METHODS[inside](**given_inside)
-    return METHODS[name](**given)
+            raise ValueError(f"--set: the method {name} has no setting {setting!r}, only {_listed(name)}")
+    if not inner:
+        return kind(**given)
+    inside = given.get(part, rules[part].default)
+    kind(**given)  # raises for an unknown method inside
+    return kind(**given | {part: _configured_inside(name, part, inside, inner)})
 
 
-def _types(method: type[Method]) -> dict[str, tuple[type, ...]]:
-    """Each setting of a method, with the types that its value may have."""
-    hints = typing.get_type_hints(method)
-    return {field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(method)}
+def method_help(name: str) -> str:
+    """Return what a method does and its settings, for `--help-method`."""
+    lines = [_first_paragraph(METHODS[name]), ""]
+    rules, part = settings_of(METHODS[name]), _part(name)
+    if not rules:
+        return "\n".join([*lines, f"{name} has no settings."])
+    lines.append(f"Settings of --method {name}, each given by --set NAME=VALUE:")
+    width = max(map(len, rules))
+    for setting, rule in rules.items():
+        text = f"{rule.help}; {rule.expected} (default: {_shown(rule.default)})"
+        label = f"  {setting:<{width}}  "
+        lines += textwrap.wrap(text, 79, initial_indent=label, subsequent_indent=" " * len(label))
+    if part:
+        example = rules[part].default
+        lines.append(f"{part}.NAME=VALUE gives a setting of the {part}; --help-method {example} lists those of {example}.")
+    return "\n".join(lines)
 
 
-def _inside(name: str, part: str, given: Mapping[str, object]) -> str | None:
-    """The name of the method inside; None where it is unknown, which is the config's to refuse."""
-    default = next(field.default for field in dataclasses.fields(METHODS[name]) if field.name == part)
-    found = given.get(part, default)
-    return found if found in METHODS else None
+def _configured_inside(name: str, part: str, inside: object, inner: dict[str, str]) -> Method:
+    rules = settings_of(METHODS[inside])
+    for setting in inner:
+        if setting not in rules:
+            listed = ", ".join(rules) or "none"
+            raise ValueError(f"--set: the {part} {inside} of {name} has no setting {setting!r}, only {listed}")
+    return METHODS[inside](**{key: rules[key].from_text(f"--set {part}.{key}", text) for key, text in inner.items()})
 
 
-def _read(label: str, value: object, types: tuple[type, ...]) -> object:
-    if not isinstance(value, str):
-        return value
-    if value == "none" and type(None) in types:
-        return None
-    for kind, expected, read in ((bool, "true or false", _truth), (int, "a whole number", int), (float, "a number", float)):
-        if kind in types:
-            try:
-                return read(value)
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{label}: expected {expected}, got {value!r}") from error
-    return value
+def _part(name: str) -> str:
+    """Return the setting that holds another method, empty where there is none."""
+    return next((setting for setting, rule in settings_of(METHODS[name]).items() if rule.is_method), "")
 
 
-def _truth(value: str) -> bool:
-    return {"true": True, "false": False}[value]
+def _listed(name: str) -> str:
+    part = _part(name)
+    return (", ".join(settings_of(METHODS[name])) or "none") + (f", and those of the method inside as {part}.NAME" if part else "")
+
+
+def _first_paragraph(method: type[Method]) -> str:
+    return textwrap.fill(f"{method.name}: {inspect.getdoc(method).partition(chr(10) * 2)[0]}", 79)
+
+
+def _shown(value: object) -> str:
+    return {True: "true", False: "false", None: "none"}[value] if isinstance(value, bool) or value is None else f"{value}"

@@ -12,7 +12,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from torch import nn
@@ -44,11 +48,13 @@ def why_unknown() -> str:
 def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remote_code: bool = False) -> Resident:
     """Save `model` to a temporary folder, and load it in a process that generates `tokens` after a prompt, on the model's device.
 
+    SIGTERM and SIGHUP meanwhile end that process, remove the folder and exit.
+
     Raises:
         OSError: no space left for temporary files.
         RuntimeError: the process did not get to its end; the message has its last words.
     """
-    with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
+    with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         check_space(model, folder)
         model.save_pretrained(folder)
         command = [sys.executable, "-c", _program(), folder, "--device", str(model.device)]
@@ -58,6 +64,31 @@ def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remo
     if done.returncode:
         raise RuntimeError(f"resident memory: the process that loaded the model {_how_it_ended(done)}; --no-rss does without")
     return Resident(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def _signals_as_exit() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into `SystemExit`, so that a child process and temporary files do not outlive this one.
+
+    A signal that the program handles or ignores itself, as under `nohup`, stays so. Python sets signals in the main thread only.
+    """
+    previous: dict[int, object] = {}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for taken in previous:
+            signal.signal(taken, signal.SIG_IGN)  # a second one must not break off the cleaning up
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        previous = {number: signal.SIG_DFL for number in known if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        for number in previous:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _program() -> str:

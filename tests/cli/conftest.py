@@ -27,3 +27,11 @@ def prune(model, text, tmp_path):
         return main([*given, *arguments])
 
     return run
+
+
+def exit_code(run, *arguments) -> int:
+    """Return the exit code, whether the parser exits by itself or `main` returns."""
+    try:
+        return run(*arguments)
+    except SystemExit as stopped:
+        return stopped.code

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -10,12 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
-from sparsekern import ALPS, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured
-from sparsekern.cli import commands, main
-from sparsekern.cli.main import _parser
-from sparsekern.methods import METHODS
+from sparsekern import ALPS, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, Wanda
+from sparsekern.cli import common, main
+from sparsekern.cli.parser import make_parser
+from sparsekern.cli.settings import configured
+from sparsekern.methods import METHODS, settings_of
 from sparsekern.pruning.blockwise import loop
 from tests import tiny
+from tests.cli.conftest import exit_code
 
 
 def kept_of_four(weight: torch.Tensor) -> torch.Tensor:
@@ -71,8 +74,8 @@ def test_prune_from_pretrained_eval(model, text, tmp_path):
 
 def test_patterns_includes_and_method_settings(prune, tmp_path):
     chosen = ["--include", "*.mlp.*", "--include", "*.q_proj", "--exclude", "*.layers.2.*"]
-    patterns = ["--layer-pattern", "*.q_proj=1:4", "--layer-pattern", "*.gate_proj=dense"]
-    settings = ["--scope", "row", "--damping", "0.1", "--block-size", "16", "--batch-size", "3", "--seed", "5"]
+    patterns = ["--pattern-for", "*.q_proj=1:4", "--pattern-for", "*.gate_proj=dense"]
+    settings = ["--set", "scope=row", "--set", "damping=0.1", "--set", "block_size=16", "--batch-size", "3", "--seed", "5"]
     assert prune(*chosen, *patterns, *settings, "--pattern", "25%") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     found = {layer["name"].removeprefix("model.layers."): layer["pattern"] for layer in report["layers"]}
@@ -124,7 +127,7 @@ def test_a_format_that_nothing_will_fit_is_refused_before_the_work(prune, model,
 
 
 def test_sparsellm_with_another_solver(prune, tmp_path):
-    assert prune("--method", "sparsellm", "--solver", "wanda", "--damping", "0.1") == 0
+    assert prune("--method", "sparsellm", "--set", "solver=wanda", "--set", "damping=0.1") == 0
     method = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["method"]
     assert (method["name"], method["solver"], method["damping"]) == ("sparsellm", {"name": "wanda"}, 0.1)
 
@@ -132,34 +135,52 @@ def test_sparsellm_with_another_solver(prune, tmp_path):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (("sparsegpt", "--set", "mask=wanda", "--scope", "row"), SparseGPT(mask="wanda", scope="row")),
-        (("sparsegpt", "--set", "mask=none"), SparseGPT()),
-        (("alps", "--set", "rho=3", "--set", "max_iterations=9"), ALPS(rho=3.0, max_iterations=9)),
-        (("kprune", "--set", "tune_bias=false", "--set", "lam_rep=1e-2"), KPrune(tune_bias=False, lam_rep=0.01)),
-        (("gradual", "--scope", "global", "--set", "clip=2"), Gradual(Magnitude(scope="global"), clip=2.0)),
-        (("gradual", "--criterion", "structured", "--set", "criterion.units=heads"), Gradual(Structured(units="heads"))),
-        (("gradual", "--set", "train_steps=none", "--set", "schedule=linear"), Gradual(schedule="linear")),
+        (("sparsegpt", "mask=wanda", "scope=row"), SparseGPT(mask="wanda", scope="row")),
+        (("sparsegpt", "mask=none"), SparseGPT()),
+        (("alps", "rho=3", "max_iterations=9"), ALPS(rho=3.0, max_iterations=9)),
+        (("kprune", "remove=0.3", "tune_bias=false", "lam_rep=1e-2"), KPrune(remove=0.3, tune_bias=False, lam_rep=0.01)),
+        (("gradual", "criterion.scope=global", "clip=2"), Gradual(Magnitude(scope="global"), clip=2.0)),
+        (("gradual", "criterion=structured", "criterion.units=heads"), Gradual(Structured(units="heads"))),
+        (("gradual", "criterion.units=heads", "criterion=structured"), Gradual(Structured(units="heads"))),
+        (("gradual", "train_steps=none", "schedule=linear"), Gradual(schedule="linear")),
         (
-            (
-                "sparsellm",
-                "--solver",
-                "alps",
-                "--set",
-                "rho=1",
-                "--damping",
-                "0.1",
-                "--set",
-                "solver.damping=0.2",
-                "--set",
-                "keep=last",
-            ),
+            ("sparsellm", "solver=alps", "solver.rho=1", "damping=0.1", "solver.damping=0.2", "keep=last"),
             SparseLLM(ALPS(rho=1.0, damping=0.2), damping=0.1, keep="last"),
         ),
+        (("wanda",), Wanda()),
     ],
 )
 def test_every_setting_can_be_given(arguments, expected):
-    options = _parser().parse_args(["prune", "model", "--out", "out", "--pattern", "0.5", "--method", *arguments])
-    assert commands._what_to_prune(options)[0] == expected
+    method, *settings = arguments
+    given = [word for setting in settings for word in ("--set", setting)]
+    options = make_parser().parse_args(["prune", "model", "--out", "out", "--method", method, *given])
+    assert configured(options.method, options.set) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_is_read_from_what_help_shows_as_its_default(method, capsys, monkeypatch):
+    """Each value that `--help-method` prints goes through `--set`, so that the help of no setting can be wrong about it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", "--help-method", method])
+    assert stopped.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(f"{method}: ")
+    rules = settings_of(METHODS[method])
+    defaults = re.findall(r"\(default: (\S+)\)", printed)
+    assert len(defaults) == len(rules) and (rules or printed.endswith(f"{method} has no settings."))
+    assert all(f"{name} {' '.join(rule.help.split())}" in printed for name, rule in rules.items())
+    assert configured(method, list(zip(rules, defaults, strict=True))) == METHODS[method]()
+    assert ("NAME=VALUE gives a setting of the" in printed) == (method in ("gradual", "sparsellm"))
+
+
+def test_the_common_options_are_one_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and len(printed.splitlines()) <= 40 and max(map(len, printed.splitlines())) <= 80
+    assert all(name in printed for name in METHODS)
 
 
 def test_magnitude_reads_no_text(model, tmp_path):
@@ -197,7 +218,7 @@ def test_a_run_killed_after_the_last_block_loses_nothing(prune, text, tmp_path, 
         return 1.0
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "perplexity", killed)
+        patch.setattr(common, "perplexity", killed)
         assert prune(*evaluation) == 130
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -221,7 +242,8 @@ def test_the_error_of_methods_without_a_gram_matrix(prune, tmp_path, method):
 
 
 def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
-    assert prune("--method", "gradual", "--criterion", "random", "--pattern", "0.5", "--steps", "2", "--train-steps", "1") == 0
+    settings = ("--set", "criterion=random", "--set", "steps=2", "--set", "train_steps=1")
+    assert prune("--method", "gradual", *settings, "--pattern", "0.5") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparsity"] == 0.5 and [entry["step"] for entry in report["training"]] == [1, 2]
     assert report["settings"]["method"]["criterion"] == {"name": "random", "scope": "matrix"}
@@ -230,55 +252,80 @@ def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--method", "obc"], f"method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
-        (["--pattern", "4:2"], "pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '4:2'"),
-        (["--pattern", "0:4"], "pattern: N:M keeps N of every M weights"),
-        (["--pattern", "1.5"], "pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
-        (["--pattern=-0.1"], "pattern: expected a sparsity of at least 0 and below 1, got -0.1"),
-        (["--pattern", "half"], "pattern: expected 'N:M' (keep N of every M) or a sparsity such as 0.5, got 'half'"),
-        (["--layer-pattern", "2:4"], "layer-pattern: expected GLOB=PATTERN, got '2:4'"),
-        (["--layer-pattern", "*=4:4"], "pattern: N:M keeps N of every M weights"),
-        (["--method", "wanda", "--steps", "2"], "--steps: the method wanda has no such setting"),
-        (["--method", "gradual", "--steps", "0"], "Gradual.steps: expected a whole number of at least 1, got 0"),
+        (["--method", "obc"], f"--method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
+        (["--help-method", "obc"], f"--help-method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
+        (["--pattern", "4:2"], "--pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '4:2'"),
+        (["--pattern", "0:4"], "--pattern: N:M keeps N of every M weights"),
+        (["--pattern", "1.5"], "--pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
+        (["--pattern=-0.1"], "--pattern: expected a sparsity of at least 0 and below 1, got -0.1"),
+        (["--pattern", "half"], "--pattern: expected 'N:M' (keep N of every M) or a sparsity such as 0.5, got 'half'"),
+        (["--pattern-for", "2:4"], "--pattern-for: expected GLOB=PATTERN, got '2:4'"),
+        (["--pattern-for", "*=4:4"], "--pattern-for: N:M keeps N of every M weights"),
+        (["--pattern-for", "=2:4"], "--pattern-for: expected GLOB=PATTERN, got '=2:4'"),
+        (["--method", "kprune", "--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons"),
+        (["--method", "kprune", "--evaluate"], "--evaluate: perplexity is of causal language models, which kprune does not"),
+        (["--method", "kprune", "--set", "remove=1"], "KPrune.remove: expected a number of at least 0 and below 1, got 1.0"),
+        (["--set", "damping"], "--set: expected NAME=VALUE, got 'damping'"),
+        (["--set", "=3"], "--set: expected NAME=VALUE, got '=3'"),
+        (["--set", "rho=1"], "--set: the method sparsegpt has no setting 'rho', only damping, block_size, scope, mask"),
+        (["--method", "wanda", "--set", "rho=1"], "--set: the method wanda has no setting 'rho', only none"),
+        (["--method", "wanda", "--set", "solver.rho=1"], "--set: the method wanda has no setting 'solver.rho', only none"),
         (
-            ["--method", "gradual", "--criterion", "wanda"],
+            ["--method", "gradual", "--set", "scope=row"],
+            "--set: the method gradual has no setting 'scope', only criterion, steps, schedule, ",
+        ),
+        (
+            ["--method", "gradual", "--set", "criterion.units=heads"],
+            "--set: the criterion magnitude of gradual has no setting 'units', only scope",
+        ),
+        (["--method", "sparsellm", "--set", "gate.damping=1"], "--set: the method sparsellm has no setting 'gate.damping', only"),
+        (["--method", "sparsellm", "--set", "solver.=1"], "--set: the method sparsellm has no setting 'solver.', only"),
+        (["--method", "gradual", "--set", "steps=0"], "Gradual.steps: expected a whole number of at least 1, got 0"),
+        (
+            ["--method", "gradual", "--set", "criterion=wanda"],
             "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got",
         ),
-        (["--method", "sparsellm", "--solver", "kprune"], "SparseLLM.solver: expected a method that solves one linear"),
-        (["--set", "damping"], "set: expected NAME=VALUE, got 'damping'"),
-        (["--set", "rho=1"], "--set rho: the method sparsegpt has no such setting, only damping, block_size, scope, mask"),
-        (["--method", "wanda", "--set", "rho=1"], "--set rho: the method wanda has no such setting, only none"),
         (
-            ["--method", "gradual", "--damping", "1"],
-            "--damping: the method gradual has no such setting, only criterion, steps, schedule, ",
+            ["--method", "gradual", "--set", "criterion=wanda", "--set", "criterion.scope=row"],
+            "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got",
         ),
-        (["--method", "sparsellm", "--set", "gate.damping=1"], "--set gate.damping: the method sparsellm has no such setting"),
-        (["--method", "alps", "--set", "rho=big"], "--set rho: expected a number, got 'big'"),
-        (["--method", "sparsellm", "--set", "iterations=2.5"], "--set iterations: expected a whole number, got '2.5'"),
-        (["--method", "kprune", "--set", "tuning=yes"], "--set tuning: expected true or false, got 'yes'"),
+        (["--method", "sparsellm", "--set", "solver=kprune"], "SparseLLM.solver: expected a method that solves one linear"),
+        (["--method", "sparsellm", "--set", "solver=obc"], "SparseLLM.solver: method: expected one of"),
+        (["--method", "alps", "--set", "rho=big"], "--set rho: expected a number above 0, got 'big'"),
+        (
+            ["--method", "sparsellm", "--set", "solver=alps", "--set", "solver.rho=big"],
+            "--set solver.rho: expected a number above 0, got 'big'",
+        ),
+        (
+            ["--method", "sparsellm", "--set", "iterations=2.5"],
+            "--set iterations: expected a whole number of at least 1, got '2.5'",
+        ),
+        (["--method", "kprune", "--set", "tuning=yes"], "--set tuning: expected True or False, got 'yes'"),
         (["--method", "kprune", "--set", "mu=-1"], "KPrune.mu: expected a number above 0, got -1.0"),
-        (["--damping", "0.1", "--set", "damping=0.2"], "set: damping is given twice"),
-        (["--method", "alps", "--set", "rho=1", "--set", "rho=2"], "set: rho is given twice"),
-        (["--method", "gradual", "--scope", "world"], "Magnitude.scope: expected one of 'matrix', 'row', 'global', got 'world'"),
-        (["--method", "wanda", "--damping", "0.1"], "--damping: the method wanda has no such setting"),
-        (["--method", "wanda", "--solver", "alps"], "--solver: the method wanda has no such setting"),
-        (["--method", "sparsellm", "--solver", "obc"], "SparseLLM.solver: method: expected one of"),
-        (["--damping", "-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
-        (["--scope", "world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
-        (["--format", "onnx"], "format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),
-        (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16, float16, got 'int4'"),
-        (["--device", "quantum"], "device: expected auto, cpu or cuda[:N], got 'quantum'"),
-        (["--device", "cuda:99"], "device: 'cuda:99' asked for, but torch"),
-        (["--samples", "0"], "samples: expected at least 1, got 0"),
-        (["--batch-size", "0"], "batch-size: expected at least 1, got 0"),
-        (["--windows", "0"], "windows: expected at least 1, got 0"),
-        (["--seed", "99999999999999999999"], "seed: expected a whole number from 0 to 2**63 - 1, got 99999999999999999999"),
+        (["--method", "alps", "--set", "rho=1", "--set", "rho=2"], "--set: rho is given twice"),
+        (["--method", "sparsellm", "--set", "solver.scope=row", "--set", "solver.scope=row"], "--set: solver.scope is given twice"),
+        (["--method", "gradual", "--set", "criterion.scope=world"], "Magnitude.scope: expected one of 'matrix', 'row', 'global'"),
+        (["--set", "damping=-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
+        (["--set", "scope=world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
+        (["--format", "onnx"], "--format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),
+        (["--dtype", "int4"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int4'"),
+        (["--device", "quantum"], "--device: expected auto, cpu or cuda[:N], got 'quantum'"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' asked for, but torch"),
+        (["--device", "meta"], "--device: expected auto, cpu or cuda[:N], got 'meta', which holds no values"),
+        (["--samples", "0"], "--samples: expected at least 1, got 0"),
+        (["--samples", "many"], "--samples: expected a whole number, got 'many'"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--windows", "0"], "--windows: expected at least 1, got 0"),
+        (["--length", "1.5"], "--length: expected a whole number, got '1.5'"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 2**63 - 1, got -1"),
+        (["--seed", "99999999999999999999"], "--seed: expected a whole number from 0 to 2**63 - 1, got 99999999999999999999"),
+        (["--damping", "0.1"], "sparsekern: error: unrecognized arguments: --damping 0.1"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(prune, capsys, arguments, message):
-    assert prune(*arguments) == 2
+    code = exit_code(prune, *arguments)
     error = capsys.readouterr().err
-    assert error.startswith(f"sparsekern prune: error: {message}") and error.count("\n") == 1
+    assert code == 2 and error.removeprefix("sparsekern prune: error: ").startswith(message) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -291,7 +338,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(prune, capsys, arguments, 
         (["--include", "*.nothing"], "include: '*.nothing' matches no linear of the model"),
         (["--length", "65"], "length: expected at most 64, the positions of this model, got 65"),
         (["--calibration", "gone.txt"], "text: no file 'gone.txt'"),
-        (["--method", "kprune", "--pattern", "0.5"], "model: expected an encoder"),
+        (["--method", "kprune"], "model: expected an encoder"),
         (["--evaluate", "--text", "gone.txt"], "text: no file 'gone.txt'"),
     ],
 )

@@ -6,8 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparsekern.cli import continual as several
 from sparsekern.cli import main
+from sparsekern.cli import prune as one_text
+from sparsekern.pruning.blockwise import loop
 from tests import tiny
+from tests.cli.conftest import exit_code
 
 
 def test_several_texts_one_after_another(model, text, tmp_path, capsys):
@@ -55,20 +59,58 @@ def test_several_texts_packed(prune, text, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--calibration", "a.txt", "--calibration", "a.txt"], "calibration: a.txt is given twice"),
-        (["--state", "state", "--report-error"], "report-error: not with more than one --calibration, nor with --state"),
-        (["--calibration", "a.txt", "--resume"], "resume: expected --state, the folder of the run to go on with"),
-        (["--abandon"], "abandon: expected --state, the folder with the unfinished step"),
-        (["--calibration", "a.txt", "--abandon"], "abandon: expected --state, the folder of the run to go on with"),
-        (["--state", "state", "--abandon", "--resume"], "abandon: expected it without --resume"),
-        (["--calibration", "a.txt", "--strategy", "x"], "strategy: expected one of 'accumulate', 'dense', 'carry', got 'x'"),
-        (["--calibration", "a.txt", "--method", "kprune", "--pattern", "0.5"], "method: expected one of alps, copal, "),
-        (["--state", "state", "--evaluate"], "text: expected one --text for each --calibration"),
-        (["--strategy", "carry"], "strategy: expected more than one --calibration, or --state"),
-        (["--text", "a.txt", "--text", "b.txt"], "text: expected one --text for one --calibration, got 2"),
+        (["--calibration", "a.txt", "--calibration", "a.txt"], "--calibration: a.txt is given twice"),
+        (["--state", "state", "--report-error"], "--report-error: not with more than one --calibration, nor with --state"),
+        (["--calibration", "a.txt", "--resume"], "--resume: expected --state, the folder of the run to go on with"),
+        (["--abandon"], "--abandon: expected --state, the folder with the unfinished step"),
+        (["--calibration", "a.txt", "--abandon"], "--abandon: expected --state, the folder of the run to go on with"),
+        (["--state", "state", "--abandon", "--resume"], "--abandon: expected it without --resume"),
+        (["--calibration", "a.txt", "--strategy", "x"], "--strategy: expected one of accumulate, dense, carry, got 'x'"),
+        (["--calibration", "a.txt", "--method", "kprune"], "method: expected one of alps, copal, "),
+        (["--state", "state", "--evaluate"], "--text: expected one for each --calibration, in the same order"),
+        (["--strategy", "carry"], "--strategy: expected more than one --calibration, or --state"),
+        (["--text", "a.txt", "--text", "b.txt"], "--text: expected one for one --calibration, got 2"),
     ],
 )
 def test_wrong_calls_about_several_texts(prune, capsys, arguments, message):
-    assert prune(*arguments) == 2
+    assert exit_code(prune, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1  # no model was loaded
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        ((), "run the same command with --resume to go on"),
+        (("--state", "{}"), "run the same command with --resume to go on"),
+        (("--state", "{}", "--abandon"), "run the same command with --resume in place of --abandon to go on"),
+        (("--calibration", "{}.txt"), "nothing was kept; with --state DIR a run can be resumed"),
+    ],
+)
+def test_what_can_be_done_after_ctrl_c(prune, tmp_path, monkeypatch, capsys, arguments, hint):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    for module in (one_text, several):
+        monkeypatch.setattr(module, "load_tokenizer_of", stop)
+    given = [word.format(tmp_path / "other") for word in arguments]
+    assert prune(*given) == 130
+    assert capsys.readouterr().err == f"sparsekern prune: interrupted; {hint}\n"
+    monkeypatch.undo()
+    if "--resume" in hint and "--abandon" not in arguments:  # of which there is nothing to drop here
+        assert prune(*given, "--resume") == 0
+
+
+def test_a_run_with_a_state_goes_on_as_the_hint_says(prune, text, tmp_path, monkeypatch, capsys):
+    def stop_at_the_last_block(run, index, linears, original=loop.BlockRun._prune_block):
+        if index == 2:
+            raise KeyboardInterrupt
+        original(run, index, linears)
+
+    given = ("--method", "copal", "--state", str(tmp_path / "state"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.BlockRun, "_prune_block", stop_at_the_last_block)
+        assert prune(*given) == 130
+    assert "run the same command with --resume to go on" in capsys.readouterr().err
+    assert prune(*given) == 1
+    assert prune(*given, "--resume") == 0

@@ -325,7 +325,7 @@ def test_on_the_command_line(tmp_path, capsys):
         "The quick brown fox jumps over the lazy dog. Every other animal of the wood runs far away. " * 3
     )
     command = ["prune", str(tmp_path / "model"), "--method", "kprune", "--calibration", str(tmp_path / "text.txt")]
-    assert main([*command, "--pattern", "0.5", "--length", "32", "--out", str(tmp_path / "out")]) == 0
+    assert main([*command, "--set", "remove=0.5", "--length", "32", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "heads, layer by layer" in shown and "sparsekern.load(" in shown
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -333,8 +333,8 @@ def test_on_the_command_line(tmp_path, capsys):
     model = sparsekern.load(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) == report["model_parameters"][1]
     for wrong, message in (
-        (["--pattern", "2:4"], "expected a share"),
-        (["--pattern", "0.5", "--evaluate"], "perplexity is of causal"),
+        (["--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons, which is --set remove=0.5"),
+        (["--evaluate"], "perplexity is of causal"),
     ):
         assert main([*command, *wrong, "--out", str(tmp_path / "other")]) == 2
         assert message in capsys.readouterr().err

@@ -1,7 +1,12 @@
 import copy
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +20,7 @@ from sparsekern.measure import resident
 from sparsekern.measure.compare import compare, saved_bytes
 from sparsekern.runtime.packing import packed_copy
 from tests import encoders
+from tests.cli.conftest import exit_code
 from tests.runtime import packed
 
 
@@ -94,6 +100,64 @@ def test_a_process_that_dies_says_why(tmp_path, monkeypatch, script, message):
         resident.resident_of(packed.llama(), prompt_length=8, tokens=4)
 
 
+DRIVER = """
+import sys
+from pathlib import Path
+from torch import nn
+from sparsekern.measure import resident
+
+class Model(nn.Linear):
+    device = "cpu"
+    def save_pretrained(self, folder):
+        (Path(folder) / "weights").touch()
+
+resident.sys.executable = sys.argv[1]
+resident.resident_of(Model(2, 2), prompt_length=8, tokens=4)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_process_and_no_copy_of_the_model(tmp_path, name):
+    (tmp_path / "python").write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/started && mv {tmp_path}/started {tmp_path}/pid\nexec sleep 600\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "python")], env=environment)
+    try:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None, "it has ended by itself"
+            time.sleep(0.02)
+        assert list((tmp_path / "temporary").iterdir())
+        number = getattr(signal, name)
+        process.send_signal(number)
+        assert process.wait() == 128 + number
+    finally:
+        process.kill()
+    assert not list((tmp_path / "temporary").iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_signals_that_are_ignored_or_handled_stay_so():
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with resident._signals_as_exit():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+            seen = []
+            thread = threading.Thread(target=lambda: seen.append(resident._signals_as_exit().__enter__()))
+            thread.start()
+            thread.join()
+            assert seen == [None]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_platform_that_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(resident, "STATUS", tmp_path / "status")
     model = packed.llama()
@@ -142,16 +206,17 @@ def test_a_decode_too_short_for_the_clock(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (["--tokens", "0"], 2, "tokens: expected at least 1, got 0"),
-        (["--plot", "bench.png"], 2, "plot: expected a file name that ends in .svg, got 'bench.png'"),
-        (["--plot", "nowhere/bench.svg"], 2, "plot: there is no folder 'nowhere' to put 'bench.svg' in"),
-        (["--format", "onnx"], 2, "format: expected 'bitmask' or 'N:M', got 'onnx'"),
+        (["--tokens", "0"], 2, "--tokens: expected at least 1, got 0"),
+        (["--plot", "bench.png"], 2, "--plot: expected a file name that ends in .svg, got 'bench.png'"),
+        (["--plot", "nowhere/bench.svg"], 2, "--plot: there is no folder 'nowhere' to put 'bench.svg' in"),
+        (["--format", "onnx"], 2, "--format: expected 'packed', 'bitmask' or 'N:M', got 'onnx'"),
+        (["--format", "auto"], 2, "--format: expected 'packed', 'bitmask' or 'N:M', got 'auto'"),
         (["--prompt-length", "60"], 1, "prompt_length, tokens: expected at most 63 together"),
         (["--format", "1:4"], 1, "none of its 15 linear layers gets smaller with format='1:4'"),
     ],
 )
 def test_wrong_arguments(folder, capsys, arguments, code, message):
-    assert main(["bench", folder, *arguments]) == code
+    assert exit_code(main, ["bench", folder, *arguments]) == code
     assert message in capsys.readouterr().err
 
 

@@ -1,0 +1,118 @@
+"""What the commands share: loading a model, the held-out text, and words about a pruned folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..data import encode, perplexity, read_documents
+from ..methods import Method
+from ..models.load import load, load_tokenizer
+from ..pattern import NM
+
+DEFAULT_LENGTH = 2048
+DEFAULT_SAMPLES = 128
+DEFAULT_SENTENCES = 1024
+DEFAULT_TEXT = "builtin:python-docs"
+DEFAULT_PATTERN = NM(2, 4)
+
+
+class HeldOutText:
+    """A text to evaluate on, tokenized once, so that one that is too short is found before any work.
+
+    Attributes:
+        tokens: `[tokens]` int64, whole windows only.
+        length: tokens in a window.
+        description: the text and its windows, for reports.
+        seconds: spent on perplexities so far.
+    """
+
+    def __init__(self, source: str, model: torch.nn.Module, tokenizer, *, length: int | None, windows: int | None) -> None:
+        self.length, self.seconds = window_length(length, model), 0.0
+        tokens = encode(read_documents(source, "held-out"), tokenizer)
+        available = len(tokens) // self.length
+        if available == 0:
+            raise ValueError(f"text: {source} has {len(tokens)} tokens; one window of length {self.length} needs {self.length}")
+        count = min(available, windows or available)
+        self.tokens = tokens[: count * self.length]
+        part = "the held-out part of " if source.startswith("builtin:") else ""
+        self.description = f"{count} x {self.length} tokens of {part}{source}"
+
+    def perplexity(self, model: torch.nn.Module) -> float:
+        """Return the perplexity of `model`, with a progress bar."""
+        start = time.perf_counter()
+        result = perplexity(model, self.tokens, self.length, progress=True)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
+    """Load the model that the command line names, saying so."""
+    say(f"loading {arguments.model}")
+    with _bars_of_tensors_hidden():
+        return load(arguments.model, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
+
+
+def load_tokenizer_of(arguments: argparse.Namespace):
+    """Load the tokenizer of the model that the command line names."""
+    return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+
+
+def window_length(length: int | None, model: torch.nn.Module) -> int:
+    """Return the tokens in a window: `length`, or 2048 or the model's positions; raise `ValueError` for more than those."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if length is None:
+        return min(DEFAULT_LENGTH, positions)
+    if length > positions:
+        raise ValueError(f"length: expected at most {positions}, the positions of this model, got {length}")
+    return length
+
+
+def described(method: Method) -> str:
+    """Return a method's name with its settings."""
+    settings = ", ".join(f"{name} {value}" for name, value in method.settings().items() if name != "name" and value is not None)
+    return f"{method.name} ({settings})" if settings else method.name
+
+
+def next_steps(out: Path, packed: bool) -> str:
+    """Return the lines of Python that load and run the model saved to `out`."""
+    folder = str(out)
+    first = "import sparsekern\n  " if packed else ""
+    return f"""
+saved to {folder}; to use it:
+
+  {first}from transformers import AutoModelForCausalLM, AutoTokenizer
+  model = AutoModelForCausalLM.from_pretrained({folder!r})
+  tokenizer = AutoTokenizer.from_pretrained({folder!r})
+  prompt = tokenizer("The capital of France is", return_tensors="pt")
+  output = model.generate(**prompt, max_new_tokens=20)
+  print(tokenizer.decode(output[0]))
+"""
+
+
+def say(what: str) -> None:
+    """Print what is going on to standard error."""
+    print(f"{what} …", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bars_of_tensors_hidden() -> Iterator[None]:
+    """Hide transformers' bars of tensors: for good those that it can switch off, meanwhile that of GGUF files."""
+    from functools import partial
+
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    bar = gguf.tqdm
+    gguf.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar

@@ -1,0 +1,163 @@
+"""The options of each command."""
+
+from __future__ import annotations
+
+import argparse
+
+from .._version import __version__
+from ..methods import METHODS
+from ..models.load import DTYPES
+from ..pruning.continual.loop import STRATEGIES
+from . import types
+from .common import DEFAULT_TEXT
+from .settings import method_help
+
+EVALUATED = "text to evaluate on (the held-out part of python-docs)"
+DEFAULT_METHOD = "sparsegpt"
+LENGTH = "tokens in a window (2048, or the model's positions)"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line that names the option."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=24)
+
+
+class _MethodHelp(argparse.Action):
+    """Print a method's settings and exit, whatever else the command line says."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        print(method_help(values))
+        parser.exit()
+
+
+def make_parser() -> Parser:
+    """Return the parser of the whole command line; `name` is the command it finds."""
+    parser = Parser(prog="sparsekern", description="Prune pretrained transformers, fast.")
+    parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | bench | info")
+    for options in (_add_prune(commands), _add_eval(commands), _add_bench(commands), _add_info(commands)):
+        options.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        options.add_argument("-h", "--help", action="help", help="show this help")
+    return parser
+
+
+def _add_command(commands, name: str, help: str, model: bool = False, usage: str = "") -> argparse._ArgumentGroup:
+    """Add a command, and return the group of its options, which begins with those that choose the model."""
+    usage = " ".join(filter(None, ("sparsekern", name, "MODEL" if model else "", usage, "[options]")))
+    options = commands.add_parser(name, help=help, usage=usage, formatter_class=_Help, add_help=False).add_argument_group("options")
+    if model:
+        options.add_argument("model", metavar="MODEL", help="folder, .gguf file, hub id or builtin:smollm2-135m")
+    return options
+
+
+def _add_prune(commands) -> argparse._ArgumentGroup:
+    options = _add_command(commands, "prune", "prune a model and save it", model=True, usage="--out DIR")
+    options.add_argument("--out", required=True, type=types.path, metavar="DIR", help="new or empty folder for the pruned model")
+    options.add_argument(
+        "--format", default="dense", type=types.format_to_save, help="dense (default), packed (smaller), bitmask or N:M"
+    )
+    options.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, or --state")
+    _add_loading(options)
+    prune = commands.choices["prune"]
+    _add_choice_of_weights(prune.add_argument_group("pruning"))
+    _add_calibration(prune.add_argument_group("calibration"))
+    evaluation = prune.add_argument_group("evaluation")
+    evaluation.add_argument("--evaluate", action="store_true", help="measure perplexity before and after pruning")
+    evaluation.add_argument("--text", action="append", metavar="SOURCE", help=EVALUATED)
+    _add_windows(evaluation)
+    evaluation.add_argument("--report-error", action="store_true", help="report layers' errors for wanda and magnitude too")
+    return options
+
+
+def _add_choice_of_weights(group) -> None:
+    methods = types.one_of(sorted(METHODS))
+    group.add_argument(
+        "--method",
+        default=DEFAULT_METHOD,
+        type=methods,
+        metavar="NAME",
+        help=", ".join(f"{name} (default)" if name == DEFAULT_METHOD else name for name in sorted(METHODS)),
+    )
+    group.add_argument("--set", action="append", default=[], type=types.setting, metavar="NAME=VALUE", help="setting of the method")
+    group.add_argument("--help-method", action=_MethodHelp, type=methods, metavar="NAME", help="list a method's settings and exit")
+    group.add_argument("--pattern", type=types.pattern, help="N:M keeps N of M (2:4); 0.5 is the share of zeros")
+    group.add_argument(
+        "--pattern-for",
+        action="append",
+        default=[],
+        type=types.pattern_for,
+        metavar="GLOB=PATTERN",
+        help="pattern of linears that match, or dense; first wins",
+    )
+    group.add_argument("--include", action="append", metavar="GLOB", help="prune only linears that match")
+    group.add_argument("--exclude", action="append", metavar="GLOB", help="leave linears that match dense")
+
+
+def _add_calibration(group) -> None:
+    group.add_argument(
+        "--calibration",
+        action="append",
+        metavar="SOURCE",
+        help=".txt, .jsonl, .parquet, hf:NAME[:split] or builtin:NAME (python-docs); repeat for several texts",
+    )
+    group.add_argument("--samples", type=types.count, metavar="N", help="windows of text (128), sentences for kprune (1024)")
+    group.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
+    group.add_argument("--seed", type=types.seed, default=0, metavar="N", help="seed of all random numbers (0)")
+    group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
+    group.add_argument("--state", type=types.path, metavar="DIR", help="folder of what is learned, to add texts later")
+    group.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state first")
+    group.add_argument(
+        "--strategy",
+        default="accumulate",
+        type=types.one_of(STRATEGIES),
+        metavar="NAME",
+        help="with several texts: accumulate, dense or carry",
+    )
+
+
+def _add_eval(commands) -> argparse._ArgumentGroup:
+    options = _add_command(commands, "eval", "measure the perplexity of a model", model=True)
+    options.add_argument("--text", default=DEFAULT_TEXT, metavar="SOURCE", help=EVALUATED)
+    _add_windows(options)
+    options.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
+    _add_loading(options)
+    return options
+
+
+def _add_bench(commands) -> argparse._ArgumentGroup:
+    options = _add_command(commands, "bench", "compare a packed model with the dense one", model=True)
+    options.add_argument(
+        "--format", default="packed", type=types.format_to_pack, help="packed (default; each linear's smallest), bitmask, N:M"
+    )
+    options.add_argument("--prompt-length", type=types.count, default=128, metavar="N", help="tokens of the prompt (128)")
+    options.add_argument("--tokens", type=types.count, default=32, metavar="N", help="tokens to generate, one at a time (32)")
+    options.add_argument("--rounds", type=types.count, default=3, metavar="N", help="rounds of timing; medians are shown (3)")
+    options.add_argument("--no-rss", action="store_true", help="skip resident memory, which takes a copy of each model")
+    options.add_argument("--json", action="store_true", help="print JSON")
+    options.add_argument("--plot", type=types.svg_file, metavar="FILE.svg", help="write the ratios as a plot, too")
+    _add_loading(options)
+    return options
+
+
+def _add_info(commands) -> argparse._ArgumentGroup:
+    options = _add_command(commands, "info", "list what runs here, and the reason for everything that does not")
+    options.add_argument("--json", action="store_true", help="print JSON")
+    return options
+
+
+def _add_loading(options) -> None:
+    dtypes = types.one_of(("auto", *DTYPES))
+    options.add_argument("--dtype", default="auto", type=dtypes, help="auto (the checkpoint's), float32, bfloat16, float16")
+    options.add_argument("--device", default="auto", type=types.device, help="auto (cuda where there is one), cpu, cuda, cuda:1")
+    options.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings along")
+
+
+def _add_windows(group) -> None:
+    group.add_argument("--windows", type=types.count, metavar="N", help="evaluate on the first N windows only")

@@ -1,0 +1,199 @@
+"""`sparsekern prune` for one text, or without any: prune a model and leave its folder complete."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..backends.libraries import check_isa
+from ..data import calibration_ids, sentence_batches
+from ..methods import Method
+from ..pattern import Pattern, Unstructured
+from ..pruning import prune
+from ..pruning.removal.loop import encoder_to_cut
+from ..reports import Report, StructuredReport
+from ..reports.html import html_page
+from ..runtime import check_output_folder, check_space, count_zeros, model_card, versions
+from ..runtime.save import DENSE
+from .common import (
+    DEFAULT_PATTERN,
+    DEFAULT_SAMPLES,
+    DEFAULT_SENTENCES,
+    DEFAULT_TEXT,
+    HeldOutText,
+    described,
+    load_model,
+    load_tokenizer_of,
+    next_steps,
+    window_length,
+)
+from .settings import configured
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
+    """Check a command line as far as that takes no model, and return the work.
+
+    Raises:
+        ValueError: options that contradict each other, or settings that the method does not accept.
+        OSError: a folder that cannot be written to.
+    """
+    (source,) = arguments.calibration
+    text = _only_text(arguments)
+    method = configured(arguments.method, arguments.set)
+    pattern = _pattern(arguments, method)
+    if method.removes_units and arguments.evaluate:
+        raise ValueError(f"--evaluate: perplexity is of causal language models, which {method.name} does not prune")
+    _check_out(arguments.out, arguments.resume)
+    check_isa()
+    return partial(_prune, arguments, method, pattern, source, text)
+
+
+def interrupted_hint(arguments: argparse.Namespace) -> str:
+    """Return what to do after Ctrl-C."""
+    return "run the same command with --resume to go on"
+
+
+def _pattern(arguments: argparse.Namespace, method: Method) -> Pattern:
+    """Return the pattern asked for, 2:4 by default; raise `ValueError` where the method takes none."""
+    if not method.removes_units:
+        return arguments.pattern or DEFAULT_PATTERN
+    if arguments.pattern is not None:
+        raise ValueError(f"--pattern: expected none, {method.name} removes a share of heads and neurons, which is --set remove=0.5")
+    return Unstructured(method.remove)
+
+
+def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern, source: str, text: str) -> None:
+    start, out = time.perf_counter(), arguments.out
+    tokenizer = load_tokenizer_of(arguments)
+    model = load_model(arguments)
+    check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
+    if method.removes_units:
+        encoder_to_cut(model)  # for what it refuses: text is made sentences only for a model that can be pruned by them
+    length = window_length(arguments.length, model)
+    held_out = HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) if arguments.evaluate else None
+    calibration, amount = _calibration(arguments, source, method, tokenizer, length)
+    seconds = {"load": time.perf_counter() - start}
+    results: dict[str, object] = {}
+    if held_out:
+        results["perplexity, dense"] = held_out.perplexity(model)
+
+    settings = {
+        "model": arguments.model,
+        "method": described(method),
+        "pattern": str(pattern),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if amount:
+        settings["calibration"] = f"{amount} of {source}, seed {arguments.seed}"
+
+    def complete(report: Report) -> None:
+        if held_out:
+            results["perplexity, pruned"] = held_out.perplexity(model)
+            results["evaluated on"] = held_out.description
+        results.update(_units_removed(report) if method.removes_units else _zeros(model, report))
+        results["weights"] = (
+            f"{report.bytes['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.bytes['saved'] / 1e6:,.1f} MB"
+        )
+        command = shlex.join(arguments.command_line)
+        tokenizer.save_pretrained(out)
+        card = model_card(model, packed=arguments.format != DENSE, command=command, results=results, settings=settings)
+        (out / "README.md").write_text(card, encoding="utf-8")
+        whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
+        (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / "report.html").write_text(html_page(whole), encoding="utf-8")
+
+    report = prune(
+        model,
+        method,
+        pattern,
+        calibration,
+        seed=arguments.seed,
+        out=out,
+        resume=arguments.resume,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        patterns=dict(arguments.pattern_for),
+        batch_size=arguments.batch_size,
+        report_error=arguments.report_error,
+        format=arguments.format,
+        complete=complete,
+    )
+    seconds |= {f"prune: {phase}": taken for phase, taken in report.seconds.items() if phase != "total"}
+    if held_out:
+        seconds["evaluate"] = held_out.seconds
+    seconds["total"] = time.perf_counter() - start
+    print(_summary(settings, results, seconds))
+    if method.removes_units:
+        print(f"\nsaved to {out}; to use it: sparsekern.load({str(out)!r})\n")
+    else:
+        print(next_steps(out, packed=arguments.format != DENSE))
+    print(f"each layer's result: {out / 'report.html'}")
+
+
+def _calibration(arguments: argparse.Namespace, source: str, method: Method, tokenizer, length: int) -> tuple[object, str]:
+    """Return the calibration data and how much they are: sentences for encoders, windows of running text for decoders."""
+    seed = arguments.seed
+    if method.removes_units:
+        samples = arguments.samples or DEFAULT_SENTENCES
+        batches = sentence_batches(source, tokenizer, samples=samples, length=length, seed=seed)
+        return batches, f"{sum(len(batch['input_ids']) for batch in batches)} sentences"
+    if method.statistic is None and not method.trains and not arguments.report_error:
+        return None, ""
+    ids = calibration_ids(source, tokenizer, samples=arguments.samples or DEFAULT_SAMPLES, length=length, seed=seed)
+    return ids, f"{len(ids)} x {length} tokens"
+
+
+def _only_text(arguments: argparse.Namespace) -> str:
+    texts = arguments.text or [DEFAULT_TEXT]
+    if len(texts) > 1:
+        raise ValueError(f"--text: expected one for one --calibration, got {len(texts)}")
+    if arguments.strategy != "accumulate":
+        raise ValueError("--strategy: expected more than one --calibration, or --state, for another than 'accumulate'")
+    if arguments.abandon:
+        raise ValueError("--abandon: expected --state, the folder with the unfinished step")
+    return texts[0]
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if not (out / "checkpoint").is_dir():
+        check_output_folder(out)
+    elif not resume:
+        raise ValueError(f"--out: {out} holds an unfinished run; go on with it by --resume, or remove it")
+
+
+def _zeros(model: torch.nn.Module, report: Report) -> dict[str, str]:
+    zeros, total = count_zeros(model)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    return {
+        "zeros in the pruned linears": f"{report.sparsity:.2%} of {weights / 1e6:,.1f} M weights in {len(report.layers)} layers",
+        "zeros in the whole model": f"{zeros / total:.2%} of {total / 1e6:,.1f} M weights",
+    }
+
+
+def _units_removed(report: StructuredReport) -> dict[str, str]:
+    removed = {"FLOPs": report.flops_removed, "parameters": report.sparsity}
+    kept = {
+        kind: "kept " + ", ".join(str(layer.kept) for layer in report.layers if layer.kind == kind) for kind in ("heads", "neurons")
+    }
+    before, after = report.model_parameters
+    return {
+        **{f"{what} of heads and neurons": f"{share:.2%} removed" for what, share in removed.items()},
+        **{f"{kind}, layer by layer": counts for kind, counts in kept.items()},
+        "parameters of the whole model": f"{after / 1e6:,.2f} M of {before / 1e6:,.2f} M",
+    }
+
+
+def _summary(settings: dict[str, object], results: dict[str, object], seconds: dict[str, float]) -> str:
+    rows = [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in (settings | results).items()]
+    timings = [(f"seconds, {phase}", f"{taken:.1f}") for phase, taken in seconds.items()]
+    width = max(len(name) for name, _ in rows + timings)
+    rule = "-" * (width + 2 + max(len(value) for _, value in rows + timings))
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(["", rule, *lines, rule, *(f"{name:<{width}}  {value:>8}" for name, value in timings), rule])

@@ -1,0 +1,143 @@
+"""Values of options: each reads the text of one argument, as argparse's `type`, or says what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ..pattern import Pattern, parse_pattern
+from ..pruning import check_seed
+from ..runtime import check_format
+from ..runtime.formats import format_of
+
+T = TypeVar("T")
+
+
+def _reads(argument: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
+    """Pass on what a reader's `ValueError` says, which argparse would drop, without the `argument` that the option names already."""
+
+    def decorate(read: Callable[[str], T]) -> Callable[[str], T]:
+        @functools.wraps(read)
+        def reading(text: str) -> T:
+            try:
+                return read(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error).removeprefix(f"{argument}: ")) from error
+
+        return reading
+
+    return decorate
+
+
+def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    """Return a reader of one of these words."""
+    words = tuple(choices)
+
+    def read(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(words)}, got {text!r}")
+        return text
+
+    return read
+
+
+@_reads("")
+def count(text: str) -> int:
+    """Read a whole number of at least 1."""
+    number = _whole(text)
+    if number < 1:
+        raise ValueError(f"expected at least 1, got {number}")
+    return number
+
+
+@_reads("seed")
+def seed(text: str) -> int:
+    """Read a seed that every generator takes."""
+    number = _whole(text)
+    check_seed(number)
+    return number
+
+
+@_reads("pattern")
+def pattern(text: str) -> Pattern:
+    """Read `N:M`, or the share of zeros."""
+    return parse_pattern(text)
+
+
+@_reads("pattern")
+def pattern_for(text: str) -> tuple[str, Pattern | None]:
+    """Read `GLOB=PATTERN`; the pattern `dense` is None."""
+    glob, separator, value = text.rpartition("=")
+    if not separator or not glob:
+        raise ValueError(f"expected GLOB=PATTERN, got {text!r}")
+    return glob, None if value == "dense" else parse_pattern(value)
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Read `NAME=VALUE`."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+@_reads("device")
+def device(text: str) -> torch.device:
+    """Read a device of torch that is there; `auto` is cuda where there is one."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(text)
+    except RuntimeError as error:
+        raise ValueError(f"expected auto, cpu or cuda[:N], got {text!r}") from error
+    if found.type == "meta":
+        raise ValueError(f"expected auto, cpu or cuda[:N], got {text!r}, which holds no values")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{text!r} asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+@_reads("format")
+def format_to_save(text: str) -> str:
+    """Read a format to save in."""
+    check_format(text)
+    return text
+
+
+@_reads("format")
+def format_to_pack(text: str) -> str:
+    """Read a packed format; `packed` leaves the choice to each linear."""
+    if text != "packed":
+        try:
+            format_of(text)
+        except ValueError as error:
+            raise ValueError(f"expected 'packed', 'bitmask' or 'N:M', got {text!r}") from error
+    return text
+
+
+def path(text: str) -> Path:
+    """Read a path; `~` is the home folder."""
+    return Path(text).expanduser()
+
+
+@_reads("")
+def svg_file(text: str) -> Path:
+    """Read the name of an .svg file in a folder that is there."""
+    file = path(text)
+    if file.suffix != ".svg":
+        raise ValueError(f"expected a file name that ends in .svg, got {text!r}")
+    if not file.parent.is_dir():
+        raise ValueError(f"there is no folder {str(file.parent)!r} to put {file.name!r} in")
+    return file
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"expected a whole number, got {text!r}") from error
