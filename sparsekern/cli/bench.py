@@ -8,8 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ..measure.compare import compare
-from ..runtime.packing import AUTO, is_packed, packed_copy, unpacked_copy
-from ..runtime.save import PACKED
+from ..runtime.packing import PACKED, is_packed, packed_copy, unpacked_copy
 from .common import load_model
 
 
@@ -21,7 +20,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
 def _compare(arguments: argparse.Namespace) -> None:
     model, format = load_model(arguments), arguments.format
     dense = unpacked_copy(model) if is_packed(model) else model
-    packed = model if is_packed(model) and format == PACKED else packed_copy(dense, AUTO if format == PACKED else format)
+    packed = model if is_packed(model) and format == PACKED else packed_copy(dense, format)
     comparison = compare(
         dense,
         packed,

@@ -13,7 +13,7 @@ import torch
 from ..pattern import Pattern, parse_pattern
 from ..pruning import check_seed
 from ..runtime import check_format
-from ..runtime.formats import format_of
+from ..runtime.packing import check_packed_format
 
 T = TypeVar("T")
 
@@ -112,11 +112,7 @@ def format_to_save(text: str) -> str:
 @_reads("format")
 def format_to_pack(text: str) -> str:
     """Read a packed format; `packed` leaves the choice to each linear."""
-    if text != "packed":
-        try:
-            format_of(text)
-        except ValueError as error:
-            raise ValueError(f"expected 'packed', 'bitmask' or 'N:M', got {text!r}") from error
+    check_packed_format(text)
     return text
 
 

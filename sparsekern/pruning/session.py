@@ -17,8 +17,8 @@ from ..methods import Method
 from ..models.linears import linear_weight
 from ..pattern import NM, Pattern
 from ..runtime.formats import format_of
-from ..runtime.packing import AUTO, packable_linears, smallest
-from ..runtime.save import DENSE, PACKED, in_format
+from ..runtime.packing import PACKED, packable_linears, smallest
+from ..runtime.save import DENSE, in_format
 from .batches import Batch, Calibration, as_batches
 
 HOW_TO_SAVE_IT = "and resume=True with format='dense' (--resume --format dense) needs only to save it"
@@ -63,7 +63,7 @@ def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format:
         return
     weights = {name: linear_weight(linear) for name, linear in packable_linears(model).items()}
     pruned = (_gets_smaller(weight, patterns[name], format) for name, weight in weights.items() if name in patterns)
-    if any(pruned) or any(smallest(weight, AUTO if format == PACKED else format) for weight in weights.values()):
+    if any(pruned) or any(smallest(weight, format) for weight in weights.values()):
         return
     shown = ", ".join(sorted(set(map(str, patterns.values()))))
     raise ValueError(f"format: by pattern {shown}, none of {len(weights)} linear layers is sure to get smaller with {format!r}")

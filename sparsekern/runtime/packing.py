@@ -17,7 +17,7 @@ from ..models.linears import is_conv1d, is_plain_linear, linear_weight
 from .formats import format_of
 from .sparse_linear import DTYPES, SparseLinear
 
-AUTO = "auto"
+PACKED = "packed"  # the smallest format that each weight fits
 HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -30,7 +30,7 @@ HOOKS = (
 )
 
 
-def pack(model: nn.Module, format: str = AUTO, *, include: Globs = None, exclude: Globs = None) -> nn.Module:
+def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclude: Globs = None) -> nn.Module:
     """Put a `SparseLinear` in the place of each linear layer that gets smaller by it.
 
     A layer whose weight is shared with another module, such as an `lm_head` tied to the embeddings, stays as it is, and so do layers
@@ -43,7 +43,7 @@ def pack(model: nn.Module, format: str = AUTO, *, include: Globs = None, exclude
     Args:
         model: a pruned model, or any module with pruned linears; changed in place, one layer at a time. Of a transformers model the
             whole, not its base.
-        format: `"auto"` takes the smallest format that each weight fits, which for a pattern such as 1:4 may be slower on a CPU than
+        format: `"packed"` takes the smallest format that each weight fits, which for a pattern such as 1:4 may be slower on a CPU than
             `"bitmask"`, and leaves alone what is packed already; `"bitmask"` or `"N:M"` considers only that one, so layers that are
             packed in another are packed anew, or dense again where they do not fit.
         include: names or globs of linears to pack, such as `"*.mlp.*"`; all of them where it is None.
@@ -62,8 +62,7 @@ def pack(model: nn.Module, format: str = AUTO, *, include: Globs = None, exclude
 
 def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs = None, *, keep_hooks: bool) -> nn.Module:
     _check_module(model)
-    if format != AUTO:
-        format_of(format)
+    check_packed_format(format)
     transformers_side = _transformers_side(model)
     if transformers_side:
         transformers_side.check_unmarked(model)
@@ -143,7 +142,7 @@ def keep_compressed(model: nn.Module, keep: bool = True) -> nn.Module:
     return model
 
 
-def packed_copy(model: nn.Module, format: str = AUTO) -> nn.Module:
+def packed_copy(model: nn.Module, format: str = PACKED) -> nn.Module:
     """A packed model beside `model`, without the hooks of what is packed; what has the same form in both is shared."""
     return _pack(_sharing_copy(model), format, keep_hooks=False)
 
@@ -151,6 +150,15 @@ def packed_copy(model: nn.Module, format: str = AUTO) -> nn.Module:
 def unpacked_copy(model: nn.Module) -> nn.Module:
     """A dense model beside the packed one, without the hooks of what is packed; what has the same form in both is shared."""
     return _unpack(_sharing_copy(model), keep_hooks=False)
+
+
+def check_packed_format(format: str) -> None:
+    """Raise `ValueError` unless `format` is one to pack in."""
+    if format != PACKED:
+        try:
+            format_of(format)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"format: expected 'packed', 'bitmask' or 'N:M', got {format!r}") from error
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -187,10 +195,10 @@ def packable_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: _at(places) for name, places in _linears(model, None, None).items()}
 
 
-def smallest(weight: torch.Tensor, format: str = AUTO) -> str | None:
+def smallest(weight: torch.Tensor, format: str = PACKED) -> str | None:
     """The format that `weight` fits with the fewest bytes, of all there are or of one; None where dense has no more."""
     best, fewest = None, weight.numel() * weight.element_size()
-    for name in _fitting(weight) if format == AUTO else [format]:
+    for name in _fitting(weight) if format == PACKED else [format]:
         try:
             packed = format_of(name).packed_bytes(weight)
         except ValueError:  # it does not fit
@@ -283,7 +291,7 @@ def _put(places: Places, module: nn.Module) -> None:
 
 
 def _is_packed_so(module: nn.Module, format: str) -> bool:
-    return isinstance(module, SparseLinear) and format in (AUTO, module.format)
+    return isinstance(module, SparseLinear) and format in (PACKED, module.format)
 
 
 def _dense_weight(module: nn.Module) -> torch.Tensor:

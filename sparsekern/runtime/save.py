@@ -14,9 +14,9 @@ import torch
 from .card import model_card
 from .formats import format_of
 from .output import OutputFolder, check_model_folder, check_output_folder
-from .packing import AUTO, is_packed, packed_copy, unpacked_copy, weight_bytes
+from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
 
-DENSE, PACKED = "dense", "packed"
+DENSE = "dense"
 CARD = "README.md"
 
 
@@ -145,7 +145,7 @@ def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:
     """Return the model as it is saved: itself, or a copy that shares with it what has the same form in both."""
     if format == DENSE:
         return unpacked_copy(model) if is_packed(model) else model
-    return packed_copy(model, AUTO if format == PACKED else format)
+    return packed_copy(model, format)
 
 
 def check_format(format: str) -> None:

@@ -40,7 +40,7 @@ def test_pack_and_unpack(make):
 def test_what_gets_no_smaller_stays_dense():
     model = tiny.llama()
     with pytest.raises(
-        ValueError, match="model: none of its 22 linear layers gets smaller with format='auto'; 0.0% of their weights are zero"
+        ValueError, match="model: none of its 22 linear layers gets smaller with format='packed'; 0.0% of their weights are zero"
     ):
         sparsekern.pack(model)
     packed.prune_linears(model.model.layers[1])
@@ -164,7 +164,7 @@ def test_copies_share_what_is_dense_and_leave_the_model_alone():
 def test_bad_input():
     with pytest.raises(TypeError, match="model: expected a module, got str"):
         sparsekern.pack("gpt2")
-    with pytest.raises(ValueError, match="format: expected 'bitmask' or 'N:M', got 'csr'"):
+    with pytest.raises(ValueError, match="format: expected 'packed', 'bitmask' or 'N:M', got 'csr'"):
         sparsekern.pack(packed.llama(), "csr")
     model = packed.llama()
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
