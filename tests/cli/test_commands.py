@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 
@@ -11,14 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
-from sparsekern import ALPS, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, Wanda
 from sparsekern.cli import common, main
-from sparsekern.cli.parser import make_parser
-from sparsekern.cli.settings import configured
-from sparsekern.methods import METHODS, settings_of
 from sparsekern.pruning.blockwise import loop
 from tests import tiny
-from tests.cli.conftest import exit_code
 
 
 def kept_of_four(weight: torch.Tensor) -> torch.Tensor:
@@ -132,57 +126,6 @@ def test_sparsellm_with_another_solver(prune, tmp_path):
     assert (method["name"], method["solver"], method["damping"]) == ("sparsellm", {"name": "wanda"}, 0.1)
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (("sparsegpt", "mask=wanda", "scope=row"), SparseGPT(mask="wanda", scope="row")),
-        (("sparsegpt", "mask=none"), SparseGPT()),
-        (("alps", "rho=3", "max_iterations=9"), ALPS(rho=3.0, max_iterations=9)),
-        (("kprune", "remove=0.3", "tune_bias=false", "lam_rep=1e-2"), KPrune(remove=0.3, tune_bias=False, lam_rep=0.01)),
-        (("gradual", "criterion.scope=global", "clip=2"), Gradual(Magnitude(scope="global"), clip=2.0)),
-        (("gradual", "criterion=structured", "criterion.units=heads"), Gradual(Structured(units="heads"))),
-        (("gradual", "criterion.units=heads", "criterion=structured"), Gradual(Structured(units="heads"))),
-        (("gradual", "train_steps=none", "schedule=linear"), Gradual(schedule="linear")),
-        (
-            ("sparsellm", "solver=alps", "solver.rho=1", "damping=0.1", "solver.damping=0.2", "keep=last"),
-            SparseLLM(ALPS(rho=1.0, damping=0.2), damping=0.1, keep="last"),
-        ),
-        (("wanda",), Wanda()),
-    ],
-)
-def test_every_setting_can_be_given(arguments, expected):
-    method, *settings = arguments
-    given = [word for setting in settings for word in ("--set", setting)]
-    options = make_parser().parse_args(["prune", "model", "--out", "out", "--method", method, *given])
-    assert configured(options.method, options.set) == expected
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_setting_is_read_from_what_help_shows_as_its_default(method, capsys, monkeypatch):
-    """Each value that `--help-method` prints goes through `--set`, so that the help of no setting can be wrong about it."""
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stopped:
-        main(["prune", "--help-method", method])
-    assert stopped.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith(f"{method}: ")
-    rules = settings_of(METHODS[method])
-    defaults = re.findall(r"\(default: (\S+)\)", printed)
-    assert len(defaults) == len(rules) and (rules or printed.endswith(f"{method} has no settings."))
-    assert all(f"{name} {' '.join(rule.help.split())}" in printed for name, rule in rules.items())
-    assert configured(method, list(zip(rules, defaults, strict=True))) == METHODS[method]()
-    assert ("NAME=VALUE gives a setting of the" in printed) == (method in ("gradual", "sparsellm"))
-
-
-def test_the_common_options_are_one_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stopped:
-        main(["prune", "--help"])
-    printed = capsys.readouterr().out
-    assert stopped.value.code == 0 and len(printed.splitlines()) <= 40 and max(map(len, printed.splitlines())) <= 80
-    assert all(name in printed for name in METHODS)
-
-
 def test_magnitude_reads_no_text(model, tmp_path):
     assert main(["prune", model, "--method", "magnitude", "--calibration", "nothing.txt", "--out", str(tmp_path / "out")]) == 0
 
@@ -247,105 +190,6 @@ def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparsity"] == 0.5 and [entry["step"] for entry in report["training"]] == [1, 2]
     assert report["settings"]["method"]["criterion"] == {"name": "random", "scope": "matrix"}
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--method", "obc"], f"--method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
-        (["--help-method", "obc"], f"--help-method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
-        (["--pattern", "4:2"], "--pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '4:2'"),
-        (["--pattern", "0:4"], "--pattern: N:M keeps N of every M weights"),
-        (["--pattern", "1.5"], "--pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
-        (["--pattern=-0.1"], "--pattern: expected a sparsity of at least 0 and below 1, got -0.1"),
-        (["--pattern", "half"], "--pattern: expected 'N:M' (keep N of every M) or a sparsity such as 0.5, got 'half'"),
-        (["--pattern-for", "2:4"], "--pattern-for: expected GLOB=PATTERN, got '2:4'"),
-        (["--pattern-for", "*=4:4"], "--pattern-for: N:M keeps N of every M weights"),
-        (["--pattern-for", "=2:4"], "--pattern-for: expected GLOB=PATTERN, got '=2:4'"),
-        (["--method", "kprune", "--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons"),
-        (["--method", "kprune", "--evaluate"], "--evaluate: perplexity is of causal language models, which kprune does not"),
-        (["--method", "kprune", "--set", "remove=1"], "KPrune.remove: expected a number of at least 0 and below 1, got 1.0"),
-        (["--set", "damping"], "--set: expected NAME=VALUE, got 'damping'"),
-        (["--set", "=3"], "--set: expected NAME=VALUE, got '=3'"),
-        (["--set", "rho=1"], "--set: the method sparsegpt has no setting 'rho', only damping, block_size, scope, mask"),
-        (["--method", "wanda", "--set", "rho=1"], "--set: the method wanda has no setting 'rho', only none"),
-        (["--method", "wanda", "--set", "solver.rho=1"], "--set: the method wanda has no setting 'solver.rho', only none"),
-        (
-            ["--method", "gradual", "--set", "scope=row"],
-            "--set: the method gradual has no setting 'scope', only criterion, steps, schedule, ",
-        ),
-        (
-            ["--method", "gradual", "--set", "criterion.units=heads"],
-            "--set: the criterion magnitude of gradual has no setting 'units', only scope",
-        ),
-        (["--method", "sparsellm", "--set", "gate.damping=1"], "--set: the method sparsellm has no setting 'gate.damping', only"),
-        (["--method", "sparsellm", "--set", "solver.=1"], "--set: the method sparsellm has no setting 'solver.', only"),
-        (["--method", "gradual", "--set", "steps=0"], "Gradual.steps: expected a whole number of at least 1, got 0"),
-        (
-            ["--method", "gradual", "--set", "criterion=wanda"],
-            "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got",
-        ),
-        (
-            ["--method", "gradual", "--set", "criterion=wanda", "--set", "criterion.scope=row"],
-            "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got",
-        ),
-        (["--method", "sparsellm", "--set", "solver=kprune"], "SparseLLM.solver: expected a method that solves one linear"),
-        (["--method", "sparsellm", "--set", "solver=obc"], "SparseLLM.solver: method: expected one of"),
-        (["--method", "alps", "--set", "rho=big"], "--set rho: expected a number above 0, got 'big'"),
-        (
-            ["--method", "sparsellm", "--set", "solver=alps", "--set", "solver.rho=big"],
-            "--set solver.rho: expected a number above 0, got 'big'",
-        ),
-        (
-            ["--method", "sparsellm", "--set", "iterations=2.5"],
-            "--set iterations: expected a whole number of at least 1, got '2.5'",
-        ),
-        (["--method", "kprune", "--set", "tuning=yes"], "--set tuning: expected True or False, got 'yes'"),
-        (["--method", "kprune", "--set", "mu=-1"], "KPrune.mu: expected a number above 0, got -1.0"),
-        (["--method", "alps", "--set", "rho=1", "--set", "rho=2"], "--set: rho is given twice"),
-        (["--method", "sparsellm", "--set", "solver.scope=row", "--set", "solver.scope=row"], "--set: solver.scope is given twice"),
-        (["--method", "gradual", "--set", "criterion.scope=world"], "Magnitude.scope: expected one of 'matrix', 'row', 'global'"),
-        (["--set", "damping=-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
-        (["--set", "scope=world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
-        (["--format", "onnx"], "--format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),
-        (["--dtype", "int4"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int4'"),
-        (["--device", "quantum"], "--device: expected auto, cpu or cuda[:N], got 'quantum'"),
-        (["--device", "cuda:99"], "--device: 'cuda:99' asked for, but torch"),
-        (["--device", "meta"], "--device: expected auto, cpu or cuda[:N], got 'meta', which holds no values"),
-        (["--samples", "0"], "--samples: expected at least 1, got 0"),
-        (["--samples", "many"], "--samples: expected a whole number, got 'many'"),
-        (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
-        (["--windows", "0"], "--windows: expected at least 1, got 0"),
-        (["--length", "1.5"], "--length: expected a whole number, got '1.5'"),
-        (["--seed", "-1"], "--seed: expected a whole number from 0 to 2**63 - 1, got -1"),
-        (["--seed", "99999999999999999999"], "--seed: expected a whole number from 0 to 2**63 - 1, got 99999999999999999999"),
-        (["--damping", "0.1"], "sparsekern: error: unrecognized arguments: --damping 0.1"),
-    ],
-)
-def test_wrong_arguments_are_one_line_and_exit_code_2(prune, capsys, arguments, message):
-    code = exit_code(prune, *arguments)
-    error = capsys.readouterr().err
-    assert code == 2 and error.removeprefix("sparsekern prune: error: ").startswith(message) and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (
-            ["--pattern", "3:5"],
-            "model.layers.0.self_attn.q_proj: expected input features divisible by M=5 for pattern '3:5', got 32",
-        ),
-        (["--include", "*.nothing"], "include: '*.nothing' matches no linear of the model"),
-        (["--length", "65"], "length: expected at most 64, the positions of this model, got 65"),
-        (["--calibration", "gone.txt"], "text: no file 'gone.txt'"),
-        (["--method", "kprune"], "model: expected an encoder"),
-        (["--evaluate", "--text", "gone.txt"], "text: no file 'gone.txt'"),
-    ],
-)
-def test_failures_are_one_line_and_exit_code_1(prune, capsys, arguments, message):
-    assert prune(*arguments) == 1
-    error = capsys.readouterr().err.splitlines()
-    assert error[-1].startswith(f"sparsekern prune: error: {message}") and len(error) == 2
 
 
 def test_debug_shows_the_traceback(prune, capsys):

@@ -1,0 +1,105 @@
+"""What the command line says of arguments that make no sense: one line that names the option, and the exit code."""
+
+import pytest
+
+from sparsekern.methods import METHODS
+from tests.cli.conftest import exit_code
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method", "obc"], f"--method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
+        (["--help-method", "obc"], f"--help-method: expected one of {', '.join(sorted(METHODS))}, got 'obc'"),
+        (["--pattern", "4:2"], "--pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '4:2'"),
+        (["--pattern", "0:4"], "--pattern: N:M keeps N of every M weights"),
+        (["--pattern", "1.5"], "--pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
+        (["--pattern=-0.1"], "--pattern: expected a sparsity of at least 0 and below 1, got -0.1"),
+        (["--pattern", "half"], "--pattern: expected 'N:M' (keep N of every M) or a sparsity such as 0.5, got 'half'"),
+        (["--pattern-for", "2:4"], "--pattern-for: expected GLOB=PATTERN, got '2:4'"),
+        (["--pattern-for", "*=4:4"], "--pattern-for: N:M keeps N of every M weights"),
+        (["--pattern-for", "=2:4"], "--pattern-for: expected GLOB=PATTERN, got '=2:4'"),
+        (["--method", "kprune", "--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons"),
+        (["--method", "kprune", "--evaluate"], "--evaluate: perplexity is of causal language models, which kprune does not"),
+        (["--method", "kprune", "--set", "remove=1"], "KPrune.remove: expected a number of at least 0 and below 1, got 1.0"),
+        (["--set", "damping"], "--set: expected NAME=VALUE, got 'damping'"),
+        (["--set", "=3"], "--set: expected NAME=VALUE, got '=3'"),
+        (["--set", "rho=1"], "--set: the method sparsegpt has no setting 'rho', only damping, block_size, scope, mask"),
+        (["--method", "wanda", "--set", "rho=1"], "--set: the method wanda has no setting 'rho', only none"),
+        (["--method", "wanda", "--set", "solver.rho=1"], "--set: the method wanda has no setting 'solver.rho', only none"),
+        (
+            ["--method", "gradual", "--set", "scope=row"],
+            "--set: the method gradual has no setting 'scope', only criterion, steps, schedule, ",
+        ),
+        (
+            ["--method", "gradual", "--set", "criterion.units=heads"],
+            "--set: the criterion magnitude of gradual has no setting 'units', only scope",
+        ),
+        (["--method", "sparsellm", "--set", "gate.damping=1"], "--set: the method sparsellm has no setting 'gate.damping', only"),
+        (["--method", "sparsellm", "--set", "solver.=1"], "--set: the method sparsellm has no setting 'solver.', only"),
+        (["--method", "gradual", "--set", "steps=0"], "Gradual.steps: expected a whole number of at least 1, got 0"),
+        (
+            ["--method", "gradual", "--set", "criterion=wanda"],
+            "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got",
+        ),
+        (
+            ["--method", "gradual", "--set", "criterion=wanda", "--set", "criterion.scope=row"],
+            "Gradual.criterion: expected one of 'magnitude', 'random', 'structured', got",
+        ),
+        (["--method", "sparsellm", "--set", "solver=kprune"], "SparseLLM.solver: expected a method that solves one linear"),
+        (["--method", "sparsellm", "--set", "solver=obc"], "SparseLLM.solver: method: expected one of"),
+        (["--method", "alps", "--set", "rho=big"], "--set rho: expected a number above 0, got 'big'"),
+        (
+            ["--method", "sparsellm", "--set", "solver=alps", "--set", "solver.rho=big"],
+            "--set solver.rho: expected a number above 0, got 'big'",
+        ),
+        (
+            ["--method", "sparsellm", "--set", "iterations=2.5"],
+            "--set iterations: expected a whole number of at least 1, got '2.5'",
+        ),
+        (["--method", "kprune", "--set", "tuning=yes"], "--set tuning: expected True or False, got 'yes'"),
+        (["--method", "kprune", "--set", "mu=-1"], "KPrune.mu: expected a number above 0, got -1.0"),
+        (["--method", "alps", "--set", "rho=1", "--set", "rho=2"], "--set: rho is given twice"),
+        (["--method", "sparsellm", "--set", "solver.scope=row", "--set", "solver.scope=row"], "--set: solver.scope is given twice"),
+        (["--method", "gradual", "--set", "criterion.scope=world"], "Magnitude.scope: expected one of 'matrix', 'row', 'global'"),
+        (["--set", "damping=-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
+        (["--set", "scope=world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
+        (["--format", "onnx"], "--format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),
+        (["--dtype", "int4"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int4'"),
+        (["--device", "quantum"], "--device: expected auto, cpu or cuda[:N], got 'quantum'"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' asked for, but torch"),
+        (["--device", "meta"], "--device: expected auto, cpu or cuda[:N], got 'meta', which holds no values"),
+        (["--samples", "0"], "--samples: expected at least 1, got 0"),
+        (["--samples", "many"], "--samples: expected a whole number, got 'many'"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--windows", "0"], "--windows: expected at least 1, got 0"),
+        (["--length", "1.5"], "--length: expected a whole number, got '1.5'"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 2**63 - 1, got -1"),
+        (["--seed", "99999999999999999999"], "--seed: expected a whole number from 0 to 2**63 - 1, got 99999999999999999999"),
+        (["--damping", "0.1"], "sparsekern: error: unrecognized arguments: --damping 0.1"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(prune, capsys, arguments, message):
+    code = exit_code(prune, *arguments)
+    error = capsys.readouterr().err
+    assert code == 2 and error.removeprefix("sparsekern prune: error: ").startswith(message) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--pattern", "3:5"],
+            "model.layers.0.self_attn.q_proj: expected input features divisible by M=5 for pattern '3:5', got 32",
+        ),
+        (["--include", "*.nothing"], "include: '*.nothing' matches no linear of the model"),
+        (["--length", "65"], "length: expected at most 64, the positions of this model, got 65"),
+        (["--calibration", "gone.txt"], "text: no file 'gone.txt'"),
+        (["--method", "kprune"], "model: expected an encoder"),
+        (["--evaluate", "--text", "gone.txt"], "text: no file 'gone.txt'"),
+    ],
+)
+def test_failures_are_one_line_and_exit_code_1(prune, capsys, arguments, message):
+    assert prune(*arguments) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith(f"sparsekern prune: error: {message}") and len(error) == 2
