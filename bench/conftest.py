@@ -1,8 +1,4 @@
-"""What all benchmarks share: the ceilings of this machine, taken in the same run, and how a time is set against them.
-
-A benchmark first asserts that what it times gives the right result. Ours and the baselines are one group of the report, which
-shows the ratios; absolute times from a machine that does other work mean little.
-"""
+"""How the problems of ops are timed on a CPU, in turns with a baseline, against ceilings measured in the same run."""
 
 from __future__ import annotations
 
@@ -13,8 +9,22 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from .problem import Comparison, NotHere, Place, Turns
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--rehearse", action="store_true", help="toy sizes, to try the benchmarks out; their times mean nothing")
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Make a test of each comparison among the `CASES` of the module."""
+    if "case" in metafunc.fixturenames:
+        found = [comparison for case in metafunc.module.CASES for comparison in case.comparisons()]
+        metafunc.parametrize("case", found, ids=[comparison.name for comparison in found])
+
 
 def best_seconds(function: Callable[[], object], rounds: int = 5) -> float:
+    """Return the least seconds of a call after an untimed one."""
     function()
     times = []
     for _ in range(rounds):
@@ -22,11 +32,6 @@ def best_seconds(function: Callable[[], object], rounds: int = 5) -> float:
         function()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def gemm_rate(dtype: torch.dtype, size: int) -> float:
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    return 2 * size**3 / best_seconds(lambda: a @ b, rounds=3)
 
 
 @pytest.fixture(scope="session")
@@ -38,90 +43,77 @@ def read_bandwidth() -> float:
 
 @pytest.fixture(scope="session")
 def sgemm_rate() -> float:
-    """float32 FLOP a second of a matrix product."""
-    return gemm_rate(torch.float32, 2048)
-
-
-@pytest.fixture(scope="session")
-def bf16_gemm_rate() -> float:
-    """bfloat16 FLOP a second of a matrix product."""
-    return gemm_rate(torch.bfloat16, 2048)
+    """FLOP a second of a float32 matrix product."""
+    a, b = torch.ones(2, 2048, 2048)
+    return 2 * 2048**3 / best_seconds(lambda: a @ b, rounds=3)
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def timed(benchmark, request):
+    """`timed(comparison)`: check the case's result, time it in turns with the baseline, and store the ratio beside the goal.
 
-
-@pytest.fixture
-def measure(benchmark, request):
-    """`measure(function, group=..., bytes=..., flops=...)`: times it and stores what share of the ceilings it reaches.
-
-    `bytes` is what the operation must read at least, `flops` what it must compute; `setup` runs untimed before each round.
-    `against` is a baseline that is timed between the rounds of `function` (ours, baseline, ours, ...), so that both see the same
-    machine; the ratio of the medians, or of the minima where that is smaller, is stored with the `goal` it is to reach, and the
-    ratio that a kernel at the ceiling would have. `settled` has either called once untimed before it is timed: the first call
-    behind the other side is some 50 us slower (bench/README.md), which layers that follow one another do not pay. `bench.cpu`
-    collects those.
+    The rounds are ours, baseline, ours, and so on, so that both sides see the same machine. The ratio is that of the medians, or of the
+    minima where it is smaller. Where copies of the inputs take turns, each side is called once untimed before it is timed, because the
+    first call after the other side is slower. A case with a single round has the result of that round checked. `bench.cpu` makes rows
+    of what is stored.
     """
 
-    def run(
-        function,
-        *,
-        group: str,
-        bytes: int = 0,
-        flops: int = 0,
-        ceiling: str = "sgemm_rate",
-        setup=None,
-        rounds: int = 5,
-        warmup: bool = True,
-        against=None,
-        settled: bool = False,
-        goal: float | None = None,
-        **notes,
-    ):
-        benchmark.group = group
+    def run(comparison: Comparison) -> None:
+        case, baseline = comparison.case, comparison.baseline
+        problem = case.problem(Place(torch.device("cpu"), toy=request.config.getoption("--rehearse")))
+        ours, theirs = Turns(problem.calls), Turns(problem.baselines[baseline]) if baseline else None
+        if case.rounds > 1:
+            problem.check(ours())
         baseline_seconds: list[float] = []
-        if against is not None:
-            setup = _timed(against, baseline_seconds, then=function if settled else None)
-        result = benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=int(warmup))
+        settled = len(problem.calls) > 1
+        setup = _timed_baseline(theirs, baseline_seconds, then=ours if settled else None) if theirs else None
+        benchmark.group = comparison.name
+        try:
+            benchmark.pedantic(ours, setup=setup, rounds=case.rounds, warmup_rounds=int(case.rounds > 1))
+        except NotHere as reason:
+            pytest.skip(str(reason))
+        if case.rounds == 1:
+            problem.check(ours.result)
         if benchmark.stats is None:  # --benchmark-disable: called once, for its assertions
-            return result
+            return
         stats = benchmark.stats.stats
-        benchmark.extra_info |= {"threads": torch.get_num_threads(), **notes}
-        if against is not None:
-            baseline_seconds = baseline_seconds[-rounds:]
-            baseline = statistics.median(baseline_seconds)
-            # Where something else ran for a while, the medians of the two may have seen different machines; the minima less so.
-            ratio = min(baseline / stats.median, min(baseline_seconds) / stats.min)
+        benchmark.extra_info |= {"threads": torch.get_num_threads()}
+        if theirs:
+            timed_rounds = baseline_seconds[-case.rounds :]
+            median = statistics.median(timed_rounds)
+            # Other work on the machine disturbs the minima less than the medians.
+            ratio = min(median / stats.median, min(timed_rounds) / stats.min)
             benchmark.extra_info |= {
-                "baseline_seconds": baseline,
-                "baseline_rounds": baseline_seconds,
+                "baseline": baseline,
+                "baseline_seconds": median,
+                "baseline_rounds": timed_rounds,
                 "ratio": round(ratio, 3),
-                "goal": goal,
+                "goal": comparison.goal,
             }
-        if bytes:
-            share = bytes / stats.min / request.getfixturevalue("read_bandwidth")
-            benchmark.extra_info |= {"bytes": bytes, "share_of_read_bandwidth": round(share, 3)}
-        if flops:
-            rate = request.getfixturevalue(ceiling)
-            share = flops / stats.min / rate
-            benchmark.extra_info |= {"flops": flops, f"share_of_{ceiling.removesuffix('_rate')}": round(share, 3)}
-            if against is not None:
-                benchmark.extra_info["ratio_at_ceiling"] = round(baseline * rate / flops, 3)
-        return result
+        floors = {"read_bandwidth": problem.read, "sgemm": problem.flops}
+        rates = {"read_bandwidth": request.getfixturevalue("read_bandwidth"), "sgemm": request.getfixturevalue("sgemm_rate")}
+        bound = max(floors, key=lambda name: floors[name] / rates[name])
+        if floors[bound]:
+            least = floors[bound] / rates[bound]
+            benchmark.extra_info |= {
+                "bytes": problem.read,
+                "flops": problem.flops,
+                f"share_of_{bound}": round(least / stats.min, 3),
+            }
+            if theirs:
+                benchmark.extra_info["ratio_at_ceiling"] = round(median / least, 3)
 
     return run
 
 
-def _timed(against: Callable[[], object], seconds: list[float], then: Callable[[], object] | None) -> Callable[[], None]:
-    """Times `against`; with `then`, calls it once before, and `then` behind it, which is to be timed next."""
+def _timed_baseline(baseline: Turns, seconds: list[float], then: Turns | None) -> Callable[[], None]:
+    """Return a call that times `baseline`; with `then`, each side is called untimed before it is timed."""
 
     def call() -> None:
         if then is not None:
-            against()
+            baseline()
         start = time.perf_counter()
-        against()
+        baseline()
         seconds.append(time.perf_counter() - start)
         if then is not None:
             then()

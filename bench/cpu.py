@@ -1,9 +1,12 @@
 """Everything that is measured on a CPU, in one command: `python -m bench.cpu`, which is what `make bench` runs.
 
-Runs the op suites under pytest-benchmark and collects each comparison of medians that they took; where LLMCOMPRESSOR_PYTHON names an
-environment with llm-compressor, prunes SmolLM2-135M with both; where `--wikitext` names a folder, measures quality; and generates with
-packed models. Figures go to `bench/results/<CPU model>-cpu.json`, with a table beside it; those that were not taken this time stay as
-they were.
+* `ops`: each op against its baselines, under pytest-benchmark.
+* `prune`: SmolLM2-135M by ours and by llm-compressor, where LLMCOMPRESSOR_PYTHON names an environment that has it.
+* `quality`: perplexity after pruning, where `--wikitext` names a folder.
+* `packed`: size and speed of packed models.
+
+Figures go to `bench/results/<CPU model>-cpu.json`, with a table beside it. Rows that are not measured this time are kept with their own
+date, commit and versions.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ PARTS = ("ops", "prune", "quality", "packed")
 
 
 def run_ops(pytest_arguments: list[str]) -> list[Row]:
-    """Run the suites and make a row of every benchmark that was timed against a baseline.
+    """Run the benchmarks of ops and return a row for each that was timed against a baseline.
 
     Raises:
-        SystemExit: a benchmark's assertion failed; nothing is recorded then.
+        SystemExit: A benchmark's assertion failed; nothing is recorded then.
     """
     with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         file = Path(folder) / "benchmarks.json"
@@ -58,7 +61,7 @@ def _goal(goal: float | None, extra: dict) -> str:
     if goal is None:
         return ""
     ceiling = extra.get("ratio_at_ceiling", goal)
-    return f">= {goal}x" if ceiling >= goal else f">= {goal}x (at the full sgemm rate it would be {ceiling:.1f}x)"
+    return f">= {goal}x" if ceiling >= goal else f">= {goal}x (at the ceiling it would be {ceiling:.1f}x)"
 
 
 def main() -> None:
@@ -66,7 +69,11 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=PARTS, help="may be given more than once")
     parser.add_argument("--llmcompressor", default=os.environ.get("LLMCOMPRESSOR_PYTHON"), metavar="PYTHON")
     parser.add_argument("--wikitext", type=Path, metavar="FOLDER", help="with valid.txt and test.txt of WikiText-2")
+    parser.add_argument("--rehearse", action="store_true", help="the benchmarks of ops with toy sizes; nothing is recorded")
     arguments, pytest_arguments = parser.parse_known_args()
+    if arguments.rehearse:
+        print(results.as_table("rehearsal", run_ops(["--rehearse", *pytest_arguments])))
+        return
     parts, run = arguments.only or PARTS, results.this_run()
     if "ops" in parts:
         results.record(run_ops(pytest_arguments), run=run)

@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
         alone = set(parts) == {"tests"}
         record(checks.tests(budget.part(0.7 if alone else 0.35), logs / "tests.log", options.selection))
         record(checks.sanitizers(budget.part(1.0 if alone else 0.25), logs / "sanitizer.log"))
-    wanted = {"ops": [case.name for case in worker.CASES], "e2e": [run.name for run in worker.e2e.RUNS]}
+    wanted = {"ops": [case.name for case in (*worker.CASES, *worker.SWEEPS)], "e2e": [run.name for run in worker.e2e.RUNS]}
     names = [name for part in ("ops", "e2e") if part in parts for name in wanted[part] if options.selection in name]
     if names:
         passed_on = [f"--{name}" for name in ("rehearse", "profile") if getattr(options, name)]

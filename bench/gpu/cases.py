@@ -1,211 +1,102 @@
-"""What one benchmark is, and how it becomes rows: correct first, then timed, each implementation by itself, against baselines."""
+"""Benchmarks that only a GPU has: 2:4 linears by sparse tensor cores, and the Triton product that the sweep multiplies with."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
-from sparsekern import backends
+from sparsekern import ops
+from sparsekern.runtime import semi_structured_linear, to_semi_structured
 
-from ..results import Row, seconds
-from .device import Call, Ceilings, replayed_seconds_of, seconds_of
+from ..inputs import CHECKED, assert_close, n_of_m
+from ..problem import Call, Case, NotHere, Place, Problem
+from .device import seconds_of
 
-ROTATED_BYTES = 2**28  # what the inputs take together, where one call has less: several times any L2
-SECTION = "ops"
-
-
-@dataclass(frozen=True)
-class Faster:
-    """At least `times` as fast as the baseline of that name."""
-
-    times: float
-    than: str
-
-    def __str__(self) -> str:
-        return f">= {self.times}x {self.than}"
-
-    def met(self, taken: Taken) -> bool:
-        return taken.against[self.than] / taken.called >= self.times
+DENSE, BEST_PLAN, ADDMM = "dense cuBLAS", "best cuSPARSELt plan", "addmm in float32"
 
 
-@dataclass(frozen=True)
-class Within:
-    """At most so many seconds a call."""
-
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"<= {seconds(self.seconds)}"
-
-    def met(self, taken: Taken) -> bool:
-        return taken.called <= self.seconds
+def semi_structured(weight: torch.Tensor, backend: str = "cutlass") -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return `x -> x @ weight.T` from the packed weight; a CPU, where it is only tried out, unpacks it."""
+    packed = ops.semi_structured_pack(weight)
+    if weight.device.type != "cuda":
+        return lambda x: functional.linear(x, ops.semi_structured_unpack(*packed))
+    tensor = to_semi_structured(packed) if backend == "cutlass" else to_semi_structured(weight, backend=backend)
+    return lambda x: semi_structured_linear(x, tensor)
 
 
-@dataclass(frozen=True)
-class Share:
-    """At least this share of the floor, on the device alone."""
-
-    share: float
-
-    def __str__(self) -> str:
-        return f">= {self.share:.0%} of the floor"
-
-    def met(self, taken: Taken) -> bool:
-        return taken.share >= self.share
+def best_plan(weight: torch.Tensor, x: torch.Tensor) -> Call:
+    """Return the fastest of cuSPARSELt's own choices: with the result as it comes and transposed."""
+    compressed = torch._cslt_compress(weight)
+    plans: list[Call] = []
+    for transposed in (False, True):
+        algorithm, split, mode, _ = torch._C._cusparselt.mm_search(compressed, x.T, None, None, None, transposed)
+        options = {"transpose_result": transposed, "alg_id": algorithm, "split_k": split, "split_k_mode": mode}
+        plans.append(lambda options=options: torch._cslt_sparse_mm(compressed, x.T, **options))
+    return min(plans, key=lambda plan: seconds_of([plan], x.device))
 
 
-Goal = Faster | Within | Share
+def linear(place: Place, tokens: int, rows: int, columns: int) -> Problem:
+    weight = n_of_m(place.randn(rows, columns, dtype=torch.bfloat16) / columns**0.5)
+    x = place.randn(tokens, columns, dtype=torch.bfloat16)
+    multiply = semi_structured(weight)
+    baselines = {DENSE: [lambda: functional.linear(x, weight)]}
+    if place.device.type == "cuda" and torch.backends.cusparselt.is_available():
+        baselines[BEST_PLAN] = [best_plan(weight, x)]
+    return Problem(
+        calls=[lambda: multiply(x)],
+        check=lambda result: assert_close(result[:CHECKED].double(), x[:CHECKED].double() @ weight.double().T, 4e-3),
+        baselines=baselines,
+        flops=tokens * rows * columns,  # half of the dense product's
+        read=x.nbytes + weight.nbytes * 9 // 16,
+        written=tokens * rows * x.element_size(),
+        unit="bf16",
+    )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One benchmark with its inputs made.
+def triton_product(place: Place, size: int) -> Problem:
+    """The product between the blocks of a sweep, where that is not cuBLAS."""
+    if place.device.type != "cuda":
+        raise NotHere("Triton's kernels need a GPU")
+    from sparsekern.triton_kernels.matmul import add_product
 
-    `calls` run ours, each on inputs of its own; `check` asserts that what the first returns is right, the rest is then taken to be.
-    `baselines` do the same otherwise. `flops` and `bytes` are the least that a call must compute, at the rate of `unit`, and move.
-    `captured`: whether a CUDA graph can hold ours, which gives the time on the device alone.
-    """
+    a, b = place.randn(size, size), place.randn(size, size)
+    ours, theirs = torch.zeros_like(a), torch.zeros_like(a)
 
-    calls: Sequence[Call]
-    check: Callable[[object], None]
-    baselines: dict[str, Sequence[Call]] = field(default_factory=dict)
-    flops: float = 0.0
-    bytes: float = 0.0
-    unit: str = "fp32"
-    goals: tuple[Goal, ...] = ()
-    captured: bool = True
+    def error(result: torch.Tensor) -> float:
+        exact = a[:CHECKED].double() @ b.double()
+        return float((result[:CHECKED].double() - exact).norm() / exact.norm())
 
+    def check(_) -> None:
+        fresh = torch.zeros_like(a)
+        add_product(fresh, a, b)
+        assert error(fresh) <= 2 * error(a @ b), f"error {error(fresh):.2e}, cuBLAS's is {error(a @ b):.2e}"
 
-@dataclass(frozen=True)
-class Taken:
-    """Seconds of a call as a program makes it, of its replay (None: not captured) and of each baseline; and the least there is."""
-
-    called: float
-    on_device: float | None
-    against: dict[str, float]
-    floor: float
-
-    @property
-    def share(self) -> float:
-        return self.floor / (self.on_device or self.called)
+    return Problem(
+        calls=[lambda: add_product(ours, a, b)],
+        check=check,
+        baselines={ADDMM: [lambda: torch.addmm(theirs, a, b, out=theirs)]},
+        flops=2 * size**3,
+        read=3 * a.nbytes,
+        written=a.nbytes,
+    )
 
 
-class NotHere(Exception):
-    """A benchmark cannot run in this build; the message says why."""
+def case(tokens: int, rows: int, columns: int, likely_seconds: float, goals: dict[str, float | None]) -> Case:
+    return Case(
+        f"2:4 linear, {tokens} token{'s' * (tokens > 1)}, {rows}x{columns} bf16",
+        linear,
+        {"tokens": tokens, "rows": rows, "columns": columns},
+        {"tokens": min(tokens, 64), "rows": 128, "columns": 128},
+        cuda=goals,
+        likely_seconds=likely_seconds,
+    )
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where benchmarks run, whether with toy sizes, and whether whole models are run under torch's profiler."""
-
-    device: torch.device
-    small: bool
-    ceilings: Ceilings
-    profile: bool = False
-
-    def size(self, real: int, toy: int) -> int:
-        return toy if self.small else real
-
-    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, device=self.device, dtype=dtype)
-
-    def copies(self, bytes_a_call: int) -> range:
-        """One for each set of inputs, so that together they do not fit into the L2."""
-        return range(1 if self.small else max(1, math.ceil(ROTATED_BYTES / bytes_a_call)))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A benchmark by name. `op`: whose implementations are measured one by one; None where several ops make up the call."""
-
-    name: str
-    op: str | None
-    make: Callable[[Place], Problem]
-    likely_seconds: float
-
-    def rows(self, place: Place) -> Iterator[Row]:
-        """A row for each implementation; what fails or cannot run is a row that says so."""
-        torch.manual_seed(0)
-        try:
-            problem = self.make(place)
-        except NotHere as reason:
-            yield Row(SECTION, self.name, f"not run: {reason}")
-            return
-        except RuntimeError as error:
-            yield failed(self.name, error)
-            return
-        against = {name: seconds_of(calls, place.device) for name, calls in problem.baselines.items()}
-        for by in self._implementations(place):
-            name = f"{self.name} ({by})" if by else self.name
-            with backends.use(**{self.op: by}) if by else nullcontext():
-                yield self._row(name, problem, against, place)
-
-    def _implementations(self, place: Place) -> list[str | None]:
-        known = backends.implementations(self.op) if self.op and place.device.type == "cuda" else ()
-        return [implementation.name for implementation in known] or [None]
-
-    def _row(self, name: str, problem: Problem, against: dict[str, float], place: Place) -> Row:
-        goals = ", ".join(map(str, problem.goals))
-        try:
-            problem.check(problem.calls[0]())
-            called = seconds_of(problem.calls, place.device)
-            on_device = replayed_seconds_of(problem.calls, place.device) if problem.captured else None
-        except (AssertionError, ValueError, RuntimeError) as error:
-            return failed(name, error, goals)
-        floor = place.ceilings.floor(flops=problem.flops, unit=problem.unit, bytes=problem.bytes)
-        taken = Taken(called, on_device, against, floor)
-        return Row(
-            SECTION,
-            name,
-            _reached(taken, problem),
-            ", ".join(f"{other} {seconds(took)}" for other, took in against.items()),
-            goals,
-            all(goal.met(taken) for goal in problem.goals) if problem.goals else None,
-            {
-                "seconds": called,
-                "seconds_on_device": on_device,
-                "baseline_seconds": against,
-                "flops": problem.flops,
-                "unit": problem.unit,
-                "bytes": problem.bytes,
-                "floor_seconds": floor,
-                "share_of_floor": round(taken.share, 4),
-            },
-        )
-
-
-def _reached(taken: Taken, problem: Problem) -> str:
-    parts = [f"**{took / taken.called:.2f}x** {name}" for name, took in taken.against.items()]
-    parts.append(f"{seconds(taken.called)} a call")
-    if problem.captured:
-        parts.append("not captured" if taken.on_device is None else f"{seconds(taken.on_device)} on the device")
-    if taken.floor:
-        parts.append(f"{taken.share:.0%} of the floor {seconds(taken.floor)}")
-    return ", ".join(parts)
-
-
-def failed(name: str, error: Exception, goals: str = "") -> Row:
-    """A row for what an error has ended; raises the error if the device is lost to this process."""
-    if "CUDA error" in str(error):
-        raise error
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if "was asked for, but" in what:  # the words of sparsekern.backends
-        return Row(SECTION, name, f"not run: {what}", goal=goals)
-    return Row(SECTION, name, f"**failed**: {what}", goal=goals, met=False)
-
-
-CASES: list[Case] = []
-
-
-def case(name: str, op: str | None = None, likely_seconds: float = 3.0) -> Callable:
-    """Adds a function that makes a `Problem` to `CASES`, the most important first."""
-
-    def add(make: Callable[[Place], Problem]) -> Callable:
-        CASES.append(Case(name, op, make, likely_seconds))
-        return make
-
-    return add
+CASES = [
+    case(4096, 11008, 4096, 10, {DENSE: 1.4, BEST_PLAN: 1.0}),
+    case(4096, 4096, 11008, 10, {DENSE: None, BEST_PLAN: None}),
+    case(1, 11008, 4096, 6, {DENSE: None, BEST_PLAN: None}),  # where 2:4 pays least
+    Case("float32 product 4096x4096x4096 in Triton", triton_product, {"size": 4096}, {}, cuda={ADDMM: None}),
+]

@@ -10,7 +10,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -19,7 +19,7 @@ import torch
 import sparsekern
 from sparsekern import backends
 
-Call = Callable[[], object]
+from ..problem import Call
 
 TIMED_SECONDS = 0.25  # for which one thing is run again and again
 MOST_ROUNDS = 200

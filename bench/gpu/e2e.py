@@ -12,14 +12,14 @@ import torch
 import sparsekern
 
 from ..results import Row, seconds
-from .cases import Place
 from .device import synchronize
+from .rows import DevicePlace
 
 SECTION = "prune"
 BLOCK_LINEARS = ((4096, 4096),) * 4 + ((4096, 11008),) * 2 + ((11008, 4096),)  # in, out
 
 
-def llama(place: Place, blocks: int):
+def llama(place: DevicePlace, blocks: int):
     """LLaMA-7B but for its number of blocks; the numbers of its layers are random, as its own initialisation draws them."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -43,7 +43,7 @@ def forward_flops(tokens: int, length: int, last_linear: bool) -> float:
     return tokens * (products + 2 * 4096 * length)
 
 
-def floor_seconds(place: Place, blocks: int, tokens: int, length: int) -> float:
+def floor_seconds(place: DevicePlace, blocks: int, tokens: int, length: int) -> float:
     """Two forwards, four Gram matrices, four factors and seven sweeps a block, each at the rate of its unit."""
     on_bf16 = forward_flops(tokens, length, False) + forward_flops(tokens, length, True) + tokens * (3 * 4096**2 + 11008**2)
     on_fp32 = (3 * 4096**3 + 11008**3) / 3 + sum(rows * columns**2 for columns, rows in BLOCK_LINEARS)
@@ -51,7 +51,7 @@ def floor_seconds(place: Place, blocks: int, tokens: int, length: int) -> float:
 
 
 @contextmanager
-def _profiled(place: Place) -> Iterator[None]:
+def _profiled(place: DevicePlace) -> Iterator[None]:
     """Prints the kernels that take the most time, where that was asked for."""
     if not place.profile:
         yield
@@ -75,7 +75,7 @@ class Run:
     likely_seconds: float
     goal_seconds: float | None = None
 
-    def rows(self, place: Place) -> Iterator[Row]:
+    def rows(self, place: DevicePlace) -> Iterator[Row]:
         samples, length = place.size(self.samples, 4), place.size(2048, 64)
         model = llama(place, self.blocks)
         vocabulary = model.get_input_embeddings().num_embeddings

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,25 +15,28 @@ from pathlib import Path
 
 import torch
 
+from ..ops import all_cases
 from ..results import Row
-from . import e2e
-from .cases import CASES, Place
+from . import cases, e2e
+from .crossing import SWEEPS
 from .device import Ceilings, measure_ceilings
+from .rows import DeviceCase, DevicePlace
 
-for module in (
-    "solve_cases",
-    "linear_cases",
-    "packed_cases",
-    "select_cases",
-    "method_cases",
-):  # each adds its own, the most important first
-    importlib.import_module(f"{__package__}.{module}")
-SWEEPS = importlib.import_module(f"{__package__}.crossing_cases").SWEEPS  # which imports some of those modules
+FIRST = ("obs_sweep", "gram_")  # ops whose times decide how long `prune` takes
+
+
+def _by_importance() -> list[DeviceCase]:
+    """Return the cases of a GPU: those of `FIRST`, then those with a goal, then the others."""
+    found = [DeviceCase(case) for module in (*all_cases().values(), cases.CASES) for case in module if case.cuda is not None]
+    return sorted(found, key=lambda each: (each.case.op not in FIRST, each.case.op != FIRST[0], not each.has_goal))
+
+
+CASES = tuple(_by_importance())
 KNOWN = (*CASES, *SWEEPS, *e2e.RUNS)
 
 
 def ordered() -> list[str]:
-    """The names of all benchmarks, the most important first and whole models last."""
+    """Return the names of all benchmarks, the most important first and whole models last."""
     return [known.name for known in KNOWN]
 
 
@@ -49,7 +51,7 @@ def ceiling_rows(ceilings: Ceilings) -> Iterator[Row]:
     yield Row("ceilings", "matrix product of 8192, fp32", f"{ceilings.fp32 / 1e12:.1f} TFLOP/s")
 
 
-def run(name: str, place: Place) -> Iterator[Row]:
+def run(name: str, place: DevicePlace) -> Iterator[Row]:
     for known in KNOWN:
         if known.name == name:
             yield from known.rows(place)
@@ -76,7 +78,7 @@ def main() -> None:
         ceilings = measure_ceilings(device, small=arguments.rehearse)
         for row in ceiling_rows(ceilings):
             tell_row(row)
-        place = Place(device, arguments.rehearse, ceilings, arguments.profile)
+        place = DevicePlace(device, arguments.rehearse, ceilings=ceilings, profile=arguments.profile)
         for name in arguments.names:
             tell(start=name)
             for row in run(name, place):

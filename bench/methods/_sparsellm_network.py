@@ -17,7 +17,7 @@ from sparsekern.pruning.blockwise.feed_forward import TILE, MappedRows
 from sparsekern.pruning.blockwise.statistics import Gram
 
 from .. import smollm2
-from ..problems import correlated_tokens
+from ..inputs import correlated_tokens
 
 BLOCK, SPARSITY, SAMPLES, LENGTH = 14, 0.7, 8, 512
 # Inputs, features and tokens: LLaMA-7B's shape with as few tokens as the public program needs to end within minutes, and a quarter of

@@ -1,35 +1,59 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from baselines.plain import plain_admm_step_
 from sparsekern.ops import admm_step_
 
-CASES = [(4096, 4096, 0.5, "matrix"), (4096, 4096, 0.5, "row"), (4096, 4096, "2:4", "matrix"), (1536, 576, 0.5, "matrix")]
+from ..problem import Case, Place, Problem
+
+PLAIN = "plain torch"
 
 
-@pytest.mark.parametrize(("rows", "columns", "pattern", "scope"), CASES)
-def test_step(measure, generator, rows, columns, pattern, scope):
-    """Both sides take their step from a fresh copy of the state, whose making is timed with it: a second step would start from zeros."""
-    offset, dual, weight = (torch.randn(rows, columns, generator=generator) for _ in range(3))
-    mask = torch.rand(rows, columns, generator=generator) < 0.5
+def step(place: Place, rows: int, columns: int, pattern: str | float, scope: str) -> Problem:
+    """Both sides step from a fresh copy of the state, whose making is timed with it: a second step would start from zeros."""
+    offset, dual, weight = (place.randn(rows, columns) for _ in range(3))
+    mask = place.rand(rows, columns) < 0.5
 
-    def run(step) -> list[torch.Tensor]:
+    def run(step_) -> list[torch.Tensor]:
         state = [offset.clone(), dual.clone(), mask.clone()]
-        step(*state, weight, pattern, scope=scope)
+        step_(*state, weight, pattern, scope=scope)
         return state
 
-    ours, theirs = run(admm_step_), run(plain_admm_step_)
-    same = ours[2] == theirs[2]
-    assert int((~same).sum()) <= rows  # `kthvalue` drops all that equal the threshold
-    for got, want in zip(ours, theirs, strict=True):
-        assert torch.equal(got[same], want[same])
-    measure(
-        lambda: run(admm_step_),
-        against=lambda: run(plain_admm_step_),
-        baseline="plain torch",
-        goal=1.5,
-        group=f"admm_step_ {rows}x{columns} {pattern} {scope}",
-        bytes=26 * weight.numel(),
+    def check(state: list[torch.Tensor]) -> None:
+        expected = run(plain_admm_step_)
+        agree = state[2] == expected[2]
+        assert int((~agree).sum()) <= rows, "another mask"  # `kthvalue` drops every entry that equals the threshold
+        assert all(torch.equal(got[agree], want[agree]) for got, want in zip(state, expected, strict=True)), "another step"
+
+    return Problem(
+        calls=[lambda: run(admm_step_)],
+        check=check,
+        baselines={PLAIN: [lambda: run(plain_admm_step_)]},
+        read=13 * weight.numel(),
+        written=13 * weight.numel(),
+        captured=False,
     )
+
+
+CASES = [
+    Case(
+        f"admm_step_ {rows}x{columns} {pattern} {scope}",
+        step,
+        {"rows": rows, "columns": columns, "pattern": pattern, "scope": scope},
+        {"rows": 64, "columns": 128},
+        op="admm_step_",
+        cpu={PLAIN: 1.5},
+        cuda={PLAIN: None} if rows == 4096 else None,
+    )
+    for rows, columns, pattern, scope in [
+        (4096, 4096, 0.5, "matrix"),
+        (4096, 4096, 0.5, "row"),
+        (4096, 4096, "2:4", "matrix"),
+        (1536, 576, 0.5, "matrix"),
+    ]
+]
+
+
+def test_admm_step(timed, case):
+    timed(case)

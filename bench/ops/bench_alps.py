@@ -1,8 +1,7 @@
-"""A layer by ALPS, from weight and Gram matrix to pruned weight, against the public program and against a plain prototype in torch."""
+"""A layer by ALPS, from weight and Gram matrix to pruned weight."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from baselines.plain import plain_alps
@@ -11,70 +10,71 @@ from sparsekern import ALPS
 from sparsekern.pattern import parse_pattern
 from sparsekern.pruning.blockwise.statistics import Gram
 
-from ..problems import DAMPING, gram_of, output_error
+from ..inputs import DAMPING, gram_of, output_error
+from ..problem import Case, Place, Problem, Turns
 
 TEXTBOOK = {"2:4": {"n_kept": 2, "m": 4}, 0.5: {"sparsity": 0.5}}
-SHAPES = ((1536, 576), (4096, 4096))
-LARGE = 2000  # features
+PUBLIC, PROTOTYPE = "the public program", "a plain prototype"
 NO_WORSE = 1.002  # times the baseline's error
 
 
-def statistics_of(gram: torch.Tensor) -> Gram:
+def alps(weight: torch.Tensor, gram: torch.Tensor, pattern: str | float) -> torch.Tensor:
     statistics = Gram(len(gram), gram.device)
     statistics.gram.copy_(gram.tril())
-    return statistics
+    return ALPS(damping=DAMPING).solve(weight, statistics, parse_pattern(pattern)).weight
 
 
-def alps(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
-    return ALPS(damping=DAMPING).solve(weight, statistics_of(gram), parse_pattern(pattern)).weight
-
-
-def public(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
-    """The public program: eigenvectors in float64, sorts, three products an iteration of conjugate gradients, unused traces."""
+def public(weight: torch.Tensor, gram: torch.Tensor, pattern: str | float) -> torch.Tensor:
     return textbook_alps(weight, gram, damping=DAMPING, **TEXTBOOK[pattern])[0]
 
 
-def prototype(weight: torch.Tensor, gram: torch.Tensor, pattern) -> torch.Tensor:
+def prototype(weight: torch.Tensor, gram: torch.Tensor, pattern: str | float) -> torch.Tensor:
     return plain_alps(weight, gram, pattern, DAMPING)
 
 
-BASELINES = {"public": (public, 3.0), "prototype": (prototype, 1.5)}
+def layer(place: Place, rows: int, columns: int, pattern: str | float) -> Problem:
+    small, small_gram = place.randn(96, 192), gram_of(place, 192)
+    weight, gram = place.randn(rows, columns), gram_of(place, columns)
+    theirs = {
+        name: Turns([lambda solve=solve: solve(weight, gram, pattern)])
+        for name, solve in ((PUBLIC, public), (PROTOTYPE, prototype))
+    }
 
+    def check(ours: torch.Tensor) -> None:
+        """Compares with the baselines that have run; with the prototype where none has."""
+        for solve in (public, prototype):
+            assert_no_worse(small, small_gram, alps(small, small_gram, pattern), solve(small, small_gram, pattern))
+        timed = [each.result for each in theirs.values() if each.result is not None] or [theirs[PROTOTYPE]()]
+        for result in timed:
+            assert_no_worse(weight, gram, ours, result)
 
-class Last:
-    """A function, and what it returned the last time: at the large size every run takes long, so the timed ones are the ones checked."""
-
-    def __init__(self, function, *arguments) -> None:
-        self.function, self.arguments, self.result = function, arguments, None
-
-    def __call__(self) -> None:
-        self.result = self.function(*self.arguments)
-
-
-def assert_no_worse(weight: torch.Tensor, gram: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor, pattern) -> None:
-    assert int((ours != 0).sum()) <= int(weight.numel() * 0.5)
-    assert output_error(weight, ours, gram) < NO_WORSE * output_error(weight, theirs, gram)
-
-
-@pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("pattern", TEXTBOOK)
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_prune_a_layer(measure, generator, rows, columns, pattern, baseline):
-    against, goal = BASELINES[baseline]
-    small, small_gram = torch.randn(96, 192, generator=generator), gram_of(generator, 192)
-    assert_no_worse(small, small_gram, alps(small, small_gram, pattern), against(small, small_gram, pattern), pattern)
-    weight, gram = torch.randn(rows, columns, generator=generator), gram_of(generator, columns)
-    ours, theirs = Last(alps, weight, gram, pattern), Last(against, weight, gram, pattern)
-    large = columns > LARGE
-    measure(
-        ours,
-        against=theirs,
-        baseline=baseline,
-        goal=goal,
-        group=f"ALPS {rows}x{columns} {pattern} against the {baseline}",
-        rounds=1 if large else 3,
-        warmup=not large,
+    return Problem(
+        calls=[lambda: alps(weight, gram, pattern)],
+        check=check,
+        baselines={name: [call] for name, call in theirs.items()},
+        captured=False,
     )
-    if theirs.result is None:  # --benchmark-disable
-        theirs()
-    assert_no_worse(weight, gram, ours.result, theirs.result, pattern)
+
+
+def assert_no_worse(weight: torch.Tensor, gram: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert int((ours != 0).sum()) <= int(weight.numel() * 0.5), "more than half of the weights are kept"
+    error, their_error = output_error(weight, ours, gram), output_error(weight, theirs, gram)
+    assert error < NO_WORSE * their_error, f"output error {error:.4g}, the baseline's is {their_error:.4g}"
+
+
+CASES = [
+    Case(
+        f"ALPS {rows}x{columns} {pattern}",
+        layer,
+        {"rows": rows, "columns": columns, "pattern": pattern},
+        {"rows": 64, "columns": 128},
+        cpu={PUBLIC: 3.0, PROTOTYPE: 1.5},
+        rounds=1 if columns > 2000 else 3,
+    )
+    for rows, columns in ((1536, 576), (4096, 4096))
+    for pattern in TEXTBOOK
+]
+
+
+def test_alps(timed, case):
+    timed(case)

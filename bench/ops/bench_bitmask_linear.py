@@ -1,81 +1,102 @@
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import linear
 
 from baselines.dense_gemv import dense_gemv
-from sparsekern.runtime.formats import Bitmask
+from sparsekern.runtime.formats import Bitmask, Format
 
-SHAPES = pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+from ..inputs import short
+from ..problem import Case, NotHere, Place, Problem
 
-
-def sparse_weight(shape: tuple[int, int], zeros: float, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    weight = torch.randn(shape, generator=generator)
-    return (weight * (torch.rand(shape, generator=generator) >= zeros)).to(dtype)
-
-
-def check_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Within twice the rounding of one output from the float64 product of some rows."""
-    exact = x.double() @ weight[:64].double().T
-    torch.testing.assert_close(y[..., :64].double(), exact, rtol=2 * torch.finfo(y.dtype).eps, atol=1e-4 * float(exact.abs().max()))
+DENSE, HAND_WRITTEN = "F.linear", "a hand-written dense product"
+SHAPES = ((4096, 4096), (11008, 4096))
+TOY = {"rows": 128, "columns": 192}
 
 
-class Layers:
-    """Copies of one layer that take turns, so that no call finds its weight in a cache."""
-
-    def __init__(self, calls: list) -> None:
-        self.calls, self.next = calls, 0
-
-    def __call__(self):
-        self.next = (self.next + 1) % len(self.calls)
-        return self.calls[self.next]()
-
-
-def copies(weight: torch.Tensor) -> int:
-    return max(2, 200_000_000 // weight.nbytes)
-
-
-def product_case(measure, weight, fmt, against, goal, tokens, generator, name):
-    """Times `fmt` on `weight` against `torch.nn.functional.linear`, or our own dense product where `against` says so."""
-    x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
+def product(
+    place: Place,
+    fmt: Format,
+    prune: Callable[[Place, torch.Tensor], torch.Tensor],
+    rows: int,
+    columns: int,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Problem:
+    """A product with a packed weight; copies of the layer take turns, so that no call finds its weight in a cache."""
+    shape = rows, columns
+    weight = prune(place, place.randn(rows, columns) / columns**0.5).to(dtype)
+    x = place.randn(tokens, columns, dtype=dtype)
     tensors = fmt.pack(weight)
-    fmt.check(tensors, tuple(weight.shape), weight.dtype)
-    check_product(fmt.linear(x, tensors, tuple(weight.shape)), x, weight)
-    turns = copies(weight) if tokens == 1 else 1
-    packed = [{key: tensor.clone() for key, tensor in tensors.items()} for _ in range(turns)]
-    dense = [weight.clone() for _ in range(turns)]
-    ours = Layers([lambda t=t: fmt.linear(x, t, tuple(weight.shape)) for t in packed])
-    if against == "our dense bf16":
-        gemv = dense_gemv()
-        check_product(gemv(x, weight), x, weight)
-        theirs = Layers([lambda w=w: gemv(x, w) for w in dense])
-    else:
-        theirs = Layers([lambda w=w: linear(x, w) for w in dense])
+    fmt.check(tensors, shape, dtype)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    group = f"{name}, {tokens} token{'s' * (tokens > 1)}, {weight.shape[0]}x{weight.shape[1]} {str(weight.dtype).removeprefix('torch.')}"
-    measure(
-        ours, group=f"{group}, against {against}", bytes=nbytes if tokens == 1 else 0, rounds=41 if tokens == 1 else 5,
-        against=theirs, baseline=against, settled=tokens == 1, goal=goal, size_of_dense=round(nbytes / weight.nbytes, 4),
-    )  # fmt: skip
+    packed = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in place.copies(nbytes)]
+    dense = [weight.clone() for _ in place.copies(weight.nbytes)]
+
+    def check(result: torch.Tensor) -> None:
+        """Within twice the rounding of one output from the float64 product of some tokens."""
+        few = slice(0, 64)
+        exact = x[few].double() @ weight.double().T
+        tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-4 * float(exact.abs().max())}
+        torch.testing.assert_close(result[few].double(), exact, **tolerance)
+
+    return Problem(
+        calls=[lambda t=t: fmt.linear(x, t, shape) for t in packed],
+        check=check,
+        baselines={
+            DENSE: [lambda w=w: linear(x, w) for w in dense],
+            HAND_WRITTEN: [lambda w=w: hand_written(x, w, check) for w in dense],
+        },
+        flops=2 * tokens * int(weight.count_nonzero()),
+        read=nbytes + x.nbytes,
+        written=tokens * rows * x.element_size(),
+        unit="bf16" if dtype == torch.bfloat16 else "fp32",
+    )
 
 
-@SHAPES
-@pytest.mark.parametrize("zeros, goal", [(0.5, 2.2), (0.7, 3.0)])
-def test_one_token(measure, generator, shape, zeros, goal):
-    weight = sparse_weight(shape, zeros, torch.bfloat16, generator)
-    product_case(measure, weight, Bitmask(), "F.linear bf16", goal, 1, generator, f"bitmask_linear {zeros:.0%} zeros")
+def hand_written(x: torch.Tensor, weight: torch.Tensor, check: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """The product by `dense_gemv`, which is compiled and checked on its first call."""
+    if not torch.cpu._is_avx512_supported():
+        raise NotHere("the hand-written dense product needs AVX-512")
+    first = dense_gemv.cache_info().currsize == 0
+    result = dense_gemv()(x, weight)
+    if first:
+        check(result)
+    return result
 
 
-@SHAPES
-def test_one_token_against_our_dense_product(measure, generator, shape):
-    weight = sparse_weight(shape, 0.5, torch.bfloat16, generator)
-    product_case(measure, weight, Bitmask(), "our dense bf16", 1.3, 1, generator, "bitmask_linear 50% zeros")
+def random_zeros(share: float) -> Callable[[Place, torch.Tensor], torch.Tensor]:
+    return lambda place, weight: weight * (place.rand(*weight.shape) >= share)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("tokens", [4, 16, 64, 512])
-def test_tokens(measure, generator, tokens, dtype):
-    weight = sparse_weight((4096, 4096), 0.5, dtype, generator)
-    name = "F.linear bf16" if dtype == torch.bfloat16 else "F.linear f32"
-    product_case(measure, weight, Bitmask(), name, 0.9, tokens, generator, "bitmask_linear 50% zeros")
+def case(zeros: float, tokens: int, shape: tuple[int, int], dtype: torch.dtype, cpu, cuda=None) -> Case:
+    some = f"{tokens} token{'s' * (tokens > 1)}"
+    return Case(
+        f"bitmask_linear {zeros:.0%} zeros, {some}, {shape[0]}x{shape[1]} {short(dtype)}",
+        product,
+        {"fmt": Bitmask(), "prune": random_zeros(zeros), "rows": shape[0], "columns": shape[1], "tokens": tokens, "dtype": dtype},
+        TOY | {"tokens": min(tokens, 40)},
+        op="bitmask_linear",
+        cpu=cpu,
+        cuda=cuda,
+        rounds=41 if tokens == 1 else 5,
+    )
+
+
+CASES = [
+    *(case(0.5, 1, shape, torch.bfloat16, {DENSE: 2.2, HAND_WRITTEN: 1.3}, {DENSE: 1.0}) for shape in SHAPES),
+    *(case(0.7, 1, shape, torch.bfloat16, {DENSE: 3.0}) for shape in SHAPES),
+    *(
+        case(
+            0.5, tokens, SHAPES[0], dtype, {DENSE: 0.9}, {DENSE: None} if tokens in (16, 512) and dtype == torch.bfloat16 else None
+        )
+        for tokens in (4, 16, 64, 512)
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
+]
+
+
+def test_bitmask_linear(timed, case):
+    timed(case)

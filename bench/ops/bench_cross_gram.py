@@ -1,32 +1,46 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import cross_gram_
 
-TOKENS, P, Q = 16384, 1024, 2048
+from ..inputs import CHECKED, activations, assert_close, exact_product, short
+from ..problem import Case, Place, Problem
+
+PUBLIC = "float().T @ float()"
 
 
-def public(cross: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-    cross += x.float().T @ y.float()
+def cross_gram(place: Place, tokens: int, p: int, q: int, dtype: torch.dtype) -> Problem:
+    x, y = activations(place, tokens, p, dtype), activations(place, tokens, q, dtype)
+    cross = torch.zeros(p, q, device=place.device)
 
+    def check(_) -> None:
+        fresh = cross_gram_(torch.zeros_like(cross), x, y)
+        assert_close(fresh[:CHECKED], exact_product(x[:, :CHECKED], y), 1e-5)
 
-IMPLEMENTATIONS = {"sparsekern": cross_gram_, "float().T @ float()": public}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_cross_gram(measure, generator, name, dtype):
-    x, y = (torch.randn(TOKENS, features, generator=generator).to(dtype) for features in (P, Q))
-    add, cross = IMPLEMENTATIONS[name], torch.zeros(P, Q)
-    add(cross, x, y)
-    exact = x[:, :8].double().T @ y.double()
-    assert (cross[:8] - exact).norm() <= 1e-5 * exact.norm()
-    measure(
-        lambda: add(cross, x, y),
-        group=f"cross_gram_ {str(dtype).removeprefix('torch.')} [{TOKENS}, {P}] x [{TOKENS}, {Q}]",
-        flops=2 * TOKENS * P * Q,
-        bytes=x.nbytes + y.nbytes + cross.nbytes,
-        rounds=3,
+    return Problem(
+        calls=[lambda: cross_gram_(cross, x, y)],
+        check=check,
+        baselines={PUBLIC: [lambda: cross.add_(x.float().T @ y.float())]},
+        flops=2 * tokens * p * q,
+        read=x.nbytes + y.nbytes + cross.nbytes,
+        written=cross.nbytes,
+        unit="bf16" if dtype == torch.bfloat16 else "fp32",
     )
+
+
+def case(tokens: int, p: int, q: int, dtype: torch.dtype, **where) -> Case:
+    name = f"cross_gram_ {short(dtype)} [{tokens}, {p}] x [{tokens}, {q}]"
+    sizes = {"tokens": tokens, "p": p, "q": q, "dtype": dtype}
+    return Case(name, cross_gram, sizes, {"tokens": 256, "p": 64, "q": 56}, op="cross_gram_", rounds=3, **where)
+
+
+CASES = [
+    case(16384, 1024, 2048, torch.float32, cpu={PUBLIC: None}),
+    case(16384, 1024, 2048, torch.bfloat16, cpu={PUBLIC: None}),
+    case(65536, 4096, 4096, torch.bfloat16, cuda={PUBLIC: None}),
+]
+
+
+def test_cross_gram(timed, case):
+    timed(case)

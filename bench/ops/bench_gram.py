@@ -1,78 +1,64 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import gram_
 
-TOKENS, FEATURES = 16384, 4096
-GOALS = {torch.bfloat16: 5.0, torch.float32: 1.6}
-CHECKED = 48  # columns whose products are computed in float64 too
+from ..inputs import CHECKED, activations, exact_product, short
+from ..problem import Case, Place, Problem
+
+PUBLIC, LIBRARY = "H += x.float().T @ x.float()", "torch.mm(x.T, x) into float32"
 
 
-def public(gram: torch.Tensor, x: torch.Tensor) -> None:
-    """What the public programs do (the scale of the activations aside)."""
-    gram += x.float().T @ x.float()
+def gram(place: Place, tokens: int, features: int, dtype: torch.dtype, error_ratio: float = 2.0) -> Problem:
+    """`error_ratio` is the most that ours may err, relative to the library's product of the same inputs in float32."""
+    small = activations(place, 300, 200, dtype)
+    x = activations(place, tokens, features, dtype)
+    ours = torch.zeros(features, features, device=place.device)
+    half_on_device = dtype != torch.float32 and place.device.type == "cuda"
 
+    def library() -> torch.Tensor:
+        return torch.mm(x.T, x, out_dtype=torch.float32) if half_on_device else x.T.float() @ x.float()
 
-IMPLEMENTATIONS = {"sparsekern": gram_, "float().T @ float()": public}
+    def check(_) -> None:
+        whole = exact_product(small, small)
+        found = gram_(torch.zeros(200, 200, device=place.device), small).double()
+        torch.testing.assert_close(found, whole.tril(), rtol=1e-5, atol=1e-6 * float(whole.max()))
 
+        exact = exact_product(x, x[:, :CHECKED])
+        below = torch.ones_like(exact, dtype=torch.bool).tril()
+        errors = [
+            float((result[:, :CHECKED] - exact)[below].norm() / exact[below].norm())
+            for result in (gram_(torch.zeros_like(ours), x), library())
+        ]
+        assert errors[0] <= max(error_ratio * errors[1], 1e-7), f"error {errors[0]:.2e}, the library's is {errors[1]:.2e}"
 
-def error(gram: torch.Tensor, x: torch.Tensor) -> float:
-    """Relative error against float64 of the first columns, over the lower triangle that both fill."""
-    exact = x.double().T @ x[:, :CHECKED].double()
-    below = torch.ones_like(exact, dtype=torch.bool).tril()
-    return float((gram[:, :CHECKED] - exact)[below].norm() / exact[below].norm())
-
-
-def activations(generator: torch.Generator, dtype: torch.dtype, tokens: int, features: int) -> torch.Tensor:
-    """A few features much larger than the rest, as language models have them."""
-    scale = torch.rand(features, generator=generator) ** 4 * 10 + 0.1
-    return (torch.randn(tokens, features, generator=generator) * scale).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", GOALS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_gram(measure, generator, dtype):
-    small = activations(generator, dtype, 300, 200)
-    exact = small.double().T @ small.double()
-    assert torch.allclose(gram_(torch.zeros(200, 200), small).double(), exact.tril(), rtol=1e-5, atol=1e-6 * float(exact.max()))
-
-    x = activations(generator, dtype, TOKENS, FEATURES)
-    errors = {}
-    for name, implementation in IMPLEMENTATIONS.items():
-        gram = torch.zeros(FEATURES, FEATURES)
-        implementation(gram, x)
-        errors[name] = error(gram, x)
-    assert errors["sparsekern"] <= errors["float().T @ float()"]
-
-    ours, theirs = torch.zeros(FEATURES, FEATURES), torch.zeros(FEATURES, FEATURES)
-    measure(
-        lambda: gram_(ours, x),
-        against=lambda: public(theirs, x),
-        baseline="H += x.float().T @ x.float()",
-        goal=GOALS[dtype],
-        group=f"gram_ {str(dtype).removeprefix('torch.')} [{TOKENS}, {FEATURES}]",
-        flops=TOKENS * FEATURES * (FEATURES + 1),
-        bytes=x.nbytes + ours.nbytes // 2,
-        rounds=3,
-        error=errors["sparsekern"],
-        baseline_error=errors["float().T @ float()"],
+    return Problem(
+        calls=[lambda: gram_(ours, x)],
+        check=check,
+        baselines={PUBLIC: [lambda: ours.add_(x.float().T @ x.float())], LIBRARY: [library]},
+        flops=tokens * features * (features + 1),
+        read=x.nbytes + ours.nbytes // 2,
+        written=ours.nbytes // 2,
+        unit="bf16" if dtype == torch.bfloat16 else "fp32",
     )
 
 
-@pytest.mark.parametrize("features", [576, 1536])
-def test_gram_of_smollm2(measure, generator, features):
-    """The shapes and the dtype that pruning SmolLM2-135M runs on a CPU, a batch of 2048 tokens at a time."""
-    x = activations(generator, torch.float32, 2048, features)
-    ours, theirs = torch.zeros(features, features), torch.zeros(features, features)
-    gram_(ours, x)
-    public(theirs, x)
-    assert error(ours, x) <= 2 * error(theirs, x)
-    measure(
-        lambda: gram_(ours, x),
-        against=lambda: public(theirs, x),
-        baseline="H += x.T @ x",
-        group=f"gram_ float32 [2048, {features}]",
-        flops=2048 * features * (features + 1),
-        rounds=9,
-    )
+def case(tokens: int, features: int, dtype: torch.dtype, rounds: int = 3, error_ratio: float = 2.0, **where) -> Case:
+    sizes = {"tokens": tokens, "features": features, "dtype": dtype, "error_ratio": error_ratio}
+    toy = {"tokens": 512, "features": 128, "error_ratio": 2.0}
+    return Case(f"gram_ {short(dtype)} [{tokens}, {features}]", gram, sizes, toy, op="gram_", rounds=rounds, **where)
+
+
+CASES = [
+    case(262144, 4096, torch.bfloat16, cuda={LIBRARY: 1.6}),
+    case(32768, 11008, torch.bfloat16, cuda={LIBRARY: None}),  # a batch of the widest linear of LLaMA-7B
+    case(65536, 4096, torch.float32, cuda={LIBRARY: None}),
+    case(16384, 4096, torch.bfloat16, error_ratio=1.0, cpu={PUBLIC: 5.0}),
+    case(16384, 4096, torch.float32, error_ratio=1.0, cpu={PUBLIC: 1.6}),
+    *(case(2048, features, torch.float32, rounds=9, cpu={PUBLIC: None}) for features in (576, 1536)),  # those of SmolLM2-135M
+]
+
+
+def test_gram(timed, case):
+    timed(case)

@@ -1,30 +1,50 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import gram_inverse
 
-from ..problems import damped, gram_of, relative_error
+from ..inputs import assert_close, damped, gram_of
+from ..problem import Case, Place, Problem
+
+LIBRARY = "torch.cholesky_inverse"
 
 
-def cholesky_inverse(gram: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
+def inverse(place: Place, features: int) -> Problem:
+    small, gram = gram_of(place, 200), gram_of(place, features)
 
+    def library() -> torch.Tensor:
+        return torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
 
-@pytest.mark.parametrize("features", [576, 1536, 4096])
-def test_gram_inverse(measure, generator, features):
-    small = gram_of(generator, 200)
-    assert relative_error(gram_inverse(small), torch.linalg.inv(damped(small.double()))) < 1e-5
+    def check(result: torch.Tensor) -> None:
+        assert_close(gram_inverse(small), torch.linalg.inv(damped(small.double())), 1e-5)
+        assert_close(result, library(), 1e-3)
 
-    gram = gram_of(generator, features)
-    assert relative_error(gram_inverse(gram), cholesky_inverse(gram)) < 1e-3
-    measure(
-        lambda: gram_inverse(gram),
-        against=lambda: cholesky_inverse(gram),
-        baseline="torch.cholesky_inverse",
-        group=f"gram_inverse {features}",
+    return Problem(
+        calls=[lambda: gram_inverse(gram)],
+        check=check,
+        baselines={LIBRARY: [library]},
         flops=features**3,
-        bytes=gram.nbytes // 2 + gram.nbytes,
+        read=gram.nbytes // 2,
+        written=gram.nbytes,
+        captured=False,
+    )
+
+
+CASES = [
+    Case(
+        f"gram_inverse {features}",
+        inverse,
+        {"features": features},
+        {"features": 96},
+        op="gram_inverse",
+        cpu={LIBRARY: None},
+        cuda={LIBRARY: None} if features == 4096 else None,
         rounds=3 if features > 2000 else 9,
     )
+    for features in (576, 1536, 4096)
+]
+
+
+def test_gram_inverse(timed, case):
+    timed(case)

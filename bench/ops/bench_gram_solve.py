@@ -1,31 +1,52 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import gram_solve
 
-from ..problems import damped, gram_of, relative_error
+from ..inputs import assert_close, damped, gram_of
+from ..problem import Case, Place, Problem
+
+LIBRARY = "torch.cholesky_solve"
 
 
-def cholesky_solve(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped(gram))).T
+def solve(place: Place, rows: int, features: int) -> Problem:
+    small, small_cross = gram_of(place, 200), place.randn(50, 200)
+    gram, cross = gram_of(place, features), place.randn(rows, features)
 
+    def library() -> torch.Tensor:
+        return torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped(gram))).T
 
-@pytest.mark.parametrize(("rows", "features"), [(192, 576), (1536, 576), (576, 1536), (4096, 4096)])
-def test_gram_solve(measure, generator, rows, features):
-    small, small_cross = gram_of(generator, 200), torch.randn(50, 200, generator=generator)
-    exact = torch.linalg.solve(damped(small.double()), small_cross.double(), left=False)
-    assert relative_error(gram_solve(small, small_cross), exact) < 1e-5
+    def check(result: torch.Tensor) -> None:
+        exact = torch.linalg.solve(damped(small.double()), small_cross.double(), left=False)
+        assert_close(gram_solve(small, small_cross), exact, 1e-5)
+        assert_close(result, library(), 1e-3)
 
-    gram, cross = gram_of(generator, features), torch.randn(rows, features, generator=generator)
-    assert relative_error(gram_solve(gram, cross), cholesky_solve(gram, cross)) < 1e-3
-    measure(
-        lambda: gram_solve(gram, cross),
-        against=lambda: cholesky_solve(gram, cross),
-        baseline="torch.cholesky_solve",
-        group=f"gram_solve {rows}x{features}",
+    return Problem(
+        calls=[lambda: gram_solve(gram, cross)],
+        check=check,
+        baselines={LIBRARY: [library]},
         flops=features**3 // 3 + 2 * rows * features**2,
-        bytes=gram.nbytes // 2 + 2 * cross.nbytes,
+        read=gram.nbytes // 2 + cross.nbytes,
+        written=cross.nbytes,
+        captured=False,
+    )
+
+
+CASES = [
+    Case(
+        f"gram_solve {rows}x{features}",
+        solve,
+        {"rows": rows, "features": features},
+        {"rows": 64, "features": 96},
+        op="gram_solve",
+        cpu={LIBRARY: None},
+        cuda={LIBRARY: None} if features == 4096 else None,
         rounds=3 if features > 2000 else 9,
     )
+    for rows, features in ((192, 576), (1536, 576), (576, 1536), (4096, 4096))
+]
+
+
+def test_gram_solve(timed, case):
+    timed(case)

@@ -1,23 +1,37 @@
 from __future__ import annotations
 
-import pytest
-import torch
-
 from sparsekern.ops import gram_symmetrize_
 
+from ..inputs import same
+from ..problem import Case, Place, Problem
 
-def add_transposed(gram: torch.Tensor) -> None:
-    gram.copy_(gram.tril() + gram.tril(-1).T)
-
-
-IMPLEMENTATIONS = {"sparsekern": gram_symmetrize_, "tril + tril.T": add_transposed}
+ADDED = "tril() + tril(-1).T"
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_gram_symmetrize(measure, generator, name):
-    gram = torch.randn(4096, 4096, generator=generator)
-    expected = gram.tril() + gram.tril(-1).T
-    symmetrize = IMPLEMENTATIONS[name]
-    symmetrize(gram)
-    assert torch.equal(gram, expected)
-    measure(lambda: symmetrize(gram), group="gram_symmetrize_ 4096", bytes=gram.nbytes // 2, rounds=5)
+def symmetrize(place: Place, features: int) -> Problem:
+    given = [place.randn(features, features) for _ in place.copies(4 * features**2)]
+    lower = given[0].tril()
+    return Problem(
+        calls=[lambda w=w: gram_symmetrize_(w) for w in given],
+        check=same(lambda: lower + lower.tril(-1).T),
+        baselines={ADDED: [lambda w=w: w.tril() + w.tril(-1).T for w in given]},
+        read=given[0].nbytes // 2,
+        written=given[0].nbytes // 2,
+    )
+
+
+CASES = [
+    Case(
+        "gram_symmetrize_ 4096",
+        symmetrize,
+        {"features": 4096},
+        {"features": 128},
+        op="gram_symmetrize_",
+        cpu={ADDED: None},
+        cuda={ADDED: None},
+    )
+]
+
+
+def test_gram_symmetrize(timed, case):
+    timed(case)

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from baselines.plain import conjugate_gradients
 from sparsekern.ops import masked_lstsq
 
-from ..problems import damped, gram_of, output_error
+from ..inputs import damped, gram_of, output_error
+from ..problem import Case, Place, Problem
+
+PLAIN, ROWS = "ten plain iterations", "a factorisation for each row"
 
 
 def row_by_row(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Exactly, each row by a factorisation of its own."""
+    """Solve exactly, each row by a factorisation of its own."""
     right, solution = weight @ gram, torch.zeros_like(weight)
     for row, support in enumerate(mask):
         kept = support.nonzero().flatten()
@@ -19,24 +21,38 @@ def row_by_row(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> 
     return solution
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "density", "baseline", "tolerance"),
-    [
-        (1536, 576, 0.5, conjugate_gradients, 1e-4),
-        (576, 1536, 0.5, conjugate_gradients, 1e-4),
-        (1536, 576, 0.5, row_by_row, 1e-4),
-        (1536, 576, 0.1, row_by_row, 1e-4),
-    ],
-)
-def test_solve(measure, generator, rows, columns, density, baseline, tolerance):
-    weight, gram = torch.randn(rows, columns, generator=generator), damped(gram_of(generator, columns))
-    mask = torch.rand(rows, columns, generator=generator) < density
-    ours, theirs = masked_lstsq(weight, gram, mask, tolerance=tolerance)[0], baseline(weight, gram, mask)
-    assert output_error(weight, ours, gram) < 1.001 * output_error(weight, theirs, gram)
-    measure(
-        lambda: masked_lstsq(weight, gram, mask, tolerance=tolerance),
-        against=lambda: baseline(weight, gram, mask),
-        baseline=baseline.__name__.replace("_", " "),
-        group=f"masked_lstsq {rows}x{columns}, {density:.0%} kept, against {baseline.__name__.replace('_', ' ')}",
-        rounds=3,
+def solve(place: Place, rows: int, columns: int, density: float, against: str) -> Problem:
+    weight, gram = place.randn(rows, columns), damped(gram_of(place, columns))
+    mask = place.rand(rows, columns) < density
+    baselines = {PLAIN: conjugate_gradients, ROWS: row_by_row}
+
+    def check(found: tuple[torch.Tensor, ...]) -> None:
+        ours, theirs = (output_error(weight, new, gram) for new in (found[0], baselines[against](weight, gram, mask)))
+        assert ours < 1.001 * theirs, f"output error {ours:.4g}, {against} leave {theirs:.4g}"
+        assert not found[0][~mask].any(), "a pruned weight is not zero"
+
+    return Problem(
+        calls=[lambda: masked_lstsq(weight, gram, mask, tolerance=1e-4)],
+        check=check,
+        baselines={name: [lambda method=method: method(weight, gram, mask)] for name, method in baselines.items()},
+        captured=False,
     )
+
+
+def case(rows: int, columns: int, density: float, against: str, **where) -> Case:
+    """`against` is the baseline whose error ours may not exceed."""
+    sizes = {"rows": rows, "columns": columns, "density": density, "against": against}
+    name = f"masked_lstsq {rows}x{columns}, {density:.0%} kept"
+    return Case(name, solve, sizes, {"rows": 64, "columns": 96}, op="masked_lstsq", rounds=3, **where)
+
+
+CASES = [
+    case(1536, 576, 0.5, ROWS, cpu={PLAIN: None, ROWS: None}),
+    case(1536, 576, 0.1, ROWS, cpu={ROWS: None}),
+    case(576, 1536, 0.5, PLAIN, cpu={PLAIN: None}),
+    case(4096, 4096, 0.5, PLAIN, cuda={PLAIN: None}),
+]
+
+
+def test_masked_lstsq(timed, case):
+    timed(case)

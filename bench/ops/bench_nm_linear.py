@@ -1,34 +1,39 @@
 from __future__ import annotations
 
-import pytest
-import torch
-
-from sparsekern.ops import nm_mask
 from sparsekern.runtime.formats import NMPacked
 
-from .bench_bitmask_linear import SHAPES, product_case
+from ..inputs import n_of_m
+from ..problem import Case
+from .bench_bitmask_linear import DENSE, HAND_WRITTEN, SHAPES, TOY, product
 
 
-def nm_weight(shape: tuple[int, int], pattern: str, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    weight = torch.randn(shape, generator=generator)
-    return (weight * nm_mask(weight.abs(), pattern)).to(dtype)
-
-
-@SHAPES
-@pytest.mark.parametrize("against, goal", [("F.linear bf16", 2.4), ("our dense bf16", None)])
-def test_one_token(measure, generator, shape, against, goal):
-    weight = nm_weight(shape, "2:4", torch.bfloat16, generator)
-    product_case(measure, weight, NMPacked(2, 4), against, goal, 1, generator, "nm_linear 2:4")
-
-
-@pytest.mark.parametrize("pattern", ["1:4", "4:8"])
-def test_one_token_of_other_patterns(measure, generator, pattern):
+def case(pattern: str, tokens: int, shape: tuple[int, int], cpu, cuda=None) -> Case:
     n, m = map(int, pattern.split(":"))
-    weight = nm_weight((4096, 4096), pattern, torch.bfloat16, generator)
-    product_case(measure, weight, NMPacked(n, m), "F.linear bf16", None, 1, generator, f"nm_linear {pattern}")
+    some = f"{tokens} token{'s' * (tokens > 1)}"
+    return Case(
+        f"nm_linear {pattern}, {some}, {shape[0]}x{shape[1]} bfloat16",
+        product,
+        {
+            "fmt": NMPacked(n, m),
+            "prune": lambda place, weight: n_of_m(weight, pattern),
+            "rows": shape[0],
+            "columns": shape[1],
+            "tokens": tokens,
+        },
+        TOY | {"tokens": min(tokens, 40)},
+        op="nm_linear",
+        cpu=cpu,
+        cuda=cuda,
+        rounds=41 if tokens == 1 else 5,
+    )
 
 
-@pytest.mark.parametrize("tokens", [4, 16, 64, 512])
-def test_tokens(measure, generator, tokens):
-    weight = nm_weight((4096, 4096), "2:4", torch.bfloat16, generator)
-    product_case(measure, weight, NMPacked(2, 4), "F.linear bf16", 0.9, tokens, generator, "nm_linear 2:4")
+CASES = [
+    *(case("2:4", 1, shape, {DENSE: 2.4, HAND_WRITTEN: None}, {DENSE: 1.0}) for shape in SHAPES),
+    *(case(pattern, 1, SHAPES[0], {DENSE: None}) for pattern in ("1:4", "4:8")),
+    *(case("2:4", tokens, SHAPES[0], {DENSE: 0.9}, {DENSE: None} if tokens in (16, 512) else None) for tokens in (4, 16, 64, 512)),
+]
+
+
+def test_nm_linear(timed, case):
+    timed(case)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import nm_mask
+from sparsekern.ops.topk_mask import reference as topk_by_sort
 
-ROWS, COLUMNS = 4096, 4096
+from ..inputs import short
+from ..problem import Case, Place, Problem
+
+LOOP, GROUPED = "the public Wanda's loop over groups", "topk and scatter"
 
 
 def column_loop(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """The loop over groups of the public Wanda; it marks what is pruned."""
+    """Return the mask by the loop of the public Wanda, which marks what is pruned."""
     pruned = torch.zeros_like(scores, dtype=torch.bool)
     for first in range(0, scores.shape[1], m):
         smallest = torch.topk(scores[:, first : first + m], m - n, dim=1, largest=False)[1]
@@ -23,13 +26,42 @@ def grouped_topk(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).view_as(scores)
 
 
-IMPLEMENTATIONS = {"sparsekern": lambda s, n, m: nm_mask(s, f"{n}:{m}"), "column loop": column_loop, "grouped topk": grouped_topk}
+def mask(place: Place, size: int, n: int, m: int, dtype: torch.dtype) -> Problem:
+    distinct = dtype == torch.float32  # no two scores of a group are equal, so that every way finds the same mask
+
+    def scores() -> torch.Tensor:
+        if distinct:
+            return place.rand(size, size) + torch.arange(size, device=place.device) % m
+        return place.randn(size, size, dtype=dtype)
+
+    given = [scores() for _ in place.copies(size * size * dtype.itemsize)]
+
+    def check(found: torch.Tensor) -> None:
+        assert torch.equal(found, topk_by_sort(given[0].view(-1, m), n).view(size, size)), "not the mask of the largest"
+        assert not distinct or torch.equal(found, column_loop(given[0], n, m)), "not the mask of the public loop"
+
+    return Problem(
+        calls=[lambda s=s: nm_mask(s, f"{n}:{m}") for s in given],
+        check=check,
+        baselines={
+            LOOP: [lambda s=s: column_loop(s, n, m) for s in given],
+            GROUPED: [lambda s=s: grouped_topk(s, n, m) for s in given],
+        },
+        read=given[0].nbytes,
+        written=given[0].numel(),
+    )
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (16, 32)])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_nm_mask(measure, generator, name, n, m):
-    scores = torch.rand(ROWS, COLUMNS, generator=generator) + torch.arange(COLUMNS) % m  # no two of a group are equal
-    implementation = IMPLEMENTATIONS[name]
-    assert torch.equal(implementation(scores, n, m), column_loop(scores, n, m))
-    measure(lambda: implementation(scores, n, m), group=f"nm_mask {n}:{m} 4096x4096 float32", bytes=scores.nbytes, rounds=3)
+def case(size: int, n: int, m: int, dtype: torch.dtype, **where) -> Case:
+    sizes = {"size": size, "n": n, "m": m, "dtype": dtype}
+    return Case(f"nm_mask {n}:{m} {size}x{size} {short(dtype)}", mask, sizes, {"size": 128}, op="nm_mask", rounds=3, **where)
+
+
+CASES = [
+    *(case(4096, n, m, torch.float32, cpu={LOOP: None, GROUPED: None}) for n, m in ((2, 4), (4, 8), (16, 32))),
+    case(8192, 2, 4, torch.bfloat16, cuda={GROUPED: None}),
+]
+
+
+def test_nm_mask(timed, case):
+    timed(case)

@@ -1,42 +1,63 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import reverse_cholesky
 
-from ..problems import damped, gram_of
+from ..inputs import DAMPING, assert_close, damped, gram_of
+from ..problem import Case, Place, Problem
+
+THREE, FLIPPED = "Cholesky, inverse, Cholesky", "Cholesky of the flipped matrix"
 
 
-def three_factorisations(gram: torch.Tensor) -> torch.Tensor:
-    """The public way to the same information: the upper Cholesky factor of the inverse, which is the inverse of ours."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
-    return torch.linalg.cholesky(inverse, upper=True)
+def factor(place: Place, features: int) -> Problem:
+    small, gram = gram_of(place, 200), gram_of(place, features)
 
+    def three_factorisations() -> torch.Tensor:
+        """The public way to the same information: the upper Cholesky factor of the inverse, which is the inverse of ours."""
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
+        return torch.linalg.cholesky(inverse, upper=True)
 
-def flipped(gram: torch.Tensor) -> torch.Tensor:
-    """The same factor in plain PyTorch: Cholesky of the matrix with rows and columns reversed."""
-    return torch.linalg.cholesky(damped(gram).flip(0, 1)).flip(0, 1)
+    def flipped() -> torch.Tensor:
+        """The same factor: Cholesky of the matrix with rows and columns reversed."""
+        return torch.linalg.cholesky(damped(gram).flip(0, 1)).flip(0, 1)
 
+    def check(result: torch.Tensor) -> None:
+        for given, found, most in ((small, reverse_cholesky(small, DAMPING), 1e-6), (gram, result, 1e-5)):
+            assert torch.equal(found, found.triu()), "not upper triangular"
+            assert_close(found.double() @ found.double().T, damped(given.double()), most)
 
-@pytest.mark.parametrize("features", [576, 1536, 4096])
-@pytest.mark.parametrize("baseline", [three_factorisations, flipped], ids=lambda function: function.__name__)
-def test_reverse_cholesky(measure, generator, features, baseline):
-    small = gram_of(generator, 200)
-    exact = damped(small.double())
-    factor = reverse_cholesky(small).double()
-    assert torch.equal(factor, factor.triu())
-    assert float((factor @ factor.T - exact).norm() / exact.norm()) < 1e-6
-
-    gram = gram_of(generator, features)
-    factor, expected = reverse_cholesky(gram), flipped(gram)
-    assert float((factor - expected).norm() / expected.norm()) < 1e-4
-    measure(
-        lambda: reverse_cholesky(gram),
-        against=lambda: baseline(gram),
-        baseline=baseline.__name__,
-        group=f"reverse_cholesky {features} against {baseline.__name__}",
+    return Problem(
+        calls=[lambda: reverse_cholesky(gram, DAMPING)],
+        check=check,
+        baselines={THREE: [three_factorisations], FLIPPED: [flipped]},
         flops=features**3 // 3,
-        bytes=gram.nbytes // 2,
-        rounds=3 if features > 2000 else 9,
+        read=gram.nbytes // 2,
+        written=gram.nbytes,
+        captured=False,
     )
+
+
+def case(features: int, likely_seconds: float = 5, **where) -> Case:
+    return Case(
+        f"reverse_cholesky {features}",
+        factor,
+        {"features": features},
+        {"features": 256},
+        op="reverse_cholesky",
+        rounds=3 if features > 2000 else 9,
+        likely_seconds=likely_seconds,
+        **where,
+    )
+
+
+CASES = [
+    case(4096, cpu={THREE: None, FLIPPED: None}, cuda={THREE: None}),
+    case(11008, likely_seconds=8, cuda={THREE: None}),
+    case(1536, cpu={THREE: None, FLIPPED: None}),
+    case(576, cpu={THREE: None, FLIPPED: None}),
+]
+
+
+def test_reverse_cholesky(timed, case):
+    timed(case)

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass as pytorch_pack
 
-from sparsekern.ops import nm_mask, semi_structured_pack, semi_structured_prune_pack
+from sparsekern.ops import semi_structured_pack, semi_structured_prune_pack
 
+from ..inputs import n_of_m, same
+from ..problem import Case, Place, Problem, Share
+from .bench_semi_structured_pack import packed_bytes
 
-def three_ops(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return semi_structured_pack(weight.masked_fill(~nm_mask(weight.abs()), 0))
+THREE_OPS, PYTORCH = "nm_mask, masked_fill and semi_structured_pack", "topk, scatter and PyTorch's converter"
 
 
 def pytorch(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,13 +18,30 @@ def pytorch(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pytorch_pack(groups.scatter(1, dropped, 0).view_as(weight))
 
 
-IMPLEMENTATIONS = {"sparsekern": semi_structured_prune_pack, "sparsekern, three ops": three_ops, "PyTorch": pytorch}
+def prune_pack(place: Place, size: int) -> Problem:
+    given = [place.randn(size, size, dtype=torch.bfloat16) for _ in place.copies(2 * size**2)]
+    return Problem(
+        calls=[lambda w=w: semi_structured_prune_pack(w) for w in given],
+        check=same(lambda: pytorch_pack(n_of_m(given[0]))),
+        baselines={
+            THREE_OPS: [lambda w=w: semi_structured_pack(n_of_m(w)) for w in given],
+            PYTORCH: [lambda w=w: pytorch(w) for w in given],
+        },
+        read=given[0].nbytes,
+        written=packed_bytes(given[0]),
+    )
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_semi_structured_prune_pack(measure, generator, name):
-    ranks = torch.rand(4096, 1024, 4, generator=generator).argsort(-1).view(4096, 4096)
-    weight = (ranks + torch.rand(4096, 4096, generator=generator) / 2).bfloat16()  # no two of a group are equal
-    prune_pack = IMPLEMENTATIONS[name]
-    assert all(torch.equal(got, want) for got, want in zip(prune_pack(weight), three_ops(weight), strict=True))
-    measure(lambda: prune_pack(weight), group="semi_structured_prune_pack 4096x4096 bfloat16", bytes=weight.nbytes, rounds=3)
+def case(size: int, **where) -> Case:
+    name = f"semi_structured_prune_pack {size}x{size} bfloat16"
+    return Case(name, prune_pack, {"size": size}, {"size": 128}, op="semi_structured_prune_pack", rounds=3, **where)
+
+
+CASES = [
+    case(4096, cpu={THREE_OPS: None, PYTORCH: None}),
+    case(8192, cuda={THREE_OPS: None, PYTORCH: None}, device_goals=(Share(0.8),)),
+]
+
+
+def test_semi_structured_prune_pack(timed, case):
+    timed(case)

@@ -1,36 +1,59 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import sensitivity_
 
-TOKENS, ROWS, FEATURES = 4096, 2048, 2048
+from ..inputs import CHECKED, activations, assert_close, short
+from ..problem import Case, Place, Problem
+
+FORMULA, PRODUCTS = "the formula at once in float32", "two products in the inputs' dtype"
 
 
-def at_once(importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> None:
-    """The formula as it reads, with all outputs and the whole product in memory."""
-    weight, x = weight.float(), x.float()
-    importance += weight.abs() * ((x @ weight.T).abs().T @ x.abs())
+def sensitivity(place: Place, tokens: int, rows: int, features: int, dtype: torch.dtype) -> Problem:
+    x = activations(place, tokens, features, dtype)
+    weight = place.randn(rows, features, dtype=dtype)
+    importance = torch.zeros(rows, features, device=place.device)
+    # On a GPU, outputs are rounded to the dtype of the inputs, which over the tokens cancels out.
+    tolerance = 1e-5 if place.device.type == "cpu" else 1e-3
 
+    def formula() -> torch.Tensor:
+        """All outputs and the whole product are in memory."""
+        w, inputs = weight.float(), x.float()
+        return importance.add_(w.abs() * ((inputs @ w.T).abs().T @ inputs.abs()))
 
-IMPLEMENTATIONS = {"sparsekern": sensitivity_, "the formula at once": at_once}
+    def products() -> torch.Tensor:
+        return importance.add_(weight.abs().float() * ((x @ weight.T).abs_().T @ x.abs()))
 
+    def check(_) -> None:
+        fresh = sensitivity_(torch.zeros_like(importance), weight, x)
+        part, inputs = weight[:CHECKED].double(), x.double()
+        assert_close(fresh[:CHECKED], part.abs() * ((inputs @ part.T).abs().T @ inputs.abs()), tolerance)
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_sensitivity(measure, generator, name, dtype):
-    weight = torch.randn(ROWS, FEATURES, generator=generator).to(dtype)
-    x = torch.randn(TOKENS, FEATURES, generator=generator).to(dtype)
-    add, importance = IMPLEMENTATIONS[name], torch.zeros(ROWS, FEATURES)
-    add(importance, weight, x)
-    rows = weight[:8].double()
-    exact = rows.abs() * ((x.double() @ rows.T).abs().T @ x.double().abs())
-    assert (importance[:8] - exact).norm() <= 1e-5 * exact.norm()
-    measure(
-        lambda: add(importance, weight, x),
-        group=f"sensitivity_ {str(dtype).removeprefix('torch.')} [{TOKENS}, {FEATURES}] x [{ROWS}, {FEATURES}]",
-        flops=4 * TOKENS * ROWS * FEATURES,
-        bytes=x.nbytes + weight.nbytes + 2 * importance.nbytes,
-        rounds=3,
+    return Problem(
+        calls=[lambda: sensitivity_(importance, weight, x)],
+        check=check,
+        baselines={FORMULA: [formula], PRODUCTS: [products]},
+        flops=4 * tokens * rows * features,
+        read=x.nbytes + weight.nbytes + importance.nbytes,
+        written=importance.nbytes,
+        unit="bf16" if dtype == torch.bfloat16 else "fp32",
     )
+
+
+def case(tokens: int, rows: int, features: int, dtype: torch.dtype, **where) -> Case:
+    sizes = {"tokens": tokens, "rows": rows, "features": features, "dtype": dtype}
+    name = f"sensitivity_ {short(dtype)} [{tokens}, {features}] x [{rows}, {features}]"
+    toy = {"tokens": 64, "rows": 56, "features": 64}
+    return Case(name, sensitivity, sizes, toy, op="sensitivity_", rounds=3, **where)
+
+
+CASES = [
+    case(4096, 2048, 2048, torch.float32, cpu={FORMULA: None}),
+    case(4096, 2048, 2048, torch.bfloat16, cpu={FORMULA: None}),
+    case(16384, 4096, 4096, torch.bfloat16, cuda={PRODUCTS: None}),
+]
+
+
+def test_sensitivity(timed, case):
+    timed(case)

@@ -1,78 +1,67 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sparsekern.ops import topk_mask
+from sparsekern.ops.topk_mask import reference as topk_by_sort
 
-ROWS, COLUMNS = 4096, 4096
-KEPT = COLUMNS // 2
+from ..inputs import same, short
+from ..problem import Case, Place, Problem
+
+SORT, TOPK, KTHVALUE = "full stable sort", "topk and scatter", "kthvalue and compare"
 
 
-def sort_and_scatter(scores: torch.Tensor) -> torch.Tensor:
-    """The full stable sort of the public Wanda, row by row; it marks what is pruned."""
+def sort_and_scatter(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the mask by the full stable sort of the public Wanda, which marks what is pruned."""
     order = torch.sort(scores, dim=-1, stable=True)[1]
     pruned = torch.zeros_like(scores, dtype=torch.bool)
-    return ~pruned.scatter_(1, order[:, : COLUMNS - KEPT], True)
+    return ~pruned.scatter_(1, order[:, : scores.shape[1] - k], True)
 
 
-def topk_and_scatter(scores: torch.Tensor) -> torch.Tensor:
-    order = torch.topk(scores, KEPT, dim=-1, sorted=False)[1]
+def topk_and_scatter(scores: torch.Tensor, k: int) -> torch.Tensor:
+    order = torch.topk(scores, k, dim=-1, sorted=False)[1]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
 
-def kthvalue_and_compare(scores: torch.Tensor) -> torch.Tensor:
-    """Exact only where scores are distinct."""
-    return scores > torch.kthvalue(scores, COLUMNS - KEPT, dim=-1, keepdim=True)[0]
+def kthvalue_and_compare(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the mask by a threshold, exact only where scores are distinct."""
+    return scores > torch.kthvalue(scores, scores.shape[1] - k, dim=-1, keepdim=True)[0]
 
 
-def sort_matrix(scores: torch.Tensor) -> torch.Tensor:
-    """The threshold of the public magnitude pruning, made exact."""
-    order = torch.sort(scores.flatten(), stable=True, descending=True)[1]
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[order[: scores.numel() // 2]] = True
-    return mask.view_as(scores)
+def mask(place: Place, rows: int, columns: int, scope: str, dtype: torch.dtype) -> Problem:
+    """Half of Wanda's scores of random weights."""
+    scale = place.rand(columns)
+    given = [(place.randn(rows, columns).abs() * scale).to(dtype) for _ in place.copies(rows * columns * dtype.itemsize)]
+    k = (rows if scope == "matrix" else 1) * columns // 2
 
+    def by(method) -> list:
+        """The matrix is one row where the scope is the matrix."""
+        return [lambda s=s: method(s.view(1, -1) if scope == "matrix" else s, k).view(rows, columns) for s in given]
 
-ROW = {
-    "sparsekern": lambda scores: topk_mask(scores, KEPT),
-    "sort": sort_and_scatter,
-    "topk": topk_and_scatter,
-    "kthvalue": kthvalue_and_compare,
-}
-MATRIX = {"sparsekern": lambda scores: topk_mask(scores, scores.numel() // 2, scope="matrix"), "sort": sort_matrix}
-
-
-def distinct_scores(generator: torch.Generator) -> torch.Tensor:
-    """Wanda's scores of random weights, in an order that leaves no ties for the baselines to break in their own way."""
-    scores = torch.randn(ROWS, COLUMNS, generator=generator).abs() * torch.rand(COLUMNS, generator=generator)
-    spread = torch.argsort(torch.argsort(scores, dim=-1), dim=-1)
-    return (spread + 1) * 1e-6 + scores
-
-
-@pytest.mark.parametrize("name", ROW)
-def test_row_scope(measure, generator, name):
-    scores = distinct_scores(generator)
-    assert torch.equal(ROW[name](scores), sort_and_scatter(scores))
-    compared = (
-        {"against": lambda: sort_and_scatter(scores), "baseline": "full stable sort", "goal": 10.0} if name == "sparsekern" else {}
+    return Problem(
+        calls=[lambda s=s: topk_mask(s, k, scope=scope) for s in given],
+        check=same(lambda: topk_by_sort(given[0], k, scope=scope)),
+        baselines={SORT: by(sort_and_scatter), TOPK: by(topk_and_scatter), KTHVALUE: by(kthvalue_and_compare)},
+        read=given[0].nbytes,
+        written=given[0].numel(),
     )
-    measure(lambda: ROW[name](scores), group="topk_mask row 4096x4096 float32 50 %", bytes=scores.nbytes, rounds=3, **compared)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["sparsekern", "sort"])
-def test_row_scope_half(measure, generator, dtype, name):
-    scores = torch.randn(ROWS, COLUMNS, generator=generator).abs().to(dtype)
-    kept = topk_mask(scores, KEPT)
-    assert kept.sum(1).eq(KEPT).all()
-    assert (scores.masked_fill(~kept, torch.inf).amin(1) >= scores.masked_fill(kept, -torch.inf).amax(1)).all()
-    group = f"topk_mask row 4096x4096 {str(dtype).removeprefix('torch.')} 50 %"
-    measure(lambda: ROW[name](scores), group=group, bytes=scores.nbytes, rounds=3)
+def case(columns: int, scope: str, dtype: torch.dtype, **where) -> Case:
+    sizes = {"rows": 4096, "columns": columns, "scope": scope, "dtype": dtype}
+    name = f"topk_mask {scope} 4096x{columns} {short(dtype)} 50 %"
+    return Case(name, mask, sizes, {"rows": 64, "columns": 320}, op="topk_mask", rounds=3, **where)
 
 
-@pytest.mark.parametrize("name", MATRIX)
-def test_matrix_scope(measure, generator, name):
-    scores = torch.randn(ROWS, COLUMNS, generator=generator).abs()
-    assert torch.equal(MATRIX[name](scores), sort_matrix(scores))
-    measure(lambda: MATRIX[name](scores), group="topk_mask matrix 4096x4096 float32 50 %", bytes=scores.nbytes, rounds=2)
+CASES = [
+    case(4096, "row", torch.float32, cpu={SORT: 10.0, TOPK: None, KTHVALUE: None}),
+    case(4096, "row", torch.bfloat16, cpu={SORT: None}),
+    case(4096, "row", torch.float16, cpu={SORT: None}),
+    case(4096, "matrix", torch.float32, cpu={SORT: None}),
+    case(11008, "row", torch.float32, cuda={SORT: None}),
+    case(11008, "matrix", torch.float32, cuda={SORT: None}),
+]
+
+
+def test_topk_mask(timed, case):
+    timed(case)

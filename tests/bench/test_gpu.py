@@ -13,10 +13,11 @@ import torch
 
 from bench import results
 from bench.gpu import __main__ as command
-from bench.gpu import cases, checks, device, measure, run, worker
+from bench.gpu import checks, device, measure, run, worker
 from bench.gpu.budget import Budget
-from bench.gpu.cases import Faster, Problem, Share, Taken, Within
-from bench.gpu.crossing_cases import COMPRESSED, DENSE, PACKED, SWEEPS, UNPACKED, crossing
+from bench.gpu.crossing import COMPRESSED, DENSE, PACKED, SWEEPS, UNPACKED, crossing
+from bench.gpu.rows import DeviceCase, DevicePlace
+from bench.problem import Case, Faster, NotHere, Problem, Share, Taken, Within
 from bench.results import Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +101,8 @@ def test_the_order_and_the_likely_time_of_benchmarks():
     names = worker.ordered()
     assert len(set(names)) == len(names)
     assert names[0] == "obs_sweep 4096x4096 2:4" and "the whole call" in names[-1]
+    assert names.index("gram_ bfloat16 [262144, 4096]") < names.index("bitmask_linear 50% zeros, 1 token, 4096x4096 bfloat16")
+    assert names.index("2:4 linear, 4096 tokens, 11008x4096 bf16") < names.index("nm_mask 2:4 8192x8192 bfloat16")
     assert sum(map(worker.likely_seconds, names)) < 300
 
 
@@ -201,12 +204,19 @@ def test_goals():
     ]  # fmt: skip
 
 
-def place() -> cases.Place:
-    return cases.Place(torch.device("cpu"), True, device.Ceilings(1e9, 1e9, 1e9))
+def place() -> DevicePlace:
+    return DevicePlace(torch.device("cpu"), True, ceilings=device.Ceilings(1e9, 1e9, 1e9))
 
 
-def made_of(check, baselines=None) -> cases.Case:
-    return cases.Case("c", None, lambda place: Problem([lambda: 1], check, baselines or {}, bytes=1e3, goals=(Within(10),)), 1)
+def device_case(make, cuda=None, **more) -> DeviceCase:
+    return DeviceCase(Case("c", make, {}, {}, cuda=cuda or {}, **more))
+
+
+def made_of(check, baselines=None, cuda=None) -> DeviceCase:
+    def make(place):
+        return Problem([lambda: 1], check, baselines or {}, read=600, written=400)
+
+    return device_case(make, cuda, device_goals=(Within(10),))
 
 
 def test_a_benchmark_whose_result_is_wrong_is_not_timed():
@@ -219,9 +229,9 @@ def test_a_benchmark_whose_result_is_wrong_is_not_timed():
 
 def test_a_benchmark_that_cannot_run_here_says_why():
     def not_here(place):
-        raise cases.NotHere("no cuSPARSELt")
+        raise NotHere("no cuSPARSELt")
 
-    (row,) = cases.Case("c", None, not_here, 1).rows(place())
+    (row,) = device_case(not_here).rows(place())
     assert row.met is None and row.reached == "not run: no cuSPARSELt"
 
 
@@ -229,7 +239,7 @@ def raising(message: str):
     def make(place):
         raise RuntimeError(message)
 
-    return cases.Case("c", None, make, 1)
+    return device_case(make)
 
 
 def test_an_error_is_a_row_unless_the_device_is_lost():
@@ -242,8 +252,9 @@ def test_an_error_is_a_row_unless_the_device_is_lost():
 
 
 def test_a_row_has_the_ratio_the_time_and_the_floor():
-    (row,) = made_of(lambda result: None, {"slow": [lambda: sum(range(10000))]}).rows(place())
-    assert row.met is True and row.goal == "<= 10 s" and row.against.startswith("slow ")
+    slow = {"slow": [lambda: sum(range(10000))], "not asked for": [lambda: 1 / 0]}
+    (row,) = made_of(lambda result: None, slow, {"slow": 1.0, "only elsewhere": 2.0}).rows(place())
+    assert row.met is True and row.goal == ">= 1.0x slow, <= 10 s" and row.against.startswith("slow ")
     assert "x** slow" in row.reached and "of the floor 0.001 ms" in row.reached
     assert row.details["floor_seconds"] == 1e-6 and row.details["bytes"] == 1e3
 

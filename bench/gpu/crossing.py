@@ -1,4 +1,4 @@
-"""From how many tokens on a 2:4 layer should be multiplied as cuSPARSELt holds it: what `cslt_weight.FEWEST_TOKENS` is to be set to."""
+"""The number of tokens from which cuSPARSELt multiplies a 2:4 layer fastest: the value that `cslt_weight.FEWEST_TOKENS` should have."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from sparsekern import ops
 from sparsekern.runtime.cslt_weight import FEWEST_TOKENS
 from sparsekern.runtime.formats import NMPacked
-from sparsekern.runtime.semi_structured import semi_structured_linear, to_semi_structured
 from sparsekern.triton_kernels._packed_linear import MOST_TOKENS
 
+from ..inputs import assert_close, n_of_m
 from ..results import Row, seconds
-from .cases import SECTION, Place, failed
+from .cases import semi_structured
 from .device import seconds_of
-from .select_cases import sparse
+from .rows import SECTION, DevicePlace, failed
 
 TOKENS = (17, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 MOST_IN_PIECES = 64  # tokens for which 16 at a time, by the packed weight, are worth a look
@@ -28,15 +27,14 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Sweep:
-    """One row: the seconds of each way by number of tokens, and where they cross."""
+    """A benchmark of one row: the seconds of each way by number of tokens, and where they cross."""
 
     name: str
     rows_of_weight: int
     columns: int
     likely_seconds: float
 
-    def rows(self, place: Place) -> Iterator[Row]:
-        torch.manual_seed(0)
+    def rows(self, place: DevicePlace) -> Iterator[Row]:
         if place.device.type == "cuda" and not torch.backends.cusparselt.is_available():
             yield Row(SECTION, self.name, "not run: this PyTorch has no cuSPARSELt")
             return
@@ -60,7 +58,7 @@ class Sweep:
 
 
 def crossing(ours: Mapping[int, float], against: Mapping[int, float]) -> int | None:
-    """The least number of tokens from which on `ours` is never slower; None if it is at the largest."""
+    """Return the least number of tokens from which `ours` is never slower; None if it is slower at the largest."""
     first = None
     for tokens in sorted(ours, reverse=True):
         if ours[tokens] > against[tokens]:
@@ -69,24 +67,23 @@ def crossing(ours: Mapping[int, float], against: Mapping[int, float]) -> int | N
     return first
 
 
-def _measured(place: Place, rows: int, columns: int) -> dict[str, dict[int, float]]:
-    weight = sparse(place.randn(rows, columns, dtype=torch.bfloat16) / columns**0.5)
+def _measured(place: DevicePlace, rows: int, columns: int) -> dict[str, dict[int, float]]:
+    weight = n_of_m(place.randn(rows, columns, dtype=torch.bfloat16) / columns**0.5)
     ways = _ways(weight, place)
     taken: dict[str, dict[int, float]] = {way: {} for way in ways}
-    for tokens in TOKENS[:4] if place.small else TOKENS:
+    for tokens in TOKENS[:4] if place.toy else TOKENS:
         x = place.randn(tokens, columns, dtype=torch.bfloat16)
         exact = x[:64].double() @ weight.double().T
         for way, products in ways.items():
             if way == PACKED and tokens > MOST_IN_PIECES:
                 continue
-            error = float((products[0](x)[:64].double() - exact).norm() / exact.norm())
-            assert error < 4e-3, f"{way}, {tokens} tokens: error {error:.2e}"
+            assert_close(products[0](x)[:64].double(), exact, 4e-3)
             taken[way][tokens] = seconds_of([lambda p=p, x=x: p(x) for p in products], place.device)
     return taken
 
 
-def _ways(weight: torch.Tensor, place: Place) -> dict[str, list[Product]]:
-    """Copies of one layer take turns, so that no call finds its weight in the L2."""
+def _ways(weight: torch.Tensor, place: DevicePlace) -> dict[str, list[Product]]:
+    """Return the products by name; copies of the layer take turns, so that no call finds its weight in the L2."""
     fmt, shape = NMPacked(2, 4), tuple(weight.shape)
     tensors = fmt.pack(weight)
     copies = place.copies(sum(tensor.nbytes for tensor in tensors.values()))
@@ -94,18 +91,9 @@ def _ways(weight: torch.Tensor, place: Place) -> dict[str, list[Product]]:
     return {
         PACKED: [lambda x, t=t: torch.cat([fmt.linear(few, t, shape) for few in x.split(MOST_TOKENS)]) for t in packed],
         UNPACKED: [lambda x, t=t: fmt.linear(x, t, shape) for t in packed],
-        COMPRESSED: [_compressed(weight) for _ in copies],
+        COMPRESSED: [semi_structured(weight, "cusparselt") for _ in copies],
         DENSE: [lambda x, w=w: functional.linear(x, w) for w in [weight.clone() for _ in copies]],
     }
-
-
-def _compressed(weight: torch.Tensor) -> Product:
-    """By cuSPARSELt; on a CPU, where it is only tried out, by unpacking."""
-    if weight.device.type != "cuda":
-        values, meta = ops.semi_structured_pack(weight)
-        return lambda x: functional.linear(x, ops.semi_structured_unpack(values, meta))
-    tensor = to_semi_structured(weight, backend="cusparselt")
-    return lambda x: semi_structured_linear(x, tensor)
 
 
 SWEEPS = (
