@@ -1,7 +1,12 @@
 """What the command line says of arguments that make no sense: one line that names the option, and the exit code."""
 
+import argparse
+import warnings
+
 import pytest
 
+from sparsekern import SparsekernWarning
+from sparsekern.cli import common, evaluate, main
 from sparsekern.methods import METHODS
 from tests.cli.conftest import exit_code
 
@@ -103,3 +108,36 @@ def test_failures_are_one_line_and_exit_code_1(prune, capsys, arguments, message
     assert prune(*arguments) == 1
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith(f"sparsekern prune: error: {message}") and len(error) == 2
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_warnings_of_other_packages_are_printed_where_a_user_can_act_on_them(monkeypatch, capsys, debug):
+    def work():
+        warnings.warn_explicit("too old a driver", UserWarning, "torch/cuda.py", 7)
+        warnings.warn_explicit("use cache instead", FutureWarning, "torch/module.py", 9)
+        warnings.warn_explicit("is deprecated", DeprecationWarning, "torch/module.py", 9)
+        for _ in range(2):
+            warnings.warn("stays dense", SparsekernWarning, stacklevel=1)
+
+    monkeypatch.setattr(evaluate, "prepare", lambda arguments: work)
+    assert main(["eval", "model", *(["--debug"] if debug else [])]) == 0
+    printed = capsys.readouterr().err.splitlines()
+    of_code = ["warning: torch/module.py:9: use cache instead"] if debug else []
+    assert [line for line in printed if "is deprecated" not in line] == [
+        "warning: torch/cuda.py:7: too old a driver",
+        *of_code,
+        "warning: stays dense",
+        "warning: stays dense",
+    ]
+    assert debug or len(printed) == 3
+
+
+def test_the_bar_of_a_gguf_file_s_tensors_is_not_printed(monkeypatch, capsys):
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    bar = gguf.tqdm
+    monkeypatch.setattr(common, "load", lambda *_, **__: list(gguf.tqdm(range(200), desc="tensors")))
+    arguments = argparse.Namespace(model="model.gguf", dtype="auto", device="cpu", trust_remote_code=False)
+    assert len(common.load_model(arguments)) == 200
+    assert capsys.readouterr().err == "loading model.gguf …\n"
+    assert gguf.tqdm is bar
