@@ -1,10 +1,10 @@
 """Packed models against dense ones, through transformers' `generate`: `python -m bench.bench_packed --wikitext FOLDER`.
 
-* `llama`: a LLaMA-shaped model of a billion random bf16 weights (hidden 2048, 16 blocks, 8 key-value heads, vocabulary of 32,000 tied
-  to the head), half of each linear's weights zero. Its size, and tokens a second generated one at a time.
-* `smollm2`: SmolLM2-135M in bf16 to 50 % by SparseGPT, calibrated on windows of `valid.txt`; the same, and perplexity on `test.txt`.
+* `llama`: size and tokens a second of a LLaMA-shaped model of a billion random bf16 weights, half of each linear's weights zero. It has
+  hidden size 2048, 16 blocks, 8 key-value heads, and a vocabulary of 32,000 tied to the head.
+* `smollm2`: the same of SmolLM2-135M in bf16, pruned to 50 % by SparseGPT on windows of `valid.txt`; and perplexity on `test.txt`.
 
-Both sides hold the same numbers, the dense one with zeros among them; that their logits agree is asserted before anything is timed.
+Both sides hold the same numbers, the dense one with zeros among them. Their logits are compared before anything is timed.
 FOLDER holds `valid.txt` and `test.txt` of WikiText-2, which do not come with this repository.
 """
 
@@ -84,7 +84,7 @@ def run_smollm2(wikitext: Path, tokens: int, samples: int, windows: int) -> list
 
 @torch.no_grad()
 def logits_row(name: str, exact: nn.Module, dense: nn.Module, packed: nn.Module, ids: torch.Tensor) -> Row:
-    """How far either is from the same weights in float32: what bf16 rounding makes of the dense one is the measure of the packed one."""
+    """Return how far either is from the same weights in float32; the rounding of the dense one is the measure of the packed one."""
     for weight, rounded in zip(exact.parameters(), dense.parameters(), strict=True):
         weight.copy_(rounded)
     logits = [model(input_ids=ids, use_cache=False).logits.float() for model in (exact, packed, dense)]
@@ -103,7 +103,7 @@ def logits_row(name: str, exact: nn.Module, dense: nn.Module, packed: nn.Module,
 
 
 def size_row(name: str, dense: nn.Module, packed: nn.Module) -> Row:
-    """Of the linears that are packed, by their tensors; of the whole model, by the weight files."""
+    """Return the size of the packed linears, by their tensors, and of the whole model, by the weight files."""
     layers = {name for name, module in packed.named_modules() if isinstance(module, SparseLinear)}
     resident = [sum(weight_bytes(model.get_submodule(layer)) for layer in layers) for model in (packed, dense)]
     with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:

@@ -1,14 +1,12 @@
 """SmolLM2-135M to 2:4 with SparseGPT, end to end, against llm-compressor 0.14: `python -m bench.bench_prune`.
 
 The environment variable LLMCOMPRESSOR_PYTHON (or `--llmcompressor`) names the Python of an environment that has llm-compressor.
-Both get the same float32 weights and the same 32 x 512 token ids of the built-in text, each in a process of its own, one after the
-other, with two threads. Ours is timed over the whole `prune` call, theirs over the call of `oneshot`; loading the model counts for
-neither. Then both results are evaluated by the same code on the same held-out text.
+Both sides get the same float32 weights and the same 32 x 512 token ids of the built-in text. Each runs in a process of its own, one
+after the other, with two threads. Ours is timed over the whole `prune` call and theirs over the call of `oneshot`, without loading the
+model. The same code evaluates both results on the same held-out text.
 
-A greedy choice of masks, repeated over 30 blocks, amplifies rounding: two runs that differ in nothing but the order of the samples
-agree on all but a few masks of the first block and on about 93 % of the masks of the last, and their perplexities differ by per
-cents. So one run's perplexity is a draw. Each round gives both sides the samples in another order; the mean perplexities are
-compared, and all of them are stored.
+The order of the samples alone changes a run's perplexity by per cents (bench/NOTES.md). So each round gives both sides the samples
+in another order, the mean perplexities are compared, and all of them are stored.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ FASTER, PERPLEXITY, MEMORY = 2.5, 1.01, 2.5e9
 
 
 def prepare(work: Path, rounds: int) -> None:
-    """The dense model as a folder, and the calibration ids of each round, for both sides."""
+    """Write the dense model as a folder, and the calibration ids of each round, for both sides."""
     model = smollm2.dense_model()
     model.save_pretrained(work / "dense")
     tokenizer = smollm2.tokenizer()
@@ -71,10 +69,10 @@ def _run(command: list, out: Path) -> dict:
 
 
 def perplexities(work: Path, names: list[str]) -> list[float]:
-    """Of each result, on the held-out part of the built-in text; of the dense model for the name "dense".
+    """Return the perplexity of each result on the held-out part of the built-in text; "dense" names the dense model.
 
     Raises:
-        AssertionError: a result is not 2:4, or its embeddings (which are its head) have been touched.
+        AssertionError: A result is not 2:4, or its embeddings (which are its head) have changed.
     """
     model, tokenizer = smollm2.dense_model(), smollm2.tokenizer()
     ids = encode(read_documents(TEXT, "held-out"), tokenizer)[: smollm2.WINDOWS * smollm2.WINDOW]
@@ -90,7 +88,7 @@ def perplexities(work: Path, names: list[str]) -> list[float]:
 
 
 def rows_of(ours: list[dict], theirs: list[dict], dense: float) -> list[Row]:
-    """`ours` and `theirs` are the results of the rounds, each with its `perplexity`."""
+    """Return the rows for the results of the rounds of both sides, each with its `perplexity`."""
     what = f"SmolLM2-135M, SparseGPT 2:4, {smollm2.SAMPLES} x {smollm2.LENGTH} tokens"
     section = "prune, end to end"
     baseline = "llm-compressor " + theirs[0]["versions"]["llmcompressor"]
@@ -132,7 +130,7 @@ def rows_of(ours: list[dict], theirs: list[dict], dense: float) -> list[Row]:
 
 
 def compare(python: str, batch_size: int = 1, rounds: int = 3) -> list[Row]:
-    """Prune with both (ours, theirs, ours, theirs, ...) and evaluate both. `python` is that of llm-compressor's environment."""
+    """Prune with both (ours, theirs, ours, theirs, ...) and evaluate both; `python` is that of llm-compressor's environment."""
     with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         work = Path(folder)
         prepare(work, rounds)

@@ -1,6 +1,6 @@
-"""One `sparsekern.prune` in a process of its own, so that its peak memory can be told: `python -m bench.prune_worker MODEL IDS OUT`.
+"""Run one `sparsekern.prune` in a process of its own, to measure its peak memory: `python -m bench.prune_worker MODEL IDS OUT`.
 
-MODEL is anything that `sparsekern.load` takes, IDS a safetensors file with `ids` `[samples, length]`; OUT gets `result.json` and the
+MODEL is anything that `sparsekern.load` takes, IDS a safetensors file with `ids` `[samples, length]`. OUT receives `result.json` and the
 pruned weights.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has had resident so far (Linux counts in KiB)."""
+    """Return the most memory this process has had resident so far (Linux counts in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

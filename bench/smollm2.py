@@ -1,4 +1,4 @@
-"""The real model that the end-to-end figures are taken on, and its perplexity with the weights that a run has left."""
+"""The real model of the end-to-end figures, and the weights that a run has written for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def put_weights(model: torch.nn.Module, file: Path) -> None:
     """Replace the weights of `model` by those of a safetensors file that holds all its parameters.
 
     Raises:
-        ValueError: the names differ.
+        ValueError: The names differ.
     """
     weights = load_file(file)
     own = dict(model.named_parameters())
@@ -41,6 +41,6 @@ def put_weights(model: torch.nn.Module, file: Path) -> None:
 
 
 def share_of_valid_groups(model: torch.nn.Module) -> float:
-    """The share of linears inside the blocks of which every four consecutive inputs hold at most two non-zeros."""
+    """Return the share of linears inside the blocks that are 2:4: every four consecutive inputs hold at most two non-zeros."""
     linears = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in name]
     return sum(bool((w.unflatten(1, (-1, 4)) != 0).sum(2).le(2).all()) for w in linears) / len(linears)
