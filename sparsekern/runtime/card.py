@@ -1,8 +1,9 @@
-"""The model card: what was done to the model, with what, and what came of it."""
+"""The model card: how the model was pruned, how to load it, and what was measured."""
 
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 
@@ -49,6 +50,7 @@ CUT_AND_PACKED = (
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that a result depends on."""
     return {
         "sparsekern": __version__,
         "torch": torch.__version__,
@@ -65,12 +67,14 @@ def model_card(
     results: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads.
+    """Return Markdown with the front matter that the Hugging Face hub reads.
+
+    Names, texts and the command may hold anything: what Markdown would read as markup is escaped.
 
     Args:
         model: the pruned model.
-        packed: it is saved packed.
-        command: the command line that made it, shown as it was typed.
+        packed: whether it is saved packed.
+        command: the command line that made it.
         results: name -> number or text.
         settings: name -> number or text.
     """
@@ -82,7 +86,8 @@ def model_card(
         _how_to_load(cut, packed),
     ]
     if command:
-        parts.append(f"Made with:\n\n```\n{command}\n```\n")
+        fence = _fence(command)
+        parts.append(f"Made with:\n\n{fence}\n{command}\n{fence}\n")
     for title, rows in (("Results", results), ("Settings", settings), ("Versions", versions())):
         if rows:
             parts.append(f"## {title}\n\n{_table(rows)}\n")
@@ -96,8 +101,18 @@ def _how_to_load(cut: bool, packed: bool) -> str:
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())])
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Return a number or a text on one line, with the characters escaped that are markup in a table."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", line)
+
+
+def _fence(text: str) -> str:
+    """Return a fence of backticks that no line of `text` closes."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(3, longest + 1)

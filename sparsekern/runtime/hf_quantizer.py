@@ -38,6 +38,7 @@ class SparsekernQuantizer(HfQuantizer):
 
     quantization_config: SparsekernConfig
     dtype: torch.dtype | None = None  # that the model is loaded in
+    renamed: bool = False  # whether tensors may have other names in the files than in the model
 
     def validate_environment(self, *args, **kwargs) -> None:
         if not self.pre_quantized:
@@ -54,8 +55,8 @@ class SparsekernQuantizer(HfQuantizer):
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         layers, files = parse_layers(self.quantization_config.layers), kwargs.get("checkpoint_files") or []
-        renamed = not files or bool(get_model_conversion_mapping(model, add_legacy=False))
-        self.files = check_headers(files, layers, prefix=model.base_model_prefix, renamed=renamed)
+        self.renamed = not files or bool(get_model_conversion_mapping(model, add_legacy=False))
+        self.files = check_headers(files, layers, prefix=model.base_model_prefix, renamed=self.renamed)
         for name, layer in layers.items():
             _make_place(model, name, layer)
         return model
@@ -68,11 +69,22 @@ class SparsekernQuantizer(HfQuantizer):
                     raise ValueError(
                         f"device_map: expected one without offloading, which packed models do not support; {name} is offloaded"
                     )
+                self._check_loaded(name, layer)
                 self._check(model, name, layer)
                 layer.freeze()
                 if self.dtype is not None:
                     layer.to(self.dtype)
         return model
+
+    def _check_loaded(self, name: str, layer: SparseLinear) -> None:
+        """Raise `ValueError` if a tensor is not from a file, but memory that transformers allocated for it.
+
+        Where tensors may be renamed on the way in, headers do not tell which are missing.
+        """
+        missing = [part for part, tensor in layer.tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if self.renamed and missing:
+            files = ", ".join(sorted(set(self.files.values()))) or "state_dict"
+            raise ValueError(f"{files}: {name}.{missing[0]}: is missing")
 
     def _check(self, model: PreTrainedModel, name: str, layer: SparseLinear) -> None:
         try:

@@ -368,3 +368,23 @@ def test_an_encoder_that_lost_heads_and_neurons_can_be_packed_too(tmp_path):
         ):
             type(model).from_pretrained(path)
         torch.testing.assert_close(again(**batch)[0], model(**batch)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["values", "bitmask", "starts", "order"])
+def test_a_tensor_missing_from_a_mixture_is_refused(tmp_path, part):
+    """transformers renames a mixture's tensors while it loads them, and fills what is missing with uninitialised memory."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=96, num_local_experts=2, bos_token_id=None, eos_token_id=None, **sizes))
+    path = sparsekern.save(packed.prune_linears(model.eval()), tmp_path / "it", "packed")
+    again = AutoModelForCausalLM.from_pretrained(path)
+    assert layers(again) and torch.allclose(again(packed.ids()).logits, model(packed.ids()).logits, atol=1e-5)
+    state = load_file(path / "model.safetensors")
+    name = f"model.layers.1.self_attn.o_proj.{part}"
+    del state[name]
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    for load in (AutoModelForCausalLM.from_pretrained, sparsekern.load):
+        with pytest.raises(ValueError, match=f"model.safetensors: {name}: is missing"):
+            load(path)
