@@ -8,7 +8,7 @@ from .methods import ALPS, COPAL, Gradual, KPrune, Magnitude, Random, SparseGPT,
 from .models.load import load
 from .pattern import NM, Unstructured
 from .pruning import prune, prune_continually
-from .reports import ContinualReport, Report
+from .reports import ContinualReport, RemovalReport, Report
 from .runtime import SparseLinear, pack, save, unpack
 from .training import keep_sparsity, merge_adapter
 
@@ -21,6 +21,7 @@ __all__ = [
     "KPrune",
     "Magnitude",
     "Random",
+    "RemovalReport",
     "Report",
     "SparseGPT",
     "SparseLLM",

@@ -193,6 +193,7 @@ def test_the_wheel_serves_every_python(source, tmp_path):
     assert re.fullmatch(r"sparsekern-[0-9.]+-cp310-abi3-\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.endswith(".so")] == ["sparsekern/_C.so"]
+    assert [name for name in names if name.endswith(".j2")] == ["sparsekern/reports/report.html.j2"]
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc"))]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert use(tmp_path / "site") == "loaded"

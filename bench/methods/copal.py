@@ -28,7 +28,7 @@ import torch
 import sparsekern
 from sparsekern import COPAL, Magnitude, SparseGPT, Wanda
 from sparsekern.data import calibration_ids, encode, read_documents
-from sparsekern.reports import ContinualReport, Step
+from sparsekern.reports import ContinualReport, ContinualStep
 
 from .. import smollm2
 from . import Unavailable, store, stored
@@ -130,9 +130,9 @@ def reports(label: str, pattern: str, orders: Sequence[Order], texts: Texts, wor
         alone = {name: of_one_data_set(method, pattern, name, texts, folder) for name in DOMAINS}
         after = {order[:t]: alone[order[0 if strategy == "carry" else t - 1]] for order in orders for t in (1, 2, 3)}
 
-    def step(names: Order) -> Step:
+    def step(names: Order) -> ContinualStep:
         found = {name: after[names][name] for name in names if name in after[names]}
-        return Step(names[-1], SAMPLES * LENGTH, float("nan"), None, float("nan"), found)
+        return ContinualStep(names[-1], SAMPLES * LENGTH, float("nan"), None, float("nan"), found)
 
     return [ContinualReport(steps=[step(order[:t]) for t in (1, 2, 3)]) for order in orders]
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -98,7 +97,7 @@ def by_kprune(texts: Sentences, share: float, sentences: int = SENTENCES, **sett
     if not (folder / "report.json").exists():
         options = {"out": folder, "resume": True, "progress": False}
         sparsekern.prune(copy.deepcopy(texts.dense), KPrune(**settings), share, texts.calibration(sentences), **options)
-    removed = json.loads((folder / "report.json").read_text())["flops_removed"]
+    removed = sparsekern.Report.from_json(folder / "report.json").flops_removed
     return {**row(texts, sparsekern.load(folder)), "FLOPs removed": removed}
 
 

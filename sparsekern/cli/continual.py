@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +16,7 @@ from ..methods import Method
 from ..pruning import prune_continually
 from ..pruning.continual.loop import check_adds_up
 from ..reports import ContinualReport
-from ..reports.html import continual_page
-from ..runtime import check_output_folder, check_space, model_card, versions
+from ..runtime import check_output_folder, check_space, model_card
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
@@ -114,9 +112,9 @@ def _complete(
     results = {name: value for name, value in results.items() if value is not None}
     card = model_card(model, packed=packed, command=command, results=results, settings=settings)
     (out / "README.md").write_text(card, encoding="utf-8")
-    whole = {"command": command, **report.to_dict(), "versions": versions()}
-    (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(continual_page(whole), encoding="utf-8")
+    report.command, report.measured = command, results
+    report.to_json(out / "report.json")
+    report.to_html(out / "report.html")
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from collections.abc import Callable
@@ -18,9 +17,8 @@ from ..methods import Method
 from ..pattern import Pattern, Unstructured
 from ..pruning import prune
 from ..pruning.removal.loop import encoder_to_cut
-from ..reports import Report, StructuredReport
-from ..reports.html import html_page
-from ..runtime import check_output_folder, check_space, count_zeros, model_card, versions
+from ..reports import RemovalReport, Report
+from ..runtime import check_output_folder, check_space, count_zeros, model_card
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
@@ -99,15 +97,15 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern, sour
             results["evaluated on"] = held_out.description
         results.update(_units_removed(report) if method.removes_units else _zeros(model, report))
         results["weights"] = (
-            f"{report.bytes['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.bytes['saved'] / 1e6:,.1f} MB"
+            f"{report.size['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.size['saved'] / 1e6:,.1f} MB"
         )
         command = shlex.join(arguments.command_line)
         tokenizer.save_pretrained(out)
         card = model_card(model, packed=arguments.format != DENSE, command=command, results=results, settings=settings)
         (out / "README.md").write_text(card, encoding="utf-8")
-        whole = {"command": command, "versions": versions(), "results": results, **report.to_dict()}
-        (out / "report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(html_page(whole), encoding="utf-8")
+        report.command, report.measured = command, results
+        report.to_json(out / "report.json")
+        report.to_html(out / "report.html")
 
     report = prune(
         model,
@@ -177,8 +175,8 @@ def _zeros(model: torch.nn.Module, report: Report) -> dict[str, str]:
     }
 
 
-def _units_removed(report: StructuredReport) -> dict[str, str]:
-    removed = {"FLOPs": report.flops_removed, "parameters": report.sparsity}
+def _units_removed(report: RemovalReport) -> dict[str, str]:
+    removed = {"FLOPs": report.flops_removed, "parameters": report.parameters_removed}
     kept = {
         kind: "kept " + ", ".join(str(layer.kept) for layer in report.layers if layer.kind == kind) for kind in ("heads", "neurons")
     }

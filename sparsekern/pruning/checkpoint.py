@@ -142,7 +142,7 @@ def finish(out: str | os.PathLike, report: Report, dense_bytes: int, complete: C
         dense_bytes: of the weights in memory, for the report.
     """
     folder = Path(out)
-    report.bytes = {"dense": dense_bytes, "saved": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+    report.size = {"dense": dense_bytes, "saved": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
     report.to_json(folder / "report.json")
     report.to_html(folder / "report.html")
     if complete is not None:

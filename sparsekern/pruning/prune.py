@@ -132,7 +132,8 @@ def prune(
     elif resume:
         raise ValueError("resume: expected out, the folder of the run to go on with")
     report = Report(
-        settings={**settings, "pattern": str(parse_pattern(pattern)), "versions": environment(model)},
+        settings={**settings, "pattern": str(parse_pattern(pattern))},
+        versions=environment(model),
         calibration_tokens=sum(batch.tokens for batch in batches or ()),
     )
     bar = Progress(len(plan.linears), progress)

@@ -1,7 +1,8 @@
 """What a run tells: the reports, their page and its plots."""
 
-from .continual import ContinualReport, Step
-from .removal import StructuredReport, UnitsReport
+from .base import BaseReport
+from .continual import ContinualReport, ContinualStep
+from .removal import RemovalReport, SubLayerReport
 from .report import LayerReport, Report
 
-__all__ = ["ContinualReport", "LayerReport", "Report", "Step", "StructuredReport", "UnitsReport"]
+__all__ = ["BaseReport", "ContinualReport", "ContinualStep", "LayerReport", "RemovalReport", "Report", "SubLayerReport"]

@@ -1,22 +1,29 @@
-"""What became of a model that met one data set after another: perplexities after each, their average, and what was forgotten."""
+"""The report of a model pruned for one data set after another: perplexities after each, their average, and what was forgotten."""
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any, ClassVar
 
-from .._files import write_atomically
-from .html import continual_page
+from . import schema
+from .base import BaseReport
+from .html import Page, lines_section, seconds_section, shown, size_section, table
+from .plots import Point
+from .schema import Fields
 
 
-@dataclass
-class Step:
-    """One data set taken in.
+@dataclass(frozen=True)
+class ContinualStep:
+    """One data set that was taken in.
 
-    `changed` is the share of the pruned linears' weights that are zero now and were not after the step before, or the reverse (None
-    at the first step); `perplexity` that of the model after this step, by data set.
+    Attributes:
+        name: of the data set.
+        tokens: it was calibrated with, without padding.
+        sparsity: share of zeros among the weights of the pruned linears.
+        changed: share of these weights that are zero now and were not after the step before, or the reverse; None at the first step.
+        seconds: the step took.
+        perplexity: of the model after this step, by data set.
     """
 
     name: str
@@ -26,25 +33,52 @@ class Step:
     seconds: float
     perplexity: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ContinualStep:
+        """Return the step that `dataclasses.asdict` and JSON turned into `fields`.
 
-@dataclass
-class ContinualReport:
+        Raises:
+            ValueError: a field that is unknown, missing or of another type.
+        """
+        return cls.read(Fields(fields, "step"))
+
+    @classmethod
+    def read(cls, fields: Fields) -> ContinualStep:
+        """Return the step in an entry of `steps` in report.json."""
+        step = cls(
+            fields.take("name", schema.text),
+            fields.take("tokens", schema.whole),
+            fields.take("sparsity", schema.number),
+            fields.take("changed", schema.optional(schema.number)),
+            fields.take("seconds", schema.number),
+            fields.take("perplexity", schema.mapping(schema.number), {}),
+        )
+        fields.end()
+        return step
+
+
+@dataclass(kw_only=True)
+class ContinualReport(BaseReport):
     """The result of `sparsekern.prune_continually`.
 
-    `steps` are all data sets that the state has seen, in their order, this call's last; `dense` the perplexities of the dense model.
+    Attributes:
+        dense: perplexities of the dense model, by data set.
+        steps: all data sets that the state has seen, in their order; those of this call are the last.
     """
 
-    settings: dict[str, object] = field(default_factory=dict)
+    kind: ClassVar[str] = "continual"
+
     dense: dict[str, float] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[ContinualStep] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
+        """The data sets, in their order."""
         return [step.name for step in self.steps]
 
     @property
     def matrix(self) -> list[list[float | None]]:
-        """`R[t][i]`: the perplexity on data set `i` after step `t`, None where it was not taken (always where `i > t`)."""
+        """`R[t][i]`: the perplexity on data set `i` after step `t`; None where it was not taken (always where `i > t`)."""
         return [[step.perplexity.get(name) for name in self.names] for step in self.steps]
 
     @property
@@ -56,17 +90,53 @@ class ContinualReport:
     def backward_transfer(self) -> float | None:
         """The mean over all data sets but the last, `T`, of `R[i, i] - R[T, i]`, in perplexity.
 
-        **Negative: forgetting.** Positive: data sets that came later made the model better on earlier ones. It is the sign of Lopez-Paz
-        and Ranzato (2017), for whom higher is better too, with perplexity instead of accuracy. None where a perplexity is missing or
-        there is one data set only.
+        **Negative: forgetting.** Positive: later data sets made the model better on earlier ones. The sign is that of Lopez-Paz and
+        Ranzato (2017), for whom higher is better too, with perplexity instead of accuracy. None where a perplexity is missing or there
+        is one data set only; NaN where both perplexities of a data set are infinite.
         """
         table, last = self.matrix, len(self.steps) - 1
         pairs = [(table[i][i], table[last][i]) for i in range(last)]
         return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs])
 
-    def to_dict(self) -> dict[str, object]:
+    def page(self) -> Page:
+        """Return what the page of this report shows."""
+        average, transfer, strategy = self.average_perplexity, self.backward_transfer, self.settings.get("strategy")
+        rows = [*([("dense", self.dense)] if self.dense else []), *((step.name, step.perplexity) for step in self.steps)]
+        series: dict[str, list[Point]] = {}
+        for x, (after, perplexities) in enumerate(rows, start=0 if self.dense else 1):
+            for name, value in perplexities.items():
+                series.setdefault(name, []).append(Point(x, value, f"{name}, after {after}: {value:.4g}"))
+        columns = {"after": lambda row: row[0]} | {
+            name: lambda row, name=name: shown(row[1].get(name), ".4g") for name in self.names
+        }
+        return Page(
+            self._facts(
+                ("strategy", strategy),
+                ("data sets", len(self.steps)),
+                ("average perplexity", None if average is None else f"{average:.4g}"),
+                ("backward transfer (negative: forgetting)", None if transfer is None else f"{transfer:+.3g}"),
+            ),
+            [
+                lines_section(
+                    "Perplexity of each data set, step by step",
+                    series,
+                    x_label="data sets taken in",
+                    note="The scale is logarithmic; lower is better.",
+                    log=True,
+                ),
+                size_section(self.size),
+                seconds_section("Time by data set", {step.name: step.seconds for step in self.steps}),
+            ],
+            table("All perplexities", rows, columns),
+            self.command,
+            self.versions,
+        )
+
+    def _run(self) -> dict[str, object]:
+        return {}
+
+    def _results(self) -> dict[str, object]:
         return {
-            "settings": self.settings,
             "names": self.names,
             "dense": self.dense,
             "perplexity": self.matrix,
@@ -76,13 +146,18 @@ class ContinualReport:
             "steps": [asdict(step) for step in self.steps],
         }
 
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write everything as JSON; the file is there whole or not at all."""
-        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+    def _layers(self) -> list[dict[str, object]]:
+        return []
 
-    def to_html(self, path: str | os.PathLike) -> None:
-        """Write a page with the perplexities as a plot and a table; the file is there whole or not at all."""
-        write_atomically(Path(path), continual_page(self.to_dict()).encode())
+    @classmethod
+    def _read(cls, run: Fields, results: Fields, layers: list[Fields]) -> dict[str, object]:
+        results.skip("names", "perplexity", "average_perplexity", "backward_transfer", "backward_transfer_sign")
+        for layer in layers:
+            layer.end()
+        return {
+            "dense": results.take("dense", schema.mapping(schema.number)),
+            "steps": [ContinualStep.read(step) for step in results.each("steps")],
+        }
 
     def __str__(self) -> str:
         first = max(map(len, ["after", "dense", *self.names]))

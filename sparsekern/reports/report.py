@@ -1,26 +1,43 @@
-"""What a run did: every layer's pattern, sparsity, error and time, and where the seconds went."""
+"""The report of a run that makes weights zero: each linear's pattern, sparsity, error and time."""
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any, ClassVar
 
-from .._files import write_atomically
-from .html import html_page
+from . import schema
+from .base import BaseReport, error_text, phases
+from .html import Page, Section, by_block, lines_section, perplexity_section, seconds_section, shown, size_section, table
+from .schema import Fields
+
+FLAT = 5e-4  # sparsities that differ by less are one number, not a plot
+ERROR_NOTE = "Relative squared error of each linear's output over the calibration tokens; the scale is logarithmic."
+COLUMNS = {
+    "linear": lambda layer: layer.name,
+    "shape": lambda layer: " × ".join(map(str, layer.shape)),
+    "pattern": lambda layer: layer.pattern,
+    "zeros": lambda layer: f"{layer.sparsity:.2%}",
+    "error": lambda layer: shown(layer.error, ".3e"),
+    "seconds": lambda layer: f"{layer.seconds:.2f}",
+}
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One pruned linear.
 
-    `sparsity` is the share of zeros in its weight; `error` the relative squared output error over the calibration tokens,
-    `tr((Ŵ-W) G (Ŵ-W)^T) / tr(W G W^T)` with the undamped Gram matrix `G` of its inputs and `Ŵ` as it is stored in the model (None
-    where no Gram matrix was taken); `seconds` the time to solve it, with the factorisation where it was the first to need it.
-
-    Where a whole feed-forward network was solved together, its last linear holds the relative squared error of the network's output
-    as `output_error`, and as `output_error_alone` what the same solver reaches linear by linear; `seconds` are then equal shares.
+    Attributes:
+        name: of the linear in the model.
+        pattern: that it was pruned by.
+        shape: of its weight, outputs and inputs.
+        zeros: in its weight.
+        error: relative squared error of its output over the calibration tokens, `tr((Ŵ-W) G (Ŵ-W)^T) / tr(W G W^T)`, with the undamped
+            Gram matrix `G` of its inputs and `Ŵ` as the model stores it. None where no Gram matrix was taken.
+        seconds: to solve it, with the factorisation if it was the first to need it. Of a feed-forward network that was solved as a
+            whole, an equal share.
+        output_error: of the last linear of such a network, the relative squared error of the network's output.
+        output_error_alone: the same where the solver inside prunes linear by linear.
     """
 
     name: str
@@ -34,79 +51,145 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
+        """The share of zeros in its weight."""
         return self.zeros / (self.shape[0] * self.shape[1])
 
     @classmethod
-    def from_dict(cls, fields: dict) -> LayerReport:
-        """From what `dataclasses.asdict` and JSON made of it."""
-        return cls(**{**fields, "shape": tuple(fields["shape"])})
+    def from_dict(cls, fields: Mapping[str, Any]) -> LayerReport:
+        """Return the report that `dataclasses.asdict` and JSON turned into `fields`.
+
+        Raises:
+            ValueError: a field that is unknown, missing or of another type.
+        """
+        return cls.read(Fields(fields, "layer"))
+
+    @classmethod
+    def read(cls, fields: Fields) -> LayerReport:
+        """Return the report in an entry of `layers` in report.json."""
+        error = schema.optional(schema.number)
+        layer = cls(
+            fields.take("name", schema.text),
+            fields.take("pattern", schema.text),
+            fields.take("shape", schema.pair(schema.whole)),
+            fields.take("zeros", schema.whole),
+            fields.take("error", error),
+            fields.take("seconds", schema.number),
+            fields.take("output_error", error, None),
+            fields.take("output_error_alone", error, None),
+        )
+        fields.skip("sparsity")
+        fields.end()
+        weights = layer.shape[0] * layer.shape[1]
+        if not weights:
+            fields.refuse("shape", "at least one weight", list(layer.shape))
+        if layer.zeros > weights:
+            fields.refuse("zeros", f"at most {weights}, all weights of shape {list(layer.shape)}", layer.zeros)
+        return layer
 
 
-@dataclass
-class Report:
-    """The result of `sparsekern.prune`.
+@dataclass(kw_only=True)
+class Report(BaseReport):
+    """The result of `sparsekern.prune` with a method that makes weights zero.
 
-    `seconds` by phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks), `statistics`,
-    `solve`, `write` (checkpoints and the final model) and `total`. `settings` holds the method, the seed and the versions.
-    `training`, where the method trains, has an entry for each optimizer step: the pruning `step`, the `sparsity`, the `learning_rate` and
-    the `loss` of its batch before it was trained on. `resumed_blocks` counts the blocks taken from a checkpoint; their layers' seconds are those of the run that solved them.
-    `bytes` is there where the model was saved: `dense`, its weights in memory, and `saved`, its weight files.
+    Attributes:
+        layers: one for each pruned linear, in the order of the model.
+        seconds: by phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks), `statistics`, `solve`,
+            `write` (checkpoints and the final model) and `total`.
+        calibration_tokens: how many the method was given, without padding.
+        resumed_blocks: how many blocks were taken from a checkpoint. Their layers' seconds are those of the run that solved them.
+        training: one entry for each optimizer step of a method that trains: the pruning `step`, the `sparsity`, the `learning_rate`, and
+            the `loss` of the step's batch before it was trained on.
     """
 
+    kind: ClassVar[str] = "blocks"
+
     layers: list[LayerReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, object] = field(default_factory=dict)
     calibration_tokens: int = 0
     resumed_blocks: int = 0
     training: list[dict[str, float]] = field(default_factory=list)
-    bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros among the weights of all pruned linears."""
-        return sum(layer.zeros for layer in self.layers) / sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        """The share of zeros among the weights of all pruned linears; 0 where there are none."""
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return sum(layer.zeros for layer in self.layers) / weights if weights else 0.0
 
-    def to_dict(self) -> dict[str, object]:
+    def page(self) -> Page:
+        """Return what the page of this report shows."""
+        perplexity = self.measured.get("perplexity, pruned")
+        total = self.seconds.get("total")
+        return Page(
+            self._facts(
+                ("pattern", self.settings.get("pattern")),
+                ("zeros in the pruned linears", f"{self.sparsity:.1%}"),
+                ("linears", len(self.layers)),
+                ("calibration tokens", f"{self.calibration_tokens:,}" if self.calibration_tokens else None),
+                ("perplexity", f"{perplexity:.4g}" if isinstance(perplexity, (int, float)) else None),
+                ("seconds", None if total is None else f"{total:.1f}"),
+            ),
+            [
+                perplexity_section(self.measured),
+                size_section(self.size),
+                lines_section(
+                    "Error by layer",
+                    by_block(((layer.name, layer.error) for layer in self.layers), ".3e"),
+                    x_label="block",
+                    note=ERROR_NOTE,
+                    log=True,
+                ),
+                self._sparsity_section(),
+                seconds_section("Time by phase", self.seconds),
+            ],
+            table(f"All {len(self.layers)} linears", self.layers, COLUMNS),
+            self.command,
+            self.versions,
+        )
+
+    def _sparsity_section(self) -> Section:
+        sparsities = [layer.sparsity for layer in self.layers]
+        if not sparsities:
+            return Section("Zeros by layer")
+        if max(sparsities) - min(sparsities) < FLAT:
+            return Section("Zeros by layer", note=f"{sparsities[0]:.1%} in every linear.")
+        series = by_block(((layer.name, layer.sparsity) for layer in self.layers), ".2%")
+        return lines_section("Zeros by layer", series, x_label="block", note="Share of each linear's weights.")
+
+    def _run(self) -> dict[str, object]:
+        return {"calibration_tokens": self.calibration_tokens, "resumed_blocks": self.resumed_blocks}
+
+    def _results(self) -> dict[str, object]:
+        return {"sparsity": self.sparsity, "training": self.training}
+
+    def _layers(self) -> list[dict[str, object]]:
+        return [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+
+    @classmethod
+    def _read(cls, run: Fields, results: Fields, layers: list[Fields]) -> dict[str, object]:
+        results.skip("sparsity")
         return {
-            "sparsity": self.sparsity,
-            "calibration_tokens": self.calibration_tokens,
-            "resumed_blocks": self.resumed_blocks,
-            "seconds": self.seconds,
-            "bytes": self.bytes,
-            "settings": self.settings,
-            **({"training": self.training} if self.training else {}),
-            "layers": [self._layer_dict(layer) for layer in self.layers],
+            "layers": [LayerReport.read(layer) for layer in layers],
+            "calibration_tokens": run.take("calibration_tokens", schema.whole),
+            "resumed_blocks": run.take("resumed_blocks", schema.whole),
+            "training": results.take("training", schema.listing(schema.mapping(schema.number))),
         }
-
-    def _layer_dict(self, layer: LayerReport) -> dict[str, object]:
-        return {**asdict(layer), "sparsity": layer.sparsity}
-
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Write everything as JSON; the file is there whole or not at all."""
-        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
-
-    def to_html(self, path: str | os.PathLike) -> None:
-        """Write a page with plots of it, in one file; it is there whole or not at all."""
-        write_atomically(Path(path), html_page(self.to_dict()).encode())
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
         lines = [f"{'layer':<{width}}  {'shape':>13}  {'pattern':>7}  {'zeros':>7}  {'error':>9}  {'seconds':>7}"]
         for layer in self.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
-            error = "-" if layer.error is None else f"{layer.error:.3e}"
             lines.append(
-                f"{layer.name:<{width}}  {shape:>13}  {layer.pattern:>7}  {layer.sparsity:>7.2%}  {error:>9}  {layer.seconds:>7.2f}"
+                f"{layer.name:<{width}}  {shape:>13}  {layer.pattern:>7}  {layer.sparsity:>7.2%}  {error_text(layer.error):>9}"
+                f"  {layer.seconds:>7.2f}"
             )
         together = [layer for layer in self.layers if layer.output_error is not None]
         if together:
-            error, alone = (
-                sum(getattr(t, name) for t in together) / len(together) for name in ("output_error", "output_error_alone")
-            )
-            lines.append(f"{len(together)} feed-forward networks, mean output error {error:.3e} (linear by linear {alone:.3e})")
+            error = sum(layer.output_error for layer in together) / len(together)
+            alone = [layer.output_error_alone for layer in together if layer.output_error_alone is not None]
+            compared = f" (linear by linear {sum(alone) / len(alone):.3e})" if alone else ""
+            lines.append(f"{len(together)} feed-forward networks, mean output error {error:.3e}{compared}")
         if self.training:
             first, last = self.training[0]["loss"], self.training[-1]["loss"]
             lines.append(f"{len(self.training)} optimizer steps, loss of their batches from {first:.3f} to {last:.3f}")
-        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
-        lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros; seconds: {phases}")
+        lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros; seconds: {phases(self.seconds)}")
         return "\n".join(lines)

@@ -44,12 +44,13 @@ def test_prune_from_pretrained_eval(model, text, tmp_path):
     assert words.decode(words("the quick brown fox")["input_ids"]).strip() == "the quick brown fox"
 
     report = json.loads((out / "report.json").read_text())
-    assert report["sparsity"] == 0.5 and len(report["layers"]) == 21
-    assert report["results"]["perplexity, pruned"] == pytest.approx(
+    assert report["results"]["sparsity"] == 0.5 and len(report["layers"]) == 21
+    assert report["results"]["measured"]["perplexity, pruned"] == pytest.approx(
         sparsekern.perplexity(pruned, torch.tensor(words(tiny.TEXT)["input_ids"])[: 3 * 64], 64)
     )
     card = (out / "README.md").read_text()
-    assert report["command"] in card and report["command"].startswith("sparsekern prune ") and f"'{out}'" in report["command"]
+    command = report["run"]["command"]
+    assert command in card and command.startswith("sparsekern prune ") and f"'{out}'" in command
     assert "8 x 32 tokens" in card and f"| torch | {torch.__version__} |" in card
     assert sorted(entry.name for entry in out.iterdir() if entry.suffix not in (".json", ".jinja")) == [
         "README.md",
@@ -63,7 +64,7 @@ def test_prune_from_pretrained_eval(model, text, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert f"perplexity {report['results']['perplexity, pruned']:.4f}  (3 x 64 tokens of {text})" in done.stdout
+    assert f"perplexity {report['results']['measured']['perplexity, pruned']:.4f}  (3 x 64 tokens of {text})" in done.stdout
 
 
 def test_patterns_includes_and_method_settings(prune, tmp_path):
@@ -75,7 +76,13 @@ def test_patterns_includes_and_method_settings(prune, tmp_path):
     found = {layer["name"].removeprefix("model.layers."): layer["pattern"] for layer in report["layers"]}
     linears = {"self_attn.q_proj": "1:4", "mlp.up_proj": "0.25", "mlp.down_proj": "0.25"}
     assert found == {f"{block}.{name}": pattern for block in (0, 1) for name, pattern in linears.items()}
-    assert report["settings"]["method"] == {"name": "sparsegpt", "damping": 0.1, "block_size": 16, "scope": "row", "mask": None}
+    assert report["run"]["settings"]["method"] == {
+        "name": "sparsegpt",
+        "damping": 0.1,
+        "block_size": 16,
+        "scope": "row",
+        "mask": None,
+    }
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
@@ -91,16 +98,16 @@ def test_a_packed_folder(prune, text, tmp_path, capsys):
     assert prune(*evaluation, "--format", "packed") == 0
     assert "  import sparsekern\n" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["bytes"]["saved"] == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert "saved packed in" in report["results"]["weights"]
+    assert report["results"]["size"]["saved"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert "saved packed in" in report["results"]["measured"]["weights"]
     assert "import sparsekern" in (tmp_path / "out" / "README.md").read_text()
-    assert f"{report['results']['perplexity, pruned']:.4g}" in (tmp_path / "out" / "report.html").read_text()
+    assert f"{report['results']['measured']['perplexity, pruned']:.4g}" in (tmp_path / "out" / "report.html").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "SparseLinear"
     assert main(["eval", str(tmp_path / "out"), "--text", text, "--windows", "1"]) == 0
     printed = capsys.readouterr().out
-    assert float(printed.split()[1]) == pytest.approx(report["results"]["perplexity, pruned"], rel=1e-4)
-    assert report["results"]["zeros in the whole model"] == printed.split("zeros      ")[1].strip().replace("all ", "")
+    assert float(printed.split()[1]) == pytest.approx(report["results"]["measured"]["perplexity, pruned"], rel=1e-4)
+    assert report["results"]["measured"]["zeros in the whole model"] == printed.split("zeros      ")[1].strip().replace("all ", "")
 
 
 def test_nothing_that_gets_smaller_can_be_saved_dense_afterwards(prune, tmp_path, capsys):
@@ -122,7 +129,7 @@ def test_a_format_that_nothing_will_fit_is_refused_before_the_work(prune, model,
 
 def test_sparsellm_with_another_solver(prune, tmp_path):
     assert prune("--method", "sparsellm", "--set", "solver=wanda", "--set", "damping=0.1") == 0
-    method = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["method"]
+    method = json.loads((tmp_path / "out" / "report.json").read_text())["run"]["settings"]["method"]
     assert (method["name"], method["solver"], method["damping"]) == ("sparsellm", {"name": "wanda"}, 0.1)
 
 
@@ -146,7 +153,7 @@ def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
     assert prune(out="unbroken") == 0
     resumed, unbroken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "unbroken"))
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["resumed_blocks"] == 2
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["run"]["resumed_blocks"] == 2
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
@@ -171,7 +178,7 @@ def test_a_run_killed_after_the_last_block_loses_nothing(prune, text, tmp_path, 
     monkeypatch.setattr(loop, "Activations", unneeded)
     assert prune(*evaluation, "--resume") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["resumed_blocks"] == 3 and report["results"]["perplexity, pruned"] > 1
+    assert report["run"]["resumed_blocks"] == 3 and report["results"]["measured"]["perplexity, pruned"] > 1
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("the fox")["input_ids"]) == 2
     assert (tmp_path / "out" / "README.md").exists() and not (tmp_path / "out" / "checkpoint").exists()
 
@@ -188,8 +195,8 @@ def test_gradual_trains_on_the_calibration_text(prune, tmp_path):
     settings = ("--set", "criterion=random", "--set", "steps=2", "--set", "train_steps=1")
     assert prune("--method", "gradual", *settings, "--pattern", "0.5") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["sparsity"] == 0.5 and [entry["step"] for entry in report["training"]] == [1, 2]
-    assert report["settings"]["method"]["criterion"] == {"name": "random", "scope": "matrix"}
+    assert report["results"]["sparsity"] == 0.5 and [entry["step"] for entry in report["results"]["training"]] == [1, 2]
+    assert report["run"]["settings"]["method"]["criterion"] == {"name": "random", "scope": "matrix"}
 
 
 def test_debug_shows_the_traceback(prune, capsys):
@@ -258,6 +265,7 @@ def test_the_real_model(tmp_path):
     evaluation = ["--evaluate", "--windows", "1"]
     assert main(["prune", "builtin:smollm2-135m", *layers, *evaluation, "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert len(report["layers"]) == 14 and report["sparsity"] == pytest.approx(0.5, abs=1e-6)  # a kept weight may be zero too
-    dense, pruned = report["results"]["perplexity, dense"], report["results"]["perplexity, pruned"]
+    assert len(report["layers"]) == 14
+    assert report["results"]["sparsity"] == pytest.approx(0.5, abs=1e-6)  # a kept weight may be zero too
+    dense, pruned = report["results"]["measured"]["perplexity, dense"], report["results"]["measured"]["perplexity, pruned"]
     assert 11 < dense < 12.5 and dense < pruned < 1.2 * dense

@@ -33,7 +33,8 @@ def test_several_texts_one_after_another(model, text, tmp_path, capsys):
     ):
         assert line in printed
     report = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert report["names"] == [text, str(other)] and report["backward_transfer"] is not None and report["versions"]
+    results = report["results"]
+    assert results["names"] == [text, str(other)] and results["backward_transfer"] is not None and report["run"]["versions"]
     assert "one after another" in (tmp_path / "a" / "README.md").read_text()
 
     state = ["--state", str(tmp_path / "state")]

@@ -56,9 +56,9 @@ def test_a_whole_run_leaves_the_model_and_its_report(tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert written["sparsity"] == report.sparsity == 0.5
+    assert written["results"]["sparsity"] == report.sparsity == 0.5
     assert len(written["layers"]) == 21
-    assert "write" in written["seconds"]
+    assert "write" in written["run"]["seconds"]
 
 
 def test_resuming_gives_the_same_bits(unfinished, monkeypatch):

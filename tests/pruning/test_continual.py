@@ -10,7 +10,7 @@ import torch
 import sparsekern
 from sparsekern import COPAL, Magnitude, SparseGPT, Wanda, prune_continually
 from sparsekern.pruning.blockwise.activations import Activations
-from sparsekern.reports import ContinualReport, Step
+from sparsekern.reports import ContinualReport, ContinualStep
 from tests.tiny import llama
 
 IDS = {name: torch.randint(320, (4, 32), generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
@@ -69,7 +69,7 @@ run(COPAL(), "b", state={str(tmp_path / "state")!r}, out={str(tmp_path / "out")!
     assert same(sparsekern.load(tmp_path / "out"), weights(whole))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "Time by data set" in (tmp_path / "out" / "report.html").read_text()
-    assert report["names"] == ["a", "b"] and report["settings"]["method"]["name"] == "copal"
+    assert report["results"]["names"] == ["a", "b"] and report["run"]["settings"]["method"]["name"] == "copal"
 
 
 def test_importance_adds_up_over_data_sets():
@@ -159,7 +159,8 @@ def test_masked_padding_does_not_count():
 
 def test_average_and_backward_transfer():
     rows = [{"a": 10.0}, {"a": 12.0, "b": 20.0}, {"a": 13.0, "b": 19.0, "c": 30.0}]
-    report = ContinualReport({}, {"a": 5.0}, [Step(n, 8, 0.5, None, 1.0, row) for n, row in zip("abc", rows, strict=True)])
+    steps = [ContinualStep(n, 8, 0.5, None, 1.0, row) for n, row in zip("abc", rows, strict=True)]
+    report = ContinualReport(dense={"a": 5.0}, steps=steps)
     assert report.matrix == [[10.0, None, None], [12.0, 20.0, None], [13.0, 19.0, 30.0]]
     assert report.average_perplexity == pytest.approx((13 + 19 + 30) / 3)
     assert report.backward_transfer == pytest.approx(((10 - 13) + (20 - 19)) / 2)  # negative: forgetting

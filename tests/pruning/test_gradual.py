@@ -51,7 +51,7 @@ def test_training_lowers_the_loss_and_keeps_the_zeros():
     assert [round(entry["sparsity"], 2) for entry in curve][:: len(curve) // 3] == [0.49, 0.67, 0.70]
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert "optimizer steps, loss of their batches from" in str(report)
-    assert json.loads(json.dumps(report.to_dict()))["training"] == curve
+    assert json.loads(json.dumps(report.to_dict()))["results"]["training"] == curve
 
 
 def test_one_step_is_adamw_on_the_mean_loss_of_the_next_token():

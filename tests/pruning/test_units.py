@@ -129,7 +129,7 @@ def test_representational_scores_leave_padding_out(scored):
 def test_the_budget_is_met_and_not_by_much_more(name, budget):
     model = encoders.tiny(name)
     report = prune(model, 0.4, method=KPrune(budget=budget))
-    removed = report.flops_removed if budget == "flops" else report.sparsity
+    removed = report.flops_removed if budget == "flops" else report.parameters_removed
     assert 0.4 - 1e-12 <= removed < 0.45
     left = model.config.sparsekern_units
     assert [layer.kept for layer in report.layers if layer.kind == "heads"] == left["heads"]
@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
         "report.json",
     ]
     found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert found["flops"] == list(report.flops) and len(found["layers"]) == 6 and "FLOPs" in str(report)
+    assert found["results"]["flops"] == list(report.flops) and len(found["layers"]) == 6 and "FLOPs" in str(report)
     page = (tmp_path / "out" / "report.html").read_text()
     facts = [
         f"{resumed.flops_removed:.1%}",
@@ -230,7 +230,7 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     ]
     facts += [f"<td>{layer.kept} of {layer.units}</td>" for layer in report.layers]
     assert [fact for fact in facts if fact not in page] == []
-    assert resumed.bytes["saved"] < resumed.bytes["dense"]
+    assert resumed.size["saved"] < resumed.size["dense"]
 
 
 @pytest.mark.parametrize(
@@ -329,9 +329,10 @@ def test_on_the_command_line(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "heads, layer by layer" in shown and "sparsekern.load(" in shown
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["flops_removed"] >= 0.5 and report["results"]["FLOPs of heads and neurons"].endswith("removed")
+    results = report["results"]
+    assert results["flops_removed"] >= 0.5 and results["measured"]["FLOPs of heads and neurons"].endswith("removed")
     model = sparsekern.load(tmp_path / "out")
-    assert sum(p.numel() for p in model.parameters()) == report["model_parameters"][1]
+    assert sum(p.numel() for p in model.parameters()) == results["model_parameters"][1]
     for wrong, message in (
         (["--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons, which is --set remove=0.5"),
         (["--evaluate"], "perplexity is of causal"),

@@ -17,7 +17,7 @@ from ...methods import ALPS, COPAL, Magnitude, Method, Solution, SparseGPT, Wand
 from ...methods.base import check_choice
 from ...models import Linear
 from ...pattern import Pattern
-from ...reports.continual import ContinualReport, Step
+from ...reports.continual import ContinualReport, ContinualStep
 from ...reports.report import Report
 from ...runtime import check_format, check_output_folder, save
 from ...runtime.save import DENSE
@@ -136,7 +136,7 @@ def prune_continually(
                 with prepared(model, seed), freed_memory_kept():
                     run.take_in(name, batches)
             run.write_weights(known.step(len(known.steps)))
-    report = ContinualReport({**known.settings, "versions": environment(model)}, known.dense, known.steps)
+    report = ContinualReport(settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps)
     if out is not None:
         folder = _saved(model, out, format, state)
         report.to_json(folder / "report.json")
@@ -253,7 +253,7 @@ class _Continual:
         changed = None if before is None else self._changed(before)
         perplexities = {known: self._perplexity(known) for known, _ in state.seen if known in self.evaluate}
         tokens = sum(batch.tokens for batch in batches)
-        state.steps.append(Step(name, tokens, report.sparsity, changed, time.perf_counter() - start, perplexities))
+        state.steps.append(ContinualStep(name, tokens, report.sparsity, changed, time.perf_counter() - start, perplexities))
         state.write()
         for old in range(1, number):
             state.step(old).drop()

@@ -20,7 +20,7 @@ import torch
 
 from ..._files import locked, write_atomically
 from ...models import Linear
-from ...reports.continual import Step
+from ...reports.continual import ContinualStep
 from ...reports.report import LayerReport
 
 STATE, LOCK = "state.json", ".lock"
@@ -102,7 +102,7 @@ class State:
         self.settings: dict[str, object] = {}
         self.dense: dict[str, float] = {}
         self.evaluation: dict[str, list] = {}  # by data set, digest and window length of what its perplexities are taken on
-        self.steps: list[Step] = []
+        self.steps: list[ContinualStep] = []
         self.seen: list[list[str]] = []  # name and digest of each data set; one more than `steps` while a step is under way
         if folder is not None and (folder / STATE).exists():
             self._read()
@@ -151,7 +151,7 @@ class State:
                 self.settings, self.dense = dict(found["settings"]), dict(found["dense"])
                 self.evaluation = dict(found.get("evaluation", {}))  # an older state has none, and takes what it is given next
                 self.seen = [[name, digest] for name, digest in found["seen"]]
-                self.steps = [Step(**step) for step in found["steps"]]
+                self.steps = [ContinualStep.from_dict(step) for step in found["steps"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"state: {path} is not the state of a prune_continually ({error})") from error
         if version != FORMAT:

@@ -20,7 +20,7 @@ from ...methods.kprune import KPrune, predictive_knowledge, search, tuned_projec
 from ...models.encoder import Encoder, SubLayer
 from ...models.units import keep_units, record_units, recorded_units
 from ...pattern import parse_pattern
-from ...reports.removal import StructuredReport, UnitsReport
+from ...reports.removal import RemovalReport, SubLayerReport
 from ...runtime import weight_bytes
 from ..batches import Batch, Calibration
 from ..batches import fingerprint as calibration_fingerprint
@@ -42,8 +42,8 @@ def prune_units(
     resume: bool,
     progress: bool,
     batch_size: int | None,
-    complete: Callable[[StructuredReport], None] | None,
-) -> StructuredReport:
+    complete: Callable[[RemovalReport], None] | None,
+) -> RemovalReport:
     """Remove heads and neurons of an encoder in place. Arguments as in `sparsekern.prune`, which calls this.
 
     Raises:
@@ -65,8 +65,8 @@ def prune_units(
         check_saveable(model)
         settings["model"] = model_fingerprint(model)
         checkpoint = Checkpoint(out, settings, environment(model), resume=resume)
-    report = StructuredReport(
-        settings={**settings, "versions": environment(model)}, calibration_tokens=sum(batch.tokens for batch in batches)
+    report = RemovalReport(
+        settings=settings, versions=environment(model), calibration_tokens=sum(batch.tokens for batch in batches)
     )
     before, dense_bytes = _sizes(model, encoder, batches), weight_bytes(model)
     bar = Progress(len(encoder.sublayers), progress)
@@ -168,7 +168,7 @@ class _Run:
         remaining: float,
         seed: int,
         checkpoint: Checkpoint | None,
-        report: StructuredReport,
+        report: RemovalReport,
         bar: Progress,
         clock: Clock,
     ) -> None:
@@ -192,7 +192,7 @@ class _Run:
                     self.report.resumed_blocks += 1
                 else:
                     seconds = self.clock.now() - begin
-                    layer = UnitsReport(sublayer.name, sublayer.kind, sublayer.units, len(cut.kept), error, seconds)
+                    layer = SubLayerReport(sublayer.name, sublayer.kind, sublayer.units, len(cut.kept), error, seconds)
                     self._save(index, cut, layer)
                 self.remaining -= len(cut.kept) * self.costs.unit(sublayer)
                 self.report.layers.append(layer)
@@ -307,13 +307,13 @@ class _Run:
             stored.student, stored.teacher, stored.target = sublayer.norm(output), sublayer.norm(target), None
         return error / energy if energy else 0.0
 
-    def _save(self, index: int, cut: Cut, layer: UnitsReport) -> None:
+    def _save(self, index: int, cut: Cut, layer: SubLayerReport) -> None:
         if self.checkpoint:
             with self.clock.phase("write"):
                 self.checkpoint.save(index, {"kept": cut.kept, "weight": cut.weight, "bias": cut.bias}, [layer])
 
-    def _restore(self, index: int) -> tuple[Cut, UnitsReport] | None:
-        found = self.checkpoint.read(index, lambda layer: UnitsReport(**layer)) if self.checkpoint else None
+    def _restore(self, index: int) -> tuple[Cut, SubLayerReport] | None:
+        found = self.checkpoint.read(index, SubLayerReport.from_dict) if self.checkpoint else None
         if found is None:
             return None
         tensors, (layer,) = found
