@@ -41,7 +41,7 @@ def compile_flags() -> tuple[list[str], list[str]]:
     if debug == "asan":
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         # Python's own flags hold -fwrapv, which would hide overflows.
-        return [*common, "-O1", "-g", "-fno-wrapv", *sanitizers], sanitizers
+        return [*common, "-O1", "-g1", "-fno-wrapv", *sanitizers], sanitizers
     return [*common, "-O3", "-g0"], []
 
 

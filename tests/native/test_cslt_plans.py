@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -45,19 +44,19 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
-    return sanitizers.copy_package(tmp_path_factory.mktemp("cslt_package"))
+def passes(tmp_path_factory, sanitized_python, files):
+    """A function that runs a program after `SHARED`, and raises if it fails."""
+    package = sanitizers.copy_package(tmp_path_factory.mktemp("cslt_package"))
+
+    def run(program: str, **environment: str) -> None:
+        done = sanitized_python.run(package, SHARED.format(**files) + program, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
-def passes(package: Path, files: dict[str, str], program: str, **environment: str) -> None:
-    done = sanitizers.run(package, "-c", SHARED.format(**files) + program, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_plans_are_kept(package, files):
+def test_plans_are_kept(passes):
     passes(
-        package,
-        files,
         """
 assert raw.cslt_open(FAKE) == raw.cslt_open("anything, since one is open") == 801
 for dtype in (torch.bfloat16, torch.float16):
@@ -81,10 +80,8 @@ assert raw.cslt_counts() == (calls("plan"), calls("search"))
     )
 
 
-def test_without_a_search_the_default_runs_and_is_not_remembered(package, files):
+def test_without_a_search_the_default_runs_and_is_not_remembered(passes):
     passes(
-        package,
-        files,
         """
 raw.cslt_open(FAKE)
 weight, x = randn(32, 48), randn(8, 48)
@@ -99,10 +96,8 @@ assert raw.cslt_linear(x[:0], weight, 32, None, True).shape == (0, 32)
     )
 
 
-def test_numbers_of_tokens_share_an_algorithm(package, files):
+def test_numbers_of_tokens_share_an_algorithm(passes):
     passes(
-        package,
-        files,
         """
 raw.cslt_open(FAKE)
 weight = randn(32, 48)
@@ -114,10 +109,8 @@ assert calls("search") == 2 and calls("plan") - calls("destroyed plan") == 4
     )
 
 
-def test_each_thread_has_a_handle_and_gives_it_back(package, files):
+def test_each_thread_has_a_handle_and_gives_it_back(passes):
     passes(
-        package,
-        files,
         """
 raw.cslt_open(FAKE)
 weight, x = randn(32, 48), randn(8, 48)
@@ -140,10 +133,8 @@ for what in ("plan", "matrix", "selection"):
     )
 
 
-def test_many_plans_do_not_pile_up(package, files):
+def test_many_plans_do_not_pile_up(passes):
     passes(
-        package,
-        files,
         """
 raw.cslt_open(FAKE)
 weight, x = randn(16, 16), randn(8, 16)
@@ -155,10 +146,8 @@ assert calls("plan") - calls("destroyed plan") == 1100 - 1024
     )
 
 
-def test_what_is_refused(package, files):
+def test_what_is_refused(passes):
     passes(
-        package,
-        files,
         """
 raw.cslt_open(FAKE)
 weight, x, bias = randn(32, 48), randn(8, 48), randn(32)
@@ -184,10 +173,8 @@ assert calls("matrix") == calls("destroyed matrix")
     )
 
 
-def test_the_reason_why_the_library_cannot_be_had(package, files):
+def test_the_reason_why_the_library_cannot_be_had(passes):
     passes(
-        package,
-        files,
         """
 for name, reason in (("libnothing.so.0", "libnothing.so.0"), (WRAPPER, "has no cusparseLtGetProperty"), (FAKE, "expected version 0.8")):
     try:
@@ -205,10 +192,8 @@ except RuntimeError as error:
     )
 
 
-def test_the_package_takes_kept_plans_first_and_torch_where_it_must(package, files):
+def test_the_package_takes_kept_plans_first_and_torch_where_it_must(passes):
     passes(
-        package,
-        files,
         """
 import sparsekern.runtime
 from sparsekern import backends

@@ -5,6 +5,7 @@ The kernels' own files and their torch wrappers are compiled as they are, and ev
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +73,15 @@ CLEARED = "  bins.clear();\n"
 SCAN = "  Count before = block_scan<kThreads>(sum, scratch.scan).before;\n"
 
 
-def planted(package: Path, folder: Path, kernel: str, whole: str, broken: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a kernel with a fault planted into it."""
+@pytest.fixture
+def planted(sanitized_python, tmp_path):
+    """A function that runs a kernel with a fault planted into it."""
+    return functools.partial(run_planted, sanitized_python, tmp_path)
+
+
+def run_planted(
+    sanitized_python: sanitizers.Interpreter, folder: Path, kernel: str, whole: str, broken: str
+) -> subprocess.CompletedProcess:
     source = (simt.CSRC / "cuda" / kernel).read_text()
     if header := INLINED.get(kernel):
         text = (simt.CSRC / "cuda" / header).read_text().replace("#pragma once\n", "")
@@ -81,13 +89,12 @@ def planted(package: Path, folder: Path, kernel: str, whole: str, broken: str, *
     assert source.count(whole) == 1
     (folder / kernel).write_text(source.replace(whole, broken))
     library = simt.build_library(folder / "_C_simt.so", {kernel: folder / kernel})
-    program = f"import torch\ntorch.ops.load_library({str(library)!r})\n{PROGRAMS[kernel]}"
-    return sanitizers.run(package, "-c", program, **environment)
+    return sanitized_python.run(folder, f"import torch\ntorch.ops.load_library({str(library)!r})\n{PROGRAMS[kernel]}")
 
 
 @pytest.mark.parametrize("kernel", PROGRAMS)
-def test_the_unbroken_kernel_passes_where_faults_are_planted(package, tmp_path, kernel):
-    done = planted(package, tmp_path, kernel, "namespace {\n", "namespace {\n")
+def test_the_unbroken_kernel_passes_where_faults_are_planted(planted, kernel):
+    done = planted(kernel, "namespace {\n", "namespace {\n")
     assert done.returncode == 0, done.stderr
 
 
@@ -108,6 +115,6 @@ def test_the_unbroken_kernel_passes_where_faults_are_planted(package, tmp_path, 
         *("race over shared memory", "a thread leaves a sum", "a sum over too few"),
     ],
 )
-def test_a_planted_fault_is_found(package, tmp_path, kernel, whole, broken, noticed):
-    done = planted(package, tmp_path, kernel, whole, broken)
+def test_a_planted_fault_is_found(planted, kernel, whole, broken, noticed):
+    done = planted(kernel, whole, broken)
     assert done.returncode != 0 and noticed in done.stderr, done.stderr

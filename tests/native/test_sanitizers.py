@@ -5,6 +5,7 @@ The real library is built (not a harness around it), beside a copy of the packag
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from tests.conftest import COMPILED
 
-from .sanitizers import BUILD, ROOT, copy_package, run, run_op_tests, runtime_libraries
+from .sanitizers import BUILD, ROOT, copy_package, run_op_tests, runtime_libraries
 
 LIBRARY = BUILD / "asan"
 
@@ -43,6 +44,12 @@ def test_op_tests_pass_with_sanitized_kernels(sanitized):
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
 
 
+@pytest.fixture
+def python(sanitized_python, sanitized):
+    """A function that runs a program with the sanitized library."""
+    return functools.partial(sanitized_python.run, sanitized)
+
+
 FAULT = """
 import ctypes, torch, sparsekern._C
 library = ctypes.CDLL(sparsekern._C.__file__)
@@ -52,15 +59,15 @@ library.sparsekern_read_past.argtypes = [ctypes.c_void_p, ctypes.c_int64]
 """
 
 
-def test_a_planted_read_past_the_end_of_a_tensor_is_caught(sanitized):
-    inside = run(sanitized, "-c", FAULT.format(call="library.sparsekern_read_past(data.data_ptr(), 23)"))
+def test_a_planted_read_past_the_end_of_a_tensor_is_caught(python):
+    inside = python(FAULT.format(call="library.sparsekern_read_past(data.data_ptr(), 23)"))
     assert inside.returncode == 0, inside.stderr
-    outside = run(sanitized, "-c", FAULT.format(call="library.sparsekern_read_past(data.data_ptr(), 24)"))
+    outside = python(FAULT.format(call="library.sparsekern_read_past(data.data_ptr(), 24)"))
     assert outside.returncode != 0 and "heap-buffer-overflow" in outside.stderr
 
 
-def test_a_planted_overflow_is_caught(sanitized):
-    result = run(sanitized, "-c", FAULT.format(call="library.sparsekern_overflow(2**31 - 1)"))
+def test_a_planted_overflow_is_caught(python):
+    result = python(FAULT.format(call="library.sparsekern_overflow(2**31 - 1)"))
     assert result.returncode != 0 and "signed integer overflow" in result.stderr
 
 
@@ -93,6 +100,6 @@ for features in (1, 17, 67):
 """
 
 
-def test_float64_as_the_last_resort(sanitized):
-    result = run(sanitized, "-c", LAST_RESORT)
+def test_float64_as_the_last_resort(python):
+    result = python(LAST_RESORT)
     assert result.returncode == 0, result.stderr

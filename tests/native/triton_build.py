@@ -1,4 +1,4 @@
-"""Compiles Triton kernels ahead of time, for GPUs that need not be there, and reads what became of them in the machine code."""
+"""Ahead-of-time compilation of Triton kernels, without a GPU, and the resources and instructions of the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Architecture(NamedTuple):
-    """A compute capability, the shared memory that a block may have, and the instruction of its tensor cores."""
+    """A compute capability, the shared memory that a block may have, and the PTX instruction of its tensor cores.
+
+    An assembler can only translate that instruction: none falls back to arithmetic outside of the tensor cores.
+    """
 
     capability: tuple[int, int]
     shared: int
@@ -34,18 +37,31 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = (
-    Architecture((8, 0), 163 << 10, r"\bHMMA\."),
-    Architecture((9, 0), 227 << 10, r"\bHGMMA\."),
-    Architecture((10, 0), 227 << 10, r"\bUTC\w*MMA\b"),
+    Architecture((8, 0), 163 << 10, r"\bmma\.sync\."),
+    Architecture((9, 0), 227 << 10, r"\bwgmma\.mma_async\."),
+    Architecture((10, 0), 227 << 10, r"\btcgen05\.mma\."),
 )
 
 
 class Binary(NamedTuple):
-    """What a kernel needs, and its instructions."""
+    """A compiled kernel and what it needs.
 
-    stack: int  # bytes a thread, all of them registers that were spilled, or arrays that found no registers
-    shared: int  # bytes a block
-    sass: str
+    Attributes:
+        stack: bytes a thread. All of them are registers that were spilled, or arrays that found no registers.
+        shared: bytes of shared memory a block.
+        ptx: what Triton hands to the assembler.
+        cubin: what the assembler makes of it.
+    """
+
+    stack: int
+    shared: int
+    ptx: str
+    cubin: bytes
+
+    @property
+    def sass(self) -> str:
+        """The machine code as text. It takes as long as compiling the kernel, so only tests that read it ask for it."""
+        return _tool("--dump-sass", self.cubin)
 
 
 def shipped(architecture: Architecture) -> Iterator[CompileCase]:
@@ -68,37 +84,38 @@ def build(case: CompileCase, architecture: Architecture) -> Binary:
     major, minor = architecture.capability
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("--dump-resource-usage", cubin)
-        return Binary(int(re.search(r"STACK:(\d+)", usage)[1]), compiled.metadata.shared, _tool("--dump-sass", cubin))
+    cubin = compiled.asm["cubin"]
+    usage = _tool("--dump-resource-usage", cubin)
+    return Binary(int(re.search(r"STACK:(\d+)", usage)[1]), compiled.metadata.shared, compiled.asm["ptx"], cubin)
 
 
-def _tool(*arguments: object) -> str:
-    command = [str(TOOLS / "cuobjdump"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _tool(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def faults(case: CompileCase, architecture: Architecture) -> list[str]:
-    """What is wrong with a shipped configuration on an architecture; nothing, it is hoped."""
+    """Return what is wrong with a configuration on an architecture, one line a fault."""
     binary = build(case, architecture)
     found = []
     if binary.stack:
         found.append(f"spills: {binary.stack} bytes of stack")
     if binary.shared > architecture.shared:
         found.append(f"{binary.shared} bytes of shared memory, {architecture.shared} are there")
-    if case.tensor_cores and not re.search(architecture.tensor_core, binary.sass):
+    if case.tensor_cores and not re.search(architecture.tensor_core, binary.ptx):
         found.append(f"no {architecture.tensor_core} among the instructions")
     return [f"{architecture.name} {case.kernel.__name__} {describe(case)}: {fault}" for fault in found]
 
 
 def faults_of_number(number: int, architecture: Architecture) -> list[str]:
-    """For another process, to which a kernel cannot be sent."""
+    """Return the faults of a configuration by its number: kernels cannot be sent to another process."""
     return faults(list(shipped(architecture))[number], architecture)
 
 
 def describe(case: CompileCase) -> str:
-    """What tells the case from the others of its kernel."""
+    """Return what tells the case from the others of its kernel."""
     types = [kind for kind in case.signature.values() if kind.startswith(("*", "tensordesc"))]
     return f"{' '.join(types)} {case.constexprs} num_warps={case.num_warps} num_stages={case.num_stages}"
