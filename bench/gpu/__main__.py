@@ -1,8 +1,7 @@
-"""Checks and measures this GPU: builds in place with the Python at hand, runs the tests on the device, compute-sanitizer on
-small cases, then the benchmarks; all of it, without a network, in the minutes it is given. What did not fit is named at the end.
+"""Check and measure this GPU in the minutes given: build in place, test on the device, run compute-sanitizer, then the benchmarks.
 
-Figures go to `bench/results/<device>.json` and the table beside it, logs to `build/gpu`; with --out both go there. Each part puts
-its rows in the place of those of the same name, so that the parts can be run one by one.
+Nothing needs a network. What did not fit is named at the end. Figures go to `bench/results/<device>.json` and the table beside it, logs
+to `build/gpu`; with --out both go there. Each part replaces the rows of the same name, so that the parts can run one by one.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from .run import ROOT
 PARTS = ("tests", "ops", "e2e")
 LOGS = ROOT / "build" / "gpu"
 KEPT_BACK = 5.0  # seconds at the end for what comes after the last step
+SECONDS_TO_LOAD = 60.0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "-k", dest="selection", default="", metavar="TEXT", help="only benchmarks and test files whose name has TEXT in it"
     )
-    parser.add_argument("--no-build", action="store_true", help="take the extensions as they are")
+    parser.add_argument("--no-build", action="store_true", help="use the extensions that are built already")
     parser.add_argument(
         "--profile", action="store_true", help="e2e under torch's profiler: the kernels that take longest, in bench.log"
     )
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
-    """Runs the parts, the cheap and important first, and records what each has found before the next begins."""
+    """Run the parts, the cheap and important first, and record the rows of each before the next begins. Return the exit code."""
     budget = Budget(60 * options.minutes - KEPT_BACK)
     run = provenance({"device": "rehearsal"} if options.rehearse else device.description())
     parts = options.only or PARTS
@@ -70,16 +70,19 @@ def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
         table = results.record(rows, folder, run)
         print(f"{len(rows)} rows in {table}, {budget.left:.0f} s left", flush=True)
 
-    if not (options.no_build or options.rehearse):
-        if failed := checks.build(budget, logs / "build.log"):
+    if not options.rehearse:
+        failed = None if options.no_build else checks.build(budget, logs / "build.log")
+        if failed := failed or checks.loads(logs / "build.log", budget.share(SECONDS_TO_LOAD)):
             record([failed])
             return _say(found, budget)
     if "tests" in parts and not options.rehearse:
         alone = set(parts) == {"tests"}
         record(checks.tests(budget.part(0.7 if alone else 0.35), logs / "tests.log", options.selection))
         record(checks.sanitizers(budget.part(1.0 if alone else 0.25), logs / "sanitizer.log"))
-    wanted = {"ops": [case.name for case in (*worker.CASES, *worker.SWEEPS)], "e2e": [run.name for run in worker.e2e.RUNS]}
-    names = [name for part in ("ops", "e2e") if part in parts for name in wanted[part] if options.selection in name]
+    names = worker.ordered([part for part in worker.PARTS if part in parts], options.selection)
+    if not names and not found:
+        print(f"bench.gpu: -k {options.selection!r} selects nothing of {', '.join(parts)}", file=sys.stderr)
+        return 2
     if names:
         passed_on = [f"--{name}" for name in ("rehearse", "profile") if getattr(options, name)]
         record(measure(names, budget, logs / "bench.log", passed_on))
@@ -87,7 +90,7 @@ def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
 
 
 def _say(rows: list[Row], budget: Budget) -> int:
-    """The short table that ends the output; 0 unless something failed. A goal that is missed is no failure."""
+    """Print the short table that ends the output. Return 0 unless something failed; a missed goal is no failure."""
     failed = [row for row in rows if row.reached.startswith("**failed**") or row.section == checks.SECTION and row.met is False]
     print()
     for row in rows:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Budget:
-    """Seconds that are left of a run. `cut` collects what did not fit."""
+    """The seconds left of a run; `cut` collects what did not fit."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -19,18 +19,18 @@ class Budget:
         return max(0.0, self._end - self._now())
 
     def part(self, share: float) -> Budget:
-        """A budget of a share of what is left, for a part that must leave something to the next; `cut` is one for both."""
+        """Return a budget of a share of the time left, for a part that must leave something to the next; both share `cut`."""
         part = Budget(share * self.left, self._now)
         part.cut = self.cut
         return part
 
     def allows(self, what: str, seconds: float) -> bool:
-        """Whether `seconds` are left; if not, `what` is noted as cut."""
+        """Return whether `seconds` are left; if not, note `what` as cut."""
         if self.left >= seconds:
             return True
         self.cut.append(what)
         return False
 
     def share(self, most: float) -> float:
-        """Seconds that a step may take which should not take more than `most`."""
+        """Return the seconds that a step may take, at most `most`."""
         return min(most, self.left)

@@ -1,4 +1,4 @@
-"""What comes before any time is taken: the build, the tests on the device, and compute-sanitizer on small cases."""
+"""Checks before any time is taken: the build, the tests on the device, and compute-sanitizer on small cases."""
 
 from __future__ import annotations
 
@@ -20,25 +20,39 @@ from .run import ROOT, TIMED_OUT, last_lines, run
 SECTION = "checks"
 AT_ONCE = 6  # test files; most of their time is Python's
 SECONDS_A_FILE = 150.0
-SANITIZERS = {"memcheck": ("cuda", "triton"), "racecheck": ("cuda",)}  # tool -> implementations it is run on
+SANITIZERS = {"racecheck": ("cuda",), "memcheck": ("cuda", "triton")}  # tool -> implementations it is run on
 SECONDS_A_SANITIZER = 100.0
-ERRORS_FOUND = 86  # what compute-sanitizer is told to end with
+ERRORS_FOUND = 86  # the exit code that compute-sanitizer is asked for
 
 
 def build(budget: Budget, log: Path) -> Row | None:
-    """Builds the extensions in place for this device with this Python; a row where that fails."""
-    capability = ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "9.0"
+    """Build the extensions in place for this device alone, with this Python; return a row where that fails."""
     environment = {
         "SPARSEKERN_CUDA": "1",
         "SPARSEKERN_BUILD": "1",
-        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", capability),
+        "TORCH_CUDA_ARCH_LIST": ".".join(map(str, torch.cuda.get_device_capability())),
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # where ninja is
     }
     code = run([sys.executable, "setup.py", "build_ext", "--inplace"], log, budget.left, environment)
     if code == 0:
         return None
     why = "stopped when the time was up" if code is TIMED_OUT else last_lines(log, 1)
     return Row(SECTION, "build", f"**failed**: {why}; see {log.name}", met=False)
+
+
+LOADED = """
+from sparsekern.backends.libraries import LIBRARIES
+missing = [f"{name}: {library.reason}" for name, library in LIBRARIES.items() if not library.loaded]
+raise SystemExit("; ".join(missing) or 0)
+"""
+
+
+def loads(log: Path, seconds: float) -> Row | None:
+    """Load the extensions in a process of its own; return a row where one does not load, as everything would then run otherwise."""
+    if run([sys.executable, "-c", LOADED], log, seconds) == 0:
+        return None
+    return Row(SECTION, "loading the extensions", f"**failed**: {last_lines(log, 1)}", met=False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,10 @@ class TestRun:
 
 
 def as_row(name: str, code: int | None, output: str) -> Row:
-    """What came of a file of tests, from its exit code (None: it was stopped) and the words of `pytest -v`."""
+    """Return the row of a file of tests, from its exit code (None: it was stopped) and the output of `pytest -v`.
+
+    A file that the clock stopped, without a failure so far, is neither passed nor failed.
+    """
     outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", output, re.MULTILINE)
     count = {kind: sum(outcome == kind for _, outcome in outcomes) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     words = [f"{number} {kind.lower()}" for kind, number in count.items() if number] or ["nothing ran"]
@@ -72,17 +89,17 @@ def as_row(name: str, code: int | None, output: str) -> Row:
         words.append(f"stopped in {begun[-1]}" if begun else "stopped")
     elif code not in (0, 5) and not bad:
         words.append(f"ended with {code}: {output.strip().splitlines()[-1] if output.strip() else ''}")
-    met = None if code == 5 else code == 0
+    met = None if code == 5 else code == 0 if code is not TIMED_OUT else False if bad else None
     return Row(SECTION, name, ", ".join(words), met=met, details={"failed": bad, "why": _reasons(output)})
 
 
 def _reasons(output: str) -> list[str]:
-    """The first lines that say what was wrong."""
+    """Return the first lines that say what was wrong."""
     return re.findall(r"^E   +(.+)$", output, re.MULTILINE)[:20]
 
 
 def tests(budget: Budget, log: Path, selection: str = "") -> list[Row]:
-    """All that is marked `gpu`, and tests/ops with every tensor on the device: as it is chosen there, and without C++."""
+    """Run what is marked `gpu`, and tests/ops with every tensor on the device: by the implementations chosen there, and without C++."""
     files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("ops/test_*.py"))
     on_device = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("gpu/test_*.py"))
     runs = [TestRun(path, None) for path in on_device] + [
@@ -107,7 +124,7 @@ def tests(budget: Budget, log: Path, selection: str = "") -> list[Row]:
 
 
 def kernel_names(backend: str) -> list[str]:
-    """Parts of the names of our kernels, so that torch's own are not looked at."""
+    """Return parts of the names of our kernels, so that torch's own are left out."""
     if backend == "cuda":
         return ["sparsekern"]
     sources = (ROOT / "sparsekern" / "triton_kernels").glob("*.py")
@@ -148,7 +165,7 @@ def _sanitize(name: str, tool_path: str, tool: str, implementation: str, names: 
 
 
 def as_sanitizer_row(name: str, code: int | None, output: str) -> Row:
-    """What compute-sanitizer found, from its exit code (None: it was stopped) and its words."""
+    """Return the row of a run of compute-sanitizer, from its exit code (None: it was stopped) and its output."""
     ran = re.findall(r"^ran (\d+) calls", output, re.MULTILINE)
     if "Device not supported" in output:
         return Row(SECTION, name, "not run: compute-sanitizer refuses this device")

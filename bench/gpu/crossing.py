@@ -40,7 +40,7 @@ class Sweep:
             return
         try:
             yield self._row(_measured(place, place.size(self.rows_of_weight, 64), place.size(self.columns, 128)))
-        except (AssertionError, ValueError, RuntimeError) as error:
+        except Exception as error:
             yield failed(self.name, error)
 
     def _row(self, taken: Mapping[str, Mapping[int, float]]) -> Row:

@@ -1,4 +1,4 @@
-"""The device: what it is, its ceilings, and the time of something that runs on it.
+"""The device: its description, its ceilings, and the time of calls on it.
 
 Everything runs on a CPU too, where `python -m bench.gpu --rehearse` tries it out with toy sizes; times mean nothing there.
 """
@@ -26,7 +26,7 @@ MOST_ROUNDS = 200
 
 
 def problem_with_cuda() -> str | None:
-    """Why nothing can be measured, and what to do; None where torch sees a CUDA device."""
+    """Return why nothing can be measured, and what to do; None where torch sees a CUDA device."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; run with a Python whose torch has it (make gpu PYTHON=...)"
     if not torch.cuda.is_available():
@@ -37,7 +37,7 @@ def problem_with_cuda() -> str | None:
 
 
 def description() -> dict[str, str]:
-    """The device and everything whose version a figure may hang on."""
+    """Return the device's name, and every setting and version that a figure may depend on."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
@@ -76,7 +76,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(calls: Sequence[Call], device: torch.device) -> float:
-    """Median seconds of a call, as a program makes it: what the call waits for is in it.
+    """Return the median seconds of a call as a program makes it, which includes what the call waits for.
 
     `calls` do the same on different memory and take turns, so that none finds its inputs in the cache.
     """
@@ -91,7 +91,7 @@ def seconds_of(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def replayed_seconds_of(calls: Sequence[Call], device: torch.device) -> float | None:
-    """The same on the device alone: the calls are captured in one CUDA graph, without checks of values, and replayed.
+    """Return the seconds of a call on the device alone: captured in a CUDA graph, without checks of values, and replayed.
 
     None where they cannot be captured because something in them waits for the device.
     """
@@ -133,14 +133,14 @@ def _round_seconds(calls: Sequence[Call], device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reaches, measured: bytes read and written a second, and FLOP a second of a product by the library."""
+    """Measured rates of the device: bytes read and written a second, and FLOP a second of a product by the library."""
 
     copy: float
     bf16: float
     fp32: float
 
     def floor(self, *, flops: float, unit: str, bytes: float) -> float:
-        """The least seconds in which so many FLOPs and bytes can be done."""
+        """Return the least seconds that so many FLOPs and bytes take."""
         return max(bytes / self.copy, flops / getattr(self, unit))
 
 

@@ -1,4 +1,4 @@
-"""Runs the benchmarks in worker processes: what crashes or hangs costs its own row and a restart."""
+"""Run the benchmarks in worker processes: one that crashes or hangs costs its own row and a restart."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ SECTION = "ops"
 
 
 def measure(names: list[str], budget: Budget, log: Path, options: Sequence[str] = ()) -> list[Row]:
-    """The rows of the benchmarks `names`, in their order, as far as time allows; `budget.cut` gets the others.
+    """Return the rows of the benchmarks `names`, in their order, as far as time allows; `budget.cut` gets the others.
 
-    `options` are the worker's.
+    When a worker ends early, those that did not seem to fit have another chance. `options` are the worker's.
     """
     rows: list[Row] = []
-    while names := _affordable(names, budget):
+    waiting = list(names)
+    while chosen := _affordable(waiting, budget):
         with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
             file = Path(folder) / "rows.jsonl"
             file.touch()
-            ended = _run_worker(names, file, budget, log, options)
+            ended = _run_worker(chosen, file, budget, log, options)
             found, running = _read(file)
         rows += found
-        if running is None:
-            break
-        rows.append(Row(SECTION, running, f"**failed**: {ended}; see {log.name}", met=False))
-        if running not in names:  # the ceilings: nothing else will go better
-            break
-        names = names[names.index(running) + 1 :]
+        if running is not None:
+            rows.append(Row(SECTION, running, f"**failed**: {ended}; see {log.name}", met=False))
+            if running not in chosen:  # the ceilings: nothing else will go better
+                return rows
+            chosen = chosen[: chosen.index(running) + 1]
+        waiting = [name for name in waiting if name not in chosen]
+    budget.cut += waiting
     return rows
 
 
 def _affordable(names: list[str], budget: Budget) -> list[str]:
-    """Those that fit in what is left, in order. One that is cut does not keep a shorter one from its place."""
+    """Return those that are likely to fit in the time left, in order; a long one does not displace a shorter one after it."""
     left, kept = budget.left - SECONDS_TO_START, []
     for name in names:
         if worker.likely_seconds(name) <= left:
             left -= worker.likely_seconds(name)
             kept.append(name)
-        else:
-            budget.cut.append(name)
     return kept
 
 
 def _run_worker(names: Sequence[str], file: Path, budget: Budget, log: Path, options: Sequence[str]) -> str:
-    """Waits for a worker; how it ended, in words, if it did not get to its end."""
+    """Run a worker until it ends, hangs or the time is up. Return how it ended, in words."""
     command = [sys.executable, "-m", "bench.gpu.worker", *options, "--", str(file), *names]
     with open(log, "a") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -72,7 +72,7 @@ def _run_worker(names: Sequence[str], file: Path, budget: Budget, log: Path, opt
 
 
 def _read(file: Path) -> tuple[list[Row], str | None]:
-    """The rows of a worker and the benchmark that it was at when it ended, None at its end."""
+    """Return the rows of a worker, and the benchmark that it was at when it ended: None if it finished."""
     rows, running = [], "the start of the process"
     for line in file.read_text().splitlines():
         entry = json.loads(line)

@@ -1,4 +1,4 @@
-"""Commands of a run: with a limit on their time, into a log."""
+"""Commands with a limit on their time, whose output goes to a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMED_OUT = None
 
 
 def run(command: Sequence[object], log: Path, seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
-    """The exit code of a command, run in the repository with its words added to `log`; None if it was stopped after `seconds`."""
+    """Run a command in the repository and add its output to `log`. Return its exit code, or None if it was stopped after `seconds`."""
     with open(log, "a") as output:
         print(f"\n$ {' '.join(map(str, command))}", file=output, flush=True)
         process = subprocess.Popen(
@@ -33,7 +33,7 @@ def run(command: Sequence[object], log: Path, seconds: float, environment: Mappi
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends a process that was started with a session of its own, and what it has started."""
+    """End a process that was started with a session of its own, and all that it has started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -1,7 +1,7 @@
-"""Runs benchmarks in a process of their own: `python -m bench.gpu.worker FILE NAME...`.
+"""Run benchmarks in a process of their own: `python -m bench.gpu.worker FILE NAME...`.
 
-A line of JSON a row goes to FILE as soon as it is known, and one before each benchmark starts. A kernel that crashes or hangs takes
-this process with it and nothing else; `bench.gpu.measure` sees which benchmark it was and goes on with the next.
+FILE receives a line of JSON for each row as soon as it is known, and one before each benchmark starts. A kernel that crashes or hangs
+takes only this process with it; `bench.gpu.measure` sees which benchmark it was and continues with the next.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,19 +25,29 @@ from .rows import DeviceCase, DevicePlace
 FIRST = ("obs_sweep", "gram_")  # ops whose times decide how long `prune` takes
 
 
+def is_headline(case: DeviceCase) -> bool:
+    """Return whether a case is measured before whole models are."""
+    return case.case.op in FIRST and case.has_goal
+
+
 def _by_importance() -> list[DeviceCase]:
-    """Return the cases of a GPU: those of `FIRST`, then those with a goal, then the others."""
+    """Return the cases of a GPU: those of `FIRST` with a goal, then the others of `FIRST`, then those with a goal, then the rest."""
     found = [DeviceCase(case) for module in (*all_cases().values(), cases.CASES) for case in module if case.cuda is not None]
-    return sorted(found, key=lambda each: (each.case.op not in FIRST, each.case.op != FIRST[0], not each.has_goal))
+    return sorted(
+        found, key=lambda each: (not is_headline(each), each.case.op not in FIRST, each.case.op != FIRST[0], not each.has_goal)
+    )
 
 
 CASES = tuple(_by_importance())
-KNOWN = (*CASES, *SWEEPS, *e2e.RUNS)
+HEADLINES = sum(map(is_headline, CASES))
+KNOWN = (*CASES[:HEADLINES], *e2e.RUNS, *CASES[HEADLINES:], *SWEEPS)
+PARTS = {"ops": (*CASES, *SWEEPS), "e2e": e2e.RUNS}
 
 
-def ordered() -> list[str]:
-    """Return the names of all benchmarks, the most important first and whole models last."""
-    return [known.name for known in KNOWN]
+def ordered(parts: Collection[str] = tuple(PARTS), selection: str = "") -> list[str]:
+    """Return the names that have `selection` in them, the most important first: headline ops, whole models, then the other ops."""
+    wanted = {known.name for part in parts for known in PARTS[part] if selection in known.name}
+    return [known.name for known in KNOWN if known.name in wanted]
 
 
 def likely_seconds(name: str) -> float:

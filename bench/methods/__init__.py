@@ -1,15 +1,15 @@
-"""What each method reaches on real models: `python -m bench.methods` writes `bench/results/quality.md`.
+"""Quality of each method on real models: `python -m bench.methods` writes `bench/results/quality.md`.
 
-A method's measurements are the module of its name in this package, which has
+The module of a method's name in this package has
 
     def run(wikitext: Path | None, quick: bool) -> str: ...
     def section(figures: dict[str, object]) -> str: ...
 
-`run` measures, keeps its figures by `store(name, figures)` in `bench/results/quality-<name>.json`, and returns their section. `section`
-makes the page's section of the figures that are stored, in markdown from its `## ` heading on, with the conditions (model, tokens,
-windows, seeds) that hold for them; what has not been measured yet is called so. `wikitext` is a folder with `valid.txt` and `test.txt`
-of WikiText-2, or None where there is none: a module that needs it then raises `Unavailable`. `quick` is for trying the module out: a
-smaller problem, of which nothing is kept. A module of the package whose name starts with `_` is a helper.
+`run` measures, stores its figures by `store(name, figures)` in `bench/results/quality-<name>.json`, and returns their section. `section`
+returns the page's section of the stored figures in Markdown, from its `## ` heading on, with their conditions (model, tokens, windows,
+seeds). It calls figures that do not exist yet "not measured". `wikitext` is a folder with `valid.txt` and `test.txt` of WikiText-2; where
+it is None, a module that needs it raises `Unavailable`. `quick` tries the module out on a smaller problem and stores nothing. A module
+whose name starts with `_` is a helper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..provenance import Run
 
 
 class Unavailable(Exception):
-    """What a measurement needs is not there; says what."""
+    """Something that a measurement needs is missing; the message names it."""
 
 
 def path_of(name: str, folder: Path = results.FOLDER) -> Path:
@@ -56,5 +56,5 @@ def runs_of(name: str, folder: Path = results.FOLDER) -> dict[str, Run]:
 
 
 def shown(value: float | None, text: str) -> str:
-    """A figure in the page's tables, by the format `text`."""
+    """Return a figure for the page's tables in the format `text`; "not measured" for None."""
     return "not measured" if value is None else format(value, text)

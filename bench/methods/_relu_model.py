@@ -14,7 +14,7 @@ SAMPLES = 64
 
 
 def trained(steps: int = STEPS, seed: int = 0) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """The model, calibration ids `[samples, length]` from the training text, and evaluation ids `[tokens]` from the rest."""
+    """Return the model, calibration ids `[samples, length]` of the training text, and evaluation ids `[tokens]` of the rest."""
     from transformers import OPTConfig, OPTForCausalLM
 
     training, evaluation = (_bytes(part) for part in ("calibration", "held-out"))

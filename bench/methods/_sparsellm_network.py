@@ -26,7 +26,7 @@ WIDE = {"one wide network": (4096, 11008, 1024), "one network of a quarter": (10
 
 
 def our_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: torch.Tensor, sparsity: float) -> list[torch.Tensor]:
-    """The same number of rounds, with the statistics that the pipeline would gather."""
+    """Prune by ours in the same number of rounds, with the statistics that the pipeline would gather."""
     tokens, cpu = len(x), torch.device("cpu")
     tiles = [slice(start, min(start + TILE, tokens)) for start in range(0, tokens, TILE)]
     inputs, hidden, rows = Gram(len(x.T), cpu), Gram(len(up), cpu), MappedRows(tokens, len(x.T), x.dtype, cpu)
@@ -44,7 +44,7 @@ def our_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: t
 
 @torch.no_grad()
 def measure(wikitext: Path, quick: bool = False) -> dict[str, object]:
-    """A network of SmolLM2-135M: seconds of both, in one run on the same inputs, and the output errors that they end with."""
+    """Measure a network of SmolLM2-135M: seconds of both in one run on the same inputs, and their output errors."""
     model, seen = smollm2.dense_model(), []
     network = model.model.layers[BLOCK].mlp
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
@@ -57,7 +57,7 @@ def measure(wikitext: Path, quick: bool = False) -> dict[str, object]:
 
 @torch.no_grad()
 def measure_wide(name: str) -> dict[str, object]:
-    """The same of random weights and correlated tokens, in a shape of `WIDE`."""
+    """Measure the same with random weights and correlated tokens, in a shape of `WIDE`."""
     inputs, features, tokens = WIDE[name]
     generator = torch.Generator().manual_seed(0)
     x = correlated_tokens(generator, tokens, inputs)

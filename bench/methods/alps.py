@@ -34,7 +34,7 @@ def run(wikitext: Path | None, quick: bool) -> str:
 
 
 def measure_perplexities(wikitext: Path, names: list[str], quick: bool, work: Path | None = None) -> dict[str, object]:
-    """With `work`, a folder, a run that was killed goes on where it was."""
+    """Return perplexities by name; with `work`, a folder, a run that was killed continues."""
     tokenizer = smollm2.tokenizer()
     ids, evaluation = quality.calibration(wikitext, tokenizer), quality.evaluation(wikitext, tokenizer)
     if quick:
@@ -55,7 +55,7 @@ def pruned(name: str, ids: torch.Tensor, out: Path | None) -> torch.nn.Module:
 
 
 def measure_errors(wikitext: Path, quick: bool) -> dict[str, object]:
-    """The summed relative output error of one dense block's linears: ours, SparseGPT's, and that of the public ALPS in float64."""
+    """Return the mean relative output error of one dense block's linears: ours, SparseGPT's, and the public ALPS's in float64."""
     model = smollm2.dense_model()
     ids = quality.calibration(wikitext, smollm2.tokenizer())
     linears = linears_of_block(model, ids[:2] if quick else ids, features=model.config.hidden_size)
@@ -70,7 +70,7 @@ def measure_errors(wikitext: Path, quick: bool) -> dict[str, object]:
 
 
 def linears_of_block(model: torch.nn.Module, ids: torch.Tensor, features: int) -> list[tuple[torch.Tensor, Gram]]:
-    """Weight and statistics of those linears of a block that have `features` inputs."""
+    """Return weight and statistics of those linears of a block that have `features` inputs."""
     block = model.model.layers[BLOCK]
     found = {
         m: Gram(features, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What continual pruning forgets, on three domains in all six orders.
+"""Forgetting in continual pruning, on three domains in all six orders.
 
 One domain is WikiText-2; the other two, the documentation and the source of the Python that runs this, ship with Python.
 SmolLM2-135M-Instruct in float32; 8 x 512 tokens of calibration a domain (seed 0); perplexity of the first 2 windows of 2048 tokens of
@@ -7,8 +7,8 @@ SmolLM2-135M-Instruct in float32; 8 x 512 tokens of calibration a domain (seed 0
 A data set's step depends only on those before it, so orders that begin alike share their steps: 3 + 6 + 6 for what accumulates, and 3
 where each data set prunes the dense weights. What is carried over never changes after the first data set
 (`tests/pruning/test_continual.py` shows it to the bit), so its figures are those of the first data set's model. All of it takes hours
-on a few cores. A work folder (10 GB a method) keeps each step's figures and state, so that a run that is stopped goes on where it was:
-`python -m bench.methods.copal WIKITEXT --work FOLDER --only COPAL --pattern 0.5` makes one part of it.
+on a few cores. A work folder (10 GB a method) keeps each step's figures and state, so that a run that is stopped can continue.
+`python -m bench.methods.copal WIKITEXT --work FOLDER --only COPAL --pattern 0.5` measures one part.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PATTERNS = ("0.5", "2:4", "4:8")
 
 
 class Texts:
-    """The tokens of the three domains."""
+    """Return the tokens of the three domains."""
 
     def __init__(self, wikitext: Path, windows: int = WINDOWS) -> None:
         words = smollm2.tokenizer()
@@ -71,7 +71,7 @@ class Texts:
 
 
 def kept(path: Path, measure: Callable[[], dict]) -> dict:
-    """What `measure` returns, from `path` where it was measured before."""
+    """Return what `measure` returns, from `path` where it was measured before."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found = json.dumps(measure())
@@ -82,7 +82,7 @@ def kept(path: Path, measure: Callable[[], dict]) -> dict:
 
 
 def of_one_data_set(method, pattern: str, name: str, texts: Texts, work: Path) -> dict[str, float]:
-    """Perplexities of the dense model pruned for one data set."""
+    """Return the perplexities of the dense model pruned for one data set."""
 
     def measure() -> dict[str, float]:
         model = smollm2.dense_model()
@@ -93,7 +93,7 @@ def of_one_data_set(method, pattern: str, name: str, texts: Texts, work: Path) -
 
 
 def accumulated(method, pattern: str, orders: Sequence[Order], texts: Texts, work: Path) -> dict[Order, dict[str, float]]:
-    """For each beginning of each order, the perplexities after its last step that the figures need."""
+    """Return, for each beginning of each order, the perplexities after its last step that the figures need."""
     results: dict[Order, dict[str, float]] = {}
     for order in orders:
         for length in range(1, len(order) + 1):
@@ -105,7 +105,7 @@ def accumulated(method, pattern: str, orders: Sequence[Order], texts: Texts, wor
 
 
 def after_step(method, pattern: str, names: Order, texts: Texts, work: Path) -> dict[str, float]:
-    """Take in the last of `names` from the state that those before it left, and leave a state for those that follow."""
+    """Add the last of `names` to the state of those before it, and write the state for those that follow."""
     state, before, copy = (work / "-".join(part) for part in (names, names[:-1], (*names, "copy")))
     if names[:-1] and not state.exists():  # the files of a state never change, so links will do
         if not before.exists():
@@ -121,7 +121,7 @@ def after_step(method, pattern: str, names: Order, texts: Texts, work: Path) -> 
 
 
 def reports(label: str, pattern: str, orders: Sequence[Order], texts: Texts, work: Path) -> list[ContinualReport]:
-    """Of each order, what `prune_continually` would report of the method."""
+    """Return, for each order, what `prune_continually` would report of the method."""
     method, strategy = METHODS[label]
     if strategy == "accumulate":
         after = accumulated(method, pattern, orders, texts, work / pattern / label)
@@ -151,7 +151,7 @@ def row(found: list[ContinualReport]) -> dict:
 
 
 def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
-    """The section of the results, in Markdown."""
+    """Return the section of the results in Markdown."""
     lines = [
         "## Continual pruning (COPAL)",
         "",
@@ -182,7 +182,7 @@ def table(dense: dict[str, float], rows: dict[str, dict[str, dict]]) -> str:
 
 
 def goals_met(by_label: dict[str, dict]) -> str:
-    """Whether COPAL forgets less than what prunes from dense, and ends no worse than Wanda; nothing where one was not measured."""
+    """Return whether COPAL meets its goals: it forgets less than methods from dense, and ends no worse than Wanda. Empty if not measured."""
     rivals = ("Wanda, from dense", "SparseGPT, from dense")
     if not {"COPAL", *rivals} <= by_label.keys():
         return ""
@@ -222,7 +222,7 @@ def measure_and_store(wikitext: Path, work: Path, labels: Sequence[str], pattern
 
 
 def section(figures: dict) -> str:
-    """The section of the figures that are stored; of a method with figures of both, those of all orders."""
+    """Return the section of the stored figures; of a method with figures of both, those of all orders."""
     rows: dict[str, dict[str, dict]] = {}
     for pattern in PATTERNS:
         for label in METHODS:

@@ -64,7 +64,7 @@ def held_out(wikitext: Path, windows: int, length: int) -> torch.Tensor:
 
 
 def tune(wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
-    """50 % by magnitude, then training, into `work`. A run that Ctrl-C has ended goes on there; `work` also adds up its seconds."""
+    """Prune 50 % by magnitude and train, in `work`. A run that Ctrl-C has ended continues there; `work` also adds up its seconds."""
     ids, spent = text(wikitext, 4 if quick else TUNE_WINDOWS, TUNE_LENGTH), work / "seconds.txt"
     before = float(spent.read_text()) if spent.is_file() else 0.0
     start, model = time.process_time(), smollm2.dense_model()
@@ -76,7 +76,7 @@ def tune(wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
 
 
 def evaluate_tuning(which: str, wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
-    """Perplexity at 50 % by magnitude, `"before"` and `"after"` training."""
+    """Measure perplexity at 50 % by magnitude, `"before"` and `"after"` training."""
     model = sparsekern.load(work / "tuned") if which == "after" else smollm2.dense_model()
     if which == "before":
         sparsekern.prune(model, "magnitude", 0.5, progress=False)
@@ -85,7 +85,7 @@ def evaluate_tuning(which: str, wikitext: Path, work: Path, quick: bool) -> dict
 
 
 def measure_cell(wikitext: Path, sparsity: str, criterion: str, column: str, quick: bool) -> dict[str, object]:
-    """Perplexity and size of one criterion at one sparsity, pruned and trained as the column says."""
+    """Measure perplexity and size of one criterion at one sparsity, pruned and trained as the column says."""
     steps, model = PRUNING_STEPS[column], smollm2.dense_model()
     windows, length = (1, GRID_EVALUATION[1]) if quick else GRID_EVALUATION
     if steps is None:
@@ -108,7 +108,7 @@ def measure_cell(wikitext: Path, sparsity: str, criterion: str, column: str, qui
 
 
 def size(model: torch.nn.Module, report: sparsekern.Report, whole_units: bool) -> int:
-    """Bytes in bfloat16: of pruned linears what is left and a bit a weight, or only what is left where whole rows and columns went."""
+    """Return bytes in bfloat16: the remaining weights of pruned linears, with one bit a weight unless whole rows and columns are removed."""
     total = sum(parameter.numel() for parameter in model.parameters())
     zeros = sum(layer.zeros for layer in report.layers)
     pruned = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)

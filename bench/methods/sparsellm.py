@@ -52,9 +52,9 @@ def run(wikitext: Path | None, quick: bool) -> str:
 def measure(
     wikitext: Path, names: list[str], quick: bool = False, forms: Iterable[str] = FORMS, work: Path | None = None
 ) -> dict[str, object]:
-    """Perplexity, and the mean over blocks of the output error of the feed-forward network, for each name and form.
+    """Measure perplexity, and the mean over blocks of the output error of the feed-forward network, for each name and form.
 
-    With `work`, a folder, a measurement that was killed goes on where it was.
+    With `work`, a folder, a measurement that was killed continues.
     """
     tokenizer = smollm2.tokenizer()
     ids = calibration_ids(wikitext / "valid.txt", tokenizer, samples=SAMPLES, length=LENGTH, seed=0)
@@ -82,7 +82,7 @@ def measure(
 def prune(
     model: torch.nn.Module, method: Method, pattern: str | float, ids: torch.Tensor, out: Path | None
 ) -> list[dict[str, object]]:
-    """Prune `model`, or go on with that in `out`, or take what is finished there; the report's layers."""
+    """Prune `model`, continue the run in `out`, or take what is finished there. Return the report's layers."""
     if out is not None and (out / "report.json").is_file():
         smollm2.put_weights(model, out / "model.safetensors")
         return json.loads((out / "report.json").read_text())["layers"]
@@ -96,7 +96,7 @@ def mean_output_error(layers: list[dict[str, object]], name: str = "output_error
 
 
 def measure_relu(quick: bool = False) -> dict[str, object]:
-    """The same for the small ReLU model, on the text of its own training's domain that it was not trained on."""
+    """Measure the same for the small ReLU model, on held-out text of its training's domain."""
     model, ids, evaluation, figures = *_relu_model.trained(steps=20 if quick else _relu_model.STEPS), {}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     length = _relu_model.LENGTH
@@ -135,7 +135,7 @@ def section(figures: dict[str, object]) -> str:
 
 
 def _table(figures: dict[str, object], rows: list[tuple[str, str]], forms: Sequence[str]) -> list[str]:
-    """A row for each solver and pattern of which anything is measured, a column for each form that anything is measured of."""
+    """Return the table: a row for each solver and pattern, a column for each form, as far as anything is measured."""
     rows = [row for row in rows if any(_figure(figures, *row, form) for form in forms)]
     forms = [form for form in forms if any(_figure(figures, *row, form) for row in rows)]
     head = [

@@ -19,6 +19,7 @@ from bench.gpu.crossing import COMPRESSED, DENSE, PACKED, SWEEPS, UNPACKED, cros
 from bench.gpu.rows import DeviceCase, DevicePlace
 from bench.problem import Case, Faster, NotHere, Problem, Share, Taken, Within
 from bench.results import Row
+from sparsekern.backends import libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,16 +101,58 @@ def test_a_rehearsal_of_every_benchmark(tmp_path):
 def test_the_order_and_the_likely_time_of_benchmarks():
     names = worker.ordered()
     assert len(set(names)) == len(names)
-    assert names[0] == "obs_sweep 4096x4096 2:4" and "the whole call" in names[-1]
-    assert names.index("gram_ bfloat16 [262144, 4096]") < names.index("bitmask_linear 50% zeros, 1 token, 4096x4096 bfloat16")
-    assert names.index("2:4 linear, 4096 tokens, 11008x4096 bf16") < names.index("nm_mask 2:4 8192x8192 bfloat16")
+    (whole,) = (name for name in names if "the whole call" in name)
+    by_importance = [
+        "obs_sweep 4096x4096 2:4",
+        "gram_ bfloat16 [262144, 4096]",
+        whole,
+        "2:4 linear, 4096 tokens, 11008x4096 bf16",
+        "nm_mask 2:4 8192x8192 bfloat16",
+        worker.SWEEPS[-1].name,
+    ]
+    assert [name for name in names if name in by_importance] == by_importance
+    assert names[0] == by_importance[0] and names[-1] == by_importance[-1]
     assert sum(map(worker.likely_seconds, names)) < 300
+    assert sum(map(worker.likely_seconds, names[: names.index(whole) + 1])) < 120
 
 
-def test_what_does_not_fit_is_cut_and_shorter_ones_are_not(budget, monkeypatch):
-    seconds = {"a": 100, "b": 250, "c": 100}
+def test_parts_and_a_text_select_benchmarks():
+    assert worker.ordered(["e2e"]) == [run.name for run in worker.e2e.RUNS]
+    assert worker.ordered(["ops"], "from how many tokens") == [sweep.name for sweep in worker.SWEEPS]
+    assert set(worker.ordered(["ops"])) | set(worker.ordered(["e2e"])) == set(worker.ordered())
+
+
+def test_a_text_that_selects_nothing_is_an_error(capsys):
+    assert command.main(["--rehearse", "--only", "e2e", "-k", "no such benchmark"]) == 2
+    assert capsys.readouterr().err == "bench.gpu: -k 'no such benchmark' selects nothing of e2e\n"
+
+
+def finishing(started, clock, seconds):
+    """A worker that runs all its benchmarks in so many seconds."""
+
+    def run(names, file, budget, log, options):
+        started.append(list(names))
+        clock.seconds += seconds
+        file.write_text(json.dumps({"start": None}) + "\n")
+        return "the process ended with 0"
+
+    return run
+
+
+def test_what_does_not_fit_is_cut_and_shorter_ones_are_not(budget, monkeypatch, tmp_path):
+    seconds, started = {"a": 100, "b": 250, "c": 100}, []
     monkeypatch.setattr(worker, "likely_seconds", seconds.__getitem__)
-    assert measure._affordable(["a", "b", "c"], budget) == ["a", "c"] and budget.cut == ["b"]
+    monkeypatch.setattr(measure, "_run_worker", finishing(started, budget._now, 200))
+    measure.measure(["a", "b", "c"], budget, tmp_path / "bench.log")
+    assert started == [["a", "c"]] and budget.cut == ["b"]
+
+
+def test_what_did_not_seem_to_fit_has_another_chance(budget, monkeypatch, tmp_path):
+    seconds, started = {"a": 100, "b": 250, "c": 100}, []
+    monkeypatch.setattr(worker, "likely_seconds", seconds.__getitem__)
+    monkeypatch.setattr(measure, "_run_worker", finishing(started, budget._now, 20))
+    measure.measure(["a", "b", "c"], budget, tmp_path / "bench.log")
+    assert started == [["a", "c"], ["b"]] and budget.cut == []
 
 
 def test_a_crash_costs_one_row_and_a_restart(budget, monkeypatch, tmp_path):
@@ -165,7 +208,9 @@ def test_what_came_of_tests():
     row = checks.as_row("some tests", 1, PYTEST + "\nE   assert 1 == 2\n")
     assert row.reached == "1 passed, 1 failed, 1 skipped" and row.met is False
     assert row.details == {"failed": ["tests/gpu/test_calls.py::test_c"], "why": ["assert 1 == 2"]}
-    assert "stopped in tests/gpu/test_calls.py::test_d" in checks.as_row("some tests", None, PYTEST).reached
+    stopped = checks.as_row("some tests", None, PYTEST)
+    assert "stopped in tests/gpu/test_calls.py::test_d" in stopped.reached and stopped.met is False  # test_c has failed
+    assert checks.as_row("some tests", None, PYTEST.replace("FAILED", "PASSED")).met is None
     assert checks.as_row("some tests", 0, PYTEST[:80]).met is True
     assert checks.as_row("some tests", 5, "").met is None
     crashed = checks.as_row("some tests", -11, PYTEST[:80] + "\nFatal Python error: Segmentation fault")
@@ -182,6 +227,25 @@ def test_what_a_sanitizer_found():
     assert checks.as_sanitizer_row("memcheck", None, "call a\ncall b\n").reached.startswith("stopped after 2 calls")
     assert "refuses this device" in checks.as_sanitizer_row("memcheck", 1, "========= Error: Device not supported.\n").reached
     assert checks.as_sanitizer_row("memcheck", 1, "Traceback").met is False
+
+
+def test_a_library_that_does_not_load_is_told(monkeypatch):
+    monkeypatch.setattr(libraries, "LIBRARIES", {"_C": libraries.Library("_C", True, "")})
+    with pytest.raises(SystemExit) as ended:
+        exec(checks.LOADED, {})
+    assert ended.value.code == 0
+    monkeypatch.setitem(libraries.LIBRARIES, "_C_cuda", libraries.Library("_C_cuda", False, "libcudart.so: not found"))
+    with pytest.raises(SystemExit) as ended:
+        exec(checks.LOADED, {})
+    assert ended.value.code == "_C_cuda: libcudart.so: not found"
+
+
+def test_a_library_that_does_not_load_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "LOADED", "raise SystemExit('_C_cuda: not built')")
+    row = checks.loads(tmp_path / "log", 60)
+    assert row.met is False and row.reached == "**failed**: _C_cuda: not built"
+    monkeypatch.setattr(checks, "LOADED", "")
+    assert checks.loads(tmp_path / "log", 60) is None
 
 
 def test_every_part_that_is_checked_exists():
@@ -235,18 +299,26 @@ def test_a_benchmark_that_cannot_run_here_says_why():
     assert row.met is None and row.reached == "not run: no cuSPARSELt"
 
 
-def raising(message: str):
+class CompilationError(Exception):
+    """Triton's own errors derive from Exception alone."""
+
+
+def raising(message: str, kind: type[Exception] = RuntimeError):
     def make(place):
-        raise RuntimeError(message)
+        raise kind(message)
 
     return device_case(make)
 
 
 def test_an_error_is_a_row_unless_the_device_is_lost():
+    (row,) = raising("a kernel", CompilationError).rows(place())
+    assert row.met is False and row.reached == "**failed**: CompilationError: a kernel"
     (row,) = raising("no such algorithm").rows(place())
     assert row.met is False and row.reached == "**failed**: RuntimeError: no such algorithm"
     (row,) = raising("gram_: the cuda implementation was asked for, but it is not built").rows(place())
     assert row.met is None and row.reached.startswith("not run: ")
+    (row,) = raising("CUDA error: operation not supported when calling `cusparseLtDenseDescriptorInit`").rows(place())
+    assert row.met is False and "cusparseLtDenseDescriptorInit" in row.reached
     with pytest.raises(RuntimeError, match="illegal memory access"):
         list(raising("CUDA error: an illegal memory access was encountered").rows(place()))
 
