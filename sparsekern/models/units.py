@@ -10,6 +10,7 @@ from torch import nn
 from .encoder import Encoder, SubLayer
 
 CONFIG_KEY = "sparsekern_units"
+SIZED = "sized_by_sparsekern"
 
 
 class NoHeads(nn.Module):
@@ -76,7 +77,12 @@ def sized(kind: type) -> type:
         kind.__init__(self, config, *args, **kwargs)
         cut_to_size(self, recorded_units(config))
 
-    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__, SIZED: True})
+
+
+def is_sized(model: nn.Module) -> bool:
+    """Return whether `model` is of a class that `sized` made."""
+    return getattr(type(model), SIZED, False)
 
 
 def _cut(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:

@@ -34,14 +34,16 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 `model.dequantize()` makes an ordinary dense model of it.
 """
 
-CUT = """Heads and neurons are gone, as many as `sparsekern_units` in `config.json` says, layer by layer. sparsekern builds the model
-with these sizes, a plain transformers module:
+CUT = """Attention heads and neurons were removed. `sparsekern_units` in `config.json` lists how many each layer has left. sparsekern builds
+the model with these sizes, a plain transformers module:
 
 ```python
 import sparsekern
 
 model = sparsekern.load("path/to/this/folder")
 ```
+
+Once sparsekern is imported, the `from_pretrained` of transformers loads this folder too. Without it, the sizes do not fit.
 """
 
 CUT_AND_PACKED = (

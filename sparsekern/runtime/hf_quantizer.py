@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..models.linears import is_conv1d, is_plain_linear
-from ..models.units import CONFIG_KEY, recorded_units
+from ..models.units import check_units, cut_to_size, is_sized, recorded_units
 from .hf_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
 from .sparse_linear import DTYPES, SparseLinear
 
@@ -34,7 +34,11 @@ class SparsekernConfig(QuantizationConfigMixin):
 
 
 class SparsekernQuantizer(HfQuantizer):
-    """Puts empty packed layers on the meta device, lets transformers load into them, and checks what it loaded."""
+    """Loader of packed and of cut models.
+
+    It cuts a model to the sizes in its config, puts empty packed layers on the meta device, lets transformers load into them, and
+    checks what it loaded.
+    """
 
     quantization_config: SparsekernConfig
     dtype: torch.dtype | None = None  # that the model is loaded in
@@ -57,6 +61,9 @@ class SparsekernQuantizer(HfQuantizer):
         layers, files = parse_layers(self.quantization_config.layers), kwargs.get("checkpoint_files") or []
         self.renamed = not files or bool(get_model_conversion_mapping(model, add_legacy=False))
         self.files = check_headers(files, layers, prefix=model.base_model_prefix, renamed=self.renamed)
+        if (units := recorded_units(model.config)) is not None and not is_sized(model):
+            check_units(model.config, getattr(model.config, "name_or_path", "") or "config.json")
+            cut_to_size(model, units)
         for name, layer in layers.items():
             _make_place(model, name, layer)
         return model
@@ -74,6 +81,8 @@ class SparsekernQuantizer(HfQuantizer):
                 layer.freeze()
                 if self.dtype is not None:
                     layer.to(self.dtype)
+        if not self.quantization_config.layers:  # a model that was only cut to size is an ordinary one
+            self.remove_quantization_config(model)
         return model
 
     def _check_loaded(self, name: str, layer: SparseLinear) -> None:
@@ -117,7 +126,7 @@ class SparsekernQuantizer(HfQuantizer):
 
 
 def mark(model: PreTrainedModel) -> None:
-    """Let transformers know that a model of its is packed."""
+    """Let transformers know that a model is packed."""
     model.hf_quantizer = SparsekernQuantizer(SparsekernConfig(describe(model)))
     model.config.quantization_config = model.hf_quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, METHOD
@@ -151,10 +160,8 @@ def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
         raise ValueError(f"{where}: its weight is tied to {model.all_tied_weights_keys[f'{name}.weight']}, so it cannot be packed")
     shape = tuple(linear.weight.shape)
     if layer.shape != (shape[::-1] if conv1d else shape):
-        cut = recorded_units(model.config) is not None
-        hint = f"; sparsekern.load builds the model with the sizes in {CONFIG_KEY}, from_pretrained does not" if cut else ""
         expected = list(shape[::-1] if conv1d else shape)
-        raise ValueError(f"{where}.shape: expected that of the model's layer, {expected}, got {list(layer.shape)}{hint}")
+        raise ValueError(f"{where}.shape: expected that of the model's layer, {expected}, got {list(layer.shape)}")
     parent._modules[child] = layer.empty(linear.bias, conv1d=conv1d)
     # Some models (GPT-2) initialise their children's weights by name, unless those say that they are.
     parent._modules[child].weight = torch.empty(layer.shape, device="meta")

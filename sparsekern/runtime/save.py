@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from ..models.units import recorded_units
 from .card import model_card
 from .formats import format_of
-from .output import OutputFolder, check_model_folder, check_output_folder
+from .hf_config import METHOD, VERSION
+from .output import CONFIG, OutputFolder, check_model_folder, check_output_folder
 from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
 
 DENSE = "dense"
@@ -74,7 +77,16 @@ def write_model(model: torch.nn.Module, folder: Path, tokenizer=None) -> None:
     except SafetensorError as error:
         full = f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
+    if recorded_units(getattr(model, "config", None)) is not None:
+        _name_the_loader(folder / CONFIG)
     _write_tokenizer(tokenizer, folder)
+
+
+def _name_the_loader(config: Path) -> None:
+    """Let transformers know that a cut model is built by sparsekern, without which its sizes do not fit."""
+    entries = json.loads(config.read_bytes())
+    entries.setdefault("quantization_config", {"quant_method": METHOD, "version": VERSION, "layers": {}})
+    config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_saveable(model: torch.nn.Module, tokenizer, folder: OutputFolder) -> None:

@@ -1,18 +1,21 @@
 """`save`: what it writes, and what it refuses before it writes."""
 
 import errno
+import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
 from sparsekern.runtime import output
-from tests import tiny
+from tests import encoders, tiny
 
 
 def names(folder) -> set[str]:
@@ -305,3 +308,47 @@ def test_a_folder_in_use_is_refused_at_once(tmp_path):
         with pytest.raises(ValueError, match="path: .*out is in use by another process or call; wait until it is done"):
             sparsekern.save(tiny.llama(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def cut_encoder(name: str):
+    from sparsekern.models.encoder import Encoder
+    from sparsekern.models.units import keep_units, record_units
+
+    encoder = Encoder(encoders.tiny(name))
+    with torch.no_grad():
+        for number, sublayer in enumerate(encoder.sublayers):
+            keep_units(sublayer, torch.arange(number % sublayer.units))  # the first has none left
+        record_units(encoder)
+    return encoder.model
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "bert_regression"])
+def test_plain_transformers_loads_a_cut_encoder(tmp_path, name):
+    """Once sparsekern is imported; and the model is an ordinary one then."""
+    model, batch = cut_encoder(name), encoders.padded_ids()
+    path = sparsekern.save(model, tmp_path / "out")
+    for load in (type(model).from_pretrained, sparsekern.load):
+        again = load(path)
+        assert type(again) is type(model) and not hasattr(again.config, "quantization_config") and not again.is_quantized
+        encoders.assert_same_weights(again, model)
+    assert AutoModel.from_pretrained(path)(**batch)[0].isfinite().all()
+    again.save_pretrained(tmp_path / "plain")
+    encoders.assert_same_weights(sparsekern.load(tmp_path / "plain"), model)
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "sparsekern", "version": 1, "layers": {}}
+
+
+def test_without_sparsekern_a_cut_encoder_names_it(tmp_path):
+    path = sparsekern.save(cut_encoder("bert"), tmp_path / "out")
+    script = f"import transformers; transformers.AutoModel.from_pretrained({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode and "sparsekern" in done.stderr
+
+
+@pytest.mark.parametrize("units", [3, {"heads": [1], "neurons": [1] * 3}, {"heads": [-1, 2, 2], "neurons": [1] * 3}, {"heads": [1] * 3, "neurons": [9**9, 1, 1]}, {}])
+def test_sizes_that_cannot_be_are_refused_by_plain_transformers_too(tmp_path, units):
+    path = sparsekern.save(cut_encoder("bert"), tmp_path / "out")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "sparsekern_units": units}))
+    with pytest.raises(ValueError, match="sparsekern_units.(heads|neurons) in config.json: expected 3 whole numbers"):
+        AutoModel.from_pretrained(path)
