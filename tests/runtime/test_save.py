@@ -345,7 +345,16 @@ def test_without_sparsekern_a_cut_encoder_names_it(tmp_path):
     assert done.returncode and "sparsekern" in done.stderr
 
 
-@pytest.mark.parametrize("units", [3, {"heads": [1], "neurons": [1] * 3}, {"heads": [-1, 2, 2], "neurons": [1] * 3}, {"heads": [1] * 3, "neurons": [9**9, 1, 1]}, {}])
+@pytest.mark.parametrize(
+    "units",
+    [
+        3,
+        {"heads": [1], "neurons": [1] * 3},
+        {"heads": [-1, 2, 2], "neurons": [1] * 3},
+        {"heads": [1] * 3, "neurons": [9**9, 1, 1]},
+        {},
+    ],
+)
 def test_sizes_that_cannot_be_are_refused_by_plain_transformers_too(tmp_path, units):
     path = sparsekern.save(cut_encoder("bert"), tmp_path / "out")
     config = json.loads((path / "config.json").read_text())
