@@ -12,9 +12,9 @@ from baselines.sparsellm import ROUNDS, public_sparsellm
 from sparsekern import SparseLLM
 from sparsekern.data import calibration_ids
 from sparsekern.methods.base import FeedForwardProblem, Layer
+from sparsekern.methods.statistics import Gram
 from sparsekern.pattern import Unstructured
 from sparsekern.pruning.blockwise.feed_forward import TILE, MappedRows
-from sparsekern.pruning.blockwise.statistics import Gram
 
 from .. import smollm2
 from ..inputs import correlated_tokens

@@ -10,8 +10,8 @@ import torch
 import sparsekern
 from baselines.textbook import textbook_alps
 from sparsekern.methods import Method
+from sparsekern.methods.statistics import Gram
 from sparsekern.pattern import parse_pattern
-from sparsekern.pruning.blockwise.statistics import Gram
 
 from .. import quality, smollm2
 from . import Unavailable, shown, store, stored

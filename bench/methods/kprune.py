@@ -96,7 +96,9 @@ def by_kprune(texts: Sentences, share: float, sentences: int = SENTENCES, **sett
     folder = texts.work / f"{share:g} {sentences} {settings}"
     if not (folder / "report.json").exists():
         options = {"out": folder, "resume": True, "progress": False}
-        sparsekern.prune(copy.deepcopy(texts.dense), KPrune(**settings), share, texts.calibration(sentences), **options)
+        sparsekern.prune(
+            copy.deepcopy(texts.dense), KPrune(remove=share, **settings), None, texts.calibration(sentences), **options
+        )
     removed = sparsekern.Report.from_json(folder / "report.json").flops_removed
     return {**row(texts, sparsekern.load(folder)), "FLOPs removed": removed}
 
@@ -183,9 +185,9 @@ def classifier(
     calibration = labelled_sentences(texts.tokenizer, "calibration", calibrated_on)[0]
     found: dict[str, object] = {"dense": accuracy(dense, *labelled["held-out"])}
     found["sentences"] = {part: len(torch.cat(labels)) for part, (_, labels) in labelled.items()} | {"pruning": calibrated_on}
-    for name, method in (("K-prune", KPrune()), ("K-prune, untuned", KPrune(tuning=False))):
+    for name, method in (("K-prune", KPrune(remove=share)), ("K-prune, untuned", KPrune(remove=share, tuning=False))):
         model = copy.deepcopy(dense)
-        sparsekern.prune(model, method, share, calibration, progress=False)
+        sparsekern.prune(model, method, None, calibration, progress=False)
         found[name] = accuracy(model, *labelled["held-out"])
         found[f"{name}, agreement"] = agreement(model, dense, labelled["held-out"][0])
     return found

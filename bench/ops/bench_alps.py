@@ -7,8 +7,8 @@ import torch
 from baselines.plain import plain_alps
 from baselines.textbook import textbook_alps
 from sparsekern import ALPS
+from sparsekern.methods.statistics import Gram
 from sparsekern.pattern import parse_pattern
-from sparsekern.pruning.blockwise.statistics import Gram
 
 from ..inputs import DAMPING, gram_of, output_error
 from ..problem import Case, Place, Problem, Turns

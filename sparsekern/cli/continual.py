@@ -14,7 +14,7 @@ from ..backends.libraries import check_isa
 from ..data import calibration_ids
 from ..methods import Method
 from ..pruning import prune_continually
-from ..pruning.continual.loop import check_adds_up
+from ..pruning.continual.prune import check_adds_up
 from ..reports import ContinualReport
 from ..runtime import check_output_folder, check_space, model_card
 from ..runtime.save import DENSE
@@ -74,9 +74,9 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         calibrations,
         method,
         pattern,
-        {source: of.tokens for source, of in held_out.items()},
-        arguments.state,
-        arguments.seed,
+        evaluate={source: of.tokens for source, of in held_out.items()},
+        state=arguments.state,
+        seed=arguments.seed,
         resume=arguments.resume,
         abandon=arguments.abandon,
         strategy=arguments.strategy,

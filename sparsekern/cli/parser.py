@@ -7,7 +7,7 @@ import argparse
 from .._version import __version__
 from ..methods import METHODS
 from ..models.load import DTYPES
-from ..pruning.continual.loop import STRATEGIES
+from ..pruning.continual.prune import STRATEGIES
 from . import types
 from .common import DEFAULT_TEXT
 from .settings import method_help

@@ -13,8 +13,8 @@ import torch
 
 from ..backends.libraries import check_isa
 from ..data import calibration_ids, sentence_batches
-from ..methods import Method
-from ..pattern import Pattern, Unstructured
+from ..methods import Method, RemovalMethod
+from ..pattern import Pattern
 from ..pruning import prune
 from ..pruning.removal.loop import encoder_to_cut
 from ..reports import RemovalReport, Report
@@ -46,7 +46,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     text = _only_text(arguments)
     method = configured(arguments.method, arguments.set)
     pattern = _pattern(arguments, method)
-    if method.removes_units and arguments.evaluate:
+    if isinstance(method, RemovalMethod) and arguments.evaluate:
         raise ValueError(f"--evaluate: perplexity is of causal language models, which {method.name} does not prune")
     _check_out(arguments.out, arguments.resume)
     check_isa()
@@ -58,21 +58,21 @@ def interrupted_hint(arguments: argparse.Namespace) -> str:
     return "run the same command with --resume to go on"
 
 
-def _pattern(arguments: argparse.Namespace, method: Method) -> Pattern:
-    """Return the pattern asked for, 2:4 by default; raise `ValueError` where the method takes none."""
-    if not method.removes_units:
+def _pattern(arguments: argparse.Namespace, method: Method) -> Pattern | None:
+    """Return the pattern asked for, 2:4 by default; None for a method that takes none, which then must not be given."""
+    if not isinstance(method, RemovalMethod):
         return arguments.pattern or DEFAULT_PATTERN
     if arguments.pattern is not None:
         raise ValueError(f"--pattern: expected none, {method.name} removes a share of heads and neurons, which is --set remove=0.5")
-    return Unstructured(method.remove)
+    return None
 
 
-def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern, source: str, text: str) -> None:
+def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | None, source: str, text: str) -> None:
     start, out = time.perf_counter(), arguments.out
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
     check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
-    if method.removes_units:
+    if isinstance(method, RemovalMethod):
         encoder_to_cut(model)  # for what it refuses: text is made sentences only for a model that can be pruned by them
     length = window_length(arguments.length, model)
     held_out = HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) if arguments.evaluate else None
@@ -85,7 +85,7 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern, sour
     settings = {
         "model": arguments.model,
         "method": described(method),
-        "pattern": str(pattern),
+        **({} if pattern is None else {"pattern": str(pattern)}),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     if amount:
@@ -95,7 +95,7 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern, sour
         if held_out:
             results["perplexity, pruned"] = held_out.perplexity(model)
             results["evaluated on"] = held_out.description
-        results.update(_units_removed(report) if method.removes_units else _zeros(model, report))
+        results.update(_units_removed(report) if isinstance(method, RemovalMethod) else _zeros(model, report))
         results["weights"] = (
             f"{report.size['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.size['saved'] / 1e6:,.1f} MB"
         )
@@ -128,7 +128,7 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern, sour
         seconds["evaluate"] = held_out.seconds
     seconds["total"] = time.perf_counter() - start
     print(_summary(settings, results, seconds))
-    if method.removes_units:
+    if isinstance(method, RemovalMethod):
         print(f"\nsaved to {out}; to use it: sparsekern.load({str(out)!r})\n")
     else:
         print(next_steps(out, packed=arguments.format != DENSE))
@@ -138,11 +138,11 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern, sour
 def _calibration(arguments: argparse.Namespace, source: str, method: Method, tokenizer, length: int) -> tuple[object, str]:
     """Return the calibration data and how much they are: sentences for encoders, windows of running text for decoders."""
     seed = arguments.seed
-    if method.removes_units:
+    if isinstance(method, RemovalMethod):
         samples = arguments.samples or DEFAULT_SENTENCES
         batches = sentence_batches(source, tokenizer, samples=samples, length=length, seed=seed)
         return batches, f"{sum(len(batch['input_ids']) for batch in batches)} sentences"
-    if method.statistic is None and not method.trains and not arguments.report_error:
+    if not method.needs_data and not arguments.report_error:
         return None, ""
     ids = calibration_ids(source, tokenizer, samples=arguments.samples or DEFAULT_SAMPLES, length=length, seed=seed)
     return ids, f"{len(ids)} x {length} tokens"

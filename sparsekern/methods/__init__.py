@@ -2,14 +2,27 @@
 
 from ._fields import Setting, check_choice, settings_of, settings_table
 from .alps import ALPS
-from .base import Method, Solution, Statistics
+from .base import (
+    BlockMethod,
+    GradualMethod,
+    HasGram,
+    HasImportance,
+    HasNorms,
+    LinearMethod,
+    Method,
+    RemovalMethod,
+    Solution,
+    check_method,
+)
 from .copal import COPAL
 from .gradual import Gradual
 from .kprune import KPrune
 from .magnitude import Magnitude
 from .random import Random
+from .random_numbers import generator
 from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
+from .statistics import FeatureNorm, Gram, GramImportance, SampleImportance
 from .structured import Structured
 from .wanda import Wanda
 
@@ -19,12 +32,14 @@ METHODS: dict[str, type[Method]] = {
 
 
 def resolve_method(method: str | Method) -> Method:
-    """A method's name (with the paper's defaults) or config, as a config.
+    """Return the config of a method that is given by name, with the paper's defaults, or as a config.
 
     Raises:
-        ValueError: for an unknown name; TypeError: for anything else.
+        ValueError: an unknown name.
+        TypeError: anything else, or a config of an incomplete class.
     """
     if isinstance(method, Method):
+        check_method(method)
         return method
     if not isinstance(method, str):
         raise TypeError(f"method: expected a name or a config such as SparseGPT(), got {method!r}")
@@ -36,20 +51,31 @@ def resolve_method(method: str | Method) -> Method:
 __all__ = [
     "ALPS",
     "COPAL",
-    "Gradual",
-    "KPrune",
     "METHODS",
+    "BlockMethod",
+    "FeatureNorm",
+    "Gradual",
+    "GradualMethod",
+    "Gram",
+    "GramImportance",
+    "HasGram",
+    "HasImportance",
+    "HasNorms",
+    "KPrune",
+    "LinearMethod",
     "Magnitude",
     "Method",
     "Random",
+    "RemovalMethod",
+    "SampleImportance",
     "Setting",
     "Solution",
     "SparseGPT",
     "SparseLLM",
-    "Statistics",
     "Structured",
     "Wanda",
     "check_choice",
+    "generator",
     "resolve_method",
     "settings_of",
     "settings_table",

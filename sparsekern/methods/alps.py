@@ -13,8 +13,9 @@ from .._warnings import SparsekernWarning
 from ..ops._checks import check_finite
 from ..pattern import Pattern
 from ._fields import choice, number, whole
-from .base import Method, Solution, Statistics
+from .base import HasGram, LinearMethod, Solution
 from .selection import keep_mask
+from .statistics import Gram
 
 LOOK_EVERY = 3  # iterations between looks at how much of the mask has changed, after which the penalty is adapted
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, where more than this share of the mask has changed
@@ -24,7 +25,7 @@ SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless it is below the former a
 
 
 @dataclass(frozen=True)
-class ALPS(Method):
+class ALPS(LinearMethod):
     """Alternating directions method of multipliers (ADMM) on each linear, then least squares on the support that it found.
 
     The support is that of the projected iterate `D`, which the dense one approaches; the public program projects the dense one anew.
@@ -37,7 +38,7 @@ class ALPS(Method):
     """
 
     name: ClassVar[str] = "alps"
-    statistic: ClassVar[str] = "gram"
+    needs: ClassVar = Gram
 
     damping: float = number(
         0.01, at_least=0, help="share of the Gram matrix's mean diagonal that is added to its diagonal (paper: 0.01)"
@@ -51,7 +52,7 @@ class ALPS(Method):
     )
     max_iterations: int = whole(300, at_least=1, help="maximum ADMM iterations (paper: 300); warns if the mask has not converged")
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+    def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         check_finite("weight", weight)
         check_finite("gram", statistics.gram.tril())
         basis = _unit_basis(statistics.gram, self.damping)

@@ -1,28 +1,80 @@
-"""What a pruning method is: a frozen config that solves one linear layer at a time from the statistics of its inputs."""
+"""What a pruning method is: a frozen config of one of four classes, which decides the loop that runs it.
+
+`LinearMethod` solves one linear at a time, `BlockMethod` the feed-forward network of each block together, `GradualMethod` prunes the
+whole model in steps and trains it, `RemovalMethod` removes attention heads and FFN neurons of an encoder.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
-from torch import nn
 
 from ..models import Linear
+from ..models.decoder_units import Units
 from ..pattern import Pattern
 from ._fields import Settings
-from ._fields import check_choice as check_choice
+from .statistics import FeatureNorm, Gram, Importance, Statistic
 
-StatisticKind = Literal["gram", "feature_norm"]
+
+class HasNorms(Protocol):
+    """Statistics of a linear's calibration inputs that know the norm of each feature."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of calibration tokens."""
+
+    @property
+    def sum_squares(self) -> torch.Tensor:
+        """`[in_features]` float32, over tokens; the diagonal of the Gram matrix."""
+
+
+class HasGram(HasNorms, Protocol):
+    """Statistics that know the Gram matrix of the inputs."""
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """`[in_features, in_features]` float32: `x^T x` over all tokens. Only the lower triangle is valid."""
+
+    def factor(self, damping: float) -> torch.Tensor:
+        """Return the reverse Cholesky factor of the damped Gram matrix, which all linears with the same inputs share."""
+
+    @property
+    def shift(self) -> float:
+        """What `factor` added to the diagonal: `factor factor^T = G + shift I`."""
+
+    def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
+        """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
+
+    def empty(self) -> HasGram:
+        """Return statistics of the same width that have seen no token."""
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        """Take in the rows of `x` `[tokens, in_features]` where `row_mask` is True, or all where it is None."""
+
+    def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return `w G w^T` of each row, `[out_features]` float64: its squared output over the calibration tokens."""
+
+
+class HasImportance(HasNorms, Protocol):
+    """Statistics that know how much the output reacts to each weight."""
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """`[out_features, in_features]` float32, over all datasets so far."""
 
 
 class Solution(NamedTuple):
     """A pruned weight matrix.
 
-    `weight` `[out_features, in_features]` in the dtype it came in; `mask` bool of the same shape, True where kept; `row_error`
-    `[out_features]` float64, the squared output error of each row over the calibration tokens (`d G d^T` with the undamped Gram
-    matrix `G`, rounding to a half dtype included), or None where the method does not know it.
+    Attributes:
+        weight: `[out_features, in_features]` in the dtype it came in.
+        mask: bool of the same shape, True where kept.
+        row_error: `[out_features]` float64, the squared output error of each row over the calibration tokens: `d G d^T` with the
+            undamped Gram matrix `G`, rounding to a half dtype included. None where the method does not know it.
     """
 
     weight: torch.Tensor
@@ -30,75 +82,70 @@ class Solution(NamedTuple):
     row_error: torch.Tensor | None = None
 
 
-class Statistics(Protocol):
-    """What a method may ask of a linear layer's calibration inputs (see `sparsekern.pruning.blockwise.statistics`)."""
+class Method(Settings, ABC):
+    """Base of the method configs, which are frozen dataclasses. Derive from one of the four classes below.
 
-    tokens: int
-
-    @property
-    def sum_squares(self) -> torch.Tensor:
-        """`[in_features]` float32, over tokens; where the kind is `"gram"` this is its diagonal."""
-
-    @property
-    def gram(self) -> torch.Tensor:
-        """`[in_features, in_features]` float32: `x^T x` over all tokens. Only the lower triangle is valid."""
-
-    def factor(self, damping: float) -> torch.Tensor:
-        """The reverse Cholesky factor of the damped Gram matrix; computed once, shared by all linears with the same input."""
-
-    @property
-    def shift(self) -> float:
-        """What `factor` added to the diagonal: `factor factor^T = G + shift I`."""
-
-    def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
-        """`W` of `W (G + shift I) = cross`, by the factor of that damping; zero where a feature was never active."""
-
-    def empty(self) -> Statistics:
-        """A statistic of the same kind and width that has seen no token."""
-
-    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
-        """Take in the rows of `x` `[tokens, in_features]`, where `row_mask` is True or all."""
-
-    def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
-        """`[out_features]` float64: `w G w^T` of each row, that is its squared output over the calibration tokens."""
-
-    @property
-    def importance(self) -> torch.Tensor:
-        """`[out_features, in_features]` float32: `|W| * (|Y|^T |X|)` of one linear, for a method that asks for `sensitivity`."""
-
-
-class Method(Settings):
-    """Base of the method configs. `statistic` says which statistic of the inputs `solve` needs (None: no data at all).
-
-    `trains` says whether it trains the model on the calibration ids, `whole_model` whether it works on all of it at once, not block by
-    block. `sensitivity` asks for each linear's own `importance` besides, which takes its outputs for every token.
-    `removes_units` says that it cuts whole heads and neurons out of an encoder instead of solving one linear at a time.
+    Attributes:
+        name: what reports, checkpoints and the command line call the method.
     """
 
     name: ClassVar[str]
-    statistic: ClassVar[StatisticKind | None]
-    sensitivity: ClassVar[bool] = False
-    trains: ClassVar[bool] = False
-    whole_model: ClassVar[bool] = False
-    removes_units: ClassVar[bool] = False
 
-    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-        """The pattern of each linear by name, for a method that decides over many of them at once; by default what was asked for.
+    @property
+    @abstractmethod
+    def needs_data(self) -> bool:
+        """Whether the method needs calibration data."""
+
+    def settings(self) -> dict[str, object]:
+        """Return the name and every field, as JSON can hold them."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """The linears of one block that are to be pruned, and how to find the block's units.
+
+    Attributes:
+        linears: the linears, in the model's order.
+        units: finds the attention heads and FFN neurons among all linears of the block; None for the linears outside the blocks.
+    """
+
+    linears: Sequence[Linear]
+    units: Callable[[], list[Units]] | None = None
+
+
+class LinearMethod(Method):
+    """Base of the methods that solve one linear at a time, block by block.
+
+    Attributes:
+        needs: the class of the statistic that `solve` is given: `FeatureNorm`, `Gram`, `SampleImportance` or `GramImportance` of
+            `sparsekern.methods`; None for a method without calibration data.
+    """
+
+    needs: type[Statistic] | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        return self.needs is not None
+
+    def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        """Return the pattern of each linear by name; override it in a method that decides over many linears at once.
 
         Args:
-            model: the model before anything is pruned.
-            blocks: the linears to prune, block by block, then those outside the blocks.
-            patterns: what was asked for, by linear name.
+            blocks: what is to be pruned, block by block, then outside the blocks; all of it is still dense.
+            patterns: the patterns that were asked for, by linear name.
         """
         return dict(patterns)
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
-        """Prune `weight` `[out_features, in_features]` to `pattern`; device-free mathematics, nothing is changed in place."""
-        raise NotImplementedError
+    @abstractmethod
+    def solve(self, weight: torch.Tensor, statistics: Statistic | None, pattern: Pattern) -> Solution:
+        """Return `weight` pruned to `pattern`; nothing is changed in place.
 
-    def settings(self) -> dict[str, object]:
-        """The name and every field, as JSON can hold them."""
-        return {"name": self.name, **asdict(self)}
+        Args:
+            weight: `[out_features, in_features]`, float32, bfloat16 or float16.
+            statistics: an instance of `needs`, or None.
+            pattern: what to prune to.
+        """
 
 
 class Rows(Protocol):
@@ -112,7 +159,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear of a feed-forward network: its dense weight `[out_features, in_features]`, its bias, and what it is pruned to."""
+    """One linear of a feed-forward network: its dense weight `[out_features, in_features]`, its bias and its pattern."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -131,8 +178,8 @@ class FeedForwardProblem:
     gate: Layer | None
     down: Layer
     activation: str
-    inputs: Statistics
-    hidden: Statistics
+    inputs: HasGram
+    hidden: HasGram
     x: Rows
     new_rows: Callable[[int], Rows]
     tiles: Sequence[slice]
@@ -150,15 +197,72 @@ class FeedForwardSolution(NamedTuple):
     alone: float
 
 
-class FeedForwardMethod(Method):
+class BlockMethod(LinearMethod):
     """Base of the methods that solve the feed-forward network of each block together; `solve` is for all other linears.
 
-    `attention` says what the inputs of the network are taken behind: the block's other linears while they are `"dense"`, or once
-    they are `"pruned"`.
+    Attributes:
+        attention: whether the inputs of the network are taken behind the block's other linears while they are `"dense"`, or once
+            they are `"pruned"`.
     """
 
     attention: str
 
+    @abstractmethod
     def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
-        """Prune the linears of one feed-forward network; nothing of `problem` but rows and statistics of its own making is changed."""
-        raise NotImplementedError
+        """Return the pruned linears of one network; only rows and statistics that it made itself may be changed."""
+
+
+class GradualMethod(Method):
+    """Base of the methods that prune the whole model in steps and train it after each."""
+
+    @property
+    @abstractmethod
+    def trains(self) -> bool:
+        """Whether any optimizer step is taken."""
+
+    @property
+    def needs_data(self) -> bool:
+        return self.trains
+
+    @abstractmethod
+    def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        """Return the final pattern of each linear by name. See `LinearMethod.allocate`."""
+
+
+class RemovalMethod(Method):
+    """Base of the methods that remove attention heads and FFN neurons of an encoder, which changes its shapes.
+
+    Attributes:
+        remove: the share to remove, of what the method counts.
+    """
+
+    remove: float
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+
+def check_method(method: Method) -> None:
+    """Raise unless `method`, perhaps of a class of the user's own, is complete.
+
+    Raises:
+        TypeError: a class that derives from none of the four, is no dataclass, has no name, or needs an unknown statistic.
+    """
+    kind = type(method)
+    if not isinstance(method, (LinearMethod, GradualMethod, RemovalMethod)):
+        raise TypeError(
+            f"method: expected a LinearMethod, BlockMethod, GradualMethod or RemovalMethod, got {kind.__name__}, which is none of them"
+        )
+    if not is_dataclass(method):
+        raise TypeError(f"method: expected a dataclass, whose fields are its settings; got {kind.__name__} without @dataclass")
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"method: expected {kind.__name__}.name to be a word that reports call it by, got {name!r}")
+    if isinstance(method, LinearMethod):
+        needs = method.needs
+        if needs is not None and not (isinstance(needs, type) and issubclass(needs, (FeatureNorm, Gram, Importance))):
+            raise TypeError(
+                f"method: expected {kind.__name__}.needs to be FeatureNorm, Gram, SampleImportance, GramImportance or None, "
+                f"got {needs!r}"
+            )

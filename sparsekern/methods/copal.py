@@ -8,17 +8,17 @@ from typing import ClassVar
 
 import torch
 
-from .. import ops
 from ..pattern import Pattern
 from ._fields import choice, number
-from .base import Method, Solution, StatisticKind, Statistics
+from .base import HasImportance, LinearMethod, Solution
 from .selection import keep_mask
+from .statistics import GramImportance, SampleImportance
 
 GRADIENTS_AT_ONCE = 1 << 24  # numbers in the per-token gradients of the general form
 
 
 @dataclass(frozen=True)
-class COPAL(Method):
+class COPAL(LinearMethod):
     """Prune the weights of the least importance, which is how much the layer's output reacts to them.
 
     This is a **reconstruction**: no code is public, and the paper's formulas could be read only in part.
@@ -52,27 +52,13 @@ class COPAL(Method):
     )
 
     @property
-    def statistic(self) -> StatisticKind:
-        return "gram" if self.form == "gram" else "feature_norm"
+    def needs(self) -> type[SampleImportance | GramImportance]:
+        """The statistic whose importance is that of `form`."""
+        return GramImportance if self.form == "gram" else SampleImportance
 
-    @property
-    def sensitivity(self) -> bool:
-        return self.form == "sample"
-
-    def importance(self, weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
-        """`[out_features, in_features]` float32: the importance of a linear's weights on one data set."""
-        if self.form == "sample":
-            return statistics.importance
-        gram, weight = ops.gram_symmetrize_(statistics.gram.clone()), weight.float()
-        return (weight @ gram).mul_(weight).abs_()
-
-    def choose(self, weight: torch.Tensor, importance: torch.Tensor, pattern: Pattern) -> Solution:
-        """Prune the dense `weight` where `importance`, of one data set or of all so far, is least."""
-        mask = keep_mask(importance, pattern, self.scope)
+    def solve(self, weight: torch.Tensor, statistics: HasImportance, pattern: Pattern) -> Solution:
+        mask = keep_mask(statistics.importance, pattern, self.scope)
         return Solution(weight.masked_fill(~mask, 0), mask)
-
-    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
-        return self.choose(weight, self.importance(weight, statistics), pattern)
 
     def general_importance(
         self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weight: torch.Tensor, x: torch.Tensor

@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from ..models import Linear
 from ..pattern import NM, Pattern, Unstructured
 from ._fields import check_choice, choice, method, number, settings_of, whole
-from .base import Method
+from .base import GradualMethod, LinearMethod, PlannedBlock
 from .magnitude import Magnitude
 from .random import Random
 from .structured import Structured
@@ -22,7 +19,7 @@ EXPONENT = {"cubic": 3, "linear": 1}
 
 
 @dataclass(frozen=True)
-class Gradual(Method):
+class Gradual(GradualMethod):
     """Prune in `steps` steps, each by `criterion` to the sparsity of the schedule, and train the whole model after each.
 
     After step `t` of `n` the sparsity is `s_t = s (1 - (1 - t/n)^3)`. An N:M pattern goes by its N: step `t` keeps `M (1 - s_t)` of M,
@@ -41,10 +38,8 @@ class Gradual(Method):
     """
 
     name: ClassVar[str] = "gradual"
-    statistic: ClassVar[None] = None
-    whole_model: ClassVar[bool] = True
 
-    criterion: Method | str = method(
+    criterion: LinearMethod | str = method(
         "magnitude",
         expected="'magnitude', 'random', 'structured' or a config of one",
         help="which weights go, such as Magnitude(scope='global')",
@@ -77,8 +72,8 @@ class Gradual(Method):
     def settings(self) -> dict[str, object]:
         return {**super().settings(), "criterion": self.criterion.settings()}
 
-    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-        self.criterion.arrange(model, blocks, patterns)  # for what it refuses, before any work; it arranges again in every step
+    def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        self.criterion.allocate(blocks, patterns)  # for what it refuses, before any work; each step allocates again
         return dict(patterns)
 
     def share(self, step: int) -> float:

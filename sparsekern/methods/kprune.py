@@ -9,15 +9,14 @@ from typing import ClassVar
 import torch
 
 from .. import ops
-from ..pattern import Pattern, Unstructured
 from ._fields import choice, flag, number
-from .base import Method, Solution, Statistics
+from .base import RemovalMethod
 
 OBJECTIVES = ("auto", "kl", "mse", "cosine", "embedding")
 
 
 @dataclass(frozen=True)
-class KPrune(Method):
+class KPrune(RemovalMethod):
     """Remove attention heads and FFN neurons of an encoder, without retraining, until a share of its FLOPs or parameters is gone.
 
     The sub-layers are cut one after another, attention before FFN, bottom to top. Each time all units that are still to be decided
@@ -45,8 +44,6 @@ class KPrune(Method):
     """
 
     name: ClassVar[str] = "kprune"
-    statistic: ClassVar[None] = None
-    removes_units: ClassVar[bool] = True
 
     remove: float = number(0.5, at_least=0, below=1, help="share of the budget to remove, such as 0.5 for half of the FLOPs")
     budget: str = choice("flops", ("flops", "parameters"), help="what the share is of; both count heads and neurons only")
@@ -66,17 +63,6 @@ class KPrune(Method):
         super().__post_init__()
         if not self.lam_pred and not self.lam_rep:
             raise ValueError("KPrune.lam_pred, KPrune.lam_rep: expected one of them to be above 0, got 0 and 0")
-
-    def share(self, pattern: Pattern) -> float:
-        """The share to remove that `pattern` says. Raises `ValueError` for N:M."""
-        if not isinstance(pattern, Unstructured):
-            raise ValueError(
-                f"pattern: KPrune removes heads and neurons, expected a share of the {self.budget} such as 0.5, got '{pattern}'"
-            )
-        return pattern.sparsity
-
-    def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
-        raise TypeError("method: KPrune prunes whole encoders, not single linears; call sparsekern.prune with it")
 
     def scores(self, predictive: torch.Tensor, representational: torch.Tensor, cost: float, heads: bool) -> torch.Tensor:
         """What each unit of a sub-layer is worth per unit of the budget, `[units]` float64."""

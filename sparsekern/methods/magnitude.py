@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from ..models import Linear
 from ..pattern import Pattern, Unstructured
 from ._fields import choice
-from .base import Method, Solution, Statistics
+from .base import LinearMethod, PlannedBlock, Solution
 from .selection import global_kept_counts, keep_mask
 
 
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(LinearMethod):
     """Prune the weights of the smallest absolute value.
 
     With `scope="global"` one threshold holds for all linears that are pruned to the same sparsity. Of equal weights the earlier
@@ -27,7 +26,6 @@ class Magnitude(Method):
     """
 
     name: ClassVar[str] = "magnitude"
-    statistic: ClassVar[None] = None
 
     scope: str = choice(
         "matrix",
@@ -35,20 +33,20 @@ class Magnitude(Method):
         help="where a sparsity is counted: over each matrix (the usual baseline), each row or all linears together",
     )
 
-    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         arranged = dict(patterns)
         if self.scope != "global":
             return arranged
         by_pattern: dict[Pattern, list[Linear]] = {}
-        for linears in blocks:
-            for linear in linears:
+        for block in blocks:
+            for linear in block.linears:
                 if isinstance(pattern := patterns[linear.name], Unstructured):
                     by_pattern.setdefault(pattern, []).append(linear)
         for pattern, linears in by_pattern.items():
             arranged |= _shares(linears, pattern)
         return arranged
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
+    def solve(self, weight: torch.Tensor, statistics: object, pattern: Pattern) -> Solution:
         mask = keep_mask(weight.abs().float(), pattern, "row" if self.scope == "row" else "matrix")
         return Solution(weight.masked_fill(~mask, 0), mask)
 

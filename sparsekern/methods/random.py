@@ -9,26 +9,30 @@ import torch
 
 from ..pattern import Pattern
 from ._fields import choice
-from .base import Method, Solution, Statistics
+from .base import LinearMethod, Solution
+from .random_numbers import generator
 from .selection import keep_mask
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(LinearMethod):
     """Prune weights at random, each with the same probability.
 
-    The numbers are drawn on the CPU from torch's generator, which `prune` seeds for each linear from its `seed` and the linear's name:
-    the same weights go on any device, and whether or not a run was resumed. Weights that are zero already go first.
+    The numbers are drawn on the CPU from a generator that `prune` seeds for each linear from its `seed` and the linear's name. So the
+    same weights go on any device, in any thread, and whether or not a run was resumed. Weights that are zero already go first.
     """
 
     name: ClassVar[str] = "random"
-    statistic: ClassVar[None] = None
 
     scope: str = choice(
         "matrix", ("matrix", "row"), help="where a sparsity is counted: over each matrix or each row; N:M ignores it"
     )
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
-        scores = torch.rand(weight.shape, device="cpu").to(weight.device).masked_fill_(weight == 0, -1)
+    def solve(self, weight: torch.Tensor, statistics: None, pattern: Pattern) -> Solution:
+        scores = (
+            torch.rand(weight.shape, device="cpu", dtype=torch.float32, generator=generator())
+            .to(weight.device)
+            .masked_fill_(weight == 0, -1)
+        )
         mask = keep_mask(scores, pattern, self.scope)
         return Solution(weight.masked_fill(~mask, 0), mask)

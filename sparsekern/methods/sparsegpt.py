@@ -10,20 +10,21 @@ import torch
 from .. import ops
 from ..pattern import NM, Pattern, pruned_count
 from ._fields import choice, number, whole
-from .base import Method, Solution, Statistics
+from .base import HasGram, LinearMethod, Solution
 from .magnitude import Magnitude
+from .statistics import Gram
 from .wanda import Wanda
 
 
 @dataclass(frozen=True)
-class SparseGPT(Method):
+class SparseGPT(LinearMethod):
     """Optimal-brain-surgeon pruning of each linear against the Gram matrix of its calibration inputs.
 
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1.
     """
 
     name: ClassVar[str] = "sparsegpt"
-    statistic: ClassVar[str] = "gram"
+    needs: ClassVar = Gram
 
     damping: float = number(
         0.01, at_least=0, help="share of the Gram matrix's mean diagonal that is added to its diagonal (paper: 0.01)"
@@ -40,7 +41,7 @@ class SparseGPT(Method):
         help="mask that is fixed before the sweep: that method's, or the weight's own zeros; None lets the sweep choose",
     )
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+    def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         factor = statistics.factor(self.damping)
         fixed = self._fixed_mask(weight, statistics, pattern)
         target = {"pattern": pattern} if fixed is None else {"mask": fixed}
@@ -53,7 +54,7 @@ class SparseGPT(Method):
             row_error = statistics.row_energy(delta)
         return Solution(new_weight, mask, row_error.clamp_(min=0))
 
-    def _fixed_mask(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> torch.Tensor | None:
+    def _fixed_mask(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> torch.Tensor | None:
         if self.mask is None:
             return None
         if self.mask == "zeros":

@@ -8,18 +8,26 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from .. import ops
-from ..models import Linear
 from ..ops._activations import activate
 from ..pattern import Pattern
 from ._fields import choice, method, number, whole
-from .base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer, Method, Solution, Statistics
+from .base import (
+    BlockMethod,
+    FeedForwardProblem,
+    FeedForwardSolution,
+    HasGram,
+    Layer,
+    LinearMethod,
+    PlannedBlock,
+    Solution,
+)
+from .statistics import Gram, Importance
 
 
 @dataclass(frozen=True)
-class SparseLLM(FeedForwardMethod):
+class SparseLLM(BlockMethod):
     """Prune up (gate) and down projection of each block by turns with auxiliary activations; all other linears by `solver` alone.
 
     With `x` the inputs and `y` the outputs of the dense network, what is lowered by turns over the weights and, for every token,
@@ -41,9 +49,9 @@ class SparseLLM(FeedForwardMethod):
     """
 
     name: ClassVar[str] = "sparsellm"
-    statistic: ClassVar[str] = "gram"
+    needs: ClassVar = Gram
 
-    solver: str | Method = method(
+    solver: str | LinearMethod = method(
         "sparsegpt",
         expected="the name or config of a method that solves one linear from the Gram matrix of its inputs",
         help="method that prunes each linear inside (paper: 'sparsegpt'), such as 'wanda', 'magnitude' or ALPS()",
@@ -66,13 +74,14 @@ class SparseLLM(FeedForwardMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         local = self.local
-        if isinstance(local, FeedForwardMethod) or local.sensitivity or local.trains or local.whole_model or local.removes_units:
+        if not isinstance(local, LinearMethod) or isinstance(local, BlockMethod) or _sees_tokens(local):
             raise ValueError(
                 f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}"
             )
 
     @property
-    def local(self) -> Method:
+    def local(self) -> LinearMethod:
+        """The config of `solver`."""
         from . import resolve_method
 
         try:
@@ -83,11 +92,13 @@ class SparseLLM(FeedForwardMethod):
     def settings(self) -> dict[str, object]:
         return {"name": self.name, **asdict(self), "solver": self.local.settings()}
 
-    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-        return self.local.arrange(model, blocks, patterns)
+    def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        return self.local.allocate(blocks, patterns)
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
-        return self.local.solve(weight, statistics, pattern)
+    def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
+        needs = self.local.needs
+        own = needs(weight, statistics) if needs is not None and issubclass(needs, Importance) else statistics
+        return self.local.solve(weight, own, pattern)
 
     def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
         rounds = Alternation(self, problem)
@@ -131,7 +142,7 @@ class Alternation:
         layers = [*self.firsts, self.problem.down]
         statistics = [self.problem.inputs] * len(self.firsts) + [self.hidden]
         for i, (layer, statistic) in enumerate(zip(layers, statistics, strict=True)):
-            self.weights[i] = self.config.local.solve(self.weights[i], statistic, layer.pattern).weight
+            self.weights[i] = self.config.solve(self.weights[i], statistic, layer.pattern).weight
 
     def error(self) -> float:
         """The relative squared error of the network's output with the current weights."""
@@ -190,6 +201,10 @@ class Alternation:
         if self.problem.gate is None:
             return (ops.plain_split(p, outputs[0], states[0], self.problem.activation, ratio, self.config.newton_steps),)
         return ops.gated_split(p, *outputs, states[1], self.problem.activation, ratio, self.config.newton_steps)
+
+
+def _sees_tokens(method: LinearMethod) -> bool:
+    return method.needs is not None and issubclass(method.needs, Importance) and method.needs.SEES_TOKENS
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import nn
 
-from ..models import Linear, find_blocks, find_linears
-from ..models.decoder_units import Units, find_units
-from ..models.encoder import is_encoder
+from ..models.decoder_units import Units
 from ..pattern import Pattern, Unstructured, pruned_count
 from ._fields import choice
-from .base import Method, Solution, Statistics
+from .base import LinearMethod, PlannedBlock, Solution
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Slices:
 
 
 @dataclass(frozen=True)
-class Structured(Method):
+class Structured(LinearMethod):
     """Set the attention heads and FFN neurons of the smallest L2 norm to zero, the share of a sparsity in each block.
 
     A unit is its columns of the output (down) projection with its rows of the query, key and value (gate and up) projections; where
@@ -43,26 +40,17 @@ class Structured(Method):
     """
 
     name: ClassVar[str] = "structured"
-    statistic: ClassVar[None] = None
 
     units: str = choice("both", ("both", "heads", "neurons"), help="which units are pruned; the others stay dense")
 
-    def arrange(self, model: nn.Module, blocks: Sequence[Sequence[Linear]], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-        if is_encoder(model):
-            raise ValueError(
-                f"model: expected a decoder for Structured, got the encoder {type(model).__name__}; KPrune removes its units"
-            )
+    def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         arranged: dict[str, Pattern] = dict.fromkeys(patterns, Slices())
-        whole = find_blocks(model)
-        for index, planned in enumerate(blocks[:-1]):
-            if not planned:
+        for block in blocks:
+            if block.units is None or not block.linears:
                 continue
-            linears = find_linears(whole.modules[index], whole.block_name(index))
-            found = [
-                units for units in find_units(model, linears) if self.units in ("both", units.kind) and _is_planned(units, patterns)
-            ]
+            found = [units for units in block.units() if self.units in ("both", units.kind) and _is_planned(units, patterns)]
             if not found:
-                raise ValueError(f"Structured.units: found no {self._wanted} in the block of {planned[0].name}")
+                raise ValueError(f"Structured.units: found no {self._wanted} in the block of {block.linears[0].name}")
             for units in found:
                 pattern = patterns[units.consumer.name]
                 if not isinstance(pattern, Unstructured):
@@ -70,9 +58,9 @@ class Structured(Method):
                 _mark(arranged, units, pruned_count(units.count, pattern.sparsity))
         return arranged
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics | None, pattern: Pattern) -> Solution:
+    def solve(self, weight: torch.Tensor, statistics: object, pattern: Pattern) -> Solution:
         if not isinstance(pattern, Slices):
-            raise ValueError("Structured: expected the rows and columns that arrange has chosen; call sparsekern.prune")
+            raise ValueError("Structured: expected the rows and columns that allocate has chosen; call sparsekern.prune")
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         mask[list(pattern.rows)] = False
         mask[:, list(pattern.columns)] = False

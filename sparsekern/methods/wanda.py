@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 
 from ..pattern import Pattern
-from .base import Method, Solution, Statistics
+from .base import HasNorms, LinearMethod, Solution
 from .selection import keep_mask
+from .statistics import FeatureNorm
 
 
 @dataclass(frozen=True)
-class Wanda(Method):
+class Wanda(LinearMethod):
     """Prune, in each output row, the weights of the smallest `|W_ij| * ||X_j||_2`.
 
     A sparsity `s` prunes exactly `floor(in_features * s)` weights of every row; N:M keeps N of each M consecutive inputs.
@@ -22,9 +23,9 @@ class Wanda(Method):
     """
 
     name: ClassVar[str] = "wanda"
-    statistic: ClassVar[str] = "feature_norm"
+    needs: ClassVar = FeatureNorm
 
-    def solve(self, weight: torch.Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+    def solve(self, weight: torch.Tensor, statistics: HasNorms, pattern: Pattern) -> Solution:
         scores = weight.abs().float() * statistics.sum_squares.sqrt()
         mask = keep_mask(scores, pattern, "row")
         return Solution(weight.masked_fill(~mask, 0), mask)

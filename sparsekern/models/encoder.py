@@ -109,7 +109,7 @@ class Encoder:
         return find_linears(self._list.module, self._name)
 
     @contextmanager
-    def opened(self, inputs: dict[str, torch.Tensor]) -> Iterator[_Chain]:
+    def opened(self, inputs: dict[str, torch.Tensor]) -> Iterator[Chain]:
         """Replace the blocks by a chain of sub-layers inside a `with` block.
 
         Args:
@@ -121,7 +121,7 @@ class Encoder:
         blocks = self._list.module
         *_, last = blocks.children()
         expected, returns_tuple = _output_of(self.model, last, inputs)
-        chain = _Chain(self.model, self.sublayers, returns_tuple)
+        chain = Chain(self.model, self.sublayers, returns_tuple)
         inside = [sublayer for sublayer in self.sublayers if sublayer.owns_output]
         try:
             for sublayer in inside:
@@ -142,7 +142,7 @@ class Encoder:
                 sublayer.output.put(sublayer.out)
 
 
-class _Chain(nn.Module):
+class Chain(nn.Module):
     """A stand-in for all blocks that runs the sub-layers from `start` on, from stored hidden states.
 
     Embeddings, attention mask, pooler and head stay the model's own.

@@ -1,6 +1,6 @@
 """The loops that prune: calibration batches in, a pruned model and a report out."""
 
-from .continual.loop import prune_continually
+from .continual.prune import prune_continually
 from .prune import prune
 from .session import check_seed
 

@@ -25,6 +25,7 @@ from .._warnings import SparsekernWarning
 from ..models import Linear
 from ..reports.report import LayerReport, Report
 from ..runtime import check_output_folder
+from .run import BlockResult
 
 FOLDER = "checkpoint"
 STATE = "state.json"
@@ -82,19 +83,19 @@ class Checkpoint:
                 stacklevel=5,
             )
 
-    def save(self, index: int, weights: dict[str, torch.Tensor], layers: Sequence) -> None:
-        """Write the pruned weights of block `index`, by linear name, and the reports (dataclasses) of its layers."""
+    def save(self, index: int, result: BlockResult) -> None:
+        """Write the pruned weights of block `index` and the reports of its layers."""
         from safetensors.torch import save
 
-        tensors = {name: weight.contiguous() for name, weight in weights.items()}
-        metadata = {"layers": json.dumps([asdict(layer) for layer in layers])}
+        tensors = {name: weight.contiguous() for name, weight in result.weights.items()}
+        metadata = {"layers": json.dumps([asdict(layer) for layer in result.layers])}
         write_atomically(self._path(index), save(tensors, metadata))
 
     def holds(self, index: int) -> bool:
         return self._path(index).exists()
 
-    def load(self, index: int, linears: Sequence[Linear]) -> tuple[dict[str, torch.Tensor], list[LayerReport]] | None:
-        """The weights and reports of block `index`, or None where it is not finished.
+    def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
+        """Return the result of block `index`, or None where it is not finished.
 
         Raises:
             ValueError: the file is damaged or holds other layers.
@@ -107,7 +108,7 @@ class Checkpoint:
         expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
         if {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()} != expected:
             raise ValueError(f"out: {path} holds other layers than the model's; remove it to prune that block again")
-        return weights, layers
+        return BlockResult(weights, layers)
 
     def read(
         self, index: int, make_report: Callable[[dict], ReportLike]

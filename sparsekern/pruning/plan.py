@@ -3,30 +3,69 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import nn
 
 from .._warnings import SparsekernWarning
-from ..models import Blocks, Linear, find_blocks, find_linears
+from ..methods.base import GradualMethod, LinearMethod, PlannedBlock
+from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
+from ..models.decoder_units import Units, find_units
+from ..models.encoder import is_encoder
 from ..models.globs import Globs, as_globs, check_matches, matches
-from ..pattern import Pattern, parse_pattern
+from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
+from .batches import Calibration
+from .session import check_format_fits
 
 PatternLike = str | float | Pattern
+DEFAULT_PATTERN = NM(2, 4)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `sparsekern.prune` that decide what is pruned; see there."""
+
+    pattern: Pattern | None = None
+    calibration: Calibration | None = None
+    include: Globs = None
+    exclude: Globs = None
+    patterns: Mapping[str, PatternLike | None] | None = None
+    batch_size: int | None = None
+    report_error: bool = False
+    format: str = "dense"
+    saves: bool = False
+    seed: int = 0
+
+    @property
+    def default_pattern(self) -> Pattern:
+        """The pattern of linears that no other is given for."""
+        return DEFAULT_PATTERN if self.pattern is None else self.pattern
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The linears to prune, block by block and outside the blocks, and the pattern of each by name."""
+    """The linears to prune, and how.
+
+    Attributes:
+        blocks: the blocks of the model.
+        block_linears: the linears to prune, block by block.
+        outside_linears: the linears to prune outside the blocks.
+        patterns: the pattern of each linear, by name.
+        networks: for each block its feed-forward network, where it is solved together; None where none is.
+        measure_error: whether a Gram matrix is taken to report errors, whatever the method needs.
+    """
 
     blocks: Blocks
     block_linears: tuple[tuple[Linear, ...], ...]
     outside_linears: tuple[Linear, ...]
     patterns: dict[str, Pattern]
+    networks: tuple[FeedForward | None, ...] | None = None
+    measure_error: bool = False
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
@@ -36,6 +75,21 @@ class Plan:
     @property
     def linears(self) -> list[Linear]:
         return [linear for linears in self.block_linears for linear in linears] + list(self.outside_linears)
+
+    @property
+    def steps(self) -> int:
+        """The number of linears, each of which is reported."""
+        return len(self.linears)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the result depends on besides method, seed, calibration and model; JSON can hold it."""
+        patterns = {name: str(value) for name, value in self.patterns.items()}
+        return {"patterns": patterns, "report_error": self.measure_error}
+
+    def network(self, index: int) -> FeedForward | None:
+        """Return the feed-forward network of part `index` that is solved together, if there is one."""
+        return self.networks[index] if self.networks and index < len(self.networks) else None
 
 
 def make_plan(
@@ -87,6 +141,49 @@ def make_plan(
         check_finite(linear)
     _say_what_stays_dense(blocks)
     return plan
+
+
+def plan_linears(model: nn.Module, method: LinearMethod | GradualMethod, request: Request) -> Plan:
+    """Return the linears that `request` chooses, with the patterns that `method` allocates.
+
+    Raises:
+        ValueError, TypeError: see `make_plan`; a format that no linear is sure to fit; what the method refuses.
+    """
+    plan = make_plan(model, request.default_pattern, request.patterns, request.include, request.exclude)
+    if request.saves:
+        check_format_fits(model, plan.patterns, request.format)
+    return allocated(model, method, plan)
+
+
+def allocated(model: nn.Module, method: LinearMethod | GradualMethod, plan: Plan) -> Plan:
+    """Return the plan with the patterns that `method` allocates.
+
+    Raises:
+        ValueError: what the method refuses.
+    """
+    return replace(plan, patterns=method.allocate(planned_blocks(model, plan), plan.patterns))
+
+
+def planned_blocks(model: nn.Module, plan: Plan, names: Collection[str] | None = None) -> list[PlannedBlock]:
+    """Return the linears to prune, block by block, as a method's `allocate` takes them.
+
+    Args:
+        model: the model.
+        plan: what to prune.
+        names: of the linears to leave in; None leaves all.
+    """
+    parts = [[linear for linear in linears if names is None or linear.name in names] for linears in plan.parts]
+    blocks = [PlannedBlock(linears, partial(_units, model, plan.blocks, index)) for index, linears in enumerate(parts[:-1])]
+    return [*blocks, PlannedBlock(parts[-1])]
+
+
+def _units(model: nn.Module, blocks: Blocks, index: int) -> list[Units]:
+    if is_encoder(model):
+        raise ValueError(
+            f"model: expected a decoder, whose heads and neurons can become zero, got the encoder {type(model).__name__}; "
+            "KPrune removes its units"
+        )
+    return find_units(model, find_linears(blocks.modules[index], blocks.block_name(index)))
 
 
 def _with_weights(linears: list[Linear]) -> list[Linear]:

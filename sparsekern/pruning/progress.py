@@ -59,7 +59,7 @@ class Clock:
 
 
 class Progress:
-    """A bar over the layers, labelled with the last one's name, error and time; nothing at all where `enabled` is False."""
+    """A bar over the layers, labelled with the last one's name, error and time; nothing is shown where `enabled` is False."""
 
     def __init__(self, layers: int, enabled: bool) -> None:
         from tqdm import tqdm

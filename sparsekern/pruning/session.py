@@ -24,6 +24,12 @@ from .batches import Batch, Calibration, as_batches
 HOW_TO_SAVE_IT = "and resume=True with format='dense' (--resume --format dense) needs only to save it"
 
 
+def check_module(model: object) -> None:
+    """Raise `TypeError` unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
+
+
 def check_seed(seed: int) -> None:
     """Raise `ValueError` unless every generator takes `seed`."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:

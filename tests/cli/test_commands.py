@@ -138,13 +138,13 @@ def test_magnitude_reads_no_text(model, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
-    def stop_at_the_last_block(run, index, linears, original=loop.BlockRun._prune_block):
+    def stop_at_the_last_block(run, index, linears, original=loop.BlockLoop._prune_block):
         if index == 2:
             raise KeyboardInterrupt
         original(run, index, linears)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.BlockRun, "_prune_block", stop_at_the_last_block)
+        patch.setattr(loop.BlockLoop, "_prune_block", stop_at_the_last_block)
         assert prune() == 130
     assert "interrupted; run the same command with --resume to go on" in capsys.readouterr().err
     assert prune() == 2

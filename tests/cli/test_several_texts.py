@@ -103,14 +103,14 @@ def test_what_can_be_done_after_ctrl_c(prune, tmp_path, monkeypatch, capsys, arg
 
 
 def test_a_run_with_a_state_goes_on_as_the_hint_says(prune, text, tmp_path, monkeypatch, capsys):
-    def stop_at_the_last_block(run, index, linears, original=loop.BlockRun._prune_block):
+    def stop_at_the_last_block(run, index, linears, original=loop.BlockLoop._prune_block):
         if index == 2:
             raise KeyboardInterrupt
         original(run, index, linears)
 
     given = ("--method", "copal", "--state", str(tmp_path / "state"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop.BlockRun, "_prune_block", stop_at_the_last_block)
+        patch.setattr(loop.BlockLoop, "_prune_block", stop_at_the_last_block)
         assert prune(*given) == 130
     assert "run the same command with --resume to go on" in capsys.readouterr().err
     assert prune(*given) == 1

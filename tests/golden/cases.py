@@ -62,7 +62,7 @@ def _continually() -> Mapping[str, torch.Tensor]:
 def _kprune() -> Mapping[str, torch.Tensor]:
     model = encoders.tiny("bert_classifier")
     batches = encoders.one_by_one(encoders.padded_ids())
-    sparsekern.prune(model, sparsekern.KPrune(), 0.5, batches, seed=SEED, progress=False)
+    sparsekern.prune(model, sparsekern.KPrune(remove=0.5), None, batches, seed=SEED, progress=False)
     return model.state_dict()
 
 

@@ -82,11 +82,11 @@ def test_perplexity_and_a_saved_model(ids, tmp_path):
 
 
 def test_a_killed_run_goes_on(ids, tmp_path, monkeypatch):
-    from sparsekern.pruning.blockwise.loop import BlockRun
+    from sparsekern.pruning.blockwise.loop import BlockLoop
 
     whole, part = llama().cuda(), llama().cuda()
     sparsekern.prune(whole, "sparsegpt", "2:4", ids, progress=False)
-    plain = BlockRun._prune_block
+    plain = BlockLoop._prune_block
 
     def killed(run, index, linears):
         if index == 2:
@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on(ids, tmp_path, monkeypatch):
         plain(run, index, linears)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(BlockRun, "_prune_block", killed)
+        patch.setattr(BlockLoop, "_prune_block", killed)
         sparsekern.prune(part, "sparsegpt", "2:4", ids, out=tmp_path / "out", progress=False)
     resumed = llama().cuda()
     sparsekern.prune(resumed, "sparsegpt", "2:4", ids, out=tmp_path / "out", resume=True, progress=False)

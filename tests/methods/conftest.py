@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sparsekern.pruning.blockwise.statistics import Gram
+from sparsekern.methods.statistics import Gram
 
 
 class Layer(NamedTuple):

@@ -7,8 +7,7 @@ import torch
 
 import sparsekern
 from sparsekern import COPAL, NM, Unstructured
-from sparsekern.ops import sensitivity_
-from sparsekern.pruning.blockwise.statistics import FeatureNorm, Sensitivity
+from sparsekern.methods.statistics import FeatureNorm, GramImportance, SampleImportance
 from tests.tiny import llama
 
 FORMS = pytest.mark.parametrize("form", ["sample", "gram"])
@@ -16,13 +15,13 @@ FORMS = pytest.mark.parametrize("form", ["sample", "gram"])
 
 def statistics(layer, form):
     if form == "gram":
-        return layer.statistics()
-    importance = torch.zeros_like(layer.weight, dtype=torch.float32)
+        return GramImportance(layer.weight, layer.statistics())
     norm = FeatureNorm(layer.x.shape[1], layer.x.device)
+    found = SampleImportance(layer.weight, norm)
     for part in layer.x.split(70):
         norm.add(part, None)
-        sensitivity_(importance, layer.weight, part)
-    return Sensitivity(norm, importance)
+        found.add(part, None)
+    return found
 
 
 def exact(layer, form) -> torch.Tensor:
@@ -34,7 +33,7 @@ def exact(layer, form) -> torch.Tensor:
 
 @FORMS
 def test_importance_is_the_formula(layer, form):
-    found = COPAL(form=form).importance(layer.weight, statistics(layer, form))
+    found = statistics(layer, form).importance
     assert found.dtype == torch.float32
     assert (found - exact(layer, form)).abs().max() <= 1e-5 * exact(layer, form).max()
 
@@ -73,7 +72,24 @@ def test_gram_importance_splits_the_energy_of_a_row(layer):
     torch.testing.assert_close(
         found.sum(1).double(), (layer.x.double() @ layer.weight.double().T).square().sum(0), rtol=1e-4, atol=1
     )
-    torch.testing.assert_close(found.abs(), COPAL(form="gram").importance(layer.weight, gram), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found.abs(), GramImportance(layer.weight, gram).importance, rtol=1e-4, atol=1e-2)
+
+
+@FORMS
+def test_importance_adds_up_over_datasets(layer, form):
+    first, second = statistics(layer, form), statistics(layer, form)
+    assert torch.equal(second.total, second.importance)
+    second.include(first.total)
+    assert torch.equal(second.importance, 2 * first.importance) and second.tokens == first.tokens == len(layer.x)
+
+
+def test_new_tokens_change_the_importance_of_a_gram_matrix(layer):
+    gram = layer.statistics()
+    found = GramImportance(layer.weight, gram)
+    before = found.importance
+    gram.add(layer.x, None)
+    found.add(layer.x, None)
+    torch.testing.assert_close(found.importance, 2 * before)
 
 
 @FORMS

@@ -10,7 +10,6 @@ import torch
 
 from sparsekern import KPrune
 from sparsekern.methods.kprune import predictive_knowledge, search, tuned_projection
-from sparsekern.pattern import NM, Unstructured
 
 
 def exhaustive(scores: list[torch.Tensor], costs: list[float], remaining: float) -> list[torch.Tensor]:
@@ -117,14 +116,8 @@ def test_settings_that_make_no_sense(settings, message):
         KPrune(**settings)
 
 
-def test_patterns():
-    assert KPrune().share(Unstructured(0.25)) == 0.25
-    with pytest.raises(
-        ValueError, match="pattern: KPrune removes heads and neurons, expected a share of the flops such as 0.5, got '2:4'"
-    ):
-        KPrune().share(NM(2, 4))
-    with pytest.raises(TypeError, match="KPrune prunes whole encoders, not single linears"):
-        KPrune().solve(torch.ones(2, 2), None, Unstructured(0.5))
+def test_it_has_a_loop_of_its_own():
+    assert not hasattr(KPrune, "solve") and KPrune().needs_data
 
 
 def test_every_subset_of_equal_cost_is_beaten():

@@ -60,8 +60,8 @@ def test_refuses_an_unknown_scope():
 
 
 def test_a_resumed_run_draws_the_same(tmp_path, monkeypatch):
-    def interrupted(self, index, weights, layers, save=checkpoint.Checkpoint.save):
-        save(self, index, weights, layers)
+    def interrupted(self, index, result, save=checkpoint.Checkpoint.save):
+        save(self, index, result)
         if index == 0:
             raise KeyboardInterrupt
 

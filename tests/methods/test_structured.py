@@ -163,7 +163,10 @@ def test_what_is_left_out_stays_dense_and_counts():
 @pytest.mark.parametrize("name", ["bert", "roberta_tokens", "distilbert"])
 def test_encoders_are_refused_by_name(name, method):
     model = encoders.tiny(name)
-    with pytest.raises(ValueError, match=f"expected a decoder for Structured, got the encoder {type(model).__name__}; KPrune"):
+    with pytest.raises(
+        ValueError,
+        match=f"expected a decoder, whose heads and neurons can become zero, got the encoder {type(model).__name__}; KPrune",
+    ):
         prune(model, method=method)
 
 
@@ -181,6 +184,6 @@ def test_refuses_unknown_units_and_a_single_linear():
     with pytest.raises(ValueError, match="Structured.units: expected one of 'both', 'heads', 'neurons', got 'layers'"):
         Structured(units="layers")
     with pytest.raises(
-        ValueError, match="Structured: expected the rows and columns that arrange has chosen; call sparsekern.prune"
+        ValueError, match="Structured: expected the rows and columns that allocate has chosen; call sparsekern.prune"
     ):
         Structured().solve(torch.ones(4, 4), None, Unstructured(0.5))

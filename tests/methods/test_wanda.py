@@ -3,7 +3,7 @@ import torch
 
 from baselines.textbook import textbook_wanda
 from sparsekern import NM, Unstructured, Wanda
-from sparsekern.pruning.blockwise.statistics import FeatureNorm
+from sparsekern.methods.statistics import FeatureNorm
 
 
 def feature_norm(layer) -> FeatureNorm:

@@ -35,7 +35,7 @@ def model():
         ({"pattern": "0:4"}, ValueError, "pattern: .* got '0:4'"),
         ({"pattern": 1.5}, ValueError, "pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
         ({"pattern": -0.1}, ValueError, "pattern: .* got -0.1"),
-        ({"pattern": None}, TypeError, "pattern: expected 'N:M', a sparsity or a pattern object, got None"),
+        ({"pattern": [2, 4]}, TypeError, r"pattern: expected 'N:M', a sparsity or a pattern object, got \[2, 4\]"),
         ({"pattern": "3:7"}, ValueError, "model.layers.0.self_attn.q_proj: expected input features divisible by M=7 .* got 32"),
         ({"patterns": {"*.down_proj": "1:5"}}, ValueError, "model.layers.0.mlp.down_proj: .* divisible by M=5 .* got 48"),
         ({"include": "*.fc1"}, ValueError, r"include: '\*.fc1' matches no linear .* like 'model.layers.0.self_attn.q_proj'"),

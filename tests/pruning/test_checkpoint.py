@@ -37,8 +37,8 @@ def run(out, *, family="llama", method="sparsegpt", ids=None, **arguments):
 def unfinished(tmp_path, monkeypatch):
     """An output folder of a run that stopped after two of three blocks."""
 
-    def interrupted(self, index, weights, layers, save=checkpoint.Checkpoint.save):
-        save(self, index, weights, layers)
+    def interrupted(self, index, result, save=checkpoint.Checkpoint.save):
+        save(self, index, result)
         if index == 1:
             raise Interrupted
 
@@ -84,8 +84,8 @@ def test_resuming_gives_the_same_bits(unfinished, monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "falcon"])
 def test_resuming_works_for_transposed_and_fused_weights(tmp_path, monkeypatch, family):
-    def interrupted(self, index, weights, layers, save=checkpoint.Checkpoint.save):
-        save(self, index, weights, layers)
+    def interrupted(self, index, result, save=checkpoint.Checkpoint.save):
+        save(self, index, result)
         raise Interrupted
 
     with monkeypatch.context() as patch:
@@ -104,8 +104,8 @@ def test_resuming_works_for_transposed_and_fused_weights(tmp_path, monkeypatch, 
     ids=["magnitude", "wanda", "alps", "random", "sparsellm"],
 )
 def test_other_methods_and_the_head_resume_too(tmp_path, monkeypatch, method, blocks):
-    def interrupted(self, index, weights, layers, save=checkpoint.Checkpoint.save):
-        save(self, index, weights, layers)
+    def interrupted(self, index, result, save=checkpoint.Checkpoint.save):
+        save(self, index, result)
         if index + 1 == blocks:
             raise Interrupted
 

@@ -94,7 +94,7 @@ def test_an_abandoned_step_leaves_no_trace(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(StepFiles, "save", killing)
         with pytest.raises(KeyboardInterrupt):
-            prune_continually(model, {"b": IDS["b"]}, COPAL(), 0.5, {"b": IDS["b"]}, tmp_path, length=32, **QUIET)
+            prune_continually(model, {"b": IDS["b"]}, COPAL(), 0.5, evaluate={"b": IDS["b"]}, state=tmp_path, length=32, **QUIET)
     report = prune_continually(model, {"c": IDS["c"]}, COPAL(), 0.5, state=tmp_path, abandon=True, **QUIET)
     assert same(model, weights(whole)) and report.names == ["a", "c"] and report.dense == {}
     assert '"b"' not in (tmp_path / "state.json").read_text()

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern
+from sparsekern.methods.statistics import bf16_pieces
 from sparsekern.pruning.batches import Batch, as_batches, tokens_per_batch
-from sparsekern.pruning.blockwise.statistics import bf16_pieces
 from sparsekern.pruning.progress import Clock
 from tests.tiny import llama
 

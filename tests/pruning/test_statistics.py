@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from sparsekern.methods.statistics import FeatureNorm, Gram
 from sparsekern.models import find_linears
 from sparsekern.pruning.batches import Batch
-from sparsekern.pruning.blockwise.statistics import FeatureNorm, Gram, SharedStatistics
+from sparsekern.pruning.blockwise.statistics import SharedStatistics
 
 
 def batch_of(tokens: int) -> Batch:
@@ -23,9 +24,9 @@ def groups(shared: SharedStatistics) -> list[set[str]]:
     return sorted(({linear.name for linear in members} for members, _ in shared.groups), key=min)
 
 
-@pytest.mark.parametrize("kind", ["gram", "feature_norm"])
-def test_the_same_tensor_is_shared_and_a_copy_is_not(linears, kind):
-    shared, x, y = SharedStatistics(linears, kind), torch.randn(1, 5, 4), torch.randn(1, 5, 6)
+@pytest.mark.parametrize("needs", [Gram, FeatureNorm])
+def test_the_same_tensor_is_shared_and_a_copy_is_not(linears, needs):
+    shared, x, y = SharedStatistics(linears, needs), torch.randn(1, 5, 4), torch.randn(1, 5, 6)
     shared.add(batch_of(5), {"a": [x], "b": [x.view(1, 5, 4)], "c": [x.clone()], "d": [y]})
     assert groups(shared) == [{"a", "b"}, {"c"}, {"d"}]
     for members, statistic in shared.groups:
@@ -34,9 +35,9 @@ def test_the_same_tensor_is_shared_and_a_copy_is_not(linears, kind):
         assert statistic.tokens == 5
 
 
-@pytest.mark.parametrize("kind", ["gram", "feature_norm"])
-def test_linears_that_part_later_keep_what_they_had_in_common(linears, kind):
-    shared, xs = SharedStatistics(linears, kind), [torch.randn(1, 5, 4) for _ in range(3)]
+@pytest.mark.parametrize("needs", [Gram, FeatureNorm])
+def test_linears_that_part_later_keep_what_they_had_in_common(linears, needs):
+    shared, xs = SharedStatistics(linears, needs), [torch.randn(1, 5, 4) for _ in range(3)]
     y = torch.randn(1, 5, 6)
     shared.add(batch_of(5), {"a": [xs[0]], "b": [xs[0]], "c": [xs[0]], "d": [y]})
     assert groups(shared) == [{"a", "b", "c"}, {"d"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -21,9 +22,10 @@ QUIET = dict(progress=False)
 FEW_TOKENS = "ignore:.*gram.*:sparsekern.SparsekernWarning"
 
 
-def prune(model, pattern=0.5, calibration=None, method=None, **options):
+def prune(model, share=0.5, calibration=None, method=None, **options):
+    method = dataclasses.replace(method or KPrune(), remove=share)
     batches = [encoders.padded_ids(), encoders.padded_ids((3, 8, 2), seed=2)] if calibration is None else calibration
-    return sparsekern.prune(model, method or KPrune(), pattern, batches, **QUIET, **options)
+    return sparsekern.prune(model, method, None, batches, **QUIET, **options)
 
 
 @pytest.fixture
@@ -196,19 +198,19 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     expected = encoders.tiny("bert")
     report = prune(expected)
 
-    def stop(run, index, original=removal._Run._decide):
+    def stop(run, index, original=removal.RemovalLoop._decide):
         if index == 3:
             raise KeyboardInterrupt
         return original(run, index)
 
     model = encoders.tiny("bert")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(removal._Run, "_decide", stop)
+        patch.setattr(removal.RemovalLoop, "_decide", stop)
         prune(model, out=tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), encoders.tiny("bert").parameters(), strict=True))
     with pytest.raises(ValueError, match="holds an unfinished run; pass resume=True"):
         prune(model, out=tmp_path / "out")
-    with pytest.raises(ValueError, match="belongs to another run, with another pattern"):
+    with pytest.raises(ValueError, match="belongs to another run, with another method"):
         prune(model, 0.4, out=tmp_path / "out", resume=True)
     resumed = prune(model, out=tmp_path / "out", resume=True)
     assert resumed.resumed_blocks == 3 and [layer.kept for layer in resumed.layers] == [layer.kept for layer in report.layers]
@@ -234,10 +236,9 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "options", "message"),
+    ("share", "options", "message"),
     [
-        ("2:4", {}, "pattern: KPrune removes heads and neurons, expected a share of the flops such as 0.5, got '2:4'"),
-        (0.9999, {}, "pattern: a share of 0.9999 leaves nothing of this model, expected at most 0.9[45]"),
+        (0.9999, {}, "KPrune.remove: a share of 0.9999 leaves nothing of this model, expected at most 0.9[45]"),
         (0.5, {"include": "*"}, r"include: expected none, KPrune chooses among all heads and neurons; got '\*'"),
         (0.5, {"patterns": {"*": 0.1}}, "patterns: expected none"),
         (0.5, {"format": "packed"}, "format: expected 'dense', KPrune leaves no zeros to pack; got 'packed'"),
@@ -250,17 +251,20 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
         (0.5, {"method": KPrune(objective="kl")}, "KPrune.objective: expected 'cosine' or 'embedding' for a model without logits"),
     ],
 )  # fmt: skip
-def test_bad_input_leaves_the_model_as_it_was(pattern, options, message):
+def test_bad_input_leaves_the_model_as_it_was(share, options, message):
     model = encoders.tiny("bert")
     with pytest.raises(ValueError, match=message):
-        prune(model, pattern, **options)
+        prune(model, share, **options)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), encoders.tiny("bert").parameters(), strict=True))
     assert torch.isfinite(model(**encoders.padded_ids())[0]).all()
 
 
 def test_other_refusals():
     with pytest.raises(ValueError, match="calibration: expected token ids"):
-        sparsekern.prune(encoders.tiny("bert"), KPrune(), 0.5)
+        sparsekern.prune(encoders.tiny("bert"), KPrune())
+    for pattern in ("2:4", 0.5):
+        with pytest.raises(ValueError, match=f"pattern: expected None, KPrune removes the share KPrune.remove; got '{pattern}'"):
+            sparsekern.prune(encoders.tiny("bert"), KPrune(), pattern, encoders.padded_ids())
     with pytest.raises(ValueError, match="LlamaForCausalLM is a decoder"):
         prune(tiny.llama())
     with pytest.raises(ValueError, match="KPrune.objective: expected 'kl' or 'mse' for a model that returns no last hidden state"):

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from ...methods.base import FeedForwardMethod, FeedForwardProblem, FeedForwardSolution, Layer
+from ...methods.base import BlockMethod, FeedForwardProblem, FeedForwardSolution, Layer
 from ...models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
 from ..batches import Batch
 from ..plan import Plan
@@ -25,7 +25,7 @@ from .statistics import FeatureNorm, Gram
 TILE = 2048  # tokens worked on at once: enough for the matrix products to run at full speed
 
 
-def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: FeedForwardMethod) -> list[FeedForward | None]:
+def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: BlockMethod) -> list[FeedForward | None]:
     """For each block the feed-forward network among its linears; None where none of its linears are to be pruned.
 
     Raises:
@@ -123,7 +123,7 @@ class FeedForwardRun:
             self._seen += len(rows)
 
     def solve(
-        self, method: FeedForwardMethod, statistics: Mapping[str, FeatureNorm | Gram]
+        self, method: BlockMethod, statistics: Mapping[str, FeatureNorm | Gram]
     ) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
         """The new weights by name, and the solution; `statistics` are those of each linear's dense inputs, by name."""
         network = self.network

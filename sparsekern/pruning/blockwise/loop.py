@@ -1,64 +1,81 @@
-"""One block at a time: gather statistics of its inputs, solve its linears, go on with what it makes.
+"""One block at a time: gather statistics of its inputs, solve its linears, run it pruned to make the inputs of the next.
 
-For each block: run it dense up to the inputs of its last linear and gather statistics; solve its linears; run it pruned to make the
-inputs of the next block. Nothing else of the model is run, and nothing that is run is thrown away.
+Each block first runs dense up to the inputs of its last linear, which the statistics are gathered from. Nothing else of the model is
+run, and nothing is run twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from ...methods import Method, Solution
-from ...methods.base import StatisticKind
-from ...models import FeedForward, Linear
-from ...pattern import Pattern
-from ...reports.report import LayerReport, Report
+from ...methods import BlockMethod, Gram, LinearMethod, Solution
+from ...methods.statistics import InputStatistic, Statistic, inputs_of
+from ...models import Linear
+from ...reports.report import LayerReport
 from ..batches import Batch
-from ..checkpoint import Checkpoint
-from ..plan import Plan
-from ..progress import Clock, Notices, Progress, warnings_named
+from ..plan import Plan, Request, plan_linears
+from ..progress import Notices, warnings_named
+from ..run import BlockResult, Loop, RunContext
 from ..seeds import seeded
-from .activations import OUTSIDE, Activations, probe
-from .feed_forward import FeedForwardRun
-from .statistics import FeatureNorm, Gram, Sensitivity, SharedStatistics
+from ..session import batches_for, prepared
+from .activations import OUTSIDE, Activations, Probe, probe
+from .feed_forward import FeedForwardRun, networks_of
+from .statistics import SharedStatistics
 
 
-class BlockRun:
-    """One call of `prune`, everything being checked."""
+class Memory(Protocol):
+    """What was learned of earlier datasets."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        networks: list[FeedForward | None] | None,
-        method: Method,
-        kind: StatisticKind | None,
-        batches: list[Batch] | None,
-        checkpoint: Checkpoint | None,
-        report: Report,
-        bar: Progress,
-        clock: Clock,
-    ) -> None:
-        self.model, self.plan, self.networks = model, plan, networks
-        self.method, self.kind, self.batches = method, kind, batches
-        self.checkpoint, self.report, self.bar, self.clock = checkpoint, report, bar, clock
-        self.notices, self.seed = Notices(), torch.initial_seed()
+    def totals(self, index: int) -> Mapping[str, torch.Tensor]:
+        """Return the totals of block `index`, empty where there are none."""
 
-    def prune_all(self) -> None:
-        blocks, outside = self.plan.blocks, self.plan.outside_linears
-        parts = (*self.plan.block_linears, outside)
+
+class BlockLoop(Loop):
+    """The loop of `LinearMethod` and `BlockMethod`."""
+
+    def __init__(self, context: RunContext, memory: Memory | None = None) -> None:
+        """Make the loop.
+
+        Args:
+            context: the run.
+            memory: earlier datasets, whose totals are added to the statistics and kept with each block; None for one dataset only.
+        """
+        super().__init__(context)
+        self.plan: Plan = context.plan
+        self.method: LinearMethod = context.method
+        self.memory, self.notices = memory, Notices()
+        self.gathers = self.method.needs is not None or self.plan.measure_error
+        self.probe: Probe | None = None
+        self.activations: Activations | None = None
+
+    @classmethod
+    def make_plan(cls, model: nn.Module, method: LinearMethod, request: Request) -> tuple[Plan, list[Batch] | None]:
+        plan = replace(plan_linears(model, method, request), measure_error=request.report_error)
+        batches = None
+        if method.needs_data or request.report_error:
+            batches = batches_for(model, method, request.calibration, request.batch_size)
+        if isinstance(method, BlockMethod):
+            with prepared(model, request.seed):
+                plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
+        return plan, batches
+
+    def run(self) -> None:
+        context, plan, parts = self.context, self.plan, self.plan.parts
         planned = [index for index, linears in enumerate(parts) if linears]
-        batches = self.batches
-        if self.checkpoint and all(map(self.checkpoint.holds, planned)):
+        batches = context.batches
+        if context.checkpoint and all(map(context.checkpoint.holds, planned)):
             batches = None  # nothing is left to solve, so no hidden states are needed
         if batches:
-            with self.clock.phase("capture"):
-                self.probe = probe(self.model, blocks, self.plan.linears, batches[0], to_the_end=bool(outside))
-                self.activations = Activations(self.model, blocks, batches, self.probe.returns_tuple)
+            with context.clock.phase("capture"):
+                to_the_end = bool(plan.outside_linears)
+                self.probe = probe(context.model, plan.blocks, plan.linears, batches[0], to_the_end=to_the_end)
+                self.activations = Activations(context.model, plan.blocks, batches, self.probe.returns_tuple)
         resuming = True
         for index, linears in enumerate(parts):
             if linears:
@@ -66,43 +83,52 @@ class BlockRun:
                 if not resuming:
                     self._prune_block(index, linears)
             if batches and index < planned[-1]:
-                with self.clock.phase("forward"):
+                with context.clock.phase("forward"):
                     self.activations.advance(index)
 
     def _restore(self, index: int, linears: Sequence[Linear]) -> bool:
-        found = self.checkpoint.load(index, linears) if self.checkpoint else None
+        found = self.context.checkpoint.load(index, linears) if self.context.checkpoint else None
         if found is None:
             return False
-        weights, layers = found
-        self._write(linears, weights)
-        self.report.resumed_blocks += 1
-        self._record(layers)
+        _write(linears, found.weights)
+        self.context.report.resumed_blocks += 1
+        self.context.record(found.layers)
         return True
 
     def _prune_block(self, index: int, linears: Sequence[Linear]) -> None:
-        network = self.networks[index] if self.networks and index < len(self.networks) else None
+        result = self.solve_block(index, linears)
+        if self.context.checkpoint:
+            with self.context.clock.phase("write"):
+                self.context.checkpoint.save(index, result)
+        _write(linears, result.weights)
+        self.context.record(result.layers)
+
+    def solve_block(self, index: int, linears: Sequence[Linear]) -> BlockResult:
+        """Return the pruned weights of block `index`, which is left as it is, or of the linears outside the blocks."""
+        network = self.plan.network(index)
         together = network.linears if network else ()
         alone = [linear for linear in linears if linear not in together]
         weights: dict[str, torch.Tensor] = {}
         layers: dict[str, LayerReport] = {}
+        run = shared = None
         if network is None or self.method.attention == "dense":
-            run = self._start_run(network)
-            shared = self._gather(index, linears, run) if self.kind else None
+            run = self._start_run(index)
+            shared = self._gather(index, linears, run) if self.gathers else None
             self._solve_alone(alone, shared, weights, layers)
         else:
             if alone:
                 self._solve_alone(alone, self._gather(index, alone), weights, layers)
-            with self._written_meanwhile(alone, weights):
-                run = self._start_run(network)
+            with _written_meanwhile(alone, weights):
+                run = self._start_run(index)
                 shared = self._gather(index, together, run)
         if run is not None:
             self._solve_together(run, shared, weights, layers)
-        ordered = [layers[linear.name] for linear in linears]
-        if self.checkpoint:
-            with self.clock.phase("write"):
-                self.checkpoint.save(index, weights, ordered)
-        self._write(linears, weights)
-        self._record(ordered)
+        totals = shared.totals() if shared is not None and self.memory is not None else {}
+        return BlockResult(weights, [layers[linear.name] for linear in linears], totals)
+
+    def _start_run(self, index: int) -> FeedForwardRun | None:
+        network = self.plan.network(index)
+        return network and FeedForwardRun(network, self.plan, sum(batch.tokens for batch in self.context.batches))
 
     def _solve_alone(
         self,
@@ -112,49 +138,52 @@ class BlockRun:
         layers: dict[str, LayerReport],
     ) -> None:
         groups = shared.groups if shared else [(linears, None)]
-        for members, statistic in groups:
+        for members, inputs in groups:
             for linear in members:
                 if linear in linears:
-                    with self.clock.phase("solve"):
-                        statistics = shared.of(linear, statistic) if shared else None
-                        weights[linear.name], layers[linear.name] = self._solve(linear, statistics)
+                    with self.context.clock.phase("solve"):
+                        statistics = shared.of(linear, inputs) if shared else None
+                        weights[linear.name], layers[linear.name] = self._solve(linear, statistics, inputs)
 
-    def _start_run(self, network: FeedForward | None) -> FeedForwardRun | None:
-        return None if network is None else FeedForwardRun(network, self.plan, sum(batch.tokens for batch in self.batches))
+    def _solve(
+        self, linear: Linear, statistics: Statistic | None, inputs: InputStatistic | None
+    ) -> tuple[torch.Tensor, LayerReport]:
+        start = self.context.clock.now()
+        weight, pattern = linear.weight, self.plan.patterns[linear.name]
+        try:
+            with warnings_named(linear.name), seeded(self.context.seed, linear.name):
+                solution = self.method.solve(weight, statistics, pattern)
+            _check_solution(self.method, solution, weight)
+        except ValueError as error:
+            raise ValueError(f"{linear.name}: {error}") from error
+        zeros, error = _outcome(weight, solution, inputs)
+        seconds = self.context.clock.now() - start
+        return solution.weight, LayerReport(linear.name, str(pattern), tuple(weight.shape), zeros, error, seconds)
 
     def _solve_together(
         self, run: FeedForwardRun, shared: SharedStatistics, weights: dict[str, torch.Tensor], layers: dict[str, LayerReport]
     ) -> None:
-        linears = run.network.linears
-        statistics = {linear.name: statistic for members, statistic in shared.groups for linear in members}
-        start = self.clock.now()
-        with self.clock.phase("solve"):
+        linears, down = run.network.linears, run.network.down.name
+        inputs = {linear.name: statistic for members, statistic in shared.groups for linear in members}
+        clock = self.context.clock
+        start = clock.now()
+        with clock.phase("solve"):
             try:
-                with warnings_named(run.network.down.name), seeded(self.seed, run.network.down.name):
-                    solved, solution = run.solve(self.method, statistics)
+                with warnings_named(down), seeded(self.context.seed, down):
+                    solved, solution = run.solve(self.method, inputs)
             except ValueError as error:
                 raise ValueError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
         weights |= solved
-        seconds = (self.clock.now() - start) / len(linears)
+        seconds = (clock.now() - start) / len(linears)
         for linear in linears:
             found = Solution(solved[linear.name], solved[linear.name] != 0)
-            zeros, error = _outcome(linear.weight, found, statistics[linear.name])
-            whole = (solution.error, solution.alone) if linear is run.network.down else ()
+            zeros, error = _outcome(linear.weight, found, inputs[linear.name])
+            whole = (solution.error, solution.alone) if linear.name == down else ()
             pattern, shape = str(self.plan.patterns[linear.name]), tuple(linear.weight.shape)
             layers[linear.name] = LayerReport(linear.name, pattern, shape, zeros, error, seconds, *whole)
 
-    @contextmanager
-    def _written_meanwhile(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """The block with new weights for `linears`; as it was afterwards, so that a failure leaves it unchanged."""
-        dense = {linear.name: linear.weight.clone() for linear in linears}
-        self._write(linears, weights)
-        try:
-            yield
-        finally:
-            self._write(linears, dense)
-
     def _gather(self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None) -> SharedStatistics:
-        shared = SharedStatistics(linears, self.kind, self.method.sensitivity)
+        shared = SharedStatistics(linears, self.method.needs, self.plan.measure_error)
         names = {linear.name for linear in linears}
         if index < len(self.plan.blocks.modules):
             order = self.probe.calls[self.plan.blocks.block_name(index)]
@@ -162,23 +191,25 @@ class BlockRun:
         else:
             batches = self.activations.inputs_outside(linears, self.probe.calls[OUTSIDE])
         while True:
-            with self.clock.phase("forward"):
+            with self.context.clock.phase("forward"):
                 step = next(batches, None)
             if step is None:
                 break
-            with self.clock.phase("statistics"):
+            with self.context.clock.phase("statistics"):
                 shared.add(*step)
                 if run is not None:
                     run.add(step[0], step[1][run.network.up.name])
         for members, statistic in shared.groups:
             self._check_statistic(members, statistic)
+        if self.memory is not None and (earlier := self.memory.totals(index)):
+            shared.include(earlier)
         return shared
 
-    def _check_statistic(self, members: Sequence[Linear], statistic: FeatureNorm | Gram) -> None:
+    def _check_statistic(self, members: Sequence[Linear], statistic: InputStatistic) -> None:
         name, features = members[0].name, members[0].features
         if not statistic.tokens:
             raise ValueError(f"{name}: no calibration token reached it; calibrate with more text or leave it out with exclude")
-        if self.method.statistic == "gram":
+        if self.method.needs is not None and inputs_of(self.method.needs) is Gram:
             self.notices.few_tokens(name, statistic.tokens, features)
         if dead := int((statistic.sum_squares == 0).sum()):
             self.notices.once(
@@ -186,43 +217,49 @@ class BlockRun:
                 f"{name}: {dead} of {features} input features were never active in calibration; their weights are pruned first",
             )
 
-    def _solve(self, linear: Linear, statistic: FeatureNorm | Gram | Sensitivity | None) -> tuple[torch.Tensor, LayerReport]:
-        start = self.clock.now()
-        weight, pattern = linear.weight, self.plan.patterns[linear.name]
-        try:
-            with warnings_named(linear.name), seeded(self.seed, linear.name):
-                solution = self._solution(linear, statistic, pattern)
-        except ValueError as error:
-            raise ValueError(f"{linear.name}: {error}") from error
-        zeros, error = _outcome(weight, solution, statistic)
-        seconds = self.clock.now() - start
-        return solution.weight, LayerReport(linear.name, str(pattern), tuple(weight.shape), zeros, error, seconds)
 
-    def _solution(self, linear: Linear, statistic: FeatureNorm | Gram | Sensitivity | None, pattern: Pattern) -> Solution:
-        return self.method.solve(linear.weight, statistic, pattern)
+def _check_solution(method: LinearMethod, solution: object, weight: torch.Tensor) -> None:
+    """Raise unless `solve`, perhaps of the user's own, returned what it must.
 
-    def _write(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
-        for linear in linears:
-            linear.weight.copy_(weights[linear.name])
-
-    def _record(self, layers: Sequence[LayerReport]) -> None:
-        for layer in layers:
-            self.report.layers.append(layer)
-            self.bar.layer_done(layer)
+    Raises:
+        TypeError: no `Solution`.
+        ValueError: a weight of another shape, dtype or device.
+    """
+    kind = type(method).__name__
+    if not isinstance(solution, Solution):
+        raise TypeError(f"method: expected {kind}.solve to return a Solution, got {type(solution).__name__}")
+    found = solution.weight
+    for what in ("shape", "dtype", "device"):
+        if getattr(found, what, None) != getattr(weight, what):
+            raise ValueError(
+                f"{kind}.solve: expected a weight of {what} {getattr(weight, what)}, got {getattr(found, what, type(found).__name__)}"
+            )
 
 
-def _outcome(
-    weight: torch.Tensor, solution: Solution, statistic: FeatureNorm | Gram | Sensitivity | None
-) -> tuple[int, float | None]:
-    """How many zeros there are, and the relative error where it is known: one read from the device a linear."""
+@contextmanager
+def _written_meanwhile(linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give `linears` new weights within, and their own ones back afterwards, so that a failure leaves the block unchanged."""
+    dense = {linear.name: linear.weight.clone() for linear in linears}
+    _write(linears, weights)
+    try:
+        yield
+    finally:
+        _write(linears, dense)
+
+
+def _write(linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
+    for linear in linears:
+        linear.weight.copy_(weights[linear.name])
+
+
+def _outcome(weight: torch.Tensor, solution: Solution, inputs: InputStatistic | None) -> tuple[int, float | None]:
+    """Return the number of zeros, and the relative error where it is known, with one read from the device a linear."""
     found = [(solution.weight == 0).sum().double()]
-    if isinstance(statistic, Sensitivity):
-        statistic = statistic.inputs
-    if isinstance(statistic, Gram):
+    if isinstance(inputs, Gram):
         row_error = solution.row_error
         if row_error is None:
-            row_error = statistic.row_energy(solution.weight.float() - weight.float())
-        found += [row_error.double().sum(), statistic.row_energy(weight).sum()]
+            row_error = inputs.row_energy(solution.weight.float() - weight.float())
+        found += [row_error.double().sum(), inputs.row_energy(weight).sum()]
     zeros, *figures = torch.stack(found).tolist()
     if not figures:
         return int(zeros), None

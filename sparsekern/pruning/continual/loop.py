@@ -1,183 +1,90 @@
-"""`prune_continually`: a model that meets one calibration data set after another, without keeping any of them."""
+"""The loop of continual pruning: one dataset after another, each pruned for by the block loop."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
-from ...backends.libraries import check_isa
 from ...data.perplexity import evaluation_windows, perplexity
-from ...methods import ALPS, COPAL, Magnitude, Method, Solution, SparseGPT, Wanda, resolve_method
-from ...methods.base import check_choice
-from ...models import Linear
-from ...pattern import Pattern
-from ...reports.continual import ContinualReport, ContinualStep
+from ...methods import LinearMethod
+from ...reports.continual import ContinualStep
 from ...reports.report import Report
-from ...runtime import check_format, check_output_folder, save
-from ...runtime.save import DENSE
-from ..batches import Batch, Calibration, fingerprint
-from ..blockwise.loop import BlockRun
-from ..blockwise.statistics import SharedStatistics
-from ..checkpoint import differences, model_fingerprint
-from ..host_memory import freed_memory_kept
-from ..plan import Globs, PatternLike, Plan, make_plan
-from ..progress import Clock, Progress
-from ..session import HOW_TO_SAVE_IT, batches_for, check_format_fits, check_saveable, check_seed, environment, prepared
+from ..batches import Batch, fingerprint
+from ..blockwise.loop import BlockLoop
+from ..checkpoint import differences
+from ..plan import Plan
+from ..run import running
 from .state import State, StepFiles
 
-STRATEGIES = ("accumulate", "dense", "carry")
-METHODS = (ALPS, COPAL, Magnitude, SparseGPT, Wanda)  # what they know of a data set adds up
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Token ids by dataset, which perplexities are taken on in windows of `length` tokens."""
+
+    model: nn.Module
+    ids: Mapping[str, torch.Tensor]
+    length: int
+
+    @cached_property
+    def digests(self) -> dict[str, list]:
+        """By dataset, the digest of its windows and their length."""
+        return {name: [_digest(evaluation_windows(self.model, ids, self.length)), self.length] for name, ids in self.ids.items()}
+
+    def perplexity(self, name: str) -> float:
+        """Return the perplexity of the model as it is now."""
+        return perplexity(self.model, self.ids[name], self.length)
 
 
-def prune_continually(
-    model: nn.Module,
-    calibrations: Mapping[str, Calibration],
-    method: str | Method = "copal",
-    pattern: PatternLike = "2:4",
-    evaluate: Mapping[str, torch.Tensor] | None = None,
-    state: str | os.PathLike | None = None,
-    seed: int = 0,
-    out: str | os.PathLike | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    *,
-    abandon: bool = False,
-    strategy: str = "accumulate",
-    include: Globs = None,
-    exclude: Globs = None,
-    patterns: Mapping[str, PatternLike | None] | None = None,
-    batch_size: int | None = None,
-    length: int = 2048,
-    format: str = DENSE,
-) -> ContinualReport:
-    """Prune a transformers decoder in place for one data set after another; it ends as pruned for all of them.
+@dataclass(frozen=True)
+class Earlier:
+    """What the step before knew, or nothing where there was none: the memory of a block loop."""
 
-    What is learned of a data set is added to what was learned of those before, and each mask is chosen anew from the dense weights
-    (`strategy="accumulate"`). So a weight that an earlier mask pruned can come back, and a weight that an earlier data set needs is
-    still known to be needed, although no earlier data are kept or read. What adds up is COPAL's importance, Wanda's feature norms and
-    the Gram matrices of SparseGPT and ALPS; magnitude learns nothing. The other strategies are what goes wrong without:
+    step: StepFiles | None
 
-    * `"dense"`: each data set prunes the dense weights by itself alone, and the ones before are forgotten;
-    * `"carry"`: each data set prunes what the one before left. At one sparsity the zeros are the least important weights again, so
-      nothing changes any more (weight stasis): neither for a method that only chooses nor for SparseGPT, which has nothing to make
-      up for.
-
-    Args:
-        model: the dense model, or with a `state` that has seen data, also the model as it was left then.
-        calibrations: name -> calibration data as `prune` takes them, in the order in which the model meets them.
-        method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
-        pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
-        evaluate: name of a data set -> token ids to take the perplexity on after its step and after every later one, and of the dense
-            model; `[tokens]` or `[rows, tokens]` as `perplexity` takes them. A `state` remembers them by a digest, and takes no others
-            under that name.
-        state: a folder for what is to be known when the next data set comes, in this process or another: dense weights,
-            accumulated tensors and pruned weights of the linears, and the names of the data sets. None keeps it in memory for this
-            call. For COPAL in float32 it is three times the size of the linears; while a step is under way, five times.
-        seed: for whatever draws random numbers on the way.
-        out: a new or empty folder for the pruned model and `report.json`, saved once all data sets are done.
-        resume: go on with what `state` holds of a run that was killed: data sets that are done are not done again, and of the one
-            that was under way only the blocks that are missing. The result is the same, bit for bit.
-        progress: show a progress bar for each data set.
-        abandon: drop what `state` holds of a step that was not finished, before `calibrations` are taken in: the way out where its data
-            set is lost or turned out bad. It can then be left out, or come again changed.
-        strategy: `"accumulate"`, `"dense"` or `"carry"`.
-        include, exclude, patterns, batch_size: as for `prune`.
-        length: tokens in a window of `evaluate`.
-        format: of what is saved to `out`, as for `prune`.
-
-    Returns:
-        A `ContinualReport` of every data set that the state has seen: the matrix of perplexities, their average after the last step,
-        and the backward transfer, negative where data sets were forgotten.
-
-    Raises:
-        ValueError, TypeError: bad arguments, before any work is done: also a state made with another model, method or pattern, a data
-            set that it has seen already (but with `resume`), an unfinished step (but with `resume` or `abandon`), other tokens or
-            another length to evaluate a data set on than before, and a state that another process is at work on.
-        OSError: no space left in `state` or `out`; what was written before is intact.
-
-    Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024; see `COPAL` for what is theirs and what was chosen here.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
-    method = resolve_method(method)
-    check_adds_up(method, strategy)
-    check_seed(seed)
-    check_isa()
-    check_format(format)
-    plan = make_plan(model, pattern, patterns, include, exclude)
-    data_sets = _data_sets(model, method, calibrations, batch_size)
-    if out is not None:
-        check_saveable(model)
-        check_format_fits(model, plan.patterns, format)
-        check_output_folder(out)
-    if state is None and (resume or abandon):
-        raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
-    if resume and abandon:
-        raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
-    with State.opened(state) as known:
-        evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
-        run = _Continual(model, plan, method, strategy, known, evaluate, length, progress)
-        run.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
-        abandoned = known.abandon() if abandon else None
-        run.check_evaluation()
-        todo = _todo(known, data_sets, resume)
-        if abandoned:
-            abandoned.drop()
-            known.write()
-        with torch.no_grad():
-            run.evaluate_dense()
-            for name, batches in todo:
-                with prepared(model, seed), freed_memory_kept():
-                    run.take_in(name, batches)
-            run.write_weights(known.step(len(known.steps)))
-    report = ContinualReport(settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps)
-    if out is not None:
-        folder = _saved(model, out, format, state)
-        report.to_json(folder / "report.json")
-        report.to_html(folder / "report.html")
-    return report
+    def totals(self, index: int) -> Mapping[str, torch.Tensor]:
+        """Return the totals of block `index`."""
+        return self.step.totals(index) if self.step else {}
 
 
-def check_adds_up(method: Method, strategy: str) -> None:
-    """Raise `ValueError` for a method that knows one data set only, or for an unknown strategy."""
-    if not isinstance(method, METHODS):
-        raise ValueError(
-            f"method: expected one of {', '.join(kind.name for kind in METHODS)} for several data sets, got {method.name}"
-        )
-    if method == Magnitude(scope="global"):
-        raise ValueError(
-            "method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets"
-        )
-    check_choice("strategy", strategy, STRATEGIES)
-
-
-class _Continual:
-    """One call of `prune_continually`, every argument being checked."""
+class ContinualLoop:
+    """The loop of `prune_continually`, every argument being checked."""
 
     def __init__(
         self,
         model: nn.Module,
         plan: Plan,
-        method: Method,
+        method: LinearMethod,
+        *,
+        seed: int,
         strategy: str,
         state: State,
-        evaluate: Mapping[str, torch.Tensor],
-        length: int,
+        evaluation: Evaluation,
         progress: bool,
     ) -> None:
-        self.model, self.plan, self.method, self.strategy, self.state = model, plan, method, strategy, state
-        self.evaluate, self.length, self.progress = evaluate, length, progress
-        self.evaluation = {name: [_digest(evaluation_windows(model, ids, length)), length] for name, ids in evaluate.items()}
-        self.parts = [(i, part) for i, part in enumerate((*plan.block_linears, plan.outside_linears)) if part]
+        self.model, self.plan, self.method, self.seed = model, plan, method, seed
+        self.strategy, self.state, self.evaluation, self.progress = strategy, state, evaluation, progress
+        self.parts = [(i, part) for i, part in enumerate(plan.parts) if part]
+
+    def run(self, datasets: Sequence[tuple[str, list[Batch]]]) -> None:
+        """Take in datasets, by name, and leave the model as pruned for all of them."""
+        with torch.no_grad():
+            self._evaluate_dense()
+            for name, batches in datasets:
+                self._take_in(name, batches)
+            self._write_weights(self.state.step(len(self.state.steps)))
 
     def begin(self, settings: dict) -> None:
-        """Store the dense weights, or see that the state is one of this model and these settings."""
+        """Store the dense weights, or raise unless the state is of this model and these settings.
+
+        Raises:
+            ValueError: another model or other settings.
+        """
         if self.state.is_new:
             for index, linears in self.parts:
                 self.state.store.put(f"dense-{index:05d}", {linear.name: linear.weight for linear in linears})
@@ -190,11 +97,11 @@ class _Continual:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        """The model must be the dense one, or as some step left it."""
+        """Raise unless the model is the dense one, or as some step left it."""
         steps = [self.state.step(number) for number in range(1, len(self.state.seen) + 1)]
         for index, linears in self.parts:
             known = [self.state.dense_weights(index, linears)]
-            known += [step.load(index, linears)[0] for step in steps if step.holds(index)]
+            known += [step.load(index, linears).weights for step in steps if step.holds(index)]
             for linear in linears:
                 if not any(torch.equal(linear.weight.cpu(), weights[linear.name]) for weights in known):
                     raise ValueError(
@@ -203,63 +110,58 @@ class _Continual:
                     )
 
     def check_evaluation(self) -> None:
-        """Perplexities of a data set are compared, so all of them must be taken on the same windows."""
-        for name, (digest, length) in self.evaluation.items():
+        """Raise unless the perplexities of a dataset, which are compared, are all taken on the same windows.
+
+        Raises:
+            ValueError: other tokens or another length than before.
+        """
+        for name, (digest, length) in self.evaluation.digests.items():
             known_digest, known_length = self.state.evaluation.get(name, (digest, length))
             if length != known_length:
                 raise ValueError(f"length: expected {known_length}, with which {name!r} was evaluated before, got {length}")
             if digest != known_digest:
                 raise ValueError(f"evaluate[{name!r}]: expected the tokens that it was evaluated on before, got others")
 
-    def evaluate_dense(self) -> None:
-        missing = [name for name in self.evaluate if name not in self.state.dense]
+    def _evaluate_dense(self) -> None:
+        missing = [name for name in self.evaluation.ids if name not in self.state.dense]
         if missing:
-            self.write_weights(None)
-            self.state.dense |= {name: self._perplexity(name) for name in missing}
-        self.state.evaluation |= self.evaluation
+            self._write_weights(None)
+            self.state.dense |= {name: self.evaluation.perplexity(name) for name in missing}
+        self.state.evaluation |= self.evaluation.digests
         self.state.write()
 
-    def take_in(self, name: str, batches: list[Batch]) -> None:
-        """One step: prune for the data set `name`, on from what the state holds."""
+    def _take_in(self, name: str, batches: list[Batch]) -> None:
+        """Prune for the dataset `name`, starting from what the state holds."""
         start, state = time.perf_counter(), self.state
         if not state.under_way:
             state.seen.append([name, fingerprint(batches)])
             state.write()
         number = len(state.seen)
         files, before = state.step(number), state.step(number - 1) if number > 1 else None
-        self.write_weights(before if self.strategy == "carry" else None)
-        report, bar = Report(), Progress(len(self.plan.linears), self.progress)
-        clock = Clock(next(self.model.parameters()).device)
-        kind = self.method.statistic
-        accumulate = self.strategy == "accumulate" and kind is not None
-        try:
-            run = (_Accumulating if accumulate else BlockRun)(
-                model=self.model,
-                plan=self.plan,
-                networks=None,
-                method=self.method,
-                kind=kind,
-                batches=batches if kind else None,
-                checkpoint=files,
-                report=report,
-                bar=bar,
-                clock=clock,
-            )
-            if accumulate:
-                run.before = before
-            run.prune_all()
-        finally:
-            bar.close()
-        changed = None if before is None else self._changed(before)
-        perplexities = {known: self._perplexity(known) for known, _ in state.seen if known in self.evaluate}
+        self._write_weights(before if self.strategy == "carry" else None)
+        needs, report = self.method.needs, Report()
+        memory = Earlier(before) if self.strategy == "accumulate" and needs is not None else None
+        with running(
+            self.model,
+            self.plan,
+            self.method,
+            None if needs is None else batches,
+            seed=self.seed,
+            checkpoint=files,
+            report=report,
+            progress=self.progress,
+        ) as context:
+            BlockLoop(context, memory).run()
+            changed = None if before is None else self._changed(before)
+            perplexities = {known: self.evaluation.perplexity(known) for known, _ in state.seen if known in self.evaluation.ids}
         tokens = sum(batch.tokens for batch in batches)
         state.steps.append(ContinualStep(name, tokens, report.sparsity, changed, time.perf_counter() - start, perplexities))
         state.write()
         for old in range(1, number):
             state.step(old).drop()
 
-    def write_weights(self, step: StepFiles | None) -> None:
-        """Give the model the weights that `step` left, or the dense ones."""
+    def _write_weights(self, step: StepFiles | None) -> None:
+        """Give the model the weights that `step` left, or the dense ones where it is None."""
         for index, linears in self.parts:
             weights = step.weights(index, linears) if step else self.state.dense_weights(index, linears)
             for linear in linears:
@@ -274,71 +176,6 @@ class _Continual:
                 total += linear.weight.numel()
         return changed / total
 
-    def _perplexity(self, name: str) -> float:
-        return perplexity(self.model, self.evaluate[name], self.length)
-
-
-class _Accumulating(BlockRun):
-    """A pruning run that adds what it learns of each block to what the step `before` knew of it, and keeps the sum."""
-
-    before: StepFiles | None = None
-
-    def _prune_block(self, index: int, linears: Sequence[Linear]) -> None:
-        self._past = self.before.memory(index) if self.before else {}
-        super()._prune_block(index, linears)
-
-    def _gather(self, *args) -> SharedStatistics:
-        shared = super()._gather(*args)
-        if not isinstance(self.method, COPAL):
-            if self._past:
-                shared.include(self._past)
-            self.checkpoint.accumulated = shared.totals()
-        return shared
-
-    def _solution(self, linear: Linear, statistic, pattern: Pattern) -> Solution:
-        if not isinstance(self.method, COPAL):
-            return super()._solution(linear, statistic, pattern)
-        importance = self.method.importance(linear.weight, statistic)
-        if self._past:
-            importance = importance + self._past[linear.name].to(importance.device)
-        self.checkpoint.accumulated[linear.name] = importance
-        return self.method.choose(linear.weight, importance, pattern)
-
-
-def _data_sets(
-    model: nn.Module, method: Method, calibrations: Mapping[str, Calibration], batch_size: int | None
-) -> dict[str, list[Batch]]:
-    if not isinstance(calibrations, Mapping):
-        raise TypeError(f"calibrations: expected a mapping of names to calibration data, got {type(calibrations).__name__}")
-    if not calibrations:
-        raise ValueError("calibrations: expected at least one data set, got none")
-    data_sets = {}
-    for name, calibration in calibrations.items():
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"calibrations: expected names of data sets, got {name!r}")
-        try:
-            data_sets[name] = batches_for(model, method, calibration, batch_size)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"calibrations[{name!r}]: {error}") from error
-    return data_sets
-
-
-def _checked_evaluation(
-    model: nn.Module, evaluate: Mapping[str, torch.Tensor] | None, names: set[str], length: int
-) -> Mapping[str, torch.Tensor]:
-    if evaluate is None:
-        return {}
-    if not isinstance(evaluate, Mapping):
-        raise TypeError(f"evaluate: expected a mapping of names to token ids, got {type(evaluate).__name__}")
-    for name, ids in evaluate.items():
-        if name not in names:
-            raise ValueError(f"evaluate: expected names of data sets ({', '.join(sorted(names))}), got {name!r}")
-        try:
-            evaluation_windows(model, ids, length)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"evaluate[{name!r}]: {error}") from error
-    return evaluate
-
 
 def _digest(windows: Sequence[torch.Tensor]) -> str:
     digest = hashlib.sha256()
@@ -347,54 +184,11 @@ def _digest(windows: Sequence[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _saved(model: nn.Module, out: str | os.PathLike, format: str, state: str | os.PathLike | None) -> Path:
-    try:
-        return save(model, out, format)
-    except ValueError as error:
-        kept = "the model in memory is pruned" if state is None else f"what is pruned is kept in {state}, {HOW_TO_SAVE_IT}"
-        raise ValueError(f"{error}; {kept}") from error
-
-
-def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:
-    weights = [module.weight for linear in plan.linears for module in linear.modules]
-    return {
-        "method": method.settings(),
-        "patterns": {name: str(value) for name, value in plan.patterns.items()},
-        "model": model_fingerprint(model, without=weights),
-    }
-
-
 def _difference(expected: object, got: object) -> str:
-    """Both of what differs, in brief; of mappings, where they first differ."""
+    """Return both values in brief; of mappings, the first entry that differs."""
     place = ""
     if isinstance(expected, Mapping) and isinstance(got, Mapping):
         values = {key: (expected.get(key, "nothing"), got.get(key, "nothing")) for key in {**expected, **got}}
         key, (expected, got) = next((key, pair) for key, pair in values.items() if pair[0] != pair[1])
         place = f"{key}: "
     return f"{place}expected {str(expected)[:20]}, got {str(got)[:20]}"  # that much of a digest will do
-
-
-def _todo(state: State, data_sets: Mapping[str, list[Batch]], resume: bool) -> list[tuple[str, list[Batch]]]:
-    """The data sets that the state has not taken in yet."""
-    if state.under_way and not resume:
-        raise ValueError(
-            f"state: {state.folder} holds an unfinished step, {state.seen[-1][0]!r}; pass resume=True (--resume) and that data set to go "
-            "on, or abandon=True (--abandon) to drop it"
-        )
-    todo, seen = [], dict(state.seen[: len(state.steps)])
-    for name, batches in data_sets.items():
-        if name not in seen:
-            todo.append((name, batches))
-        elif not resume:
-            raise ValueError(
-                f"calibrations: {name!r} was taken in already; leave it out (it is not read again), give new data another name, or "
-                "pass resume=True to skip it"
-            )
-        elif seen[name] != fingerprint(batches):
-            raise ValueError(f"calibrations: {name!r} is not what was taken in under that name")
-    if state.under_way and (not todo or state.seen[-1] != [todo[0][0], fingerprint(todo[0][1])]):
-        raise ValueError(
-            f"calibrations: expected {state.seen[-1][0]!r} next, unchanged, to finish its step in {state.folder}; pass abandon=True "
-            "(--abandon) instead of resume to drop it"
-        )
-    return todo

@@ -22,6 +22,7 @@ from ..._files import locked, write_atomically
 from ...models import Linear
 from ...reports.continual import ContinualStep
 from ...reports.report import LayerReport
+from ..run import BlockResult
 
 STATE, LOCK = "state.json", ".lock"
 FORMAT = 1
@@ -193,20 +194,19 @@ class StepFiles:
 
     def __init__(self, store: Store, prefix: str, name: str, digest: str) -> None:
         self.store, self.prefix, self.name, self.digest = store, prefix, name, digest
-        self.accumulated: dict[str, torch.Tensor] = {}  # of the block that is being solved; saved with it
 
-    def save(self, index: int, weights: dict[str, torch.Tensor], layers: Sequence[LayerReport]) -> None:
-        tensors = {WEIGHT + name: weight for name, weight in weights.items()}
-        tensors |= {MEMORY + name: total for name, total in self.accumulated.items()}
-        note = {"data": self.digest, "layers": [asdict(layer) for layer in layers]}
+    def save(self, index: int, result: BlockResult) -> None:
+        """Write the result of block `index`."""
+        tensors = {WEIGHT + name: weight for name, weight in result.weights.items()}
+        tensors |= {MEMORY + name: total for name, total in result.totals.items()}
+        note = {"data": self.digest, "layers": [asdict(layer) for layer in result.layers]}
         self.store.put(self._name(index), tensors, json.dumps(note))
-        self.accumulated = {}
 
     def holds(self, index: int) -> bool:
         return self.store.holds(self._name(index))
 
-    def load(self, index: int, linears: Sequence[Linear]) -> tuple[dict[str, torch.Tensor], list[LayerReport]] | None:
-        """The weights and reports of block `index`, or None where it is not finished.
+    def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
+        """Return the weights and reports of block `index`, or None where it is not finished.
 
         Raises:
             ValueError: the file is damaged, or holds other linears or what another data set left.
@@ -214,13 +214,15 @@ class StepFiles:
         if not self.holds(index):
             return None
         weights, layers = self._get(index, WEIGHT)
-        return _expected(weights, linears, self._name(index)), [LayerReport.from_dict(layer) for layer in layers]
+        expected = _expected(weights, linears, self._name(index))
+        return BlockResult(expected, [LayerReport.from_dict(layer) for layer in layers])
 
     def weights(self, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
         """The weights of block `index` of a step that is finished. Raises what `load` raises, also where the file is missing."""
         return _expected(self._get(index, WEIGHT)[0], linears, self._name(index))
 
-    def memory(self, index: int) -> dict[str, torch.Tensor]:
+    def totals(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the totals of block `index` over this dataset and the earlier ones."""
         return self._get(index, MEMORY)[0]
 
     def _get(self, index: int, prefix: str) -> tuple[dict[str, torch.Tensor], list[dict]]:

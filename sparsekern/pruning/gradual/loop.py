@@ -1,8 +1,8 @@
-"""The loop of `Gradual`: prune a little, train, prune more; killed anywhere, it goes on with the same numbers."""
+"""The loop of `Gradual`: prune a little, train, prune more; a killed run is resumed with the same numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,60 +11,63 @@ from torch import nn
 
 from ...methods import Gradual
 from ...models import Linear
-from ...reports.report import LayerReport, Report
+from ...reports.report import LayerReport
 from ...training.keep_sparsity import SparsityKeeper
 from ..batches import Batch
-from ..checkpoint import Checkpoint
-from ..plan import Plan
-from ..progress import Clock, Progress
-from ..seeds import derived_seed, seeded
+from ..plan import Plan, Request, plan_linears, planned_blocks
+from ..run import Loop, RunContext
+from ..seeds import derived_seed, seeded, torch_seeded
+from ..session import batches_for, prepared
 from .interrupt import interrupt_deferred
 from .training_state import TrainingState
 
 PROBE_TOKENS = 8
 
 
-class GradualRun:
-    """One call of `prune` with `Gradual`, everything being checked."""
+class GradualLoop(Loop):
+    """The loop of `GradualMethod`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        method: Gradual,
-        batches: list[Batch] | None,
-        checkpoint: Checkpoint | None,
-        report: Report,
-        bar: Progress,
-        clock: Clock,
-    ) -> None:
-        self.model, self.plan, self.method, self.report, self.bar, self.clock = model, plan, method, report, bar, clock
-        self.batches = [batch for batch in batches or () if _predicted(batch)]
-        self.seed = torch.initial_seed()
-        self.state = TrainingState(checkpoint.folder if checkpoint else None, model)
-        self.layers: dict[str, LayerReport] = {}
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self.model, self.plan, self.bar = context.model, context.plan, context.progress
+        self.method: Gradual = context.method
+        self.batches = [batch for batch in context.batches or () if _predicted(batch)]
+        self.state = TrainingState(context.checkpoint.folder if context.checkpoint else None, context.model)
 
-    def prune_all(self) -> None:
+    @classmethod
+    def make_plan(cls, model: nn.Module, method: Gradual, request: Request) -> tuple[Plan, list[Batch] | None]:
+        if request.report_error:
+            raise ValueError(f"report_error: {type(method).__name__} has no errors of layers to report")
+        plan = plan_linears(model, method, request)
+        if not method.trains:
+            return plan, None
+        batches = batches_for(model, method, request.calibration, request.batch_size)
+        with prepared(model, request.seed):
+            check_trainable(model, batches)
+        return plan, batches
+
+    def run(self) -> None:
+        clock = self.context.clock
         if self.method.trains:
             self.bar.count_steps(sum(len(self._batches_of_steps(step)) for step in range(1, self.method.steps + 1)))
-        with _float32_masters(self.model) as self.autocast, interrupt_deferred() as self.interrupted:
+        with _float32_masters(self.model) as autocast, interrupt_deferred() as interrupted:
             done, masks = self.state.load()
-            self.report.training = self.state.curve
+            self.context.report.training = self.state.curve
             self.bar.steps_done(len(self.state.curve))
             for step in range(done + 1, self.method.steps + 1):
                 if masks is None:
-                    with self.clock.phase("solve"):
+                    with clock.phase("solve"):
                         self._prune(step)
                 if self.method.trains:
-                    with self.clock.phase("train"), SparsityKeeper(self.plan.linears, masks) as keeper:
-                        self._train(step, keeper)
-                    with self.clock.phase("write"):
+                    with clock.phase("train"), SparsityKeeper(self.plan.linears, masks) as keeper:
+                        self._train(step, keeper, autocast, interrupted)
+                    with clock.phase("write"):
                         self.state.finish_step(step)
                 masks = None  # they were those of a step that had begun
         if self.method.trains:
             self._check_finite(", rounded to the model's dtype")
         for linear in self.plan.linears:
-            self.report.layers.append(layer := self._layer_report(linear))
+            self.context.report.layers.append(layer := self._layer_report(linear))
             if not self.method.trains:
                 self.bar.layer_done(layer)
 
@@ -73,13 +76,14 @@ class GradualRun:
         for name, pattern in self.plan.patterns.items():
             if (reached := self.method.pattern_after(step, pattern)) is not None:
                 patterns[name] = reached
-        parts = [[linear for linear in linears if linear.name in patterns] for linears in self.plan.parts]
-        patterns = criterion.arrange(self.model, parts, patterns)
-        for linear in (linear for linears in parts for linear in linears):
-            with seeded(self.seed, linear.name):  # in each step the same numbers, so that random zeros stay where they are
+        blocks = planned_blocks(self.model, self.plan, patterns)
+        patterns = criterion.allocate(blocks, patterns)
+        for linear in (linear for block in blocks for linear in block.linears):
+            # the same numbers in each step, so that random zeros stay where they are
+            with seeded(self.context.seed, linear.name):
                 linear.weight.copy_(criterion.solve(linear.weight, None, patterns[linear.name]).weight)
 
-    def _train(self, step: int, keeper: SparsityKeeper) -> None:
+    def _train(self, step: int, keeper: SparsityKeeper, autocast: torch.autocast, interrupted: Callable[[], bool]) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = _optimizer(parameters, self.method)
         self.state.restore_optimizer(optimizer)
@@ -90,16 +94,17 @@ class GradualRun:
                 rate = self.method.learning_rate * _rate_share(index, len(micro_batches), self.method.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                torch.manual_seed(derived_seed(self.seed, f"{step} {index}"))  # dropout's
-                loss = self._optimizer_step(optimizer, parameters, [self.batches[i] for i in micro_batches[index]])
+                batches = [self.batches[i] for i in micro_batches[index]]
+                with torch_seeded(derived_seed(self.context.seed, f"{step} {index}"), parameters[0].device):  # for dropout
+                    loss = self._optimizer_step(optimizer, parameters, batches, autocast)
                 if not loss < float("inf"):
                     raise ValueError(
                         f"Gradual.learning_rate: expected a finite loss, got {loss} after {len(self.state.curve)} optimizer steps; lower it"
                     )
                 self.state.curve.append({"step": step, "sparsity": keeper.sparsity, "learning_rate": rate, "loss": loss})
                 self.bar.step_done(f"step {step}/{self.method.steps} loss {loss:.3f}")
-                self.state.save_now_and_then(step, index + 1, optimizer, keeper, now=self.interrupted())
-                if self.interrupted():
+                self.state.save_now_and_then(step, index + 1, optimizer, keeper, now=interrupted())
+                if interrupted():
                     raise KeyboardInterrupt
             self._check_finite()  # the last step's loss was taken before it
         finally:
@@ -111,13 +116,15 @@ class GradualRun:
             when = f"after {len(self.state.curve)} optimizer steps{rounded}"
             raise ValueError(f"Gradual.learning_rate: expected finite weights, got {found} {when}; lower it")
 
-    def _optimizer_step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: list[Batch]) -> float:
-        """One step on the mean loss of all predicted tokens of `batches`; returns that loss, as it was before the step."""
+    def _optimizer_step(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: list[Batch], autocast: torch.autocast
+    ) -> float:
+        """Take one step on the mean loss of all predicted tokens of `batches`, and return the loss before it."""
         predicted = sum(map(_predicted, batches))
-        total = torch.zeros((), device=parameters[0].device)
+        total = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
         for batch in batches:
             with torch.enable_grad():
-                with self.autocast:
+                with autocast:
                     logits = self.model(**batch.inputs, use_cache=False).logits
                 loss = _summed_loss(logits, batch) / predicted
                 loss.backward()
@@ -128,8 +135,8 @@ class GradualRun:
         return float(total)
 
     def _batches_of_steps(self, step: int) -> list[list[int]]:
-        """The indices of the batches of each optimizer step of pruning step `step`: every epoch shuffles anew, and ends a step."""
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, f"order {step}"))
+        """Return the indices of the batches of each optimizer step of pruning step `step`; an epoch shuffles and ends a step."""
+        generator = torch.Generator().manual_seed(derived_seed(self.context.seed, f"order {step}"))
         wanted, steps, epochs = self.method.train_steps, [], 0
         while len(steps) < wanted if wanted is not None else epochs < self.method.epochs:
             gathered: list[int] = []
@@ -149,11 +156,11 @@ class GradualRun:
 
 
 def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
-    """See that `model` predicts next tokens, that it can be trained, and that `batches` hold something to predict.
+    """Raise unless `model` predicts next tokens and can be trained, and `batches` hold something to predict.
 
     Raises:
-        ValueError: no parameter requires a gradient, or one that does is not finite; every sample is shorter than two tokens; the model returns no logits for each
-            position, or those of a position change with the tokens behind it.
+        ValueError: no parameter requires a gradient, or one that does is not finite; every sample is shorter than two tokens; the
+            model returns no logits for each position, or those of a position change with the tokens behind it.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: Gradual trains it, but none of its parameters requires a gradient (requires_grad_())")
@@ -179,7 +186,7 @@ def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
 
 
 def _not_finite(model: nn.Module) -> str | None:
-    """The first NaN or Inf of the parameters that are trained, and where it is."""
+    """Return the first NaN or Inf of the parameters that are trained, and where it is."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not (finite := torch.isfinite(parameter)).all():
             return f"{float(parameter.detach()[~finite][0])} in {name}"
@@ -187,7 +194,7 @@ def _not_finite(model: nn.Module) -> str | None:
 
 
 def _predicted(batch: Batch) -> int:
-    """How many tokens of a batch are predicted: real ones behind a real one."""
+    """Return how many tokens of a batch are predicted: real ones behind a real one."""
     mask = _target_mask(batch)
     samples, length = batch.shape
     return samples * max(length - 1, 0) if mask is None else int(mask.sum())
@@ -212,14 +219,14 @@ def _optimizer(parameters: list[nn.Parameter], method: Gradual) -> torch.optim.A
 
 
 def _rate_share(index: int, steps: int, warmup: float) -> float:
-    """The learning rate of optimizer step `index` of `steps`, as a share of the highest."""
+    """Return the learning rate of optimizer step `index` of `steps`, as a share of the highest."""
     rising = round(warmup * steps)
     return (index + 1) / rising if index < rising else (steps - index) / (steps - rising)
 
 
 @contextmanager
 def _float32_masters(model: nn.Module) -> Iterator[torch.autocast]:
-    """Float32 parameters within, rounded back to their dtypes on leaving; and the autocast under which they compute in bfloat16."""
+    """Make parameters float32 within and round them back on leaving; yield the autocast under which they compute in bfloat16."""
     dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)}
     device = next(model.parameters()).device.type
     for parameter in dtypes:

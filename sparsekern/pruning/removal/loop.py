@@ -1,14 +1,11 @@
-"""`prune` with a method that removes whole units: sub-layers bottom to top, each decided, fitted and then left behind.
+"""The loop of removal: sub-layers bottom to top, each decided, fitted and then left behind.
 
-What is in front of the sub-layer at hand is never run again: its output is stored for every calibration batch, once as the pruned
-model has it and once as the dense model would. The model itself is cut at the very end, so a run that fails leaves it as it was.
+What is in front of the current sub-layer is never run again: its output is stored for every calibration batch, once as the pruned
+model has it and once as the dense model would. The model itself is cut at the very end, so a run that fails leaves it unchanged.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,82 +14,22 @@ from torch import nn
 
 from ... import ops
 from ...methods.kprune import KPrune, predictive_knowledge, search, tuned_projection
-from ...models.encoder import Encoder, SubLayer
+from ...models.encoder import Chain, Encoder, SubLayer
 from ...models.units import keep_units, record_units, recorded_units
-from ...pattern import parse_pattern
 from ...reports.removal import RemovalReport, SubLayerReport
-from ...runtime import weight_bytes
-from ..batches import Batch, Calibration
-from ..batches import fingerprint as calibration_fingerprint
-from ..checkpoint import Checkpoint, finish, model_fingerprint
-from ..plan import PatternLike, check_device, check_finite
-from ..progress import Clock, Notices, Progress, warnings_named
-from ..session import batches_for, check_saveable, environment, prepared, save_model
+from ..batches import Batch
+from ..plan import Request, check_device, check_finite
+from ..progress import Notices, warnings_named
+from ..run import BlockResult, Loop, RunContext
+from ..session import batches_for
 from .objective import Answers, Objective
 
 
-def prune_units(
-    model: nn.Module,
-    method: KPrune,
-    pattern: PatternLike,
-    calibration: Calibration | None,
-    *,
-    seed: int,
-    out: str | os.PathLike | None,
-    resume: bool,
-    progress: bool,
-    batch_size: int | None,
-    complete: Callable[[RemovalReport], None] | None,
-) -> RemovalReport:
-    """Remove heads and neurons of an encoder in place. Arguments as in `sparsekern.prune`, which calls this.
-
-    Raises:
-        ValueError, TypeError: as `prune` does; a model that is no encoder of the known make, or was cut before; a share that leaves
-            nothing; a calibration sample that is all padding.
-    """
-    start = time.perf_counter()
-    share = method.share(parse_pattern(pattern))
-    if resume and out is None:
-        raise ValueError("resume: expected out, the folder of the run to go on with")
-    encoder = encoder_to_cut(model)
-    batches = batches_for(model, method, calibration, batch_size)
-    _check_samples(batches)
-    costs = Costs.of(encoder, batches, method.budget)
-    remaining = _remaining(encoder, costs, share)
-    settings = {"method": method.settings(), "pattern": f"{share:g}", "seed": seed, "calibration": calibration_fingerprint(batches)}
-    checkpoint = None
-    if out is not None:
-        check_saveable(model)
-        settings["model"] = model_fingerprint(model)
-        checkpoint = Checkpoint(out, settings, environment(model), resume=resume)
-    report = RemovalReport(
-        settings=settings, versions=environment(model), calibration_tokens=sum(batch.tokens for batch in batches)
-    )
-    before, dense_bytes = _sizes(model, encoder, batches), weight_bytes(model)
-    bar = Progress(len(encoder.sublayers), progress)
-    clock = Clock(next(model.parameters()).device)
-    try:
-        with prepared(model, seed):
-            cuts = _Run(encoder, method, batches, costs, remaining, seed, checkpoint, report, bar, clock).decide_all()
-            _apply(encoder, cuts)
-        after = _sizes(model, encoder, batches)
-        report.flops, report.parameters, report.model_parameters = zip(before, after, strict=True)
-        if out is not None:
-            with clock.phase("write"):
-                save_model(model, out, "dense")
-    finally:
-        bar.close()
-    report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
-    if out is not None:
-        finish(out, report, dense_bytes, complete)
-    return report
-
-
 def encoder_to_cut(model: nn.Module) -> Encoder:
-    """The sub-layers of `model`, whose weights are on one device and finite.
+    """Return the sub-layers of `model`, whose weights are on one device and finite.
 
     Raises:
-        ValueError: see `prune_units`.
+        ValueError: a model that is no encoder of the known make, or was cut before.
     """
     if recorded_units(getattr(model, "config", None)):  # of which `Encoder` might not know the blocks again
         raise ValueError(
@@ -135,6 +72,31 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class RemovalPlan:
+    """What is removed from an encoder.
+
+    Attributes:
+        encoder: its sub-layers.
+        costs: what one head and one neuron take of the budget.
+        remaining: the budget that may be kept.
+    """
+
+    encoder: Encoder
+    costs: Costs
+    remaining: float
+
+    @property
+    def steps(self) -> int:
+        """The number of sub-layers, each of which is reported."""
+        return len(self.encoder.sublayers)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the result depends on besides method, seed, calibration and model; JSON can hold it."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Cut:
     """What becomes of a sub-layer: the units that stay, and the output projection that reads them."""
 
@@ -156,82 +118,99 @@ class _Stored:
     target: torch.Tensor | None = None  # the residual stream behind the sub-layer at hand, as the dense model has it
 
 
-class _Run:
-    """One call of `prune_units`, everything being checked."""
+class RemovalLoop(Loop):
+    """The loop of `RemovalMethod`."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        method: KPrune,
-        batches: list[Batch],
-        costs: Costs,
-        remaining: float,
-        seed: int,
-        checkpoint: Checkpoint | None,
-        report: RemovalReport,
-        bar: Progress,
-        clock: Clock,
-    ) -> None:
-        self.encoder, self.sublayers, self.method, self.batches = encoder, encoder.sublayers, method, batches
-        self.costs, self.remaining, self.seed = costs, remaining, seed
-        self.checkpoint, self.report, self.bar, self.clock, self.notices = checkpoint, report, bar, clock, Notices()
+    REPORT = RemovalReport
 
-    def decide_all(self) -> list[Cut]:
-        cuts = []
-        with self.encoder.opened(self.batches[0].inputs) as self.chain:
-            with self.clock.phase("capture"):
-                self.stored = self._capture()
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self.plan: RemovalPlan = context.plan
+        self.method: KPrune = context.method
+        self.encoder, self.sublayers, self.costs = self.plan.encoder, self.plan.encoder.sublayers, self.plan.costs
+        self.remaining, self.notices = self.plan.remaining, Notices()
+        self.chain: Chain | None = None
+        self.objective: Objective | None = None
+        self.stored: list[_Stored] = []
+
+    @classmethod
+    def make_plan(cls, model: nn.Module, method: KPrune, request: Request) -> tuple[RemovalPlan, list[Batch]]:
+        _refuse_choice_of_linears(method, request)
+        encoder = encoder_to_cut(model)
+        batches = batches_for(model, method, request.calibration, request.batch_size)
+        _check_samples(batches)
+        costs = Costs.of(encoder, batches, method.budget)
+        return RemovalPlan(encoder, costs, _remaining(encoder, costs, method.remove)), batches
+
+    @classmethod
+    def described(cls, request: Request) -> dict[str, object]:
+        return {}
+
+    def run(self) -> None:
+        report, before = self.context.report, self._sizes()
+        cuts = self._decide_all()
+        _apply(self.encoder, cuts)
+        report.flops, report.parameters, report.model_parameters = zip(before, self._sizes(), strict=True)
+
+    def _decide_all(self) -> list[Cut]:
+        cuts, clock = [], self.context.clock
+        with self.encoder.opened(self.context.batches[0].inputs) as self.chain:
+            with clock.phase("capture"):
+                self._capture()
             for index, sublayer in enumerate(self.sublayers):
                 restored = self._restore(index)
-                begin = self.clock.now()
+                begin = clock.now()
                 cut = restored[0] if restored else self._decide(index)
-                with self.clock.phase("forward"):
+                with clock.phase("forward"):
                     error = self._advance(sublayer, cut)
                 if restored:
                     layer = restored[1]
-                    self.report.resumed_blocks += 1
+                    self.context.report.resumed_blocks += 1
                 else:
-                    seconds = self.clock.now() - begin
+                    seconds = clock.now() - begin
                     layer = SubLayerReport(sublayer.name, sublayer.kind, sublayer.units, len(cut.kept), error, seconds)
                     self._save(index, cut, layer)
                 self.remaining -= len(cut.kept) * self.costs.unit(sublayer)
-                self.report.layers.append(layer)
-                self.bar.layer_done(layer)
+                self.context.record([layer])
                 cuts.append(cut)
         return cuts
 
-    def _capture(self) -> list[_Stored]:
-        generator = torch.Generator().manual_seed(self.seed)
-        stored, self.objective = [], None
-        for batch in self.batches:
+    def _capture(self) -> None:
+        generator = torch.Generator().manual_seed(self.context.seed)
+        for batch in self.context.batches:
             output = self.chain.run(batch.inputs)
             if self.objective is None:
                 self.objective = Objective.choose(self.method.objective, self.method.temperature, output, self.encoder.model.config)
             answers = self.objective.answers(output, batch)
             probes = self.objective.probes(answers, batch, generator)
             embedded = self.chain.embedded
-            stored.append(_Stored(batch, self.chain.attention_mask, answers, probes, embedded, embedded))
-        return stored
+            self.stored.append(_Stored(batch, self.chain.attention_mask, answers, probes, embedded, embedded))
+
+    def _sizes(self) -> tuple[float, int, int]:
+        """Return FLOPs and parameters of the heads and neurons, and all parameters of the model."""
+        costs = (Costs.of(self.encoder, self.context.batches, budget) for budget in ("flops", "parameters"))
+        flops, parameters = (cost.total(self.encoder) for cost in costs)
+        return flops, int(parameters), sum(parameter.numel() for parameter in self.context.model.parameters())
 
     def _decide(self, index: int) -> Cut:
         sublayer = self.sublayers[index]
-        with self.clock.phase("score"):
+        with self.context.clock.phase("score"):
             scores = self._scores(index)
-        with self.clock.phase("search"):
+        with self.context.clock.phase("search"):
             costs = [self.costs.unit(above) for above in self.sublayers[index:]]
             keep = search(scores, costs, self.remaining)[0]
         kept = keep.nonzero()[:, 0].to(sublayer.out.weight.device)
         cut = Cut(kept, sublayer.out.weight[:, _features_of(sublayer, kept)], sublayer.out.bias)
         if not self.method.tuning:
             return cut
-        with self.clock.phase("tune"), warnings_named(f"{sublayer.name} {sublayer.kind}"):
+        with self.context.clock.phase("tune"), warnings_named(f"{sublayer.name} {sublayer.kind}"):
             return self._tuned(sublayer, cut)
 
     def _scores(self, index: int) -> list[torch.Tensor]:
         above = self.sublayers[index:]
         device = above[0].out.weight.device
         predictive = [torch.zeros(sublayer.units, dtype=torch.float64, device=device) for sublayer in above]
-        sums = [torch.zeros(sublayer.out.in_features, device=device) for sublayer in above]
+        sums = [torch.zeros(sublayer.out.in_features, dtype=torch.float32, device=device) for sublayer in above]
         for stored in self.stored:
             found, gradients = self._gradients(index, stored)
             for place, (sublayer, features, gradient) in enumerate(zip(above, found, gradients, strict=True)):
@@ -244,12 +223,12 @@ class _Run:
         samples = sum(stored.batch.shape[0] for stored in self.stored)
         scores = []
         for sublayer, pred, energy in zip(above, predictive, sums, strict=True):
-            rep = ops.head_neuron_scores(energy, sublayer.out.weight, sublayer.head_size) / self.report.calibration_tokens
+            rep = ops.head_neuron_scores(energy, sublayer.out.weight, sublayer.head_size) / self.context.report.calibration_tokens
             scores.append(self.method.scores(pred / samples, rep, self.costs.unit(sublayer), sublayer.kind == "heads"))
         return scores
 
     def _gradients(self, index: int, stored: _Stored) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """The features of all sub-layers from `index` on, and the gradients of the samples' objective by them."""
+        """Return the features of all sub-layers from `index` on, and the gradients of the samples' objective by them."""
         found: list[torch.Tensor] = []
 
         def visit(place: int, features: torch.Tensor) -> torch.Tensor:
@@ -281,9 +260,9 @@ class _Run:
         size = cut.weight.shape[1] + extra
         if size == 0:
             return cut
-        self.notices.few_tokens(f"{sublayer.name} {sublayer.kind}", self.report.calibration_tokens, cut.weight.shape[1])
-        gram = torch.zeros(size, size, device=cut.weight.device)
-        cross = torch.zeros(len(cut.weight), size, device=cut.weight.device)
+        self.notices.few_tokens(f"{sublayer.name} {sublayer.kind}", self.context.report.calibration_tokens, cut.weight.shape[1])
+        gram = torch.zeros(size, size, dtype=torch.float32, device=cut.weight.device)
+        cross = torch.zeros(len(cut.weight), size, dtype=torch.float32, device=cut.weight.device)
         for stored in self.stored:
             features = self._kept_features(sublayer, stored, cut.kept)
             missing = self._target(sublayer, stored) - stored.student - F.linear(features, cut.weight, cut.bias)
@@ -293,7 +272,7 @@ class _Run:
         return Cut(cut.kept, *tuned_projection(cut.weight, cut.bias, gram, cross, self.method.ridge))
 
     def _advance(self, sublayer: SubLayer, cut: Cut) -> float:
-        """Move student and teacher behind the sub-layer; returns the relative squared error between them before the LayerNorm."""
+        """Move student and teacher behind the sub-layer; return their relative squared distance before the LayerNorm."""
         error = energy = 0.0
         for stored in self.stored:
             target = self._target(sublayer, stored)
@@ -308,12 +287,14 @@ class _Run:
         return error / energy if energy else 0.0
 
     def _save(self, index: int, cut: Cut, layer: SubLayerReport) -> None:
-        if self.checkpoint:
-            with self.clock.phase("write"):
-                self.checkpoint.save(index, {"kept": cut.kept, "weight": cut.weight, "bias": cut.bias}, [layer])
+        if self.context.checkpoint:
+            with self.context.clock.phase("write"):
+                tensors = {"kept": cut.kept, "weight": cut.weight, "bias": cut.bias}
+                self.context.checkpoint.save(index, BlockResult(tensors, [layer]))
 
     def _restore(self, index: int) -> tuple[Cut, SubLayerReport] | None:
-        found = self.checkpoint.read(index, SubLayerReport.from_dict) if self.checkpoint else None
+        checkpoint = self.context.checkpoint
+        found = checkpoint.read(index, SubLayerReport.from_dict) if checkpoint else None
         if found is None:
             return None
         tensors, (layer,) = found
@@ -351,11 +332,18 @@ def _remaining(encoder: Encoder, costs: Costs, share: float) -> float:
     remaining = (1 - share) * total
     if remaining < dearest:  # or else the one that is worth most might be one that cannot be kept
         most = 1 - dearest / total
-        raise ValueError(f"pattern: a share of {share:g} leaves nothing of this model, expected at most {most:.6g}")
+        raise ValueError(f"KPrune.remove: a share of {share:g} leaves nothing of this model, expected at most {most:.6g}")
     return remaining
 
 
-def _sizes(model: nn.Module, encoder: Encoder, batches: list[Batch]) -> tuple[float, int, int]:
-    """FLOPs and parameters of the heads and neurons, and all parameters of the model."""
-    flops, parameters = (Costs.of(encoder, batches, budget).total(encoder) for budget in ("flops", "parameters"))
-    return flops, int(parameters), sum(parameter.numel() for parameter in model.parameters())
+def _refuse_choice_of_linears(method: KPrune, request: Request) -> None:
+    kind = type(method).__name__
+    if request.pattern is not None:
+        raise ValueError(f"pattern: expected None, {kind} removes the share {kind}.remove; got {str(request.pattern)!r}")
+    if request.format != "dense":
+        raise ValueError(f"format: expected 'dense', {kind} leaves no zeros to pack; got {request.format!r}")
+    for argument in ("include", "exclude", "patterns"):
+        if value := getattr(request, argument):
+            raise ValueError(f"{argument}: expected none, {kind} chooses among all heads and neurons; got {value!r}")
+    if request.report_error:
+        raise ValueError(f"report_error: {kind} always reports the error of each sub-layer; expected False, got True")

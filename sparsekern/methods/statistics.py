@@ -1,0 +1,262 @@
+"""Statistics of a linear's calibration inputs: what a method's `needs` chooses from.
+
+`FeatureNorm` and `Gram` describe inputs, so linears with the same inputs share one. `SampleImportance` and `GramImportance` describe
+one weight together with its inputs. Each has a `total`, which adds up over datasets: `include` takes the total of earlier ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from .. import ops
+from ..ops.reverse_cholesky import alive
+
+
+class FeatureNorm:
+    """The sum of squares of each input feature."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.sum_squares = torch.zeros(features, dtype=torch.float32, device=device)
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None, used: int | None = None) -> None:
+        """Take in the rows of `x` `[tokens, features]`.
+
+        Args:
+            x: inputs of the linear.
+            row_mask: True at the rows to use; None uses all.
+            used: the number of these rows, where the caller knows it.
+
+        Raises:
+            ValueError: NaN or Inf in a row that is used.
+        """
+        ops.feature_norm_(self.sum_squares, x, row_mask=row_mask)
+        self.tokens += _rows(x, row_mask) if used is None else used
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The tensor that adds up over datasets."""
+        return self.sum_squares
+
+    def include(self, total: torch.Tensor) -> None:
+        """Add the `total` of earlier datasets."""
+        self.sum_squares += total
+
+    def clone(self) -> FeatureNorm:
+        """Return a copy that goes on independently."""
+        copy = FeatureNorm(0, self.sum_squares.device)
+        copy.tokens, copy.sum_squares = self.tokens, self.sum_squares.clone()
+        return copy
+
+
+class Gram:
+    """The Gram matrix `G = X^T X` of the inputs, and its factor, which all linears with these inputs share."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._gram = torch.zeros(features, features, dtype=torch.float32, device=device)  # lower triangle
+        self._factor: torch.Tensor | None = None
+        self._damping = self._shift = 0.0
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None, used: int | None = None) -> None:
+        """Take in the rows of `x` `[tokens, features]`.
+
+        Args:
+            x: inputs of the linear.
+            row_mask: True at the rows to use; None uses all.
+            used: the number of these rows, where the caller knows it.
+
+        Raises:
+            ValueError: NaN or Inf in a row that is used.
+        """
+        ops.gram_(self._gram, x, row_mask=row_mask)
+        self.tokens += _rows(x, row_mask) if used is None else used
+        self._factor = None
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The tensor that adds up over datasets."""
+        return self._gram
+
+    def include(self, total: torch.Tensor) -> None:
+        """Add the `total` of earlier datasets."""
+        self._gram += total
+        self._factor = None
+
+    def clone(self) -> Gram:
+        """Return a copy that goes on independently, without the factor."""
+        copy = Gram(0, self._gram.device)
+        copy.tokens, copy._gram = self.tokens, self._gram.clone()
+        return copy
+
+    @property
+    def sum_squares(self) -> torch.Tensor:
+        """`[features]` float32: the diagonal."""
+        return self._gram.diagonal()
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """`[features, features]` float32; only the lower triangle is valid."""
+        return self._gram
+
+    def factor(self, damping: float) -> torch.Tensor:
+        """Return the reverse Cholesky factor of the damped Gram matrix; it is kept for the next call with this damping."""
+        if self._factor is None or self._damping != damping:
+            self._factor, self._damping = ops.reverse_cholesky(self._gram, damping), damping
+            # From the traces of `V V^T = G + shift I`, so that whatever damping the factorisation ended up with is included.
+            trace = torch.linalg.vector_norm(self._factor, dtype=torch.float64) ** 2 - self.sum_squares.double().sum()
+            self._shift = max(float(trace) / len(self._gram), 0.0)
+        return self._factor
+
+    def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
+        """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
+        factor, dead = alive(self.factor(damping))
+        half_solved = torch.linalg.solve_triangular(factor.T, cross.masked_fill(dead, 0), upper=False, left=False)
+        return torch.linalg.solve_triangular(factor, half_solved, upper=True, left=False)
+
+    def empty(self) -> Gram:
+        """Return a Gram matrix of the same width that has seen no token."""
+        return Gram(len(self._gram), self._gram.device)
+
+    @property
+    def shift(self) -> float:
+        """What `factor` added to the diagonal: `factor factor^T = G + shift I`."""
+        self._any_factor()
+        return self._shift
+
+    def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return `w G w^T` of each row of `weight`, `[out_features]` float64."""
+        # `||w V||^2 - shift ||w||^2` is a sum of squares, where `w G w^T` cancels badly once a few features dominate the rest.
+        damped = _square_norms(_product(weight, self._any_factor()))
+        return (damped - self.shift * _square_norms(weight)).clamp_(min=0)
+
+    def _any_factor(self) -> torch.Tensor:
+        return self.factor(0.01) if self._factor is None else self._factor
+
+
+class Importance(ABC):
+    """Base of the statistics of one weight: `inputs` is the statistic of its inputs, of the class `INPUTS` or one that knows more."""
+
+    INPUTS: ClassVar[type[FeatureNorm | Gram]]
+    SEES_TOKENS: ClassVar[bool]  # whether `add` must see each batch, or all follows from `inputs`
+
+    def __init__(self, weight: torch.Tensor, inputs: FeatureNorm | Gram) -> None:
+        self.weight, self.inputs = weight, inputs
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens seen in this dataset."""
+        return self.inputs.tokens
+
+    @property
+    def sum_squares(self) -> torch.Tensor:
+        """`[features]` float32, over the tokens of this dataset."""
+        return self.inputs.sum_squares
+
+    @property
+    @abstractmethod
+    def importance(self) -> torch.Tensor:
+        """`[out_features, features]` float32, over this dataset and those included."""
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The tensor that adds up over datasets."""
+        return self.importance
+
+    @abstractmethod
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        """Take in the rows of `x` `[tokens, features]` where `row_mask` is True, or all where it is None."""
+
+    @abstractmethod
+    def include(self, total: torch.Tensor) -> None:
+        """Add the `total` of earlier datasets."""
+
+
+class SampleImportance(Importance):
+    """`|W| * (|Y|^T |X|)`: the absolute gradient of each token, summed over tokens (see `ops.sensitivity_`)."""
+
+    INPUTS = FeatureNorm
+    SEES_TOKENS = True
+
+    def __init__(self, weight: torch.Tensor, inputs: FeatureNorm | Gram) -> None:
+        super().__init__(weight, inputs)
+        self._importance = torch.zeros_like(weight, dtype=torch.float32)
+
+    @property
+    def importance(self) -> torch.Tensor:
+        return self._importance
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        ops.sensitivity_(self._importance, self.weight, x, row_mask=row_mask)
+
+    def include(self, total: torch.Tensor) -> None:
+        self._importance += total
+
+
+class GramImportance(Importance):
+    """`|W * (W G)|`: the absolute gradient of a whole dataset."""
+
+    INPUTS = Gram
+    SEES_TOKENS = False
+
+    def __init__(self, weight: torch.Tensor, inputs: Gram) -> None:
+        super().__init__(weight, inputs)
+        self._importance: torch.Tensor | None = None
+
+    @property
+    def importance(self) -> torch.Tensor:
+        if self._importance is None:
+            gram, weight = ops.gram_symmetrize_(self.inputs.gram.clone()), self.weight.float()
+            self._importance = (weight @ gram).mul_(weight).abs_()
+        return self._importance
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        """Do nothing but forget the importance of fewer tokens: `inputs` takes in the rows."""
+        self._importance = None
+
+    def include(self, total: torch.Tensor) -> None:
+        self._importance = self.importance + total
+
+
+InputStatistic = FeatureNorm | Gram
+Statistic = FeatureNorm | Gram | Importance
+
+
+def inputs_of(needs: type[Statistic]) -> type[InputStatistic]:
+    """Return the class of the statistic that linears with the same inputs share."""
+    return needs.INPUTS if issubclass(needs, Importance) else needs
+
+
+def _product(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return `weight @ factor` in float32; on a GPU to sixteen bits, which suffice for an error and take a tenth of the time."""
+    if not weight.is_cuda:
+        return weight.float() @ factor
+    return torch.mm(*bf16_pieces(weight, factor), out_dtype=torch.float32)
+
+
+def bf16_pieces(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return bfloat16 matrices whose product is `a @ b`, except for the products of the last eight of sixteen bits on either side.
+
+    `(high + low) (high' + low')` without `low low'` is one product of the pieces side by side.
+    """
+    b_high, b_low = _split(b)
+    if a.dtype == torch.bfloat16:
+        return torch.cat((a, a), 1), torch.cat((b_high, b_low))
+    a_high, a_low = _split(a)
+    return torch.cat((a_high, a_high, a_low), 1), torch.cat((b_high, b_low, b_high))
+
+
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()
+
+
+def _square_norms(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+
+
+def _rows(x: torch.Tensor, row_mask: torch.Tensor | None) -> int:
+    return len(x) if row_mask is None else int(row_mask.sum())

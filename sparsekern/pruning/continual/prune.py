@@ -1,0 +1,239 @@
+"""`prune_continually`: a model that meets one calibration data set after another, without keeping any of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...backends.libraries import check_isa
+from ...data.perplexity import evaluation_windows
+from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
+from ...reports.continual import ContinualReport
+from ...runtime import check_format, check_output_folder, save
+from ...runtime.save import DENSE
+from ..batches import Batch, Calibration, fingerprint
+from ..checkpoint import model_fingerprint
+from ..plan import Globs, PatternLike, Plan, make_plan
+from ..session import HOW_TO_SAVE_IT, batches_for, check_format_fits, check_module, check_saveable, check_seed, environment
+from .loop import ContinualLoop, Evaluation
+from .state import State
+
+STRATEGIES = ("accumulate", "dense", "carry")
+
+
+def prune_continually(
+    model: nn.Module,
+    calibrations: Mapping[str, Calibration],
+    method: str | Method = "copal",
+    pattern: PatternLike = "2:4",
+    *,
+    evaluate: Mapping[str, torch.Tensor] | None = None,
+    state: str | os.PathLike | None = None,
+    seed: int = 0,
+    out: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    abandon: bool = False,
+    strategy: str = "accumulate",
+    include: Globs = None,
+    exclude: Globs = None,
+    patterns: Mapping[str, PatternLike | None] | None = None,
+    batch_size: int | None = None,
+    length: int = 2048,
+    format: str = DENSE,
+) -> ContinualReport:
+    """Prune a transformers decoder in place for one data set after another; it ends as pruned for all of them.
+
+    What is learned of a data set is added to what was learned of those before, and each mask is chosen anew from the dense weights
+    (`strategy="accumulate"`). So a weight that an earlier mask pruned can come back, and a weight that an earlier data set needs is
+    still known to be needed, although no earlier data are kept or read. What adds up is COPAL's importance, Wanda's feature norms and
+    the Gram matrices of SparseGPT and ALPS; magnitude learns nothing. The other strategies are what goes wrong without:
+
+    * `"dense"`: each data set prunes the dense weights by itself alone, and the ones before are forgotten;
+    * `"carry"`: each data set prunes what the one before left. At one sparsity the zeros are the least important weights again, so
+      nothing changes any more (weight stasis): neither for a method that only chooses nor for SparseGPT, which has nothing to make
+      up for.
+
+    Args:
+        model: the dense model, or with a `state` that has seen data, also the model as it was left then.
+        calibrations: name -> calibration data as `prune` takes them, in the order in which the model meets them.
+        method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
+        pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
+        evaluate: name of a data set -> token ids to take the perplexity on after its step and after every later one, and of the dense
+            model; `[tokens]` or `[rows, tokens]` as `perplexity` takes them. A `state` remembers them by a digest, and takes no others
+            under that name.
+        state: a folder for what is to be known when the next data set comes, in this process or another: dense weights,
+            accumulated tensors and pruned weights of the linears, and the names of the data sets. None keeps it in memory for this
+            call. For COPAL in float32 it is three times the size of the linears; while a step is under way, five times.
+        seed: for whatever draws random numbers on the way.
+        out: a new or empty folder for the pruned model and `report.json`, saved once all data sets are done.
+        resume: go on with what `state` holds of a run that was killed: data sets that are done are not done again, and of the one
+            that was under way only the blocks that are missing. The result is the same, bit for bit.
+        progress: show a progress bar for each data set.
+        abandon: drop what `state` holds of a step that was not finished, before `calibrations` are taken in: the way out where its data
+            set is lost or turned out bad. It can then be left out, or come again changed.
+        strategy: `"accumulate"`, `"dense"` or `"carry"`.
+        include, exclude, patterns, batch_size: as for `prune`.
+        length: tokens in a window of `evaluate`.
+        format: of what is saved to `out`, as for `prune`.
+
+    Returns:
+        A `ContinualReport` of every data set that the state has seen: the matrix of perplexities, their average after the last step,
+        and the backward transfer, negative where data sets were forgotten.
+
+    Raises:
+        ValueError, TypeError: bad arguments, before any work is done: also a state made with another model, method or pattern, a data
+            set that it has seen already (but with `resume`), an unfinished step (but with `resume` or `abandon`), other tokens or
+            another length to evaluate a data set on than before, and a state that another process is at work on.
+        OSError: no space left in `state` or `out`; what was written before is intact.
+
+    Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024; see `COPAL` for what is theirs and what was chosen here.
+    """
+    check_module(model)
+    method = resolve_method(method)
+    check_adds_up(method, strategy)
+    check_seed(seed)
+    check_isa()
+    check_format(format)
+    plan = make_plan(model, pattern, patterns, include, exclude)
+    data_sets = _data_sets(model, method, calibrations, batch_size)
+    if out is not None:
+        check_saveable(model)
+        check_format_fits(model, plan.patterns, format)
+        check_output_folder(out)
+    if state is None and (resume or abandon):
+        raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
+    if resume and abandon:
+        raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
+    with State.opened(state) as known:
+        evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
+        loop = ContinualLoop(
+            model,
+            plan,
+            method,
+            seed=seed,
+            strategy=strategy,
+            state=known,
+            evaluation=Evaluation(model, evaluate, length),
+            progress=progress,
+        )
+        loop.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
+        abandoned = known.abandon() if abandon else None
+        loop.check_evaluation()
+        todo = _todo(known, data_sets, resume)
+        if abandoned:
+            abandoned.drop()
+            known.write()
+        loop.run(todo)
+    report = ContinualReport(settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps)
+    if out is not None:
+        folder = _saved(model, out, format, state)
+        report.to_json(folder / "report.json")
+        report.to_html(folder / "report.html")
+    return report
+
+
+def check_adds_up(method: Method, strategy: str) -> None:
+    """Raise unless what `method` learns adds up over datasets, and `strategy` is known.
+
+    Every statistic adds up. Of the methods without statistics only magnitude is taken, as the baseline.
+
+    Raises:
+        ValueError: another method or strategy.
+    """
+    if method == Magnitude(scope="global"):
+        raise ValueError(
+            "method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets"
+        )
+    if not _adds_up(method):
+        names = (name for name, kind in METHODS.items() if _adds_up(kind()))
+        raise ValueError(f"method: expected one of {', '.join(names)} for several data sets, got {method.name}")
+    check_choice("strategy", strategy, STRATEGIES)
+
+
+def _adds_up(method: Method) -> bool:
+    if not isinstance(method, LinearMethod) or isinstance(method, BlockMethod):
+        return False
+    return method.needs is not None or isinstance(method, Magnitude)
+
+
+def _data_sets(
+    model: nn.Module, method: Method, calibrations: Mapping[str, Calibration], batch_size: int | None
+) -> dict[str, list[Batch]]:
+    if not isinstance(calibrations, Mapping):
+        raise TypeError(f"calibrations: expected a mapping of names to calibration data, got {type(calibrations).__name__}")
+    if not calibrations:
+        raise ValueError("calibrations: expected at least one data set, got none")
+    data_sets = {}
+    for name, calibration in calibrations.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"calibrations: expected names of data sets, got {name!r}")
+        try:
+            data_sets[name] = batches_for(model, method, calibration, batch_size)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"calibrations[{name!r}]: {error}") from error
+    return data_sets
+
+
+def _checked_evaluation(
+    model: nn.Module, evaluate: Mapping[str, torch.Tensor] | None, names: set[str], length: int
+) -> Mapping[str, torch.Tensor]:
+    if evaluate is None:
+        return {}
+    if not isinstance(evaluate, Mapping):
+        raise TypeError(f"evaluate: expected a mapping of names to token ids, got {type(evaluate).__name__}")
+    for name, ids in evaluate.items():
+        if name not in names:
+            raise ValueError(f"evaluate: expected names of data sets ({', '.join(sorted(names))}), got {name!r}")
+        try:
+            evaluation_windows(model, ids, length)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"evaluate[{name!r}]: {error}") from error
+    return evaluate
+
+
+def _saved(model: nn.Module, out: str | os.PathLike, format: str, state: str | os.PathLike | None) -> Path:
+    try:
+        return save(model, out, format)
+    except ValueError as error:
+        kept = "the model in memory is pruned" if state is None else f"what is pruned is kept in {state}, {HOW_TO_SAVE_IT}"
+        raise ValueError(f"{error}; {kept}") from error
+
+
+def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:
+    weights = [module.weight for linear in plan.linears for module in linear.modules]
+    return {
+        "method": method.settings(),
+        "patterns": {name: str(value) for name, value in plan.patterns.items()},
+        "model": model_fingerprint(model, without=weights),
+    }
+
+
+def _todo(state: State, data_sets: Mapping[str, list[Batch]], resume: bool) -> list[tuple[str, list[Batch]]]:
+    """The data sets that the state has not taken in yet."""
+    if state.under_way and not resume:
+        raise ValueError(
+            f"state: {state.folder} holds an unfinished step, {state.seen[-1][0]!r}; pass resume=True (--resume) and that data set to go "
+            "on, or abandon=True (--abandon) to drop it"
+        )
+    todo, seen = [], dict(state.seen[: len(state.steps)])
+    for name, batches in data_sets.items():
+        if name not in seen:
+            todo.append((name, batches))
+        elif not resume:
+            raise ValueError(
+                f"calibrations: {name!r} was taken in already; leave it out (it is not read again), give new data another name, or "
+                "pass resume=True to skip it"
+            )
+        elif seen[name] != fingerprint(batches):
+            raise ValueError(f"calibrations: {name!r} is not what was taken in under that name")
+    if state.under_way and (not todo or state.seen[-1] != [todo[0][0], fingerprint(todo[0][1])]):
+        raise ValueError(
+            f"calibrations: expected {state.seen[-1][0]!r} next, unchanged, to finish its step in {state.folder}; pass abandon=True "
+            "(--abandon) instead of resume to drop it"
+        )
+    return todo
