@@ -1,6 +1,6 @@
 """Settings of method configs: each field declares its default, what it accepts and its help, once.
 
-Validation, the command line (`--set`, `--help-method`), the docstrings' `Args:` and the tables of the docs are made from these rules.
+Validation, the command line (`--set`, `--help-method`), the `Args:` of docstrings and the tables of the docs are made from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ALPS: choose the mask and the weights together, by the alternating directions method, then solve for the weights exactly."""
+"""ALPS: choose mask and weights together by ADMM, then solve for the weights on that mask exactly."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .base import HasGram, LinearMethod, Solution
 from .selection import keep_mask
 from .statistics import Gram
 
-LOOK_EVERY = 3  # iterations between looks at how much of the mask has changed, after which the penalty is adapted
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, where more than this share of the mask has changed
-STUCK = 0.1  # a mask of which no more than this changes at the first look has not begun to move: the penalty is too large,
-RESTART = 0.2  # and is multiplied by this before everything starts anew,
-SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless it is below the former already
+LOOK_EVERY = 3  # iterations after which the change of the mask is measured and the penalty is adapted
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # factor of the penalty where more than this share of the mask has changed
+STUCK = 0.1  # where no more than this share has changed at first, the penalty is too large,
+RESTART = 0.2  # and ADMM restarts with this times the penalty,
+SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless the penalty is below the first of these already
 
 
 @dataclass(frozen=True)
 class ALPS(LinearMethod):
     """Alternating directions method of multipliers (ADMM) on each linear, then least squares on the support that it found.
 
-    The support is that of the projected iterate `D`, which the dense one approaches; the public program projects the dense one anew.
-    Everything happens in the basis in which the damped Gram matrix has a unit diagonal. The support settles as the penalty grows,
-    and how fast the penalty grows depends on how much of the support still changes. Features that were never active are pruned
-    first, and their weights are cleared where the pattern keeps them.
+    The support is that of the projected iterate `D`, which the dense iterate approaches; the public program projects the dense
+    one. ADMM runs in the basis in which the damped Gram matrix has a unit diagonal. The penalty grows the faster, the more of the
+    support still changes, and the support settles as it grows. Features that were never active are pruned first, and their
+    weights are set to zero where the pattern keeps them.
 
     Source: Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024, algorithms
-    1 and 2, with the dual scaled by the penalty and one Cholesky factorisation for each penalty in place of an eigendecomposition.
+    1 and 2. The dual is scaled by the penalty, and each penalty takes one Cholesky factorisation instead of an eigendecomposition.
     """
 
     name: ClassVar[str] = "alps"
@@ -59,14 +59,14 @@ class ALPS(LinearMethod):
         target = weight.float() * basis.scale
         mask = keep_mask(target.abs(), pattern, self.scope)
         start = None
-        if 0 < int(mask.sum()) < mask.numel():  # else there is nothing to choose
+        if 0 < int(mask.sum()) < mask.numel():  # otherwise there is nothing to choose
             start, mask = self._find_support(_Admm(target, mask, basis.gram, pattern, self.scope, self.rho))
         found, _ = ops.masked_lstsq(target, basis.gram, mask, start=start)
         new_weight = (found * basis.inverse_scale).to(weight.dtype)
         return Solution(new_weight, mask, statistics.row_energy(new_weight.float() - weight.float()))
 
     def _find_support(self, admm: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sparse weights that ADMM ends with, and their mask."""
+        """Return the sparse weights that ADMM ends with, and their mask."""
         moving = False
         for left in range(self.max_iterations, 0, -LOOK_EVERY):
             changed = admm.run(min(LOOK_EVERY, left))
@@ -88,9 +88,11 @@ class ALPS(LinearMethod):
 
 
 class _Admm:
-    """The alternating directions method on one weight: the state, which `ops.admm_step_` describes, and the penalty `rho`.
+    """The state of ADMM on one weight, as `ops.admm_step_` describes it, and its penalty `rho`.
 
-    `target`: the dense weights in the basis of `gram`; `first`: the mask to start with.
+    Attributes:
+        mask: bool, True at the current support.
+        rho: the current penalty.
     """
 
     def __init__(
@@ -109,17 +111,17 @@ class _Admm:
         self._factor(rho)
 
     def run(self, iterations: int) -> float:
-        """Go on for so many iterations; returns how many entries of the mask have changed, as a share of the kept or the pruned."""
+        """Run `iterations` steps; return how many entries of the mask changed, as a share of the kept or the pruned ones."""
         before = self.mask.clone()
         for left in range(iterations, 0, -1):
             self._offset, self._product = torch.mm(self._offset, self._step, out=self._product), self._offset
-            mask = before if left == 1 else self.mask  # so that the last one counts what all of them have changed
+            mask = before if left == 1 else self.mask  # the last step counts what all steps have changed
             changed = ops.admm_step_(self._offset, self._dual, mask, self._target, self._pattern, scope=self._scope)
         self.mask = before
         return int(changed) / self._fewer
 
     def set_penalty(self, rho: float) -> None:
-        # The dual is scaled by the penalty, and offset = projected - dual - target with it.
+        # The dual is scaled by the penalty, and so is its share of offset = projected - dual - target.
         factor = self.rho / rho
         self._offset.add_(self._dual, alpha=1 - factor)
         self._dual.mul_(factor)
@@ -129,13 +131,19 @@ class _Admm:
         return (self._offset + self._target).masked_fill_(~self.mask, 0)
 
     def _factor(self, rho: float) -> None:
-        """`rho (gram + rho I)^-1`: what the target's distance from the weights is multiplied by to give the solution's."""
+        """Set the penalty and `rho (gram + rho I)^-1`, which maps the target's offset to the solution's."""
         self.rho = rho
         self._step = ops.gram_inverse(self._gram, rho / self._live).mul_(rho)
 
 
 class _Basis(NamedTuple):
-    """`gram`: lower triangle, with a unit diagonal but for zeros where features are dead; `scale`: of weights on the way to it."""
+    """The basis in which the damped Gram matrix has a unit diagonal.
+
+    Attributes:
+        gram: the Gram matrix in this basis, lower triangle; zero at dead features.
+        scale: factor of a weight on the way to the basis, by feature.
+        inverse_scale: factor on the way back.
+    """
 
     gram: torch.Tensor
     scale: torch.Tensor

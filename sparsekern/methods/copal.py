@@ -1,4 +1,4 @@
-"""COPAL: a weight counts for what it says in the layer's output, on every data set met so far; pruned from the dense weights."""
+"""COPAL: prune by how much the layer's output reacts to each weight, summed over all datasets so far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import HasImportance, LinearMethod, Solution
 from .selection import keep_mask
 from .statistics import GramImportance, SampleImportance
 
-GRADIENTS_AT_ONCE = 1 << 24  # numbers in the per-token gradients of the general form
+GRADIENTS_AT_ONCE = 1 << 24  # entries of the per-token gradients that are held together
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,21 @@ class COPAL(LinearMethod):
 
     This is a **reconstruction**: no code is public, and the paper's formulas could be read only in part.
 
-    * Established: calibration data sets come one after another and are not kept. A layer `y = f(x, W)` is perturbed in its input and
-      its weight, and the squared norm of what its output does is differentiated by the weight's perturbation. The importance is
-      `|W * gradient|`, added up over samples and data sets, and each mask is chosen from the dense weights by the importance so far.
-    * Chosen here, where the text was not to be had: perturbations in proportion to `x` and `W` (random ones have no expectation that
-      ranks weights), the absolute value before or after the sum over tokens (`form`), where weights are compared (`scope`), and
-      that every block sees the outputs of pruned ones, as in Wanda. Data sets count by their tokens.
+    * From the paper: calibration datasets come one after another and are not kept. A layer `y = f(x, W)` is perturbed in its
+      input and its weight, and the squared norm of the change of its output is differentiated by the weight's perturbation. The
+      importance is `|W * gradient|`, summed over samples and datasets. Each mask is chosen from the dense weights by the
+      importance so far.
+    * Chosen here: perturbations in proportion to `x` and `W`, since random ones have no expectation that ranks weights; the
+      absolute value before or after the sum over tokens (`form`); where weights are compared (`scope`). Every block sees the
+      outputs of pruned blocks, as in Wanda. Datasets are weighted by their tokens.
 
-    For a linear layer the perturbation's size drops out, and with outputs `Y = X W^T` and the Gram matrix `G = X^T X` it is exactly
+    For a linear layer the perturbation's size cancels. With outputs `Y = X W^T` and the Gram matrix `G = X^T X` the importance is
 
-    * `form="sample"`: `|W| * (|Y|^T |X|)`, the absolute value of each token's own gradient `y x^T`;
-    * `form="gram"`: `|W * (W G)|`, that of the gradient of a whole data set: Wanda's score squared, plus the interaction of each
-      weight with the others of its row.
+    * `form="sample"`: `|W| * (|Y|^T |X|)`, from the absolute value of each token's gradient `y x^T`;
+    * `form="gram"`: `|W * (W G)|`, from the gradient of a whole dataset: Wanda's squared score plus the interaction of each weight
+      with the others of its row.
 
-    With `sparsekern.prune` there is one data set; `sparsekern.prune_continually` takes one after another.
+    `sparsekern.prune` takes one dataset, `sparsekern.prune_continually` one after another.
 
     Source: Malla, Choi and Choi, COPAL: Continual Pruning in Large Language Generative Models, ICML 2024 (section 3).
     """
@@ -63,20 +64,20 @@ class COPAL(LinearMethod):
     def general_importance(
         self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weight: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
-        """The importance of the weight of any layer, by finite differences of its output.
+        """Return the importance of the weight of any layer, by finite differences of its output.
 
-        With `S_x = f(x + dx, W) - f(x, W)` and `S_W = f(x, W + dW) - f(x, W)`, each token's gradient is that of `||S_x + S_W||^2` by
-        `dW`, at `dx = p x` and `dW = p W` for the perturbation `p`, and in units of `4 p`, so that for a linear layer the result is
-        that of `importance` for every `p` (but for rounding, of which float64 leaves little).
+        With `S_x = f(x + dx, W) - f(x, W)` and `S_W = f(x, W + dW) - f(x, W)`, each token's gradient is that of `||S_x + S_W||^2`
+        by `dW`, at `dx = p x` and `dW = p W` for the perturbation `p`, in units of `4 p`. For a linear layer the result is the
+        statistic's importance for every `p`, up to rounding, which is negligible in float64.
 
         Args:
-            function: the layer, `f(x, weight)`: inputs `[tokens, in_features]` and a weight to outputs `[tokens, ...]`, each token by
-                itself, differentiable by `torch.func`.
+            function: the layer, `f(x, weight)`: inputs `[tokens, in_features]` and a weight to outputs `[tokens, ...]`. Each
+                token is independent of the others; `torch.func` must be able to differentiate it.
             weight: of any shape.
             x: `[tokens, in_features]`.
 
         Returns:
-            A tensor like `weight`.
+            A tensor of the shape of `weight`.
         """
         change, small = weight * self.perturbation, self.perturbation
 

@@ -1,4 +1,4 @@
-"""Gradual pruning: a little at a time by a criterion without data, with fine-tuning after each step."""
+"""Gradual pruning: in steps, by a criterion that needs no data, with fine-tuning after each step."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ EXPONENT = {"cubic": 3, "linear": 1}
 class Gradual(GradualMethod):
     """Prune in `steps` steps, each by `criterion` to the sparsity of the schedule, and train the whole model after each.
 
-    After step `t` of `n` the sparsity is `s_t = s (1 - (1 - t/n)^3)`. An N:M pattern goes by its N: step `t` keeps `M (1 - s_t)` of M,
-    rounded up. Training minimises the mean loss of the next token over the calibration ids (padding left out) with AdamW, pruned weights
-    held at zero; in each step the learning rate rises linearly over the `warmup` share of its optimizer steps and falls linearly to
-    zero, and the optimizer starts anew. A model in half precision is trained as float32 master weights under bfloat16 autocast, and
-    rounded back once at the end. Every parameter that requires a gradient is trained. With `prune`'s `out`, the first Ctrl-C ends the
-    optimizer step at hand and keeps it.
+    After step `t` of `n` the sparsity is `s_t = s (1 - (1 - t/n)^3)`. For an N:M pattern, step `t` keeps `M (1 - s_t)` of M,
+    rounded up.
 
-    `steps=1` is one-shot pruning with fine-tuning after it, and without training (`epochs=0`) the grid of criteria alone. It is inspired
-    by what Gholami and Omar study (Can pruning make large language models more efficient?, arXiv 2310.04573); of that paper only
-    the abstract could be read, so nothing here reproduces its settings.
+    Training minimises the mean loss of the next token over the calibration ids, without padding, by AdamW. Pruned weights stay
+    zero. In each step the optimizer starts from scratch; its learning rate rises linearly over the `warmup` share of the
+    optimizer steps and falls linearly to zero. A model in half precision is trained as float32 master weights under bfloat16
+    autocast, and rounded once at the end. Every parameter that requires a gradient is trained. How many samples run at once is
+    `prune`'s `batch_size`. With `out` in `prune`, the first Ctrl-C finishes the current optimizer step and keeps it.
 
-    Source: the schedule is equation 1 of Zhu and Gupta, To prune, or not to prune, 2017; training on after each step follows Han et al.,
-    2015, with the learning rate rewound as in Renda et al., Comparing rewinding and fine-tuning, 2020.
+    `steps=1` is one-shot pruning with fine-tuning after it; without training (`epochs=0`) the criterion prunes alone. The method
+    is inspired by Gholami and Omar, Can pruning make large language models more efficient?, arXiv 2310.04573, of which only the
+    abstract could be read. Nothing here reproduces its settings.
+
+    Source: the schedule is equation 1 of Zhu and Gupta, To prune, or not to prune, 2017. Training after each step follows Han et
+    al., 2015, with the learning rate rewound as in Renda et al., Comparing rewinding and fine-tuning, 2020.
     """
 
     name: ClassVar[str] = "gradual"
@@ -77,11 +79,11 @@ class Gradual(GradualMethod):
         return dict(patterns)
 
     def share(self, step: int) -> float:
-        """The share of the final sparsity after pruning step `step`, from 1 to `steps`."""
+        """Return the share of the final sparsity that is reached by pruning step `step`, from 1 to `steps`."""
         return 1 - (1 - step / self.steps) ** EXPONENT[self.schedule]
 
     def pattern_after(self, step: int, pattern: Pattern) -> Pattern | None:
-        """What a linear is pruned to in pruning step `step`; None where the schedule has not got as far as the first zero of N:M."""
+        """Return the pattern after pruning step `step`; None before the schedule reaches the first zero of N:M."""
         if step == self.steps:
             return pattern
         sparsity = pattern.sparsity * self.share(step)

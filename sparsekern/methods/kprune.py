@@ -1,4 +1,4 @@
-"""K-prune: heads and neurons of an encoder go, bottom to top, by what the model's answers and its hidden states would lose."""
+"""K-prune: remove heads and neurons of an encoder by what its outputs and hidden states would lose."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ OBJECTIVES = ("auto", "kl", "mse", "cosine", "embedding")
 class KPrune(RemovalMethod):
     """Remove attention heads and FFN neurons of an encoder, without retraining, until a share of its FLOPs or parameters is gone.
 
-    The sub-layers are cut one after another, attention before FFN, bottom to top. Each time all units that are still to be decided
-    are scored on the model as it is, the threshold is found that meets the budget, and only the sub-layer at hand is cut by it; its
-    output projection is then fitted anew to the output of the dense model. A unit's score is its knowledge over its cost,
-    `(lam_pred K_pred + lam_rep K_rep) / cost`, and `mu` times that for heads:
+    The sub-layers are cut one after another, attention before FFN, bottom to top. Each time, all units not yet decided are scored
+    on the current model, and the threshold that meets the budget is found. Only the current sub-layer is cut by it; its output
+    projection is then fitted to the output of the dense model. A unit's score is its knowledge over its cost, `(lam_pred K_pred +
+    lam_rep K_rep) / cost`, and `mu` times that for heads:
 
-    * predictive knowledge `K_pred`: half the squared gradient of the objective by a mask on the unit's features, sample by sample,
-      so that it does not depend on how the samples are batched (the public code squares the mean gradient of a batch);
+    * predictive knowledge `K_pred`: half the squared gradient of the objective by a mask on the unit's features, sample by
+      sample. So it does not depend on how the samples are batched; the public code squares the mean gradient of a batch.
     * representational knowledge `K_rep`: what the unit adds to its sub-layer's output, see `ops.head_neuron_scores`.
 
-    As long as student and teacher agree, which they do exactly before the first cut, the gradient of the objective is zero and says
-    nothing. There (and everywhere with `curvature="fisher"`) the second-order term is taken instead: the squared Jacobian in the
-    metric of the objective, its expectation estimated with one random probe a sample. For KL that is the Fisher information.
+    While student and teacher agree, as they do before the first cut, the gradient of the objective is zero. There, and everywhere
+    with `curvature="fisher"`, the second-order term replaces it: the squared Jacobian in the metric of the objective, estimated
+    with one random probe a sample. For KL that is the Fisher information.
 
-    Of the budget, FLOPs count as the mean over the calibration samples with their own lengths. Embeddings, LayerNorms and classifiers
-    cannot be removed and are no part of it. The fit of the output projections holds the weights at their dense values, so what the
-    calibration tokens do not determine stays as it was. The paper leaves the bias out of that fit; with it, the mean of what was
-    removed is made up for. The objective `"kl"` compares softmaxes over the classes, `"mse"` the logits (regression), `"cosine"` the
-    mean-pooled last hidden states, `"embedding"` their squared difference, lengths included. `"auto"` is KL for a classifier, MSE for
-    a regression or several labels, cosine for a model without a head.
+    The budget counts heads and neurons only, since embeddings, LayerNorms and classifiers cannot be removed; its FLOPs are the
+    mean over the calibration samples with their own lengths. The fit of the output projections is damped towards the dense
+    weights, so what the calibration tokens do not determine keeps its value. With `tune_bias`, which the paper does not have, the
+    fit makes up for the mean of what was removed.
+
+    The objective `"kl"` compares softmaxes over the classes, `"mse"` the logits (regression), `"cosine"` the directions of the
+    mean-pooled last hidden states, `"embedding"` these states with their lengths. `"auto"` is KL for a classifier, MSE for a
+    regression or several labels, cosine for a model without a head.
 
     Source: Park, Choi and Kang, Accurate retraining-free pruning for pretrained encoder-based language models (K-prune), 2024:
     equations 4 and 5 (knowledge), algorithm 1 (search), equations 10 and 11 (tuning).
@@ -65,19 +67,21 @@ class KPrune(RemovalMethod):
             raise ValueError("KPrune.lam_pred, KPrune.lam_rep: expected one of them to be above 0, got 0 and 0")
 
     def scores(self, predictive: torch.Tensor, representational: torch.Tensor, cost: float, heads: bool) -> torch.Tensor:
-        """What each unit of a sub-layer is worth per unit of the budget, `[units]` float64."""
+        """Return the score of each unit of a sub-layer, `[units]` float64: its knowledge per unit of the budget."""
         knowledge = self.lam_pred * predictive.double() + self.lam_rep * representational.double()
         return knowledge * ((self.mu if heads else 1.0) / cost)
 
 
 def predictive_knowledge(features: torch.Tensor, gradient: torch.Tensor, head_size: int) -> torch.Tensor:
-    """`K_pred` of a batch, summed over its samples: half the squared gradient of each sample's objective by the features' masks.
+    """Return `K_pred` of a batch, summed over its samples: half the squared gradient of the objective by the features' masks.
 
     The mask of a feature multiplies it at every token, so its gradient is the sum over tokens of feature times gradient. A head's
     value is the mean over its channels.
 
     Args:
-        features, gradient: `[samples, length, features]`.
+        features: `[samples, length, features]`, the inputs of an output projection.
+        gradient: of the objective by `features`, of the same shape.
+        head_size: channels of a head; 1 for neurons.
 
     Returns:
         `[features // head_size]` float64.
@@ -87,16 +91,19 @@ def predictive_knowledge(features: torch.Tensor, gradient: torch.Tensor, head_si
 
 
 def search(scores: Sequence[torch.Tensor], costs: Sequence[float], remaining: float) -> list[torch.Tensor]:
-    """Which units to keep so that they cost at most `remaining`: the lowest scores go first, one sort and one cumulative sum.
+    """Choose the units to keep so that they cost at most `remaining`: the lowest scores are removed first.
 
     Args:
-        scores: of the units of each sub-layer that is still to be decided.
+        scores: of the units of each undecided sub-layer.
         costs: of one unit of each of them.
-        remaining: of the budget, for all of them together.
+        remaining: budget of all of them together.
 
     Returns:
-        A bool mask for each sub-layer, True where kept. No unit that is kept has a lower score than one that is removed; among
-        equal scores the earlier sub-layer and the lower index go first, and no more units go than must.
+        A bool mask for each sub-layer, True where kept. No kept unit has a lower score than a removed one. Among equal scores the
+        earlier sub-layer and the lower index are removed first, and no more units are removed than must be.
+
+    Raises:
+        ValueError: a score is NaN.
     """
     flat = torch.cat([s.double().cpu() for s in scores])
     if flat.isnan().any():
@@ -114,12 +121,13 @@ def search(scores: Sequence[torch.Tensor], costs: Sequence[float], remaining: fl
 def tuned_projection(
     weight: torch.Tensor, bias: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output projection closest to the targets: `min_D |A D^T - R|^2 + shift |D|^2`, added to what it was.
+    """Return the output projection closest to the targets, `min_D |A D^T - R|^2 + shift |D|^2`, added to the current one.
 
     Args:
-        weight: `[out_features, kept]`, what the projection is after the cut; bias: `[out_features]`.
+        weight: `[out_features, kept]`, the projection after the cut.
+        bias: `[out_features]`.
         gram: `A^T A` float32, lower triangle, of the kept features; with a column of ones at the end where the bias is fitted too.
-        cross: `R^T A` float32, with `R` what the dense output has beyond that of the projection as it is.
+        cross: `R^T A` float32, where `R` is the dense output minus that of the current projection.
         ridge: `shift` as a share of the mean diagonal of `gram`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go. Needs no data."""
+"""Magnitude pruning: prune the smallest weights. Needs no data."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Magnitude(LinearMethod):
 
 
 def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Pattern]:
-    """Each linear's own sparsity, where all of them together have that of `pattern`."""
+    """Return each linear's own sparsity, where all of them together have that of `pattern`."""
     kept = global_kept_counts([lambda linear=linear: linear.weight.abs().float() for linear in linears], pattern.sparsity)
     shares: dict[str, Pattern] = {}
     for linear, count in zip(linears, kept, strict=True):
@@ -61,6 +61,6 @@ def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Patte
             raise ValueError(
                 f"Magnitude.scope='global': a sparsity of {pattern} leaves nothing of {linear.name}; ask for less, or for scope='matrix'"
             )
-        # half a weight more, for which no rounding of the product can make up
+        # half a weight more, which no rounding of the product can undo
         shares[linear.name] = Unstructured((total - count + 0.5) / total if count < total else 0.0)
     return shares

@@ -1,4 +1,4 @@
-"""Random pruning: the baseline that every criterion has to beat. Needs no data."""
+"""Random pruning: the baseline for every criterion. Needs no data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights stay, given a score each: the one place where a pattern becomes a mask for the methods that only choose."""
+"""Masks from scores: the one place where a pattern becomes a mask for the methods that only choose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..pattern import NM, Pattern, pruned_count
 
 
 def keep_mask(scores: torch.Tensor, pattern: Pattern, scope: str) -> torch.Tensor:
-    """The mask (True where kept) of the highest `scores` `[out_features, in_features]`.
+    """Return the mask (True where kept) of the highest `scores` `[out_features, in_features]`.
 
     N:M keeps N of each M consecutive inputs. A sparsity prunes exactly `floor(sparsity * count)`, counted over each row
     (`scope="row"`) or over the whole matrix (`scope="matrix"`). Of equal scores the lower index is kept.
@@ -23,17 +23,19 @@ def keep_mask(scores: torch.Tensor, pattern: Pattern, scope: str) -> torch.Tenso
 
 
 def global_kept_counts(scores: Sequence[Callable[[], torch.Tensor]], sparsity: float) -> list[int]:
-    """How many weights each matrix keeps where `floor(sparsity * count)` are pruned, counted over all matrices together.
+    """Return how many weights each matrix keeps where `floor(sparsity * count)` are pruned, counted over all matrices together.
 
-    Of equal scores those of the earlier matrix are kept. To keep as many of the highest in each matrix by itself (of equal ones the
-    lower index) then gives the mask of one sort over all of them, which is never done: two histograms find the threshold exactly.
+    Of equal scores those of the earlier matrix are kept. Keeping as many of the highest in each matrix by itself (of equal ones
+    the lower index) then gives the mask of one sort over all matrices. Two histograms find the threshold exactly, without that
+    sort.
 
     Args:
         scores: makes the scores of each matrix, float32 and not below 0; called three times, one matrix at a time.
+        sparsity: share of all weights to prune.
     """
     keep = sum(make().numel() for make in scores)
     keep -= pruned_count(keep, sparsity)
-    # The bits of floats that are not negative are ordered as the floats are: first the upper half of them, then the lower.
+    # The bits of non-negative floats are ordered as the floats are: count by the upper half, then by the lower.
     upper = sum(torch.bincount(_bits(make) >> 16, minlength=1 << 15).cpu() for make in scores)
     high, above = _bin_of(upper, keep)
     lower = sum(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).cpu() for bits in map(_bits, scores))
@@ -56,7 +58,7 @@ def _bits(make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _bin_of(histogram: torch.Tensor, rank: int) -> tuple[int, int]:
-    """The bin of the `rank`-th largest entry, and how many entries lie in higher bins."""
+    """Return the bin of the `rank`-th largest entry, and how many entries are in higher bins."""
     from_the_top = histogram.flip(0).cumsum(0)
     place = int((from_the_top < rank).sum())
     return len(histogram) - 1 - place, int(from_the_top[place - 1]) if place else 0

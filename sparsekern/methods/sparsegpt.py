@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column and let the weights not yet visited make up for each removal."""
+"""SparseGPT: prune column by column; the weights not yet visited compensate for each removal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SparseGPT(LinearMethod):
         if weight.dtype == torch.float32:
             moved = torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()
             row_error = damped_error.double() - statistics.shift * moved
-        else:  # the sweep's own error does not know of the rounding to a half dtype
+        else:  # the sweep's own error leaves out the rounding to a half dtype
             row_error = statistics.row_energy(delta)
         return Solution(new_weight, mask, row_error.clamp_(min=0))
 

@@ -1,4 +1,4 @@
-"""SparseLLM (AdaGP): the linears of a feed-forward network are pruned together, held to what the dense network puts out."""
+"""SparseLLM (AdaGP): prune the linears of a feed-forward network together, towards the output of the dense network."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from .statistics import Gram, Importance
 
 @dataclass(frozen=True)
 class SparseLLM(BlockMethod):
-    """Prune up (gate) and down projection of each block by turns with auxiliary activations; all other linears by `solver` alone.
+    """Prune up (gate) and down projection of each block in alternation with auxiliary activations, other linears by `solver` alone.
 
-    With `x` the inputs and `y` the outputs of the dense network, what is lowered by turns over the weights and, for every token,
-    over `z`, `s` and `p` is
+    With the inputs `x` and outputs `y` of the dense network, the alternation minimises over the weights and, for every token, over
+    `z`, `s` and `p`
 
     `beta |p W_down^T + b - y|^2 + gamma |p - act(s) z|^2 + alpha |z - x W_up^T - b|^2 + alpha |s - x W_gate^T - b|^2`
 
-    (without a gate: `gamma |p - act(z)|^2`, no `s`). A round prunes the weights by `solver`, updates `p`, then `z` and `s`, and fits
-    dense weights to them, which the next round prunes anew, choosing the mask again. The first round is `solver` by itself.
+    (without a gate: `gamma |p - act(z)|^2`, no `s`). A round prunes the weights by `solver`, updates `p`, then `z` and `s`, and
+    fits dense weights to them. The next round prunes these and chooses the mask again. The first round is `solver` by itself.
 
-    All minimisers are exact but for `s`, which has none in closed form: `z` and `s` are found together, by safeguarded Gauss-Newton
-    steps in every entry (`ops.gated_split`; the public program takes two gradient steps of fixed length, which depend on the size
-    of the activations). `p` is found in the space of the outputs (Woodbury), the weights by normal equations with the factor that
-    pruning uses; the damping holds them near the weights they come from, not near zero. So no update raises the objective, and
-    dense weights stay what they are if nothing is pruned. The objective counts only by the ratios of alpha, beta and gamma.
+    All minimisers are exact except `s`, which has no closed form. `z` and `s` are found together by safeguarded Gauss-Newton
+    steps in every entry (`ops.gated_split`); the public program takes two gradient steps of fixed length, which depend on the
+    scale of the activations. `p` is found in the space of the outputs (Woodbury), the weights by normal equations with the factor
+    that pruning uses. The damping pulls the fit towards the previous weights, not towards zero. So no update raises the
+    objective, and dense weights keep their values if nothing is pruned. Only the ratios of alpha, beta and gamma matter.
 
     Source: Bai et al., SparseLLM (first AdaGP), NeurIPS 2024, arXiv 2402.17946: the alternating minimisation of its OPT and LLaMA
     forms, with the constants of its program.
@@ -117,8 +117,10 @@ class SparseLLM(BlockMethod):
 class Alternation:
     """The state of one network between the updates.
 
-    `weights` are those of up, gate (where there is one) and down, in float32; `states` the auxiliary `z` and `s` of every token, in
-    the model's dtype and out of memory. `p` is a function of them and of the weights, and lives for one tile.
+    Attributes:
+        weights: of up, gate (where there is one) and down, in float32.
+        states: the auxiliary `z` and `s` of every token, in the model's dtype, outside the device's memory. `p` follows from them
+            and the weights, and exists for one tile at a time.
     """
 
     def __init__(self, config: SparseLLM, problem: FeedForwardProblem) -> None:
@@ -138,21 +140,21 @@ class Alternation:
                 state.write(rows, value)
 
     def prune(self) -> None:
-        """Each linear by the local solver, up and gate with the one factor of the inputs, down with that of the current `p`."""
+        """Prune each linear by the local solver: up and gate with the factor of the inputs, down with that of the current `p`."""
         layers = [*self.firsts, self.problem.down]
         statistics = [self.problem.inputs] * len(self.firsts) + [self.hidden]
         for i, (layer, statistic) in enumerate(zip(layers, statistics, strict=True)):
             self.weights[i] = self.config.solve(self.weights[i], statistic, layer.pattern).weight
 
     def error(self) -> float:
-        """The relative squared error of the network's output with the current weights."""
+        """Return the relative squared error of the network's output with the current weights."""
         return sum(self._squared_error(rows, outputs) for rows, _, outputs in self._tiles()) / (self.energy or 1.0)
 
     def update(self) -> float:
-        """New `p`, `z` and `s` in one pass over the tokens, with all that `fit` needs of them; returns `error()` on the way.
+        """Update `p`, `z` and `s` in one pass over the tokens, gather what `fit` needs, and return `error()` before the update.
 
-        With `a = act(s) z` the best `p` is `a + (y - a W^T) K^-1 W`, where `W` is down and `K = W W^T + gamma / beta I`, as small as
-        the output is wide. It leaves the residual `y - p W^T = gamma / beta (y - a W^T) K^-1`, which `fit` takes from here too.
+        With `a = act(s) z` the best `p` is `a + (y - a W^T) K^-1 W`, where `W` is down and `K = W W^T + gamma / beta I`, as small
+        as the output is wide. It leaves the residual `y - p W^T = gamma / beta (y - a W^T) K^-1`, which `fit` uses too.
         """
         down, ratio = self.weights[-1], self.config.gamma / self.config.beta
         kernel = down @ down.T
@@ -178,13 +180,13 @@ class Alternation:
         return squared_error / (self.energy or 1.0)
 
     def fit(self) -> None:
-        """Dense weights by least squares from the auxiliary activations, held back by the damping."""
+        """Fit dense weights to the auxiliary activations by damped least squares."""
         statistics = [self.problem.inputs] * len(self.firsts) + [self.hidden]
         for i, (statistic, cross) in enumerate(zip(statistics, self.crosses, strict=True)):
             self.weights[i] = self.weights[i] + statistic.solve(cross, self.config.damping)
 
     def _tiles(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-        """For each tile its rows, `x`, and what up (and gate) make of it."""
+        """Yield for each tile its rows, `x`, and the outputs of up (and gate)."""
         for rows in self.problem.tiles:
             x = self.problem.x.read(rows)
             yield rows, x, [_linear(x, weight, layer) for weight, layer in zip(self.weights, self.firsts, strict=False)]

@@ -1,4 +1,4 @@
-"""Structured magnitude pruning of decoders: whole heads and neurons of the smallest norm become zero. Needs no data."""
+"""Structured magnitude pruning of decoders: set whole heads and neurons of the smallest norm to zero. Needs no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import LinearMethod, PlannedBlock, Solution
 
 @dataclass(frozen=True)
 class Slices:
-    """The pattern of one linear of which whole rows and columns are pruned."""
+    """The pattern of one linear with whole rows and columns pruned."""
 
     rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
@@ -27,13 +27,13 @@ class Slices:
 
 @dataclass(frozen=True)
 class Structured(LinearMethod):
-    """Set the attention heads and FFN neurons of the smallest L2 norm to zero, the share of a sparsity in each block.
+    """Set the attention heads and FFN neurons of the smallest L2 norm to zero, a share of each block's.
 
-    A unit is its columns of the output (down) projection with its rows of the query, key and value (gate and up) projections; where
-    query heads share keys and values, those go with the last of their heads. Of `n` units `floor(sparsity * n)` are pruned, of equal
-    ones those of the higher index, with the sparsity of the output projection. Linears without units stay dense, and so do those
-    that are left out; of a unit they count, and an output projection cannot be left out alone. The zeros stay in the model, whose
-    shapes do not change.
+    A unit consists of its columns of the output (down) projection and its rows of the query, key and value (gate and up)
+    projections. Keys and values that query heads share are pruned with the last of these heads. Of `n` units `floor(sparsity *
+    n)` are pruned, of equal ones those of the higher index. The sparsity is that of the output projection. Linears without units
+    stay dense, and so do those that are left out, which still count for a unit's norm. An output projection cannot be left out
+    alone. The zeros stay in the model, whose shapes do not change.
 
     Source: the norm of a filter of Li et al., Pruning filters for efficient convnets, 2017, section 3.1 (with L2), on the units of
     Michel et al., Are sixteen heads really better than one?, 2019.
@@ -72,7 +72,7 @@ class Structured(LinearMethod):
 
 
 def _is_planned(units: Units, patterns: Mapping[str, Pattern]) -> bool:
-    """Whether the units are to be pruned at all; refuses to prune what makes them without what reads them."""
+    """Return whether the units are to be pruned; refuse to prune their producers without their consumer."""
     consumer = units.consumer.name
     if consumer in patterns:
         return True

@@ -1,4 +1,4 @@
-"""Wanda: a weight counts for its size times the norm of the input it multiplies; no weight is updated."""
+"""Wanda: score a weight by its size times the norm of its input; no weight is updated."""
 
 from __future__ import annotations
 
