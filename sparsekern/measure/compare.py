@@ -1,4 +1,4 @@
-"""What packing gains on this machine: size, memory, prefill and decode of a model, packed against dense."""
+"""Size, memory, prefill and decode of a model on this machine, packed against dense."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..runtime.sparse_linear import SparseLinear
 from .generate import generate, random_prompt
 from .resident import resident_of, why_unknown
 
-# Relative difference of logits above which the two are not the same model: some tens of roundings, as a deep model adds them up.
+# Relative difference of logits above which the two are not the same model: some tens of roundings, which a deep model adds up.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# What is compared, as the table and the plot name it, and by what the table divides it.
+# What is compared: its name in the table, its name in the plot, and the divisor of the table.
 ROWS = {
     "disk": ("weights on disk, MB", "size on disk", 1e6),
     "memory": ("weights in memory, MB", "memory of weights", 1e6),
@@ -33,9 +33,16 @@ NOT_ASKED = "not asked for"
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: bytes of its weights in files (headers left out) and in memory, tokens a second of a prompt and of what follows.
+    """The measurements of one model.
 
-    `resident` and `peak` are bytes of a process that has loaded it and generated, `started` what that had before; None: not known.
+    Attributes:
+        disk: bytes of its tensors in files, headers left out.
+        memory: bytes of its tensors in memory.
+        prefill: tokens a second of the prompt.
+        decode: tokens a second after the prompt.
+        resident: bytes of a process that has loaded it and generated, None where unknown.
+        peak: the most bytes of that process, None where unknown.
+        started: bytes of that process before it loaded the model, None where unknown.
     """
 
     disk: int
@@ -49,8 +56,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`logits` is the norm of their difference on the prompt, relative to the dense ones'; `same_tokens` how many of the `tokens`
-    generated are the same before the first that is not; `resident_unknown` why the resident memory is not known, if it is not."""
+    """A dense and a packed model, measured in turns.
+
+    Attributes:
+        dense: of the dense model.
+        packed: of the packed model.
+        logits: norm of the difference of their logits on the prompt, relative to the dense ones.
+        same_tokens: how many generated tokens agree before the first that differs.
+        tokens: how many were generated.
+        prompt_length: tokens of the prompt.
+        threads: of torch.
+        resident_unknown: why the resident memory is unknown; empty where it is known.
+    """
 
     dense: Measured
     packed: Measured
@@ -66,7 +83,7 @@ class Comparison:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Packed over dense."""
+        """Each measurement of the packed model over that of the dense one."""
         pairs = ((name, getattr(self.packed, name), getattr(self.dense, name)) for name in ROWS)
         return {name: packed / dense for name, packed, dense in pairs if packed is not None and dense}
 
@@ -89,7 +106,7 @@ class Comparison:
         return "\n".join(lines)
 
     def to_svg(self) -> str:
-        """Bars of packed relative to dense."""
+        """Return a plot of the ratios as bars."""
         rows = [Bar("dense", 1.0, "1", "#9aa4ae")]
         return bars(rows + [Bar(ROWS[name][1], ratio, f"{ratio:.2f}") for name, ratio in self.ratios.items()])
 
@@ -105,20 +122,24 @@ def compare(
     resident: bool = False,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Check that two models are the same, then time them in turns; the medians are taken.
+    """Check that two models are the same, then time them in turns and take medians.
 
     Args:
-        dense, packed: the same transformers causal language model twice, on one device.
+        dense: a transformers causal language model.
+        packed: the same model packed, on the same device.
         prompt_length: tokens of the prompt, drawn at random with a fixed seed.
         tokens: to generate after it, one at a time, with a key-value cache.
         rounds: of timing, after one to warm up.
-        resident: measure the resident memory of a process for each model besides, which takes saving each to a temporary folder.
+        resident: also measure the resident memory of a process for each model, which saves each to a temporary folder.
         trust_remote_code: let that process run code that the model has brought along.
+
+    Returns:
+        The measurements of both.
 
     Raises:
         ValueError: a model that does not generate; counts below 1, or more tokens than the model has positions; packed weights that
             are not the dense ones, or logits that differ by more than rounding; tokens too few to be timed.
-        RuntimeError: the process that was to tell its memory did not get to its end.
+        RuntimeError: the process whose memory is measured failed.
     """
     if not (callable(getattr(dense, "can_generate", None)) and dense.can_generate()):
         raise ValueError(f"dense: expected a causal language model of transformers, which generates; got {type(dense).__name__}")
@@ -148,7 +169,7 @@ def compare(
         first, rest = median[which, 1], median[which, tokens + 1] - median[which, 1]
         if rest <= 0:
             raise ValueError(
-                f"tokens: {tokens} take no longer than what the clock is unsure of; generate more, or take more rounds"
+                f"tokens: expected more than {tokens}, whose decoding takes less than timing varies by; increase tokens or rounds"
             )
         measured.append(Measured(saved_bytes(model), weight_bytes(model), prompt_length / first, tokens / rest))
     if not unknown:
@@ -160,20 +181,20 @@ def compare(
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """The bytes of a model's tensors in files; tied ones are stored once."""
+    """Return the bytes of a model's tensors in files; tied tensors are stored once."""
     tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}
     return sum(tensors.values())
 
 
 def _check_weights(dense: nn.Module, packed: nn.Module) -> None:
-    """Rounding moves logits about as far as one bad layer of many does, so the weights themselves are compared, layer by layer."""
+    """Raise unless each packed weight equals the dense one: rounding can change logits as much as one wrong layer does."""
     for name, layer in packed.named_modules():
         if isinstance(layer, SparseLinear) and not torch.equal(layer.dense_weight(), linear_weight(dense.get_submodule(name))):
             raise ValueError(f"packed: the weight of {name} is not that of the dense model")
 
 
 def _logits(model: nn.Module, prompt: torch.Tensor) -> torch.Tensor:
-    """Of all tokens of the prompt, and of one more that is run by itself, as decoding does."""
+    """Return the logits of all tokens of the prompt, and of one more that runs by itself, as in decoding."""
     many = model(input_ids=prompt, use_cache=True)
     one = model(input_ids=prompt[:, -1:], past_key_values=many.past_key_values, use_cache=True)
     return torch.cat((many.logits, one.logits), dim=1).float()

@@ -1,7 +1,7 @@
-"""The resident memory of a process that does nothing but load one model and generate with it.
+"""The resident memory of a process that only loads one model and generates with it.
 
-Each model has a fresh process of its own. In one that has held both, what was freed of the one may still be resident and count for the
-other, and the peak is that of both.
+Each model has a fresh process of its own. In a process that has held both, memory freed of one model may still be resident and count
+for the other, and the peak covers both.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from torch import nn
 
 from ..runtime.save import check_space
 
-# Of Linux. Unlike the peak of getrusage, this one does not begin with that of the process that started this one.
+# On Linux. Unlike the peak of getrusage, its peak does not begin with that of the parent process.
 STATUS = Path("/proc/self/status")
 
 
 class Resident(NamedTuple):
-    """Bytes of a process in physical memory, as the system counts them: pages of libraries and mapped files are among them.
+    """Bytes of a process in physical memory, as the system counts them, pages of libraries and mapped files included.
 
-    `before` the model was loaded, `after` it has generated, and the `peak` of it all.
+    Attributes:
+        before: before the model is loaded.
+        after: after it has generated.
+        peak: the most over the whole process.
     """
 
     before: int
@@ -39,20 +42,29 @@ class Resident(NamedTuple):
 
 
 def why_unknown() -> str:
-    """Why the resident memory of a process of its own is not to be had here; empty where it is."""
+    """Return why the resident memory of a process cannot be measured here; empty where it can."""
     if not STATUS.exists():
         return f"{sys.platform} has no {STATUS} to read it from"
     return "" if sys.executable else "this Python does not know its own executable"
 
 
 def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remote_code: bool = False) -> Resident:
-    """Save `model` to a temporary folder, and load it in a process that generates `tokens` after a prompt, on the model's device.
+    """Measure a process that loads a temporary copy of `model` and generates, on the model's device.
 
-    SIGTERM and SIGHUP meanwhile end that process, remove the folder and exit.
+    SIGTERM and SIGHUP meanwhile end that process, remove the copy and exit.
+
+    Args:
+        model: a transformers causal language model.
+        prompt_length: tokens of the prompt.
+        tokens: to generate after it.
+        trust_remote_code: let the process run code that the model has brought along.
+
+    Returns:
+        The bytes of that process.
 
     Raises:
         OSError: no space left for temporary files.
-        RuntimeError: the process did not get to its end; the message has its last words.
+        RuntimeError: the process failed; the message ends with its last line.
     """
     with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         check_space(model, folder)
@@ -68,15 +80,16 @@ def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remo
 
 @contextmanager
 def _signals_as_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `SystemExit`, so that a child process and temporary files do not outlive this one.
+    """Turn SIGTERM and SIGHUP into `SystemExit`, so that child processes and temporary files do not outlive this process.
 
-    A signal that the program handles or ignores itself, as under `nohup`, stays so. Python sets signals in the main thread only.
+    A signal that the program already handles or ignores, as under `nohup`, is left alone. Outside the main thread, where Python
+    cannot set signals, nothing is done.
     """
     previous: dict[int, object] = {}
 
     def end(number: int, frame: FrameType | None) -> None:
         for taken in previous:
-            signal.signal(taken, signal.SIG_IGN)  # a second one must not break off the cleaning up
+            signal.signal(taken, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
@@ -92,7 +105,7 @@ def _signals_as_exit() -> Iterator[None]:
 
 
 def _program() -> str:
-    """`main` with the modules of this process, not what lies under their names in the current folder."""
+    """Return a program that runs `main` with this process's modules, not with files of the same names in the current folder."""
     return f"import sys; sys.path[:] = {[str(path) for path in sys.path]}; from sparsekern.measure.resident import main; main()"
 
 
@@ -107,7 +120,7 @@ def _how_it_ended(done: subprocess.CompletedProcess) -> str:
 
 
 def current_and_peak(status: str) -> tuple[int, int]:
-    """Resident bytes of a process, from what its /proc/PID/status says."""
+    """Return the resident bytes of a process, now and at most, from the text of its /proc/PID/status."""
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     current, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     return current, peak

@@ -199,7 +199,9 @@ def test_a_model_that_does_not_generate():
 def test_a_decode_too_short_for_the_clock(monkeypatch):
     model = packed.llama()
     monkeypatch.setattr(comparing, "_timed", lambda model, prompt, tokens: 0.5)
-    with pytest.raises(ValueError, match="tokens: 4 take no longer than what the clock is unsure of"):
+    with pytest.raises(
+        ValueError, match="tokens: expected more than 4, whose decoding takes less than timing varies by; increase tokens or rounds"
+    ):
         compare(model, packed_copy(model), prompt_length=8, tokens=4)
 
 
