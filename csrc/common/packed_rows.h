@@ -1,5 +1,5 @@
-// The layouts of packed weights that `bitmask_linear` and `nm_linear` read. Their Python mirror, sparsekern/_packed_rows.py, says
-// what rows, groups, units and blocks are.
+// The layouts of packed weights that `bitmask_linear` and `nm_linear` read. Their Python mirror, sparsekern/layouts/packed_rows.py, says
+// what rows, groups, slots and blocks are.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace sparsekern::packed_rows {
 
-using Unit = uint32_t;  // one float, or two half values for two accumulators, the first in the low half
+using Slot = uint32_t;  // one float, or two half values for two accumulators, the first in the low half
 
 constexpr int64_t kWordColumns = 64;  // of a word of bits
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kSlack =
-    64;  // units after the last value: what a word of bits can move over, so that vectors are read without care
-constexpr int64_t kBlockUnits = 16;  // of a block of N:M values
+    64;  // slots after the last value: what a word of bits can move over, so that vectors are read without care
+constexpr int64_t kBlockSlots = 16;  // of a block of N:M values
 constexpr int64_t kMostM = 16;
 
 SPARSEKERN_HOST_DEVICE constexpr int64_t lanes(int64_t element_size) { return 4 / element_size; }
@@ -25,15 +25,15 @@ SPARSEKERN_HOST_DEVICE constexpr int64_t code_bits(int64_t m) { return m <= 4 ? 
 
 // Values that a row of N:M takes, those included that fill its last block.
 SPARSEKERN_HOST_DEVICE constexpr int64_t stored_per_row(int64_t columns, int64_t n, int64_t m, int64_t element_size) {
-  const int64_t block = kBlockUnits * lanes(element_size);
+  const int64_t block = kBlockSlots * lanes(element_size);
   return (columns / m * n + block - 1) / block * block;
 }
 
 // Where value `k` of a row of N:M lies, in values.
 SPARSEKERN_HOST_DEVICE constexpr int64_t place_of(int64_t k, int64_t element_size) {
   const int64_t group = lanes(element_size);
-  const int64_t block = kBlockUnits * group;
-  return k / block * block + k % kBlockUnits * group + k % block / kBlockUnits;
+  const int64_t block = kBlockSlots * group;
+  return k / block * block + k % kBlockSlots * group + k % block / kBlockSlots;
 }
 
 }  // namespace sparsekern::packed_rows

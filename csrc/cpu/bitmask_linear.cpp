@@ -3,7 +3,7 @@
 // One token is bound by the memory: rows * columns * (2 d + 1/8) bytes of a half weight with the share d of non-zeros, so at d = 1/2
 // nothing can be faster than 9/16 of the time that reading the dense weight takes. Below that lies the arithmetic: an AVX-512 core
 // without VBMI2 spreads 16 values of 4 bytes (vpexpandd) in two cycles of its one shuffle port, and the mask takes a third, so 16
-// weights take at least 3 cycles whatever d is, 32 GB/s of dense bf16 weights at 3 GHz. Hence the layout: two rows share a unit of 4
+// weights take at least 3 cycles whatever d is, 32 GB/s of dense bf16 weights at 3 GHz. Hence the layout: two rows share a slot of 4
 // bytes, so that their 16-bit values need no shuffle to become floats (a shift, a mask), and both are multiplied by the same x.
 // Nothing else uses the shuffle port; values and bits are read in order, prefetched 4 KiB ahead, of two tiles at a time.
 // A few tokens share the expanded registers. Many are a dense product of panels (packed_linear.h), bound by arithmetic.
@@ -17,7 +17,7 @@
 #include "cpu/bitmask_rows.h"
 #include "cpu/kernels.h"
 #include "cpu/packed_linear.h"
-#include "cpu/unit_floats.h"
+#include "cpu/slot_floats.h"
 
 namespace sparsekern::cpu {
 
@@ -31,8 +31,8 @@ template <class T>
 struct BitmaskWeight {
   int64_t rows, columns;
   const BitmaskRows& packed;
-  const Unit* units;
-  int64_t count;  // units without the slack
+  const Slot* slots;
+  int64_t count;  // slots without the slack
   int64_t words;
   std::vector<uint64_t> no_bits;  // of the row that a last group may lack
   Isa isa = current_isa();        // asked for once: it reads the environment
@@ -43,28 +43,28 @@ struct BitmaskWeight {
       : rows(p.rows),
         columns(columns_),
         packed(p),
-        units(static_cast<const Unit*>(p.values)),
-        count(p.value_count / kUnitValues<T> - packed_rows::kSlack),
+        slots(static_cast<const Slot*>(p.values)),
+        count(p.value_count / kSlotValues<T> - packed_rows::kSlack),
         words(packed_rows::words(columns_)),
         no_bits(static_cast<size_t>(words)) {}
 
-  int64_t bytes() const { return count * static_cast<int64_t>(sizeof(Unit)) + rows * words * 8; }
+  int64_t bytes() const { return count * static_cast<int64_t>(sizeof(Slot)) + rows * words * 8; }
 
   // Tasks of about equal numbers of values.
   int64_t first_tile(int64_t task, int64_t tasks) const {
     const int64_t tiles = packed_rows::tiles(rows);
     if (task == tasks) return tiles;
     const int64_t begin = packed.starts[0], all = packed.starts[tiles] - begin;
-    const int64_t unit = begin + all / tasks * task + all % tasks * task / tasks;
-    return task == 0 ? 0 : std::lower_bound(packed.starts, packed.starts + tiles, unit) - packed.starts;
+    const int64_t slot = begin + all / tasks * task + all % tasks * task / tasks;
+    return task == 0 ? 0 : std::lower_bound(packed.starts, packed.starts + tiles, slot) - packed.starts;
   }
 
   const uint64_t* bits_of(int64_t row) const { return row < rows ? packed.bits + row * words : no_bits.data(); }
 
   bool multiply(const int64_t* tiles, int64_t given, const TokenBlock& block, TileSums* sums) const {
-    const Unit* next[kStreams];
-    for (int64_t i = 0; i < given; ++i) next[i] = units + packed.starts[tiles[i]];
-    for (int64_t row = 0; row < packed_rows::kTileRows; row += kUnitValues<T>) {
+    const Slot* next[kStreams];
+    for (int64_t i = 0; i < given; ++i) next[i] = slots + packed.starts[tiles[i]];
+    for (int64_t row = 0; row < packed_rows::kTileRows; row += kSlotValues<T>) {
       Group groups[kStreams];
       int64_t some = 0;
       for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may end early
@@ -73,17 +73,17 @@ struct BitmaskWeight {
       }
       if (some == 0) break;
       if (!multiply_groups(groups, some, block)) return false;
-      for (int64_t i = 0; i < some; ++i) next[i] = groups[i].units;
+      for (int64_t i = 0; i < some; ++i) next[i] = groups[i].slots;
     }
     return true;
   }
 
   bool multiply_groups(Group* groups, int64_t some, const TokenBlock& block) const {
-    Factors factors{units + count, words, block.x, block.x_stride};
-    const Unit* first[kStreams];
-    for (int64_t i = 0; i < some; ++i) first[i] = groups[i].units;
+    Factors factors{slots + count, words, block.x, block.x_stride};
+    const Slot* first[kStreams];
+    for (int64_t i = 0; i < some; ++i) first[i] = groups[i].slots;
     return for_token_groups(block.tokens, [&](int power) {
-      for (int64_t i = 0; i < some; ++i) groups[i].units = first[i];
+      for (int64_t i = 0; i < some; ++i) groups[i].slots = first[i];
       if (!multiply_by[power].of(some)(factors, groups)) return false;
       factors.x += block.x_stride << power;
       for (int64_t i = 0; i < some; ++i) groups[i].sums += packed_rows::kTileRows << power;
@@ -112,11 +112,11 @@ struct BitmaskWeight {
     const int64_t first = tile * packed_rows::kTileRows;
     const int64_t left_out = words * packed_rows::kWordColumns - columns;  // bits of the last word
     TileRows found{{}, {}, static_cast<int>(std::min(packed_rows::kTileRows, rows - first))};
-    const Unit* next = units + packed.starts[tile];
-    for (int row = 0; row < found.rows; row += kUnitValues<T>) {
+    const Slot* next = slots + packed.starts[tile];
+    for (int row = 0; row < found.rows; row += kSlotValues<T>) {
       int64_t longest = 0;
-      for (int i = row; i < std::min(found.rows, row + kUnitValues<T>); ++i) {
-        found.units[i] = next;
+      for (int i = row; i < std::min(found.rows, row + kSlotValues<T>); ++i) {
+        found.slots[i] = next;
         found.bits[i] = bits_of(first + i);
         if (left_out != 0 && found.bits[i][words - 1] >> (packed_rows::kWordColumns - left_out) != 0) return {};
         int64_t values = 0;
@@ -124,7 +124,7 @@ struct BitmaskWeight {
         longest = std::max(longest, values);
       }
       next += longest;
-      if (next > units + count) return {};
+      if (next > slots + count) return {};
     }
     return found;
   }
@@ -135,11 +135,11 @@ struct BitmaskWeight {
 #if SPARSEKERN_X86
     if constexpr (sizeof(T) == 2) {
       if (isa >= Isa::avx512) {
-        const Unit* next = units + packed.starts[tile];
+        const Slot* next = slots + packed.starts[tile];
         for (int64_t row = first; row < end && next != nullptr; row += 2) {
           auto* out = reinterpret_cast<uint16_t*>(weight);
           next = expand_avx512(
-              next, units + count, {bits_of(row), bits_of(row + 1)}, columns,
+              next, slots + count, {bits_of(row), bits_of(row + 1)}, columns,
               {out + packed.order[row] * columns, row + 1 < end ? out + packed.order[row + 1] * columns : nullptr});
         }
         return next != nullptr;
@@ -155,22 +155,22 @@ struct BitmaskWeight {
   template <class F>
   bool for_each_value(int64_t tile, const F& f) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
-    const Unit* next = units + packed.starts[tile];
-    for (int64_t row = first; row < end; row += kUnitValues<T>) {
-      const Unit* longest = next;
-      for (int lane = 0; lane < kUnitValues<T> && row + lane < end; ++lane) {
+    const Slot* next = slots + packed.starts[tile];
+    for (int64_t row = first; row < end; row += kSlotValues<T>) {
+      const Slot* longest = next;
+      for (int lane = 0; lane < kSlotValues<T> && row + lane < end; ++lane) {
         const T* value = reinterpret_cast<const T*>(next) + lane;
         const uint64_t* bits = bits_of(row + lane);
         for (int64_t word = 0; word < words; ++word) {
-          if (reinterpret_cast<const Unit*>(value - lane) > units + count) return false;
+          if (reinterpret_cast<const Slot*>(value - lane) > slots + count) return false;
           for (uint64_t left = bits[word]; left != 0; left &= left - 1) {
             const int64_t column = word * packed_rows::kWordColumns + __builtin_ctzll(left);
             if (column >= columns) return false;
             f(row + lane, column, *value);
-            value += kUnitValues<T>;
+            value += kSlotValues<T>;
           }
         }
-        longest = std::max(longest, reinterpret_cast<const Unit*>(value - lane));
+        longest = std::max(longest, reinterpret_cast<const Slot*>(value - lane));
       }
       next = longest;
     }
@@ -191,11 +191,11 @@ bool multiply(
 // What would lead a kernel out of the tensors, the bits apart: those are followed with care.
 void check_places(const BitmaskRows& packed, DType dtype) {
   const int64_t tiles = packed_rows::tiles(packed.rows),
-                units = packed.value_count / packed_rows::lanes(size_of(dtype)) - packed_rows::kSlack;
+                slots = packed.value_count / packed_rows::lanes(size_of(dtype)) - packed_rows::kSlack;
   for (int64_t tile = 0; tile <= tiles; ++tile) {
-    if (packed.starts[tile] < (tile == 0 ? 0 : packed.starts[tile - 1]) || packed.starts[tile] > units) {
+    if (packed.starts[tile] < (tile == 0 ? 0 : packed.starts[tile - 1]) || packed.starts[tile] > slots) {
       throw std::invalid_argument(
-          "starts: expected ascending places of the " + std::to_string(units) + " units, got " +
+          "starts: expected ascending places of the " + std::to_string(slots) + " slots, got " +
           std::to_string(packed.starts[tile]));
     }
   }

@@ -7,21 +7,21 @@
 
 #include "cpu/bitmask_rows.h"
 #include "cpu/packed_linear.h"
-#include "cpu/unit_floats.h"
+#include "cpu/slot_floats.h"
 
 namespace sparsekern::cpu::bitmask_multiply {
 
 // Some tokens against rows of the weight.
 struct Factors {
-  const Unit* last;  // the last unit from which a word of bits may be read
+  const Slot* last;  // the last slot from which a word of bits may be read
   int64_t words;
   const float* x;  // of the first token
   int64_t x_stride;
 };
 
-// Rows whose values share units. A product moves `units` behind the group and stores sums[token * kTileRows + lane].
+// Rows whose values share slots. A product moves `slots` behind the group and stores sums[token * kTileRows + lane].
 struct Group {
-  const Unit* units;
+  const Slot* slots;
   const uint64_t* bits[2];  // of each row
   float* sums;
 };
@@ -29,22 +29,22 @@ struct Group {
 // Products of kTokens tokens with some groups. False where the bits lead out of the values.
 template <class T, int kTokens>
 bool multiply_scalar(const Factors& factors, Group* group) {
-  const Unit* end = group->units;
-  for (int row = 0; row < kUnitValues<T>; ++row) {
-    const Unit* unit = group->units;
+  const Slot* end = group->slots;
+  for (int row = 0; row < kSlotValues<T>; ++row) {
+    const Slot* slot = group->slots;
     float sums[kTokens] = {};
     for (int64_t word = 0; word < factors.words; ++word) {
-      if (unit > factors.last) return false;
+      if (slot > factors.last) return false;
       const float* x = factors.x + word * packed_rows::kWordColumns;
       for (uint64_t bits = group->bits[row][word]; bits != 0; bits &= bits - 1) {
-        const float value = value_of<T>(unit++, row);
+        const float value = value_of<T>(slot++, row);
         for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * factors.x_stride + __builtin_ctzll(bits)];
       }
     }
     for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = sums[token];
-    end = std::max(end, unit);
+    end = std::max(end, slot);
   }
-  group->units = end;
+  group->slots = end;
   return true;
 }
 
@@ -52,16 +52,16 @@ bool multiply_scalar(const Factors& factors, Group* group) {
 
 template <class T, int kTokens, int kGroups>
 SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
-  constexpr int kRows = kUnitValues<T>;
+  constexpr int kRows = kSlotValues<T>;
   const auto [last, words, x, x_stride] = factors;
   __m512 sums[kGroups][kRows][kTokens];
-  const Unit* unit[kGroups][kRows];
+  const Slot* slot[kGroups][kRows];
   const uint64_t* bits[kGroups][kRows];
 #pragma GCC unroll 2
   for (int group = 0; group < kGroups; ++group) {
 #pragma GCC unroll 2
     for (int row = 0; row < kRows; ++row) {
-      unit[group][row] = groups[group].units;
+      slot[group][row] = groups[group].slots;
       bits[group][row] = groups[group].bits[row];
 #pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) sums[group][row][token] = _mm512_setzero_ps();
@@ -72,8 +72,8 @@ SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
     for (int group = 0; group < kGroups; ++group) {
 #pragma GCC unroll 2
       for (int row = 0; row < kRows; ++row) {
-        if (__builtin_expect(unit[group][row] > last, 0)) return false;
-        prefetch_ahead(unit[group][0] + 16 * row);
+        if (__builtin_expect(slot[group][row] > last, 0)) return false;
+        prefetch_ahead(slot[group][0] + 16 * row);
       }
     }
     if (word % 8 == 0) {  // a line of bits: that of the next group
@@ -93,9 +93,9 @@ SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
 #pragma GCC unroll 2
         for (int row = 0; row < kRows; ++row) {
           const uint32_t mask = bits_of_part(bits[group][row] + word, part);
-          const __m512i units = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit[group][row]);
-          const __m512 weight = floats_of_units<T>(units, row);
-          unit[group][row] += __builtin_popcount(mask);
+          const __m512i slots = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), slot[group][row]);
+          const __m512 weight = floats_of_slots<T>(slots, row);
+          slot[group][row] += __builtin_popcount(mask);
 #pragma GCC unroll 8
           for (int token = 0; token < kTokens; ++token) {
             sums[group][row][token] = _mm512_fmadd_ps(weight, features[token], sums[group][row][token]);
@@ -108,7 +108,7 @@ SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
   for (int group = 0; group < kGroups; ++group) {
 #pragma GCC unroll 2
     for (int row = 0; row < kRows; ++row) {
-      groups[group].units = std::max(groups[group].units, unit[group][row]);
+      groups[group].slots = std::max(groups[group].slots, slot[group][row]);
 #pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) {
         groups[group].sums[token * packed_rows::kTileRows + row] = add_up(sums[group][row][token]);
@@ -135,35 +135,35 @@ constexpr Places kPlaces = make_places();
 
 template <class T, int kTokens>
 SPARSEKERN_AVX2 bool multiply_avx2(const Factors& factors, Group* group) {
-  __m256 sums[kUnitValues<T>][kTokens];
-  const Unit* unit[kUnitValues<T>];
-  for (int row = 0; row < kUnitValues<T>; ++row) {
-    unit[row] = group->units;
+  __m256 sums[kSlotValues<T>][kTokens];
+  const Slot* slot[kSlotValues<T>];
+  for (int row = 0; row < kSlotValues<T>; ++row) {
+    slot[row] = group->slots;
     for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm256_setzero_ps();
   }
   for (int64_t word = 0; word < factors.words; ++word) {
-    for (int row = 0; row < kUnitValues<T>; ++row) {
-      if (__builtin_expect(unit[row] > factors.last, 0)) return false;
-      prefetch_ahead(unit[0] + 16 * row);
+    for (int row = 0; row < kSlotValues<T>; ++row) {
+      if (__builtin_expect(slot[row] > factors.last, 0)) return false;
+      prefetch_ahead(slot[0] + 16 * row);
     }
     for (int part = 0; part < 8; ++part) {
       const float* x = factors.x + word * packed_rows::kWordColumns + part * 8;
-      __m256 weight[kUnitValues<T>];
-      for (int row = 0; row < kUnitValues<T>; ++row) {
+      __m256 weight[kSlotValues<T>];
+      for (int row = 0; row < kSlotValues<T>; ++row) {
         const uint8_t bits = reinterpret_cast<const uint8_t*>(group->bits[row] + word)[part];
         const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits]));
-        const __m256i units = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(unit[row])), places);
-        weight[row] = floats_of_units<T>(_mm256_andnot_si256(_mm256_srai_epi32(places, 31), units), row);
-        unit[row] += __builtin_popcount(bits);
+        const __m256i slots = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(slot[row])), places);
+        weight[row] = floats_of_slots<T>(_mm256_andnot_si256(_mm256_srai_epi32(places, 31), slots), row);
+        slot[row] += __builtin_popcount(bits);
       }
       for (int token = 0; token < kTokens; ++token) {
         const __m256 features = _mm256_loadu_ps(x + token * factors.x_stride);
-        for (int row = 0; row < kUnitValues<T>; ++row) sums[row][token] = _mm256_fmadd_ps(weight[row], features, sums[row][token]);
+        for (int row = 0; row < kSlotValues<T>; ++row) sums[row][token] = _mm256_fmadd_ps(weight[row], features, sums[row][token]);
       }
     }
   }
-  for (int row = 0; row < kUnitValues<T>; ++row) {
-    group->units = std::max(group->units, unit[row]);
+  for (int row = 0; row < kSlotValues<T>; ++row) {
+    group->slots = std::max(group->slots, slot[row]);
     for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = add_up(sums[row][token]);
   }
   return true;

@@ -6,15 +6,15 @@
 #include <cstring>
 
 #include "cpu/panels.h"
-#include "cpu/unit_floats.h"
+#include "cpu/slot_floats.h"
 
 namespace sparsekern::cpu {
 
-using packed_rows::Unit;
+using packed_rows::Slot;
 
 // The stored rows of a tile: where the values of each lie, and its bits.
 struct TileRows {
-  const Unit* units[kLanes];
+  const Slot* slots[kLanes];
   const uint64_t* bits[kLanes];
   int rows;
 };
@@ -31,21 +31,21 @@ SPARSEKERN_INLINE uint32_t bits_of_part(const uint64_t* word, int part) {
 }
 
 // The rows of a group of 16-bit values, zeros included; row 1 where out[1] is not null. Returns what multiply does.
-SPARSEKERN_AVX512 inline const Unit* expand_avx512(
-    const Unit* units, const Unit* last, const uint64_t* const (&bits)[2], int64_t columns, uint16_t* const (&out)[2]) {
-  const Unit* end = units;
+SPARSEKERN_AVX512 inline const Slot* expand_avx512(
+    const Slot* slots, const Slot* last, const uint64_t* const (&bits)[2], int64_t columns, uint16_t* const (&out)[2]) {
+  const Slot* end = slots;
   for (int row = 0; row < 2 && out[row] != nullptr; ++row) {
-    const Unit* unit = units;
+    const Slot* slot = slots;
     for (int64_t column = 0; column < columns; column += 16) {
-      if (unit > last) return nullptr;
+      if (slot > last) return nullptr;
       const auto inside = static_cast<__mmask16>(columns - column >= 16 ? 0xffff : (1 << (columns - column)) - 1);
       const uint32_t mask = bits_of_part(bits[row] + column / packed_rows::kWordColumns, static_cast<int>(column / 16 % 4));
-      const __m512i values = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit);
+      const __m512i values = _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), slot);
       const __m512i low = row == 0 ? values : (__m512i)((__v16su)values >> 16);
       _mm256_mask_storeu_epi16(out[row] + column, inside, _mm512_maskz_cvtepi32_epi16(0xffff, low));
-      unit += __builtin_popcount(mask);
+      slot += __builtin_popcount(mask);
     }
-    end = std::max(end, unit);
+    end = std::max(end, slot);
   }
   return end;
 }
@@ -57,17 +57,17 @@ SPARSEKERN_AVX512 void expand_panel_avx512(TileRows tile, int64_t columns, float
   static_assert(kLanes == 16, "of the starts");
   for (int64_t word = 0; word < packed_rows::words(columns); ++word) {
     for (int row = 0; row < tile.rows; ++row) {
-      const Unit* unit = tile.units[row];
+      const Slot* slot = tile.slots[row];
       for (int part = 0; part < 4; ++part) {
         const int64_t column = word * packed_rows::kWordColumns + part * 16, left = std::clamp<int64_t>(columns - column, 0, 16);
         const uint32_t mask = bits_of_part(tile.bits[row] + word, part);
         const __m512 weight =
-            floats_of_units<T>(_mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), unit), row % kUnitValues<T>);
+            floats_of_slots<T>(_mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(mask), slot), row % kSlotValues<T>);
         _mm512_mask_i32scatter_ps(
             panel + column * kLanes + row, static_cast<__mmask16>((1u << left) - 1), column_starts, weight, 4);
-        unit += __builtin_popcount(mask);
+        slot += __builtin_popcount(mask);
       }
-      tile.units[row] = unit;
+      tile.slots[row] = slot;
     }
   }
 }

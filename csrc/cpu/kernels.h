@@ -1,8 +1,9 @@
-// Every CPU kernel: torch-free, on raw pointers to contiguous row-major data. One file an op implements it; register_*.cpp
+// Every CPU kernel: torch-free, on raw pointers to contiguous row-major data. One file an op implements it; its <op>_op.cpp
 // turns tensors into these arguments. Kernels throw std::invalid_argument (ValueError in Python) on values they refuse.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/semi_structured.h"
@@ -52,9 +53,9 @@ void semi_structured_unpack(
 // Packed weights in the layouts of common/packed_rows.h. Neither product reads outside of what is handed in, whatever that holds.
 struct BitmaskRows {
   const void* values;
-  int64_t value_count;  // whole units, packed_rows::kSlack of them to spare
+  int64_t value_count;  // whole slots, packed_rows::kSlack of them to spare
   const uint64_t* bits;
-  const int64_t* starts;  // in units, [tiles + 1]
+  const int64_t* starts;  // in slots, [tiles + 1]
   const int32_t* order;
   int64_t rows;
 };
@@ -73,9 +74,27 @@ void nm_linear(
     const void* bias,  // null: none
     void* y, const Executor& executor);
 
-// The dense weights.
+// The dense weights of tensors that may contradict one another; what is not asked for is not checked.
 void bitmask_expand(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 void nm_expand(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
+
+// bitmask_pack in two steps, since the number of values is known only after the first.
+struct BitmaskPlan {
+  int64_t columns;
+  std::vector<int64_t> counts;  // non-zeros of each stored row
+  std::vector<int64_t> starts;  // as in BitmaskRows; the last one is the number of slots without the slack
+  std::vector<int32_t> order;
+
+  BitmaskPlan(const void* weight, DType dtype, int64_t rows, int64_t columns, const Executor& executor);
+};
+void bitmask_pack(const BitmaskPlan& plan, const void* weight, DType dtype, void* values, uint64_t* bits, const Executor& executor);
+// Throws where a group has more than n non-zeros; 1 <= n < m <= 16 and m divides `columns`.
+void nm_pack(
+    const void* weight, DType dtype, int64_t rows, int64_t columns, int64_t n, int64_t m, void* values, uint32_t* codes,
+    const Executor& executor);
+// The dense weights; throw unless the tensors are what packing makes.
+void bitmask_unpack(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
+void nm_unpack(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 
 enum class Solver { automatic, cholesky, conjugate_gradients };
 

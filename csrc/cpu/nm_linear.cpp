@@ -2,7 +2,7 @@
 //
 // One token is bound by the memory: a row of 2:4 half values takes columns * (1 + 1/8) bytes, so nothing can be faster than 9/16 of
 // the time that reading the dense weight takes. Values are not spread to their columns, x is picked for them: a block holds the values
-// of 32 columns for each half of its units, so with AVX-512 one vpermt2ps of two registers of x gives the factors of 16 values. The
+// of 32 columns for each half of its slots, so with AVX-512 one vpermt2ps of two registers of x gives the factors of 16 values. The
 // positions come from one word by shifts, a register each, so 64 columns take about 5 cycles, less than the memory takes. So it is
 // for 1:2, 4:8 and 8:16; other patterns gather x. A few tokens share values and positions; many are a dense product (packed_linear.h).
 #include <stdexcept>
@@ -11,14 +11,14 @@
 
 #include "cpu/kernels.h"
 #include "cpu/packed_linear.h"
-#include "cpu/unit_floats.h"
+#include "cpu/slot_floats.h"
 
 namespace sparsekern::cpu {
 
 namespace {
 
-using packed_rows::kBlockUnits;
-using packed_rows::Unit;
+using packed_rows::kBlockSlots;
+using packed_rows::Slot;
 
 // Some tokens against rows of the weight.
 struct Factors {
@@ -32,7 +32,7 @@ struct Factors {
 
 // A product stores sums[token * kTileRows].
 struct Row {
-  const Unit* units;
+  const Slot* slots;
   const uint32_t* codes;
   float* sums;
 };
@@ -47,10 +47,10 @@ template <class T, int kTokens>
 SPARSEKERN_INLINE void multiply_any(const Factors& factors, const Row* row) {
   float sums[kTokens] = {};
   for (int64_t block = 0; block < factors.blocks; ++block) {
-    for (int run = 0; run < kUnitValues<T>; ++run) {
-      for (int64_t d = 0; d < kBlockUnits; ++d) {
-        const int64_t k = (block * kUnitValues<T> + run) * kBlockUnits + d;
-        const float value = value_of<T>(row->units + block * kBlockUnits + d, run);
+    for (int run = 0; run < kSlotValues<T>; ++run) {
+      for (int64_t d = 0; d < kBlockSlots; ++d) {
+        const int64_t k = (block * kSlotValues<T> + run) * kBlockSlots + d;
+        const float value = value_of<T>(row->slots + block * kBlockSlots + d, run);
         const float* x = factors.x + factors.group_columns[k] + position_of(row->codes, k, factors.code_bits);
         for (int token = 0; token < kTokens; ++token) sums[token] += value * x[token * factors.x_stride];
       }
@@ -82,15 +82,15 @@ SPARSEKERN_AVX512 void multiply_half_avx512(const Factors& factors, const Row* r
   const auto shift = static_cast<unsigned>(__builtin_ctzll(static_cast<uint64_t>(factors.n)));
   const auto groups = (__m512i)((__v16su)place >> shift << (shift + 1));
   const __m512i code = _mm512_set1_epi32(kWide ? 15 : 3);
-  __m512 sums[kRows][kUnitValues<T>][kTokens];
-  const Unit* units[kRows];
+  __m512 sums[kRows][kSlotValues<T>][kTokens];
+  const Slot* slots[kRows];
   const uint32_t* codes[kRows];
 #pragma GCC unroll 2
   for (int row = 0; row < kRows; ++row) {
-    units[row] = rows[row].units;
+    slots[row] = rows[row].slots;
     codes[row] = rows[row].codes;
 #pragma GCC unroll 2
-    for (int run = 0; run < kUnitValues<T>; ++run) {
+    for (int run = 0; run < kSlotValues<T>; ++run) {
 #pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) sums[row][run][token] = _mm512_setzero_ps();
     }
@@ -100,17 +100,17 @@ SPARSEKERN_AVX512 void multiply_half_avx512(const Factors& factors, const Row* r
     __m512i stored[kRows];
 #pragma GCC unroll 2
     for (int row = 0; row < kRows; ++row) {
-      prefetch_ahead(units[row] + block * kBlockUnits);
-      stored[row] = _mm512_loadu_si512(units[row] + block * kBlockUnits);
+      prefetch_ahead(slots[row] + block * kBlockSlots);
+      stored[row] = _mm512_loadu_si512(slots[row] + block * kBlockSlots);
     }
 #pragma GCC unroll 2
-    for (int run = 0; run < kUnitValues<T>; ++run) {
-      const int64_t i = block * kUnitValues<T> + run;
+    for (int run = 0; run < kSlotValues<T>; ++run) {
+      const int64_t i = block * kSlotValues<T> + run;
 #pragma GCC unroll 2
       for (int row = 0; row < kRows; ++row) {
         const __m512i columns =
             _mm512_ternarylogic_epi32(codes_of_run<kWide>(codes[row], i), code, groups, 0xea);  // (codes & code) | groups
-        const __m512 weight = floats_of_units<T>(stored[row], run);
+        const __m512 weight = floats_of_slots<T>(stored[row], run);
 #pragma GCC unroll 8
         for (int token = 0; token < kTokens; ++token) {
           const float* features = x + token * x_stride + i * 32;
@@ -125,7 +125,7 @@ SPARSEKERN_AVX512 void multiply_half_avx512(const Factors& factors, const Row* r
 #pragma GCC unroll 8
     for (int token = 0; token < kTokens; ++token) {
       __m512 sum = sums[row][0][token];
-      if constexpr (kUnitValues<T> == 2) sum = _mm512_add_ps(sum, sums[row][1][token]);
+      if constexpr (kSlotValues<T> == 2) sum = _mm512_add_ps(sum, sums[row][1][token]);
       rows[row].sums[token * packed_rows::kTileRows] = add_up(sum);
     }
   }
@@ -137,17 +137,17 @@ SPARSEKERN_AVX512 void multiply_any_avx512(const Factors& factors, const Row* ro
   __m512 sums[kTokens];
 #pragma GCC unroll 8
   for (int token = 0; token < kTokens; ++token) sums[token] = _mm512_setzero_ps();
-  const auto [units, codes, out] = *row;
+  const auto [slots, codes, out] = *row;
   const auto [blocks, group_columns, code_bits, n, x, x_stride] = factors;
   for (int64_t block = 0; block < blocks; ++block) {
-    prefetch_ahead(units + block * kBlockUnits);
-    const __m512i stored = _mm512_loadu_si512(units + block * kBlockUnits);
+    prefetch_ahead(slots + block * kBlockSlots);
+    const __m512i stored = _mm512_loadu_si512(slots + block * kBlockSlots);
 #pragma GCC unroll 2
-    for (int run = 0; run < kUnitValues<T>; ++run) {
-      const int64_t i = block * kUnitValues<T> + run;
+    for (int run = 0; run < kSlotValues<T>; ++run) {
+      const int64_t i = block * kSlotValues<T> + run;
       const auto positions = (__v16su)codes_of_run<kWide>(codes, i) & (__v16su)code;
-      const __m512i columns = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(group_columns + i * kBlockUnits));
-      const __m512 weight = floats_of_units<T>(stored, run);
+      const __m512i columns = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(group_columns + i * kBlockSlots));
+      const __m512 weight = floats_of_slots<T>(stored, run);
 #pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) {
         const __m512 picked = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, columns, x + token * x_stride, 4);
@@ -168,16 +168,16 @@ SPARSEKERN_AVX512 bool expand_panel_avx512(
   const __m512i end = _mm512_set1_epi32(static_cast<int>(columns));
   for (int64_t block = 0; block < factors.blocks; ++block) {
     for (int row = 0; row < count; ++row) {
-      const __m512i units = _mm512_loadu_si512(rows[row].units + block * kBlockUnits);
+      const __m512i slots = _mm512_loadu_si512(rows[row].slots + block * kBlockSlots);
 #pragma GCC unroll 2
-      for (int run = 0; run < kUnitValues<T>; ++run) {
-        const int64_t i = block * kUnitValues<T> + run;
+      for (int run = 0; run < kSlotValues<T>; ++run) {
+        const int64_t i = block * kSlotValues<T> + run;
         const auto positions = (__v16su)codes_of_run<kWide>(rows[row].codes, i) & (__v16su)code;
-        const __m512i column = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(factors.group_columns + i * kBlockUnits));
-        const auto meant = static_cast<__mmask16>((1u << std::clamp<int64_t>(stored - i * kBlockUnits, 0, kBlockUnits)) - 1);
+        const __m512i column = _mm512_add_epi32((__m512i)positions, _mm512_loadu_si512(factors.group_columns + i * kBlockSlots));
+        const auto meant = static_cast<__mmask16>((1u << std::clamp<int64_t>(stored - i * kBlockSlots, 0, kBlockSlots)) - 1);
         if (_mm512_mask_cmpge_epu32_mask(meant, column, end) != 0) return false;
         static_assert(kLanes == 16, "of the shift");
-        _mm512_mask_i32scatter_ps(panel + row, meant, (__m512i)((__v16su)column << 4), floats_of_units<T>(units, run), 4);
+        _mm512_mask_i32scatter_ps(panel + row, meant, (__m512i)((__v16su)column << 4), floats_of_slots<T>(slots, run), 4);
       }
     }
   }
@@ -192,16 +192,16 @@ SPARSEKERN_AVX2 void multiply_any_avx2(const Factors& factors, const Row* row) {
   __m256 sums[kTokens];
   for (int token = 0; token < kTokens; ++token) sums[token] = _mm256_setzero_ps();
   for (int64_t block = 0; block < factors.blocks; ++block) {
-    prefetch_ahead(row->units + block * kBlockUnits);
+    prefetch_ahead(row->slots + block * kBlockSlots);
     for (int half = 0; half < 2; ++half) {
-      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row->units + block * kBlockUnits + half * 8));
-      for (int run = 0; run < kUnitValues<T>; ++run) {
-        const int64_t i = block * kUnitValues<T> + run;
+      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row->slots + block * kBlockSlots + half * 8));
+      for (int run = 0; run < kSlotValues<T>; ++run) {
+        const int64_t i = block * kSlotValues<T> + run;
         const uint32_t word = wide ? row->codes[2 * i + half] : row->codes[i] >> (16 * half);
         const __m256i positions = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts), code);
-        const auto* groups = reinterpret_cast<const __m256i*>(factors.group_columns + i * kBlockUnits + half * 8);
+        const auto* groups = reinterpret_cast<const __m256i*>(factors.group_columns + i * kBlockSlots + half * 8);
         const __m256i columns = _mm256_add_epi32(positions, _mm256_loadu_si256(groups));
-        const __m256 weight = floats_of_units<T>(stored, run);
+        const __m256 weight = floats_of_slots<T>(stored, run);
         for (int token = 0; token < kTokens; ++token) {
           const __m256 picked = _mm256_i32gather_ps(factors.x + token * factors.x_stride, columns, 4);
           sums[token] = _mm256_fmadd_ps(weight, picked, sums[token]);
@@ -280,13 +280,13 @@ struct NmWeight {
 
   int64_t first_tile(int64_t task, int64_t tasks) const { return packed_rows::tiles(rows) * task / tasks; }
 
-  const Unit* units_of(int64_t row) const { return static_cast<const Unit*>(packed.values) + row * stored / kUnitValues<T>; }
+  const Slot* slots_of(int64_t row) const { return static_cast<const Slot*>(packed.values) + row * stored / kSlotValues<T>; }
   const uint32_t* codes_of(int64_t row) const { return packed.codes + row * stored * code_bits / 32; }
 
   int64_t bytes() const { return rows * stored * (static_cast<int64_t>(sizeof(T)) * 8 + code_bits) / 8; }
 
   Factors factors_of(const float* x, int64_t x_stride) const {
-    return {stored / (kBlockUnits * kUnitValues<T>), group_columns.data(), code_bits, packed.n, x, x_stride};
+    return {stored / (kBlockSlots * kSlotValues<T>), group_columns.data(), code_bits, packed.n, x, x_stride};
   }
 
   bool multiply(const int64_t* tiles, int64_t given, const TokenBlock& block, TileSums* sums) const {
@@ -295,7 +295,7 @@ struct NmWeight {
       int64_t some = 0;
       for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may end early
         const int64_t i = tiles[some] * packed_rows::kTileRows + row;
-        some_rows[some] = {units_of(i), codes_of(i), &sums[some][0][row]};
+        some_rows[some] = {slots_of(i), codes_of(i), &sums[some][0][row]};
       }
       if (some == 0) break;
       Factors factors = factors_of(block.x, block.x_stride);
@@ -316,7 +316,7 @@ struct NmWeight {
     if (isa >= Isa::avx512) {
       Row tile_rows[kLanes];
       const int count = static_cast<int>(std::min(packed_rows::kTileRows, rows - first));
-      for (int row = 0; row < count; ++row) tile_rows[row] = {units_of(first + row), codes_of(first + row), nullptr};
+      for (int row = 0; row < count; ++row) tile_rows[row] = {slots_of(first + row), codes_of(first + row), nullptr};
       const auto expand_panel = code_bits == 2 ? &expand_panel_avx512<T, false> : &expand_panel_avx512<T, true>;
       return expand_panel(factors_of(nullptr, 0), tile_rows, count, columns / packed.m * packed.n, columns, panel);
     }
@@ -336,7 +336,7 @@ struct NmWeight {
   bool for_each_value(int64_t tile, const F& f) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
     for (int64_t row = first; row < end; ++row) {
-      const T* values = reinterpret_cast<const T*>(units_of(row));
+      const T* values = reinterpret_cast<const T*>(slots_of(row));
       const uint32_t* codes = codes_of(row);
       for (int64_t k = 0; k < columns / packed.m * packed.n; ++k) {
         const int64_t column = group_columns[static_cast<size_t>(k)] + position_of(codes, k, code_bits);

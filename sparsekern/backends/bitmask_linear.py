@@ -44,7 +44,7 @@ def _known(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, or
 
 
 def _aligned(values: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and beginning with a whole unit."""
+    """Contiguous, and beginning with a whole slot."""
     values = values.contiguous()
     return values if values.data_ptr() % 4 == 0 else values.clone()
 

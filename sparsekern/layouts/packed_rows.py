@@ -1,18 +1,23 @@
-"""The layouts that `bitmask_linear` and `nm_linear` read: the Python mirror of csrc/common/packed_rows.h.
+"""The layouts of packed weights, which `bitmask_linear` and `nm_linear` read: the Python mirror of csrc/common/packed_rows.h.
 
-A half value has 16 bits, the lanes of a vector 32. So that no kernel has to spread values before it uses them, two values share a
-unit of 4 bytes: `lanes` (2; 1 of float32) values that different accumulators want, the first in the low half.
+A half value has 16 bits, a lane of a vector 32. Kernels should not have to spread values before they use them. So `lanes` values (two,
+or one of float32) that go to different accumulators share a *slot* of 4 bytes, the first in the low half.
 
-**Bitmask rows.** Rows are sorted by their number of non-zeros, and `lanes` neighbours form a group. The `k`-th unit of a group holds
-the `k`-th non-zero of each of its rows; a row that ends before the longest of its group is followed by zeros. `values` holds group
-after group, then `SLACK` units, so that a vector may be read from wherever a value lies. `bitmask` holds a row's bits in words of 64
-columns, bit `j % 64` of word `j // 64` for column `j`; `order` which row of the weight it is; `starts` the unit where each tile of
-`TILE_ROWS` rows starts, and where the last one ends.
+**Bitmask rows.** Rows are sorted by their number of non-zeros, stably, and `lanes` neighbours form a group. Slot `k` of a group holds
+the `k`-th non-zero of each of its rows, and zero for a row that has fewer. The tensors are:
 
-**N:M rows.** A group of M columns stores N values and their positions, ascending, zeros beside the non-zeros where there are fewer.
-The stored values of a row, in order, make blocks of 16 units: unit `d` holds values `d` and `16 + d` (of float32: value `d`). `codes`
-holds the positions, 2 bits each for M of at most 4 and else 4, in the order of the values, from the lowest bit of int32 words on. What
-fills the last block is zero.
+* `values`: the slots of group after group, then `SLACK` slots of zeros, so that a whole vector can be read at any value;
+* `bitmask`: the bits of each stored row in words of 64 columns: bit `j % 64` of word `j // 64` stands for column `j`;
+* `starts`: the slot where each tile of `TILE_ROWS` stored rows starts, and the slot where the last tile ends;
+* `order`: for each stored row, which row of the weight it is.
+
+**N:M rows.** A group of M columns stores N values and their positions, ascending. Where it has fewer non-zeros, the first of its zeros
+are stored beside them. The tensors are:
+
+* `values`: the stored values of a row in blocks of `BLOCK_SLOTS` slots: slot `d` holds values `d` and `16 + d` (of float32: value `d`);
+* `codes`: the positions in the order of the values, 2 bits each where M is at most 4 and else 4, from the lowest bit of int32 words on.
+
+The last block of a row is filled with zeros.
 """
 
 from __future__ import annotations
@@ -21,46 +26,52 @@ import torch
 
 WORD = 64  # columns of a word of bits
 TILE_ROWS = 16
-SLACK = 64  # units
-UNITS = 16  # of a block of N:M values
+SLACK = 64  # slots
+BLOCK_SLOTS = 16  # of a block of N:M values
 MOST_M = 16
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def lanes(dtype: torch.dtype) -> int:
-    """Values in a unit."""
+    """Return how many values share a slot."""
     return 4 // dtype.itemsize
 
 
 def words(columns: int) -> int:
-    """Words of bits in a row."""
+    """Return how many words hold the bits of a row."""
     return -(-columns // WORD)
 
 
-def unit_counts(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """How many units each group has, from the non-zeros of the rows in stored order."""
+def tiles(rows: int) -> int:
+    """Return how many tiles the rows make."""
+    return -(-rows // TILE_ROWS)
+
+
+def slot_counts(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return how many slots each group has, from the non-zeros of the rows in stored order."""
     group = lanes(dtype)
     padded = torch.nn.functional.pad(counts, (0, -len(counts) % group))
     return padded.view(-1, group).amax(1) if len(counts) else padded
 
 
-def tile_starts(units: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Where each tile starts, and where the last one ends, in units."""
-    ends = torch.nn.functional.pad(units.cumsum(0), (1, 0))
-    return torch.cat((ends[: len(units) : TILE_ROWS // lanes(dtype)], ends[-1:]))
+def tile_starts(slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return where each tile starts and where the last one ends, from the slots of each group."""
+    ends = torch.nn.functional.pad(slots.cumsum(0), (1, 0))
+    return torch.cat((ends[: len(slots) : TILE_ROWS // lanes(dtype)], ends[-1:]))
 
 
 def value_places(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Where each non-zero lies in `values`, row after row in stored order."""
+    """Return the index in `values` of each non-zero, row after row in stored order."""
     group = lanes(dtype)
-    units = unit_counts(counts, dtype)
+    slots = slot_counts(counts, dtype)
     row = torch.arange(len(counts), device=counts.device)
-    base = (units.cumsum(0) - units)[row // group] * group + row % group if len(counts) else row
+    base = (slots.cumsum(0) - slots)[row // group] * group + row % group if len(counts) else row
     before = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum()), device=counts.device) * group + torch.repeat_interleave(base - group * before, counts)
 
 
 def bits_to_words(flags: torch.Tensor) -> torch.Tensor:
-    """`[rows, columns]` bool to `[rows, words]` int64."""
+    """Pack `[rows, columns]` bool into `[rows, words]` int64."""
     rows, columns = flags.shape
     padded = torch.nn.functional.pad(flags, (0, -columns % WORD)).view(rows, words(columns) * 8, 8)
     shifts = torch.arange(8, dtype=torch.uint8, device=flags.device)
@@ -69,90 +80,150 @@ def bits_to_words(flags: torch.Tensor) -> torch.Tensor:
 
 
 def words_to_bits(bitmask: torch.Tensor) -> torch.Tensor:
-    """`[rows, words]` int64 to `[rows, 64 * words]` bool."""
+    """Unpack `[rows, words]` int64 into `[rows, 64 * words]` bool."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     return ((bitmask.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts) & 1).bool().flatten(1)
 
 
 def pack_bitmask_rows(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`-0.0` counts as zero; NaN is kept."""
+    """Pack a weight as bitmask rows. `-0.0` counts as zero; NaN is kept."""
     flags = weight != 0
     counts = flags.sum(1)
     counts, order = counts.sort(stable=True)
     flags = flags[order]
-    units = unit_counts(counts, weight.dtype)
-    values = weight.new_zeros((int(units.sum()) + SLACK) * lanes(weight.dtype))
+    slots = slot_counts(counts, weight.dtype)
+    values = weight.new_zeros((int(slots.sum()) + SLACK) * lanes(weight.dtype))
     values[value_places(counts, weight.dtype)] = weight[order][flags]
     return {
         "values": values,
         "bitmask": bits_to_words(flags),
-        "starts": tile_starts(units, weight.dtype),
+        "starts": tile_starts(slots, weight.dtype),
         "order": order.to(torch.int32),
     }
 
 
 def unpack_bitmask_rows(values: torch.Tensor, bitmask: torch.Tensor, order: torch.Tensor, columns: int) -> torch.Tensor:
+    """Unpack bitmask rows into `[rows, columns]`; what the tensors hold is not checked."""
     flags = words_to_bits(bitmask)[:, :columns]
     sorted_rows = values.new_zeros(flags.shape)
     sorted_rows[flags] = values[value_places(flags.sum(1), values.dtype)]
     return torch.empty_like(sorted_rows).index_copy_(0, order.long(), sorted_rows)
 
 
+def check_bitmask_rows(
+    values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor, columns: int
+) -> None:
+    """Raise `ValueError`, naming the tensor, unless these are bitmask rows of `columns` columns; dtypes and shapes are not checked."""
+    rows = len(order)
+    flags = words_to_bits(bitmask)
+    stray = flags[:, columns:].any(1)
+    if stray.any():
+        raise ValueError(f"bitmask: expected zeros past column {columns - 1}, got a set bit in row {int(stray.nonzero()[0])}")
+    slots = slot_counts(flags.sum(1), values.dtype)
+    expected = (int(slots.sum()) + SLACK) * lanes(values.dtype)
+    if values.numel() != expected:
+        raise ValueError(f"values: expected {expected} values for the bits set in bitmask, got {values.numel()}")
+    wrong = starts != tile_starts(slots, values.dtype)
+    if wrong.any():
+        tile = int(wrong.nonzero()[0])
+        raise ValueError(f"starts: expected where the bits set before each tile end, got {int(starts[tile])} for tile {tile}")
+    if not torch.equal(order.sort().values, torch.arange(rows, dtype=torch.int32, device=order.device)):
+        raise ValueError(f"order: expected each row from 0 to {rows - 1} once")
+
+
 def code_bits(m: int) -> int:
+    """Return how many bits a position takes."""
     return 2 if m <= 4 else 4
 
 
 def block_values(dtype: torch.dtype) -> int:
-    return UNITS * lanes(dtype)
+    """Return how many values a block holds."""
+    return BLOCK_SLOTS * lanes(dtype)
 
 
 def stored_per_row(columns: int, n: int, m: int, dtype: torch.dtype) -> int:
-    """Values that a row takes, those included that fill its last block."""
+    """Return how many values a row takes, with those that fill its last block."""
     block = block_values(dtype)
     return -(-(columns // m * n) // block) * block
 
 
-def _in_units(values: torch.Tensor, to: bool) -> torch.Tensor:
-    """`[rows, stored]` from the order of columns to that of units, or back."""
+def _in_slots(values: torch.Tensor, to: bool) -> torch.Tensor:
+    """Reorder `[rows, stored]` from the order of columns to that of slots, or back."""
     group = lanes(values.dtype)
-    shape = (group, UNITS) if to else (UNITS, group)
+    shape = (group, BLOCK_SLOTS) if to else (BLOCK_SLOTS, group)
     blocks = values.shape[1] // block_values(values.dtype)
     return values.view(-1, blocks, *shape).transpose(2, 3).flatten(1) if values.numel() else values
 
 
-def fill_of(values: torch.Tensor, kept: int) -> torch.Tensor:
-    """What `[rows, stored]` values hold behind the first `kept` of each row in the order of columns."""
-    block = block_values(values.dtype)
-    first = kept // block * block
-    return _in_units(values[:, first:].contiguous(), to=False)[:, kept - first :]
+def check_fits(weight: torch.Tensor, n: int, m: int) -> None:
+    """Raise `ValueError` naming the first group of M columns that has more than N non-zeros."""
+    rows, columns = weight.shape
+    counts = (weight.reshape(rows, columns // m, m) != 0).sum(-1)
+    if counts.numel() and int(counts.max()) > n:
+        row, group = (int(i) for i in (counts > n).nonzero()[0])
+        raise ValueError(
+            f"weight: expected at most {n} non-zeros in every {m} inputs, got {int(counts[row, group])} in row {row}, "
+            f"columns {group * m} to {group * m + m - 1}"
+        )
 
 
 def pack_nm_rows(weight: torch.Tensor, n: int, m: int) -> dict[str, torch.Tensor]:
-    """The first N of each group where it has more non-zeros: callers check that it has not."""
+    """Pack a weight as N:M rows. Of a group with more than N non-zeros the first N are stored: `check_fits` refuses those.
+
+    `-0.0` becomes `0.0`; a NaN keeps its bits.
+    """
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // m, m)
     # Non-zeros first, then zeros, either in the order of the columns; the first N of those, in the order of the columns again.
     chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n].sort(-1).values
     stored = stored_per_row(columns, n, m, weight.dtype)
     fill = (0, stored - columns // m * n)
-    values = torch.nn.functional.pad(groups.gather(-1, chosen).flatten(1) + 0.0, fill)  # -0.0 becomes 0.0
+    # As integers, since copies of half values do not always keep the bits of a NaN.
+    kept = groups.view(_INTEGERS[weight.dtype.itemsize]).masked_fill(groups == 0, 0).gather(-1, chosen).flatten(1)
+    values = torch.nn.functional.pad(kept, fill)
     per_word = 32 // code_bits(m)
     codes = torch.nn.functional.pad(chosen.flatten(1), fill).view(rows, stored // per_word, per_word)
     shifts = torch.arange(0, 32, code_bits(m), device=weight.device)
     return {
-        "values": _in_units(values, to=True).contiguous(),
+        "values": _in_slots(values, to=True).contiguous().view(weight.dtype),
         "codes": (codes << shifts).sum(-1).to(torch.int32),
     }
 
 
 def positions(codes: torch.Tensor, m: int) -> torch.Tensor:
-    """`[rows, stored]` int32: the position in its group of each stored value, in the order of columns."""
+    """Return `[rows, stored]` int32: the position in its group of each stored value, in the order of columns."""
     shifts = torch.arange(0, 32, code_bits(m), dtype=torch.int32, device=codes.device)
     return ((codes.unsqueeze(-1) >> shifts) & (2 ** code_bits(m) - 1)).flatten(1)
 
 
 def unpack_nm_rows(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns: int) -> torch.Tensor:
+    """Unpack N:M rows into `[rows, columns]`; what the tensors hold is not checked."""
     rows, kept = values.shape[0], columns // m * n
     place = positions(codes, m)[:, :kept].view(rows, columns // m, n).long()
-    stored = _in_units(values, to=False)[:, :kept].view(rows, columns // m, n)
+    stored = _in_slots(values, to=False)[:, :kept].view(rows, columns // m, n)
     return values.new_zeros(rows, columns // m, m).scatter_(2, place, stored).view(rows, columns)
+
+
+def check_nm_rows(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns: int) -> None:
+    """Raise `ValueError`, naming the tensor, unless these are N:M rows of `columns` columns; dtypes and shapes are not checked."""
+    rows, kept = values.shape[0], columns // m * n
+    place = positions(codes, m)
+    if place[:, kept:].any():
+        raise ValueError(f"codes: expected zeros after the {kept} positions of a row")
+    if _fill_of(values, kept).any():  # NaN counts; it would reach every output of the row
+        raise ValueError(f"values: expected zeros after the {kept} values of a row")
+    place = place[:, :kept].view(rows, columns // m, n)
+    wrong = (place >= m).any(-1) | (place.diff(dim=-1) <= 0).any(-1)
+    if wrong.any():
+        row, group = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"codes: expected {n} ascending positions below {m} in every group, got {place[row, group].tolist()} in row {row}, "
+            f"group {group}"
+        )
+
+
+def _fill_of(values: torch.Tensor, kept: int) -> torch.Tensor:
+    """Return what `[rows, stored]` values hold after the first `kept` of each row in the order of columns."""
+    block = block_values(values.dtype)
+    first = kept // block * block
+    return _in_slots(values[:, first:].contiguous(), to=False)[:, kept - first :]

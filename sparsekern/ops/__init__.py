@@ -3,6 +3,8 @@
 from ..backends import libraries
 from .admm_step import admm_step_
 from .bitmask_linear import bitmask_linear
+from .bitmask_pack import bitmask_pack
+from .bitmask_unpack import bitmask_unpack
 from .cross_gram import cross_gram_
 from .feature_norm import feature_norm_
 from .gated_split import gated_split
@@ -14,6 +16,8 @@ from .head_neuron_scores import head_neuron_scores
 from .masked_lstsq import masked_lstsq
 from .nm_linear import nm_linear
 from .nm_mask import nm_mask
+from .nm_pack import nm_pack
+from .nm_unpack import nm_unpack
 from .obs_sweep import obs_sweep
 from .plain_split import plain_split
 from .reverse_cholesky import reverse_cholesky
@@ -28,6 +32,8 @@ libraries.load()
 __all__ = [
     "admm_step_",
     "bitmask_linear",
+    "bitmask_pack",
+    "bitmask_unpack",
     "cross_gram_",
     "feature_norm_",
     "gated_split",
@@ -39,6 +45,8 @@ __all__ = [
     "masked_lstsq",
     "nm_linear",
     "nm_mask",
+    "nm_pack",
+    "nm_unpack",
     "obs_sweep",
     "plain_split",
     "reverse_cholesky",

@@ -1,11 +1,11 @@
-"""`bitmask_linear`: `x W^T + b` straight from the non-zeros of `W` and one bit a weight."""
+"""`bitmask_linear`: `x W^T + b` from the non-zeros of `W` and one bit a weight, without unpacking."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import linear
 
-from ..layouts.packed_rows import SLACK, TILE_ROWS, lanes, pack_bitmask_rows, unit_counts, unpack_bitmask_rows, words, words_to_bits
+from ..layouts.packed_rows import SLACK, lanes, pack_bitmask_rows, slot_counts, tiles, unpack_bitmask_rows, words, words_to_bits
 from ._checks import HALF_OR_FLOAT, check_tensor
 from ._registry import define_op, sample
 
@@ -20,22 +20,28 @@ def bitmask_linear(
     order: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`torch.nn.functional.linear` with a weight of any sparsity, packed by `sparsekern.runtime.formats.Bitmask`.
+    """Multiply by a packed weight of any sparsity: `bitmask_linear(x, **bitmask_pack(weight))` is `F.linear(x, weight)`.
 
-    Products are summed in float32. Where a weight is not zero, NaN and Inf spread as in the dense product; what a zero weight makes of
-    an Inf or NaN of `x` (NaN in the dense product) is left open.
+    Products are summed in float32. Where a weight is not zero, NaN and Inf spread as in the dense product. What a zero weight makes of
+    an Inf or NaN of `x` (NaN in the dense product) is unspecified.
+
+    The kernels only ensure that they stay inside the packed tensors. `bitmask_unpack` checks everything that these hold, as does
+    loading a packed model.
 
     Args:
         x: `[..., in_features]` float32, bfloat16 or float16, any strides.
-        values, bitmask, starts, order: the packed weight; values of the dtype of `x`. What they hold is for `Bitmask.check` to check,
-            once. The kernel itself only makes sure that it stays inside their memory.
+        values: `[stored]` of the dtype of `x`, from `bitmask_pack` like the three that follow.
+        bitmask: `[out_features, ceil(in_features / 64)]` int64.
+        starts: `[ceil(out_features / 16) + 1]` int64.
+        order: `[out_features]` int32.
         bias: `[out_features]` of the dtype of `x`.
 
     Returns:
         `[..., out_features]` of the dtype of `x`.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices; starts, rows or bits that lead out of the other tensors.
+        TypeError: wrong dtypes.
+        ValueError: wrong shapes or devices; starts, order or bits that lead out of the other tensors.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         raise ValueError(
@@ -46,24 +52,24 @@ def bitmask_linear(
     check_tensor("order", order, ndim=1, dtypes=(torch.int32,), device=x.device)
     rows = order.shape[0]
     check_tensor("bitmask", bitmask, ndim=2, dtypes=(torch.int64,), shape=(rows, words(x.shape[-1])), device=x.device)
-    check_tensor("starts", starts, ndim=1, dtypes=(torch.int64,), shape=(-(-rows // TILE_ROWS) + 1,), device=x.device)
+    check_tensor("starts", starts, ndim=1, dtypes=(torch.int64,), shape=(tiles(rows) + 1,), device=x.device)
     if values.shape[0] % lanes(x.dtype) or values.shape[0] < SLACK * lanes(x.dtype):
-        raise ValueError(f"values: expected whole units, {SLACK} of them to spare, got {values.shape[0]} values")
+        raise ValueError(f"values: expected whole slots, {SLACK} of them to spare, got {values.shape[0]} values")
     if bias is not None:
         check_tensor("bias", bias, ndim=1, dtypes=(x.dtype,), shape=(rows,), device=x.device)
     return _op(x, values, bitmask, starts, order, bias)
 
 
 def check_places(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor) -> None:
-    """Raise `ValueError` where a kernel would be led out of the tensors; `Bitmask.check` asks for more."""
-    rows, units = len(order), len(values) // lanes(values.dtype) - SLACK
-    wrong = (torch.cat((starts.new_zeros(1), starts)).diff() < 0) | (starts > units)
+    """Raise `ValueError` where a kernel would be led out of the tensors; `bitmask_unpack` checks more."""
+    rows, slots = len(order), len(values) // lanes(values.dtype) - SLACK
+    wrong = (torch.cat((starts.new_zeros(1), starts)).diff() < 0) | (starts > slots)
     if wrong.any():
-        raise ValueError(f"starts: expected ascending places of the {units} units, got {int(starts[wrong][0])}")
+        raise ValueError(f"starts: expected ascending places of the {slots} slots, got {int(starts[wrong][0])}")
     outside = (order < 0) | (order >= rows)
     if outside.any():
         raise ValueError(f"order: expected rows from 0 to {rows - 1}, got {int(order[outside][0])}")
-    if unit_counts(words_to_bits(bitmask).sum(1), values.dtype).sum() > units:
+    if slot_counts(words_to_bits(bitmask).sum(1), values.dtype).sum() > slots:
         raise ValueError("bitmask: expected bits for the values there are, got more")
 
 

@@ -1,4 +1,4 @@
-"""`nm_linear`: `x W^T + b` straight from the values that an N:M weight keeps and their positions."""
+"""`nm_linear`: `x W^T + b` from the values that an N:M weight keeps and their positions, without unpacking."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ SCHEMA = "(Tensor x, Tensor values, Tensor codes, int n, int m, Tensor? bias=Non
 def nm_linear(
     x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`torch.nn.functional.linear` with an N:M weight, packed by `sparsekern.runtime.formats.NMPacked`.
+    """Multiply by a packed N:M weight: `nm_linear(x, **nm_pack(weight, n, m), n=n, m=m)` is `F.linear(x, weight)`.
 
-    Products are summed in float32. Where a weight is stored, NaN and Inf spread as in the dense product; what a zero weight makes of an
-    Inf or NaN of `x` (NaN in the dense product) is left open.
+    Products are summed in float32. Where a weight is stored, NaN and Inf spread as in the dense product. What a zero weight makes of an
+    Inf or NaN of `x` (NaN in the dense product) is unspecified.
+
+    The kernels only ensure that they stay inside the packed tensors. `nm_unpack` checks everything that these hold, as does loading a
+    packed model.
 
     Args:
         x: `[..., in_features]` float32, bfloat16 or float16, any strides; features divisible by `m`.
-        values, codes: the packed weight; values of the dtype of `x`.
-        n, m: the weight keeps `n` of every `m` inputs; `m` at most 16.
+        values: `[out_features, stored]` of the dtype of `x`, from `nm_pack` like `codes`.
+        codes: `[out_features, stored * bits / 32]` int32, with 2 bits a position for `m` of at most 4 and else 4.
+        n: values that a group keeps.
+        m: columns of a group, at most 16.
         bias: `[out_features]` of the dtype of `x`.
 
     Returns:
         `[..., out_features]` of the dtype of `x`.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices; a pattern that has no layout.
+        TypeError: wrong dtypes; `n` or `m` that is no whole number.
+        ValueError: wrong shapes or devices; a pattern without a layout.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         raise ValueError(
@@ -67,6 +73,13 @@ def _fake(x, values, codes, n, m, bias=None):
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
+def sparse_weight(rows: int, columns: int, n: int, m: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Return a random weight with N non-zeros in every M columns."""
+    dense = torch.randn(rows, columns // m, m, generator=generator)
+    kept = torch.rand(dense.shape, generator=generator).argsort(-1).argsort(-1) < n
+    return (dense * kept).flatten(1).to(dtype)
+
+
 def _samples(generator: torch.Generator):
     for rows, columns, n, m, dtype, tokens in (
         (5, 24, 2, 4, torch.float32, (1,)),
@@ -74,9 +87,7 @@ def _samples(generator: torch.Generator):
         (7, 80, 3, 8, torch.bfloat16, (40,)),
         (18, 330, 1, 3, torch.float16, (3,)),
     ):
-        dense = torch.randn(rows, columns // m, m, generator=generator)
-        kept = torch.rand(dense.shape, generator=generator).argsort(-1).argsort(-1) < n
-        packed = tuple(pack_nm_rows((dense * kept).flatten(1).to(dtype), n, m).values())
+        packed = tuple(pack_nm_rows(sparse_weight(rows, columns, n, m, dtype, generator), n, m).values())
         x = torch.randn(*tokens, columns, generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator).to(dtype)
         yield sample(x, *packed, n, m, *([bias] if len(tokens) == 2 else []))

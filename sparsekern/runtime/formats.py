@@ -1,7 +1,7 @@
-"""The formats of packed weights: how a linear layer's weight becomes a few named tensors, is checked, and multiplies.
+"""The formats of packed weights: pack a linear layer's weight into a few named tensors, check them, and multiply by them.
 
-The tensors go to safetensors as they are. What `config.json` must hold to find them again is a format's name, the weight's shape and
-dtype, and `stored` of a bitmask: the sizes of all tensors follow from these (`specs`).
+Safetensors files hold these tensors unchanged, under the names of the arguments of the format's op. `config.json` holds the name of
+the format, the shape and dtype of the weight, and for a bitmask `stored`: the sizes of all tensors follow from these (`specs`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from ..layouts import packed_rows as rows_layout
 from ..ops._checks import HALF_OR_FLOAT, check_tensor
 from ..ops._registry import OPS
+from ..ops.bitmask_pack import bitmask_pack
 from ..ops.nm_linear import check_pattern
+from ..ops.nm_pack import nm_pack
 from ..pattern import parse_pattern
 
-BITMASK_LINEAR = OPS["bitmask_linear"].overload
-NM_LINEAR = OPS["nm_linear"].overload
+BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].overload, OPS["bitmask_unpack"].overload
+NM_LINEAR, NM_UNPACK = OPS["nm_linear"].overload, OPS["nm_unpack"].overload
 
 Tensors = Mapping[str, torch.Tensor]
 Shape = tuple[int, int]
@@ -37,13 +39,13 @@ class Spec:
 
 
 class Format:
-    """What every format does; `shape` is `(out_features, in_features)`, `dtype` that of the weight."""
+    """A format; `shape` is `(out_features, in_features)` of the weight, `dtype` its dtype."""
 
     name: str
     tensor_names: tuple[str, ...]
 
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The packed tensors of a weight, contiguous and on its device. `-0.0` counts as zero.
+        """Pack a weight into tensors that are contiguous and on its device. `-0.0` counts as zero.
 
         Raises:
             TypeError, ValueError: wrong dtype or dimensions, or a weight that the format does not hold.
@@ -51,14 +53,19 @@ class Format:
         raise NotImplementedError
 
     def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """The dense weight of tensors that passed `check`."""
+        """Return the dense weight of packed tensors.
+
+        Raises:
+            ValueError: tensors that `check` refuses.
+        """
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x W^T + b` from tensors that passed `check`: the op of this format, without the checks of its wrapper.
+        """Compute `x W^T + b` from tensors that passed `check`, by the op of this format without the checks of its wrapper.
 
         Raises:
-            TypeError, ValueError: `x` has not the weight's dtype or input features.
+            TypeError: `x` has another dtype than the weight.
+            ValueError: `x` has other input features than the weight.
         """
         self.check_input(x, tensors, shape)
         return self._multiply(x, tensors, bias)
@@ -71,7 +78,7 @@ class Format:
             raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1] if x.dim() else 'a scalar'}")
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
-        """What `pack` would take, without packing.
+        """Return how many bytes `pack` would take, without packing.
 
         Raises:
             TypeError, ValueError: as `pack`.
@@ -79,15 +86,15 @@ class Format:
         raise NotImplementedError
 
     def stored(self, tensors: Tensors) -> int | None:
-        """What `specs` needs to know beside shape and dtype; None: nothing."""
+        """Return what `specs` needs beside shape and dtype; None if nothing."""
         return None
 
     def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
-        """Shape and dtype of each packed tensor."""
+        """Return shape and dtype of each packed tensor."""
         raise NotImplementedError
 
     def empty(self, shape: Shape, dtype: torch.dtype, stored: int | None = None, device=None) -> dict[str, torch.Tensor]:
-        """Uninitialised tensors of the right sizes, to be loaded into."""
+        """Return uninitialised tensors of the right sizes, to load into."""
         return {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in self.specs(shape, dtype, stored).items()
@@ -96,7 +103,7 @@ class Format:
     def check(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
         """Raise `ValueError`, naming the tensor and what is wrong with it, unless these are a packed weight of that shape and dtype.
 
-        Everything that a kernel relies on is checked, so what comes from a damaged or hostile file is to be checked once.
+        Everything that a kernel relies on is checked. Call this once for tensors from a file, which may be damaged or hostile.
         """
         self.check_names(tensors)
         check_shape(shape)
@@ -127,17 +134,17 @@ class Format:
 
 @dataclass(frozen=True)
 class Bitmask(Format):
-    """The non-zeros and one bit a weight, for any sparsity: see `sparsekern.layouts.packed_rows`, bitmask rows."""
+    """The non-zeros and one bit a weight, for any sparsity: the bitmask rows of `sparsekern.layouts.packed_rows`."""
 
     name = "bitmask"
     tensor_names = ("values", "bitmask", "starts", "order")
 
     def pack(self, weight):
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
-        return rows_layout.pack_bitmask_rows(weight.detach())
+        return bitmask_pack(weight.detach())
 
     def unpack(self, tensors, shape, dtype):
-        return rows_layout.unpack_bitmask_rows(tensors["values"], tensors["bitmask"], tensors["order"], shape[1])
+        return BITMASK_UNPACK(tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], shape[1])
 
     def _multiply(self, x, tensors, bias):
         return BITMASK_LINEAR(x, tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], bias)
@@ -145,8 +152,8 @@ class Bitmask(Format):
     def packed_bytes(self, weight):
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
         counts = (weight != 0).sum(1).sort().values
-        units = int(rows_layout.unit_counts(counts, weight.dtype).sum()) + rows_layout.SLACK
-        specs = self.specs(tuple(weight.shape), weight.dtype, units * rows_layout.lanes(weight.dtype))
+        slots = int(rows_layout.slot_counts(counts, weight.dtype).sum()) + rows_layout.SLACK
+        specs = self.specs(tuple(weight.shape), weight.dtype, slots * rows_layout.lanes(weight.dtype))
         return sum(spec.nbytes for spec in specs.values())
 
     def stored(self, tensors):
@@ -159,33 +166,17 @@ class Bitmask(Format):
         return {
             "values": Spec((stored,), dtype),
             "bitmask": Spec((rows, rows_layout.words(columns)), torch.int64),
-            "starts": Spec((-(-rows // rows_layout.TILE_ROWS) + 1,), torch.int64),
+            "starts": Spec((rows_layout.tiles(rows) + 1,), torch.int64),
             "order": Spec((rows,), torch.int32),
         }
 
     def _check_contents(self, tensors, shape):
-        rows, columns = shape
-        values, bitmask, starts, order = (tensors[name] for name in self.tensor_names)
-        flags = rows_layout.words_to_bits(bitmask)
-        stray = flags[:, columns:].any(1)
-        if stray.any():
-            raise ValueError(f"bitmask: expected zeros past column {columns - 1}, got a set bit in row {int(stray.nonzero()[0])}")
-        counts = flags.sum(1)
-        units = rows_layout.unit_counts(counts, values.dtype)
-        expected = (int(units.sum()) + rows_layout.SLACK) * rows_layout.lanes(values.dtype)
-        if values.numel() != expected:
-            raise ValueError(f"values: expected {expected} values for the bits set in bitmask, got {values.numel()}")
-        wrong = starts != rows_layout.tile_starts(units, values.dtype)
-        if wrong.any():
-            tile = int(wrong.nonzero()[0])
-            raise ValueError(f"starts: expected where the bits set before each tile end, got {int(starts[tile])} for tile {tile}")
-        if not torch.equal(order.sort().values, torch.arange(rows, dtype=torch.int32, device=order.device)):
-            raise ValueError(f"order: expected each row from 0 to {rows - 1} once")
+        rows_layout.check_bitmask_rows(*(tensors[name] for name in self.tensor_names), shape[1])
 
 
 @dataclass(frozen=True)
 class NMPacked(Format):
-    """N values of every M inputs and their positions, `M <= 16`: see `sparsekern.layouts.packed_rows`, N:M rows."""
+    """N values of every M inputs and their positions, `M <= 16`: the N:M rows of `sparsekern.layouts.packed_rows`."""
 
     n: int
     m: int
@@ -200,16 +191,17 @@ class NMPacked(Format):
 
     def pack(self, weight):
         self._check_weight(weight)
-        return rows_layout.pack_nm_rows(weight.detach(), self.n, self.m)
+        return nm_pack(weight.detach(), self.n, self.m)
 
     def unpack(self, tensors, shape, dtype):
-        return rows_layout.unpack_nm_rows(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
+        return NM_UNPACK(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
     def _multiply(self, x, tensors, bias):
         return NM_LINEAR(x, tensors["values"], tensors["codes"], self.n, self.m, bias)
 
     def packed_bytes(self, weight):
         self._check_weight(weight)
+        rows_layout.check_fits(weight, self.n, self.m)
         return sum(spec.nbytes for spec in self.specs(tuple(weight.shape), weight.dtype).values())
 
     def specs(self, shape, dtype, stored=None):
@@ -227,33 +219,10 @@ class NMPacked(Format):
 
     def _check_weight(self, weight: torch.Tensor) -> None:
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
-        rows, columns = weight.shape
-        self._check_columns(columns)
-        counts = (weight.reshape(rows, columns // self.m, self.m) != 0).sum(-1)
-        if counts.numel() and int(counts.max()) > self.n:
-            row, group = (int(i) for i in (counts > self.n).nonzero()[0])
-            first = group * self.m
-            raise ValueError(
-                f"weight: expected at most {self.n} non-zeros in every {self.m} inputs, got {int(counts[row, group])} in row {row}, "
-                f"columns {first} to {first + self.m - 1}"
-            )
+        self._check_columns(weight.shape[1])
 
     def _check_contents(self, tensors, shape):
-        rows, columns = shape
-        place = rows_layout.positions(tensors["codes"], self.m)
-        kept = columns // self.m * self.n
-        if place[:, kept:].any():
-            raise ValueError(f"codes: expected zeros after the {kept} positions of a row")
-        if rows_layout.fill_of(tensors["values"], kept).any():  # NaN counts; it would reach every output of the row
-            raise ValueError(f"values: expected zeros after the {kept} values of a row")
-        place = place[:, :kept].view(rows, columns // self.m, self.n)
-        wrong = (place >= self.m).any(-1) | (place.diff(dim=-1) <= 0).any(-1)
-        if wrong.any():
-            row, group = (int(i) for i in wrong.nonzero()[0])
-            raise ValueError(
-                f"codes: expected {self.n} ascending positions below {self.m} in every group, got {place[row, group].tolist()} in row "
-                f"{row}, group {group}"
-            )
+        rows_layout.check_nm_rows(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
 
 def check_shape(shape: Shape) -> Shape:
@@ -267,7 +236,7 @@ def check_shape(shape: Shape) -> Shape:
 
 
 def format_of(name: str) -> Format:
-    """The format of a name: `"bitmask"`, or `"N:M"` with M of at most 16 (keep N of every M).
+    """Return the format of a name: `"bitmask"`, or `"N:M"` with M of at most 16 (keep N of every M).
 
     Raises:
         TypeError, ValueError: no format has this name.

@@ -224,7 +224,7 @@ class SparseLinear(nn.Module):
         self._drop_compressed()  # which is for one device, and its bits are no values to convert
         if after.itemsize == before.itemsize:
             super()._apply(fn, recurse)
-        else:  # half values share a unit of four bytes, so the layout of float32 is another
+        else:  # half values share a slot of four bytes, so the layout of float32 is another
             self._repack(fn, recurse)
         self._compress()
         return self

@@ -7,8 +7,8 @@ capability 9.0 has 10.6 a weight for one token of bfloat16, and 16 for more toke
 
 * Where a value lies is the number of bits before it. A program has a tile of 16 rows. It counts the bits of all their words first and
   leaves the sums in a workspace, 1/32 of the bytes of the dense half weight. Then words are expanded by themselves, and nothing waits.
-* A thread has 4 neighbouring columns of all 16 rows: one population count finds the value of the first bit, and the next 4 units are
-  read whether they are wanted or not, so that they share an address. The threads of a warp read units side by side, those of a group's
+* A thread has 4 neighbouring columns of all 16 rows: one population count finds the value of the first bit, and the next 4 slots are
+  read whether they are wanted or not, so that they share an address. The threads of a warp read slots side by side, those of a group's
   two rows the same ones.
 * The factors of a column are loaded once for 16 rows. One token is multiplied as it comes. More are a product on the tensor cores, for
   which each warp adds up columns of its own; the warps are added at the end, in an order that is always the same.
@@ -54,11 +54,11 @@ def count_bits(bits):
 
 @triton.jit
 def find_tile(
-    values, bits, starts, order, ends, status, rows, words, units, LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
+    values, bits, starts, order, ends, status, rows, words, slots, LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
 ):
     """This program's tile: its first row, and where its values, bits and ends begin.
 
-    `ends`, written here: where the values of each word end, in units from the tile's first one. Nothing that is kept leads out of the
+    `ends`, written here: where the values of each word end, in slots from the tile's first one. Nothing that is kept leads out of the
     values, whatever the tensors hold; `status` is set where they contradict one another.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -78,10 +78,10 @@ def find_tile(
         end = tl.load(starts + tl.program_id(0) + 1)
         target = tl.load(order + first + row, mask=in_rows, other=0)
         astray = tl.max(((target < 0) | (target >= rows)).to(tl.int32), axis=0) > 0
-        wrong = (start < 0) | (start > end) | (end > units) | (start + tl.sum(longest, axis=0) > units) | astray
+        wrong = (start < 0) | (start > end) | (end > slots) | (start + tl.sum(longest, axis=0) > slots) | astray
         tl.store(status, 1, mask=wrong)
-    start = tl.minimum(tl.maximum(start, 0), units)
-    room = tl.minimum(units - start, 2**30).to(tl.int32)
+    start = tl.minimum(tl.maximum(start, 0), slots)
+    room = tl.minimum(slots - start, 2**30).to(tl.int32)
     for word in range(0, words, WORDS):
         inside = in_rows[:, None] & (word + lane < words)[None, :]
         counts = count_bits(tl.load(bits + place + word, mask=inside, other=0).to(tl.uint64, bitcast=True))
@@ -93,15 +93,15 @@ def find_tile(
 
 
 @triton.jit
-def value_in(unit, here, row, VALUE: tl.constexpr, WANTED: tl.constexpr):
-    """The `row`'s value in a unit, which two rows of half values share, as it is `WANTED`; zero where it is not `here`."""
+def value_in(slot, here, row, VALUE: tl.constexpr, WANTED: tl.constexpr):
+    """The `row`'s value in a slot, which two rows of half values share, as it is `WANTED`; zero where it is not `here`."""
     shift = (row % 2 * 16).to(tl.uint32)
     if VALUE == tl.float32:
-        value = unit.to(tl.float32, bitcast=True)
+        value = slot.to(tl.float32, bitcast=True)
     elif VALUE == tl.bfloat16 and WANTED == tl.float32:  # whose upper half it is
-        value = (unit >> shift << 16).to(tl.float32, bitcast=True)
+        value = (slot >> shift << 16).to(tl.float32, bitcast=True)
     else:
-        value = (unit >> shift).to(tl.uint16).to(VALUE, bitcast=True).to(WANTED)
+        value = (slot >> shift).to(tl.uint16).to(VALUE, bitcast=True).to(WANTED)
     return tl.where(here, value, 0.0)
 
 
@@ -109,33 +109,33 @@ def value_in(unit, here, row, VALUE: tl.constexpr, WANTED: tl.constexpr):
 def expand(values, bits, ends, column, row, inside, words, WANTED: tl.constexpr):
     """The weights, zeros included, of `column` and the 3 after it.
 
-    The next 4 units are read wherever the bits are, which asks for one address; a bit that is set moves on to the next of them.
+    The next 4 slots are read wherever the bits are, which asks for one address; a bit that is set moves on to the next of them.
     """
     word = row * words + column // 64
     ones = tl.load(bits + word, mask=inside, other=0).to(tl.uint64, bitcast=True) >> (column % 64).to(tl.uint64)
-    units = values.to(tl.pointer_type(tl.uint32)) + (tl.load(ends + word, mask=inside, other=0) - count_bits(ones))
-    unit, second, third, fourth = tl.load(units), tl.load(units + 1), tl.load(units + 2), tl.load(units + 3)
+    slots = values.to(tl.pointer_type(tl.uint32)) + (tl.load(ends + word, mask=inside, other=0) - count_bits(ones))
+    slot, second, third, fourth = tl.load(slots), tl.load(slots + 1), tl.load(slots + 2), tl.load(slots + 3)
     four = ones.to(tl.int32)
     VALUE: tl.constexpr = values.dtype.element_ty
     here = (four & 1) != 0
-    a = value_in(unit, here, row, VALUE, WANTED)
-    unit, second, third = tl.where(here, second, unit), tl.where(here, third, second), tl.where(here, fourth, third)
+    a = value_in(slot, here, row, VALUE, WANTED)
+    slot, second, third = tl.where(here, second, slot), tl.where(here, third, second), tl.where(here, fourth, third)
     here = (four & 2) != 0
-    b = value_in(unit, here, row, VALUE, WANTED)
-    unit, second = tl.where(here, second, unit), tl.where(here, third, second)
+    b = value_in(slot, here, row, VALUE, WANTED)
+    slot, second = tl.where(here, second, slot), tl.where(here, third, second)
     here = (four & 4) != 0
-    c = value_in(unit, here, row, VALUE, WANTED)
-    d = value_in(tl.where(here, second, unit), (four & 8) != 0, row, VALUE, WANTED)
+    c = value_in(slot, here, row, VALUE, WANTED)
+    d = value_in(tl.where(here, second, slot), (four & 8) != 0, row, VALUE, WANTED)
     return a, b, c, d
 
 
-@triton.jit(do_not_specialize=["tokens", "units"])
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def multiply(
-    x, values, bits, starts, order, ends, status, bias, y, tokens, columns, rows, x_stride, words, units,
+    x, values, bits, starts, order, ends, status, bias, y, tokens, columns, rows, x_stride, words, slots,
     TOKENS: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows times all `tokens`, of which there are `TOKENS` at most: one, or a tile of the tensor cores."""
-    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
+    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, slots, LANES, ROWS, WORDS)
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four = 4 * tl.arange(0, COLUMNS // 4)[None, None, :]
     left = (rows - first).to(tl.int32)
@@ -160,13 +160,13 @@ def multiply(
     store_product(tl.sum(sums, axis=0), y, bias, order, first, rows, tokens, TOKENS, ROWS)
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["slots"])
 def unpack(
-    values, bits, starts, order, ends, status, weight, columns, rows, words, units,
+    values, bits, starts, order, ends, status, weight, columns, rows, words, slots,
     PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows to where they belong in the dense weight."""
-    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, units, LANES, ROWS, WORDS)
+    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, slots, LANES, ROWS, WORDS)
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four, lane = 4 * tl.arange(0, COLUMNS // 4)[None, None, :], tl.arange(0, COLUMNS)[None, None, :]
     in_rows = first + row < rows
@@ -193,7 +193,7 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, status: 
         warps = config(rows, columns, tokens, device_of(x).multiprocessors)
         with on_device_of(x):
             multiply[(triton.cdiv(rows, TILE_ROWS),)](
-                x, *weight, _workspace(weight), status, bias, y, tokens, columns, rows, x.stride(0), words(columns), _units(weight),
+                x, *weight, _workspace(weight), status, bias, y, tokens, columns, rows, x.stride(0), words(columns), _slots(weight),
                 TOKENS=1 if tokens == 1 else MOST_TOKENS, **_constants(weight.values.dtype, warps), num_warps=warps, num_stages=1,
             )  # fmt: skip
     return y
@@ -208,7 +208,7 @@ def unpacked(weight: Weight, columns: int, status: torch.Tensor | None) -> torch
         warps = config(rows, columns, MOST_TOKENS, device_of(dense).multiprocessors)
         with on_device_of(dense):
             unpack[(triton.cdiv(rows, TILE_ROWS),)](
-                *weight, _workspace(weight), status, dense, columns, rows, words(columns), _units(weight),
+                *weight, _workspace(weight), status, dense, columns, rows, words(columns), _slots(weight),
                 **_constants(dense.dtype, warps), num_warps=warps, num_stages=1,
             )  # fmt: skip
     return dense
@@ -218,7 +218,7 @@ def _workspace(weight: Weight) -> torch.Tensor:
     return weight.order.new_empty(weight.bitmask.shape)
 
 
-def _units(weight: Weight) -> int:
+def _slots(weight: Weight) -> int:
     return len(weight.values) // lanes(weight.values.dtype) - SLACK
 
 
@@ -246,7 +246,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
         (torch.float32, MOST_TOKENS, 8),
     ):
         yield _product_case(dtype, tokens, warps)
-    numbers = {"columns": "i32:16", "rows": "i32:16", "words": "i32:16", "units": "i64"}
+    numbers = {"columns": "i32:16", "rows": "i32:16", "words": "i32:16", "slots": "i64"}
     pointers = {**_packed_types(torch.bfloat16), "status": "*i32:16", "weight": "*bf16:16"}
     yield CompileCase(unpack, {**pointers, **numbers}, _constants(torch.bfloat16, 8), 8, 1)
 
@@ -258,7 +258,7 @@ def _packed_types(dtype: torch.dtype) -> dict[str, str]:
 def _product_case(dtype: torch.dtype, tokens: int, warps: int) -> CompileCase:
     """Decoding: nothing is checked any more, and there is a bias."""
     own = f"*{DTYPES[dtype]}:16"
-    numbers = dict.fromkeys(("columns", "rows", "x_stride", "words"), "i32:16") | {"tokens": "i32", "units": "i64"}
+    numbers = dict.fromkeys(("columns", "rows", "x_stride", "words"), "i32:16") | {"tokens": "i32", "slots": "i64"}
     return CompileCase(
         multiply,
         {"x": own, **_packed_types(dtype), "bias": own, "y": own, **numbers},

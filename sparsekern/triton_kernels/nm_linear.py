@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layouts.packed_rows import UNITS, block_values, code_bits, stored_per_row
+from ..layouts.packed_rows import BLOCK_SLOTS, block_values, code_bits, stored_per_row
 from ._common import CompileCase, check_operand, device_of, on_device_of
 from ._packed_linear import COLUMNS, DTYPES, MOST_TOKENS, add_products, as_bias, as_matrix, side_by_side, store_product, warps_for
 
@@ -45,9 +45,9 @@ def config(rows: int, kept: int, tokens: int, multiprocessors: int) -> Config:
 
 
 @triton.jit
-def stored_value(values, codes, row, k, inside, stored, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr):
+def stored_value(values, codes, row, k, inside, stored, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
     """Value `k` of each row, and its position in its group."""
-    place = k // BLOCK * BLOCK + k % UNITS * (BLOCK // UNITS) + k % BLOCK // UNITS
+    place = k // BLOCK * BLOCK + k % BLOCK_SLOTS * (BLOCK // BLOCK_SLOTS) + k % BLOCK // BLOCK_SLOTS
     value = tl.load(values + row * stored + place, mask=inside, other=0.0)
     code = tl.load(codes + row * (stored * BITS // 32) + k * BITS // 32, mask=inside, other=0)
     return value, (code >> (k * BITS % 32)) & ((1 << BITS) - 1)
@@ -56,7 +56,7 @@ def stored_value(values, codes, row, k, inside, stored, BITS: tl.constexpr, BLOC
 @triton.jit(do_not_specialize=["tokens"])
 def multiply(
     x, values, codes, bias, y, tokens, columns, rows, kept, stored,
-    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Some rows times all `tokens`, by picking from `x`, `[columns, TOKENS]`."""
@@ -68,7 +68,7 @@ def multiply(
     sums = tl.zeros([ROWS, VALUES, TOKENS], tl.float32)
     for begin in range(0, kept, VALUES):
         k = begin + lane
-        value, position = stored_value(values, codes, row, k, (k < kept) & (first + row < rows), stored, BITS, BLOCK, UNITS)
+        value, position = stored_value(values, codes, row, k, (k < kept) & (first + row < rows), stored, BITS, BLOCK, BLOCK_SLOTS)
         column = (k // N * M + position)[:, :, None]
         factor = tl.load(x + column * TOKENS + token, mask=column < columns, other=0.0)
         sums += value.to(tl.float32)[:, :, None] * factor.to(tl.float32)
@@ -78,7 +78,7 @@ def multiply(
 @triton.jit(do_not_specialize=["tokens"])
 def multiply_fours(
     x, values, codes, bias, y, tokens, columns, rows, x_stride, stored,
-    N: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    N: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     TOKENS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some rows times all `tokens`, `TOKENS` at most, by expanding groups of 4 columns."""
@@ -95,7 +95,7 @@ def multiply_fours(
         a = tl.zeros([ROWS, PIECES, COLUMNS // 4], values.dtype.element_ty)
         b, c, d = a, a, a
         for i in tl.static_range(N):
-            value, position = stored_value(values, codes, row, group * N + i, inside, stored, BITS, BLOCK, UNITS)
+            value, position = stored_value(values, codes, row, group * N + i, inside, stored, BITS, BLOCK, BLOCK_SLOTS)
             a = tl.where(position == 0, value, a)
             b = tl.where(position == 1, value, b)
             c = tl.where(position == 2, value, c)
@@ -107,7 +107,7 @@ def multiply_fours(
 @triton.jit
 def unpack(
     values, codes, weight, columns, rows, kept, stored,
-    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Some rows to the dense weight, which holds zeros."""
@@ -119,7 +119,7 @@ def unpack(
     for begin in range(0, kept, VALUES):
         k = begin + lane
         inside = (k < kept) & (first + row < rows)
-        value, position = stored_value(values, codes, row, k, inside, stored, BITS, BLOCK, UNITS)
+        value, position = stored_value(values, codes, row, k, inside, stored, BITS, BLOCK, BLOCK_SLOTS)
         column = k // N * M + position
         tl.store(weight + row * columns + column, value, mask=inside & (column < columns))
 
@@ -184,12 +184,12 @@ def _check(values: torch.Tensor, codes: torch.Tensor, columns: int, n: int, m: i
 
 
 def _constants(dtype: torch.dtype, n: int, m: int, tiles: Config) -> dict[str, int]:
-    layout = {"N": n, "M": m, "BITS": code_bits(m), "BLOCK": block_values(dtype), "UNITS": UNITS}
+    layout = {"N": n, "M": m, "BITS": code_bits(m), "BLOCK": block_values(dtype), "BLOCK_SLOTS": BLOCK_SLOTS}
     return {**layout, "ROWS": tiles.rows, "VALUES": 32 * tiles.warps}
 
 
 def _fours(dtype: torch.dtype, n: int, warps: int) -> dict[str, int]:
-    layout = {"N": n, "BITS": code_bits(4), "BLOCK": block_values(dtype), "UNITS": UNITS}
+    layout = {"N": n, "BITS": code_bits(4), "BLOCK": block_values(dtype), "BLOCK_SLOTS": BLOCK_SLOTS}
     return {**layout, "TOKENS": MOST_TOKENS, "PIECES": warps, "ROWS": TILE, "COLUMNS": COLUMNS}
 
 

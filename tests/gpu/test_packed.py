@@ -75,12 +75,12 @@ def test_more_than_2_31_values_of_a_bitmask(room, generator, tokens):
     room(40)
     weight = sparse(TILE_ROWS, COLUMNS, torch.bfloat16, generator)
     packed = pack_bitmask_rows(weight)
-    units = int(packed["starts"][-1])
-    tiles = 2**31 // (2 * units) + 4
+    slots = int(packed["starts"][-1])
+    tiles = 2**31 // (2 * slots) + 4
     values = torch.cat(
-        (packed["values"][: 2 * units].cuda().repeat(tiles), torch.zeros(2 * SLACK, dtype=torch.bfloat16, device="cuda"))
+        (packed["values"][: 2 * slots].cuda().repeat(tiles), torch.zeros(2 * SLACK, dtype=torch.bfloat16, device="cuda"))
     )
-    starts = torch.arange(tiles + 1, device="cuda") * units
+    starts = torch.arange(tiles + 1, device="cuda") * slots
     order = torch.arange(tiles * TILE_ROWS, dtype=torch.int32, device="cuda")
     x = torch.randn(tokens, COLUMNS, generator=generator).bfloat16().cuda()
     y = bitmask_linear(x, values, packed["bitmask"].cuda().repeat(tiles, 1), starts, order)

@@ -17,7 +17,7 @@ from tests.conftest import COMPILED, ISAS, cpu_has
 from .strategies import INTERPRETED
 
 BIT_EXACT = {
-    "admm_step_", "gram_symmetrize_", "nm_mask", "semi_structured_pack", "semi_structured_prune_pack", "semi_structured_unpack", "topk_mask",
+    "admm_step_", "bitmask_pack", "bitmask_unpack", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_unpack", "semi_structured_pack", "semi_structured_prune_pack", "semi_structured_unpack", "topk_mask",
 }  # fmt: skip
 RELATIVE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 ROUNDED = {"sensitivity_"}  # on a device what lies between two products has the dtype of the inputs, whatever that of the result
@@ -145,8 +145,22 @@ def test_the_wrappers_compile_into_one_graph():
         again = ops.obs_sweep(weight, factor, mask=ops.nm_mask(weight, "2:4"))[0]
         sparse = ops.obs_sweep(weight, factor, pattern=0.5, scope="row")[0]
         unpacked = ops.semi_structured_unpack(*ops.semi_structured_pack(new_weight.bfloat16()))
+        packed = ops.bitmask_pack(sparse)
+        product = ops.bitmask_linear(x, **packed), ops.nm_linear(x, **ops.nm_pack(new_weight, 2, 4), n=2, m=4)
         kept = ops.topk_mask(weight, features // 2)
-        return gram, norm, cross, new_weight, mask, error, again, sparse, unpacked, kept
+        return (
+            gram,
+            norm,
+            cross,
+            new_weight,
+            mask,
+            error,
+            again,
+            ops.bitmask_unpack(**packed, features=features),
+            *product,
+            unpacked,
+            kept,
+        )
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

@@ -1,4 +1,4 @@
-// The values of units (common/packed_rows.h) as floats, one by one or a register at a time.
+// The values of slots (common/packed_rows.h) as floats, one by one or a register at a time.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 namespace sparsekern::cpu {
 
 template <class T>
-constexpr int kUnitValues = 4 / sizeof(T);
+constexpr int kSlotValues = 4 / sizeof(T);
 
 // How far ahead of its use packed data is asked for: the memory answers in time, and the hardware stops at pages.
 constexpr int64_t kPrefetchBytes = 4096;
@@ -26,38 +26,38 @@ SPARSEKERN_INLINE void prefetch_ahead(const void* p, int64_t bytes = kPrefetchBy
 }
 
 template <class T>
-SPARSEKERN_INLINE float value_of(const packed_rows::Unit* unit, int which) {
+SPARSEKERN_INLINE float value_of(const packed_rows::Slot* slot, int which) {
   T value;
-  std::memcpy(&value, reinterpret_cast<const char*>(unit) + which * sizeof(T), sizeof(T));
+  std::memcpy(&value, reinterpret_cast<const char*>(slot) + which * sizeof(T), sizeof(T));
   return to_float(value);
 }
 
 #if SPARSEKERN_X86
 
-// Value `which` of each unit. A half float that is the upper half of its unit is one where the lower half is cleared.
+// Value `which` of each slot. A half float that is the upper half of its slot is one where the lower half is cleared.
 template <class T>
-SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512 floats_of_units(__m512i units, int which) {
+SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512 floats_of_slots(__m512i slots, int which) {
   if constexpr (std::is_same_v<T, float>) {
-    return _mm512_castsi512_ps(units);
+    return _mm512_castsi512_ps(slots);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto bits = which == 0 ? (__v16su)units << 16 : (__v16su)units & 0xffff0000u;
+    const auto bits = which == 0 ? (__v16su)slots << 16 : (__v16su)slots & 0xffff0000u;
     return _mm512_castsi512_ps((__m512i)bits);
   } else {
-    const auto bits = which == 0 ? (__v16su)units & 0xffffu : (__v16su)units >> 16;
+    const auto bits = which == 0 ? (__v16su)slots & 0xffffu : (__v16su)slots >> 16;
     // GCC 12 warns of what the forms without a mask leave uninitialised.
     return _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
   }
 }
 
 template <class T>
-SPARSEKERN_AVX2 SPARSEKERN_INLINE __m256 floats_of_units(__m256i units, int which) {
+SPARSEKERN_AVX2 SPARSEKERN_INLINE __m256 floats_of_slots(__m256i slots, int which) {
   if constexpr (std::is_same_v<T, float>) {
-    return _mm256_castsi256_ps(units);
+    return _mm256_castsi256_ps(slots);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto bits = which == 0 ? (__v8su)units << 16 : (__v8su)units & 0xffff0000u;
+    const auto bits = which == 0 ? (__v8su)slots << 16 : (__v8su)slots & 0xffff0000u;
     return _mm256_castsi256_ps((__m256i)bits);
   } else {
-    const auto bits = (__m256i)(which == 0 ? (__v8su)units & 0xffffu : (__v8su)units >> 16);
+    const auto bits = (__m256i)(which == 0 ? (__v8su)slots & 0xffffu : (__v8su)slots >> 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
   }
