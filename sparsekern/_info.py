@@ -63,12 +63,12 @@ def info() -> Info:
 
     Loads transformers no more than a version look-up does, and never initialises CUDA unless this torch has it.
     """
-    from .backends import cslt_linear
+    from .backends import cusparselt_linear
     from .backends.libraries import LIBRARIES
     from .ops._registry import OPS
 
     libraries = {name: "loaded" if library.loaded else library.reason for name, library in LIBRARIES.items()}
-    cusparselt = cslt_linear.library()
+    cusparselt = cusparselt_linear.library()
     libraries["cuSPARSELt"] = "loaded" if cusparselt.ok else cusparselt.reason
     cpu = _cpu(libraries["_C"])
     return Info(
@@ -77,7 +77,7 @@ def info() -> Info:
         cpu=cpu,
         devices=_devices(),
         libraries=libraries,
-        ops={name: _backends(name, libraries, cpu["in use"]) for name in OPS},
+        ops={name: _backends(name, op.only_on_cuda, libraries, cpu["in use"]) for name, op in OPS.items()},
     )
 
 
@@ -110,14 +110,14 @@ def _devices() -> list[str]:
     return devices
 
 
-def _backends(op: str, libraries: dict[str, str], isa: str) -> dict[str, str]:
+def _backends(op: str, elsewhere: str, libraries: dict[str, str], isa: str) -> dict[str, str]:
     cpu = libraries["_C"]
     if cpu == "loaded":
         cpu = f"yes ({isa})" if _has_kernel(op, "CPU") else "no kernel: the reference runs"
         if isa.startswith("none: "):
             cpu = isa.removeprefix("none: ")
     on_devices = {backend: _state_on_devices(op, backend) for backend in ("cuda", "triton")}
-    return {"reference": "yes", "cpu": cpu, **on_devices, "taken on CUDA": backends.preferred(op)}
+    return {"reference": elsewhere or "yes", "cpu": elsewhere or cpu, **on_devices, "taken on CUDA": backends.preferred(op)}
 
 
 def _state_on_devices(op: str, backend: str) -> str:

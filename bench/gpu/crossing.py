@@ -1,4 +1,4 @@
-"""The number of tokens from which cuSPARSELt multiplies a 2:4 layer fastest: the value that `cslt_weight.FEWEST_TOKENS` should have."""
+"""The number of tokens from which cuSPARSELt multiplies a 2:4 layer fastest: the value that `cusparselt.FEWEST_TOKENS` should have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from sparsekern.runtime.cslt_weight import FEWEST_TOKENS
+from sparsekern.runtime.cusparselt import FEWEST_TOKENS
 from sparsekern.runtime.formats import NMPacked
 from sparsekern.triton_kernels._packed_linear import MOST_TOKENS
 

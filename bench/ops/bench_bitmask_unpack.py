@@ -5,21 +5,32 @@ import torch
 from sparsekern.ops import bitmask_pack, bitmask_unpack
 from sparsekern.ops.bitmask_unpack import reference
 
-from .bench_bitmask_linear import sparse_weight
-from .bench_bitmask_pack import DTYPES
+from ..inputs import same, short
+from ..problem import Case, Place, Problem
+from .bench_bitmask_pack import INDEXING, weights
 
 
-@DTYPES
-def test_bitmask_unpack(measure, generator, dtype):
-    weight = sparse_weight((4096, 4096), 0.5, dtype, generator)
-    packed = bitmask_pack(weight)
-    assert torch.equal(bitmask_unpack(**packed, features=4096), weight)
-    measure(
-        lambda: bitmask_unpack(**packed, features=4096),
-        group=f"bitmask_unpack 50% zeros, 4096x4096 {str(dtype).removeprefix('torch.')}",
-        bytes=weight.nbytes + sum(tensor.nbytes for tensor in packed.values()),
-        rounds=5,
-        against=lambda: reference(**packed, features=4096),
-        baseline="torch indexing",
-        goal=5.0,
+def unpack(place: Place, size: int, zeros: float, dtype: torch.dtype) -> Problem:
+    given = weights(place, size, zeros, dtype)
+    packed = [bitmask_pack(weight) for weight in given]
+    return Problem(
+        calls=[lambda p=p: bitmask_unpack(**p, features=size) for p in packed],
+        check=same(lambda: given[0]),
+        baselines={INDEXING: [lambda p=p: reference(**p, features=size) for p in packed]},
+        read=sum(tensor.nbytes for tensor in packed[0].values()),
+        written=given[0].nbytes,
+        captured=False,
     )
+
+
+def case(dtype: torch.dtype) -> Case:
+    sizes = {"size": 4096, "zeros": 0.5, "dtype": dtype}
+    name = f"bitmask_unpack 50% zeros, 4096x4096 {short(dtype)}"
+    return Case(name, unpack, sizes, {"size": 128}, op="bitmask_unpack", cpu={INDEXING: 5.0}, cuda={}, rounds=5)
+
+
+CASES = [case(torch.bfloat16), case(torch.float32)]
+
+
+def test_bitmask_unpack(timed, case):
+    timed(case)

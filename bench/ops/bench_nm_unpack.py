@@ -1,26 +1,35 @@
 from __future__ import annotations
 
-import torch
-
 from sparsekern.ops import nm_pack, nm_unpack
 from sparsekern.ops.nm_unpack import reference
 
-from .bench_nm_linear import nm_weight
-from .bench_nm_pack import PATTERNS
+from ..inputs import same
+from ..problem import Case, Place, Problem
+from .bench_bitmask_pack import INDEXING
+from .bench_nm_pack import weights
 
 
-@PATTERNS
-def test_nm_unpack(measure, generator, pattern):
-    n, m = map(int, pattern.split(":"))
-    weight = nm_weight((4096, 4096), pattern, torch.bfloat16, generator)
-    packed = nm_pack(weight, n, m)
-    assert torch.equal(nm_unpack(**packed, n=n, m=m, features=4096), weight)
-    measure(
-        lambda: nm_unpack(**packed, n=n, m=m, features=4096),
-        group=f"nm_unpack {pattern} 4096x4096 bfloat16",
-        bytes=weight.nbytes + sum(tensor.nbytes for tensor in packed.values()),
-        rounds=5,
-        against=lambda: reference(**packed, n=n, m=m, features=4096),
-        baseline="torch indexing",
-        goal=5.0,
+def unpack(place: Place, size: int, n: int, m: int) -> Problem:
+    given = weights(place, size, n, m)
+    packed = [nm_pack(weight, n, m) for weight in given]
+    return Problem(
+        calls=[lambda p=p: nm_unpack(**p, n=n, m=m, features=size) for p in packed],
+        check=same(lambda: given[0]),
+        baselines={INDEXING: [lambda p=p: reference(**p, n=n, m=m, features=size) for p in packed]},
+        read=sum(tensor.nbytes for tensor in packed[0].values()),
+        written=given[0].nbytes,
+        captured=False,
     )
+
+
+def case(n: int, m: int) -> Case:
+    sizes = {"size": 4096, "n": n, "m": m}
+    name = f"nm_unpack {n}:{m}, 4096x4096 bfloat16"
+    return Case(name, unpack, sizes, {"size": 128}, op="nm_unpack", cpu={INDEXING: 5.0}, cuda={}, rounds=5)
+
+
+CASES = [case(2, 4), case(4, 8)]
+
+
+def test_nm_unpack(timed, case):
+    timed(case)

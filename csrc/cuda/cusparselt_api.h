@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace sparsekern::cslt {
+namespace sparsekern::cusparselt {
 
 enum DataType : int { kHalf = 2, kBFloat16 = 14 };                               // cudaDataType
 enum Operation : int { kAsItIs = 0, kTransposed = 1 };                           // cusparseOperation_t
@@ -124,8 +124,8 @@ inline const Api& open(const std::string& file) {
 
 inline const Api& api() {
   const std::lock_guard<std::mutex> lock(detail::opened().mutex);
-  if (detail::opened().api == nullptr) throw std::runtime_error("cuSPARSELt: expected cslt_open to be called first");
+  if (detail::opened().api == nullptr) throw std::runtime_error("cuSPARSELt: expected cusparselt_open to be called first");
   return *detail::opened().api;
 }
 
-}  // namespace sparsekern::cslt
+}  // namespace sparsekern::cusparselt

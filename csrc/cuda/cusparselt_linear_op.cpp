@@ -1,12 +1,12 @@
-// cslt_linear: a linear layer on a weight that cuSPARSELt has compressed.
+// cusparselt_linear: a linear layer on a weight that cuSPARSELt has compressed.
 //
 // Floor: half the arithmetic of the dense product, 2 * tokens * out_features * in_features / 2 FLOP at 790 TFLOP/s on an H200, or the
-// bytes of the operands. The product is cuSPARSELt's; what is left to lose is the plan, which is kept (cuda/cslt_plans.h).
+// bytes of the operands. The product is cuSPARSELt's; what is left to lose is the plan, which is kept (cuda/cusparselt_plans.h).
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include "cuda/cslt_plans.h"
+#include "cuda/cusparselt_plans.h"
 #include "cuda/tensors.h"
 
 namespace sparsekern::cuda {
@@ -15,10 +15,10 @@ namespace {
 
 constexpr int64_t kTokenMultiple = 8;  // of a dense operand of two bytes
 
-int cslt_type_of(const Tensor& tensor) {
+int cusparselt_type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return cslt::kBFloat16;
-    case ScalarType::Half: return cslt::kHalf;
+    case ScalarType::BFloat16: return cusparselt::kBFloat16;
+    case ScalarType::Half: return cusparselt::kHalf;
     default: throw std::invalid_argument("x: expected dtype bfloat16 or float16");
   }
 }
@@ -33,7 +33,7 @@ Tensor pad_tokens(const Tensor& x, int64_t padded) {
   return rows;
 }
 
-Tensor new_workspace(const Tensor& like, const cslt::Plan& plan) {
+Tensor new_workspace(const Tensor& like, const cusparselt::Plan& plan) {
   return torch::stable::new_empty(like, {static_cast<int64_t>(plan.workspace_bytes())}, ScalarType::Byte);
 }
 
@@ -55,17 +55,17 @@ void check_operands(const Tensor& x, const Tensor& compressed, int64_t out_featu
 }
 
 // `search` lets the first call of a shape find its algorithm, which waits for the device.
-Tensor cslt_linear(Tensor x, Tensor compressed, int64_t out_features, std::optional<Tensor> bias, bool search) {
-  const int type = cslt_type_of(x);
+Tensor cusparselt_linear(Tensor x, Tensor compressed, int64_t out_features, std::optional<Tensor> bias, bool search) {
+  const int type = cusparselt_type_of(x);
   check_operands(x, compressed, out_features, bias);
   const int64_t tokens = x.size(0), padded = (tokens + kTokenMultiple - 1) / kTokenMultiple * kTokenMultiple;
   const DeviceGuard guard(x);
   Tensor product = torch::stable::new_empty(x, {padded, out_features});
   if (tokens == 0) return product;
   const Tensor rows = pad_tokens(x, padded);
-  const cslt::Problem problem{type, out_features, x.size(1), padded, bias ? bias->const_data_ptr() : nullptr};
-  cslt::Plans& plans = cslt::plans_of(x.get_device_index());
-  std::optional<cslt::Algorithm> algorithm = plans.algorithm(problem);
+  const cusparselt::Problem problem{type, out_features, x.size(1), padded, bias ? bias->const_data_ptr() : nullptr};
+  cusparselt::Plans& plans = cusparselt::plans_of(x.get_device_index());
+  std::optional<cusparselt::Algorithm> algorithm = plans.algorithm(problem);
   if (!algorithm && search) {
     const auto trial = plans.make(problem, {});
     const Tensor workspace = new_workspace(x, *trial);
@@ -75,7 +75,7 @@ Tensor cslt_linear(Tensor x, Tensor compressed, int64_t out_features, std::optio
         copy.const_data_ptr(), rows.const_data_ptr(), product.mutable_data_ptr(), workspace.mutable_data_ptr(), current_stream(x));
     plans.remember(problem, *algorithm);
   }
-  const cslt::Plan& plan = plans.get(problem, algorithm.value_or(cslt::Algorithm{}));
+  const cusparselt::Plan& plan = plans.get(problem, algorithm.value_or(cusparselt::Algorithm{}));
   const Tensor workspace = new_workspace(x, plan);
   plan.multiply(
       compressed.const_data_ptr(), rows.const_data_ptr(), product.mutable_data_ptr(), workspace.mutable_data_ptr(),
@@ -83,21 +83,21 @@ Tensor cslt_linear(Tensor x, Tensor compressed, int64_t out_features, std::optio
   return padded == tokens ? product : torch::stable::narrow(product, 0, 0, tokens);
 }
 
-int64_t cslt_open(std::string library) { return cslt::open(library).version; }
+int64_t cusparselt_open(std::string library) { return cusparselt::open(library).version; }
 
-std::tuple<int64_t, int64_t> cslt_counts() { return {cslt::counts().plans, cslt::counts().searches}; }
+std::tuple<int64_t, int64_t> cusparselt_counts() { return {cusparselt::counts().plans, cusparselt::counts().searches}; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
-  m.def("cslt_open(str library) -> int");
-  m.def("cslt_counts() -> (int plans, int searches)");
-  m.def("cslt_linear(Tensor x, Tensor compressed, int out_features, Tensor? bias, bool search) -> Tensor");
+  m.def("cusparselt_open(str library) -> int");
+  m.def("cusparselt_counts() -> (int plans, int searches)");
+  m.def("cusparselt_linear(Tensor x, Tensor compressed, int out_features, Tensor? bias, bool search) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, CompositeExplicitAutograd, m) {
-  m.impl("cslt_open", TORCH_BOX(&cslt_open));
-  m.impl("cslt_counts", TORCH_BOX(&cslt_counts));
+  m.impl("cusparselt_open", TORCH_BOX(&cusparselt_open));
+  m.impl("cusparselt_counts", TORCH_BOX(&cusparselt_counts));
 }
-STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) { m.impl("cslt_linear", TORCH_BOX(&cslt_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) { m.impl("cusparselt_linear", TORCH_BOX(&cusparselt_linear)); }
 
 }  // namespace sparsekern::cuda

@@ -8,9 +8,9 @@
 #include <optional>
 #include <tuple>
 
-#include "cuda/cslt_api.h"
+#include "cuda/cusparselt_api.h"
 
-namespace sparsekern::cslt {
+namespace sparsekern::cusparselt {
 
 // product[tokens, out_features] = x[tokens, in_features] weight^T + bias, all row-major. What a plan is made for: the bias by its
 // address, which a plan may have copied.
@@ -184,4 +184,4 @@ inline Plans& plans_of(int device) {
   return devices.try_emplace(device, api()).first->second;
 }
 
-}  // namespace sparsekern::cslt
+}  // namespace sparsekern::cusparselt

@@ -19,7 +19,7 @@ def library() -> Support:
 @functools.cache
 def _open(name: str) -> Support:
     try:
-        torch.ops.sparsekern_cuda.cslt_open(name)
+        torch.ops.sparsekern_cuda.cusparselt_open(name)
     except RuntimeError as error:
         return Support(False, str(error).splitlines()[0].removeprefix("cuSPARSELt: "))
     return Support(True)
@@ -32,7 +32,7 @@ def _supports(x, compressed, out_features, bias=None) -> Support:
 def _cuda(x, compressed, out_features, bias=None) -> torch.Tensor:
     """With plans that are kept."""
     search = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    return torch.ops.sparsekern_cuda.cslt_linear(x, compressed, out_features, bias, search)
+    return torch.ops.sparsekern_cuda.cusparselt_linear(x, compressed, out_features, bias, search)
 
 
 IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports),)

@@ -6,6 +6,7 @@ from .bitmask_linear import bitmask_linear
 from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
 from .cross_gram import cross_gram_
+from .cusparselt_linear import cusparselt_linear
 from .feature_norm import feature_norm_
 from .gated_split import gated_split
 from .gram import gram_
@@ -35,6 +36,7 @@ __all__ = [
     "bitmask_pack",
     "bitmask_unpack",
     "cross_gram_",
+    "cusparselt_linear",
     "feature_norm_",
     "gated_split",
     "gram_",

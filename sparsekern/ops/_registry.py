@@ -44,6 +44,7 @@ class Op:
         samples: yields valid calls.
         friendly: the arguments of the wrapper that the schema does not have, each with those of the schema it stands for. In the
             wrapper it has the place of the first of them.
+        only_on_cuda: why the op, its reference included, runs on no other device; empty if it runs on all. Such an op has no samples.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Op:
     fake: Callable
     samples: Callable[[torch.Generator], Iterator[Sample]]
     friendly: Mapping[str, tuple[str, ...]]
+    only_on_cuda: str = ""
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -74,6 +76,7 @@ def define_op(
     fake: Callable,
     samples: Callable,
     friendly: Mapping[str, tuple[str, ...]] = AS_THE_SCHEMA,
+    only_on_cuda: str = "",
 ) -> torch._ops.OpOverload:
     """Define `torch.ops.sparsekern.<name>` and return its overload.
 
@@ -82,10 +85,11 @@ def define_op(
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
-    torch.library.register_kernel(qualified, "default")(reference)
+    if not only_on_cuda:
+        torch.library.register_kernel(qualified, "default")(reference)
     if backends.has_implementations(name):
         torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(name, reference))
     torch.library.register_fake(qualified)(fake)
-    op = Op(name, reference, fake, samples, friendly)
+    op = Op(name, reference, fake, samples, friendly, only_on_cuda)
     OPS[name] = op
     return op.overload

@@ -1,7 +1,6 @@
-"""`torch.ops.sparsekern.cslt_linear`: a linear layer on a weight that cuSPARSELt has compressed.
+"""`cusparselt_linear`: a linear layer on a weight that cuSPARSELt has compressed.
 
-On its own beside the ops of `sparsekern.ops`, since only a GPU can read such a weight: there is no reference to hold it against but the
-dense product. What runs is chosen in `sparsekern.backends`, as for them.
+Neither this product nor the number of tokens from which it pays has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -11,16 +10,15 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from .. import backends
+from ._registry import define_op
 
-NAME = "cslt_linear"
 SCHEMA = "(Tensor x, Tensor compressed, int out_features, Tensor? bias=None) -> Tensor"
 DTYPES = (torch.bfloat16, torch.float16)
 TOKEN_MULTIPLE = 8  # of cuSPARSELt's dense operands of two bytes
 
 
 class Algorithm(NamedTuple):
-    """What cuSPARSELt calls its ways to multiply; the defaults are its own."""
+    """One of cuSPARSELt's ways to multiply, as it names them; the defaults are its own."""
 
     alg_id: int = 0
     split_k: int = 1
@@ -31,26 +29,31 @@ class Algorithm(NamedTuple):
 _algorithms: dict[tuple, Algorithm] = {}
 
 
-def cslt_linear(x: torch.Tensor, compressed: torch.Tensor, out_features: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` for a weight that `torch._cslt_compress` has compressed.
+def cusparselt_linear(
+    x: torch.Tensor, compressed: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute `x @ weight.T + bias` for a weight that `torch._cslt_compress` has compressed. It runs on CUDA devices only.
 
     The algorithm is searched once for a shape, dtype and device, at the first call outside a CUDA graph. Numbers of tokens share it
     up to the next power of two, so that prompts of any length cost a dozen searches at most.
 
     Args:
         x: `[tokens, in_features]` bfloat16 or float16 on a CUDA device, any strides, any number of tokens.
-        compressed: of `x`'s dtype.
-        out_features: of the weight.
-        bias: `[out_features]` of `x`'s dtype.
+        compressed: the compressed weight, of the dtype of `x`.
+        out_features: rows of the weight.
+        bias: `[out_features]` of the dtype of `x`.
 
     Returns:
-        `[tokens, out_features]` of `x`'s dtype.
+        `[tokens, out_features]` of the dtype of `x`.
+
+    Raises:
+        ValueError: `x` on another device than `compressed`.
     """
     return _op(x, compressed, out_features, bias)
 
 
-def through_torch(x, compressed, out_features, bias=None):
-    """By `torch._cslt_sparse_mm`, which makes its plan anew in each call."""
+def through_torch(x: torch.Tensor, compressed: torch.Tensor, out_features: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by `torch._cslt_sparse_mm`, which makes its plan in each call."""
     if x.device != compressed.device:  # of which cuSPARSELt takes the bare addresses
         raise ValueError(f"x: expected a tensor on {compressed.device}, as the compressed weight, got one on {x.device}")
     tokens = x.shape[0]
@@ -80,12 +83,11 @@ def _fake(x, compressed, out_features, bias=None):
     return x.new_empty((x.shape[0], out_features))
 
 
-def _define() -> torch._ops.OpOverload:
-    qualified = f"sparsekern::{NAME}"
-    torch.library.define(qualified, SCHEMA)
-    torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(NAME, through_torch))
-    torch.library.register_fake(qualified)(_fake)
-    return torch.ops.sparsekern.cslt_linear.default
-
-
-_op = _define()
+_op = define_op(
+    "cusparselt_linear",
+    SCHEMA,
+    reference=through_torch,
+    fake=_fake,
+    samples=lambda generator: iter(()),
+    only_on_cuda="only a GPU can read a weight that cuSPARSELt has compressed",
+)

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 
 from ..backends.table import YES, Support
+from ..ops.cusparselt_linear import DTYPES
 from ..ops.semi_structured_pack import check_fits
-from .cslt_linear import DTYPES
 from .semi_structured import BACKENDS
 
 FORMAT = "2:4"
@@ -56,7 +56,7 @@ def supports_on(device: torch.device, format: str, shape: tuple[int, int], dtype
 
 
 def compress(weight: torch.Tensor) -> torch.Tensor:
-    """The 2:4 `weight` as `cslt_linear` takes it.
+    """The 2:4 `weight` as `cusparselt_linear` takes it.
 
     Raises:
         ValueError: a weight that is not 2:4, or has a NaN: cuSPARSELt would drop what does not fit without a word.

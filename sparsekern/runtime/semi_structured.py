@@ -9,14 +9,14 @@ from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorC
 from .. import ops
 from ..layouts.semi_structured import FORMATS
 from ..ops._checks import check_tensor
+from ..ops.cusparselt_linear import DTYPES, cusparselt_linear
 from ..ops.semi_structured_pack import check_fits
-from .cslt_linear import DTYPES, cslt_linear
 
 BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
 
 
 class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
-    """PyTorch's cuSPARSELt tensor, for inference, whose products find algorithm and plan once a shape (`cslt_linear`)."""
+    """PyTorch's cuSPARSELt tensor, for inference, whose products find algorithm and plan once a shape (`cusparselt_linear`)."""
 
     def _mm(self, B, *, bias=None, should_transpose_dense=False, **kwargs):
         if isinstance(B, SparseSemiStructuredTensor):
@@ -27,7 +27,7 @@ class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
             )
         # PyTorch 2.12 and later hand over the activations as they are, those before transposed; and so they want the product.
         x = B if should_transpose_dense else B.t()
-        product = cslt_linear(x, self.packed, self.shape[0], bias)
+        product = cusparselt_linear(x, self.packed, self.shape[0], bias)
         return product if should_transpose_dense else product.t()
 
 
@@ -92,7 +92,7 @@ def semi_structured_linear(x: torch.Tensor, weight: SparseSemiStructuredTensor, 
             )
     if not isinstance(weight, SemiStructuredTensor):
         return functional.linear(x, weight, bias)
-    product = cslt_linear(x.reshape(-1, x.shape[-1]), weight.packed, weight.shape[0], bias)
+    product = cusparselt_linear(x.reshape(-1, x.shape[-1]), weight.packed, weight.shape[0], bias)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 

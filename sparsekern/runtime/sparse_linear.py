@@ -7,8 +7,8 @@ from torch import nn
 
 from ..backends.table import Support
 from ..models.linears import is_conv1d, linear_weight
-from .cslt_linear import cslt_linear
-from .cslt_weight import FEWEST_TOKENS, State, compress, supports_on
+from ..ops import cusparselt_linear
+from .cusparselt import FEWEST_TOKENS, State, compress, supports_on
 from .formats import check_shape, format_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,7 +107,7 @@ class SparseLinear(nn.Module):
         self._layout.check(self.tensors, self.shape, self.dtype)
 
     def keep_compressed(self, keep: bool = True) -> None:
-        """Hold the weight also as cuSPARSELt reads it, for products of at least `cslt_weight.FEWEST_TOKENS` tokens; or no longer.
+        """Hold the weight also as cuSPARSELt reads it, for products of at least `cusparselt.FEWEST_TOKENS` tokens; or no longer.
 
         It takes as much memory again as the packed weight: 1.125 times the dense weight in all, in return for products of many tokens
         on the sparse tensor cores without unpacking. Fewer tokens, saving and `state_dict()` go by the packed weight as before. It is
@@ -186,7 +186,7 @@ class SparseLinear(nn.Module):
         if compressed is None:
             return self._layout.linear(x, tensors, self.shape, bias)
         self._layout.check_input(x, tensors, self.shape)
-        product = cslt_linear(x.reshape(-1, self.in_features), compressed, self.out_features, bias)
+        product = cusparselt_linear(x.reshape(-1, self.in_features), compressed, self.out_features, bias)
         return product.view(*x.shape[:-1], self.out_features)
 
     def _current_compressed(self) -> torch.Tensor | None:

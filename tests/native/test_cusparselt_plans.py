@@ -36,7 +36,7 @@ generator, dtype = torch.Generator().manual_seed(0), torch.bfloat16
 def files(tmp_path_factory) -> dict[str, str]:
     """Our wrapper, and the library that it opens."""
     sanitizers.runtime_libraries()
-    fake = tmp_path_factory.mktemp("cslt") / "libfake.so"
+    fake = tmp_path_factory.mktemp("cusparselt") / "libfake.so"
     source = simt.CSRC / "testing" / "fake_cusparselt.cpp"
     command = [*sanitizers.compiler(), *simt.FLAGS, "-shared", f"-I{simt.CSRC}", source, "-o", fake]
     subprocess.run([str(part) for part in command], check=True)
@@ -46,7 +46,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def passes(tmp_path_factory, sanitized_python, files):
     """A function that runs a program after `SHARED`, and raises if it fails."""
-    package = sanitizers.copy_package(tmp_path_factory.mktemp("cslt_package"))
+    package = sanitizers.copy_package(tmp_path_factory.mktemp("cusparselt_package"))
 
     def run(program: str, **environment: str) -> None:
         done = sanitized_python.run(package, SHARED.format(**files) + program, **environment)
@@ -58,7 +58,7 @@ def passes(tmp_path_factory, sanitized_python, files):
 def test_plans_are_kept(passes):
     passes(
         """
-assert raw.cslt_open(FAKE) == raw.cslt_open("anything, since one is open") == 801
+assert raw.cusparselt_open(FAKE) == raw.cusparselt_open("anything, since one is open") == 801
 for dtype in (torch.bfloat16, torch.float16):
     weight, bias, other = randn(32, 48), randn(32), randn(32)
     kept = weight.clone()
@@ -66,7 +66,7 @@ for dtype in (torch.bfloat16, torch.float16):
         x = randn(tokens, 48)
         for strided in (x, x.T.contiguous().T, torch.cat([x.new_zeros(1), x.flatten()])[1:].view(tokens, 48)):
             for added in (None, bias, other, bias):
-                product = raw.cslt_linear(strided, weight, 32, added, True)
+                product = raw.cusparselt_linear(strided, weight, 32, added, True)
                 assert product.dtype == dtype and torch.equal(product, functional.linear(x, weight, added)), (dtype, tokens)
     assert torch.equal(weight, kept), "the search wrote to the weight"
 # 2 dtypes x (8 and 16 tokens) x (with a bias and without); plans also for each bias, and one for each search
@@ -75,7 +75,7 @@ assert calls("plan") == 2 * 2 * 3 + 8 and calls("destroyed plan") == 8, (calls("
 assert calls("handle") == 1
 assert calls("matrix") - calls("destroyed matrix") == 3 * 12
 assert calls("multiply by algorithm 5") == calls("multiply") - 8
-assert raw.cslt_counts() == (calls("plan"), calls("search"))
+assert raw.cusparselt_counts() == (calls("plan"), calls("search"))
 """,
     )
 
@@ -83,15 +83,15 @@ assert raw.cslt_counts() == (calls("plan"), calls("search"))
 def test_without_a_search_the_default_runs_and_is_not_remembered(passes):
     passes(
         """
-raw.cslt_open(FAKE)
+raw.cusparselt_open(FAKE)
 weight, x = randn(32, 48), randn(8, 48)
 for _ in range(2):
-    assert torch.equal(raw.cslt_linear(x, weight, 32, None, False), functional.linear(x, weight))
+    assert torch.equal(raw.cusparselt_linear(x, weight, 32, None, False), functional.linear(x, weight))
 assert calls("search") == 0 and calls("plan") == 1 and calls("multiply by algorithm 0") == 2
-assert torch.equal(raw.cslt_linear(x, weight, 32, None, True), functional.linear(x, weight))
-assert torch.equal(raw.cslt_linear(x, weight, 32, None, False), functional.linear(x, weight))
+assert torch.equal(raw.cusparselt_linear(x, weight, 32, None, True), functional.linear(x, weight))
+assert torch.equal(raw.cusparselt_linear(x, weight, 32, None, False), functional.linear(x, weight))
 assert calls("search") == 1 and calls("multiply by algorithm 5") == 2
-assert raw.cslt_linear(x[:0], weight, 32, None, True).shape == (0, 32)
+assert raw.cusparselt_linear(x[:0], weight, 32, None, True).shape == (0, 32)
 """,
     )
 
@@ -99,11 +99,11 @@ assert raw.cslt_linear(x[:0], weight, 32, None, True).shape == (0, 32)
 def test_numbers_of_tokens_share_an_algorithm(passes):
     passes(
         """
-raw.cslt_open(FAKE)
+raw.cusparselt_open(FAKE)
 weight = randn(32, 48)
 for tokens in (100, 128, 72, 129):  # padded to 104, 128, 72 and 136
     x = randn(tokens, 48)
-    assert torch.equal(raw.cslt_linear(x, weight, 32, None, True), functional.linear(x, weight))
+    assert torch.equal(raw.cusparselt_linear(x, weight, 32, None, True), functional.linear(x, weight))
 assert calls("search") == 2 and calls("plan") - calls("destroyed plan") == 4
 """,
     )
@@ -112,11 +112,11 @@ assert calls("search") == 2 and calls("plan") - calls("destroyed plan") == 4
 def test_each_thread_has_a_handle_and_gives_it_back(passes):
     passes(
         """
-raw.cslt_open(FAKE)
+raw.cusparselt_open(FAKE)
 weight, x = randn(32, 48), randn(8, 48)
 right = []
 def work():
-    right.append(torch.equal(raw.cslt_linear(x, weight, 32, None, True), functional.linear(x, weight)))
+    right.append(torch.equal(raw.cusparselt_linear(x, weight, 32, None, True), functional.linear(x, weight)))
 threads = [threading.Thread(target=work) for _ in range(3)]
 for thread in threads:
     thread.start()
@@ -136,11 +136,11 @@ for what in ("plan", "matrix", "selection"):
 def test_many_plans_do_not_pile_up(passes):
     passes(
         """
-raw.cslt_open(FAKE)
+raw.cusparselt_open(FAKE)
 weight, x = randn(16, 16), randn(8, 16)
 biases = randn(1100, 16)
 for bias in biases:
-    assert torch.equal(raw.cslt_linear(x, weight, 16, bias, True), functional.linear(x, weight, bias))
+    assert torch.equal(raw.cusparselt_linear(x, weight, 16, bias, True), functional.linear(x, weight, bias))
 assert calls("plan") - calls("destroyed plan") == 1100 - 1024
 """,
     )
@@ -149,7 +149,7 @@ assert calls("plan") - calls("destroyed plan") == 1100 - 1024
 def test_what_is_refused(passes):
     passes(
         """
-raw.cslt_open(FAKE)
+raw.cusparselt_open(FAKE)
 weight, x, bias = randn(32, 48), randn(8, 48), randn(32)
 for arguments, message in (
     ((x.float(), weight, 32, None), "x: expected dtype bfloat16 or float16"),
@@ -163,7 +163,7 @@ for arguments, message in (
     ((x, weight, 24, None), "cuSPARSELt: cusparseLtStructuredDescriptorInit failed: invalid value"),
 ):
     try:
-        raw.cslt_linear(*arguments, True)
+        raw.cusparselt_linear(*arguments, True)
     except (ValueError, RuntimeError) as error:
         assert message in str(error), error
     else:
@@ -178,15 +178,15 @@ def test_the_reason_why_the_library_cannot_be_had(passes):
         """
 for name, reason in (("libnothing.so.0", "libnothing.so.0"), (WRAPPER, "has no cusparseLtGetProperty"), (FAKE, "expected version 0.8")):
     try:
-        raw.cslt_open(name)
+        raw.cusparselt_open(name)
     except RuntimeError as error:
         assert "cuSPARSELt: " in str(error) and reason in str(error), error
     else:
         raise AssertionError("not refused")
 try:
-    raw.cslt_linear(randn(8, 16), randn(16, 16), 16, None, True)
+    raw.cusparselt_linear(randn(8, 16), randn(16, 16), 16, None, True)
 except RuntimeError as error:
-    assert "expected cslt_open to be called first" in str(error)
+    assert "expected cusparselt_open to be called first" in str(error)
 """,
         FAKE_CUSPARSELT_MINOR="7",
     )
@@ -195,11 +195,11 @@ except RuntimeError as error:
 def test_the_package_takes_kept_plans_first_and_torch_where_it_must(passes):
     passes(
         """
-import sparsekern.runtime
+import sparsekern
 from sparsekern import backends
-from sparsekern.backends import cslt_linear as table
+from sparsekern.backends import cusparselt_linear as table
 from sparsekern.backends.libraries import LIBRARIES, Library
-from sparsekern.runtime import cslt_linear as module
+from sparsekern import ops as module
 
 LIBRARIES["_C_cuda"] = Library("_C_cuda", True, "")
 weight, x, bias = randn(32, 48), randn(5, 48), randn(32)
@@ -207,25 +207,25 @@ torched = []
 def through_torch(x, compressed, out_features, bias=None):
     torched.append(x.shape)
     return functional.linear(x, compressed, bias)
-torch.library.register_kernel("sparsekern::cslt_linear", "cpu")(backends.dispatcher("cslt_linear", through_torch))
+torch.library.register_kernel("sparsekern::cusparselt_linear", "cpu")(backends.dispatcher("cusparselt_linear", through_torch))
 
 table.LIBRARY = "libnothing.so.0"
-assert torch.equal(module.cslt_linear(x, weight, 32, bias), functional.linear(x, weight, bias)) and len(torched) == 1
-with backends.use(cslt_linear="cuda"):
+assert torch.equal(module.cusparselt_linear(x, weight, 32, bias), functional.linear(x, weight, bias)) and len(torched) == 1
+with backends.use(cusparselt_linear="cuda"):
     try:
-        module.cslt_linear(x, weight, 32)
+        module.cusparselt_linear(x, weight, 32)
     except ValueError as error:
-        assert "cslt_linear: the cuda implementation was asked for, but libnothing.so.0" in str(error), error
+        assert "cusparselt_linear: the cuda implementation was asked for, but libnothing.so.0" in str(error), error
     else:
         raise AssertionError("not refused")
 
 assert sparsekern.info().libraries["cuSPARSELt"].startswith("libnothing.so.0")
 
 table.LIBRARY = FAKE
-assert torch.equal(module.cslt_linear(x, weight, 32, bias), functional.linear(x, weight, bias)) and len(torched) == 1
+assert torch.equal(module.cusparselt_linear(x, weight, 32, bias), functional.linear(x, weight, bias)) and len(torched) == 1
 assert calls("search") == 1 and calls("multiply by algorithm 5") == 1
-with backends.use(cslt_linear="reference"):
-    module.cslt_linear(x, weight, 32)
+with backends.use(cusparselt_linear="reference"):
+    module.cusparselt_linear(x, weight, 32)
 assert len(torched) == 2 and sparsekern.info().libraries["cuSPARSELt"] == "loaded"
 """,
     )

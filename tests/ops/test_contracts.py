@@ -23,7 +23,8 @@ RELATIVE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch
 ROUNDED = {"sensitivity_"}  # on a device what lies between two products has the dtype of the inputs, whatever that of the result
 WITHOUT_ISA = {"gram_symmetrize_"}  # moves data only: one code for every instruction set
 
-EVERY_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+EVERYWHERE = {name: op for name, op in OPS.items() if not op.only_on_cuda}
+EVERY_OP = pytest.mark.parametrize("op", EVERYWHERE.values(), ids=EVERYWHERE.keys())
 
 
 def samples(op: Op) -> list[Sample]:
@@ -91,6 +92,15 @@ def test_this_run_says_what_it_checked(record_property, request):
 @EVERY_OP
 def test_every_op_brings_samples(op):
     assert len(samples(op)) >= 3
+
+
+def test_an_op_for_one_kind_of_device_is_refused_on_others():
+    assert set(OPS) - set(EVERYWHERE) == {"cusparselt_linear"}
+    if not has_kernel(OPS["cusparselt_linear"]):  # --kernels=cuda has one on the CPU
+        with pytest.raises(NotImplementedError, match="Could not run 'sparsekern::cusparselt_linear' .*'CPU' backend"):
+            ops.cusparselt_linear(torch.zeros(2, 8), torch.zeros(72), 8)
+    fake = ops.cusparselt_linear(torch.zeros(2, 8, device="meta"), torch.zeros(72, device="meta"), 16)
+    assert fake.shape == (2, 16) and fake.is_meta
 
 
 @EVERY_OP

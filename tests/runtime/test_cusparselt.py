@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from sparsekern import SparseLinear
 from sparsekern.runtime import keep_compressed, sparse_linear, weight_bytes
-from sparsekern.runtime.cslt_weight import FEWEST_TOKENS, supports
+from sparsekern.runtime.cusparselt import FEWEST_TOKENS, supports
 from tests.ops.test_nm_linear import nm_weight
 
 from .test_semi_structured import HALVES, assert_close_to_exact, needs, on_cpu  # noqa: F401  (a fixture)
@@ -244,7 +244,7 @@ def test_compiles(generator, stand_in, dynamic):
         for count in (FEWEST_TOKENS, 4, FEWEST_TOKENS + 40, 5):
             x = tokens(generator, 2, count)
             assert torch.equal(compiled(x), kept(x))
-    many, few = ["sparsekern.cslt_linear.default"], ["sparsekern.nm_linear.default"]
+    many, few = ["sparsekern.cusparselt_linear.default"], ["sparsekern.nm_linear.default"]
     assert called[:2] == [many, few] and all(one in (many, few) for one in called)
 
 

@@ -5,6 +5,7 @@ Without a GPU "cuSPARSELt" is a stand-in that compresses by doing nothing and mu
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,12 @@ from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from sparsekern import backends
-from sparsekern.backends.cslt_linear import library
+from sparsekern.backends.cusparselt_linear import library
 from sparsekern.layouts.semi_structured import FORMATS
 from sparsekern.ops import semi_structured_pack, semi_structured_prune_pack, semi_structured_unpack
+from sparsekern.ops.cusparselt_linear import Algorithm, through_torch
 from sparsekern.ops.semi_structured_pack import sparse_weight
-from sparsekern.runtime import cslt_linear, semi_structured_linear, to_semi_structured
-from sparsekern.runtime.cslt_linear import Algorithm, through_torch
+from sparsekern.runtime import semi_structured_linear, to_semi_structured
 from sparsekern.runtime.semi_structured import SemiStructuredTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
@@ -113,7 +114,7 @@ def cusparselt(monkeypatch) -> Recorded:
     monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=recorded.search), raising=False)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", recorded.multiply)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(cslt_linear, "_algorithms", {})
+    monkeypatch.setattr(importlib.import_module("sparsekern.ops.cusparselt_linear"), "_algorithms", {})
     return recorded
 
 
@@ -159,7 +160,7 @@ def test_no_tokens(cusparselt):
 
 @pytest.fixture
 def on_cpu():
-    """Lets `cslt_linear` run on the CPU, on a weight that is "compressed" by being left as it is."""
+    """Lets `cusparselt_linear` run on the CPU, on a weight that is "compressed" by being left as it is."""
     calls = []
 
     def multiply(x, compressed, out_features, bias=None):
@@ -167,7 +168,7 @@ def on_cpu():
         return functional.linear(x, compressed, bias)
 
     library = torch.library.Library("sparsekern", "FRAGMENT")
-    torch.library.register_kernel("sparsekern::cslt_linear", "cpu", multiply, lib=library)
+    torch.library.register_kernel("sparsekern::cusparselt_linear", "cpu", multiply, lib=library)
     yield calls
     library._destroy()
 
@@ -287,7 +288,7 @@ def test_each_way_to_cusparselt(generator, dtype, implementation):
     weight = pruned(512, 256, dtype, generator).cuda()
     bias = torch.randn(512, generator=generator).to(dtype).cuda()
     tensor = to_semi_structured(weight)
-    with backends.use(cslt_linear=implementation):
+    with backends.use(cusparselt_linear=implementation):
         for tokens in (0, 1, 8, 77, 1024):
             x = torch.randn(256, tokens, generator=generator).to(dtype).cuda().T
             for added in (None, bias, bias.flip(0)):
@@ -304,12 +305,12 @@ def test_plans_are_kept(generator):
         pytest.skip(library().reason)
     tensor = to_semi_structured(pruned(288, 224, torch.bfloat16, generator).cuda())  # a shape of this test's own
     x = torch.randn(64, 224, generator=generator).bfloat16().cuda()
-    plans, searches = torch.ops.sparsekern_cuda.cslt_counts()
+    plans, searches = torch.ops.sparsekern_cuda.cusparselt_counts()
     for _ in range(5):
         semi_structured_linear(x, tensor)
         semi_structured_linear(x[:40], tensor)
     # One to search with, one for each number of tokens, whose algorithm is the same.
-    assert torch.ops.sparsekern_cuda.cslt_counts() == (plans + 3, searches + 1)
+    assert torch.ops.sparsekern_cuda.cusparselt_counts() == (plans + 3, searches + 1)
 
 
 @pytest.mark.gpu
