@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..data import encode, perplexity, read_documents
+from ..data import evaluation_ids, perplexity
 from ..methods import Method
+from ..models.limits import window_length
 from ..models.load import load, load_tokenizer
 from ..pattern import NM
 
-DEFAULT_LENGTH = 2048
-DEFAULT_SAMPLES = 128
-DEFAULT_SENTENCES = 1024
 DEFAULT_TEXT = "builtin:python-docs"
 DEFAULT_PATTERN = NM(2, 4)
 
@@ -27,22 +25,17 @@ class HeldOutText:
     """A text to evaluate on, tokenized once, so that one that is too short is found before any work.
 
     Attributes:
-        tokens: `[tokens]` int64, whole windows only.
+        tokens: `[windows, length]` int64.
         length: tokens in a window.
         description: the text and its windows, for reports.
         seconds: spent on perplexities so far.
     """
 
     def __init__(self, source: str, model: torch.nn.Module, tokenizer, *, length: int | None, windows: int | None) -> None:
-        self.length, self.seconds = window_length(length, model), 0.0
-        tokens = encode(read_documents(source, "held-out"), tokenizer)
-        available = len(tokens) // self.length
-        if available == 0:
-            raise ValueError(f"text: {source} has {len(tokens)} tokens; one window of length {self.length} needs {self.length}")
-        count = min(available, windows or available)
-        self.tokens = tokens[: count * self.length]
+        self.length, self.seconds = window_length(model, length), 0.0
+        self.tokens = evaluation_ids(source, tokenizer, self.length, windows=windows)
         part = "the held-out part of " if source.startswith("builtin:") else ""
-        self.description = f"{count} x {self.length} tokens of {part}{source}"
+        self.description = f"{len(self.tokens)} x {self.length} tokens of {part}{source}"
 
     def perplexity(self, model: torch.nn.Module) -> float:
         """Return the perplexity of `model`, with a progress bar."""
@@ -62,16 +55,6 @@ def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
 def load_tokenizer_of(arguments: argparse.Namespace):
     """Load the tokenizer of the model that the command line names."""
     return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-
-
-def window_length(length: int | None, model: torch.nn.Module) -> int:
-    """Return the tokens in a window: `length`, or 2048 or the model's positions; raise `ValueError` for more than those."""
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    if length is None:
-        return min(DEFAULT_LENGTH, positions)
-    if length > positions:
-        raise ValueError(f"length: expected at most {positions}, the positions of this model, got {length}")
-    return length
 
 
 def described(method: Method) -> str:

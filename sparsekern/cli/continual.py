@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ..backends.libraries import check_isa
-from ..data import calibration_ids
+from ..data import as_calibration, describe_calibration
 from ..methods import Method
+from ..models.limits import window_length
 from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
 from ..reports import ContinualReport
@@ -20,13 +21,11 @@ from ..runtime import check_output_folder, check_space, model_card
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
-    DEFAULT_SAMPLES,
     HeldOutText,
     described,
     load_model,
     load_tokenizer_of,
     next_steps,
-    window_length,
 )
 from .settings import configured
 
@@ -61,14 +60,13 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
     check_space(model, out)
-    samples, length = arguments.samples or DEFAULT_SAMPLES, window_length(arguments.length, model)
+    window_length(model, arguments.length)  # for what it refuses, before any text is read
     held_out = {
         source: HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) for source, text in texts.items()
     }
-    calibrations = {
-        source: calibration_ids(source, tokenizer, samples=samples, length=length, seed=arguments.seed)
-        for source in arguments.calibration
-    }
+    options = {"tokenizer": tokenizer, "samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
+    calibrations = {source: as_calibration(source, model, **options) for source in arguments.calibration}
+    amount = describe_calibration(next(iter(calibrations.values())))
     report = prune_continually(
         model,
         calibrations,
@@ -84,7 +82,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         exclude=arguments.exclude,
         patterns=dict(arguments.pattern_for),
         batch_size=arguments.batch_size,
-        length=window_length(None, model),
+        length=window_length(model),
         out=out,
         format=arguments.format,
     )
@@ -94,7 +92,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         "method": f"{described(method)}, {arguments.strategy}",
         "pattern": str(pattern),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "calibration": f"{samples} x {length} tokens each of {', '.join(report.names)}, one after another",
+        "calibration": f"{amount} each of {', '.join(report.names)}, one after another",
     }
     packed = arguments.format != DENSE
     _complete(model, out, report, settings, shlex.join(arguments.command_line), packed)

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from ..backends.libraries import check_isa
-from ..data import calibration_ids, sentence_batches
+from ..data import as_calibration, describe_calibration
 from ..methods import Method, RemovalMethod
+from ..models.limits import window_length
 from ..pattern import Pattern
 from ..pruning import prune
 from ..pruning.removal.loop import encoder_to_cut
@@ -22,15 +23,12 @@ from ..runtime import check_output_folder, check_space, count_zeros, model_card
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
-    DEFAULT_SAMPLES,
-    DEFAULT_SENTENCES,
     DEFAULT_TEXT,
     HeldOutText,
     described,
     load_model,
     load_tokenizer_of,
     next_steps,
-    window_length,
 )
 from .settings import configured
 
@@ -74,9 +72,9 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
     check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
     if isinstance(method, RemovalMethod):
         encoder_to_cut(model)  # for what it refuses: text is made sentences only for a model that can be pruned by them
-    length = window_length(arguments.length, model)
+    window_length(model, arguments.length)  # for what it refuses, before the text is read
     held_out = HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) if arguments.evaluate else None
-    calibration, amount = _calibration(arguments, source, method, tokenizer, length)
+    calibration, amount = _calibration(arguments, source, method, model, tokenizer)
     seconds = {"load": time.perf_counter() - start}
     results: dict[str, object] = {}
     if held_out:
@@ -135,17 +133,16 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
     print(f"each layer's result: {out / 'report.html'}")
 
 
-def _calibration(arguments: argparse.Namespace, source: str, method: Method, tokenizer, length: int) -> tuple[object, str]:
+def _calibration(
+    arguments: argparse.Namespace, source: str, method: Method, model: torch.nn.Module, tokenizer
+) -> tuple[object, str]:
     """Return the calibration data and how much they are: sentences for encoders, windows of running text for decoders."""
-    seed = arguments.seed
-    if isinstance(method, RemovalMethod):
-        samples = arguments.samples or DEFAULT_SENTENCES
-        batches = sentence_batches(source, tokenizer, samples=samples, length=length, seed=seed)
-        return batches, f"{sum(len(batch['input_ids']) for batch in batches)} sentences"
+    sentences = isinstance(method, RemovalMethod)
     if not method.needs_data and not arguments.report_error:
         return None, ""
-    ids = calibration_ids(source, tokenizer, samples=arguments.samples or DEFAULT_SAMPLES, length=length, seed=seed)
-    return ids, f"{len(ids)} x {length} tokens"
+    options = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
+    calibration = as_calibration(source, model, tokenizer=tokenizer, sentences=sentences, **options)
+    return calibration, describe_calibration(calibration)
 
 
 def _only_text(arguments: argparse.Namespace) -> str:

@@ -1,8 +1,20 @@
 """Calibration tokens and perplexity."""
 
-from .calibration import calibration_ids, encode, sample_windows
+from .calibration import as_calibration, calibration_ids, describe_calibration, encode, evaluation_ids, is_source, sample_windows
 from .perplexity import perplexity
 from .sentences import sentence_batches, split_sentences
 from .sources import read_documents
 
-__all__ = ["calibration_ids", "encode", "perplexity", "read_documents", "sample_windows", "sentence_batches", "split_sentences"]
+__all__ = [
+    "as_calibration",
+    "calibration_ids",
+    "describe_calibration",
+    "encode",
+    "evaluation_ids",
+    "is_source",
+    "perplexity",
+    "read_documents",
+    "sample_windows",
+    "sentence_batches",
+    "split_sentences",
+]

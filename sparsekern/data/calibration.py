@@ -1,23 +1,104 @@
-"""Calibration tokens: text to windows of token ids, the same for the same seed."""
+"""Calibration and evaluation tokens: text to windows of token ids, the same for the same seed.
+
+A window is cut from the middle of running text. Where the tokenizer puts special tokens in front of a text, as the BOS of Llama and
+Gemma, each window begins with them, as every text does that the model was trained on. Special tokens behind a text (EOS, SEP) say that
+the text ends; a window does not have them.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
+from ..models.limits import check_count, window_length
+from .sentences import SENTENCES, sentence_batches
 from .sources import read_documents
 
 SEPARATOR = "\n\n"
-CHARACTERS_PER_TOKEN = 16  # of a source beyond this many characters a token asked for, only some documents are read
+CHARACTERS_PER_TOKEN = 16  # of a source with more characters a token than this, only some documents are read
+PROBE = 64  # characters, by which the special tokens in front of a text are found
+WINDOWS = 128
+Source = str | os.PathLike
 
 
-def calibration_ids(source: str | Path, tokenizer, *, samples: int = 128, length: int = 2048, seed: int = 0) -> torch.Tensor:
+def is_source(calibration: object) -> bool:
+    """Return whether `calibration` names a text, rather than holding token ids."""
+    return isinstance(calibration, (str, os.PathLike))
+
+
+def as_calibration(
+    calibration: Any,
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    sentences: bool = False,
+) -> Any:
+    """Read the text that `calibration` names, and return other calibration data unchanged.
+
+    Args:
+        calibration: anything that `read_documents` takes, or token ids in any form that `sparsekern.prune` takes, or None.
+        model: whose positions limit the length of a window.
+        tokenizer: a transformers tokenizer, that of the model.
+        samples: number of windows or sentences; None is 128 windows or 1024 sentences.
+        length: tokens in a window, or beyond which a sentence is cut off; None is 2048, or the model's positions where they are fewer.
+        seed: of the choice of windows or sentences.
+        sentences: read sentences, as an encoder takes them, instead of windows of running text.
+
+    Returns:
+        `[samples, length]` int64, or for sentences a list of batches, for a text; otherwise `calibration`.
+
+    Raises:
+        TypeError: `samples` or `length` is not a whole number.
+        ValueError: a text without `tokenizer`; `samples` or `length` without a text, below 1, or above the model's positions; too little
+            text; and what `read_documents` raises.
+    """
+    if not is_source(calibration):
+        for name, value in (("samples", samples), ("length", length)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, calibration is no text to be cut into samples; got {value!r}")
+        return calibration
+    check_tokenizer(tokenizer, "calibration", calibration)
+    length = window_length(model, length)
+    if sentences:
+        samples = SENTENCES if samples is None else samples
+        return sentence_batches(calibration, tokenizer, samples=samples, length=length, seed=seed)
+    samples = WINDOWS if samples is None else samples
+    return calibration_ids(calibration, tokenizer, samples=samples, length=length, seed=seed)
+
+
+def describe_calibration(calibration: torch.Tensor | Sequence[Mapping[str, torch.Tensor]]) -> str:
+    """Return in words how much `as_calibration` read."""
+    if isinstance(calibration, torch.Tensor):
+        return f"{len(calibration)} x {calibration.shape[1]} tokens"
+    return f"{sum(len(batch['input_ids']) for batch in calibration)} sentences"
+
+
+def check_tokenizer(tokenizer: Any, argument: str, source: object) -> None:
+    """Raise unless there is a tokenizer to read the text of `argument` with.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: something else was given.
+    """
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: expected the model's tokenizer, which {argument}={str(source)!r} is read with; got None")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+
+
+def calibration_ids(source: Source, tokenizer: Any, *, samples: int = WINDOWS, length: int = 2048, seed: int = 0) -> torch.Tensor:
     """Draw calibration windows from `source`.
 
     Args:
         source: anything that `read_documents` takes.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer. Each window begins with the special tokens that it puts in front of a text, such as BOS.
         samples: number of windows.
         length: tokens in a window.
         seed: of a large source's documents, and of the windows.
@@ -26,35 +107,95 @@ def calibration_ids(source: str | Path, tokenizer, *, samples: int = 128, length
         `[samples, length]` int64.
 
     Raises:
+        TypeError: `samples` or `length` is not a whole number.
         ValueError: fewer tokens in the source than one window needs; and what `read_documents` raises.
     """
-    for name, value in (("samples", samples), ("length", length)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_count("samples", samples)
+    check_count("length", length)
     documents = _choose(read_documents(source), samples * length * CHARACTERS_PER_TOKEN, seed)
-    tokens = encode(documents, tokenizer)
-    if len(tokens) < length:
-        raise ValueError(f"calibration: {source} has {len(tokens)} tokens; one window of length {length} needs {length}")
-    return sample_windows(tokens, samples, length, seed)
+    prefix, tokens = special_prefix(documents, tokenizer), encode(documents, tokenizer)
+    inner = _inner_length(source, "calibration", prefix, tokens, length)
+    return _begun_by(prefix, sample_windows(tokens, samples, inner, seed))
 
 
-def encode(documents: list[str], tokenizer) -> torch.Tensor:
-    """The token ids of the documents joined by blank lines, `[tokens]` int64, with the tokenizer's own special tokens."""
+def evaluation_ids(
+    source: Source, tokenizer: Any, length: int, *, windows: int | None = None, part: str = "held-out"
+) -> torch.Tensor:
+    """Cut `source` into consecutive windows to take the perplexity on.
+
+    Args:
+        source: anything that `read_documents` takes.
+        tokenizer: a transformers tokenizer. Each window begins with the special tokens that it puts in front of a text, such as BOS.
+        length: tokens in a window, with these.
+        windows: take only so many from the beginning; None takes all. A remainder shorter than a window is left out.
+        part: as for `read_documents`.
+
+    Returns:
+        `[windows, length]` int64, for `perplexity`.
+
+    Raises:
+        TypeError: `length` or `windows` is not a whole number.
+        ValueError: fewer tokens in the source than one window needs; and what `read_documents` raises.
+    """
+    check_count("length", length)
+    if windows is not None:
+        check_count("windows", windows)
+    documents = read_documents(source, part)
+    prefix, tokens = special_prefix(documents, tokenizer), encode(documents, tokenizer)
+    inner = _inner_length(source, "text", prefix, tokens, length)
+    return _begun_by(prefix, tokens[: len(tokens) // inner * inner].view(-1, inner)[:windows])
+
+
+def encode(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """Return the token ids of the documents joined by blank lines, `[tokens]` int64, without special tokens around them."""
+    return torch.tensor(_ids(SEPARATOR.join(documents), tokenizer, add_special_tokens=False), dtype=torch.int64)
+
+
+def special_prefix(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """Return the special tokens that the tokenizer puts in front of the documents, `[tokens]` int64; none for many tokenizers."""
+    text = documents[0][:PROBE]
+    whole, inner = _ids(text, tokenizer, add_special_tokens=True), _ids(text, tokenizer, add_special_tokens=False)
+    starts = range(len(whole) - len(inner), -1, -1)
+    start = next((start for start in starts if whole[start : start + len(inner)] == inner), 0)
+    return torch.tensor(whole[:start], dtype=torch.int64)
+
+
+def _ids(text: str, tokenizer: Any, *, add_special_tokens: bool) -> list[int]:
     # verbose=False: no warning that the whole text is longer than the model's context; it is cut into windows.
-    encoded = tokenizer(SEPARATOR.join(documents), return_attention_mask=False, verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _inner_length(source: object, argument: str, prefix: torch.Tensor, tokens: torch.Tensor, length: int) -> int:
+    """Return how many tokens of the text a window takes, if there are so many."""
+    inner = length - len(prefix)
+    if inner < 1:
+        raise ValueError(f"length: expected more than the {len(prefix)} special tokens that begin each window, got {length}")
+    if len(tokens) < inner:
+        beside = f" and {len(prefix)} special" if len(prefix) else ""
+        raise ValueError(f"{argument}: {source} has {len(tokens)} tokens; one window of length {length} needs {inner}{beside}")
+    return inner
+
+
+def _begun_by(prefix: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([prefix.expand(len(windows), -1), windows], dim=1)
 
 
 def sample_windows(tokens: torch.Tensor, samples: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Cut `samples` windows out of `tokens`: one at a random place of each of `samples` equal stretches of the text.
+    """Cut `samples` windows out of `tokens`, one at a random place in each of `samples` equal stretches of the text.
 
-    So the whole text is covered evenly, and windows overlap only as much as a short text makes them.
+    The whole text is covered evenly, and windows overlap only as much as a short text makes them.
 
     Args:
         tokens: `[tokens]`, at least `length` of them.
+        samples: number of windows.
+        length: tokens in a window.
+        seed: of the places.
 
     Returns:
         `[samples, length]`, in the order of the text.
+
+    Raises:
+        ValueError: fewer than `length` tokens.
     """
     if len(tokens) < length:
         raise ValueError(f"tokens: expected at least {length} for one window, got {len(tokens)}")
@@ -66,7 +207,11 @@ def sample_windows(tokens: torch.Tensor, samples: int, length: int, seed: int = 
 
 
 def _choose(documents: list[str], characters: int, seed: int) -> list[str]:
-    """Documents at random, in their own order, until they hold `characters`: a large data set is not tokenized as a whole."""
+    """Choose documents at random until they hold `characters`, so that a large data set is not tokenized as a whole.
+
+    Returns:
+        The chosen documents, in their own order.
+    """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, held = [], 0
     for index in order:

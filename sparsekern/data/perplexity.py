@@ -1,37 +1,58 @@
-"""Perplexity over non-overlapping windows, without ever holding the logits of a whole window."""
+"""Perplexity over non-overlapping windows, without the logits of a whole window in memory."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..models.limits import check_count, check_length, check_token_ids, positions, vocabulary, window_length
+from .calibration import check_tokenizer, evaluation_ids, is_source
+
 LOGIT_ROWS = 256  # 256 rows of a vocabulary of 150,000 in float32 are 150 MB
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, ids: torch.Tensor, length: int = 2048, *, progress: bool = False) -> float:
-    """The perplexity of `model` on `ids`: `exp` of the mean negative log-likelihood of each token but the first of its window.
+def perplexity(
+    model: torch.nn.Module,
+    ids: torch.Tensor | str | os.PathLike,
+    length: int | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool = False,
+) -> float:
+    """Return the perplexity of `model` on `ids`: `exp` of the mean negative log-likelihood of each token but the first of its window.
 
     Args:
         model: a transformers causal language model; computed in its own dtype, the likelihoods in float32.
-        ids: `[tokens]` or `[rows, tokens]` int64. Each row is cut into windows of its own; a remainder shorter than `length`
-            is left out.
-        length: tokens in a window.
+        ids: `[tokens]` or `[rows, tokens]` int64, or a text as `sparsekern.data.read_documents` takes it, such as `"wiki.txt"`. Each row
+            is cut into windows of its own; a remainder shorter than `length` is left out. Of a built-in text the held-out part is
+            taken. Each window of a text begins with the special tokens that the tokenizer puts in front of a text, such as BOS; in a
+            tensor the windows are taken unchanged.
+        length: tokens in a window; None is 2048, or the model's positions where they are fewer.
+        tokenizer: the model's tokenizer, which a text needs.
         progress: show a progress bar.
 
     Returns:
         A float; `inf` where the mean exceeds what `exp` can hold.
 
     Raises:
-        ValueError: fewer tokens than one window; a window longer than the model's positions; ids that the model does not know; NaN or Inf in the model's output.
-        TypeError: `ids` is not an integer tensor, or `model` no model.
+        TypeError: `ids` is neither an integer tensor nor a text, or `model` no model.
+        ValueError: fewer tokens than one window; a window longer than the model's positions; ids that the model does not know; a text
+            without `tokenizer`; NaN or Inf in the model's output; and what `sparsekern.data.read_documents` raises.
 
     Source: the protocol of the GPTQ and SparseGPT papers (raw text joined, windows of 2048).
     """
+    _check_model(model)
+    length = window_length(model, length)
+    if is_source(ids):
+        check_tokenizer(tokenizer, "ids", ids)
+        ids = evaluation_ids(ids, tokenizer, length)
     windows = evaluation_windows(model, ids, length)
     training = model.training
     model.eval()
@@ -49,29 +70,26 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, length: int = 2048, *,
 
 
 def evaluation_windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> list[torch.Tensor]:
-    """The windows that `perplexity` takes of `ids`. Raises what it raises of them."""
+    """Return the windows that `perplexity` takes of a tensor. Raises what it raises of them."""
     return list(_windows(model, ids, length))
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
+    if not getattr(model, "can_generate", lambda: True)():
+        raise TypeError(f"model: expected a causal language model, got {type(model).__name__}, which predicts no next token")
 
 
 def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
         raise TypeError("ids: expected an integer tensor [tokens] or [rows, tokens]")
-    if not hasattr(model, "get_input_embeddings"):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
-    if not getattr(model, "can_generate", lambda: True)():
-        raise TypeError(f"model: expected a causal language model, got {type(model).__name__}, which predicts no next token")
+    _check_model(model)
+    check_count("length", length)
     if length < 2:
         raise ValueError(f"length: expected at least 2, got {length}")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ValueError(f"length: expected at most {positions}, the positions of this model, got {length}")
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ValueError(
-            f"ids: expected token ids from 0 to {'' if vocabulary is None else vocabulary - 1}, got {low if low < 0 else high}; "
-            "is this the model's own tokenizer?"
-        )
+    check_length("length", length, positions(model))
+    check_token_ids("ids", ids, vocabulary(model))
     rows = ids if ids.dim() == 2 else ids[None]
     if rows.shape[1] < length or not len(rows):
         raise ValueError(f"ids: one window of length {length} needs {length} tokens, got {rows.numel()}")
@@ -80,10 +98,11 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
 
 
 def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
-    """The summed negative log-likelihood of `window` `[1, length]`.
+    """Return the summed negative log-likelihood of `window` `[1, length]`.
 
-    The head is given only the last position, which keeps the logits small; its true input is kept and goes through it in chunks.
-    Where the model changes the head's logits afterwards (soft-capping, scaling), the chunks would not, so all are computed at once.
+    The model runs with only the last position given to the head, which keeps the logits small. Then the head's true input goes through
+    it in chunks. If the model changes the logits after the head (soft-capping, scaling), the chunks would lack that, and all logits
+    are computed at once.
     """
     head = model.get_output_embeddings()
     window = window.to(model.device)

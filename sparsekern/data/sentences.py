@@ -1,21 +1,28 @@
-"""Sentences as an encoder gets them: each with its special tokens, padded, in batches of like length."""
+"""Sentences as an encoder takes them: each with its special tokens, padded, in batches of similar length."""
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from ..models.limits import check_count
 from .sources import read_documents
 
+SENTENCES = 1024
 FEWEST_WORDS = 4
 TOKENS_PER_BATCH = 2048  # padding included
 _END = re.compile(r"""(?<=[.!?:])["')\]]?\s+(?=["'(\[]?[A-Z])""")
 
 
-def split_sentences(documents: list[str]) -> list[str]:
-    """The sentences of prose, each once, in their order. Those of fewer than four words in letters (headings, code) are left out."""
+def split_sentences(documents: Sequence[str]) -> list[str]:
+    """Return the sentences of prose, each once, in their order.
+
+    Sentences of fewer than four words in letters, such as headings and code, are left out.
+    """
     found: dict[str, None] = {}
     for document in documents:
         for paragraph in document.split("\n\n"):
@@ -26,7 +33,13 @@ def split_sentences(documents: list[str]) -> list[str]:
 
 
 def sentence_batches(
-    source: str | Path, tokenizer, *, samples: int = 1024, length: int = 128, seed: int = 0, part: str = "calibration"
+    source: str | os.PathLike,
+    tokenizer: Any,
+    *,
+    samples: int = SENTENCES,
+    length: int = 128,
+    seed: int = 0,
+    part: str = "calibration",
 ) -> list[dict[str, torch.Tensor]]:
     """Draw sentences from `source`, none twice.
 
@@ -34,20 +47,26 @@ def sentence_batches(
         source: anything that `read_documents` takes.
         tokenizer: a transformers tokenizer, whose special tokens each sentence gets.
         samples: how many sentences, or all where there are fewer.
-        length: tokens beyond which a sentence is cut off.
+        length: tokens beyond which a sentence is cut off, special tokens included.
         seed: of the choice.
-        part: as `read_documents` has it.
+        part: as for `read_documents`.
 
     Returns:
-        Batches of what the tokenizer makes (`input_ids`, `attention_mask`, …), of at most 2048 tokens where a sentence is not longer;
+        Batches of what the tokenizer makes (`input_ids`, `attention_mask`, …), of at most 2048 tokens unless one sentence has more;
         short sentences first, padded on the right.
 
     Raises:
-        ValueError: `samples` or `length` below 1, a source without sentences; and what `read_documents` raises.
+        TypeError: `samples` or `length` is not a whole number.
+        ValueError: `samples` or `length` below 1, or a length that the special tokens alone take; a source without sentences; a tokenizer
+            without a padding token; and what `read_documents` raises.
     """
-    for name, value in (("samples", samples), ("length", length)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_count("samples", samples)
+    check_count("length", length)
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        raise ValueError("tokenizer: expected one with a padding token, which batches of sentences need; got one without")
+    special = len(tokenizer("")["input_ids"])
+    if length <= special:
+        raise ValueError(f"length: expected more than the {special} special tokens of each sentence, got {length}")
     sentences = split_sentences(read_documents(source, part))
     if not sentences:
         raise ValueError(f"calibration: {source} holds no sentence of at least {FEWEST_WORDS} words")
@@ -55,8 +74,8 @@ def sentence_batches(
     return batched([sentences[index] for index in order], tokenizer, length)
 
 
-def batched(sentences: list[str], tokenizer, length: int) -> list[dict[str, torch.Tensor]]:
-    """The sentences as batches, sorted by their number of tokens (in their order where that is equal)."""
+def batched(sentences: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, torch.Tensor]]:
+    """Return the sentences as batches, sorted by their number of tokens, and in their own order where that is equal."""
     encoded = [tokenizer(sentence, truncation=True, max_length=length) for sentence in sentences]
     encoded.sort(key=lambda sentence: len(sentence["input_ids"]))
     batches, first = [], 0

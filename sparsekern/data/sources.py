@@ -1,10 +1,11 @@
-"""Where text comes from: files, `hf:` datasets, and the documentation and the source code that ship with Python."""
+"""Sources of text: files, `hf:` datasets, and the documentation and the source code that ship with Python."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,19 +14,35 @@ BUILTIN_SOURCE = "builtin:python-source"
 PARTS = ("calibration", "held-out")
 HELD_OUT_EVERY = 5  # every fifth document of a built-in text is held out
 SOURCES = f"a .txt, .jsonl or .parquet file, hf:NAME[:split], {BUILTIN} or {BUILTIN_SOURCE}"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SIGNATURES = {  # the first bytes of files that are taken for text by mistake
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"%PDF-": "a PDF document",
+    b"PAR1": "a parquet file; its name has to end in .parquet",
+    b"\xff\xfe": "UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8",
+}
 
 
-def read_documents(source: str | Path, part: str = "calibration") -> list[str]:
+def read_documents(source: str | os.PathLike, part: str = "calibration") -> list[str]:
     """Read the documents of `source`, in their own order.
+
+    Documents without anything but white space are left out, and so are nulls in a column.
 
     Args:
         source: a text file (one document), a `.jsonl` file (field `text` of each line), a `.parquet` file (column `text`),
             `hf:NAME[:split]` or `hf:NAME:CONFIG:split` for a dataset of the Hugging Face hub, `builtin:python-docs` (the language
-            reference of this Python) or `builtin:python-source` (the top-level modules of its standard library).
+            reference of this Python) or `builtin:python-source` (the top-level modules of its standard library). Files are UTF-8, with
+            or without a byte order mark; lines end in LF or CRLF.
         part: `"calibration"` or `"held-out"`: the two disjoint parts of a built-in text. Other sources have one part only.
 
     Raises:
-        ValueError: an unknown source or part, a file without text or without the field `text`.
+        ValueError: an unknown source or part; a file that is not UTF-8 text or holds none; a line or row whose `text` is not a string,
+            or holds a lone surrogate; a dataset that cannot be loaded. The message names the file and the line, byte or row.
         FileNotFoundError: no such file.
         ImportError: an optional package is missing; the message says which extra of sparsekern brings it.
     """
@@ -47,20 +64,36 @@ def read_documents(source: str | Path, part: str = "calibration") -> list[str]:
 
 
 def _file_documents(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        raise ValueError(f"text: {path} is a folder (expected {SOURCES})")
     if not path.is_file():
         raise FileNotFoundError(f"text: no file {str(path)!r} (expected {SOURCES})")
-    if path.suffix in (".jsonl", ".json"):
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json"):
         return _jsonl_documents(path)
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         return _parquet_documents(path)
     return iter([_read_text(path)])
 
 
 def _read_text(path: Path) -> str:
+    """Return the text of a file, with LF at the end of each line."""
+    content = path.read_bytes()
+    for signature, what in SIGNATURES.items():
+        if content.startswith(signature):
+            raise ValueError(f"text: {path} is not UTF-8 text: it is {what}")
     try:
-        return path.read_text(encoding="utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: {path} is not UTF-8 text (byte {error.start})") from error
+        raise ValueError(f"text: {path} is not UTF-8 text (byte {error.start}, line {_line_of(content, error.start)})") from error
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise ValueError(f"text: {path} is not text: line {line} holds a NUL character; is it a binary file, or UTF-16?")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _line_of(content: bytes, place: int) -> int:
+    return content.count(b"\n", 0, place) + 1
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
@@ -68,13 +101,15 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
+        where = f"line {number} of {path}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"text: line {number} of {path} is not JSON ({error.msg})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f"text: line {number} of {path} is not an object with a string field 'text'")
-        yield record["text"]
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f"text: {where} is not JSON ({reason}); expected one object a line") from error
+        if not isinstance(record, dict) or "text" not in record:
+            raise ValueError(f"text: {where} is not an object with a string field 'text'")
+        yield _checked_text(record["text"], f"{where} is not an object with a string field 'text'", where)
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
@@ -85,8 +120,15 @@ def _parquet_documents(path: Path) -> Iterator[str]:
         raise ValueError(f"text: {path} is not a parquet file ({error})") from error
     if "text" not in file.schema_arrow.names:
         raise ValueError(f"text: {path} has no column 'text' (its columns: {', '.join(file.schema_arrow.names)})")
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    return _column(_parquet_values(file, path), str(path))
+
+
+def _parquet_values(file, path: Path) -> Iterator[object]:
+    try:
+        for batch in file.iter_batches(columns=["text"]):
+            yield from batch.column(0).to_pylist()
+    except (OSError, ValueError) as error:  # UnicodeDecodeError, of a string that is not UTF-8, is a ValueError
+        raise ValueError(f"text: {path} is damaged ({error})") from error
 
 
 def _hub_documents(name: str) -> Iterator[str]:
@@ -95,10 +137,29 @@ def _hub_documents(name: str) -> Iterator[str]:
         raise ValueError(f"text: expected hf:NAME, hf:NAME:split or hf:NAME:CONFIG:split, got 'hf:{name}'")
     datasets = _optional("datasets", "datasets", f"to load hf:{name}")
     split = parts[-1] if len(parts) > 1 else "train"
-    dataset = datasets.load_dataset(*parts[: max(1, len(parts) - 1)], split=split)
+    try:
+        dataset = datasets.load_dataset(*parts[: max(1, len(parts) - 1)], split=split)
+    except (OSError, ValueError) as error:  # no connection, no such dataset, configuration or split
+        raise ValueError(f"text: hf:{name} could not be loaded ({error})") from error
     if "text" not in dataset.column_names:
         raise ValueError(f"text: hf:{name} has no column 'text' (its columns: {', '.join(dataset.column_names)})")
-    return (record["text"] for record in dataset)
+    return _column((record["text"] for record in dataset), f"hf:{name}")
+
+
+def _column(values: Iterable[object], source: str) -> Iterator[str]:
+    """Yield the strings of a column. A null is a missing value, and holds no document."""
+    for row, value in enumerate(values):
+        if value is not None:
+            where = f"row {row} of {source}"
+            yield _checked_text(value, f"{where}: expected a string in column 'text', got {type(value).__name__}", where)
+
+
+def _checked_text(value: object, otherwise: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"text: {otherwise}")
+    if found := LONE_SURROGATE.search(value):
+        raise ValueError(f"text: {where} holds a lone surrogate (U+{ord(found[0]):04X}), which no tokenizer takes")
+    return value
 
 
 def _optional(module: str, extra: str, purpose: str):
@@ -110,7 +171,7 @@ def _optional(module: str, extra: str, purpose: str):
 
 
 def _python_docs() -> Iterator[str]:
-    """The language reference of this Python, a document a topic."""
+    """Return the language reference of this Python, a document a topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -119,7 +180,7 @@ def _python_docs() -> Iterator[str]:
 
 
 def _python_source() -> Iterator[str]:
-    """The top-level modules of the standard library, a document a module; none that says how this Python was built."""
+    """Return the top-level modules of the standard library, a document a module, without those that describe this Python's build."""
     folder = Path(os.__file__).parent
     paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_sysconfigdata")]
     if len(paths) < HELD_OUT_EVERY:
@@ -131,9 +192,9 @@ BUILTINS = {BUILTIN: _python_docs, BUILTIN_SOURCE: _python_source}
 
 
 def _builtin_documents(texts: Iterable[str], part: str) -> list[str]:
-    """The documents of one part of a built-in text.
+    """Return the documents of one part of a built-in text.
 
-    They quote one another, so a paragraph counts only where it first occurs: otherwise held-out text would have been seen.
+    The documents quote one another. A paragraph counts only where it first occurs, so that no held-out text is seen in calibration.
     """
     seen: set[str] = set()
     documents = []

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
+from ..models.limits import positions
 from ..models.linears import linear_weight
 from ..reports.plots import Bar, bars
 from ..runtime.packing import weight_bytes
@@ -146,9 +147,9 @@ def compare(
     for name, value in (("prompt_length", prompt_length), ("tokens", tokens), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    positions = getattr(dense.config, "max_position_embeddings", None)
-    if positions is not None and prompt_length + tokens + 1 > positions:
-        raise ValueError(f"prompt_length, tokens: expected at most {positions - 1} together, the positions of this model but one")
+    limit = positions(dense)
+    if limit is not None and prompt_length + tokens + 1 > limit:
+        raise ValueError(f"prompt_length, tokens: expected at most {limit - 1} together, the positions of this model but one")
     prompt = random_prompt(dense, prompt_length)
     _check_weights(dense, packed)
     difference = _logit_difference(dense, packed, prompt)

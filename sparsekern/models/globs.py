@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 Globs = str | Iterable[str] | None
+T = TypeVar("T")
 
 
 def as_globs(argument: str, globs: Globs) -> list[str] | None:
-    """Raise `TypeError` for anything but a name, several names, or None."""
+    """Return names or globs as a list, None unchanged; raise `TypeError` for anything else."""
     if globs is None:
         return None
+    if not isinstance(globs, Iterable):
+        raise TypeError(f"{argument}: expected names or globs, got {globs!r}")
     globs = [globs] if isinstance(globs, str) else list(globs)
     for glob in globs:
         if not isinstance(glob, str):
@@ -20,11 +24,18 @@ def as_globs(argument: str, globs: Globs) -> list[str] | None:
 
 
 def check_matches(argument: str, globs: Iterable[str] | None, names: Sequence[str]) -> None:
-    """Raise `ValueError` for a glob that matches none of `names`: a slip of the pen, not a choice."""
+    """Raise `ValueError` for a glob that matches none of `names`, which is a mistake rather than a choice."""
     for glob in globs or ():
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"{argument}: {glob!r} matches no linear of the model (they are named like {names[0]!r})")
+            like = f" (they are named like {names[0]!r})" if names else ""
+            raise ValueError(f"{argument}: {glob!r} matches no linear of the model{like}")
 
 
 def matches(name: str, globs: Iterable[str] | None) -> bool:
+    """Return whether one of `globs` matches the name."""
     return any(fnmatchcase(name, glob) for glob in globs or ())
+
+
+def first_match(name: str, by_glob: Mapping[str, T], default: T) -> T:
+    """Return the value of the first glob that matches the name, or `default` where none does."""
+    return next((value for glob, value in by_glob.items() if fnmatchcase(name, glob)), default)

@@ -9,6 +9,8 @@ from functools import cached_property
 
 import torch
 
+from ..models.limits import check_token_ids
+
 # On a CPU: enough rows for the matrix products to run at full speed; more only makes the activations fall out of the caches.
 TOKENS_PER_BATCH = 2048
 # On a GPU a batch should keep the device busy for longer than it takes to launch the next one's kernels, and fit beside the model:
@@ -170,9 +172,4 @@ def _check_ids(ids: torch.Tensor, vocabulary: int | None) -> None:
         raise ValueError(f"calibration: expected token ids of shape [samples, length], got {tuple(ids.shape)}")
     if not ids.numel():
         raise ValueError(f"calibration: expected at least one token, got shape {tuple(ids.shape)}")
-    low, high = (int(v) for v in ids.aminmax())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ValueError(
-            f"calibration: expected token ids from 0 to {'' if vocabulary is None else vocabulary - 1}, "
-            f"got {low if low < 0 else high}; is this the model's own tokenizer?"
-        )
+    check_token_ids("calibration", ids, vocabulary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from ..methods.base import GradualMethod, LinearMethod, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
 from ..models.encoder import is_encoder
-from ..models.globs import Globs, as_globs, check_matches, matches
+from ..models.globs import Globs, as_globs, check_matches, first_match, matches
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
 from .batches import Calibration
@@ -122,13 +121,13 @@ def make_plan(
         else:
             wanted = name in (include or ())
         wanted = wanted and not matches(name, exclude)
-        return wanted and _pattern_of(name, by_glob, default) is not None
+        return wanted and first_match(name, by_glob, default) is not None
 
     plan = Plan(
         blocks,
         tuple(tuple(filter(chosen, linears)) for linears in inside),
         tuple(filter(chosen, outside)),
-        {name: _pattern_of(name, by_glob, default) for name in everything},
+        {name: first_match(name, by_glob, default) for name in everything},
     )
     if not plan.linears:
         raise ValueError("include, exclude, patterns: together they leave no linear to prune")
@@ -189,10 +188,6 @@ def _units(model: nn.Module, blocks: Blocks, index: int) -> list[Units]:
 def _with_weights(linears: list[Linear]) -> list[Linear]:
     """Those that have a weight left: structured pruning may have cut all of them."""
     return [linear for linear in linears if linear.weight.numel()]
-
-
-def _pattern_of(name: str, by_glob: Mapping[str, Pattern | None], default: Pattern) -> Pattern | None:
-    return next((pattern for glob, pattern in by_glob.items() if fnmatchcase(name, glob)), default)
 
 
 def _check_ties(model: nn.Module, linears: list[Linear]) -> None:

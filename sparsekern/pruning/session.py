@@ -14,6 +14,7 @@ from torch import nn
 
 from .._version import __version__
 from ..methods import Method
+from ..models.limits import positions, vocabulary
 from ..models.linears import linear_weight
 from ..pattern import NM, Pattern
 from ..runtime.formats import format_of
@@ -41,10 +42,7 @@ def batches_for(model: nn.Module, method: Method, calibration: Calibration | Non
         raise ValueError(
             f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None"
         )
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    vocabulary = getattr(embeddings, "num_embeddings", None)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary, positions)
+    return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary(model), positions(model))
 
 
 def check_saveable(model: nn.Module) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..models import Linear, find_linears
+from ..models.globs import Globs, as_globs, check_matches, matches
 
 
-def keep_sparsity(
-    model: nn.Module, *, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
-) -> SparsityKeeper:
+def keep_sparsity(model: nn.Module, *, include: Globs = None, exclude: Globs = None) -> SparsityKeeper:
     """Keep the weights of `model` that are zero now at zero during training.
 
     Two guards work together. The gradient of a kept zero is set to zero as soon as it is accumulated, so it affects neither clipping
@@ -49,15 +47,17 @@ def keep_sparsity(
         each weight of the guarded linears.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `include` or `exclude` holds something else than names.
         ValueError: no linear has a zero, or a glob matches no linear.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module with pruned linears, got {type(model).__name__}")
     linears = find_linears(model)
-    include, exclude = (_matching(linears, "include", include), _matching(linears, "exclude", exclude))
-    wanted = include if include is not None else _pruned(model, linears)
-    chosen = [linear for linear in linears if linear.name in wanted and linear.name not in (exclude or ())]
+    include, exclude = as_globs("include", include), as_globs("exclude", exclude)
+    for argument, globs in (("include", include), ("exclude", exclude)):
+        check_matches(argument, globs, [linear.name for linear in linears])
+    guarded = [linear for linear in linears if matches(linear.name, include)] if include is not None else _pruned(model, linears)
+    chosen = [linear for linear in guarded if not matches(linear.name, exclude)]
     if not chosen:
         raise ValueError(f"model: expected linears with zeros to keep, found none in {type(model).__name__}; prune it first")
     return SparsityKeeper(chosen)
@@ -175,27 +175,16 @@ def _nothing(*arguments: object, **keywords: object) -> None:
     """Ignore an event of a `transformers.TrainerCallback`."""
 
 
-def _pruned(model: nn.Module, linears: list[Linear]) -> set[str]:
+def _pruned(model: nn.Module, linears: list[Linear]) -> list[Linear]:
+    """Return the linears with some zeros, whose weights no other module shares."""
     owners: dict[int, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(module)
-    names = set()
+    found = []
     for linear in linears:
         if owners[id(linear.modules[0].weight)] <= set(linear.modules):
             kept = int(torch.count_nonzero(linear.weight))
             if 0 < kept < linear.weight.numel():
-                names.add(linear.name)
-    return names
-
-
-def _matching(linears: list[Linear], argument: str, globs: str | Iterable[str] | None) -> set[str] | None:
-    if globs is None:
-        return None
-    names = set()
-    for glob in [globs] if isinstance(globs, str) else globs:
-        found = {linear.name for linear in linears if fnmatchcase(linear.name, glob)}
-        if not found:
-            raise ValueError(f"{argument}: {glob!r} matches no linear of the model")
-        names |= found
-    return names
+                found.append(linear)
+    return found

@@ -60,3 +60,18 @@ def test_a_source_without_sentences(tmp_path, words):
     (tmp_path / "code.txt").write_text("x = 1\n\ny = 2")
     with pytest.raises(ValueError, match="calibration: .*code.txt holds no sentence of at least 4 words"):
         sentence_batches(tmp_path / "code.txt", words)
+
+
+def test_a_tokenizer_without_padding_is_refused(text):
+    with pytest.raises(ValueError, match="tokenizer: expected one with a padding token"):
+        sentence_batches(text, tiny.tokenizer())
+
+
+def test_a_sentence_is_longer_than_its_special_tokens(text, words):
+    from tokenizers.processors import TemplateProcessing
+
+    known = [("<pad>", words.pad_token_id)]
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A <pad>", special_tokens=known)
+    with pytest.raises(ValueError, match="length: expected more than the 2 special tokens of each sentence, got 2"):
+        sentence_batches(text, words, length=2)
+    assert max(batch["input_ids"].shape[1] for batch in sentence_batches(text, words, length=3)) == 3

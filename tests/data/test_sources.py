@@ -1,6 +1,10 @@
 import builtins
+import bz2
+import codecs
+import gzip
 import importlib
 import json
+import lzma
 
 import pytest
 
@@ -59,6 +63,16 @@ def test_only_a_newline_ends_a_line_of_jsonl(tmp_path):
         ("a.jsonl", '{"text": "x"}\n{"text": 3}', "line 2 of .*a.jsonl is not an object with a string field 'text'"),
         ("a.jsonl", '["x"]', "line 1 of .*a.jsonl is not an object with a string field 'text'"),
         ("a.jsonl", '{"text": "x"}\n{"text', "line 2 of .*a.jsonl is not JSON"),
+        ("a.jsonl", '{"text": "x"}\n\n{"text": null}', "line 3 of .*a.jsonl is not an object with a string field 'text'"),
+        ("a.jsonl", '{"text": ["x"]}', "line 1 of .*a.jsonl is not an object with a string field 'text'"),
+        ("a.jsonl", '{"body": "x"}', "line 1 of .*a.jsonl is not an object with a string field 'text'"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "a\\ud800b"}', r"line 2 of .*a.jsonl holds a lone surrogate \(U\+D800\)"),
+        ("a.jsonl", '{"text": "\\udc00\\ud800"}', r"line 1 of .*a.jsonl holds a lone surrogate \(U\+DC00\)"),
+        ("a.json", '[\n{"text": "x"}\n]', r"line 1 of .*a.json is not JSON \(.*\); expected one object a line"),
+        ("a.JSONL", "plain", "line 1 of .*a.JSONL is not JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1 of .*a.jsonl is not JSON"),
+        ("a.jsonl", '{"text": "x", "id": ' + "1" * 5000 + "}", "line 1 of .*a.jsonl is not JSON .*digits"),
+        ("a.txt", "one\ntwo\0", "a.txt is not text: line 2 holds a NUL character"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, message):
@@ -69,8 +83,62 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 
 def test_binary_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"ab\xff\xfe")
-    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text \(byte 2\)"):
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text \(byte 2, line 1\)"):
         read_documents(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (gzip.compress(b"text"), "compressed by gzip; unpack it first"),
+        (bz2.compress(b"text"), "compressed by bzip2; unpack it first"),
+        (lzma.compress(b"text"), "compressed by xz; unpack it first"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "compressed by zstd; unpack it first"),
+        (b"PK\x03\x04\x14", "a zip archive; unpack it first"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"PAR1\x15", "a parquet file; its name has to end in .parquet"),
+        ("text".encode("utf-16"), "UTF-16; convert it to UTF-8"),
+        ("text".encode("utf-32"), "UTF-16; convert it to UTF-8"),
+        (codecs.BOM_UTF16_BE + "text".encode("utf-16-be"), "UTF-16; convert it to UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a"])
+def test_files_that_are_no_text_say_what_they_are(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"text: .*{name} is not UTF-8 text: it is {what}"):
+        read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_is_no_text(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("some text".encode(encoding))
+    with pytest.raises(ValueError, match="a.txt is not text: line 1 holds a NUL character; is it a binary file, or UTF-16"):
+        read_documents(tmp_path / "a.txt")
+
+
+def test_latin1_names_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "z\xfcrich"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl is not UTF-8 text \(byte 27, line 2\)"):
+        read_documents(tmp_path / "a.jsonl")
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(ValueError, match=r"text: .* is a folder \(expected a .txt, .jsonl or .parquet file"):
+        read_documents(tmp_path)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_marks_and_ends_of_lines_are_no_text(tmp_path, mark, newline):
+    (tmp_path / "a.txt").write_bytes((mark + newline.join(["one", "", "two ä"])).encode())
+    (tmp_path / "a.jsonl").write_bytes((mark + newline.join(['{"text": "one"}', "", '{"text": "two ä"}', ""])).encode())
+    assert read_documents(tmp_path / "a.txt") == ["one\n\ntwo ä"]
+    assert read_documents(tmp_path / "a.jsonl") == ["one", "two ä"]
+
+
+def test_a_pair_of_surrogates_is_a_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert read_documents(tmp_path / "a.jsonl") == ["\U0001f600"]
 
 
 def test_missing_file_says_what_is_possible(tmp_path):
@@ -177,3 +245,62 @@ def test_hub_datasets_are_asked_for_by_name_config_and_split(monkeypatch, source
     Dataset.column_names = ["body"]
     with pytest.raises(ValueError, match=r"has no column 'text' \(its columns: body\)"):
         read_documents(source)
+
+
+def a_source(tmp_path, monkeypatch, kind: str, values: list) -> str:
+    """A parquet file or a hub dataset whose column `text` holds the values."""
+    if kind == "parquet":
+        (tmp_path / "a.parquet").touch()
+        monkeypatch.setattr(importlib, "import_module", lambda name: FakeParquet({"text": values}))
+        return str(tmp_path / "a.parquet")
+    dataset = type("Dataset", (list,), {"column_names": ["text"]})([{"text": value} for value in values])
+    fake = type("Datasets", (), {"load_dataset": staticmethod(lambda *name, split: dataset)})
+    monkeypatch.setattr(importlib, "import_module", lambda name: fake)
+    return "hf:name"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_a_null_in_a_column_is_no_document(tmp_path, monkeypatch, kind):
+    assert read_documents(a_source(tmp_path, monkeypatch, kind, ["one", None, "", "two", None])) == ["one", "two"]
+    with pytest.raises(ValueError, match="is empty"):
+        read_documents(a_source(tmp_path, monkeypatch, kind, [None, None]))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["two"], "expected a string in column 'text', got list"),
+        (2, "expected a string in column 'text', got int"),
+        (float("nan"), "expected a string in column 'text', got float"),
+        (b"two", "expected a string in column 'text', got bytes"),
+        ({"a": "two"}, "expected a string in column 'text', got dict"),
+        ("a\ud800", r"holds a lone surrogate \(U\+D800\)"),
+    ],
+)
+def test_what_is_no_text_in_a_column_names_its_row(tmp_path, monkeypatch, kind, value, message):
+    with pytest.raises(ValueError, match=rf"text: row 2 of .*(a.parquet|hf:name):? {message}"):
+        read_documents(a_source(tmp_path, monkeypatch, kind, ["one", None, value]))
+
+
+def test_a_parquet_file_with_damaged_strings(tmp_path, monkeypatch):
+    def broken(columns):
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        yield
+
+    fake = FakeParquet({"text": []})
+    fake.iter_batches = broken
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setattr(importlib, "import_module", lambda name: fake)
+    with pytest.raises(ValueError, match="a.parquet is damaged .*invalid start byte"):
+        read_documents(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no such dataset"), ConnectionError("offline"), ValueError("unknown split")])
+def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch, error):
+    def load_dataset(*name, split):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: type("Datasets", (), {"load_dataset": staticmethod(load_dataset)}))
+    with pytest.raises(ValueError, match=rf"text: hf:a:test could not be loaded \({error}\)"):
+        read_documents("hf:a:test")
