@@ -2,7 +2,7 @@
 
 from .card import model_card, versions
 from .output import check_output_folder
-from .packing import count_zeros, is_packed, keep_compressed, pack, unpack, weight_bytes
+from .packing import compress, count_zeros, drop_compressed, is_packed, pack, unpack, weight_bytes
 from .registration import register_with_transformers
 from .save import check_format, check_space, save
 from .semi_structured import semi_structured_linear, to_semi_structured
@@ -15,9 +15,10 @@ __all__ = [
     "check_format",
     "check_output_folder",
     "check_space",
+    "compress",
     "count_zeros",
+    "drop_compressed",
     "is_packed",
-    "keep_compressed",
     "model_card",
     "pack",
     "save",

@@ -2,7 +2,7 @@
 
 A 2:4 `SparseLinear` on a CUDA device multiplies up to 16 tokens by its packed weight, and unpacks it for more. With the weight
 compressed by cuSPARSELt besides, it need not be unpacked for those; but nothing else can read that form, not even the kernel for few
-tokens, so both have to be kept. Each takes 9/16 of the dense weight: `SparseLinear.keep_compressed` is for who has that memory.
+tokens, so both have to be kept. Each takes 9/16 of the dense weight: `SparseLinear.compress` spends that memory.
 """
 
 from __future__ import annotations

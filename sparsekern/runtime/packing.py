@@ -109,37 +109,57 @@ def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
     return model
 
 
-def keep_compressed(model: nn.Module, keep: bool = True) -> nn.Module:
-    """Let the 2:4 layers of a packed model on a CUDA device hold their weights also as cuSPARSELt reads them, or no longer.
+def compress(model: nn.Module) -> nn.Module:
+    """Hold the 2:4 weights of a packed model on a CUDA device a second time, as cuSPARSELt reads them; in place.
 
-    Prompts and large batches are then multiplied on the sparse tensor cores without unpacking; it costs as much memory again as the
-    packed weights. Layers that cuSPARSELt cannot hold stay as they are (`SparseLinear.supports_compressed` says why). See
-    `SparseLinear.keep_compressed`, also for what has not been measured.
+    Prompts and large batches are then multiplied on the sparse tensor cores without unpacking. It costs as much memory again as the
+    packed weights. Layers that cuSPARSELt cannot hold are left out (`SparseLinear.supports_compressed` says why). Its speed has not
+    been measured; see `SparseLinear.compress`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: no packed layers, or none of them that can; a weight with a NaN. Nothing is changed then, but for a NaN.
+        ValueError: no packed layers, or none that cuSPARSELt can hold, which changes nothing; a weight with a NaN.
         TypeError: `model` is no module.
     """
-    _check_module(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    if not layers:
-        raise ValueError(f"model: expected packed layers in it, {type(model).__name__} has none; sparsekern.pack makes them")
+    layers = _packed_layers(model)
     support = {name: layer.supports_compressed() for name, layer in layers.items()}
-    if keep and not any(found.ok for found in support.values()):
+    if not any(found.ok for found in support.values()):
         name, found = next(iter(support.items()))
         raise ValueError(
             f"model: cuSPARSELt can hold none of its {len(layers)} packed layers; {name or 'the model'}: {found.reason}"
         )
     for name, layer in layers.items():
-        if not keep or support[name].ok:
+        if support[name].ok:
             try:
-                layer.keep_compressed(keep)
+                layer.compress()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     return model
+
+
+def drop_compressed(model: nn.Module) -> nn.Module:
+    """Free what `compress` added to a packed model; in place.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no packed layers.
+        TypeError: `model` is no module.
+    """
+    for layer in _packed_layers(model).values():
+        layer.drop_compressed()
+    return model
+
+
+def _packed_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    _check_module(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    if not layers:
+        raise ValueError(f"model: expected packed layers in it, {type(model).__name__} has none; sparsekern.pack makes them")
+    return layers
 
 
 def packed_copy(model: nn.Module, format: str = PACKED) -> nn.Module:

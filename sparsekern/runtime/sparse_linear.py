@@ -21,7 +21,7 @@ class SparseLinear(nn.Module):
     frozen parameters, the others buffers. Gradients flow to the input and to the bias, not to the weight. `.to(dtype)` takes float32,
     bfloat16 and float16.
 
-    On a CUDA device a 2:4 layer can hold its weight a second time for cuSPARSELt: see `keep_compressed`.
+    On a CUDA device a 2:4 layer can hold its weight a second time for cuSPARSELt: see `compress`.
 
     Attributes:
         format: name of the packed format, such as `"bitmask"`.
@@ -29,7 +29,7 @@ class SparseLinear(nn.Module):
         bias: `[out_features]` parameter or None.
         conv1d: it stands for a `Conv1D` of GPT-2, and `to_linear` makes one again.
         trainable: the weight that it stands for took gradients, and so will that of `to_linear`.
-        keeps_compressed: `keep_compressed` has asked for a second, compressed weight.
+        keeps_compressed: `compress` has asked for a second, compressed weight.
         compressed: that weight, a buffer that is not in `state_dict()`; None where there is none.
     """
 
@@ -106,33 +106,38 @@ class SparseLinear(nn.Module):
         """Raise `ValueError` unless the packed tensors are what the format says: sizes, counts and offsets."""
         self._layout.check(self.tensors, self.shape, self.dtype)
 
-    def keep_compressed(self, keep: bool = True) -> None:
-        """Hold the weight also as cuSPARSELt reads it, for products of at least `cusparselt.FEWEST_TOKENS` tokens; or no longer.
+    def compress(self) -> None:
+        """Hold the weight a second time, as cuSPARSELt reads it, for products of at least `cusparselt.FEWEST_TOKENS` tokens.
 
         It takes as much memory again as the packed weight: 1.125 times the dense weight in all, in return for products of many tokens
-        on the sparse tensor cores without unpacking. Fewer tokens, saving and `state_dict()` go by the packed weight as before. It is
-        made here, and anew when the layer moves to another dtype or device (where that can hold one), when a state dict is loaded,
-        and in the first product of a copy or after one of the packed tensors was written to. Writes that PyTorch does not count are
-        not seen, those through `.data` and to tensors made in inference mode, and a model that `torch.compile` has compiled does not
-        look for any: call this again after them.
+        on the sparse tensor cores without unpacking. Products of fewer tokens, saving and `state_dict()` use the packed weight. The
+        second weight is made here, and again when the layer moves to another dtype or device (where that can hold one), when a state
+        dict is loaded, in the first product of a copy, and in the first product after a packed tensor was written to. Writes that
+        PyTorch does not count are not noticed: those through `.data`, to tensors made in inference mode, and in a compiled model.
+        Call this again after them.
 
-        Neither its speed nor the number of tokens has been measured, and no product by it has run on a GPU yet; the tests for one
-        are marked `gpu`.
+        Neither its speed nor the number of tokens has been measured, and no product by it has run on a GPU yet. The tests for one are
+        marked `gpu`.
 
         Raises:
-            ValueError: this layer cannot, and why (`supports_compressed`); a weight with a NaN.
+            ValueError: cuSPARSELt cannot hold this layer, with the reason (`supports_compressed`); a weight with a NaN.
         """
-        if keep and not (support := self.supports_compressed()).ok:
+        if not (support := self.supports_compressed()).ok:
             raise ValueError(f"SparseLinear: cuSPARSELt cannot hold this weight, {support.reason}")
-        self.keeps_compressed = keep
+        self.keeps_compressed = True
         try:
-            self._compress()
+            self._remake_compressed()
         except ValueError:
             self.keeps_compressed = False
             raise
 
+    def drop_compressed(self) -> None:
+        """Free the second weight that `compress` made, if there is one."""
+        self.keeps_compressed = False
+        self._remake_compressed()
+
     def supports_compressed(self) -> Support:
-        """Whether `keep_compressed` can be had where the layer is now; if not, with the reason."""
+        """Return whether `compress` works where the layer is now, with the reason if not."""
         return supports_on(self.device, self.format, self.shape, self.dtype)
 
     def freeze(self) -> None:
@@ -193,18 +198,18 @@ class SparseLinear(nn.Module):
         if not torch.compiler.is_compiling():
             made_from = self._compressed_from
             if made_from is None or not made_from.is_of(self.tensors.values()):
-                self._compress()
+                self._remake_compressed()
         return self.compressed
 
-    def _compress(self) -> None:
+    def _remake_compressed(self) -> None:
         """Make the compressed weight anew; None where it is not asked for or cannot be had."""
-        self._drop_compressed()  # before the next is made
+        self._forget_compressed()  # before the next is made
         if self.keeps_compressed and self.supports_compressed().ok:
             made_from = State(self.tensors.values())
             self.compressed = compress(self.dense_weight())
             self._compressed_from = made_from
 
-    def _drop_compressed(self) -> None:
+    def _forget_compressed(self) -> None:
         self.compressed = self._compressed_from = None
 
     def __getstate__(self) -> dict:
@@ -221,12 +226,12 @@ class SparseLinear(nn.Module):
         before = self.dtype
         after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
         self._check_move(before, after)
-        self._drop_compressed()  # which is for one device, and its bits are no values to convert
+        self._forget_compressed()  # which is for one device, and its bits are no values to convert
         if after.itemsize == before.itemsize:
             super()._apply(fn, recurse)
         else:  # half values share a slot of four bytes, so the layout of float32 is another
             self._repack(fn, recurse)
-        self._compress()
+        self._remake_compressed()
         return self
 
     def _check_move(self, before: torch.dtype, after: torch.dtype) -> None:
@@ -259,7 +264,7 @@ class SparseLinear(nn.Module):
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         try:
-            self._compress()
+            self._remake_compressed()
         except ValueError as error:  # a NaN
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
 

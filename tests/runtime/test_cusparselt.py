@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from sparsekern import SparseLinear
-from sparsekern.runtime import keep_compressed, sparse_linear, weight_bytes
+from sparsekern.runtime import compress, drop_compressed, sparse_linear, weight_bytes
 from sparsekern.runtime.cusparselt import FEWEST_TOKENS, supports
 from tests.ops.test_nm_linear import nm_weight
 
@@ -77,35 +77,35 @@ def test_where_it_cannot_be_had_it_is_refused_and_changes_nothing(generator):
     x = tokens(generator, FEWEST_TOKENS)
     before, bytes_before = kept(x), weight_bytes(kept)
     with pytest.raises(ValueError, match="SparseLinear: cuSPARSELt cannot hold this weight, it is not on a CUDA device"):
-        kept.keep_compressed()
+        kept.compress()
     assert not kept.keeps_compressed and kept.compressed is None and weight_bytes(kept) == bytes_before
     assert torch.equal(kept(x), before)
-    kept.keep_compressed(False)
+    kept.drop_compressed()
 
 
 def test_a_model_of_which_no_layer_can_is_refused(generator):
     model = torch.nn.Sequential(layer(generator), layer(generator, format="1:4"))
     message = "model: cuSPARSELt can hold none of its 2 packed layers; 0: it is not on a CUDA device"
     with pytest.raises(ValueError, match=re.escape(message)):
-        keep_compressed(model)
-    assert keep_compressed(model, False) is model
+        compress(model)
+    assert drop_compressed(model) is model
     with pytest.raises(ValueError, match="model: expected packed layers in it, Linear has none; sparsekern.pack makes them"):
-        keep_compressed(torch.nn.Linear(4, 4))
+        compress(torch.nn.Linear(4, 4))
     with pytest.raises(TypeError, match="model: expected a module, got Tensor"):
-        keep_compressed(torch.zeros(3))
+        compress(torch.zeros(3))
 
 
 def test_of_a_model_the_layers_that_can_hold_it(generator, stand_in):
     model = torch.nn.Sequential(layer(generator), layer(generator, format="1:4"), layer(generator, torch.float32))
     packed = weight_bytes(model)
-    assert keep_compressed(model) is model
+    assert compress(model) is model
     assert [part.compressed is not None for part in model] == [part.keeps_compressed for part in model] == [True, False, False]
     assert weight_bytes(model) == packed + model[0].compressed.nbytes and ", compressed)" in repr(model[0])
-    keep_compressed(model, False)
+    drop_compressed(model)
     assert weight_bytes(model) == packed and model[0].compressed is None
     model[0].values[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"0: weight: expected no NaN, got nan at \[0, "):
-        keep_compressed(model)
+        compress(model)
     assert not model[0].keeps_compressed and model.half()[0].compressed is None
 
 
@@ -114,7 +114,7 @@ def test_it_multiplies_many_tokens(generator, stand_in, dtype):
     kept = layer(generator, dtype)
     x = tokens(generator, 2, FEWEST_TOKENS, dtype=dtype)
     packed = kept(x[0]), kept(x[0, 1:])
-    kept.keep_compressed()
+    kept.compress()
     for given in (x, x[0], x.transpose(0, 1), x.transpose(1, 2).contiguous().transpose(1, 2)):
         assert torch.equal(kept(given), dense(kept, given))
     assert stand_in == [(2 * FEWEST_TOKENS, 128), (FEWEST_TOKENS, 128), *[(2 * FEWEST_TOKENS, 128)] * 2]
@@ -133,7 +133,7 @@ def test_it_multiplies_many_tokens(generator, stand_in, dtype):
 def test_it_is_not_saved(generator, stand_in):
     kept = layer(generator)
     names = set(kept.state_dict())
-    kept.keep_compressed()
+    kept.compress()
     assert set(kept.state_dict()) == names and kept.check() is None and set(kept.tensors) == {"values", "codes"}
 
 
@@ -149,7 +149,7 @@ def test_it_is_not_saved(generator, stand_in):
 )
 def test_it_follows_the_packed_weight(generator, stand_in, write):
     kept = layer(generator)
-    kept.keep_compressed()
+    kept.compress()
     x = tokens(generator, FEWEST_TOKENS)
     before = kept.compressed.clone()
     assert torch.equal(kept(x), dense(kept, x))
@@ -162,7 +162,7 @@ def test_it_follows_the_packed_weight(generator, stand_in, write):
 
 def test_tensors_that_lie_where_others_lay_are_not_taken_for_them(generator, stand_in):
     kept = layer(generator)
-    kept.keep_compressed()
+    kept.compress()
     x, values = tokens(generator, FEWEST_TOKENS), kept.values.clone()
     for factor in range(2, 8):  # memory that is freed by the first is what the second gets, as a rule
         kept.values = torch.nn.Parameter(-values, requires_grad=False)
@@ -172,7 +172,7 @@ def test_tensors_that_lie_where_others_lay_are_not_taken_for_them(generator, sta
 
 def test_a_state_dict_with_a_nan_is_refused_by_the_name_of_the_layer(generator, stand_in):
     model = torch.nn.Sequential(layer(generator), layer(generator))
-    keep_compressed(model)
+    compress(model)
     given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     given["0.values"][0, 0], given["1.bias"][0] = float("nan"), 7
     with pytest.raises(RuntimeError, match=r"0: weight: expected no NaN, got nan at \[0, "):
@@ -183,7 +183,7 @@ def test_a_state_dict_with_a_nan_is_refused_by_the_name_of_the_layer(generator, 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
 def test_a_copy_has_its_own(generator, stand_in, duplicate):
     kept = layer(generator)
-    kept.keep_compressed()
+    kept.compress()
     kept.values.mul_(2)  # seen by the copy, whose own tensors were never written to
     other, x = duplicate(kept), tokens(generator, FEWEST_TOKENS)
     other.values.neg_()
@@ -193,7 +193,7 @@ def test_a_copy_has_its_own(generator, stand_in, duplicate):
 
 def test_it_follows_moves(generator, stand_in):
     kept = layer(generator)
-    kept.keep_compressed()
+    kept.compress()
     for dtype in (torch.float16, torch.float32, BF16):
         kept.to(dtype)
         x = tokens(generator, FEWEST_TOKENS, dtype=dtype)
@@ -210,7 +210,7 @@ def test_it_follows_moves(generator, stand_in):
 
 def test_without_a_device_that_can_the_layer_goes_on_packed(generator, stand_in, monkeypatch):
     kept = layer(generator)
-    kept.keep_compressed()
+    kept.compress()
     monkeypatch.undo()  # from here on it is what it is: a layer on a CPU
     kept.to("cpu")
     x = tokens(generator, FEWEST_TOKENS)
@@ -221,7 +221,7 @@ def test_without_a_device_that_can_the_layer_goes_on_packed(generator, stand_in,
 def test_weights_made_in_inference_mode(generator, stand_in):
     with torch.inference_mode():
         kept = layer(generator)
-        kept.keep_compressed()
+        kept.compress()
         x = tokens(generator, FEWEST_TOKENS)
         assert torch.equal(kept(x), dense(kept, x)) and torch.equal(kept(x), dense(kept, x)) and len(stand_in) == 2
 
@@ -229,7 +229,7 @@ def test_weights_made_in_inference_mode(generator, stand_in):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles(generator, stand_in, dynamic):
     kept = layer(generator)
-    kept.keep_compressed()
+    kept.compress()
     called = []
 
     def record(graph, example_inputs):
@@ -254,7 +254,7 @@ def test_compiles(generator, stand_in, dynamic):
 def on_gpu(generator: torch.Generator, dtype: torch.dtype = BF16, shape=(256, 512)) -> SparseLinear:
     needs("cusparselt")
     kept = layer(generator, dtype, shape=shape).cuda()
-    kept.keep_compressed()
+    kept.compress()
     return kept
 
 
@@ -318,5 +318,5 @@ def test_it_costs_as_much_memory_as_it_says(generator):
     packed = sum(tensor.nbytes for tensor in kept.tensors.values())
     assert packed <= 0.57 * 2 * 4096**2 and kept.compressed.nbytes <= 1.01 * packed
     before = torch.cuda.memory_allocated()
-    kept.keep_compressed(False)
+    kept.drop_compressed()
     assert before - torch.cuda.memory_allocated() >= 0.99 * packed
