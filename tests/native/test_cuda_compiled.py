@@ -1,69 +1,49 @@
-"""Every CUDA kernel, compiled for the architectures that are shipped, on machines that need have no GPU: none spills registers."""
+"""The CUDA kernels as they were built, on machines that need have no GPU: none spills registers on an architecture that is shipped.
+
+Reads the library instead of compiling its sources again. CI builds it with the assembler's warnings as errors (.ci/run).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from .sanitizers import BUILD, ROOT
+from sparsekern.backends.libraries import LIBRARIES
 
-CSRC = ROOT / "csrc"
-ARCHITECTURES = ("sm_80", "sm_90")
-FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v"]  # as in setup.py, and what the assembler says
+triton = pytest.importorskip("triton", reason="triton brings the tool that reads CUDA libraries")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path"),
-]
-
-FUNCTION = re.compile(r"Function properties for (\w+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ARCHITECTURES = {"sm_80", "sm_90"}
+SECTION = re.compile(r"^arch = (\w+)$|^ *Function (\w+):\n +REG:\d+ STACK:(\d+)", re.MULTILINE)
 
 
-def assembler_log(source: Path, architecture: str) -> str:
-    """What ptxas says about the functions of a file. Kept, so that what has not changed is not compiled again.
-
-    Raises:
-        RuntimeError: with the compiler's words, if the file does not compile.
-    """
-    log = BUILD / "cuda" / f"{source.name}-{architecture}.txt"
-    inputs = [source, Path(__file__), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]
-    if not log.exists() or log.stat().st_mtime <= max(path.stat().st_mtime for path in inputs):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = ["nvcc", *FLAGS, f"-arch={architecture}", f"-I{CSRC}", "-cubin", "-o", os.devnull, str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        log.write_text(done.stderr)
-    return log.read_text()
-
-
-def faults(source: Path, architecture: str) -> list[str]:
-    log = assembler_log(source, architecture)
-    functions = FUNCTION.findall(log)
-    spills = [
-        f"{source.name}, {architecture}: {name} spills ({stores} bytes stored, {loads} loaded)"
-        for name, stores, loads in functions
-        if int(stores) or int(loads)
-    ]
-    # Such as launch bounds that cannot be kept.
-    warnings = [f"{source.name}, {architecture}: {line}" for line in log.splitlines() if line.startswith("ptxas warning")]
-    return [*spills, *warnings] if functions else [f"{source.name}, {architecture}: no function in what ptxas says"]
+def stacks(binary: Path) -> list[tuple[str, str, int]]:
+    """Return each function's architecture, its name and its bytes of stack, all of which are registers that were spilled."""
+    command = [str(CUOBJDUMP), "--dump-resource-usage", str(binary)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    architecture, found = "", []
+    for match in SECTION.finditer(told):
+        if match[1]:
+            architecture = match[1]
+        else:
+            found.append((architecture, match[2], int(match[3])))
+    return found
 
 
 def test_no_kernel_spills():
-    sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda source: -source.stat().st_size)
-    assert sources
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(
-            lambda case: faults(*case), [(source, architecture) for source in sources for architecture in ARCHITECTURES]
-        )
-    assert not [fault for some in found for fault in some]
+    library = importlib.util.find_spec("sparsekern._C_cuda")
+    if library is None:
+        pytest.skip(f"_C_cuda was not built here: {LIBRARIES['_C_cuda'].reason}")
+    functions = stacks(Path(library.origin))
+    assert {architecture for architecture, _, _ in functions} >= ARCHITECTURES
+    assert len(functions) > 50
+    assert [function for function in functions if function[2]] == []
 
 
 SPILLING = """
@@ -76,23 +56,39 @@ __global__ void __launch_bounds__(1024) too_many_registers(float* data) {
   for (int i = 0; i < 96; ++i) data[i * 1024 + threadIdx.x] = held[95 - i];
 }
 """
+STRICT = ["-Xptxas", "--warn-on-spills,--warning-as-error"]  # as in .ci/run
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
 
 
+def compiled(source: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = ["nvcc", "-arch=sm_90", "-O3", "-cubin", *flags, "-o", str(source.with_suffix(".cubin")), str(source)]
+    environment = {name: value for name, value in os.environ.items() if name != "NVCC_APPEND_FLAGS"}  # CI sets it
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@needs_nvcc
 def test_a_kernel_that_spills_is_found(tmp_path):
     source = tmp_path / "spilling.cu"
     source.write_text(SPILLING)
-    (fault,) = faults(source, "sm_90")
-    assert re.search(r"too_many_registers\w* spills \(\d+ bytes stored, \d+ loaded\)", fault)
+    assert compiled(source).returncode == 0
+    ((architecture, name, stack),) = stacks(source.with_suffix(".cubin"))
+    assert architecture in ("", "sm_90") and "too_many_registers" in name and stack > 0
 
 
-def test_launch_bounds_that_cannot_be_kept_are_found(tmp_path):
-    source = tmp_path / "bounds.cu"
-    source.write_text(SPILLING.replace("(1024)", "(32, 64)").replace("96", "4").replace("95", "3"))
-    assert any("minnctapersm" in fault for fault in faults(source, "sm_90"))
-
-
-def test_what_does_not_compile_is_an_error(tmp_path):
-    source = tmp_path / "broken.cu"
-    source.write_text("__global__ void broken() { undeclared(); }")
-    with pytest.raises(RuntimeError, match="undeclared"):
-        faults(source, "sm_90")
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({}, "spill"), ({"(1024)": "(32, 64)", "96": "4", "95": "3"}, "minnctapersm")],
+    ids=["spills", "launch bounds that cannot be kept"],
+)
+def test_warnings_of_the_assembler_are_errors_in_ci(tmp_path, change, message):
+    text = SPILLING
+    for old, new in change.items():
+        text = text.replace(old, new)
+    source = tmp_path / "warned.cu"
+    source.write_text(text)
+    assert " ".join(STRICT) in (Path(__file__).parents[2] / ".ci" / "run").read_text()
+    assert compiled(source).returncode == 0
+    refused = compiled(source, *STRICT)
+    assert refused.returncode != 0 and message in refused.stderr

@@ -59,7 +59,7 @@ for features in (1, 31, 32, 33, 64, 97):
 
 SELECT = """
 scores = torch.randn(41, 640)
-mask, status = torch.ops.sparsekern_cuda.topk_mask(scores, 200, False)
+mask, status = torch.ops.sparsekern_cuda.topk_mask(scores, 200, "row")
 expected = torch.zeros_like(mask).scatter_(1, scores.topk(200, dim=1).indices, True)
 assert torch.equal(mask, expected), "wrong mask"
 """
