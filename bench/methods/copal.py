@@ -56,7 +56,7 @@ PATTERNS = ("0.5", "2:4", "4:8")
 
 
 class Texts:
-    """Return the tokens of the three domains."""
+    """The tokens of the three domains."""
 
     def __init__(self, wikitext: Path, windows: int = WINDOWS) -> None:
         words = smollm2.tokenizer()
@@ -109,7 +109,7 @@ def after_step(method, pattern: str, names: Order, texts: Texts, work: Path) -> 
     state, before, copy = (work / "-".join(part) for part in (names, names[:-1], (*names, "copy")))
     if names[:-1] and not state.exists():  # the files of a state never change, so links will do
         if not before.exists():
-            raise RuntimeError(f"{before} is gone, but not its figures; remove {work} to measure anew")
+            raise RuntimeError(f"{before} is gone, but not its figures; remove {work} to measure again")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(
             before, copy, copy_function=os.link, ignore=shutil.ignore_patterns(".*")

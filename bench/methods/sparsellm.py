@@ -118,7 +118,7 @@ def section(figures: dict[str, object]) -> str:
         "",
         f"SmolLM2-135M-Instruct (float32); calibration {SAMPLES} x {LENGTH} tokens of WikiText-2 `valid`, drawn with seed 0; perplexity of the",
         f"first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test` (dense {quality.TARGETS['dense'][2]}). Error: `|y' - y|^2 / |y|^2` of each",
-        "feed-forward network's output on the calibration tokens that it is pruned with, mean over the 30 blocks. Defaults but for what the",
+        "feed-forward network's output on the calibration tokens that it is pruned with, mean over the 30 blocks. Defaults except for what the",
         "column says. *Alone* is a run of the solver by itself, whose networks get inputs of their own from the blocks below; *its first",
         "round* is the solver alone on the very inputs of *inside*. The goal is a lower error than the solver's alone at 70 % and above.",
         "",
