@@ -66,7 +66,7 @@ def run_smollm2(wikitext: Path, tokens: int, samples: int, windows: int) -> list
     ids = calibration_ids(wikitext / "valid.txt", words, samples=samples, length=smollm2.LENGTH, seed=0)
     sparsekern.prune(exact, "sparsegpt", 0.5, ids, progress=False)
     with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
-        dense = sparsekern.load(sparsekern.save(exact, Path(folder) / "pruned"), dtype="bfloat16")
+        dense = sparsekern.load(sparsekern.save(exact, Path(folder) / "pruned"), dtype="bfloat16", device="cpu")
     packed = packed_copy(dense)
     name = "SmolLM2-135M, 50 % by SparseGPT"
     comparison = compare(dense, packed, prompt_length=32, tokens=tokens, rounds=5)

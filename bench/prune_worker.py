@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = sparsekern.load(arguments.model, dtype="float32")
+    model = sparsekern.load(arguments.model, dtype="float32", device="cpu")
     ids = load_file(arguments.ids)["ids"]
     loaded = peak_bytes()
     start = time.perf_counter()

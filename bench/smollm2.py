@@ -16,7 +16,7 @@ WINDOWS, WINDOW = 8, 2048
 
 
 def dense_model() -> torch.nn.Module:
-    return sparsekern.load(MODEL, dtype="float32")
+    return sparsekern.load(MODEL, dtype="float32", device="cpu")
 
 
 def tokenizer():

@@ -4,8 +4,8 @@ from ._info import info
 from ._version import __version__
 from ._warnings import SparsekernWarning
 from .data import perplexity
-from .methods import ALPS, COPAL, Gradual, KPrune, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda
-from .models.load import load
+from .methods import ALPS, COPAL, Gradual, KPrune, Magnitude, Method, Random, SparseGPT, SparseLLM, Structured, Wanda
+from .models.load import load, load_tokenizer
 from .pattern import NM, Unstructured
 from .pruning import prune, prune_continually
 from .reports import ContinualReport, RemovalReport, Report
@@ -20,6 +20,7 @@ __all__ = [
     "ContinualReport",
     "KPrune",
     "Magnitude",
+    "Method",
     "Random",
     "RemovalReport",
     "Report",
@@ -34,6 +35,7 @@ __all__ = [
     "info",
     "keep_sparsity",
     "load",
+    "load_tokenizer",
     "merge_adapter",
     "pack",
     "perplexity",

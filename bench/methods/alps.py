@@ -48,7 +48,7 @@ def measure_perplexities(wikitext: Path, names: list[str], quick: bool, work: Pa
 
 def pruned(name: str, ids: torch.Tensor, out: Path | None) -> torch.nn.Module:
     if out and (out / "report.json").is_file():
-        return sparsekern.load(out, dtype="float32")
+        return sparsekern.load(out, dtype="float32", device="cpu")
     model, (method, pattern, _) = smollm2.dense_model(), quality.TARGETS[name]
     sparsekern.prune(model, method, pattern, ids, out=out, resume=out is not None, progress=False)
     return model

@@ -77,7 +77,7 @@ def tune(wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
 
 def evaluate_tuning(which: str, wikitext: Path, work: Path, quick: bool) -> dict[str, object]:
     """Measure perplexity at 50 % by magnitude, `"before"` and `"after"` training."""
-    model = sparsekern.load(work / "tuned") if which == "after" else smollm2.dense_model()
+    model = sparsekern.load(work / "tuned", device="cpu") if which == "after" else smollm2.dense_model()
     if which == "before":
         sparsekern.prune(model, "magnitude", 0.5, progress=False)
     evaluation = held_out(wikitext, 1 if quick else smollm2.WINDOWS, smollm2.WINDOW)

@@ -60,7 +60,7 @@ class Sentences:
 
     def __init__(self, work: Path) -> None:
         folder, self.work = minilm(), work
-        self.dense, self.tokenizer = sparsekern.load(folder, dtype="float32"), load_tokenizer(folder)
+        self.dense, self.tokenizer = sparsekern.load(folder, dtype="float32", device="cpu"), load_tokenizer(folder)
         self.held_out = batched(split_sentences(read_documents(DOCS, "held-out")), self.tokenizer, LENGTH)
         self.similarities = similarities(self.embeddings(self.dense))
 
@@ -100,7 +100,7 @@ def by_kprune(texts: Sentences, share: float, sentences: int = SENTENCES, **sett
             copy.deepcopy(texts.dense), KPrune(remove=share, **settings), None, texts.calibration(sentences), **options
         )
     removed = sparsekern.Report.from_json(folder / "report.json").flops_removed
-    return {**row(texts, sparsekern.load(folder)), "FLOPs removed": removed}
+    return {**row(texts, sparsekern.load(folder, device="cpu")), "FLOPs removed": removed}
 
 
 def by_magnitude(texts: Sentences, share: float, everywhere_alike: bool) -> dict[str, object]:

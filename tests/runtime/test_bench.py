@@ -65,7 +65,7 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert table[8] == "resident memory is of a process of its own for each model, 10.0 and 10.0 MB of it before that was loaded"
     assert len(list(ElementTree.parse(tmp_path / "bench.svg").iter("{http://www.w3.org/2000/svg}rect"))) == 7
 
-    again = sparsekern.save(sparsekern.load(folder), tmp_path / "packed", "packed")
+    again = sparsekern.save(sparsekern.load(folder, device="cpu"), tmp_path / "packed", "packed")
     assert main(["bench", str(again), *command[2:], "--json", "--no-rss"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["packed"]["disk"] < found["dense"]["disk"] and found["tokens"] == 4
