@@ -10,7 +10,7 @@ from .pattern import NM, Unstructured
 from .pruning import prune, prune_continually
 from .reports import ContinualReport, RemovalReport, Report
 from .runtime import SparseLinear, pack, save, unpack
-from .training import keep_sparsity, merge_adapter
+from .training import keep_sparsity, merge_adapter_
 
 __all__ = [
     "ALPS",
@@ -36,7 +36,7 @@ __all__ = [
     "keep_sparsity",
     "load",
     "load_tokenizer",
-    "merge_adapter",
+    "merge_adapter_",
     "pack",
     "perplexity",
     "prune",

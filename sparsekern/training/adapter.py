@@ -8,7 +8,7 @@ from ..ops._checks import HALF_OR_FLOAT, check_finite_number, check_tensor
 
 
 @torch.no_grad()
-def merge_adapter(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float = 1.0) -> None:
+def merge_adapter_(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float = 1.0) -> None:
     """Add a LoRA adapter to a pruned weight in place, `weight += scale * up @ down`, where `weight` is not zero.
 
     The product is dense: what it would add to pruned weights is lost, so evaluate the merged model. The sum is computed in float32 and

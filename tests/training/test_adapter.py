@@ -19,7 +19,7 @@ def test_merge_adapter(dtype):
     weight, down, up = half_zero(dtype), torch.randn(2, 8).to(dtype), torch.randn(6, 2).to(dtype)
     expected = (weight.double() + 0.5 * up.double() @ down.double()) * (weight != 0)
     kept = weight != 0
-    sparsekern.merge_adapter(weight, down, up, scale=0.5)
+    sparsekern.merge_adapter_(weight, down, up, scale=0.5)
     assert not weight[~kept].any()
     torch.testing.assert_close(weight, expected.to(dtype))
 
@@ -52,7 +52,7 @@ def test_a_merge_inside_keep_sparsity():
             model(torch.randn(4, 8)).square().sum().backward()
             optimizer.step()
         expected = linear.weight.clone()
-        sparsekern.merge_adapter(expected.data, model.lora_A.weight, model.lora_B.weight, scale=2)
+        sparsekern.merge_adapter_(expected.data, model.lora_A.weight, model.lora_B.weight, scale=2)
         model = model.merge_and_unload()  # the adapted model is gone before the block ends
     assert not model.weight[:, ::2].any() and model.weight[:, 1::2].all()
     torch.testing.assert_close(model.weight, expected)
@@ -78,12 +78,12 @@ def test_a_merge_inside_keep_sparsity():
 )
 def test_wrong_arguments(wrong, error, message):
     with pytest.raises(error, match=f"^{message}"):
-        sparsekern.merge_adapter(**{"weight": half_zero(), "down": torch.ones(2, 8), "up": torch.ones(6, 2), **wrong})
+        sparsekern.merge_adapter_(**{"weight": half_zero(), "down": torch.ones(2, 8), "up": torch.ones(6, 2), **wrong})
 
 
 def test_a_sum_that_overflows():
     weight = half_zero(torch.float16)
     before = weight.clone()
     with pytest.raises(ValueError, match="weight: expected a finite sum with the adapter in float16, got NaN or Inf"):
-        sparsekern.merge_adapter(weight, torch.full((1, 8), 6e4), torch.full((6, 1), 6e4))
+        sparsekern.merge_adapter_(weight, torch.full((1, 8), 6e4), torch.full((6, 1), 6e4))
     assert torch.equal(weight, before)
