@@ -1,6 +1,7 @@
 """Bad input: each message names what was expected and what came, and nothing is changed."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -150,6 +151,18 @@ def test_dead_feature_and_few_tokens_are_said_once(model):
     assert "self_attn.q_proj: 1 of 32 input features were never active" in messages[1]
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tokens", [31, 32])
+def test_as_many_tokens_as_features_are_not_few(tokens):
+    """Attention and the first two linears of the FFN have 32 input features; its last one, which has 48, is left out."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", SparsekernWarning)
+        sparsekern.prune(
+            tiny_model("llama"), "sparsegpt", calibration=tiny_ids(1, tokens), exclude=["*down_proj"], report_error=True, **QUIET
+        )
+    few = [str(warning.message) for warning in said if "calibration tokens for 32 input features" in str(warning.message)]
+    assert len(few) == (tokens < 32)
 
 
 def test_few_tokens_are_no_matter_for_a_method_without_damping(model):
