@@ -163,11 +163,11 @@ def _declare(rule: Setting) -> Any:
 
 
 def _with_arguments(doc: str, rules: Mapping[str, Setting]) -> str:
-    """Return a class's docstring with an `Args:` section, before `Source:` where there is one."""
+    """Return a class's docstring with an `Args:` section, before `Example:` and `Source:` where there are any."""
     entries = []
     for name, rule in rules.items():
         text = f"{name}: {rule.help}. Accepts {rule.expected}; default {rule.default!r}."
         entries += textwrap.wrap(text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12)
     section = "    Args:\n" + "\n".join(entries) + "\n"
-    before, separator, after = doc.partition("    Source:")
-    return f"{before.rstrip()}\n\n{section}\n{separator}{after}" if separator else f"{before.rstrip()}\n\n{section}    "
+    place = min((at for title in ("Example:", "Source:") if (at := doc.find(f"\n    {title}")) >= 0), default=len(doc.rstrip()))
+    return f"{doc[:place].rstrip()}\n\n{section}{doc[place:]}"

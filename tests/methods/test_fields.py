@@ -133,6 +133,23 @@ def test_every_field_of_every_method_has_its_rule_its_help_and_its_place_in_the_
     assert method.__doc__.find("Args:") < method.__doc__.find("Source:") or "Source:" not in method.__doc__
 
 
+@pytest.mark.parametrize(
+    ("doc", "expected"),
+    [
+        ("Do.\n\n    Source: here.\n    ", "Do.\n\n    Args:\n        k: rows. Accepts {}; default 1.\n\n    Source: here.\n    "),
+        (
+            "Do.\n\n    Example:\n        >>> 1\n\n    Source: here.\n    ",
+            "Do.\n\n    Args:\n        k: rows. Accepts {}; default 1.\n\n    Example:\n        >>> 1\n\n    Source: here.\n    ",
+        ),
+        ("Do.\n\n    More.\n    ", "Do.\n\n    More.\n\n    Args:\n        k: rows. Accepts {}; default 1.\n\n    "),
+        ("Do.", "Do.\n\n    Args:\n        k: rows. Accepts {}; default 1.\n"),
+    ],
+)
+def test_arguments_stand_in_the_docstring_before_example_and_source(doc, expected):
+    made = type("Made", (Settings,), {"__doc__": doc, "__annotations__": {"k": int}, "k": whole(1, at_least=1, help="rows")})
+    assert made.__doc__ == expected.format("a whole number of at least 1")
+
+
 def test_the_table_of_a_method_s_settings():
     lines = settings_table(Config).splitlines()
     assert lines[:3] == [
