@@ -102,6 +102,7 @@ def serve_on_cpu(kind: str, simt_library: str | None) -> None:
         interpreter.teach_bfloat16_rounding()
     for other in set(table.AVAILABILITY) - {kind}:
         table.AVAILABILITY[other] = lambda: table.Support(False, "it is not under test")
+    table.DEVICES[kind].add("cpu")
     for op in OPS.values():
         if has_implementation(op.name, kind):
             torch.library.register_kernel(f"{NAMESPACE}::{op.name}", "cpu")(dispatcher(op.name, op.reference))

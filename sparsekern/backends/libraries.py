@@ -1,10 +1,14 @@
-"""Loads the compiled libraries. A library that is missing or does not load leaves the references in place, with the reason kept."""
+"""Loads the compiled libraries. Where one is missing or does not load, the references run, and the reason is kept.
+
+`SPARSEKERN_CPU_ISA=reference`, read when sparsekern is imported, leaves the CPU kernels out: every op runs its reference on CPU tensors.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import mmap
+import os
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,11 +18,23 @@ import torch
 
 @dataclass(frozen=True)
 class Library:
-    """What became of a compiled library: `reason` is empty where it is loaded."""
+    """What became of a compiled library.
+
+    Attributes:
+        name: of the module.
+        loaded: its kernels are registered.
+        reason: why not; empty where it is loaded.
+        wanted: nobody asked to leave it out.
+    """
 
     name: str
     loaded: bool
     reason: str
+    wanted: bool = True
+
+
+ISA = "SPARSEKERN_CPU_ISA"
+WITHOUT = "reference"
 
 
 INTERFACE = b"sparsekern-interface:2\0"  # of csrc/common/interface.h
@@ -27,7 +43,11 @@ LIBRARIES: dict[str, Library] = {}
 
 
 def load() -> None:
-    _load("_C")
+    """Load what this process can use, or keep the reason why not."""
+    if os.environ.get(ISA) == WITHOUT:
+        LIBRARIES["_C"] = Library("_C", False, f"left out by {ISA}={WITHOUT}", wanted=False)
+    else:
+        _load("_C")
     if torch.version.cuda is None:
         # Its symbols are those of a CUDA torch: beside a CPU torch it cannot be loaded, and must not be tried.
         LIBRARIES["_C_cuda"] = Library("_C_cuda", False, "this torch is built without CUDA")
@@ -65,5 +85,8 @@ def has_interface(library: Path) -> bool:
 
 def check_isa() -> None:
     """Raise `ValueError` if `SPARSEKERN_CPU_ISA` names no instruction set, or one that this CPU lacks: before the first op does."""
-    if LIBRARIES["_C"].loaded:
-        importlib.import_module("sparsekern._C").current_isa()
+    if not LIBRARIES["_C"].loaded:
+        return
+    if os.environ.get(ISA) == WITHOUT:
+        raise ValueError(f"{ISA}: expected {WITHOUT!r} to be set before sparsekern is imported, and it was not")
+    importlib.import_module("sparsekern._C").current_isa()

@@ -1,24 +1,29 @@
-"""The tables of implementations, and the choice among them."""
+"""The table of ops and their implementations, and the choice among them."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .devices import YES, Support, has_capability
 from .libraries import LIBRARIES
 from .values import BadValues, LeftToReference
 
 REFERENCE = "reference"
+CPU = "cpu"  # the compiled kernels for CPU tensors
 VARIABLE = "SPARSEKERN_BACKENDS"
 
 
@@ -54,6 +59,8 @@ def _triton_package() -> Support:
 
 
 LEAST_CAPABILITY = {"triton": (8, 0)}  # that all kernels of a backend need
+logger = logging.getLogger("sparsekern")
+
 AVAILABILITY: dict[str, Callable[[], Support]] = {"cuda": _cuda_library, "triton": _triton_package}
 
 
@@ -76,19 +83,44 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     return importlib.import_module(module).IMPLEMENTATIONS if importlib.util.find_spec(module) else adapted(op)
 
 
+class _Known(NamedTuple):
+    reference: Callable
+    native: bool
+
+
+_ops: dict[str, _Known] = {}
+
+
+def add_op(op: str, reference: Callable, native: bool) -> None:
+    """Add an op to the table: its reference, and whether it has a kernel for CPU tensors in `sparsekern._C`."""
+    _ops[op] = _Known(reference, native)
+
+
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _asked: ContextVar[Mapping[str, str]] = ContextVar("sparsekern_backends", default=_NOTHING)
+DEVICES = {CPU: {"cpu"}, "cuda": {"cuda"}, "triton": {"cuda"}}  # that the implementations of a backend run on
 
 
 @contextmanager
 def use(**backends: str) -> Iterator[None]:
     """Ask for implementations by name inside a `with` block: `use(obs_sweep="triton", gram_="reference")`.
 
+    What is asked for runs, or the call raises: `"cpu"` runs on CPU tensors only, `"cuda"` and `"triton"` on CUDA tensors only. It
+    holds for the thread that enters the block. There every torch operation goes through Python once more while the block is active,
+    since compiled kernels for CPU tensors are otherwise called without asking anyone.
+
     Raises:
         ValueError: an op without that implementation. (That it is missing here, or does not support a call, is an error of the call.)
     """
     for op, backend in backends.items():
         _check_name("use", op, backend)
+    with asked(backends), _OnCpu():
+        yield
+
+
+@contextmanager
+def asked(backends: Mapping[str, str]) -> Iterator[None]:
+    """Ask as `use` does, but for calls on CUDA tensors only, which then cost nothing more."""
     token = _asked.set({**_asked.get(), **backends})
     try:
         yield
@@ -96,8 +128,87 @@ def use(**backends: str) -> Iterator[None]:
         _asked.reset(token)
 
 
+class _OnCpu(TorchDispatchMode):
+    """Brings calls on CPU tensors to what `use` asks for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        op = func._schema.name.partition("::")[2] if func.namespace == "sparsekern" else None
+        if op not in _ops or not _is_plain_cpu(args, kwargs):
+            return func(*args, **kwargs)
+        run = chosen_on_cpu(op)
+        if run is None:
+            return func(*args, **kwargs)
+        with self:  # for the ops that a reference calls
+            return run(*args, **kwargs)
+
+
+def _is_plain_cpu(args: tuple, kwargs: dict) -> bool:
+    """Whether the tensors of a call hold values on a CPU; traced ones are subclasses."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return all(type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu" for value in tensors)
+
+
+def chosen_on_cpu(op: str) -> Callable | None:
+    """Return what was asked for to run a call of `op` on CPU tensors; None: what runs anyway.
+
+    Raises:
+        RuntimeError: the compiled kernels were asked for and are not there.
+        ValueError: an implementation for other devices was asked for.
+    """
+    backend = _asked_for(op)
+    if backend is None:
+        return None
+    if backend == REFERENCE:
+        return _ops[op].reference
+    if "cpu" not in DEVICES[backend]:
+        raise ValueError(f"{op}: the {backend} implementation was asked for, but its tensors are on the CPU")
+    if backend == CPU and not LIBRARIES["_C"].loaded:
+        raise RuntimeError(f"{op}: the cpu implementation was asked for, but it is {LIBRARIES['_C'].reason}")
+    return None
+
+
+def serve_environment() -> None:
+    """Make what `SPARSEKERN_BACKENDS` asks for now run on CPU tensors too. To be called once, when the kernels are loaded.
+
+    Raises:
+        ValueError: the variable does not make sense.
+    """
+    for op, backend in _from_environment(os.environ.get(VARIABLE, "")).items():
+        if op in _ops and backend != CPU and _ops[op].native:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, that one kernel takes the place of another: that is what is wanted
+                torch.library.register_kernel(f"sparsekern::{op}", "cpu")(last_resort(op))
+
+
+def last_resort(op: str) -> Callable:
+    """Return the kernel for every device that has no other: the reference, where none that runs there was asked for."""
+    reference, native = _ops[op]
+
+    def run(*args, **kwargs):
+        if device_of_call(args, kwargs).type == "cpu" and chosen_on_cpu(op) is None and native:
+            library = LIBRARIES["_C"]
+            reason = "the compiled library has no kernel for it: it was built from another version"
+            if not library.wanted:
+                return reference(*args, **kwargs)
+            say_that_the_reference_runs(op, "CPU tensors", reason if library.loaded else f"the CPU kernels are {library.reason}")
+        return reference(*args, **kwargs)
+
+    return run
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def say_that_the_reference_runs(op: str, where: str, reason: str) -> None:
+    """Log a warning, once for an op and a reason, that a faster implementation was to be expected."""
+    if (op, reason) not in _said:
+        _said.add((op, reason))
+        logger.warning("%s: the PyTorch reference runs for %s: %s", op, where, reason)
+
+
 def choose(op: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
-    """What is to run a call of `op` on a CUDA device.
+    """Return what is to run a call of `op` on a CUDA device.
 
     Raises:
         RuntimeError: the implementation that was asked for is not available.
@@ -106,9 +217,15 @@ def choose(op: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
     backend = _asked_for(op)
     if backend is not None:
         return _the_one_asked_for(op, backend, reference, args, kwargs)
+    reasons = []
     for implementation in implementations(op):
-        if availability(implementation.name).ok and supports(implementation, args, kwargs).ok:
+        able = availability(implementation.name)
+        if able.ok:
+            able = supports(implementation, args, kwargs)
+        if able.ok:
             return implementation.run
+        reasons.append(f"{implementation.name}: {able.reason}")
+    say_that_the_reference_runs(op, "CUDA tensors", "; ".join(reasons))
     return reference
 
 
@@ -140,6 +257,8 @@ def _asked_for(op: str) -> str | None:
 def _the_one_asked_for(op: str, backend: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
     if backend == REFERENCE:
         return reference
+    if backend == CPU:
+        raise ValueError(f"{op}: the cpu implementation was asked for, but its tensors are on {device_of_call(args, kwargs)}")
     available = availability(backend)
     if not available.ok:
         raise RuntimeError(f"{op}: the {backend} implementation was asked for, but {available.reason}")
@@ -163,9 +282,10 @@ def _from_environment(value: str) -> Mapping[str, str]:
 
 
 def _check_name(where: str, op: str, backend: str) -> None:
-    names = [implementation.name for implementation in implementations(op)] if op.isidentifier() else []
-    if not names:
-        raise ValueError(f"{where}: expected an op with CUDA implementations, got {op!r}")
+    names = [CPU] if op in _ops and _ops[op].native else []
+    names += [implementation.name for implementation in implementations(op)] if op.isidentifier() else []
+    if not names and op not in _ops:
+        raise ValueError(f"{where}: expected an op of sparsekern, got {op!r}")
     if backend not in (*names, REFERENCE):
         raise ValueError(f"{where}: expected one of {', '.join((*names, REFERENCE))} for {op}, got {backend!r}")
 

@@ -1,6 +1,6 @@
 """Drop-in torch ops, one file each. The compiled library is loaded after the definitions, so that it can only implement them."""
 
-from ..backends import libraries
+from ..backends import libraries, serve_environment
 from .admm_step import admm_step_
 from .bitmask_linear import bitmask_linear
 from .bitmask_pack import bitmask_pack
@@ -29,6 +29,7 @@ from .sensitivity import sensitivity_
 from .topk_mask import topk_mask
 
 libraries.load()
+serve_environment()
 
 __all__ = [
     "admm_step_",

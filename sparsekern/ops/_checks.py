@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+MOST_ELEMENTS = 2**40  # more than any memory holds; only an empty shape, or strides of zero, can have them
 HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,13 +21,21 @@ def check_tensor(
     shape: Sequence[int | None] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Raise `TypeError` or `ValueError` unless `value` has the dimensions, dtype, sizes (None: any) and device asked for."""
+    """Raise `TypeError` or `ValueError` unless `value` has the dimensions, dtype, sizes (None: any) and device asked for.
+
+    Tensors of another layout than strided (sparse, mkldnn), which no kernel reads, are a `TypeError`. Shapes that no memory holds,
+    empty or of stride zero, are a `ValueError`: a kernel would count through them or overflow.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {str(value.layout).removeprefix('torch.')}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
     if value.dim() != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
+    if not torch.compiler.is_compiling() and _elements(value.shape) > MOST_ELEMENTS:
+        raise ValueError(f"{name}: expected a shape that memory can hold, got {tuple(value.shape)}")
     if shape is not None:
         for axis, size in enumerate(shape):
             if size is not None and value.shape[axis] != size:
@@ -83,6 +92,18 @@ def check_no_nan(name: str, value: torch.Tensor) -> None:
     if bad.any():
         row, column = (int(i) for i in bad.nonzero()[0])
         raise ValueError(f"{name}: expected no NaN, got nan at [{row}, {column}]")
+
+
+def _elements(shape: Sequence[int]) -> int:
+    """Return how many elements a shape has, an empty axis counted as one; what has no size yet under tracing counts as one too."""
+    return math.prod(size for size in shape if type(size) is int and size)
+
+
+def value_of(result: torch.Tensor) -> float | None:
+    """Return the number that a result without dimensions holds; None where it holds none: compiled, on meta, or a fake tensor."""
+    if torch.compiler.is_compiling() or result.is_meta or isinstance(result, torch._subclasses.FakeTensor):
+        return None
+    return result.detach().item()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from .. import backends
 from ..backends.adapters import signature_of
+from ._torch_op import Gradients, complete, without_autograd
 
 NAMESPACE = "sparsekern"
 AS_THE_SCHEMA: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -60,6 +61,11 @@ class Op:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     @property
+    def call(self) -> Callable:
+        """The op for callers that check arguments themselves and count microseconds; with positional arguments."""
+        return without_autograd(self.overload)
+
+    @property
     def signature(self) -> inspect.Signature:
         """The arguments of the schema, which every function of the op has."""
         return signature_of(self.overload._schema)
@@ -77,19 +83,29 @@ def define_op(
     samples: Callable,
     friendly: Mapping[str, tuple[str, ...]] = AS_THE_SCHEMA,
     only_on_cuda: str = "",
-) -> torch._ops.OpOverload:
-    """Define `torch.ops.sparsekern.<name>` and return its overload.
+    gradients: Gradients | None = None,
+    native: bool = True,
+) -> Callable:
+    """Define `torch.ops.sparsekern.<name>` and return what its wrapper calls.
 
-    `register_kernel("default")` makes the reference serve every device; a compiled kernel registered for a device wins there. On
-    CUDA devices that is the choice among the implementations in `sparsekern.backends`, where the op has any.
+    The reference serves every device; a compiled kernel registered for a device wins there. On CUDA devices that is the choice among
+    the implementations in `sparsekern.backends`, where the op has any.
+
+    Args:
+        name: of the op; one that writes to its arguments ends in an underscore.
+        schema: arguments and results, as torch reads them.
+        reference, fake, samples, friendly, only_on_cuda: see `Op`.
+        gradients: of an op with one result; without them a backward pass through the op raises.
+        native: it has a kernel in `sparsekern._C`; False where PyTorch's own operators do the work on a CPU as well.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     if not only_on_cuda:
-        torch.library.register_kernel(qualified, "default")(reference)
+        backends.add_op(name, reference, native)
+        torch.library.register_kernel(qualified, "default")(backends.last_resort(name))
     if backends.has_implementations(name):
         torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(name, reference))
     torch.library.register_fake(qualified)(fake)
     op = Op(name, reference, fake, samples, friendly, only_on_cuda)
     OPS[name] = op
-    return op.overload
+    return complete(op.overload, gradients)

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 from ..layouts.packed_rows import SLACK, lanes, pack_bitmask_rows, slot_counts, tiles, unpack_bitmask_rows, words, words_to_bits
 from ._checks import HALF_OR_FLOAT, check_tensor
 from ._registry import define_op, sample
+from ._torch_op import gradients_of_product
 
 SCHEMA = "(Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, Tensor? bias=None) -> Tensor"
 
@@ -103,4 +104,9 @@ def _samples(generator: torch.Generator):
         yield sample(x, *packed, *([bias] if len(tokens) == 2 else []))
 
 
-_op = define_op("bitmask_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+def _unpack(given, in_features: int) -> torch.Tensor:
+    return torch.ops.sparsekern.bitmask_unpack(given["values"], given["bitmask"], given["starts"], given["order"], in_features)
+
+
+_GRADIENTS = gradients_of_product(("values", "bitmask", "starts", "order"), _unpack)
+_op = define_op("bitmask_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples, gradients=_GRADIENTS)

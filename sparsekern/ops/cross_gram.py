@@ -73,4 +73,4 @@ def _samples(generator: torch.Generator):
         yield sample(torch.ones(p, q), x.T.contiguous().T, y, row_mask=torch.arange(tokens) % 3 > 0, alpha=0.5)
 
 
-_op = define_op("cross_gram_", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+_op = define_op("cross_gram_", SCHEMA, reference=reference, fake=_fake, samples=_samples, native=False)

@@ -38,8 +38,7 @@ def gram_solve(gram: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -
     check_tensor("cross", cross, ndim=2, dtypes=(torch.float32,), shape=(None, gram.shape[0]), device=gram.device)
     check_finite_number("damping", damping, 0)
     solution, damping_used = _op(gram, cross, damping)
-    if not torch.compiler.is_compiling() and not solution.is_meta:
-        report_departure(damping, float(damping_used))
+    report_departure(damping, damping_used)
     return solution
 
 

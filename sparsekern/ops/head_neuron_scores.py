@@ -62,4 +62,4 @@ def _samples(generator: torch.Generator):
         yield sample(torch.rand(features, generator=generator), weight, head_size)
 
 
-_op = define_op("head_neuron_scores", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+_op = define_op("head_neuron_scores", SCHEMA, reference=reference, fake=_fake, samples=_samples, native=False)

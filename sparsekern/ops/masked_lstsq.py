@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from .._warnings import SparsekernWarning
-from ._checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_square, check_tensor, check_whole
+from ._checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_square, check_tensor, check_whole, value_of
 from ._registry import define_op, sample
 
 SCHEMA = (
@@ -76,7 +76,7 @@ def masked_lstsq(
     new_weight, row_error, unfinished = _op(
         weight, gram, mask, start=start, damping=damping, tolerance=tolerance, max_iterations=max_iterations, solver=solver
     )
-    if not torch.compiler.is_compiling() and not new_weight.is_meta and (left := int(unfinished)):
+    if left := value_of(unfinished):
         warnings.warn(
             f"masked_lstsq: {left} of {len(weight)} rows are not within tolerance {tolerance:g} after {max_iterations} iterations",
             SparsekernWarning,

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 from ..layouts.packed_rows import MOST_M, code_bits, pack_nm_rows, stored_per_row, unpack_nm_rows
 from ._checks import HALF_OR_FLOAT, check_tensor, check_whole
 from ._registry import define_op, sample
+from ._torch_op import gradients_of_product
 
 SCHEMA = "(Tensor x, Tensor values, Tensor codes, int n, int m, Tensor? bias=None) -> Tensor"
 
@@ -93,4 +94,9 @@ def _samples(generator: torch.Generator):
         yield sample(x, *packed, n, m, *([bias] if len(tokens) == 2 else []))
 
 
-_op = define_op("nm_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+def _unpack(given, in_features: int) -> torch.Tensor:
+    return torch.ops.sparsekern.nm_unpack(given["values"], given["codes"], given["n"], given["m"], in_features)
+
+
+_GRADIENTS = gradients_of_product(("values", "codes"), _unpack)
+_op = define_op("nm_linear", SCHEMA, reference=reference, fake=_fake, samples=_samples, gradients=_GRADIENTS)

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from .._warnings import SparsekernWarning
-from ._checks import check_finite, check_finite_number, check_square
+from ._checks import check_finite, check_finite_number, check_square, value_of
 from ._registry import define_op, sample
 
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor factor, Tensor damping_used)"
@@ -46,12 +46,15 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     check_square("gram", gram)
     check_finite_number("damping", damping, 0)
     factor, damping_used = _op(gram, damping)
-    if not torch.compiler.is_compiling() and not factor.is_meta:
-        report_departure(damping, float(damping_used))
+    report_departure(damping, damping_used)
     return factor
 
 
-def report_departure(damping: float, used: float) -> None:
+def report_departure(damping: float, damping_used: torch.Tensor) -> None:
+    """Warn if a factorisation took another damping than it was asked for, or float64."""
+    used = value_of(damping_used)
+    if used is None:
+        return
     if used < 0:
         warnings.warn(
             f"gram: not positive definite in float32 with damping {damping:g}; factored in float64", SparsekernWarning, stacklevel=3

@@ -103,4 +103,4 @@ def _samples(generator: torch.Generator):
         yield sample(torch.ones(rows, features), weight, x.T.contiguous().T, row_mask=torch.arange(tokens) % 3 > 0)
 
 
-_op = define_op("sensitivity_", SCHEMA, reference=reference, fake=_fake, samples=_samples)
+_op = define_op("sensitivity_", SCHEMA, reference=reference, fake=_fake, samples=_samples, native=False)

@@ -19,8 +19,8 @@ from ..ops.nm_linear import check_pattern
 from ..ops.nm_pack import nm_pack
 from ..pattern import parse_pattern
 
-BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].overload, OPS["bitmask_unpack"].overload
-NM_LINEAR, NM_UNPACK = OPS["nm_linear"].overload, OPS["nm_unpack"].overload
+BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].call, OPS["bitmask_unpack"].overload
+NM_LINEAR, NM_UNPACK = OPS["nm_linear"].call, OPS["nm_unpack"].overload
 
 Tensors = Mapping[str, torch.Tensor]
 Shape = tuple[int, int]

@@ -50,6 +50,41 @@ def test_the_first_that_is_available_and_supports_the_call_runs(monkeypatch):
     assert call(1) == "reference" and backends.preferred("some_op") == "reference"
 
 
+def test_a_reference_where_something_faster_was_to_be_expected_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(table, "_said", set())
+    with caplog.at_level("WARNING", logger="sparsekern"):
+        assert call(1) == "fast" and call(10) == "slow"
+        unavailable(monkeypatch, "triton")
+        assert call(1) == "fast"
+        with backends.use(some_op="reference"):
+            call(10)
+        assert caplog.records == []
+        assert call(10) == call(10) == call(11) == "reference"
+        unavailable(monkeypatch, "cuda")
+        assert call(1) == "reference"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"some_op: the PyTorch reference runs for CUDA tensors: cuda: {reason}; triton: triton is not there"
+        for reason in ("x is 10, which is not below 10", "x is 11, which is not below 10", "cuda is not there")
+    ]
+
+
+def test_a_device_that_triton_cannot_use_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(table, "_said", set())
+    monkeypatch.setattr(table, "has_capability", lambda device, least: Support(False, f"it needs {least}"))
+    unavailable(monkeypatch, "cuda")
+    with caplog.at_level("WARNING", logger="sparsekern"):
+        assert call(1) == "reference"
+    assert caplog.records[0].getMessage().endswith("cuda: cuda is not there; triton: it needs (8, 0)")
+    with backends.use(some_op="triton"), pytest.raises(ValueError, match="the triton implementation was asked for, but it needs"):
+        call(1)
+
+
+def test_cpu_kernels_are_not_for_cuda_tensors(monkeypatch):
+    monkeypatch.setitem(table._ops, "some_op", table._Known(reference, native=True))
+    with backends.use(some_op="cpu"), pytest.raises(ValueError, match="^some_op: the cpu implementation was asked for, but its"):
+        call(1)
+
+
 def test_one_that_is_asked_for_runs(monkeypatch):
     with backends.use(some_op="triton"):
         assert call(1) == "slow" and backends.preferred("some_op") == "triton"
@@ -79,8 +114,8 @@ def test_one_that_is_asked_for_runs_or_raises(monkeypatch):
     [
         ("some_op", "SPARSEKERN_BACKENDS: expected op=implementation, separated by commas, got 'some_op'"),
         ("some_op=cublas", "SPARSEKERN_BACKENDS: expected one of cuda, triton, reference for some_op, got 'cublas'"),
-        ("no_op=cuda", "SPARSEKERN_BACKENDS: expected an op with CUDA implementations, got 'no_op'"),
-        ("../x=cuda", "SPARSEKERN_BACKENDS: expected an op with CUDA implementations, got '../x'"),
+        ("no_op=cuda", "SPARSEKERN_BACKENDS: expected an op of sparsekern, got 'no_op'"),
+        ("../x=cuda", "SPARSEKERN_BACKENDS: expected an op of sparsekern, got '../x'"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, value, message):

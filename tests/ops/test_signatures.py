@@ -14,7 +14,7 @@ ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 EVERY_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 IMPLEMENTATIONS = [(op, known) for op in OPS for known in implementations(op)]
-EVERY_IMPLEMENTATION = pytest.mark.parametrize(("op", "known"), IMPLEMENTATIONS, ids=lambda v: getattr(v, "name", v))
+EVERY_IMPLEMENTATION = pytest.mark.parametrize(("name", "known"), IMPLEMENTATIONS, ids=lambda v: getattr(v, "name", v))
 
 
 def bare(parameters) -> list[inspect.Parameter]:
@@ -60,10 +60,10 @@ def test_the_wrapper_has_them_but_for_those_it_says(op):
 
 
 @EVERY_IMPLEMENTATION
-def test_implementations_have_them(op, known):
+def test_implementations_have_them(name, known):
     if known.name == "triton":
         pytest.importorskip("triton")
-    assert differs(known.run, OPS[op].signature) == "" == looks_at_others(known.supports, OPS[op].signature)
+    assert differs(known.run, OPS[name].signature) == "" == looks_at_others(known.supports, OPS[name].signature)
 
 
 def test_every_public_op_is_in_the_table():

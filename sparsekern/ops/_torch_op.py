@@ -1,0 +1,170 @@
+"""What makes an op an ordinary op of torch: gradients or a refusal, version counters, autocast, operands that share no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from ._memory import check_memory
+
+LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+
+class Gradients(NamedTuple):
+    """The gradients of an op with one result.
+
+    Attributes:
+        to: the arguments that have a gradient; another one that requires it is refused.
+        saved: the tensors that `formula` needs.
+        formula: takes the saved tensors and all arguments that are none by name, the shapes of all tensors by name, the gradient of
+            the result and the names that are wanted; returns gradients by name.
+    """
+
+    to: tuple[str, ...]
+    saved: tuple[str, ...]
+    formula: Callable[[Mapping[str, object], Mapping[str, torch.Size], torch.Tensor, set[str]], dict[str, torch.Tensor]]
+
+
+def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable:
+    """Register what torch's own ops do around their kernels, and return what the op's wrapper calls.
+
+    Without `gradients`, a result of floating point that was computed from tensors which require gradients raises in the backward
+    pass, as torch's ops without a derivative do. Tensors that an op writes to must not require gradients; those that it only adds
+    up may, and nothing of their graph is kept.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+    written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def with_names(args: tuple, kwargs: dict) -> dict:
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def without_autocast(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return op(*args, **kwargs)
+
+    name = op._schema.name.partition("::")[2]
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(name, without_autocast, key)
+    if not written:
+        LIBRARY.impl(name, _differentiable(op, gradients, with_names), "Autograd", with_keyset=True)
+        return op
+
+    def takes_no_gradients(keyset, *args, **kwargs):
+        given = with_names(args, kwargs)
+        _refuse_tangents(name, given)
+        if torch.is_grad_enabled():
+            for argument in written:
+                if given.get(argument) is not None and given[argument].requires_grad:
+                    raise ValueError(
+                        f"{argument}: expected a tensor that requires no gradient, since {name} writes to it and has none to give; "
+                        "detach it, or call under torch.no_grad()"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    def counts_versions(keyset, *args, **kwargs):
+        given = with_names(args, kwargs)
+        check_memory(given, written)
+        for argument in written:
+            if given.get(argument) is not None:
+                torch.autograd.graph.increment_version(given[argument])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    def call(*args, **kwargs):
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # which passes by what is registered above
+            check_memory(with_names(args, kwargs), written)
+        return op(*args, **kwargs)
+
+    LIBRARY.impl(name, takes_no_gradients, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, counts_versions, "ADInplaceOrView", with_keyset=True)
+    return call
+
+
+def gradients_of_product(saved: tuple[str, ...], unpack: Callable[..., torch.Tensor]) -> Gradients:
+    """Return the gradients of `x W^T + bias` to `x` and `bias`; `unpack(given, in_features)` makes `W` of what is saved."""
+
+    def formula(given, shapes, grad, wanted):
+        found = {}
+        if "x" in wanted:
+            found["x"] = grad @ unpack(given, shapes["x"][-1])
+        if "bias" in wanted:
+            found["bias"] = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return found
+
+    return Gradients(("x", "bias"), saved, formula)
+
+
+def _differentiable(op: torch._ops.OpOverload, gradients: Gradients | None, with_names: Callable) -> Callable:
+    name = op._schema.name.partition("::")[2]
+
+    def below(keyset, args, kwargs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, positional, keywords, *values):
+            args, kwargs = values[:positional], dict(zip(keywords, values[positional:], strict=True))
+            if gradients is not None:
+                given = with_names(args, kwargs)
+                tensors = {known: value for known, value in given.items() if isinstance(value, torch.Tensor)}
+                ctx.names, ctx.shapes = list(given), {known: value.shape for known, value in tensors.items()}
+                ctx.rest = {known: value for known, value in given.items() if known not in tensors}
+                ctx.save_for_backward(*(tensors[known] for known in gradients.saved))
+            return below(keyset, args, kwargs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            if gradients is None:
+                raise RuntimeError(
+                    f"{name}: has no gradient, but one was asked for; detach its inputs, or call it under torch.no_grad()"
+                )
+            wanted = {known for known, needed in zip(ctx.names, ctx.needs_input_grad[3:], strict=True) if needed}
+            saved = dict(zip(gradients.saved, ctx.saved_tensors, strict=True))
+            found = gradients.formula({**ctx.rest, **saved}, ctx.shapes, grads[0], wanted)
+            return None, None, None, *(found.get(known) for known in ctx.names)
+
+    def kernel(keyset, *args, **kwargs):
+        _refuse_tangents(name, kwargs | dict(enumerate(args)))
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs)):
+            return below(keyset, args, kwargs)
+        if gradients is not None:
+            for argument, value in with_names(args, kwargs).items():
+                if argument not in gradients.to and isinstance(value, torch.Tensor) and value.requires_grad:
+                    raise ValueError(
+                        f"{argument}: expected a tensor that requires no gradient, since {name} has none to give to it"
+                    )
+        return Function.apply(keyset, len(args), tuple(kwargs), *args, *kwargs.values())
+
+    return kernel
+
+
+def _refuse_tangents(name: str, given: Mapping) -> None:
+    """Raise `RuntimeError` where forward-mode differentiation would lose what an argument carries."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in given.values()):
+        raise RuntimeError(f"{name}: has no forward-mode gradient, but an input carries a tangent")
+
+
+def without_autograd(op: torch._ops.OpOverload) -> Callable:
+    """Return a call of `op` that passes by the Python kernel for gradients wherever none are wanted: it takes longer than a token."""
+    call, autograd = op._op, torch._C.DispatchKey.AutogradCPU  # the key of any device stands for autograd as a whole
+    exclude, is_excluded = torch._C._dispatch_tls_set_dispatch_key_excluded, torch._C._dispatch_tls_is_dispatch_key_excluded
+
+    def run(*args):
+        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if differentiated or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or is_excluded(autograd):
+            return op(*args)
+        exclude(autograd, True)
+        try:
+            return call(*args)
+        finally:
+            exclude(autograd, False)
+
+    return run
