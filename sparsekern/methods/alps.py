@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from .. import ops
-from .._warnings import SparsekernWarning
+from .._warnings import warn
 from ..ops._checks import check_finite
 from ..pattern import Pattern
 from ._fields import choice, number, whole
@@ -78,11 +77,10 @@ class ALPS(LinearMethod):
             else:
                 admm.set_penalty(min(admm.rho * next(growth for share, growth in GROWTH if changed > share), LARGEST_PENALTY))
         else:
-            warnings.warn(
+            warn(
                 f"ALPS.max_iterations: ADMM did not settle in {self.max_iterations} iterations; the last {min(LOOK_EVERY, left)} changed "
                 f"{changed:.2%} of the mask, and ALPS.tolerance is {self.tolerance:.2%}",
-                SparsekernWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
         return admm.solution(), admm.mask
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from .._warnings import SparsekernWarning
+from .._warnings import warn
 from ._checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_square, check_tensor, check_whole, value_of
 from ._registry import define_op, sample
 
@@ -77,10 +75,8 @@ def masked_lstsq(
         weight, gram, mask, start=start, damping=damping, tolerance=tolerance, max_iterations=max_iterations, solver=solver
     )
     if left := value_of(unfinished):
-        warnings.warn(
+        warn(
             f"masked_lstsq: {left} of {len(weight)} rows are not within tolerance {tolerance:g} after {max_iterations} iterations",
-            SparsekernWarning,
-            stacklevel=2,
         )
     return new_weight, row_error
 

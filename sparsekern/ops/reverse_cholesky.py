@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from .._warnings import SparsekernWarning
+from .._warnings import warn
 from ._checks import check_finite, check_finite_number, check_square, value_of
 from ._registry import define_op, sample
 
@@ -56,13 +54,9 @@ def report_departure(damping: float, damping_used: torch.Tensor) -> None:
     if used is None:
         return
     if used < 0:
-        warnings.warn(
-            f"gram: not positive definite in float32 with damping {damping:g}; factored in float64", SparsekernWarning, stacklevel=3
-        )
+        warn(f"gram: not positive definite in float32 with damping {damping:g}; factored in float64", stacklevel=2)
     elif used != damping:
-        warnings.warn(
-            f"gram: not positive definite with damping {damping:g}; used {used:g} instead", SparsekernWarning, stacklevel=3
-        )
+        warn(f"gram: not positive definite with damping {damping:g}; used {used:g} instead", stacklevel=2)
 
 
 def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:

@@ -159,10 +159,16 @@ def _as_batch(given, first_sample: int, device: torch.device, vocabulary: int | 
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"calibration: expected attention_mask of shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
     inputs.pop("labels", None)
-    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    inputs = {name: _plain(value, device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     mask = inputs.get("attention_mask")
     padded = mask is not None and not bool(mask.all())
     return Batch(inputs, first_sample, mask.bool() if padded else None)
+
+
+def _plain(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on `device`; one made in inference mode is copied, since no gradient can be taken through it."""
+    value = value.to(device)
+    return value.clone() if value.is_inference() else value
 
 
 def _check_ids(ids: torch.Tensor, vocabulary: int | None) -> None:

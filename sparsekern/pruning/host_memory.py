@@ -1,4 +1,4 @@
-"""Keeping freed memory at hand while a model runs on the CPU.
+"""Keeping freed memory in the process while a model runs on the CPU.
 
 glibc returns the pages of every large activation to the system when it is freed, and faults them in, zeroed, for the next one of the
 same size. That is an eighth of the time of a forward of a small model.
@@ -11,6 +11,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .process import PutBack
+
 # mallopt's parameters and limits, from malloc.h and malloc/malloc.c of glibc
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD = 32 << 20
@@ -19,7 +21,7 @@ NEVER = 2**31 - 1
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within, freed memory stays with the process; afterwards it is given back. Does nothing where the C library is not glibc.
+    """Keep freed memory in the process within, and give it back afterwards; do nothing where the C library is not glibc.
 
     The thresholds are left where glibc's own adjustment ends up once large tensors have been freed.
     """
@@ -27,10 +29,16 @@ def freed_memory_kept() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
-    libc.mallopt(M_TRIM_THRESHOLD, NEVER)
-    try:
+    with _allocator.kept(None):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, NEVER)
         yield
-    finally:
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
-        libc.malloc_trim(0)
+
+
+def _give_back() -> None:
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+    libc.malloc_trim(0)
+
+
+_allocator: PutBack[None, None] = PutBack(lambda _: None, lambda *_: _give_back())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from .batches import Calibration
 from .session import check_format_fits
 
 PatternLike = str | float | Pattern
+Choice = Globs | Callable[[str, nn.Module], bool]
 DEFAULT_PATTERN = NM(2, 4)
 
 
@@ -31,8 +32,8 @@ class Request:
 
     pattern: Pattern | None = None
     calibration: Calibration | None = None
-    include: Globs = None
-    exclude: Globs = None
+    include: Choice = None
+    exclude: Choice = None
     patterns: Mapping[str, PatternLike | None] | None = None
     batch_size: int | None = None
     report_error: bool = False
@@ -92,7 +93,7 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, pattern: PatternLike, patterns: Mapping[str, PatternLike | None] | None, include: Globs, exclude: Globs
+    model: nn.Module, pattern: PatternLike, patterns: Mapping[str, PatternLike | None] | None, include: Choice, exclude: Choice
 ) -> Plan:
     """Choose the linears to prune. See `sparsekern.prune` for the arguments.
 
@@ -108,19 +109,18 @@ def make_plan(
     outside = [linear for linear in _with_weights(find_linears(model)) if linear.name not in in_blocks]
     everything = [linear.name for linears in inside for linear in linears] + [linear.name for linear in outside]
 
-    include, exclude = as_globs("include", include), as_globs("exclude", exclude)
+    linears = [linear for part in (*inside, outside) for linear in part]
+    included = _chosen("include", include, linears)
+    excluded = _chosen("exclude", exclude, linears)
+    # A linear outside the blocks is pruned only where its whole name is given.
+    eligible = in_blocks if callable(include) else in_blocks | set(as_globs("include", include) or ())
     default = parse_pattern(pattern)
     by_glob = {glob: None if value is None else parse_pattern(value) for glob, value in (patterns or {}).items()}
-    for argument, globs in (("include", include), ("exclude", exclude), ("patterns", by_glob)):
-        check_matches(argument, globs, everything)
+    check_matches("patterns", by_glob, everything)
 
     def chosen(linear: Linear) -> bool:
         name = linear.name
-        if name in in_blocks:
-            wanted = include is None or matches(name, include)
-        else:
-            wanted = name in (include or ())
-        wanted = wanted and not matches(name, exclude)
+        wanted = name in eligible and (included is None or name in included) and name not in (excluded or ())
         return wanted and first_match(name, by_glob, default) is not None
 
     plan = Plan(
@@ -183,6 +183,30 @@ def _units(model: nn.Module, blocks: Blocks, index: int) -> list[Units]:
             "KPrune removes its units"
         )
     return find_units(model, find_linears(blocks.modules[index], blocks.block_name(index)))
+
+
+def _chosen(argument: str, choice: Choice, linears: list[Linear]) -> set[str] | None:
+    """Return the names of the linears that globs or a callable choose; None where nothing is said.
+
+    Raises:
+        TypeError: neither names nor a callable, or a callable that returns no bool.
+        ValueError: a glob that matches nothing, or a callable that raises.
+    """
+    if not callable(choice):
+        globs = as_globs(argument, choice)
+        check_matches(argument, globs, [linear.name for linear in linears])
+        return None if globs is None else {linear.name for linear in linears if matches(linear.name, globs)}
+    found = set()
+    for linear in linears:
+        try:
+            answer = choice(linear.name, linear.modules[0])
+        except Exception as error:
+            raise ValueError(f"{argument}: the callable raised {type(error).__name__} for {linear.name}: {error}") from error
+        if not isinstance(answer, bool):
+            raise TypeError(f"{argument}: expected the callable to return True or False for {linear.name}, got {answer!r}")
+        if answer:
+            found.add(linear.name)
+    return found
 
 
 def _with_weights(linears: list[Linear]) -> list[Linear]:

@@ -89,17 +89,6 @@ class Progress:
         self._bar.close()
 
 
-@contextmanager
-def warnings_named(name: str) -> Iterator[None]:
-    """Puts the layer's name in front of what its ops warn of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        named = f"{name}: {warning.message}" if issubclass(warning.category, SparsekernWarning) else warning.message
-        warnings.warn(named, warning.category, stacklevel=4)
-
-
 class Notices:
     """Says each kind of thing once in a run, however many layers it is true of."""
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..backends.libraries import check_isa
 from ..methods import GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
-from ..models.globs import Globs
 from ..pattern import parse_pattern
 from ..reports.report import Report
 from ..runtime import weight_bytes
@@ -20,7 +19,8 @@ from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
 from .checkpoint import Checkpoint, finish, model_fingerprint
 from .gradual.loop import GradualLoop
-from .plan import PatternLike, Request
+from .modes import plain_modes
+from .plan import Choice, PatternLike, Request
 from .removal.loop import RemovalLoop
 from .run import Loop, running
 from .session import check_module, check_saveable, check_seed, environment, save_model
@@ -38,8 +38,8 @@ def prune(
     out: str | os.PathLike | None = None,
     resume: bool = False,
     progress: bool = True,
-    include: Globs = None,
-    exclude: Globs = None,
+    include: Choice = None,
+    exclude: Choice = None,
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
     report_error: bool = False,
@@ -65,8 +65,9 @@ def prune(
         resume: continue the unfinished run in `out`; `model` is the dense model again. The result is the same, bit for bit.
         progress: show a progress bar.
         include: names or globs of linears to prune, such as `"*.mlp.*"`; all linears of the blocks where it is None. A linear outside
-            the blocks is pruned only where its whole name is given, as in `include=["*", "lm_head"]`.
-        exclude: names or globs of linears to leave dense.
+            the blocks is pruned only where its whole name is given, as in `include=["*", "lm_head"]`. A callable
+            `(name, module) -> bool` chooses among the linears of the blocks.
+        exclude: names or globs of linears to leave dense, or a callable as for `include`.
         patterns: glob -> pattern, or None to leave dense; the first match wins over `pattern`.
         batch_size: samples run at once where `calibration` is one tensor; None chooses. It affects speed and memory only.
         report_error: take a Gram matrix only to report each layer's error, for methods that do without one (Wanda, magnitude).
@@ -106,31 +107,32 @@ def prune(
         saves=out is not None,
         seed=seed,
     )
-    if out is not None:
-        check_saveable(model)
-    loop = loop_of(method)
-    plan, batches = loop.make_plan(model, method, request)
-    settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
-    settings["calibration"] = batches and fingerprint(batches)
-    checkpoint = None
-    if out is not None:
-        settings["model"] = model_fingerprint(model)
-        checkpoint = Checkpoint(out, settings, environment(model), resume=resume)
-    report = loop.REPORT(
-        settings={**loop.described(request), **settings},
-        versions=environment(model),
-        calibration_tokens=sum(batch.tokens for batch in batches or ()),
-    )
-    dense_bytes = weight_bytes(model)
-    with running(model, plan, method, batches, seed=seed, checkpoint=checkpoint, report=report, progress=progress) as context:
-        loop(context).run()
-    if out is not None:
-        with context.clock.phase("write"):
-            save_model(model, out, format)
-    report.seconds = {**context.clock.seconds, "total": time.perf_counter() - start}
-    if out is not None:
-        finish(out, report, dense_bytes, complete)
-    return report
+    with plain_modes(model) as model:
+        if out is not None:
+            check_saveable(model)
+        loop = loop_of(method)
+        plan, batches = loop.make_plan(model, method, request)
+        settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
+        settings["calibration"] = batches and fingerprint(batches)
+        checkpoint = None
+        if out is not None:
+            settings["model"] = model_fingerprint(model)
+            checkpoint = Checkpoint(out, settings, environment(model), resume=resume)
+        report = loop.REPORT(
+            settings={**loop.described(request), **settings},
+            versions=environment(model),
+            calibration_tokens=sum(batch.tokens for batch in batches or ()),
+        )
+        dense_bytes = weight_bytes(model)
+        with running(model, plan, method, batches, seed=seed, checkpoint=checkpoint, report=report, progress=progress) as context:
+            loop(context).run()
+        if out is not None:
+            with context.clock.phase("write"):
+                save_model(model, out, format)
+        report.seconds = {**context.clock.seconds, "total": time.perf_counter() - start}
+        if out is not None:
+            finish(out, report, dense_bytes, complete)
+        return report
 
 
 def loop_of(method: Method) -> type[Loop]:

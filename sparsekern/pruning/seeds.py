@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
 from ..methods.random_numbers import drawing_from
-
-_torch_generators = threading.RLock()
+from .process import PutBack
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -25,11 +23,48 @@ def seeded(seed: int, name: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def torch_generators_kept(device: torch.device) -> Iterator[None]:
+    """Put torch's own generators of the CPU and of `device` back afterwards, once no other run uses them either."""
+    with ExitStack() as stack:
+        for place in _places(device):
+            stack.enter_context(_generators.kept(place))
+        yield
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's own generators of the CPU and of `device`, for a model that draws from them."""
+    for place in _places(device):
+        _generator(place).manual_seed(seed)
+
+
+@contextmanager
 def torch_seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's own generators within, for what takes no other (dropout), and put them back afterwards.
+    """Seed torch's own generators within, for dropout, which takes no other, and put them back afterwards.
 
     All threads share these generators, so only one at a time is let in.
     """
-    with _torch_generators, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    with _generators.lock:
+        before = {place: _generator(place).get_state() for place in _places(device)}
+        seed_torch(seed, device)
+        try:
+            yield
+        finally:
+            for place, state in before.items():
+                _generator(place).set_state(state)
+
+
+def _places(device: torch.device) -> list[str]:
+    return ["cpu", *([str(device)] if device.type == "cuda" else [])]
+
+
+def _generator(place: str) -> torch.Generator:
+    device = torch.device(place)
+    if device.type == "cpu":
+        return torch.default_generator
+    torch.cuda.init()
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+_generators: PutBack[str, torch.Tensor] = PutBack(
+    lambda place: _generator(place).get_state(), lambda place, state: _generator(place).set_state(state)
+)

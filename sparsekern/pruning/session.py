@@ -21,6 +21,7 @@ from ..runtime.formats import format_of
 from ..runtime.packing import PACKED, packable_linears, smallest
 from ..runtime.save import DENSE, in_format
 from .batches import Batch, Calibration, as_batches
+from .seeds import seed_torch, torch_generators_kept
 
 HOW_TO_SAVE_IT = "and resume=True with format='dense' (--resume --format dense) needs only to save it"
 
@@ -110,11 +111,11 @@ def save_model(model: nn.Module, out: str | os.PathLike, format: str) -> None:
 
 @contextmanager
 def prepared(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, a seeded generator; all as before afterwards, whatever happens."""
+    """Ready `model` to run within: evaluation mode, no gradients, seeded generators. All is put back, whatever happens."""
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.no_grad(), torch_generators_kept(device):
+        seed_torch(seed, device)
         model.eval()
         try:
             yield

@@ -14,13 +14,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..._warnings import warnings_about
 from ...methods import BlockMethod, Gram, LinearMethod, Solution
 from ...methods.statistics import InputStatistic, Statistic, inputs_of
 from ...models import Linear
 from ...reports.report import LayerReport
 from ..batches import Batch
 from ..plan import Plan, Request, plan_linears
-from ..progress import Notices, warnings_named
+from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext
 from ..seeds import seeded
 from ..session import batches_for, prepared
@@ -151,7 +152,7 @@ class BlockLoop(Loop):
         start = self.context.clock.now()
         weight, pattern = linear.weight, self.plan.patterns[linear.name]
         try:
-            with warnings_named(linear.name), seeded(self.context.seed, linear.name):
+            with warnings_about(linear.name), seeded(self.context.seed, linear.name):
                 solution = self.method.solve(weight, statistics, pattern)
             _check_solution(self.method, solution, weight)
         except ValueError as error:
@@ -169,7 +170,7 @@ class BlockLoop(Loop):
         start = clock.now()
         with clock.phase("solve"):
             try:
-                with warnings_named(down), seeded(self.context.seed, down):
+                with warnings_about(down), seeded(self.context.seed, down):
                     solved, solution = run.solve(self.method, inputs)
             except ValueError as error:
                 raise ValueError(f"{', '.join(linear.name for linear in linears)}: {error}") from error

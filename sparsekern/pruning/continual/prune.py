@@ -17,7 +17,8 @@ from ...runtime import check_format, check_output_folder, save
 from ...runtime.save import DENSE
 from ..batches import Batch, Calibration, fingerprint
 from ..checkpoint import model_fingerprint
-from ..plan import Globs, PatternLike, Plan, make_plan
+from ..modes import plain_modes
+from ..plan import Choice, PatternLike, Plan, make_plan
 from ..session import HOW_TO_SAVE_IT, batches_for, check_format_fits, check_module, check_saveable, check_seed, environment
 from .loop import ContinualLoop, Evaluation
 from .state import State
@@ -39,8 +40,8 @@ def prune_continually(
     progress: bool = True,
     abandon: bool = False,
     strategy: str = "accumulate",
-    include: Globs = None,
-    exclude: Globs = None,
+    include: Choice = None,
+    exclude: Choice = None,
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
     length: int = 2048,
@@ -99,42 +100,43 @@ def prune_continually(
     check_seed(seed)
     check_isa()
     check_format(format)
-    plan = make_plan(model, pattern, patterns, include, exclude)
-    data_sets = _data_sets(model, method, calibrations, batch_size)
-    if out is not None:
-        check_saveable(model)
-        check_format_fits(model, plan.patterns, format)
-        check_output_folder(out)
-    if state is None and (resume or abandon):
-        raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
-    if resume and abandon:
-        raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
-    with State.opened(state) as known:
-        evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
-        loop = ContinualLoop(
-            model,
-            plan,
-            method,
-            seed=seed,
-            strategy=strategy,
-            state=known,
-            evaluation=Evaluation(model, evaluate, length),
-            progress=progress,
-        )
-        loop.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
-        abandoned = known.abandon() if abandon else None
-        loop.check_evaluation()
-        todo = _todo(known, data_sets, resume)
-        if abandoned:
-            abandoned.drop()
-            known.write()
-        loop.run(todo)
-    report = ContinualReport(settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps)
-    if out is not None:
-        folder = _saved(model, out, format, state)
-        report.to_json(folder / "report.json")
-        report.to_html(folder / "report.html")
-    return report
+    with plain_modes(model) as model:
+        plan = make_plan(model, pattern, patterns, include, exclude)
+        data_sets = _data_sets(model, method, calibrations, batch_size)
+        if out is not None:
+            check_saveable(model)
+            check_format_fits(model, plan.patterns, format)
+            check_output_folder(out)
+        if state is None and (resume or abandon):
+            raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
+        if resume and abandon:
+            raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
+        with State.opened(state) as known:
+            evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
+            loop = ContinualLoop(
+                model,
+                plan,
+                method,
+                seed=seed,
+                strategy=strategy,
+                state=known,
+                evaluation=Evaluation(model, evaluate, length),
+                progress=progress,
+            )
+            loop.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
+            abandoned = known.abandon() if abandon else None
+            loop.check_evaluation()
+            todo = _todo(known, data_sets, resume)
+            if abandoned:
+                abandoned.drop()
+                known.write()
+            loop.run(todo)
+        report = ContinualReport(settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps)
+        if out is not None:
+            folder = _saved(model, out, format, state)
+            report.to_json(folder / "report.json")
+            report.to_html(folder / "report.html")
+        return report
 
 
 def check_adds_up(method: Method, strategy: str) -> None:

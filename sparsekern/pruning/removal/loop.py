@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ... import ops
+from ..._warnings import warnings_about
 from ...methods.kprune import KPrune, predictive_knowledge, search, tuned_projection
 from ...models.encoder import Chain, Encoder, SubLayer
 from ...models.units import keep_units, record_units, recorded_units
 from ...reports.removal import RemovalReport, SubLayerReport
 from ..batches import Batch
 from ..plan import Request, check_device, check_finite
-from ..progress import Notices, warnings_named
+from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext
 from ..session import batches_for
 from .objective import Answers, Objective
@@ -203,7 +204,7 @@ class RemovalLoop(Loop):
         cut = Cut(kept, sublayer.out.weight[:, _features_of(sublayer, kept)], sublayer.out.bias)
         if not self.method.tuning:
             return cut
-        with self.context.clock.phase("tune"), warnings_named(f"{sublayer.name} {sublayer.kind}"):
+        with self.context.clock.phase("tune"), warnings_about(f"{sublayer.name} {sublayer.kind}"):
             return self._tuned(sublayer, cut)
 
     def _scores(self, index: int) -> list[torch.Tensor]:
