@@ -27,7 +27,7 @@ def _triton(
 
     check = values_are_checked(x) and not _known(values, bitmask, starts, order)
     status = x.new_zeros((), dtype=torch.int32) if check else None
-    weight = kernels.Weight(_aligned(values), bitmask.contiguous(), starts.contiguous(), order.contiguous())
+    weight = kernels.weight_of(values, bitmask, starts, order)
     if x.shape[:-1].numel() <= kernels.MOST_TOKENS:
         y = kernels.product(x, weight, bias, status)
     else:
@@ -43,14 +43,8 @@ def _known(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, or
     return count == len(values) and its_bitmask() is bitmask and its_order() is order
 
 
-def _aligned(values: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and beginning with a whole slot."""
-    values = values.contiguous()
-    return values if values.data_ptr() % 4 == 0 else values.clone()
-
-
 def _supports(x: torch.Tensor, *args, **kwargs) -> Support:
-    return can_place_columns(x)
+    return can_place_columns("x", x.shape[-1])
 
 
 IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)

@@ -29,8 +29,8 @@ def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
     return Support(False, f"it needs compute capability {least[0]}.{least[1]}, and this device has {found[0]}.{found[1]}")
 
 
-def can_place_columns(x: torch.Tensor) -> Support:
-    """Return whether a kernel can number the places of packed rows that are as long as those of `x`."""
-    if x.shape[-1] <= MOST_COLUMNS:
+def can_place_columns(name: str, columns: int) -> Support:
+    """Return whether a kernel can number the places of packed rows of `columns` columns, which are those of the argument `name`."""
+    if columns <= MOST_COLUMNS:
         return YES
-    return Support(False, f"x has {x.shape[-1]} input features, more than {MOST_COLUMNS}")
+    return Support(False, f"{name} has {columns} input features, more than {MOST_COLUMNS}")

@@ -19,7 +19,7 @@ def _triton(
 
 
 def _supports(x: torch.Tensor, *args, **kwargs) -> Support:
-    return can_place_columns(x)
+    return can_place_columns("x", x.shape[-1])
 
 
 IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)

@@ -39,6 +39,13 @@ class Weight(NamedTuple):
     order: torch.Tensor
 
 
+def weight_of(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor) -> Weight:
+    """Return the packed tensors contiguous, and with values that begin with a whole slot."""
+    values = values.contiguous()
+    values = values if values.data_ptr() % 4 == 0 else values.clone()
+    return Weight(values, bitmask.contiguous(), starts.contiguous(), order.contiguous())
+
+
 def config(rows: int, columns: int, tokens: int, multiprocessors: int) -> int:
     """Warps of a program. A multiprocessor has registers for 16 of them with one token, for 8 to 12 with more."""
     return warps_for(triton.cdiv(rows, TILE_ROWS), columns, (8, 8, 4) if tokens == 1 else (8, 4), multiprocessors)

@@ -11,6 +11,7 @@ DEVICE = "cuda"
 # Ops whose output sizes and control flow do not depend on values, so that a CUDA graph can capture them.
 CAPTURABLE = (
     "bitmask_linear",
+    "bitmask_unpack",
     "cross_gram_",
     "feature_norm_",
     "gated_split",
@@ -19,6 +20,7 @@ CAPTURABLE = (
     "head_neuron_scores",
     "nm_linear",
     "nm_mask",
+    "nm_unpack",
     "obs_sweep",
     "plain_split",
     "semi_structured_pack",

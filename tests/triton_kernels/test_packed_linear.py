@@ -34,11 +34,11 @@ def test_unpacked_to_the_bit(poisoned, generator, dtype):
     assert torch.equal(nm_kernels.unpacked(*pack_nm_rows(weight, 3, 8).values(), 3, 8, 400), weight)
 
 
-def test_values_that_begin_inside_a_unit_are_moved(generator):
+def test_values_that_begin_inside_a_slot_are_moved(generator):
     weight = sparse(20, 70, torch.bfloat16, generator)
     values, *others = packed_of(weight)
     moved = misaligned(values)
-    assert moved.data_ptr() % 4 == 2 and bitmask_table._aligned(moved).data_ptr() % 4 == 0
+    assert moved.data_ptr() % 4 == 2 and bitmask_kernels.weight_of(moved, *others).values.data_ptr() % 4 == 0
     x = torch.randn(1, 70, generator=generator).bfloat16()
     assert torch.equal(bitmask_linear(x, moved, *others), bitmask_linear(x, values, *others))
 
@@ -70,6 +70,14 @@ def test_products_that_are_not_served(name):
     supported = implementation.supports(torch.empty(0, 2**26 + 1))
     assert supported == (False, f"x has {2**26 + 1} input features, more than {2**26}")
     assert implementation.supports(torch.empty(0, 2**26)).ok
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("bitmask_unpack", 4), ("nm_unpack", 2)])
+def test_weights_that_are_not_unpacked(name, tensors):
+    (implementation,) = backends.implementations(name)
+    given = [torch.empty(0)] * tensors + ([] if name == "bitmask_unpack" else [2, 4])
+    assert implementation.supports(*given, 2**26 + 4) == (False, f"the weight has {2**26 + 4} input features, more than {2**26}")
+    assert implementation.supports(*given, 2**26).ok
 
 
 def test_direct_calls_do_not_leave_their_memory():
