@@ -14,6 +14,7 @@ from sparsekern.backends.libraries import LIBRARIES
 from sparsekern.ops._registry import NAMESPACE, OPS, Op, Sample
 from tests.conftest import COMPILED, ISAS, cpu_has
 
+from .large_samples import LARGE
 from .strategies import INTERPRETED
 
 BIT_EXACT = {
@@ -126,7 +127,8 @@ def test_strides_do_not_change_the_result(op, isa, poisoned):
 def test_threads_do_not_change_the_result(op, threads):
     """To the bit where the kernel is ours. A reference calls products of torch, which promises no order of its sums."""
     same = assert_bits if has_kernel(op) else functools.partial(assert_same, op)
-    for sample in samples(op):
+    large = [LARGE[op.name](torch.Generator().manual_seed(0))] if COMPILED and has_kernel(op) else []  # work that is shared
+    for sample in (*samples(op), *large):
         threads(1)
         alone = call(op.overload, sample)
         threads(3)

@@ -1,0 +1,87 @@
+"""One call of each op that is large enough for threads to share: most of the samples that the ops bring are one thread's work.
+
+Each is about as small as its kernel's grain allows. tests/native/test_shared_work.py checks that the work is really shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sparsekern import ops
+from sparsekern.ops._registry import Sample, sample
+
+
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def gram_matrix(generator: torch.Generator, features: int) -> torch.Tensor:
+    x = randn(generator, features + 40, features)
+    return x.T @ x + torch.eye(features)
+
+
+def semi_sparse(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
+    """Return a 2:4 matrix in bfloat16."""
+    weight = randn(generator, rows, columns, dtype=torch.bfloat16)
+    return weight.masked_fill(~ops.nm_mask(weight, "2:4"), 0)
+
+
+def admm_step(generator: torch.Generator) -> Sample:
+    offset, dual, weight = (randn(generator, 8, 4104) for _ in range(3))
+    return sample(offset, dual, dual > 0, weight, k=8 * 2052, scope="matrix")
+
+
+def bitmask_linear(generator: torch.Generator) -> Sample:
+    weight = semi_sparse(generator, 96, 1024)
+    return sample(randn(generator, 40, 1024, dtype=torch.bfloat16), *ops.bitmask_pack(weight).values())
+
+
+def nm_linear(generator: torch.Generator) -> Sample:
+    weight = semi_sparse(generator, 96, 1024)
+    return sample(randn(generator, 40, 1024, dtype=torch.bfloat16), *ops.nm_pack(weight, 2, 4).values(), 2, 4)
+
+
+def masked_lstsq(generator: torch.Generator) -> Sample:
+    weight = randn(generator, 160, 96)
+    return sample(weight, gram_matrix(generator, 96), weight > 0)
+
+
+def obs_sweep(generator: torch.Generator) -> Sample:
+    factor = torch.linalg.cholesky(gram_matrix(generator, 96).flip(0, 1)).flip(0, 1).contiguous()
+    return sample(randn(generator, 160, 96), factor, sparsity=0.5, scope="matrix", block_size=32)
+
+
+def gated_split(generator: torch.Generator) -> Sample:
+    return sample(*(randn(generator, 24, 1024) for _ in range(4)), "silu", 0.5, 4)
+
+
+def plain_split(generator: torch.Generator) -> Sample:
+    return sample(*(randn(generator, 24, 1024) for _ in range(3)), "gelu_tanh", 0.5, 4)
+
+
+LARGE: dict[str, Callable[[torch.Generator], Sample]] = {
+    "admm_step_": admm_step,
+    "bitmask_linear": bitmask_linear,
+    "bitmask_pack": lambda g: sample(semi_sparse(g, 256, 512)),
+    "bitmask_unpack": lambda g: sample(*ops.bitmask_pack(semi_sparse(g, 512, 512)).values(), 512),
+    "feature_norm_": lambda g: sample(torch.zeros(512), randn(g, 600, 512)),
+    "gated_split": gated_split,
+    "gram_": lambda g: sample(torch.zeros(320, 320), randn(g, 64, 320, dtype=torch.bfloat16)),
+    "gram_inverse": lambda g: sample(gram_matrix(g, 200)),
+    "gram_solve": lambda g: sample(gram_matrix(g, 200), randn(g, 100, 200)),
+    "gram_symmetrize_": lambda g: sample(randn(g, 600, 600)),
+    "masked_lstsq": masked_lstsq,
+    "nm_linear": nm_linear,
+    "nm_mask": lambda g: sample(randn(g, 256, 512).round(), 2, 4),
+    "nm_pack": lambda g: sample(semi_sparse(g, 256, 512), 2, 4),
+    "nm_unpack": lambda g: sample(*ops.nm_pack(semi_sparse(g, 512, 512), 2, 4).values(), 2, 4, 512),
+    "obs_sweep": obs_sweep,
+    "plain_split": plain_split,
+    "reverse_cholesky": lambda g: sample(gram_matrix(g, 200)),
+    "semi_structured_pack": lambda g: sample(semi_sparse(g, 256, 512)),
+    "semi_structured_prune_pack": lambda g: sample(randn(g, 256, 512, dtype=torch.bfloat16)),
+    "semi_structured_unpack": lambda g: sample(*ops.semi_structured_pack(semi_sparse(g, 512, 512))),
+    "topk_mask": lambda g: sample(randn(g, 256, 512).round(), 40000, scope="matrix"),
+}
