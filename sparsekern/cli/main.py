@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from tqdm import tqdm
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = make_parser().parse_args(argv)
     arguments.command_line = ["sparsekern", *argv]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _log_shown():
         for about_code in () if arguments.debug else (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", about_code)  # of other packages' developers, to theirs
         warnings.simplefilter("always", SparsekernWarning)
@@ -86,6 +88,24 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{lines[0]} ({error.filename})"
     return lines[0]
+
+
+class _Lines(logging.Handler):
+    """A handler that prints records beside a progress bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Print what the package logs from warnings upwards."""
+    logger, handler = logging.getLogger("sparsekern"), _Lines(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -1,6 +1,7 @@
 """What the command line says of arguments that make no sense: one line that names the option, and the exit code."""
 
 import argparse
+import logging
 import warnings
 
 import pytest
@@ -130,6 +131,20 @@ def test_warnings_of_other_packages_are_printed_where_a_user_can_act_on_them(mon
         "warning: stays dense",
     ]
     assert debug or len(printed) == 3
+
+
+def test_what_the_package_logs_is_printed_once(monkeypatch, capsys):
+    logger = logging.getLogger("sparsekern")
+
+    def work():
+        logger.info("nothing to act on")
+        logging.getLogger("sparsekern.backends").warning("the reference runs")
+
+    monkeypatch.setattr(evaluate, "prepare", lambda arguments: work)
+    handlers = list(logger.handlers)
+    assert main(["eval", "model"]) == 0
+    assert capsys.readouterr().err == "warning: the reference runs\n"
+    assert logger.handlers == handlers
 
 
 def test_the_bar_of_a_gguf_file_s_tensors_is_not_printed(monkeypatch, capsys):
