@@ -132,6 +132,7 @@ class Alternation:
         self.target = problem.new_rows(outputs)  # bias aside, here and everywhere
         self.hidden = problem.hidden
         self.energy = 0.0
+        self.crosses: list[torch.Tensor] = []  # of the last update, for the fit that follows
         for rows, _, outputs_of in self._tiles():
             target = self._activated(outputs_of) @ self.weights[-1].T
             self.energy += _energy(target)

@@ -1,4 +1,4 @@
-"""Calibration tokens in whatever form they come, as a list of batches that a model can be called with."""
+"""Calibration tokens of any accepted form, as a list of batches that a model can be called with."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ Calibration = torch.Tensor | Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
 class Batch:
     """One call of the model.
 
-    `inputs` are its keyword arguments, with `input_ids` `[samples, length]`; `first_sample` is the number of the first row among
-    all calibration samples; `token_mask` `[samples, length]` bool is True at real tokens, None where there is no padding.
+    Attributes:
+        inputs: the keyword arguments, with `input_ids` `[samples, length]`.
+        first_sample: the number of the first row among all calibration samples.
+        token_mask: `[samples, length]` bool, True at real tokens; None where there is no padding.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -34,26 +36,27 @@ class Batch:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The number of samples and their length in tokens."""
         return tuple(self.inputs["input_ids"].shape)
 
     @cached_property
     def tokens(self) -> int:
-        """Real ones; counted once, since to read a count waits for the device."""
+        """The number of real tokens; counted once, since reading a count waits for the device."""
         return self.inputs["input_ids"].numel() if self.token_mask is None else int(self.token_mask.sum())
 
     def beginning(self, tokens: int) -> dict[str, torch.Tensor]:
-        """The inputs of the first sample's first tokens alone."""
+        """Return the inputs of the first tokens of the first sample."""
         return {
             name: value[:1, :tokens] if isinstance(value, torch.Tensor) and value.shape[:2] == self.shape else value
             for name, value in self.inputs.items()
         }
 
     def used(self, rows: int) -> int:
-        """How many of the `rows` that `flatten` makes of an activation are of real tokens."""
+        """Return how many of the `rows` that `flatten` makes of an activation belong to real tokens."""
         return self.tokens * (rows // self.inputs["input_ids"].numel())
 
     def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """An activation of this batch as `(rows [n, features], row_mask [n] or None)`.
+        """Return an activation of this batch as `(rows [n, features], row_mask [n] or None)`.
 
         Raises:
             ValueError: there is padding, and which rows of `x` are padding cannot be told from its shape.
@@ -74,7 +77,7 @@ class Batch:
         return rows, mask[(...,) + (None,) * len(trailing)].expand(leading).flatten()
 
     def sample_of_row(self, row: int, rows: int) -> int | None:
-        """The number of the calibration sample that row `row` of `rows` belongs to, where the rows follow the samples."""
+        """Return the number of the calibration sample of row `row` of `rows`, or None where the rows do not follow the samples."""
         return None if rows % self.shape[0] else self.first_sample + row // (rows // self.shape[0])
 
 
@@ -85,7 +88,7 @@ def as_batches(
     vocabulary: int | None,
     positions: int | None = None,
 ) -> list[Batch]:
-    """Check calibration data and cut it into batches on `device`.
+    """Return calibration data, checked and cut into batches on `device`.
 
     Args:
         calibration: LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids` and
@@ -122,9 +125,9 @@ def as_batches(
 
 
 def tokens_per_batch(memory: int | None) -> int:
-    """How many tokens to run at once on a device with `memory` bytes in all, None for a CPU: a power of two.
+    """Return how many tokens to run at once on a device with `memory` bytes in all, None for a CPU; a power of two.
 
-    It goes by all of the memory and not by what is free, so that a run that is resumed on the same device makes the same batches.
+    Free memory does not count, so that a run that is resumed on the same device makes the same batches.
     """
     if memory is None:
         return TOKENS_PER_BATCH
@@ -137,7 +140,7 @@ def _memory_of(device: torch.device) -> int | None:
 
 
 def fingerprint(batches: list[Batch]) -> str:
-    """A digest of the tokens, their padding and how they are batched."""
+    """Return a digest of the tokens, their padding and their division into batches."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch.inputs):

@@ -1,4 +1,4 @@
-"""What the user sees and what the report counts while a model is pruned: a bar of layers, and seconds by phase."""
+"""What a run shows and counts: a bar of layers, notices, and seconds by phase."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from ..reports.report import LayerReport
 class Clock:
     """Seconds by phase. Phases do not nest.
 
-    On a GPU a phase lasts from where the device has reached its beginning to where it has reached its end. Nobody waits for that
-    until the seconds are asked for.
+    On a GPU a phase lasts from when the device reaches its beginning until it reaches its end. Only reading the seconds waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,6 +25,7 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
+        """The seconds of each phase so far."""
         self._wait()
         seconds: dict[str, float] = {}
         for name, start, end in self._phases:
@@ -34,12 +34,13 @@ class Clock:
         return seconds
 
     def now(self) -> float:
-        """The time at which everything launched so far is done."""
+        """Return the time at which everything launched so far is done."""
         self._wait()
         return time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Count the time within to a phase."""
         start = self._mark()
         try:
             yield
@@ -67,6 +68,7 @@ class Progress:
         self._bar = tqdm(total=layers, disable=not enabled, unit="layer", desc="pruning", dynamic_ncols=True)
 
     def layer_done(self, layer: LayerReport) -> None:
+        """Advance by one layer."""
         error = "" if layer.error is None else f" error {layer.error:.2e}"
         self._bar.set_postfix_str(f"{layer.name}{error} {layer.seconds:.2f}s", refresh=False)
         self._bar.update()
@@ -78,32 +80,36 @@ class Progress:
         self._bar.reset(total)
 
     def step_done(self, text: str) -> None:
+        """Advance by one optimizer step."""
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
     def steps_done(self, count: int) -> None:
-        """Steps of a run that is resumed."""
+        """Advance by the steps that a resumed run had taken before."""
         self._bar.update(count)
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         self._bar.close()
 
 
 class Notices:
-    """Says each kind of thing once in a run, however many layers it is true of."""
+    """Warnings of which a run gives each kind once, whatever the number of layers."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def once(self, kind: str, message: str) -> None:
+        """Warn of `message` unless a notice of this kind was given."""
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(f"{message} (this is said once)", SparsekernWarning, stacklevel=4)
 
     def few_tokens(self, name: str, tokens: int, features: int) -> None:
+        """Warn of fewer tokens than features."""
         if tokens < features:
             self.once(
                 "few tokens",
-                f"{name}: {tokens} calibration tokens for {features} input features; the result rests on the damping where the "
-                "tokens say nothing",
+                f"{name}: {tokens} calibration tokens for {features} input features; the Gram matrix is rank-deficient, and the "
+                "damping decides the rest",
             )

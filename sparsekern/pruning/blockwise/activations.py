@@ -1,9 +1,9 @@
-"""Running a model one block at a time: what each block is called with, and the hidden states on their way through.
+"""Running a model one block at a time: the arguments of each block, and the hidden states on their way through.
 
-A probe of a few tokens first watches one real forward: that the blocks run in order, each fed with the output of the one before, and
-in which order their linears are called. Then the model is called once for each batch with its blocks standing still, which runs
-everything before and between the blocks and records every argument of every block (masks may differ from block to block). From then
-on only single blocks run.
+A probe of a few tokens first watches one real forward. It checks that the blocks run in order, each on the output of the one before,
+and notes the order in which their linears are called. Then the model is called once for each batch with blocks that return their
+input. This runs everything before and between the blocks, and records the arguments of each block (masks may differ between blocks).
+From then on only single blocks run.
 """
 
 from __future__ import annotations
@@ -22,25 +22,33 @@ PROBE_TOKENS = 8
 
 
 class _Stop(Exception):
-    """Ends a forward whose remaining work nobody needs."""
+    """The end of a forward whose remaining work is not needed."""
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """Everything but the hidden states that a block is called with."""
+    """The arguments of one call of a block, except the hidden states.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        hidden_name: the keyword of the hidden states; None where they come first.
+    """
 
     args: tuple
     kwargs: dict[str, object]
-    hidden_name: str | None  # the keyword of the hidden states; None where they come first
+    hidden_name: str | None
 
     @classmethod
     def split(cls, args: tuple, kwargs: dict) -> tuple[torch.Tensor, BlockCall]:
+        """Return the hidden states of a call, and the rest of its arguments."""
         if args:
             return args[0], cls(args[1:], kwargs, None)
         rest = dict(kwargs)
         return rest.pop("hidden_states"), cls((), rest, "hidden_states")
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states that `block` makes of `hidden` with these arguments."""
         if self.hidden_name is None:
             return _first(block(hidden, *self.args, **self.kwargs))
         return _first(block(**{self.hidden_name: hidden}, **self.kwargs))
@@ -51,10 +59,15 @@ OUTSIDE = ""  # where a probe files the calls of linears that are in no block
 
 @dataclass
 class Probe:
-    """What a forward of a few tokens showed."""
+    """What a forward of a few tokens showed.
+
+    Attributes:
+        returns_tuple: whether a block returns a tuple.
+        calls: by block name, the names of its linears in the order in which they are called.
+    """
 
     returns_tuple: bool = False
-    calls: dict[str, list[str]] = field(default_factory=lambda: {OUTSIDE: []})  # block name -> its linears, as they are called
+    calls: dict[str, list[str]] = field(default_factory=lambda: {OUTSIDE: []})
 
 
 def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Batch, *, to_the_end: bool) -> Probe:
@@ -122,7 +135,7 @@ class Activations:
             shared.next_batch()
 
     def inputs_of(self, index: int, linears: list[Linear], order: list[str]) -> Iterator[tuple[Batch, dict[str, list]]]:
-        """For each batch, the inputs of each of `linears` in block `index` as it stands, by name.
+        """Yield, for each batch, the inputs of each of `linears` in block `index` with its current weights, by name.
 
         Args:
             order: their calls as the probe saw them. The forward ends where the last one would multiply.
@@ -132,7 +145,7 @@ class Activations:
             yield batch, _record_inputs(linears, order, lambda h=hidden, c=calls: c[index].run(block, h))
 
     def inputs_outside(self, linears: list[Linear], order: list[str]) -> Iterator[tuple[Batch, dict[str, list]]]:
-        """The same for linears outside the blocks, once the hidden states have come through all blocks."""
+        """Yield the same for linears outside the blocks, once the hidden states have passed all blocks."""
         for batch, hidden in zip(self.batches, self._hidden, strict=True):
             yield batch, _record_inputs(linears, order, lambda b=batch, h=hidden: self._run_around_blocks(b, final=h))
 
@@ -171,7 +184,7 @@ class Activations:
 
 
 def _record_inputs(linears: list[Linear], order: list[str], forward: Callable[[], object]) -> dict[str, list[torch.Tensor]]:
-    """The tensors that each linear is called with during `forward`, which ends as soon as nothing of interest can follow."""
+    """Return the tensors that each linear is called with during `forward`, which ends as soon as no linear can follow."""
     inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in linears}
     versions: list[tuple[str, torch.Tensor, int]] = []
     # Only where the probe saw all linears called can it be known that none comes after the last (experts may sit out a few tokens).
@@ -199,7 +212,7 @@ def _record_inputs(linears: list[Linear], order: list[str], forward: Callable[[]
 
 
 class _SharedTensors:
-    """Keeps one copy of arguments that are the same in all batches (rotary tables, masks), which would else pile up."""
+    """One copy of the arguments that are equal in all batches, such as rotary tables and masks."""
 
     def __init__(self) -> None:
         self._previous: list[torch.Tensor] = []

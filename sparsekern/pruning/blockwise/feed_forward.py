@@ -1,8 +1,8 @@
-"""What a method that solves a block's feed-forward network together is given: the network, found by a probe, and its inputs.
+"""What a `BlockMethod` is given: a block's feed-forward network, found by a probe, and its inputs.
 
-The inputs, and whatever else such a method keeps for each token, lie in files that are mapped into memory and have no name any more:
-a tile at a time is read from them and written back, the system keeps in memory what fits, and a killed run leaves nothing behind.
-They hold (inputs + outputs + one or two hidden widths) numbers a token, in the model's dtype, for one block at a time.
+The inputs, and whatever else the method keeps for each token, are stored in nameless files that are mapped into memory. A tile at a
+time is read and written back, the system keeps in memory what fits, and a killed run leaves nothing behind. For one block at a time
+they hold (inputs + outputs + one or two hidden widths) numbers a token, in the model's dtype.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TILE = 2048  # tokens worked on at once: enough for the matrix products to run a
 
 
 def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: BlockMethod) -> list[FeedForward | None]:
-    """For each block the feed-forward network among its linears; None where none of its linears are to be pruned.
+    """Return, for each block, the feed-forward network among its linears; None where none of them are to be pruned.
 
     Raises:
         ValueError: a block without exactly one network of a known form, or one of which only a part is to be pruned.
@@ -55,13 +55,13 @@ def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: BlockMethod)
 
 
 def _with(network: FeedForward, chosen: Mapping[str, Linear]) -> FeedForward:
-    """The same network with the plan's own linears."""
+    """Return the same network with the plan's own linears."""
     gate = None if network.gate is None else chosen[network.gate.name]
     return FeedForward(chosen[network.up.name], gate, chosen[network.down.name], network.activation)
 
 
 def _watch(model: nn.Module, blocks: Sequence[Sequence[Linear]], batch: Batch) -> list[dict[Linear, LinearCall]]:
-    """What the linears of each block were called with, and returned, in a forward of a few tokens; those called once."""
+    """Return the inputs and outputs of the linears that a forward of a few tokens calls once, block by block."""
     calls: list[dict[Linear, list[LinearCall]]] = [{linear: [] for linear in linears} for linears in blocks]
 
     def keep(found: list[LinearCall]):
@@ -97,7 +97,7 @@ class MappedRows:
 
 
 def _reserve(file, size: int) -> None:
-    """Take the space on disk at once, so that a full disk is an error here and not a fault in the middle of the work."""
+    """Take the space on disk at once, so that a full disk is an error here rather than a fault later."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
@@ -108,14 +108,14 @@ def _reserve(file, size: int) -> None:
 
 
 class FeedForwardRun:
-    """One block's feed-forward network: takes in its inputs, batch by batch, and has a method solve it."""
+    """One block's feed-forward network: its inputs, gathered batch by batch, and its solution by a method."""
 
     def __init__(self, network: FeedForward, plan: Plan, tokens: int) -> None:
         self.network, self._plan, self._tokens, self._seen = network, plan, tokens, 0
         self._x = self._new_rows(network.up.features)
 
     def add(self, batch: Batch, inputs: Sequence[torch.Tensor]) -> None:
-        """Take in what up was called with in `batch`; padding is left out."""
+        """Take in the inputs of the up projection in `batch`; padding is left out."""
         for x in inputs:
             rows, row_mask = batch.flatten(x)
             rows = rows if row_mask is None else rows[row_mask]
@@ -125,7 +125,12 @@ class FeedForwardRun:
     def solve(
         self, method: BlockMethod, statistics: Mapping[str, FeatureNorm | Gram]
     ) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
-        """The new weights by name, and the solution; `statistics` are those of each linear's dense inputs, by name."""
+        """Return the new weights by name, and the solution.
+
+        Args:
+            method: solves the network.
+            statistics: those of each linear's dense inputs, by name.
+        """
         network = self.network
         layers = [None if linear is None else self._layer(linear) for linear in (network.up, network.gate, network.down)]
         problem = FeedForwardProblem(

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for a moment at which nothing is half done."""
+"""Ctrl-C that waits for the end of the current step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupt_deferred() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C does nothing but make the yielded function return True; the second interrupts as usual.
+    """Let the first Ctrl-C within only make the yielded function return True; the second interrupts as usual.
 
     Signals reach only the main thread; in any other one, and where Ctrl-C is ignored (jobs in the background), nothing is changed.
     """

@@ -45,14 +45,14 @@ def encoder_to_cut(model: nn.Module) -> Encoder:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one head and one neuron take of the budget."""
+    """The costs of one head and one neuron, in units of the budget."""
 
     heads: float
     neurons: float
 
     @classmethod
     def of(cls, encoder: Encoder, batches: list[Batch], budget: str) -> Costs:
-        """FLOPs are those of the matrix products, two for a multiplication and an addition, a sample on average.
+        """Return the costs; FLOPs are those of the matrix products, two for a multiplication and an addition, a sample on average.
 
         A head of `c` channels has four projections between `d` and `c` and two products of `n` queries with `n` keys:
         `8 d c n + 4 n^2 c`. A neuron has two weights for each of `d`: `4 d n`.
@@ -99,7 +99,13 @@ class RemovalPlan:
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of a sub-layer: the units that stay, and the output projection that reads them."""
+    """The result of one sub-layer.
+
+    Attributes:
+        kept: the indices of the units that stay.
+        weight: of the output projection that reads them.
+        bias: of that projection.
+    """
 
     kept: torch.Tensor
     weight: torch.Tensor
@@ -108,7 +114,7 @@ class Cut:
 
 @dataclass
 class _Stored:
-    """A calibration batch in front of the sub-layer at hand, and what the dense model answered in the end."""
+    """A calibration batch in front of the current sub-layer, and the answers of the dense model."""
 
     batch: Batch
     attention_mask: torch.Tensor | None
@@ -116,7 +122,7 @@ class _Stored:
     probes: Answers
     student: torch.Tensor
     teacher: torch.Tensor
-    target: torch.Tensor | None = None  # the residual stream behind the sub-layer at hand, as the dense model has it
+    target: torch.Tensor | None = None  # the residual stream behind the current sub-layer, as the dense model has it
 
 
 class RemovalLoop(Loop):

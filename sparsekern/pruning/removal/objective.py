@@ -24,7 +24,7 @@ class Objective:
 
     @classmethod
     def choose(cls, kind: str, temperature: float, output: object, config) -> Objective:
-        """The objective `kind` for a model with such an output. `"auto"` goes by its head, if it has one.
+        """Return the objective `kind` for a model with such an output; `"auto"` goes by its head, if it has one.
 
         Raises:
             ValueError: the output does not have what `kind` compares.
@@ -43,7 +43,7 @@ class Objective:
         return cls(kind, temperature)
 
     def answers(self, output: object, batch: Batch) -> Answers:
-        """What is compared, float32: logits `[samples, classes]` (or a row a token), or embeddings `[samples, hidden]`."""
+        """Return what is compared, float32: logits `[samples, classes]` (or a row a token), or embeddings `[samples, hidden]`."""
         if self.kind in ("cosine", "embedding"):
             pooled = mean_pooled(output.last_hidden_state.float(), batch)
             return (F.normalize(pooled, dim=-1) if self.kind == "cosine" else pooled,)
@@ -53,11 +53,11 @@ class Objective:
         return logits
 
     def loss(self, student: Answers, teacher: Answers, batch: Batch) -> torch.Tensor:
-        """`[samples]`; several answers are averaged, and so are the tokens of a sample where each has an answer."""
+        """Return the loss of each sample, `[samples]`; several answers are averaged, and so are tokens that each have one."""
         return sum(self._loss(s, t, batch) for s, t in zip(student, teacher, strict=True)) / len(student)
 
     def probed(self, student: Answers, probes: Answers) -> torch.Tensor:
-        """A scalar whose gradient is, in the mean over the probes, as long in each direction as the loss is curved.
+        """Return a scalar whose squared gradient estimates the diagonal of the loss Hessian (Hutchinson probe).
 
         That is: its squared derivative by a parameter has the second derivative of the sample's loss as its expectation, if student
         and teacher agree.
@@ -65,7 +65,7 @@ class Objective:
         return sum((s * v).sum() for s, v in zip(student, probes, strict=True))
 
     def probes(self, answers: Answers, batch: Batch, generator: torch.Generator) -> Answers:
-        """For each answer `z` of the teacher a random `v` with `E[v v^T] = d^2 loss / dz^2` at `z`, drawn sample by sample."""
+        """Return, for each answer `z` of the teacher, a random `v` with `E[v v^T] = d^2 loss / dz^2` at `z`, drawn sample by sample."""
         drawn = []
         for value in answers:
             probe = torch.zeros_like(value)
@@ -100,7 +100,7 @@ class Objective:
 
 
 def mean_pooled(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """`[samples, hidden]`: the mean over the real tokens of each sample."""
+    """Return the mean over the real tokens of each sample, `[samples, hidden]`."""
     return _mean_over_tokens(hidden, batch)
 
 
