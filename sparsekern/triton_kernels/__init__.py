@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op. Imported only when one is to run: `import sparsekern` does not need triton."""
+"""Triton kernels, one file per op. They are imported only to be run: `import sparsekern` does not need Triton."""

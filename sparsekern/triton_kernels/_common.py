@@ -1,24 +1,29 @@
-"""What several Triton kernels share: the device a launch goes to, tiles of a matrix, and sums over split products."""
+"""Helpers that several Triton kernels share: launch devices, tiles of a matrix, sums of split products."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-ALIGNED = 16  # elements whose multiples Triton knows of
-GROUP = 16  # tile rows that are worked through together, so that programs running at a time share columns in the L2 cache
-STRIP = 16  # rows of a tile that one program of `add_partials` sums
-SLICE = 32  # columns of an accumulator that are added to memory at a time: a whole tile would need its registers twice
+ALIGNED = 16  # Triton loads 16 bytes at a time where it knows that sizes are multiples of this many elements
+GROUP = 16  # tile rows per band: programs that run at the same time share columns in the L2 cache
+STRIP = 16  # tile rows summed by one program of `add_partials`
+SLICE = 32  # accumulator columns added to memory at a time: adding a whole tile would need its registers twice
 
 
 class Device(NamedTuple):
-    """What tile choices depend on."""
+    """The device properties that tile sizes depend on.
+
+    Attributes:
+        capability: compute capability, major and minor.
+        multiprocessors: number of streaming multiprocessors.
+    """
 
     capability: tuple[int, int]
     multiprocessors: int
@@ -29,16 +34,17 @@ class CompileCase(NamedTuple):
 
     Attributes:
         kernel: the `triton.jit` function.
-        signature: the type of each argument that is no constant, as `*bf16`, `i32`, `tensordesc<bf16[64, 128]>`; `:16` behind it
-            says that the pointer or number is a multiple of 16.
-        constexprs: the constants.
-        num_warps, num_stages: as at a launch.
-        tensor_cores: whether a tensor-core instruction must be found in the machine code.
+        signature: type of each non-constant argument, such as `*bf16`, `i32` or `tensordesc<bf16[64, 128]>`. A suffix `:16` says
+            that the pointer or number is a multiple of 16.
+        constexprs: value of each constant.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline.
+        tensor_cores: whether the machine code must contain a tensor-core instruction.
     """
 
     kernel: triton.JITFunction
-    signature: dict[str, str]
-    constexprs: dict[str, object]
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int
     tensor_cores: bool = False
@@ -47,7 +53,13 @@ class CompileCase(NamedTuple):
 def check_operand(
     name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dtype] = (torch.float32,)
 ) -> None:
-    """What keeps a kernel inside its memory; the op's wrapper has checked the same and more, but it can be passed by."""
+    """Raise if `tensor` has another shape, dtype or device than its kernel assumes.
+
+    Repeats the bounds checks of the op's wrapper, because a direct `torch.ops` call bypasses the wrapper.
+
+    Raises:
+        ValueError: another shape, dtype or device.
+    """
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != like.device:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(
@@ -56,13 +68,13 @@ def check_operand(
         )
 
 
-def on_device_of(tensor: torch.Tensor):
-    """Launches inside the `with` block go to the tensor's device and its current stream."""
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which kernels are launched on the tensor's device and its current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The tensor's device; in the interpreter, where tensors are on the CPU, an H200."""
+    """Return the device of `tensor`; for CPU tensors, which only the interpreter runs on, an H200."""
     return _device(tensor.device.index) if tensor.is_cuda else Device((9, 0), 132)
 
 
@@ -73,32 +85,37 @@ def _device(index: int) -> Device:
 
 
 def takes_descriptor(x: torch.Tensor) -> bool:
-    """Whether the bulk copy engine can read the matrix `x` where it lies."""
+    """Return whether the bulk copy engine can read the matrix `x` in place."""
     tokens, features = x.shape
     aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return aligned and x.stride(0) >= features > 0 and 0 < tokens < 2**31 - 1024
 
 
 def aligned_width(width: int) -> int:
+    """Round `width` up to a multiple of `ALIGNED`."""
     return triton.cdiv(width, ALIGNED) * ALIGNED
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with rows that begin at 16-byte multiples and may be read to their `aligned_width`, copied only where they do not.
+    """Return `x` with rows that begin at 16-byte multiples and may be read up to `aligned_width`.
 
-    Triton loads 16 bytes at a time where it knows that addresses and bounds are multiples of 16 elements, and else one element.
+    Copies only if needed. Triton loads 16 bytes at a time where it knows that addresses and bounds are multiples of 16 elements;
+    otherwise it loads single elements.
     """
     tokens, features = x.shape
     width = aligned_width(features)
     if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % ALIGNED == 0 and features == width:
         return x
-    padded = x.new_empty((tokens, width))[:, :features]  # what is beyond a row is multiplied, but never stored
+    padded = x.new_empty((tokens, width))[:, :features]  # padding is multiplied but never stored
     return padded.copy_(x)
 
 
 @triton.jit
 def tile_at(index, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of the `index`-th tile of a matrix, taken in bands of `GROUP` rows, down the columns of a band."""
+    """Return row and column of the `index`-th tile of a matrix.
+
+    Tiles are taken in bands of `GROUP` tile rows, column by column within a band.
+    """
     band = index // (GROUP * column_tiles)
     height = min(GROUP, row_tiles - band * GROUP)
     inside = index - band * GROUP * column_tiles
@@ -107,9 +124,9 @@ def tile_at(index, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def lower_tile_at(index, row_tiles, WIDE: tl.constexpr, GROUP: tl.constexpr):
-    """Likewise of the tiles that reach to or below the diagonal, where a tile is `WIDE` times as wide as high.
+    """Return row and column of the `index`-th tile that touches the lower triangle.
 
-    A band is a rectangle and, at its right end, a triangle.
+    A tile is `WIDE` times as wide as high. A band is a rectangle followed, at its right end, by a triangle.
     """
     first = 0
     size = GROUP * (GROUP // WIDE + 1) // 2
@@ -134,7 +151,7 @@ def lower_tile_at(index, row_tiles, WIDE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def place_of_tile(index, rows, columns, LOWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of the `index`-th tile of a matrix, or of its lower triangle."""
+    """Return the first row and column of the `index`-th tile of a matrix, or of its lower triangle."""
     if LOWER:
         row, column = lower_tile_at(index, tl.cdiv(rows, ROWS), COLUMNS // ROWS, GROUP)
     else:
@@ -143,7 +160,7 @@ def place_of_tile(index, rows, columns, LOWER: tl.constexpr, ROWS: tl.constexpr,
 
 
 def lower_tiles(row_tiles: int, wide: int) -> int:
-    """How many tiles `lower_tile_at` goes through."""
+    """Return the number of tiles that `lower_tile_at` enumerates."""
     whole, rest = divmod(row_tiles, wide)
     return wide * whole * (whole + 1) // 2 + rest * (whole + 1)
 
@@ -153,9 +170,10 @@ def add_tile(
     out, weight, status, tile, row, column, rows, columns, stride, weight_stride, alpha,
     LOWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """`out[row:, column:] += alpha * tile`, with `LOWER` only to and below the diagonal; by slices, to spare registers.
+    """Add `alpha * tile` to `out[row:, column:]`, with `LOWER` only on and below the diagonal.
 
-    With `weight` each element is multiplied by its absolute value; with `status`, `status[1]` is set if one of `tile` is not finite.
+    Adds a slice at a time to save registers. With `weight`, each element is multiplied by the absolute value of its weight. With
+    `status`, sets `status[1]` if an element of `tile` is not finite.
     """
     if COLUMNS > SLICE:
         left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
@@ -188,9 +206,9 @@ def add_partials(
     out, weight, status, partials, rows, columns, stride, weight_stride, first_tile, splits, alpha,
     LOWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`out += alpha * partials.sum(0)`, summed in order; `partials` is `[splits, tiles, ROWS, COLUMNS]`.
+    """Add `alpha * partials.sum(0)` to `out`, summing in order; `partials` is `[splits, tiles, ROWS, COLUMNS]`.
 
-    A program takes `STRIP` rows of a tile. Floor: the bytes of the partials. `weight` and `status` are those of `_product.Weighed`.
+    A program handles `STRIP` rows of a tile. Floor: the bytes of `partials`. `weight` and `status` are those of `_product.Weighed`.
     """
     if status is not None:
         if tl.load(status) != 0:
@@ -211,7 +229,12 @@ def add_partials(
 
 
 def case_of_partials(shape: dict[str, object], weight: str | None = None) -> CompileCase:
-    """`add_partials` for tiles of that shape, the constants of a kernel that writes them; for a `weight` of that type, if any."""
+    """Return the compile case of `add_partials`.
+
+    Args:
+        shape: tile constants of the kernel that writes the partials.
+        weight: Triton type of the weight; None compiles the kernel without one.
+    """
     numbers = dict.fromkeys(("rows", "columns", "stride", "weight_stride"), "i32:16")
     numbers |= {"first_tile": "i32", "splits": "i32", "alpha": "fp32"}
     pointers, absent = weighed_pointers(weight)
@@ -220,5 +243,5 @@ def case_of_partials(shape: dict[str, object], weight: str | None = None) -> Com
 
 
 def weighed_pointers(weight: str | None) -> tuple[dict[str, str], dict[str, None]]:
-    """Types of `weight` and `status` for a compile case, and the constants that stand for them where there are none."""
+    """Return the types of `weight` and `status` for a compile case, and the constants that replace them if absent."""
     return ({"weight": f"*{weight}:16", "status": "*i32:16"}, {}) if weight else ({}, {"weight": None, "status": None})

@@ -1,4 +1,4 @@
-"""What the products from packed weights, `bitmask_linear` and `nm_linear`, share."""
+"""Helpers shared by the products with packed weights, `bitmask_linear` and `nm_linear`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ import triton.language as tl
 from ._common import check_operand
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-MOST_TOKENS = 16  # that are multiplied by a weight as it lies packed; as many as a tile of the tensor cores takes
-COLUMNS = 128  # that a warp expands at a time, 4 a thread
+MOST_TOKENS = 16  # largest batch multiplied without unpacking the weight: one tensor-core tile
+COLUMNS = 128  # columns expanded by a warp at a time, 4 per thread
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
-    """`[..., features]` as `[tokens, features]` with contiguous rows, copied only where its strides ask for it."""
+    """Return `x`, `[..., features]`, as `[tokens, features]` with contiguous rows; copies only if its strides require it.
+
+    Raises:
+        ValueError: a dtype that the kernels do not take.
+    """
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     check_operand("x", x, x, tuple(x.shape), DTYPES)
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def as_bias(bias: torch.Tensor | None, rows: int, x: torch.Tensor) -> torch.Tensor | None:
+    """Return `bias`, `[rows]` in the dtype of `x`, contiguous; None stays None.
+
+    Raises:
+        ValueError: another shape, dtype or device.
+    """
     if bias is None:
         return None
     check_operand("bias", bias, x, (rows,), (x.dtype,))
@@ -28,10 +37,14 @@ def as_bias(bias: torch.Tensor | None, rows: int, x: torch.Tensor) -> torch.Tens
 
 
 def warps_for(tiles: int, columns: int, most: tuple[int, ...], multiprocessors: int) -> int:
-    """Warps of a program that expands a tile of rows, whose columns they share.
+    """Return the number of warps of a program that expands a tile of rows; the warps share its columns.
 
-    `most[w]` is for `w + 1` tiles a multiprocessor, the last of them for more: what its registers have room for is one program's
-    where there are few tiles, and else several's. No warp is without columns.
+    Args:
+        tiles: number of tiles of rows.
+        columns: width of the weight. No warp is left without columns.
+        most: `most[i]` is the limit for `i + 1` tiles per multiprocessor, and its last entry for more. With few tiles one program
+            has all registers of a multiprocessor; with more, several programs share them.
+        multiprocessors: of the device.
     """
     waves = triton.cdiv(tiles, multiprocessors)
     return min(most[min(waves, len(most)) - 1], triton.next_power_of_2(max(1, triton.cdiv(columns, COLUMNS))))
@@ -39,13 +52,16 @@ def warps_for(tiles: int, columns: int, most: tuple[int, ...], multiprocessors: 
 
 @triton.jit
 def side_by_side(a, b, c, d, ROWS: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Every fourth column each, `[ROWS, PIECES, COLUMNS // 4]`, in the order of the columns."""
+    """Interleave four tensors of every fourth column, `[ROWS, PIECES, COLUMNS // 4]` each, into `[ROWS, PIECES, COLUMNS]`."""
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, PIECES, COLUMNS)
 
 
 @triton.jit
 def add_products(sums, weight, x, column, tokens, columns, x_stride, TOKENS: tl.constexpr):
-    """`sums`, `[pieces, rows, TOKENS]`, with the products of the pieces of `weight`, `[rows, pieces, columns]`, that begin at `column`."""
+    """Add the products of a part of the weight with its columns of `x` to `sums`.
+
+    `sums` is `[pieces, rows, TOKENS]`; `weight` is `[rows, pieces, columns]`, and each piece begins at its entry of `column`.
+    """
     token = tl.arange(0, TOKENS)[:, None, None]
     column += tl.arange(0, weight.shape[2])[None, None, :]
     factors = tl.load(x + token.to(tl.int64) * x_stride + column, mask=(token < tokens) & (column < columns), other=0.0)
@@ -54,7 +70,10 @@ def add_products(sums, weight, x, column, tokens, columns, x_stride, TOKENS: tl.
 
 @triton.jit
 def store_product(sums, y, bias, order, first, rows, tokens, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """`sums`, `[ROWS, TOKENS]`, and the bias to where they belong in `y`, `[tokens, rows]`; `order` None: as the rows come."""
+    """Store `sums`, `[ROWS, TOKENS]`, plus the bias in `y`, `[tokens, rows]`.
+
+    `order` gives the row of the output for each packed row; None keeps the order of the rows.
+    """
     row = first + tl.arange(0, ROWS)
     inside = row < rows
     if order is not None:

@@ -1,31 +1,31 @@
-"""The product that `gram_`, `cross_gram_`, `sensitivity_` and `add_product` share: `out += alpha * x^T y`, over a long common index.
+"""Product shared by `gram_`, `cross_gram_`, `sensitivity_` and `add_product`: `out += alpha * x^T y`, over a long common index.
 
-Floor, on an H200: `depth * features^2` operations for one triangle of a Gram matrix. bf16 [262144, 4096] is 4.4 TFLOP, 5.6 ms at
-790 TFLOP/s, against 11.1 ms for the full product; with what sticks out over the diagonal 272 of 512 tiles, 5.9 ms.
+Floor, on an H200: `depth * features^2` operations for one triangle of a Gram matrix. bf16 [262144, 4096] needs 4.4 TFLOP, 5.6 ms at
+790 TFLOP/s; the full product needs 11.1 ms. Tiles that cross the diagonal make it 272 of 512 tiles, 5.9 ms.
 
-* Both operands lie as the tensor cores want them: `x` is `[depth, rows]`, rows contiguous, and wgmma takes either operand of 16 bits
-  with its non-reduced index contiguous in shared memory. So the bulk copy engine (or cp.async) puts tiles of `x` where the tensor
-  cores read them, and no register, shuffle or transposition is in between.
-* A tile of 128 x 256 accumulators fills the registers of two warpgroups. It asks 48 KB of the L2 cache for 4.2 MFLOP, which at full
-  speed is already 9 TB/s; nothing smaller would do. Tiles are worked through in bands, so that programs that run at a time share
-  their columns, and all run through the depth together: `x` comes out of memory about once a wave.
-* Waves: as many whole waves of tiles as there are go through the whole depth and add to `out` themselves. The tiles left over are
-  split along it to fill the machine, into a workspace that a second kernel sums in a fixed order. No atomics: the same bits on
-  every run.
-* Products of 16-bit inputs are exact. Tensor cores truncate when they accumulate, which over a long sum of squares is a bias: about
-  depth / 16 * 2e-8 of the result. A sum is therefore carried to `out`, where additions round, after `CHAIN`: 9e-5 at most.
-* float32 is multiplied as three products of TF32 pieces ("tf32x3"), whose error is that of float32: 131 TFLOP/s at the very most.
-* With a weight it is `out += |weight| * (|x|^T y)`. The absolute value is taken in registers, from which wgmma takes its first operand
-  (`ldmatrix` and 16 `and`s a step, under the product of the step before). The second comes from shared memory only: what has to be
-  loaded, changed and stored there leaves the tensor cores waiting. So whoever calls has made `y` non-negative, which is a pass over it.
-* Masked rows of `x` and `y` are loaded as zeros, so that what is in them does not matter. The copy engine cannot do that, cp.async can.
+* Both operands are stored as the tensor cores read them. `x` is `[depth, rows]` with contiguous rows, and wgmma takes either 16-bit
+  operand with its non-reduced index contiguous in shared memory. The bulk copy engine (or cp.async) therefore puts tiles of `x`
+  directly where the tensor cores read them. No register, shuffle or transposition is involved.
+* A tile of 128 x 256 accumulators fills the registers of two warpgroups. It reads 48 KB from the L2 cache for 4.2 MFLOP, 9 TB/s at full
+  speed, so smaller tiles would be limited by the cache. Tiles are taken in bands, so that concurrent programs share their columns. All
+  programs walk the depth together: `x` is read from memory about once per wave.
+* Waves: every whole wave of tiles goes through the whole depth and adds to `out` directly. The remaining tiles are split along the depth
+  to fill the device; their partial sums go to a workspace, which a second kernel adds in a fixed order. Without atomics, every run gives
+  the same bits.
+* Products of 16-bit inputs are exact. Tensor cores truncate when they accumulate, which biases a long sum of squares by about
+  depth / 16 * 2e-8 of the result. A sum is therefore added to `out`, where additions round, after a depth of `CHAIN`: 9e-5 at most.
+* float32 is multiplied as three products of TF32 pieces ("tf32x3"), with the error of float32: at most 131 TFLOP/s.
+* With a weight the product is `out += |weight| * (|x|^T y)`. The absolute value of `x` is taken in registers, from which wgmma reads its
+  first operand (`ldmatrix` and 16 `and`s per step, hidden behind the previous product). The second operand must be in shared memory;
+  changing it there would stall the tensor cores. The caller therefore makes `y` non-negative in a pass of its own.
+* Masked rows of `x` and `y` are loaded as zeros, so that their contents do not matter. cp.async can do that, the copy engine cannot.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,29 +52,41 @@ from ._common import (
     weighed_pointers,
 )
 
-CHAIN = 65536  # depth that one accumulator takes in
-# What a split costs, in steps of the inner loop of 0.6 us: to fill the pipeline and write the tile; to launch the second kernel;
-# and for that kernel to read one tile more.
+CHAIN = 65536  # depth summed by one accumulator
+# Costs of a split in steps of the inner loop, 0.6 us each: filling the pipeline and writing the tile; launching the second kernel;
+# reading one more tile in that kernel.
 START, SECOND, READ = 10, 5, 0.05
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Config(NamedTuple):
-    """One tile of the result, `rows` x `columns`, and the `depth` of a step."""
+    """The shape of a tile and how it is computed.
+
+    Attributes:
+        rows: rows of a tile of the result.
+        columns: columns of a tile of the result.
+        depth: depth of a step.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline.
+        descriptors: whether the bulk copy engine may load the tiles.
+        precision: `input_precision` of `tl.dot`.
+    """
 
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
-    descriptors: bool  # whether the bulk copy engine may load the tiles
+    descriptors: bool
     precision: str
 
 
 class Weighed(NamedTuple):
-    """Makes the product `out += |weight| * (|x|^T y)`.
+    """The factor of a weighted product `out += |weight| * (|x|^T y)`.
 
-    `status`, two int32 or None: nothing happens where the first is set; the second is set if a sum is not finite.
+    Attributes:
+        weight: `[rows, columns]`.
+        status: two int32, or None. If the first is set, the product does nothing; the second is set if a sum is not finite.
     """
 
     weight: torch.Tensor
@@ -82,7 +94,16 @@ class Weighed(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Tiles `[first_tile, first_tile + tiles)` over the depth `[begin, end)`, in `splits` of `depth` each."""
+    """Tiles `[first_tile, first_tile + tiles)` over the depth `[begin, end)`, in `splits` of `depth` each.
+
+    Attributes:
+        first_tile: index of the first tile.
+        tiles: number of tiles.
+        begin: first index of the depth.
+        end: end of the depth, exclusive.
+        splits: number of splits of the depth.
+        depth: depth of a split.
+    """
 
     first_tile: int
     tiles: int
@@ -93,8 +114,8 @@ class Part(NamedTuple):
 
 
 def config(dtype: torch.dtype, columns: int, capability: tuple[int, int]) -> Config:
-    """Tile sizes for inputs of `dtype` and a result of that many columns."""
-    large = capability[0] in (9, 10)  # 227 KB of shared memory and the bulk copy engine; the others have 99 KB at least
+    """Return the tile sizes for inputs of `dtype` and a result of `columns` columns."""
+    large = capability[0] in (9, 10)  # 227 KB of shared memory and the bulk copy engine; other devices have at least 99 KB
     if dtype == torch.float32:
         return Config(128, 128, 32 if large else 16, 8, 3, large, "tf32x3")
     return Config(128, 256 if columns > 128 else 128, 64 if large else 32, 8, 4, large, "ieee")
@@ -102,7 +123,14 @@ def config(dtype: torch.dtype, columns: int, capability: tuple[int, int]) -> Con
 
 @functools.lru_cache(maxsize=1024)
 def schedule(tiles: int, depth: int, step: int, multiprocessors: int) -> tuple[Part, ...]:
-    """The parts that cover all tiles and all the depth, for programs that take `step` of it at a time, one a multiprocessor."""
+    """Return parts that cover all tiles and the whole depth.
+
+    Args:
+        tiles: number of tiles of the result.
+        depth: length of the common index.
+        step: depth that a program takes at a time.
+        multiprocessors: of the device; each runs one program.
+    """
     if not tiles or not depth:
         return ()
     parts = []
@@ -117,7 +145,10 @@ def schedule(tiles: int, depth: int, step: int, multiprocessors: int) -> tuple[P
 
 
 def _depth_of_a_split(tiles: int, depth: int, step: int, multiprocessors: int) -> int:
-    """What finishes `tiles` soonest, a multiple of `step`, in a workspace of eight waves of tiles at most."""
+    """Return the depth of a split, a multiple of `step`, that finishes `tiles` soonest.
+
+    The workspace is limited to eight waves of tiles.
+    """
     steps = triton.cdiv(depth, step)
     least = triton.cdiv(depth, CHAIN)
     most = max(least, min(steps, 8 * multiprocessors // tiles))
@@ -137,11 +168,11 @@ def product(
     LOWER: tl.constexpr, TURNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `x^T y` over one split of the depth: added to `out`, or where `partials` is given, written there.
+    """Compute one tile of `x^T y` over one split of the depth and add it to `out`, or store it in `partials` if given.
 
-    `x` and `y` are pointers to rows of `x_width` and `y_width`, of which only the first `rows` and `columns` matter; or with
-    `DESCRIPTORS` tensor descriptors of tiles `[DEPTH, ROWS]` and `[DEPTH, COLUMNS]`. With `TURNED`, `x` lies as `[rows, depth]`.
-    `weight` and `status` are those of `Weighed`.
+    `x` and `y` point to rows of `x_width` and `y_width`, of which only the first `rows` and `columns` are used. With `DESCRIPTORS` they
+    are tensor descriptors of tiles `[DEPTH, ROWS]` and `[DEPTH, COLUMNS]`. With `TURNED`, `x` is stored as `[rows, depth]`. `weight`
+    and `status` are those of `Weighed`.
     """
     if status is not None:
         if tl.load(status) != 0:
@@ -150,11 +181,11 @@ def product(
     row, column = place_of_tile(first_tile + index, rows, columns, LOWER, ROWS, COLUMNS, GROUP)
     begin = tl.multiple_of(begin + split * split_depth, DEPTH)
     stop = min(begin + split_depth, end)
-    tl.assume(begin < stop)  # or a way round the loop would set the accumulators behind it, and ptxas would wait for every product
+    tl.assume(begin < stop)  # without it a path around the loop sets the accumulators, and ptxas waits for every product
 
     accumulators = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if DESCRIPTORS:
-        for k in range(begin, stop, DEPTH):  # past the end of a tensor the copy engine fills in zeros
+        for k in range(begin, stop, DEPTH):  # the copy engine pads with zeros past the end of a tensor
             a = x.load([row, k] if TURNED else [k, row])
             b = y.load([k, column])
             if weight is not None:
@@ -211,13 +242,21 @@ def add_product_over_rows(
     weighed: Weighed | None = None,
     names: tuple[str, str, str] = ("out", "x", "y"),
 ) -> None:
-    """`out += alpha * x^T y` over the rows of `x` and `y` that `row_mask` keeps.
+    """Add `alpha * x^T y` to `out`, over the rows of `x` and `y` that `row_mask` keeps.
 
-    With `lower` only the lower triangle of a square `out` is touched, and what is above must not matter; with `turned`, `x` is given
-    as `[rows of out, depth]`. With `weighed` absolute values are multiplied, see there. Errors call the tensors by `names`.
+    Args:
+        out: `[rows, columns]` float32, updated in place.
+        x: `[depth, rows]`, bfloat16, float16 or float32.
+        y: `[depth, columns]` in the dtype of `x`.
+        row_mask: `[depth]` bool; None keeps all rows.
+        alpha: scale of the product.
+        lower: update only the lower triangle of a square `out`. Entries above the diagonal stay unchanged.
+        turned: `x` is given as `[rows, depth]`.
+        weighed: multiply absolute values and weights, see `Weighed`.
+        names: names of `out`, `x` and `y` in errors.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: shapes, dtypes or devices that do not match.
     """
     (rows, columns), depth = out.shape, y.shape[0]
     check_operand(names[1], x, y, (rows, depth) if turned else (depth, rows), DTYPES)
@@ -240,7 +279,16 @@ def _rows_together(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _launch(out, x, y, row_mask, alpha: float, lower: bool, turned: bool, weighed: Weighed | None) -> None:
+def _launch(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    row_mask: torch.Tensor | None,
+    alpha: float,
+    lower: bool,
+    turned: bool,
+    weighed: Weighed | None,
+) -> None:
     (rows, columns), depth, device = out.shape, y.shape[0], device_of(x)
     tile = config(x.dtype, columns, device.capability)
     parts = schedule(_tiles(rows, columns, tile, lower), depth, tile.depth, device.multiprocessors)
@@ -280,20 +328,25 @@ def _tiles(rows: int, columns: int, tile: Config, lower: bool) -> int:
     return lower_tiles(row_tiles, tile.columns // tile.rows) if lower else row_tiles * triton.cdiv(columns, tile.columns)
 
 
-def _shape(tile: Config, lower: bool) -> dict:
+def _shape(tile: Config, lower: bool) -> dict[str, object]:
     return {"LOWER": lower, "ROWS": tile.rows, "COLUMNS": tile.columns, "GROUP": GROUP}
 
 
-def _loop(tile: Config, turned: bool, descriptors: bool) -> dict:
+def _loop(tile: Config, turned: bool, descriptors: bool) -> dict[str, object]:
     return {"TURNED": turned, "DESCRIPTORS": descriptors, "PRECISION": tile.precision, "DEPTH": tile.depth, "SLICE": SLICE}
 
 
 def compile_cases(
-    capability: tuple[int, int], dtypes=tuple(DTYPES), *, masks: bool = True, lower: bool = False, turned: bool = False
+    capability: tuple[int, int],
+    dtypes: Sequence[torch.dtype] = tuple(DTYPES),
+    *,
+    masks: bool = True,
+    lower: bool = False,
+    turned: bool = False,
 ) -> Iterator[CompileCase]:
-    """What is shipped for devices of that compute capability, without what differs from it for the better.
+    """Yield the most demanding shipped configurations for devices of `capability`.
 
-    A loop with a row mask is a fuller one than that without; narrow tiles of float16 are those of bfloat16.
+    Loops without descriptors are compiled with a row mask, which needs more registers. Narrow tiles of float16 equal those of bfloat16.
     """
     wide = {(dtype, config(dtype, 4096, capability)) for dtype in dtypes}
     tiles = wide | {(dtype, config(dtype, 128, capability)) for dtype in dtypes if dtype != torch.float16}
@@ -304,7 +357,10 @@ def compile_cases(
 
 
 def weighed_compile_cases(capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Iterator[CompileCase]:
-    """Likewise with a weight: narrow tiles have less of everything, and those of a split depth lack what comes after the loop."""
+    """Yield the most demanding shipped configurations with a weight.
+
+    Narrow tiles need fewer registers, and tiles of a split depth do less after the loop.
+    """
     for dtype in dtypes:
         tile, name = config(dtype, 4096, capability), DTYPES[dtype]
         for descriptors in sorted({False, tile.descriptors}):

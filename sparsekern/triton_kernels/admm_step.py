@@ -1,8 +1,8 @@
-"""`admm_step_` in Triton: what comes before the selection and what comes after it, element by element.
+"""`admm_step_` in Triton: one elementwise pass before the selection and one after it.
 
-Floor: 26 bytes an element, and a launch. Here `topk_mask` or `nm_mask` choose between two passes, so that every pattern and scope is
-as fast as they are: the first leaves the magnitudes for them, the second makes `z` anew, which leaves the arguments alone until
-nothing can be refused any more. 44 bytes move, next to a product with the `[in_features, in_features]` matrix of the other half step.
+Floor: 26 bytes an element and one launch. Two passes move 44 bytes. Between them `topk_mask` or `nm_mask` selects, so that every pattern
+and scope is as fast as those ops. The first pass stores the magnitudes that they rank; the second recomputes `z`. The arguments stay
+unchanged until every check has passed. The other half step is a product with an `[in_features, in_features]` matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ BLOCK, WARPS = 2048, 4
 
 
 class Magnitudes(NamedTuple):
-    """`values` is `|weight + offset + dual|`; `suspect`, int32, is set if one of them is not finite."""
+    """The values that the selection ranks.
+
+    Attributes:
+        values: `|weight + offset + dual|`, float32.
+        suspect: int32 scalar, set if a value is not finite.
+    """
 
     values: torch.Tensor
     suspect: torch.Tensor
@@ -28,6 +33,7 @@ class Magnitudes(NamedTuple):
 
 @triton.jit
 def measure(offset, dual, weight, magnitudes, suspect, count, BLOCK: tl.constexpr):
+    """Store `|weight + offset + dual|` of a block; set `suspect` if a value is not finite."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     z = tl.load(weight + place, mask=inside, other=0.0) + tl.load(offset + place, mask=inside, other=0.0)
@@ -38,6 +44,7 @@ def measure(offset, dual, weight, magnitudes, suspect, count, BLOCK: tl.constexp
 
 @triton.jit
 def take_step(offset, dual, mask, weight, kept, changed, count, BLOCK: tl.constexpr):
+    """Update `offset`, `dual` and `mask` of a block, and add the number of changed entries of `mask` to `changed`."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     w = tl.load(weight + place, mask=inside, other=0.0)
@@ -52,7 +59,7 @@ def take_step(offset, dual, mask, weight, kept, changed, count, BLOCK: tl.conste
 
 
 def magnitudes_of(offset: torch.Tensor, dual: torch.Tensor, weight: torch.Tensor) -> Magnitudes:
-    """What the selection ranks. All contiguous float32."""
+    """Return the magnitudes that the selection ranks; all tensors are contiguous float32 of one shape."""
     _check(weight, offset=offset, dual=dual)
     found = Magnitudes(torch.empty_like(weight), weight.new_zeros((), dtype=torch.int32))
     if weight.numel():
@@ -64,7 +71,10 @@ def magnitudes_of(offset: torch.Tensor, dual: torch.Tensor, weight: torch.Tensor
 def take_step_(
     offset: torch.Tensor, dual: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor
 ) -> torch.Tensor:
-    """The step, given what is kept; returns how many entries of `mask` changed. All contiguous."""
+    """Take the step for the selection `kept` and return the number of changed entries of `mask`, int64 on the device.
+
+    All tensors are contiguous and have one shape; `mask` and `kept` are bool, the others float32.
+    """
     _check(weight, offset=offset, dual=dual)
     for name, value in (("mask", mask), ("kept", kept)):
         check_operand(name, value, weight, tuple(weight.shape), (torch.bool,))
@@ -88,7 +98,7 @@ def _grid(weight: torch.Tensor) -> tuple[int]:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What is shipped, for every device the same."""
+    """Yield the shipped configurations, the same for every device."""
     state = {"offset": "*fp32:16", "dual": "*fp32:16", "weight": "*fp32:16", "count": "i32:16"}
     yield CompileCase(measure, {**state, "magnitudes": "*fp32:16", "suspect": "*i32:16"}, {"BLOCK": BLOCK}, WARPS, 3)
     masks = {"mask": "*u8:16", "kept": "*u8:16", "changed": "*i64:16"}

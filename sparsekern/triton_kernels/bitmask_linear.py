@@ -1,17 +1,16 @@
-"""`bitmask_linear` in Triton: up to 16 tokens times the weight as it lies packed; for more it is unpacked first.
+"""`bitmask_linear` in Triton: up to 16 tokens times the packed weight; for more tokens the weight is unpacked first.
 
-Floor, on an H200: the packed bytes at 4.8 TB/s, `rows * columns * (2 d + 1/8)` of half values with the share d of non-zeros;
-[4096, 4096] at d = 1/2 in 3.9 us, where the dense weight takes 7.0. In that time there are 6.9 instructions a weight, zeros included,
-and 12.3 before the dense weight would have been read. So instructions bound this kernel: what ptxas makes of it for compute
-capability 9.0 has 10.6 a weight for one token of bfloat16, and 16 for more tokens, which are as many whether 2 or 16.
+Floor, on an H200: the packed bytes at 4.8 TB/s, `rows * columns * (2 d + 1/8)` for 16-bit values with a share d of non-zeros.
+[4096, 4096] at d = 1/2 takes 3.9 us, the dense weight 7.0 us. That leaves 6.9 instructions per weight, zeros included, or 12.3 in the
+time of the dense weight. Instructions therefore bound this kernel. For compute capability 9.0 ptxas emits 10.6 per weight for one token
+of bfloat16, and 16 for 2 to 16 tokens.
 
-* Where a value lies is the number of bits before it. A program has a tile of 16 rows. It counts the bits of all their words first and
-  leaves the sums in a workspace, 1/32 of the bytes of the dense half weight. Then words are expanded by themselves, and nothing waits.
-* A thread has 4 neighbouring columns of all 16 rows: one population count finds the value of the first bit, and the next 4 slots are
-  read whether they are wanted or not, so that they share an address. The threads of a warp read slots side by side, those of a group's
-  two rows the same ones.
-* The factors of a column are loaded once for 16 rows. One token is multiplied as it comes. More are a product on the tensor cores, for
-  which each warp adds up columns of its own; the warps are added at the end, in an order that is always the same.
+* The position of a value is the number of bits before it. A program has a tile of 16 rows. It first counts the bits of all their words
+  and stores the sums in a workspace, 1/32 of the bytes of a dense 16-bit weight. Words are then expanded independently.
+* A thread expands 4 neighbouring columns of all 16 rows. One population count finds the value of the first bit. The next 4 slots are
+  always read, so that they share an address. The threads of a warp read neighbouring slots; the two rows of a group share slots.
+* The factors of a column are loaded once for 16 rows. One token is multiplied directly. More tokens use the tensor cores: each warp sums
+  its own columns, and the sums of the warps are added at the end in a fixed order.
 """
 
 from __future__ import annotations
@@ -27,11 +26,18 @@ from ..layouts.packed_rows import SLACK, TILE_ROWS, lanes, words
 from ._common import CompileCase, check_operand, device_of, on_device_of
 from ._packed_linear import COLUMNS, DTYPES, MOST_TOKENS, add_products, as_bias, as_matrix, side_by_side, store_product, warps_for
 
-WORDS = 64  # of a row, counted at a time
+WORDS = 64  # words of a row counted at a time
 
 
 class Weight(NamedTuple):
-    """The packed tensors, contiguous, as `sparsekern.layouts.packed_rows` has them."""
+    """The packed tensors, contiguous, in the layout of `sparsekern.layouts.packed_rows`.
+
+    Attributes:
+        values: non-zeros in slots, in the dtype of the weight.
+        bitmask: `[rows, words]` int64, one bit a column.
+        starts: first slot of each tile, int64.
+        order: row of the output for each packed row, int32.
+    """
 
     values: torch.Tensor
     bitmask: torch.Tensor
@@ -47,13 +53,13 @@ def weight_of(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor,
 
 
 def config(rows: int, columns: int, tokens: int, multiprocessors: int) -> int:
-    """Warps of a program. A multiprocessor has registers for 16 of them with one token, for 8 to 12 with more."""
+    """Return the warps per program. A multiprocessor has registers for 16 warps with one token, and for 8 to 12 with more."""
     return warps_for(triton.cdiv(rows, TILE_ROWS), columns, (8, 8, 4) if tokens == 1 else (8, 4), multiprocessors)
 
 
 @triton.jit
 def count_bits(bits):
-    """Of each uint64. Of this form LLVM makes the machine's own instruction."""
+    """Count the bits of each uint64, in a form that LLVM compiles to the population count instruction."""
     bits -= (bits >> 1) & 0x5555555555555555
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
     return (((bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56).to(tl.int32)
@@ -63,10 +69,10 @@ def count_bits(bits):
 def find_tile(
     values, bits, starts, order, ends, status, rows, words, slots, LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
 ):
-    """This program's tile: its first row, and where its values, bits and ends begin.
+    """Return the first row of this program's tile, and pointers to its values, bits and ends.
 
-    `ends`, written here: where the values of each word end, in slots from the tile's first one. Nothing that is kept leads out of the
-    values, whatever the tensors hold; `status` is set where they contradict one another.
+    Writes `ends`: the end of each word's values, in slots from the first slot of the tile. Every stored end stays inside the values,
+    whatever the tensors hold. Sets `status` if the tensors contradict each other.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, lane = tl.arange(0, ROWS), tl.arange(0, WORDS)
@@ -95,17 +101,17 @@ def find_tile(
         own = tl.minimum(before[:, None] + tl.cumsum(counts, axis=1) - counts, room)
         tl.store(ends + place + word, own + counts, mask=inside)
         before += tl.sum(counts, axis=1)
-    tl.debug_barrier()  # other threads read the places
+    tl.debug_barrier()  # other threads read `ends`
     return first, values + start * LANES, bits + first * words, ends + first * words
 
 
 @triton.jit
 def value_in(slot, here, row, VALUE: tl.constexpr, WANTED: tl.constexpr):
-    """The `row`'s value in a slot, which two rows of half values share, as it is `WANTED`; zero where it is not `here`."""
+    """Return the value of `row` in a slot, converted to `WANTED`; zero where `here` is false. Two rows of 16-bit values share a slot."""
     shift = (row % 2 * 16).to(tl.uint32)
     if VALUE == tl.float32:
         value = slot.to(tl.float32, bitcast=True)
-    elif VALUE == tl.bfloat16 and WANTED == tl.float32:  # whose upper half it is
+    elif VALUE == tl.bfloat16 and WANTED == tl.float32:  # bfloat16 is the upper half of float32
         value = (slot >> shift << 16).to(tl.float32, bitcast=True)
     else:
         value = (slot >> shift).to(tl.uint16).to(VALUE, bitcast=True).to(WANTED)
@@ -114,9 +120,9 @@ def value_in(slot, here, row, VALUE: tl.constexpr, WANTED: tl.constexpr):
 
 @triton.jit
 def expand(values, bits, ends, column, row, inside, words, WANTED: tl.constexpr):
-    """The weights, zeros included, of `column` and the 3 after it.
+    """Return the weights of `column` and the 3 columns after it, zeros included.
 
-    The next 4 slots are read wherever the bits are, which asks for one address; a bit that is set moves on to the next of them.
+    Always reads the next 4 slots, which share an address; each set bit advances to the next slot.
     """
     word = row * words + column // 64
     ones = tl.load(bits + word, mask=inside, other=0).to(tl.uint64, bitcast=True) >> (column % 64).to(tl.uint64)
@@ -141,7 +147,7 @@ def multiply(
     x, values, bits, starts, order, ends, status, bias, y, tokens, columns, rows, x_stride, words, slots,
     TOKENS: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows times all `tokens`, of which there are `TOKENS` at most: one, or a tile of the tensor cores."""
+    """Multiply a tile of rows by all tokens, at most `TOKENS`: one, or a tile of the tensor cores."""
     first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, slots, LANES, ROWS, WORDS)
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four = 4 * tl.arange(0, COLUMNS // 4)[None, None, :]
@@ -172,7 +178,7 @@ def unpack(
     values, bits, starts, order, ends, status, weight, columns, rows, words, slots,
     PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows to where they belong in the dense weight."""
+    """Write a tile of rows to the dense weight."""
     first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, slots, LANES, ROWS, WORDS)
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four, lane = 4 * tl.arange(0, COLUMNS // 4)[None, None, :], tl.arange(0, COLUMNS)[None, None, :]
@@ -189,7 +195,17 @@ def unpack(
 
 
 def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, status: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + b` for up to `MOST_TOKENS` tokens, `[..., rows]`; `status`, int32, is set if the packed tensors contradict one another."""
+    """Return `x W^T + b`, `[..., rows]`, for up to `MOST_TOKENS` tokens.
+
+    Args:
+        x: `[..., columns]`, bfloat16, float16 or float32.
+        weight: packed weight in the dtype of `x`.
+        bias: `[rows]` in the dtype of `x`, or None.
+        status: int32 scalar, set if the packed tensors contradict each other; None skips the check.
+
+    Raises:
+        ValueError: more tokens, or shapes, dtypes or devices that do not match.
+    """
     rows = _check(weight, x)
     y = x.new_empty((*x.shape[:-1], rows))
     x, bias = as_matrix(x), as_bias(bias, rows, x)
@@ -207,7 +223,11 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, status: 
 
 
 def unpacked(weight: Weight, columns: int, status: torch.Tensor | None) -> torch.Tensor:
-    """The dense weight; `status` as in `product`."""
+    """Return the dense weight, `[rows, columns]`; `status` as in `product`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
     rows = len(weight.order)
     dense = weight.values.new_empty((rows, columns))
     _check(weight, dense)
@@ -230,7 +250,7 @@ def _slots(weight: Weight) -> int:
 
 
 def _check(weight: Weight, x: torch.Tensor) -> int:
-    """What keeps the kernels inside the memory of the tensors, whatever is in them; returns the rows."""
+    """Return the number of rows; raise if a packed tensor is smaller than the kernels assume, whatever it holds."""
     rows, count = len(weight.order), len(weight.values)
     least = max(count - count % lanes(x.dtype), SLACK * lanes(x.dtype))
     check_operand("values", weight.values, x, (least,), (x.dtype,))
@@ -245,7 +265,7 @@ def _constants(dtype: torch.dtype, warps: int) -> dict[str, int]:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What asks for the most registers; the same for every device."""
+    """Yield the configurations that need the most registers, the same for every device."""
     for dtype, tokens, warps in (
         (torch.bfloat16, 1, 8),
         (torch.float16, 1, 8),
@@ -263,7 +283,7 @@ def _packed_types(dtype: torch.dtype) -> dict[str, str]:
 
 
 def _product_case(dtype: torch.dtype, tokens: int, warps: int) -> CompileCase:
-    """Decoding: nothing is checked any more, and there is a bias."""
+    """Return the compile case of a product with a bias and without checks, as in decoding."""
     own = f"*{DTYPES[dtype]}:16"
     numbers = dict.fromkeys(("columns", "rows", "x_stride", "words"), "i32:16") | {"tokens": "i32", "slots": "i64"}
     return CompileCase(

@@ -1,10 +1,10 @@
 """`feature_norm_` in Triton: sums of squares, and of values, over the tokens of each feature.
 
-Floor, on an H200: the bytes of `x` at 4.3 TB/s; bf16 [262144, 4096] in 0.50 ms. At that rate there are 14 instructions an element.
-Four go to a compensated sum of squares (four more to the plain sum), so that a long run of tokens costs no accuracy, one to widen
-a 16-bit element. A warp reads 512 contiguous bytes of a token, 16 bytes a thread, eight tokens before it needs the first.
+Floor, on an H200: the bytes of `x` at 4.3 TB/s; bf16 [262144, 4096] takes 0.50 ms. That leaves 14 instructions an element. Four are spent
+on a compensated sum of squares, four more on the plain sum, so that accuracy does not depend on the number of tokens. One widens a 16-bit
+element. A warp reads 512 contiguous bytes of a token, 16 bytes per thread, and issues eight tokens before it needs the first.
 
-The tokens are split over enough programs to fill the machine; a second kernel adds their sums, kept in float64, in a fixed order.
+The tokens are split over enough programs to fill the device. A second kernel adds their float64 sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,25 +19,31 @@ import triton.language as tl
 from ._common import CompileCase, check_operand, device_of, on_device_of
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TOKENS, WARPS = 8, 4  # of a step, and of a program
+TOKENS, WARPS = 8, 4  # tokens of a step; warps of a program
 UNROLL = 4  # steps whose loads are issued together
-PROGRAMS = 8  # for each multiprocessor
-SPLITS, COLUMNS = 64, 32  # of a step of the second kernel
+PROGRAMS = 8  # programs per multiprocessor
+SPLITS, COLUMNS = 64, 32  # splits of a step of the second kernel, and columns of its program
 
 
 class Partials(NamedTuple):
-    """`sums` is `[splits, 1 or 2, features]` float64; `suspect`, int32, is set if one of them is not finite."""
+    """The sums of each split of the tokens.
+
+    Attributes:
+        sums: `[splits, 1 or 2, features]` float64.
+        suspect: int32 scalar, set if a sum is not finite.
+    """
 
     sums: torch.Tensor
     suspect: torch.Tensor
 
 
 def block_columns(dtype: torch.dtype) -> int:
+    """Return the number of columns of a program: 512 bytes."""
     return 512 // dtype.itemsize
 
 
 def split_tokens(tokens: int, features: int, dtype: torch.dtype, multiprocessors: int) -> int:
-    """The tokens of one program: whole rounds of unrolled steps, and enough programs for every multiprocessor."""
+    """Return the tokens per program: whole rounds of unrolled steps, with enough programs for every multiprocessor."""
     blocks = triton.cdiv(features, block_columns(dtype))
     splits = max(1, PROGRAMS * multiprocessors // max(blocks, 1))
     return triton.cdiv(triton.cdiv(tokens, splits), TOKENS * UNROLL) * TOKENS * UNROLL
@@ -48,9 +54,9 @@ def sum_tokens(
     x, row_mask, sums, suspect, tokens, features, x_stride, split_tokens,
     BOTH: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The sums of one block of columns over one split of the tokens.
+    """Sum one block of columns over one split of the tokens.
 
-    `t = s + v` loses `v - (t - s)`, which is kept apart. Where a sum overflows, what was lost is no number and is not added.
+    The rounding error of `t = s + v`, `v - (t - s)`, is summed separately. It is dropped where the sum overflows, because it is NaN there.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     lane = tl.arange(0, TOKENS)
@@ -82,6 +88,7 @@ def sum_tokens(
 
 @triton.jit
 def store_sum(out, suspect, sums, lost, inside):
+    """Store the sum over the lanes, with its rounding error, in float64; set `suspect` if it is not finite."""
     finite = tl.abs(sums) < float("inf")
     exact = sums.to(tl.float64) + tl.where(finite, lost, 0.0).to(tl.float64)
     tl.store(out, tl.sum(exact, axis=0), mask=inside)
@@ -90,7 +97,7 @@ def store_sum(out, suspect, sums, lost, inside):
 
 @triton.jit
 def add_sums(out, sums, splits, features, out_stride, split_stride, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`out += sums.sum(0)` in float64, in an order that depends on nothing but the sizes."""
+    """Add `sums.sum(0)` to `out` in float64, in an order that depends only on the sizes."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < features
     total = tl.zeros((SPLITS, COLUMNS), dtype=tl.float64)
@@ -104,7 +111,16 @@ def add_sums(out, sums, splits, features, out_stride, split_stride, SPLITS: tl.c
 
 
 def partial_sums(x: torch.Tensor, *, row_mask: torch.Tensor | None, both: bool) -> Partials:
-    """Sums of squares, with `both` also of values, of each feature over each split of the tokens."""
+    """Return the sums of squares of each feature over each split of the tokens.
+
+    Args:
+        x: `[tokens, features]`, bfloat16, float16 or float32.
+        row_mask: `[tokens]` bool, the tokens to include; None includes all.
+        both: also sum the values themselves.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
     tokens, features = x.shape
     check_operand("x", x, x, (tokens, features), DTYPES)
     if row_mask is not None:
@@ -125,7 +141,15 @@ def partial_sums(x: torch.Tensor, *, row_mask: torch.Tensor | None, both: bool) 
 
 
 def add_(out: torch.Tensor, sums: torch.Tensor) -> None:
-    """`out += sums.sum(0)`: one kind of the sums, `[splits, features]`, to `out` `[features]` float32 of any stride."""
+    """Add `sums.sum(0)` to `out`.
+
+    Args:
+        out: `[features]` float32 of any stride, updated in place.
+        sums: `[splits, features]` float64, the squares or the values of `Partials.sums`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
     splits, features = sums.shape
     check_operand("out", out, sums, (features,))
     with on_device_of(out):
@@ -135,7 +159,7 @@ def add_(out: torch.Tensor, sums: torch.Tensor) -> None:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What is shipped, for every device the same."""
+    """Yield the shipped configurations, the same for every device."""
     numbers = {"tokens": "i32", "features": "i32:16", "x_stride": "i32:16", "split_tokens": "i32:16"}
     for dtype, name in DTYPES.items():
         for both in (False, True):

@@ -1,8 +1,8 @@
-"""`gated_split` in Triton, and the search that `plain_split` shares: one program searches a block of entries, all in registers.
+"""`gated_split` in Triton, and the search that `plain_split` shares: one program searches a block of entries in registers.
 
-Floor, on an H200: 9 activations of about 12 instructions and 2 special functions an entry, and as much again around them, are near 300
-instructions, 8 of them special functions at a quarter of the rate; bf16 [2048, 11008] is 23 million entries in 0.2 ms, twice the time of
-its bytes.
+Floor, on an H200: an entry needs 9 activations of about 12 instructions and 2 special functions each, and as much again around them. That
+is nearly 300 instructions; 8 of them are special functions at a quarter of the rate. bf16 [2048, 11008], 23 million entries, takes 0.2 ms,
+twice the time of its bytes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ._common import CompileCase, check_operand, on_device_of
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
-ENTRIES, WARPS = 512, 4
+ENTRIES, WARPS = 512, 4  # entries and warps of a program
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activation and its slope."""
+    """Return the activation of `x` and its slope."""
     if ACTIVATION == "relu":
         value = tl.maximum(x, 0.0)
         slope = tl.where(x > 0, 1.0, 0.0)
@@ -43,7 +43,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def misfit(t, p, up, ratio, GATED: tl.constexpr):
-    """`ratio * fit(t)` of csrc/cpu/split.h."""
+    """Return `ratio * fit(t)` of csrc/cpu/split.h."""
     if GATED:
         miss = p - t * up
         value = ratio * miss * miss / (1 + ratio * t * t)
@@ -54,7 +54,7 @@ def misfit(t, p, up, ratio, GATED: tl.constexpr):
 
 @triton.jit
 def consider(place, s, t, slope, objective, p, up, gate, ratio, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """The entries move to `place` where that is better; also returns where."""
+    """Move the entries to `place` where that lowers the objective; return the new state and where it was lowered."""
     value, slope_there = activate(place, ACTIVATION)
     there = misfit(value, p, up, ratio, GATED) + (place - gate) * (place - gate)
     better = there < objective
@@ -69,6 +69,10 @@ def split(
     activated, up, gate, start, z_out, s_out, entries, ratio, steps,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
+    """Minimize the objective of a block of entries and store its minimizer `s`, with `GATED` also `z`.
+
+    Starts from `start`, the gate, the preimage that fits, and four fixed points; then takes `steps` damped Gauss-Newton steps.
+    """
     place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = place < entries
     p = tl.load(activated + place, mask=inside, other=0.0).to(tl.float32)
@@ -79,7 +83,7 @@ def split(
     if GATED:
         u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
         wanted = p / u
-        wanted = tl.where(wanted > 0, wanted, 0.0)  # NaN, of 0 / 0, is not above 0
+        wanted = tl.where(wanted > 0, wanted, 0.0)  # 0 / 0 is NaN, which is not above 0
     t, slope = activate(s, ACTIVATION)
     objective = misfit(t, p, u, ratio, GATED) + (s - m) * (s - m)
     s, t, slope, objective, better = consider(m, s, t, slope, objective, p, u, m, ratio, GATED, ACTIVATION)
@@ -117,7 +121,11 @@ def gated_split(
     ratio: float = 1.0,
     steps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `sparsekern.ops.gated_split`, for tensors of one shape and dtype."""
+    """Run the op `gated_split` for tensors of one shape and dtype; see `sparsekern.ops.gated_split`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
     activated, up, gate, start = alike(activated, up, gate, start)
     z, s = torch.empty_like(activated), torch.empty_like(activated)
     launch(activated, up, gate, start, z, s, activation, ratio, steps)
@@ -125,12 +133,24 @@ def gated_split(
 
 
 def alike(activated: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    """Return all tensors contiguous; raise a `ValueError` if their shapes, dtypes or devices differ."""
     for other in others:
         check_operand("up, gate, preactivation, start", other, activated, tuple(activated.shape), (activated.dtype,))
     return [tensor.contiguous() for tensor in (activated, *others)]
 
 
-def launch(activated, up, gate, start, z, s, activation: str, ratio: float, steps: int) -> None:
+def launch(
+    activated: torch.Tensor,
+    up: torch.Tensor | None,
+    gate: torch.Tensor,
+    start: torch.Tensor,
+    z: torch.Tensor | None,
+    s: torch.Tensor,
+    activation: str,
+    ratio: float,
+    steps: int,
+) -> None:
+    """Launch `split` on contiguous tensors of one shape and dtype; without `up` and `z` for `plain_split`."""
     if activated.numel():
         with on_device_of(activated):
             split[(triton.cdiv(activated.numel(), ENTRIES),)](
@@ -140,7 +160,7 @@ def launch(activated, up, gate, start, z, s, activation: str, ratio: float, step
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """Each dtype, each activation and both forms, not every combination: they differ in nothing else."""
+    """Yield each dtype, each activation and both forms once; their combinations need no other code."""
     for gated, dtype, activation in (
         (True, torch.bfloat16, "silu"),
         (True, torch.float16, "gelu_tanh"),

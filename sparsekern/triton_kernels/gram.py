@@ -10,7 +10,7 @@ from . import _product
 
 
 def gram_(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None, alpha: float = 1.0) -> None:
-    """The op `gram_`; what is above the diagonal stays as it is."""
+    """Run the op `gram_`, which leaves entries above the diagonal unchanged; see `sparsekern.ops.gram_`."""
     _product.add_product_over_rows(gram, x, x, row_mask=row_mask, alpha=alpha, lower=True, names=("gram", "x", "x"))
 
 

@@ -1,7 +1,7 @@
-"""`head_neuron_scores` in Triton: one kernel reads the weight, that of `feature_norm_`, and a small one makes scores of its sums.
+"""`head_neuron_scores` in Triton: the kernel of `feature_norm_` reads the weight, and a small one turns its sums into scores.
 
-Floor, on an H200: the bytes of the weight at 4.3 TB/s; bf16 [4096, 11008] in 0.02 ms.
-The columns' energies stay in float64 and are added in a fixed order, first over the splits of the rows, then over a unit's features.
+Floor, on an H200: the bytes of the weight at 4.3 TB/s; bf16 [4096, 11008] takes 0.02 ms. The columns' energies stay in float64 and are
+added in a fixed order: first over the splits of the rows, then over a unit's features.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ import triton.language as tl
 
 from ._common import CompileCase, check_operand, on_device_of
 
-FEATURES, SPLITS, WARPS = 64, 16, 4  # of a step
+FEATURES, SPLITS, WARPS = 64, 16, 4  # features and splits of a step, warps of a program
 
 
 class Tile(NamedTuple):
-    """Units of a program, and how many features of each are taken at a time."""
+    """The shape of a program.
+
+    Attributes:
+        units: units per program.
+        width: features of each unit taken at a time.
+    """
 
     units: int
     width: int
 
 
 def config(head_size: int) -> Tile:
-    """A step reads about `FEATURES` neighbouring features, of one head or of several units."""
+    """Return a tile whose step reads about `FEATURES` neighbouring features, of one head or of several units."""
     width = min(triton.next_power_of_2(head_size), FEATURES)
     return Tile(FEATURES // width, width)
 
@@ -36,7 +41,7 @@ def score_units(
     sums, sum_squares, scores, splits, units, head_size, weights, split_stride, squares_stride,
     SPLITS: tl.constexpr, UNITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The mean over each unit's weights, `weights` of them, of their squares times the energy of the feature that they read."""
+    """Store, for each unit, the mean over its `weights` weights of their squares times the energy of their input feature."""
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     total = tl.zeros((UNITS, WIDTH), dtype=tl.float64)
     for first in range(0, head_size, WIDTH):
@@ -55,7 +60,17 @@ def score_units(
 
 
 def score(sum_squares: torch.Tensor, sums: torch.Tensor, rows: int, head_size: int) -> torch.Tensor:
-    """The op, given the sums of squares of the weight's columns over each split of its `rows`, `[splits, features]` float64."""
+    """Return the scores of all units, `[units]` float32.
+
+    Args:
+        sum_squares: `[features]` float32, the energies of the input features.
+        sums: `[splits, features]` float64, the sums of squares of the weight's columns over each split of its rows.
+        rows: rows of the weight.
+        head_size: features of a unit; it divides `features`.
+
+    Raises:
+        ValueError: another shape or dtype, or a `head_size` that does not divide `features`.
+    """
     splits, features = sums.shape
     check_operand("sum_squares", sum_squares, sums, (features,))
     if head_size < 1 or features % head_size:
@@ -71,7 +86,10 @@ def score(sum_squares: torch.Tensor, sums: torch.Tensor, rows: int, head_size: i
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What is shipped, for every device the same; what lies between neurons and wide heads differs by the shape of a step."""
+    """Yield the shipped configurations of neurons and wide heads, the same for every device.
+
+    Heads of other sizes differ only in the shape of a step.
+    """
     pointers = {"sums": "*fp64:16", "sum_squares": "*fp32:16", "scores": "*fp32:16"}
     numbers = dict.fromkeys(("splits", "units", "weights"), "i32") | {"split_stride": "i32:16"}
     for head_size in (1, 64):

@@ -1,12 +1,12 @@
-"""`masked_lstsq` in Triton: conjugate gradients on all rows at once. An iteration is one product, of cuBLAS's, and one launch of `step`.
+"""`masked_lstsq` in Triton: conjugate gradients on all rows at once. An iteration is one cuBLAS product and one launch of `step`.
 
-Floor of `step`: of each weight it reads direction, product, solution, residual and mask, and writes solution, residual and direction:
-29 bytes; on an H200, [4096, 4096] in 0.11 ms at 4.3 TB/s, beside 2.1 ms of the product at the peak of float32. Nothing of the next
-direction can be written before all of the new residual's norm is known, so a row of up to `WIDEST` columns is held in registers and
-read once. A wider one is gone through three times, which reads direction, product and residual again, 12 bytes, out of the L2.
+Floor of `step`: per weight it reads direction, product, solution, residual and mask, and writes solution, residual and direction, 29 bytes.
+On an H200 [4096, 4096] takes 0.11 ms at 4.3 TB/s, beside 2.1 ms of the product at the float32 peak. The next direction depends on the norm
+of the whole new residual. A row of up to `WIDEST` columns is therefore held in registers and read once. A wider row is read three times;
+direction, product and residual, 12 bytes, are then read again from the L2 cache.
 
-A row that is done has `gamma`, its squared residual, set to zero: nothing of it is read or written any more, so that iterations beyond
-the last change nothing, and the host need not know at once.
+A finished row has `gamma`, its squared residual, set to zero and is no longer read or written. Iterations beyond the last therefore change
+nothing, and the host may learn later that all rows have finished.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ import triton.language as tl
 from ._common import GROUP, CompileCase, check_operand, lower_tile_at, lower_tiles, on_device_of
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-WIDEST = 16384  # columns that the registers of a multiprocessor hold, three numbers of each
-LEAST, WIDE = 2048, 4096  # entries of a program whose rows are short, and of a step through a row wider than `WIDEST`
-ENTRIES, MAX_WARPS = 512, 32  # of a warp, and of a program
-TILE, TILE_WARPS = 64, 4  # of the Gram matrix
+WIDEST = 16384  # columns that fit in the registers of a multiprocessor, three numbers each
+LEAST, WIDE = 2048, 4096  # entries of a program with short rows; columns of a step through a row wider than `WIDEST`
+ENTRIES, MAX_WARPS = 512, 32  # entries per warp; warps per program
+TILE, TILE_WARPS = 64, 4  # side of a tile of the Gram matrix; warps of its program
 NOT_FINITE = tl.constexpr(1)
-EXACT_FIT = 1e-6  # of its start, an error that is rounding
+EXACT_FIT = 1e-6  # share of the initial error that is rounding
 
 
 class Config(NamedTuple):
-    """The tile of a program; `whole`: it holds whole rows."""
+    """The tile of a program.
+
+    Attributes:
+        rows: rows of the tile.
+        columns: columns of the tile.
+        whole: whether the tile holds whole rows.
+        num_warps: warps per program.
+    """
 
     rows: int
     columns: int
@@ -40,7 +47,7 @@ class Config(NamedTuple):
 
 
 def config(columns: int) -> Config:
-    """One row a program, or as many as fill it where rows are short."""
+    """Return the tile for rows of `columns` entries: one row per program, or several short ones."""
     whole = columns <= WIDEST
     width = max(16, triton.next_power_of_2(columns)) if whole else WIDE
     rows = max(1, LEAST // width)
@@ -49,7 +56,7 @@ def config(columns: int) -> Config:
 
 @triton.jit
 def scale_gram(gram, scale, unit, status, features, stride, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """One tile of the lower triangle, scaled to a unit diagonal, written there and mirrored."""
+    """Scale one tile of the lower triangle to a unit diagonal, and store it and its mirror image."""
     tile_row, tile_column = lower_tile_at(tl.program_id(0), tl.cdiv(features, TILE), 1, GROUP)
     row = tile_row * TILE + tl.arange(0, TILE)
     column = tile_column * TILE + tl.arange(0, TILE)
@@ -69,7 +76,8 @@ def scale_gram(gram, scale, unit, status, features, stride, TILE: tl.constexpr, 
 
 @triton.jit
 def has_not_finite(value):
-    bad = (tl.abs(value) < float("inf")) == 0  # a NaN is below nothing
+    """Return whether a tile has a NaN or Inf."""
+    bad = (tl.abs(value) < float("inf")) == 0  # NaN compares false
     return tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0
 
 
@@ -78,7 +86,7 @@ def depart(
     weight, start, mask, scale, solution, direction, status, rows, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The weights to start from in the basis of the unit diagonal, and, as direction, their distance from the dense ones."""
+    """Store the initial weights in the basis of the unit diagonal, and as direction their distance from the dense weights."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     lane = tl.max_contiguous(tl.arange(0, COLUMNS), 4)[None, :]
     for first in range(0, columns, COLUMNS):
@@ -103,7 +111,7 @@ def begin(
     direction, product, residual, mask, gamma, error, floor, last, exact_fit, rows, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first direction, which is the residual, and the numbers of each row."""
+    """Store the first residual, which is also the first direction, and the scalars of each row."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < rows
     errors = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -131,9 +139,9 @@ def step(
     direction, product, solution, residual, mask, gamma, error, floor, last, latest, tolerance, iteration, rows, columns,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One iteration of the rows that are active, given the product of their directions; `latest` is set if one of them still is.
+    """Run one iteration of the active rows, given the product of their directions; set `latest` if a row stays active.
 
-    What a row does not keep is zero in its direction, residual and solution.
+    Pruned entries are zero in direction, residual and solution.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     before = tl.load(gamma + row, mask=row < rows, other=0.0)
@@ -179,7 +187,7 @@ def step(
                 tl.store(residual + place + first, r, mask=inside)
             after = tl.sum(sums, axis=1)
             beta = ratio(after, before)
-            tl.debug_barrier()  # the residual may be read by other threads than wrote it
+            tl.debug_barrier()  # threads read residuals that other threads wrote
             for first in range(0, columns, COLUMNS):
                 inside = active[:, None] & (first + lane < columns)
                 d = tl.load(direction + place + first, mask=inside, other=0.0)
@@ -187,7 +195,7 @@ def step(
                 s = tl.load(solution + place + first, mask=inside, other=0.0)
                 tl.store(solution + place + first, s + alpha[:, None] * d, mask=inside)
                 tl.store(direction + place + first, r + beta[:, None] * d, mask=inside)
-        tl.debug_barrier()  # one warp writes what all have read
+        tl.debug_barrier()  # all warps have read what one of them now writes
         decrease = alpha * before
         left = error_before - decrease
         going = active & (after > 0) & (decrease + decrease_before > tolerance * tl.maximum(left, least))
@@ -199,17 +207,30 @@ def step(
 
 @triton.jit
 def ratio(a, b):
-    """`a / b` where `b` is positive, else zero."""
+    """Return `a / b` where `b` is positive, else zero."""
     return tl.where(b > 0, tl.div_rn(a, tl.where(b > 0, b, 1.0)), 0.0)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The state of all rows, in the basis in which `unit`, the damped Gram matrix, has ones on its diagonal.
+    """The state of all rows, in the basis in which the damped Gram matrix has ones on its diagonal.
 
-    `solution`, `residual`, `direction` and `product` are `[rows, columns]`, `gamma`, `error`, `floor` and `last` `[rows]`, all float32;
-    `latest` is the last iteration that left a row active, `status` says what a kernel refuses: int32 on the device. A weight is
-    multiplied by `to_weight` to leave the basis.
+    All tensors are float32 if not noted otherwise.
+
+    Attributes:
+        unit: `[columns, columns]`, the damped Gram matrix in that basis.
+        to_weight: `[columns]`; a solution times it is a weight.
+        mask: `[rows, columns]` uint8, the kept entries.
+        solution: `[rows, columns]`, zero where pruned.
+        residual: `[rows, columns]`, zero where pruned.
+        direction: `[rows, columns]`, zero where pruned after `begin_`.
+        product: `[rows, columns]`, `direction` times `unit`, written by the caller.
+        gamma: `[rows]`, squared norm of the residual; zero for a finished row.
+        error: `[rows]`, the remaining error.
+        floor: `[rows]`, the error that counts as an exact fit.
+        last: `[rows]`, decrease of the error by the latest iteration.
+        latest: int32 on the device, the last iteration that left a row active.
+        status: int32 on the device, `NOT_FINITE` if an argument has a NaN or Inf.
     """
 
     unit: torch.Tensor
@@ -227,21 +248,22 @@ class Rows:
     status: torch.Tensor
 
     def begin_(self) -> None:
-        """Given the product of the direction that `depart` has left."""
+        """Start the iterations, given the product of the direction that `depart_` stored."""
         numbers = self.gamma, self.error, self.floor, self.last
         self._launch(begin, self.direction, self.product, self.residual, self.mask, *numbers, EXACT_FIT)
 
     def step_(self, tolerance: float, iteration: int) -> None:
-        """Given the product of the direction. Iterations are counted from one."""
+        """Run one iteration, given the product of the direction. Iterations are counted from one."""
         vectors = self.direction, self.product, self.solution, self.residual, self.mask
         numbers = self.gamma, self.error, self.floor, self.last, self.latest
         tile = config(self.solution.shape[1])
         self._launch(step, *vectors, *numbers, tolerance, iteration, tile=tile, WHOLE=tile.whole)
 
     def depart_(self, weight: torch.Tensor, start: torch.Tensor | None, scale: torch.Tensor) -> None:
+        """Store the initial solution and, as direction, its distance from the dense weight; `scale` is `[columns]` float32."""
         self._launch(depart, weight, start, self.mask, scale, self.solution, self.direction, self.status)
 
-    def _launch(self, kernel, *arguments, tile: Config | None = None, **constants) -> None:
+    def _launch(self, kernel: triton.JITFunction, *arguments: object, tile: Config | None = None, **constants: object) -> None:
         rows, columns = self.solution.shape
         tile = tile or config(min(columns, WIDE))
         with on_device_of(self.solution):
@@ -251,7 +273,18 @@ class Rows:
 
 
 def prepare(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start: torch.Tensor | None, damping: float) -> Rows:
-    """The rows as they are before the first product, which `begin_` waits for."""
+    """Return the state before the first product, on which `begin_` then works.
+
+    Args:
+        weight: `[rows, columns]`, bfloat16, float16 or float32.
+        gram: `[columns, columns]` float32, of which the lower triangle is read.
+        mask: `[rows, columns]` bool, the entries to keep.
+        start: initial weights in the shape and dtype of `weight`; None starts from `weight`.
+        damping: share of the mean diagonal added to the diagonal.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
     rows, columns = weight.shape
     check_operand("weight", weight, weight, (rows, columns), DTYPES)
     check_operand("gram", gram, weight, (columns, columns))
@@ -264,10 +297,12 @@ def prepare(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start:
     damped, dead = diagonal + damping * diagonal.mean(), diagonal <= 0
     to_basis, to_weight = (root.masked_fill(dead, 0).float() for root in (damped.sqrt(), damped.rsqrt()))
     unit = torch.empty_like(gram, memory_format=torch.contiguous_format)
-    vectors = (gram.new_empty((rows, columns)) for _ in range(4))
-    numbers = gram.new_empty((4, rows))
+    solution, residual, direction, product = (gram.new_empty((rows, columns)) for _ in range(4))
+    gamma, error, floor, last = gram.new_empty((4, rows))
     latest, status = torch.zeros(2, dtype=torch.int32, device=weight.device)
-    state = Rows(unit, to_weight, mask.contiguous().view(torch.uint8), *vectors, *numbers, latest, status)
+    keep = mask.contiguous().view(torch.uint8)
+    vectors = solution, residual, direction, product
+    state = Rows(unit, to_weight, keep, *vectors, gamma, error, floor, last, latest, status)
     with on_device_of(gram):
         scale_gram[(lower_tiles(triton.cdiv(columns, TILE), 1),)](
             gram, to_weight, unit, status, columns, gram.stride(0), TILE=TILE, GROUP=GROUP, num_warps=TILE_WARPS
@@ -277,7 +312,7 @@ def prepare(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What is shipped, for every device the same."""
+    """Yield the shipped configurations, the same for every device."""
     matrix, number = "*fp32:16", "i32:16"
     yield CompileCase(
         scale_gram,

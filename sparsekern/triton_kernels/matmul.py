@@ -1,6 +1,6 @@
-"""A float32 product with the error of float32 on the tensor cores, which cuBLAS has only without them.
+"""A float32 product on the tensor cores with the error of float32, which cuBLAS computes only without tensor cores.
 
-Floor, on an H200: three TF32 products, 131 TFLOP/s at the most; cuBLAS's float32 makes about 50. The kernel is in `_product.py`.
+Floor, on an H200: three TF32 products, at most 131 TFLOP/s; the float32 product of cuBLAS reaches about 50. The kernel is in `_product.py`.
 `[4096, k] @ [k, 128]` has 32 tiles, so its depth is split over 128 of the 132 multiprocessors.
 """
 
@@ -14,7 +14,10 @@ from . import _product
 
 
 def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0) -> None:
-    """`out += alpha * a @ b`, deterministically.
+    """Add `alpha * a @ b` to `out`, deterministically.
+
+    Views into larger row-major matrices are read and written in place. They are fastest if they begin, and their rows follow each
+    other, at multiples of four elements. Other strides cost a copy.
 
     Args:
         out: `[rows, columns]` float32, updated in place.
@@ -22,11 +25,8 @@ def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: f
         b: `[depth, columns]` float32.
         alpha: scale of the product.
 
-    Parts of larger row-major matrices are read and written where they lie; fastest where they begin and their rows follow each other
-    at multiples of four elements. Other strides cost a copy.
-
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: shapes, dtypes or devices that do not match.
     """
     _product.add_product_over_rows(out, a, b, alpha=alpha, turned=True, names=("out", "a", "b"))
 

@@ -1,14 +1,13 @@
-"""`nm_linear` in Triton: up to 16 tokens times the weight as it lies packed; for more it is unpacked first.
+"""`nm_linear` in Triton: up to 16 tokens times the packed weight; for more tokens the weight is unpacked first.
 
-Floor, on an H200: the packed bytes at 4.8 TB/s; 2:4 half values of [4096, 4096] take 18.9 MB and 3.9 us, the dense weight 7.0. In
-that time there are 13.8 instructions a stored value, and 24.6 before the dense weight would have been read. What ptxas makes of this
-for compute capability 9.0, in bfloat16:
+Floor, on an H200: the packed bytes at 4.8 TB/s. 2:4 16-bit values of [4096, 4096], 18.9 MB, take 3.9 us, the dense weight 7.0 us. That
+leaves 13.8 instructions per stored value, or 24.6 in the time of the dense weight. For compute capability 9.0 and bfloat16 ptxas emits:
 
-* One token, 17.7 a value, whatever the pattern. Values are not spread to their columns, `x` is picked for them: a thread has one place
-  in every row of its program, so that where its group begins is worked out once for all rows. Of 2:4, the threads of a warp pick from 64
-  neighbouring columns.
-* More tokens, half values and M of 4, 24 for any number of tokens: a thread expands a group of every row for the tensor cores.
-* More tokens otherwise, 22 for 2 and 76 for 16: picked as for one, from `x` turned round, so that one read picks for all of them.
+* One token: 17.7 per value for every pattern. Values are not spread to their columns; their factors are gathered from `x`. A thread has
+  one position in every row of its program, so that the first column of its group is computed once for all rows. With 2:4 the threads of
+  a warp gather from 64 neighbouring columns.
+* More tokens, 16-bit values and M of 4: 24 for any number of tokens. A thread expands a group of every row for the tensor cores.
+* More tokens otherwise: 22 for 2 tokens and 76 for 16. Factors are gathered from a transposed `x`, so that one read fetches all tokens.
 """
 
 from __future__ import annotations
@@ -24,20 +23,27 @@ from ..layouts.packed_rows import BLOCK_SLOTS, block_values, code_bits, stored_p
 from ._common import CompileCase, check_operand, device_of, on_device_of
 from ._packed_linear import COLUMNS, DTYPES, MOST_TOKENS, add_products, as_bias, as_matrix, side_by_side, store_product, warps_for
 
-TILE = 16  # rows that are expanded together, as the tensor cores have them
-WARPS = (8, 4)  # of such a tile; see `warps_for`
+TILE = 16  # rows expanded together: a tile of the tensor cores
+WARPS = (8, 4)  # most warps of such a tile; see `warps_for`
 
 
 class Config(NamedTuple):
-    """`rows` of a program, and its warps, each with 32 values of them at a time."""
+    """The shape of a program.
+
+    Attributes:
+        rows: rows per program.
+        warps: warps per program; each takes 32 values of a row at a time.
+    """
 
     rows: int
     warps: int
 
 
 def config(rows: int, kept: int, tokens: int, multiprocessors: int) -> Config:
-    """For rows of `kept` values. More rows share more work, more tokens leave registers for fewer of them, and every multiprocessor
-    should have a program."""
+    """Return the shape of a program for rows of `kept` values.
+
+    More rows share more work, more tokens leave registers for fewer rows, and every multiprocessor should have a program.
+    """
     most = 16 if tokens <= 2 else 8 if tokens <= 4 else 4
     while most > 4 and triton.cdiv(rows, most) < multiprocessors:
         most //= 2
@@ -46,7 +52,7 @@ def config(rows: int, kept: int, tokens: int, multiprocessors: int) -> Config:
 
 @triton.jit
 def stored_value(values, codes, row, k, inside, stored, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
-    """Value `k` of each row, and its position in its group."""
+    """Return value `k` of each row, and its position in its group."""
     place = k // BLOCK * BLOCK + k % BLOCK_SLOTS * (BLOCK // BLOCK_SLOTS) + k % BLOCK // BLOCK_SLOTS
     value = tl.load(values + row * stored + place, mask=inside, other=0.0)
     code = tl.load(codes + row * (stored * BITS // 32) + k * BITS // 32, mask=inside, other=0)
@@ -59,7 +65,7 @@ def multiply(
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Some rows times all `tokens`, by picking from `x`, `[columns, TOKENS]`."""
+    """Multiply some rows by all tokens, gathering from `x`, `[columns, TOKENS]`."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     values += first * stored
     codes += first * (stored * BITS // 32)
@@ -81,7 +87,7 @@ def multiply_fours(
     N: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     TOKENS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows times all `tokens`, `TOKENS` at most, by expanding groups of 4 columns."""
+    """Multiply some rows by all tokens, at most `TOKENS`, expanding groups of 4 columns."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     values += first * stored
     codes += first * (stored * BITS // 32)
@@ -110,7 +116,7 @@ def unpack(
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Some rows to the dense weight, which holds zeros."""
+    """Write the values of some rows to the dense weight, which holds zeros."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     values += first * stored
     codes += first * (stored * BITS // 32)
@@ -125,7 +131,19 @@ def unpack(
 
 
 def product(x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + b` for up to `MOST_TOKENS` tokens, `[..., rows]`; `values` and `codes` contiguous."""
+    """Return `x W^T + b`, `[..., rows]`, for up to `MOST_TOKENS` tokens.
+
+    Args:
+        x: `[..., columns]`, bfloat16, float16 or float32.
+        values: `[rows, stored]` in the dtype of `x`, contiguous.
+        codes: `[rows, stored * bits / 32]` int32, contiguous.
+        n: values kept of each group.
+        m: columns of a group.
+        bias: `[rows]` in the dtype of `x`, or None.
+
+    Raises:
+        ValueError: more tokens, or shapes, dtypes or devices that do not match.
+    """
     rows = len(values)
     y = x.new_empty((*x.shape[:-1], rows))
     x, bias = as_matrix(x), as_bias(bias, rows, x)
@@ -153,7 +171,7 @@ def product(x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, 
 
 
 def _turned(x: torch.Tensor, width: int) -> torch.Tensor:
-    """`[features, width]`, the tokens side by side; what is beyond them is multiplied, but never stored."""
+    """Return `x` transposed and padded to `[features, width]`; the padding is multiplied but never stored."""
     tokens, features = x.shape
     turned = x.new_empty((features, width))
     turned[:, :tokens] = x.t()
@@ -161,7 +179,11 @@ def _turned(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def unpacked(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns: int) -> torch.Tensor:
-    """The dense weight."""
+    """Return the dense weight, `[rows, columns]`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
     rows = len(values)
     _check(values, codes, columns, n, m, values)
     weight = values.new_zeros((rows, columns))
@@ -177,7 +199,7 @@ def unpacked(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns:
 
 
 def _check(values: torch.Tensor, codes: torch.Tensor, columns: int, n: int, m: int, x: torch.Tensor) -> None:
-    """What keeps the kernels inside the memory of the tensors, whatever is in them."""
+    """Raise if a packed tensor is smaller than the kernels assume, whatever it holds."""
     rows, stored = len(values), stored_per_row(columns, n, m, x.dtype)
     check_operand("values", values, x, (rows, stored), (x.dtype,))
     check_operand("codes", codes, x, (rows, stored * code_bits(m) // 32), (torch.int32,))
@@ -194,7 +216,7 @@ def _fours(dtype: torch.dtype, n: int, warps: int) -> dict[str, int]:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What asks for the most registers of each kernel; the same for every device."""
+    """Yield the configurations of each kernel that need the most registers, the same for every device."""
     for dtype, n, m, tokens in ((torch.bfloat16, 2, 4, 1), (torch.bfloat16, 4, 8, 8), (torch.float32, 3, 7, MOST_TOKENS)):
         yield _product_case(dtype, n, m, tokens)
     own, tiles = "*bf16:16", config(4096, 2048, 1, 132)

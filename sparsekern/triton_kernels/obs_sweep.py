@@ -1,24 +1,23 @@
-"""`obs_sweep` in Triton: what is done inside one block of columns. The loop over blocks is in `sparsekern.backends.obs_sweep`.
+"""`obs_sweep` in Triton: the work inside one block of columns. The loop over blocks is in `sparsekern.backends.obs_sweep`.
 
-Floor of the whole sweep: rows * columns^2 operations in the products between blocks, which are not done here. Inside a block a column
-waits for the one before it, so latency bounds this kernel: some 45 instructions and two shuffles a column for a given mask, 80 where
-groups are chosen, about 100 to 130 cycles, 0.3 ms for 4096 columns. It reads and writes each weight once, 0.02 ms for 4096 x 4096.
+Floor of the whole sweep: `rows * columns^2` operations in the products between blocks, which are not computed here. Inside a block each
+column waits for the previous one, so latency bounds this kernel. A column takes 100 to 130 cycles: about 45 instructions and two shuffles
+for a given mask, 80 where groups are chosen. 4096 columns take 0.3 ms. Each weight is read and written once, 0.02 ms for 4096 x 4096.
 
-A program owns 16 rows and takes a block in sub-blocks of `WIDTH` columns, whose weights it holds in registers as they stand *now*:
+A program owns 16 rows and takes a block in sub-blocks of `WIDTH` columns, whose current weights it holds in registers:
     now = weight + (pending + sum over earlier columns of the block of delta V) V_ss^-1.
-With `diag(V_ss) V_ss^-1 = I + R`, R strictly upper triangular, pruning column j is one rank-1 update, `now -= now_j R_j`, which leaves
-column j and all to its left as they are. So a column costs one masked sum, that reads it, and one multiply-add an element.
-* An explicit inverse would be poor numerics for a whole block; of a triangle of 32 columns it is as good as substitution. Everything
-  between sub-blocks is multiplied by V itself, as between blocks: products on the tensor cores in three TF32 passes, which have the
-  accuracy of float32.
-* A warp owns whole rows, four lanes each, so that nothing in the loop over columns waits for another warp. The loop is unrolled:
-  then it is known which of a lane's registers can hold a column, and the masked sum reads two registers instead of all.
+With `diag(V_ss) V_ss^-1 = I + R`, R strictly upper triangular, pruning column j is one rank-1 update, `now -= now_j R_j`. It leaves
+column j and all columns to its left unchanged. A column therefore costs one masked sum, which reads it, and one multiply-add per element.
+* The explicit inverse of a whole block would be inaccurate; that of a 32-column triangle is as accurate as substitution. Between
+  sub-blocks, as between blocks, V itself is multiplied: three TF32 passes on the tensor cores, with the accuracy of float32.
+* A warp owns whole rows, four lanes each, so that no warp waits for another inside the loop over columns. The loop is unrolled. The
+  compiler then knows which of a lane's registers can hold a column, and the masked sum reads two registers instead of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
@@ -26,9 +25,9 @@ import triton.language as tl
 
 from ._common import CompileCase, device_of, on_device_of
 
-ROWS = 16  # of a program
-CHUNK = 32  # earlier columns of the block that are multiplied at a time
-SCAN = 4096  # values that a program of `find_not_finite` reads: 32 or 64 bytes a thread in flight
+ROWS = 16  # rows per program
+CHUNK = 32  # earlier columns of the block multiplied at a time
+SCAN = 4096  # values read by a program of `find_not_finite`: 32 or 64 bytes in flight per thread
 COMPILED = (
     (2, 4),
     (4, 8),
@@ -39,7 +38,14 @@ COMPILED = (
 
 
 class Config(NamedTuple):
-    """Sub-blocks of `size` columns in registers, a power of two, of which `width` are used: as many whole groups as there is room."""
+    """The shape of a program.
+
+    Attributes:
+        part: columns of one pass of the loop over a sub-block, whole groups.
+        width: columns of a sub-block: as many whole parts as fit in `size`.
+        size: columns of a sub-block in registers, a power of two.
+        num_warps: warps per program.
+    """
 
     part: int
     width: int
@@ -48,10 +54,10 @@ class Config(NamedTuple):
 
 
 def config(columns: int, m: int, capability: tuple[int, int]) -> Config:
-    """For blocks of so many columns, in groups of `m` (0: none). Groups of more than 32 need the registers of more warps.
+    """Return the shape of a program for blocks of `columns` columns in groups of `m` (0: none).
 
-    With groups of 5 to 8, ptxas spills a few registers for compute capability 9 and later where two warps share the rows, and for 8
-    where one has them all.
+    Groups of more than 32 columns need the registers of more warps. With groups of 5 to 8, ptxas spills a few registers if two warps
+    share the rows on compute capability 9 and later, or if one warp has them all on compute capability 8.
     """
     size = 16 if columns <= 16 else 32 if m <= 32 else 64
     part = max(1, 16 // m) * m if m else 16
@@ -61,6 +67,7 @@ def config(columns: int, m: int, capability: tuple[int, int]) -> Config:
 
 @triton.jit
 def find_not_finite(x, status, elements, SCAN: tl.constexpr):
+    """Set `status` if `x` has a NaN or Inf."""
     index = tl.program_id(0).to(tl.int64) * SCAN + tl.arange(0, SCAN)
     value = tl.load(x + index, mask=index < elements, other=0.0).to(tl.float32)
     tl.store(status, 1, mask=tl.min((tl.abs(value) < float("inf")).to(tl.int32), axis=0) == 0)
@@ -68,9 +75,10 @@ def find_not_finite(x, status, elements, SCAN: tl.constexpr):
 
 @triton.jit
 def prepare_triangles(factor, triangles, columns, border, block, last, parts, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """Of sub-block `p` of `parts` of each block: `R`, `[SIZE, SIZE]`, and in one row more `diag(V_ss)`, 0 if dead or padding.
+    """Store `R`, `[SIZE, SIZE]`, and one more row, `diag(V_ss)`, for each of the `parts` sub-blocks of each block.
 
-    A block begins at every multiple of `border` and has `block` columns, the last one those up to column `last`.
+    Dead columns and padding have a zero in `diag(V_ss)`. A block begins at each multiple of `border` and has `block` columns; the last
+    block ends at column `last`.
     """
     index = tl.program_id(0)
     origin = index // parts * border
@@ -93,7 +101,7 @@ def prepare_triangles(factor, triangles, columns, border, block, last, parts, WI
 
 @triton.jit
 def choose_group(score, kept, lane, group, N: tl.constexpr, M: tl.constexpr, UNROLL: tl.constexpr):
-    """`kept` with the `N` largest scores of columns `[group, group + M)` set; of equal ones the lower columns."""
+    """Set `kept` for the `N` largest scores of columns `[group, group + M)`; ties go to the lower column."""
     before = tl.zeros(score.shape, tl.int32)
     for i in tl.range(0, M, loop_unroll_factor=UNROLL):
         other = tl.sum(tl.where(lane == group + i, score, 0.0), axis=1)[:, None]
@@ -107,11 +115,12 @@ def sweep_block(
     SCORE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     PART: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`width` columns of some rows, whose first all the pointers point at.
+    """Sweep `width` columns of some rows; all pointers point at the first of these columns.
 
-    With `M`, `N` of every `M` columns are kept, chosen from the weights as they stand when the group is reached, and `mask` is
-    written; else it is read. With `SCORE` nothing is pruned, and `scores` gets what removing each weight would cost. `delta` goes
-    from what is pending to the change of each weight; with `SCORE` it and `scores` have `delta_stride` elements a row.
+    With `M`, keeps `N` of every `M` columns, chosen from the current weights when the sweep reaches the group, and writes `mask`;
+    otherwise reads `mask`. With `SCORE`, prunes nothing and stores in `scores` the cost of removing each weight. `delta` holds the
+    pending updates on entry and the change of each weight on return. With `SCORE`, `delta` and `scores` have `delta_stride` elements a
+    row.
     """
     GROUP: tl.constexpr = M if M > 0 else PART
     UNROLL: tl.constexpr = GROUP if GROUP <= 16 else 8
@@ -168,65 +177,122 @@ def sweep_block(
             tl.store(new_weight + origin + first + tile, new.to(new_weight.dtype.element_ty), mask=here)
             if M > 0:
                 tl.store(mask + origin + first + tile, kept.to(tl.uint8), mask=here)
-            again = tl.load(weight + origin + first + tile, mask=here & alive, other=0.0).to(
-                tl.float32
-            )  # held, it would cost registers
+            # Reading the weight again saves the registers that would hold it.
+            again = tl.load(weight + origin + first + tile, mask=here & alive, other=0.0).to(tl.float32)
             tl.store(delta + delta_origin + first + delta_tile, again - new, mask=here)
-        tl.debug_barrier()  # the sub-blocks to come read delta across threads
+        tl.debug_barrier()  # later sub-blocks read `delta` across threads
         triangle += (SIZE + 1) * SIZE
     if not SCORE:
         own = row0 + tl.arange(0, ROWS)
         tl.store(row_error + own, tl.load(row_error + own, mask=own < rows, other=0.0) + error, mask=own < rows)
 
 
+class Block(Protocol):
+    """The columns of a block; see `sparsekern.backends.obs_sweep.Block`."""
+
+    @property
+    def last(self) -> int: ...
+
+    @property
+    def border(self) -> int: ...
+
+
+class Sweep(Protocol):
+    """The tensors of one sweep; see `sparsekern.backends.obs_sweep.Sweep`."""
+
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+    @property
+    def factor(self) -> torch.Tensor: ...
+
+    @property
+    def mask(self) -> torch.Tensor: ...
+
+    @property
+    def delta(self) -> torch.Tensor: ...
+
+    @property
+    def new_weight(self) -> torch.Tensor: ...
+
+    @property
+    def row_error(self) -> torch.Tensor: ...
+
+    @property
+    def status(self) -> torch.Tensor: ...
+
+
+class Triangles(NamedTuple):
+    """The triangles of all sub-blocks of a sweep, as `prepare_triangles` stores them.
+
+    Attributes:
+        tiles: the shape of the programs that they are prepared for.
+        parts: sub-blocks per block.
+        values: `[blocks * parts, size + 1, size]` float32.
+    """
+
+    tiles: Config
+    parts: int
+    values: torch.Tensor
+
+
 class TritonKernels:
     """The kernels of one sweep; see `sparsekern.backends.obs_sweep.Kernels`."""
 
-    def __init__(self, state) -> None:
+    def __init__(self, state: Sweep) -> None:
         self._state, self._mask = state, state.mask.view(torch.uint8)
-        self._tiles: Config | None = None  # chosen by the first call, with the triangles: a sweep has one kind of groups
+        self._prepared: Triangles | None = None  # by the first call: all groups of a sweep have one size
 
     def check_values(self) -> None:
+        """Set the status if the weight or the factor has a NaN or Inf."""
         with on_device_of(self._state.weight):
             for x in (self._state.weight, self._state.factor):
                 find_not_finite[(triton.cdiv(x.numel(), SCAN),)](x, self._state.status, x.numel(), SCAN=SCAN, num_warps=8)
 
     def prune(self, first: int, last: int, n: int, m: int) -> None:
+        """Prune columns `[first, last)` to the mask of the sweep, or with `m` to N of every M columns."""
         self._run(first, last, self._state.delta[:, first:], None, n, m)
 
     def prune_best(self, first: int, last: int, kept: int, scope: str) -> bool:
+        """Return False: the best weights are chosen by the caller, from their scores."""
         return False
 
     def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
+        """Store the cost of removing each weight of columns `[first, last)`; `delta` and `scores` begin with column `origin`."""
         self._run(first, last, delta[:, first - origin :], scores[:, first - origin :], 0, 0)
 
     def _run(self, first: int, last: int, delta: torch.Tensor, scores: torch.Tensor | None, n: int, m: int) -> None:
         state = self._state
         rows, columns = state.weight.shape
         with on_device_of(delta):
-            if self._tiles is None:
-                self._prepare(m)
+            if self._prepared is None:
+                self._prepared = self._prepare(m)
+            tiles = self._prepared.tiles
             mask, new_weight = (None, None) if scores is not None else (self._mask[:, first:], state.new_weight[:, first:])
             sweep_block[(triton.cdiv(rows, ROWS),)](
-                state.weight[:, first:], mask, state.factor[first:, first:], self._triangle(first), delta, scores, new_weight,
-                state.row_error, rows, columns, delta.stride(0), last - first, **_constants(self._tiles, scores is not None, n, m),
-                num_warps=self._tiles.num_warps, num_stages=1,
+                state.weight[:, first:], mask, state.factor[first:, first:], self._triangle(self._prepared, first), delta, scores, new_weight,
+                state.row_error, rows, columns, delta.stride(0), last - first, **_constants(tiles, scores is not None, n, m),
+                num_warps=tiles.num_warps, num_stages=1,
             )  # fmt: skip
 
-    def _prepare(self, m: int) -> None:
+    def _prepare(self, m: int) -> Triangles:
         blocks, factor = self._state.blocks, self._state.factor
-        self._tiles = tiles = config(blocks[0].last, m, device_of(factor).capability)
-        self._parts = triton.cdiv(blocks[0].last, tiles.width)
-        self._triangles = factor.new_empty((len(blocks) * self._parts, tiles.size + 1, tiles.size))
-        prepare_triangles[(len(self._triangles),)](
-            factor, self._triangles, len(factor), blocks[0].border, blocks[0].last, blocks[-1].last, self._parts,
+        tiles = config(blocks[0].last, m, device_of(factor).capability)
+        parts = triton.cdiv(blocks[0].last, tiles.width)
+        triangles = factor.new_empty((len(blocks) * parts, tiles.size + 1, tiles.size))
+        prepare_triangles[(len(triangles),)](
+            factor, triangles, len(factor), blocks[0].border, blocks[0].last, blocks[-1].last, parts,
             WIDTH=tiles.width, SIZE=tiles.size,
         )  # fmt: skip
+        return Triangles(tiles, parts, triangles)
 
-    def _triangle(self, first: int) -> torch.Tensor:
-        """Those of the sub-blocks from column `first` on."""
+    def _triangle(self, triangles: Triangles, first: int) -> torch.Tensor:
+        """Return the triangle of the sub-block that begins at column `first`; those of the next sub-blocks follow it in memory."""
         block, inside = divmod(first, self._state.blocks[0].border)
-        return self._triangles[block * self._parts + inside // self._tiles.width]
+        return triangles.values[block * triangles.parts + inside // triangles.tiles.width]
 
 
 def _constants(tiles: Config, score: bool, n: int, m: int) -> dict[str, object]:
@@ -243,10 +309,10 @@ def _constants(tiles: Config, score: bool, n: int, m: int) -> dict[str, object]:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What is shipped for devices of any compute capability."""
+    """Yield the shipped configurations for devices of `capability`."""
     for score, n, m in ((True, 0, 0), (False, 0, 0), *((False, n, m) for n, m in COMPILED)):
         yield _case("bf16", score, n, m, capability)
-    for dtype in ("fp32", "fp16"):  # which differ in loads and stores only
+    for dtype in ("fp32", "fp16"):  # they differ only in loads and stores
         yield _case(dtype, False, 2, 4, capability)
     for tiles in sorted({config(128, m, capability)._replace(num_warps=4) for m in (0, *(m for _, m in COMPILED))}):
         constants = {"WIDTH": tiles.width, "SIZE": tiles.size}

@@ -1,6 +1,6 @@
-"""`plain_split` in Triton. ReLU reads and writes each entry once, at the speed of memory; the other activations are searched for.
+"""`plain_split` in Triton. ReLU has a closed form, one pass at the speed of memory; other activations are searched.
 
-Floor of ReLU, on an H200: 8 bytes an entry in bf16; [2048, 11008] in 0.04 ms.
+Floor of ReLU, on an H200: 8 bytes an entry in bf16; [2048, 11008] takes 0.04 ms.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import triton.language as tl
 from ._common import CompileCase, on_device_of
 from .gated_split import DTYPES, alike, launch
 
-ENTRIES, WARPS = 1024, 4
+ENTRIES, WARPS = 1024, 4  # entries and warps of a program
 
 
 @triton.jit
 def split_relu(activated, preactivation, out, entries, ratio, scale, ENTRIES: tl.constexpr):
-    """The lower of the two parabolas' minima; `scale` is `1 / (1 + ratio)`."""
+    """Store the lower of the minima of the two parabolas; `scale` is `1 / (1 + ratio)`."""
     place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = place < entries
     p = tl.load(activated + place, mask=inside, other=0.0).to(tl.float32)
@@ -41,7 +41,11 @@ def plain_split(
     ratio: float = 1.0,
     steps: int = 4,
 ) -> torch.Tensor:
-    """As `sparsekern.ops.plain_split`, for tensors of one shape and dtype."""
+    """Run the op `plain_split` for tensors of one shape and dtype; see `sparsekern.ops.plain_split`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
     activated, preactivation, start = alike(activated, preactivation, start)
     z = torch.empty_like(activated)
     if activation != "relu":
@@ -55,6 +59,7 @@ def plain_split(
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
+    """Yield the shipped configurations of ReLU, the same for every device; the search is compiled by `gated_split`."""
     for name in DTYPES.values():
         pointers = dict.fromkeys(("activated", "preactivation", "out"), f"*{name}:16")
         yield CompileCase(

@@ -1,10 +1,10 @@
-"""`reverse_cholesky` around cuSOLVER: what turns the matrix round, and back, is fused into the copies that have to be made.
+"""`reverse_cholesky` around cuSOLVER: the copies that cuSOLVER needs anyway also reverse the matrix, and reverse the factor back.
 
-With `J` the reversal, `J H J = U^T U` gives `H = V V^T` for `V = J U^T J`. cuSOLVER works column by column, so `U` lies in memory as
-the rows of `U^T`, and turning a contiguous matrix round both ways is reading its memory backwards: `V` takes no transposition. On the
-way in, the lower triangle of the Gram matrix is written where `U` will be, turned round and transposed tile by tile.
+With `J` the reversal, `J H J = U^T U` gives `H = V V^T` for `V = J U^T J`. cuSOLVER is column-major, so `U` is stored as the rows of
+`U^T`. Reversing both axes of a contiguous matrix is reading its memory backwards, so that `V` needs no transposition. On the way in, the
+lower triangle of the Gram matrix is reversed and transposed, tile by tile, into the place of `U`.
 
-Floor: cuSOLVER's `features^3 / 3` operations; beside them half a matrix is read and written going in, and a whole one coming out.
+Floor: the `features^3 / 3` operations of cuSOLVER. Beside them, half a matrix is read and written on the way in, a whole one on the way out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ import triton.language as tl
 
 from ._common import CompileCase, check_operand, on_device_of
 
-TILE = 64  # of the transposition
-ROWS, COLUMNS = 8, 256  # of a copy
+TILE = 64  # side of a tile of the transposition
+ROWS, COLUMNS = 8, 256  # shape of a tile of the copy
 WARPS = 4
 NOT_FINITE = tl.constexpr(1)
 
 
 class Factor(NamedTuple):
-    """Of one attempt: `factor` is `[features, features]`; `failed` and `not_finite` are int32 on the device, 0 if all is well."""
+    """The result of one attempt.
+
+    Attributes:
+        factor: `[features, features]` float32, upper triangular.
+        failed: int32 scalar on the device, 0 if the factorization succeeded.
+        not_finite: int32 scalar on the device, set if the Gram matrix has a NaN or Inf.
+    """
 
     factor: torch.Tensor
     failed: torch.Tensor
@@ -34,8 +40,11 @@ class Factor(NamedTuple):
 
 @triton.jit
 def damp_and_reverse(gram, shift, operand, status, features, stride, TILE: tl.constexpr):
-    """One tile of the lower triangle: dead features get a diagonal of one, the others are shifted."""
-    # The tiles of a lower triangle, two rows of them at a time: the first has what the last lacks.
+    """Store one tile of the damped lower triangle, reversed and transposed.
+
+    The diagonal is one for dead features and shifted for all others.
+    """
+    # Tile rows are paired, the first with the last, so that every pair has the same number of tiles.
     x, y, tiles = tl.program_id(0), tl.program_id(1), tl.cdiv(features, TILE)
     tile_row = tl.where(x <= y, y, tiles - 1 - y)
     tile_column = tl.where(x <= y, x, x - y - 1)
@@ -44,7 +53,7 @@ def damp_and_reverse(gram, shift, operand, status, features, stride, TILE: tl.co
         column = tile_column * TILE + tl.arange(0, TILE)[None, :]
         inside = (row < features) & (column <= row)
         value = tl.load(gram + row.to(tl.int64) * stride + column, mask=inside, other=0.0)
-        bad = (tl.abs(value) < float("inf")) == 0  # a NaN is below nothing
+        bad = (tl.abs(value) < float("inf")) == 0  # NaN compares false
         if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
             tl.store(status, NOT_FINITE)
         damped = tl.where(value == 0.0, 1.0, value + tl.load(shift))
@@ -57,7 +66,7 @@ def damp_and_reverse(gram, shift, operand, status, features, stride, TILE: tl.co
 
 @triton.jit
 def read_backwards(upper, gram, mark, factor, features, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`V` from the memory of `U`: zeros below the diagonal, and on it the mark of dead features."""
+    """Store `V`, read from the memory of `U`, with zeros below the diagonal and the mark of dead features on it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < features) & (column < features)
@@ -70,7 +79,15 @@ def read_backwards(upper, gram, mark, factor, features, stride, ROWS: tl.constex
 
 
 def attempt(gram: torch.Tensor, damping: float) -> Factor:
-    """Factor `gram` `[features, features]` float32, of which the lower triangle is read, with that damping."""
+    """Factor the damped Gram matrix once.
+
+    Args:
+        gram: `[features, features]` float32, of which the lower triangle is read.
+        damping: share of the mean diagonal added to the diagonal.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
     features = len(gram)
     check_operand("gram", gram, gram, (features, features))
     gram = gram if gram.stride(1) == 1 else gram.contiguous()
@@ -87,7 +104,7 @@ def attempt(gram: torch.Tensor, damping: float) -> Factor:
         damp_and_reverse[(tiles + 1, triton.cdiv(tiles, 2))](
             gram, shift, operand, not_finite, features, gram.stride(0), TILE=TILE, num_warps=WARPS
         )
-        # The rows of `operand` are columns to cuSOLVER: it reads the triangle that was written, and copies without transposing.
+        # cuSOLVER takes the rows of `operand` as columns: it reads the stored triangle and copies without transposing.
         upper, failed = torch.linalg.cholesky_ex(operand.mT, upper=True)
         read_backwards[(triton.cdiv(features, ROWS), triton.cdiv(features, COLUMNS))](
             upper.mT.contiguous(), gram, mark, factor, features, gram.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
@@ -96,7 +113,7 @@ def attempt(gram: torch.Tensor, damping: float) -> Factor:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What is shipped, for every device the same."""
+    """Yield the shipped configurations, the same for every device."""
     matrix, number = "*fp32:16", {"features": "i32:16", "stride": "i32:16"}
     yield CompileCase(
         damp_and_reverse,

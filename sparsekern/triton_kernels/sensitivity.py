@@ -1,16 +1,16 @@
-"""`sensitivity_` in Triton: the layer's outputs by cuBLAS, tile by tile, and from each tile `importance += |W| * (|Y|^T |X|)`.
+"""`sensitivity_` in Triton: cuBLAS computes the layer's outputs a tile at a time; each tile adds `|W| * (|Y|^T |X|)` to `importance`.
 
-Floor, on an H200: `4 * tokens * out_features * in_features` operations at 790 TFLOP/s, half of them cuBLAS's; a batch of [16384, 4096]
-through a [4096, 4096] weight in 1.4 ms. What is moved beside them, at 4.3 TB/s:
+Floor, on an H200: `4 * tokens * out_features * in_features` operations at 790 TFLOP/s, half of them in cuBLAS. A batch of [16384, 4096]
+through a [4096, 4096] weight takes 1.4 ms. Memory traffic beside it, at 4.3 TB/s:
 
-* A tile of outputs is written and read once, 4 bytes an output in bf16: 0.06 ms. Its absolute values are taken in the registers of the
-  second product (`_product.py`), and so they are never in memory.
-* `importance` is read and written, and the weight read, once a tile of outputs, where that product ends: 0.04 ms.
-* `x` is read once more and its absolute values are written, 0.06 ms: the second operand of a wgmma cannot be changed on the way to it.
-  The same pass looks for NaN and Inf, for which `x` has to be read anyway, and leaves out what is masked.
+* A tile of outputs is written and read once, 4 bytes an output in bf16: 0.06 ms. The second product takes absolute values in registers
+  (`_product.py`), so they are never in memory.
+* `importance` is read and written, and the weight read, once per tile of outputs, at the end of that product: 0.04 ms.
+* `x` is read once more and its absolute values are written, 0.06 ms: wgmma takes its second operand only from shared memory, unchanged.
+  The same pass looks for NaN and Inf, for which `x` must be read anyway, and zeros the masked rows.
 
-Whether an output overflows is seen in the sums that it spoils, and costs nothing. A kernel that finds NaN or Inf in the weight or in
-`x` makes all that come after it leave `importance` alone, so that the device is waited for once, at the end.
+An overflowing output shows in the sums that it spoils, at no cost. A kernel that finds NaN or Inf in the weight or in `x` makes all later
+kernels leave `importance` unchanged, so that the host waits for the device only once, at the end.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ import triton.language as tl
 from . import _product
 from ._common import CompileCase, aligned_width, check_operand, on_device_of
 
-ROWS, COLUMNS, WARPS = 16, 256, 4  # of a program of `take_sizes`
-OUTPUT_BYTES = 2**28  # that a tile of outputs takes at the most
-OUTPUT_ROWS = 16384  # of the weight, likewise
-DTYPES = (torch.bfloat16, torch.float32)  # float16 differs from bfloat16 by the type alone
+ROWS, COLUMNS, WARPS = 16, 256, 4  # tile and warps of a program of `take_sizes`
+OUTPUT_BYTES = 2**28  # limit for a tile of outputs
+OUTPUT_ROWS = 16384  # most rows of the weight in a tile of outputs
+DTYPES = (torch.bfloat16, torch.float32)  # float16 differs from bfloat16 only in the type
 
 
 class Outputs(NamedTuple):
-    """A tile of the layer's outputs: those of the tokens `x[tokens]` from the weight's rows `weight[rows]`."""
+    """A tile of the layer's outputs.
+
+    Attributes:
+        tokens: its tokens, `x[tokens]`.
+        rows: its rows of the weight, `weight[rows]`.
+        values: the outputs, `[tokens, rows]`.
+    """
 
     tokens: slice
     rows: slice
@@ -40,18 +46,20 @@ class Outputs(NamedTuple):
 
 
 class Tile(NamedTuple):
+    """The shape of a tile of outputs."""
+
     tokens: int
     rows: int
 
 
 def config(tokens: int, rows: int, dtype: torch.dtype) -> Tile:
-    """How many outputs exist at a time: as many as have room, so that `importance` is seldom read, in tiles of about one size."""
+    """Return the largest tile of outputs within the limits, so that `importance` is read rarely, in tiles of about equal size."""
     rows = _even_part(rows, OUTPUT_ROWS, 128)
     return Tile(_even_part(tokens, OUTPUT_BYTES // (rows * dtype.itemsize), 64), rows)
 
 
 def _even_part(whole: int, most: int, step: int) -> int:
-    """`whole` in as few equal parts as are at most `most`, a multiple of `step`: the size of a part, a multiple of `step` too."""
+    """Return the size of a part, a multiple of `step`, if `whole` is split into as few equal parts of at most `most` as possible."""
     parts = triton.cdiv(whole, most // step * step)
     return triton.cdiv(triton.cdiv(whole, parts), step) * step
 
@@ -60,7 +68,7 @@ def _even_part(whole: int, most: int, step: int) -> int:
 def take_sizes(
     x, row_mask, sizes, status, rows, columns, width, x_stride, sizes_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """`sizes = |x|` where it is given, with zeros in masked rows; `status` is set by a NaN or Inf in a row that is used."""
+    """Store `|x|` in `sizes`, if given, with zeros in masked rows; set `status` if an unmasked row has a NaN or Inf."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     used = row < rows
@@ -78,10 +86,20 @@ def take_sizes(
 def add_(
     importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None, checked: bool
 ) -> torch.Tensor | None:
-    """The op `sensitivity_`; where values are `checked`, with a status of two int32.
+    """Run the op `sensitivity_` and return its status, two int32 on the device, or None.
 
-    The first is set by a NaN or Inf in `weight` or in a row of `x` that is used, and `importance` is then unchanged. The second is set
-    by a sum that is not finite: since an output overflowed, or since there are too many too large ones, which is no error.
+    The first is set if `weight` or an unmasked row of `x` has a NaN or Inf; `importance` is then unchanged. The second is set if a sum
+    is not finite: an output overflowed, which is an error, or the sum of finite outputs did, which is none.
+
+    Args:
+        importance: `[out_features, in_features]` float32, updated in place.
+        weight: `[out_features, in_features]` in the dtype of `x`.
+        x: `[tokens, in_features]`, bfloat16, float16 or float32.
+        row_mask: `[tokens]` bool, the tokens to include; None includes all.
+        checked: look for NaN and Inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
     """
     (rows, features), tokens = importance.shape, len(x)
     check_operand("x", x, importance, (tokens, features), _product.DTYPES)
@@ -108,11 +126,11 @@ def add_(
 
 
 def outputs_of(weight: torch.Tensor, x: torch.Tensor) -> Iterator[Outputs]:
-    """The layer's outputs, rounded to the dtype of `x` as the layer rounds them, a tile at a time in the same memory."""
+    """Yield the layer's outputs a tile at a time, rounded to the dtype of `x` as the layer rounds them; all tiles share memory."""
     if not (x.numel() and len(weight)):
         return
     tile = config(len(x), len(weight), x.dtype)
-    memory = x.new_empty((min(tile.tokens, len(x)), tile.rows))  # whose rows begin where they can be copied by 16 bytes
+    memory = x.new_empty((min(tile.tokens, len(x)), tile.rows))  # its rows begin at multiples of 16 bytes
     for token in range(0, len(x), tile.tokens):
         for row in range(0, len(weight), tile.rows):
             tokens, rows = slice(token, token + tile.tokens), slice(row, row + tile.rows)
@@ -130,7 +148,7 @@ def _launch(x: torch.Tensor, row_mask: torch.Tensor | None, sizes: torch.Tensor 
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """What is shipped for devices of that compute capability."""
+    """Yield the shipped configurations for devices of `capability`."""
     for dtype in DTYPES:
         name = _product.DTYPES[dtype]
         pointers = {"x": f"*{name}:16", "row_mask": "*i1:16", "sizes": f"*{name}:16", "status": "*i32:16"}
