@@ -125,12 +125,13 @@ def prepared(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def environment(model: nn.Module) -> dict[str, object]:
-    """What the last bit of a result may hang on besides the settings."""
+    """Return what the last bit of a result may depend on besides the settings."""
     return {
         "sparsekern": __version__,
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
     }

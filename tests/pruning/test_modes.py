@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparsekern
+from sparsekern.pruning.checkpoint import Checkpoint
 from tests import encoders
 from tests.tiny import llama
 
@@ -211,6 +212,23 @@ def test_transforms_and_fake_tensors_are_refused():
     with FakeTensorMode(), pytest.raises(ValueError, match="expected a call outside of FakeTensorMode"):
         pruned(model=model)
     assert same(model.state_dict(), llama().state_dict())
+
+
+def test_resuming_at_another_precision_of_products_is_said(tmp_path, monkeypatch):
+    def interrupted(self, index, result, save=Checkpoint.save):
+        save(self, index, result)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", interrupted)
+        pruned(out=tmp_path / "out")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.warns(sparsekern.SparsekernWarning, match="resumed with another float32_matmul; the result may differ"):
+            pruned(out=tmp_path / "out", resume=True)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def in_threads(*calls) -> list:
