@@ -65,7 +65,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         source: HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) for source, text in texts.items()
     }
     options = {"tokenizer": tokenizer, "samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
-    calibrations = {source: as_calibration(source, model, **options) for source in arguments.calibration}
+    calibrations = {source: as_calibration(source, **options).read(model) for source in arguments.calibration}
     amount = describe_calibration(next(iter(calibrations.values())))
     report = prune_continually(
         model,

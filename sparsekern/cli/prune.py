@@ -141,7 +141,7 @@ def _calibration(
     if not method.needs_data and not arguments.report_error:
         return None, ""
     options = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
-    calibration = as_calibration(source, model, tokenizer=tokenizer, sentences=sentences, **options)
+    calibration = as_calibration(source, tokenizer=tokenizer, sentences=sentences, **options).read(model)
     return calibration, describe_calibration(calibration)
 
 

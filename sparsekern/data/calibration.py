@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,9 +31,55 @@ def is_source(calibration: object) -> bool:
     return isinstance(calibration, (str, os.PathLike))
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text to calibrate on, which is read once the model is known and checked.
+
+    Attributes:
+        source: anything that `read_documents` takes.
+        tokenizer: a transformers tokenizer, that of the model.
+        samples: number of windows or sentences; None is 128 windows or 1024 sentences.
+        length: tokens in a window, or beyond which a sentence is cut off; None is 2048, or the model's positions where they are fewer.
+        seed: of the choice of windows or sentences.
+        sentences: read sentences, as an encoder takes them, instead of windows of running text.
+    """
+
+    source: Source
+    tokenizer: Any
+    samples: int | None = None
+    length: int | None = None
+    seed: int = 0
+    sentences: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"tokenizer: expected the model's tokenizer, which calibration={str(self.source)!r} is read with; got None"
+            )
+        check_tokenizer(self.tokenizer)
+        for name, value in (("samples", self.samples), ("length", self.length)):
+            if value is not None:
+                check_count(name, value)
+
+    def read(self, model: nn.Module) -> torch.Tensor | list[dict[str, torch.Tensor]]:
+        """Read the samples, none of them longer than `model` has positions.
+
+        Returns:
+            `[samples, length]` int64, or for sentences a list of batches.
+
+        Raises:
+            ValueError: `length` is above the model's positions; too little text; and what `read_documents` raises.
+        """
+        length = window_length(model, self.length)
+        if self.sentences:
+            samples = SENTENCES if self.samples is None else self.samples
+            return sentence_batches(self.source, self.tokenizer, samples=samples, length=length, seed=self.seed)
+        samples = WINDOWS if self.samples is None else self.samples
+        return calibration_ids(self.source, self.tokenizer, samples=samples, length=length, seed=self.seed)
+
+
 def as_calibration(
     calibration: Any,
-    model: nn.Module,
     *,
     tokenizer: Any = None,
     samples: int | None = None,
@@ -40,55 +87,29 @@ def as_calibration(
     seed: int = 0,
     sentences: bool = False,
 ) -> Any:
-    """Read the text that `calibration` names, and return other calibration data unchanged.
-
-    Args:
-        calibration: anything that `read_documents` takes, or token ids in any form that `sparsekern.prune` takes, or None.
-        model: whose positions limit the length of a window.
-        tokenizer: a transformers tokenizer, that of the model.
-        samples: number of windows or sentences; None is 128 windows or 1024 sentences.
-        length: tokens in a window, or beyond which a sentence is cut off; None is 2048, or the model's positions where they are fewer.
-        seed: of the choice of windows or sentences.
-        sentences: read sentences, as an encoder takes them, instead of windows of running text.
-
-    Returns:
-        `[samples, length]` int64, or for sentences a list of batches, for a text; otherwise `calibration`.
+    """Return a `CalibrationText` for the name of a text, and other calibration data unchanged. The other arguments are the text's.
 
     Raises:
-        TypeError: `samples` or `length` is not a whole number.
-        ValueError: a text without `tokenizer`; `samples` or `length` without a text, below 1, or above the model's positions; too little
-            text; and what `read_documents` raises.
+        TypeError: something else than a tokenizer; `samples` or `length` is not a whole number.
+        ValueError: a text without `tokenizer`; `samples` or `length` below 1, or given without a text.
     """
-    if not is_source(calibration):
-        for name, value in (("samples", samples), ("length", length)):
-            if value is not None:
-                raise ValueError(f"{name}: expected None, calibration is no text to be cut into samples; got {value!r}")
-        return calibration
-    check_tokenizer(tokenizer, "calibration", calibration)
-    length = window_length(model, length)
-    if sentences:
-        samples = SENTENCES if samples is None else samples
-        return sentence_batches(calibration, tokenizer, samples=samples, length=length, seed=seed)
-    samples = WINDOWS if samples is None else samples
-    return calibration_ids(calibration, tokenizer, samples=samples, length=length, seed=seed)
+    if is_source(calibration):
+        return CalibrationText(calibration, tokenizer, samples, length, seed, sentences)
+    for name, value in (("samples", samples), ("length", length)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None, calibration is no text to be cut into samples; got {value!r}")
+    return calibration
 
 
 def describe_calibration(calibration: torch.Tensor | Sequence[Mapping[str, torch.Tensor]]) -> str:
-    """Return in words how much `as_calibration` read."""
+    """Return in words how much a `CalibrationText` read."""
     if isinstance(calibration, torch.Tensor):
         return f"{len(calibration)} x {calibration.shape[1]} tokens"
     return f"{sum(len(batch['input_ids']) for batch in calibration)} sentences"
 
 
-def check_tokenizer(tokenizer: Any, argument: str, source: object) -> None:
-    """Raise unless there is a tokenizer to read the text of `argument` with.
-
-    Raises:
-        ValueError: there is none.
-        TypeError: something else was given.
-    """
-    if tokenizer is None:
-        raise ValueError(f"tokenizer: expected the model's tokenizer, which {argument}={str(source)!r} is read with; got None")
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `TypeError` for what cannot be called on a text."""
     if not callable(tokenizer):
         raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
 

@@ -50,10 +50,7 @@ def perplexity(
     """
     _check_model(model)
     length = window_length(model, length)
-    if is_source(ids):
-        check_tokenizer(tokenizer, "ids", ids)
-        ids = evaluation_ids(ids, tokenizer, length)
-    windows = evaluation_windows(model, ids, length)
+    windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
     training = model.training
     model.eval()
     try:
@@ -67,6 +64,21 @@ def perplexity(
         model.train(training)
     mean = total / (len(windows) * (length - 1))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def as_evaluation(ids: torch.Tensor | str | os.PathLike, tokenizer: Any, length: int) -> torch.Tensor:
+    """Return the windows of a text, `[windows, length]`; a tensor unchanged.
+
+    Raises:
+        TypeError: something else than a tokenizer.
+        ValueError: a text without `tokenizer`; and what `evaluation_ids` raises.
+    """
+    if not is_source(ids):
+        return ids
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: expected the model's tokenizer, which ids={str(ids)!r} is read with; got None")
+    check_tokenizer(tokenizer)
+    return evaluation_ids(ids, tokenizer, length)
 
 
 def evaluation_windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> list[torch.Tensor]:

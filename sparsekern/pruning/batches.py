@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from ..data import CalibrationText
 from ..models.limits import check_token_ids
 
 # On a CPU: enough rows for the matrix products to run at full speed; more only makes the activations fall out of the caches.
@@ -17,7 +19,7 @@ TOKENS_PER_BATCH = 2048
 # one block's activations take 0.1 MB a token in a model of 7B weights and 0.3 MB in one of 70B.
 MOST_TOKENS_PER_BATCH = 32768
 DEVICE_BYTES_PER_TOKEN = 4 << 20
-Calibration = torch.Tensor | Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
+Calibration = torch.Tensor | Iterable[torch.Tensor | Mapping[str, torch.Tensor]] | str | os.PathLike | CalibrationText
 
 
 @dataclass(frozen=True)

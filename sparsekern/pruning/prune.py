@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..backends.libraries import check_isa
+from ..data import as_calibration
 from ..methods import GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
 from ..pattern import parse_pattern
 from ..reports.report import Report
@@ -34,6 +35,9 @@ def prune(
     pattern: PatternLike | None = None,
     calibration: Calibration | None = None,
     *,
+    tokenizer: Any = None,
+    samples: int | None = None,
+    length: int | None = None,
     seed: int = 0,
     out: str | os.PathLike | None = None,
     resume: bool = False,
@@ -58,7 +62,12 @@ def prune(
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object. None is `"2:4"`,
             and all that `KPrune` takes, whose `remove` is the share of FLOPs (or parameters) to remove.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
-            and `attention_mask` (padding is left out of every statistic). Magnitude needs none.
+            and `attention_mask` (padding is left out of every statistic); or a text that `sparsekern.data.read_documents` takes, such
+            as `"wiki.txt"`, `"hf:NAME"` or `"builtin:python-docs"`. Magnitude needs none.
+        tokenizer: the model's tokenizer, which a text is read with.
+        samples: of a text, how many windows (None is 128), or for `KPrune` how many sentences (None is 1024).
+        length: tokens in a window of a text, or beyond which a sentence is cut off. None is 2048, or the model's positions where they are
+            fewer.
         seed: seeds all random numbers; the same seed gives the same result. The global generator is left alone.
         out: a new or empty folder. Each finished block is kept there until, at the end, the pruned model, `report.json` and
             `report.html` are saved to it.
@@ -97,7 +106,14 @@ def prune(
         raise ValueError("resume: expected out, the folder of the run to go on with")
     request = Request(
         pattern=None if pattern is None else parse_pattern(pattern),
-        calibration=calibration,
+        calibration=as_calibration(
+            calibration,
+            tokenizer=tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            sentences=isinstance(method, RemovalMethod),
+        ),
         include=include,
         exclude=exclude,
         patterns=patterns,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
+from ..data import CalibrationText
 from ..methods import Method
 from ..models.limits import positions, vocabulary
 from ..models.linears import linear_weight
@@ -43,6 +44,8 @@ def batches_for(model: nn.Module, method: Method, calibration: Calibration | Non
         raise ValueError(
             f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None"
         )
+    if isinstance(calibration, CalibrationText):
+        calibration = calibration.read(model)
     return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary(model), positions(model))
 
 

@@ -176,19 +176,19 @@ def test_evaluation_takes_the_held_out_part_from_its_beginning(words):
 def test_a_text_becomes_calibration(text):
     words, model = wrapping("<bos> $A"), tiny.llama()
     assert is_source(text) and is_source("hf:wikitext") and not is_source(torch.zeros(1)) and not is_source(None)
-    given = as_calibration(text, model, tokenizer=words, samples=3, length=16, seed=2)
+    given = as_calibration(text, tokenizer=words, samples=3, length=16, seed=2).read(model)
     assert torch.equal(given, calibration_ids(text, words, samples=3, length=16, seed=2))
     assert describe_calibration(given) == "3 x 16 tokens"
-    assert as_calibration(str(text), model, tokenizer=words).shape == (128, 64)  # the model's positions
+    assert as_calibration(str(text), tokenizer=words).read(model).shape == (128, 64)  # the model's positions
 
 
 def test_a_text_becomes_sentences():
     words, model = wrapping("<bos> $A <eos>"), encoders.tiny("bert")
-    given = as_calibration("builtin:python-docs", model, tokenizer=words, samples=9, seed=3, sentences=True)
+    given = as_calibration("builtin:python-docs", tokenizer=words, samples=9, seed=3, sentences=True).read(model)
     expected = sentence_batches("builtin:python-docs", words, samples=9, length=64, seed=3)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(given, expected, strict=True))
     assert describe_calibration(given) == "9 sentences"
-    whole = as_calibration("builtin:python-docs", model, tokenizer=words, length=8, sentences=True)
+    whole = as_calibration("builtin:python-docs", tokenizer=words, length=8, sentences=True).read(model)
     assert describe_calibration(whole) == "1024 sentences"
 
 
@@ -197,29 +197,30 @@ def test_the_default_samples_and_length(monkeypatch, words):
 
     asked = []
     monkeypatch.setattr(calibration, "calibration_ids", lambda source, tokenizer, **options: asked.append(options))
-    as_calibration("a.txt", tiny.llama(max_position_embeddings=4096), tokenizer=words)
-    as_calibration("a.txt", torch.nn.Linear(1, 1), tokenizer=words, seed=7)
+    as_calibration("a.txt", tokenizer=words).read(tiny.llama(max_position_embeddings=4096))
+    as_calibration("a.txt", tokenizer=words, seed=7).read(torch.nn.Linear(1, 1))
     assert asked == [{"samples": 128, "length": 2048, "seed": 0}, {"samples": 128, "length": 2048, "seed": 7}]
 
 
 @pytest.mark.parametrize("given", [None, torch.zeros(1, 4, dtype=torch.int64), [torch.zeros(1, 4, dtype=torch.int64)]])
 def test_what_is_no_text_stays_as_it_is(given):
-    assert as_calibration(given, tiny.llama()) is given
+    assert as_calibration(given) is given
     for option in ("samples", "length"):
         with pytest.raises(ValueError, match=f"{option}: expected None, calibration is no text to be cut into samples; got 4"):
-            as_calibration(given, tiny.llama(), **{option: 4})
+            as_calibration(given, **{option: 4})
 
 
-def test_a_text_needs_a_tokenizer(text):
-    with pytest.raises(
-        ValueError, match="tokenizer: expected the model's tokenizer, which calibration='hf:wikitext' is read with; got None"
-    ):
-        as_calibration("hf:wikitext", tiny.llama())
+def test_a_text_needs_a_tokenizer(text, words):
+    message = "tokenizer: expected the model's tokenizer, which calibration='hf:wikitext' is read with; got None"
+    with pytest.raises(ValueError, match=message):
+        as_calibration("hf:wikitext")
     with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got int"):
-        as_calibration(text, tiny.llama(), tokenizer=3)
+        as_calibration(text, tokenizer=3)
+    with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
+        as_calibration(text, tokenizer=words, samples=0)
 
 
-@pytest.mark.parametrize("options", [{"length": 65}, {"length": 65, "sentences": True}])
-def test_a_window_fits_the_model(text, words, options):
+@pytest.mark.parametrize("sentences", [False, True])
+def test_a_window_fits_the_model(text, words, sentences):
     with pytest.raises(ValueError, match="length: expected at most 64, the positions of this model, got 65"):
-        as_calibration(text, tiny.llama(), tokenizer=words, **options)
+        as_calibration(text, tokenizer=words, length=65, sentences=sentences).read(tiny.llama())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...backends.libraries import check_isa
-from ...data.perplexity import evaluation_windows
+from ...data import as_calibration, is_source
+from ...data.perplexity import as_evaluation, evaluation_windows
 from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
+from ...models.limits import window_length
 from ...reports.continual import ContinualReport
 from ...runtime import check_format, check_output_folder, save
 from ...runtime.save import DENSE
@@ -32,7 +35,10 @@ def prune_continually(
     method: str | Method = "copal",
     pattern: PatternLike = "2:4",
     *,
-    evaluate: Mapping[str, torch.Tensor] | None = None,
+    tokenizer: Any = None,
+    samples: int | None = None,
+    length: int | None = None,
+    evaluate: Mapping[str, torch.Tensor | str | os.PathLike] | None = None,
     state: str | os.PathLike | None = None,
     seed: int = 0,
     out: str | os.PathLike | None = None,
@@ -44,7 +50,6 @@ def prune_continually(
     exclude: Choice = None,
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
-    length: int = 2048,
     format: str = DENSE,
 ) -> ContinualReport:
     """Prune a transformers decoder in place for one data set after another; it ends as pruned for all of them.
@@ -61,11 +66,15 @@ def prune_continually(
 
     Args:
         model: the dense model, or with a `state` that has seen data, also the model as it was left then.
-        calibrations: name -> calibration data as `prune` takes them, in the order in which the model meets them.
+        calibrations: name -> calibration data as `prune` takes them, texts included, in the order in which the model meets them.
         method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
+        tokenizer: the model's tokenizer, which texts in `calibrations` and `evaluate` are read with.
+        samples: how many windows of each text in `calibrations`; None is 128.
+        length: tokens in a window, of `evaluate` and of texts in `calibrations`. None is 2048, or the model's positions where they are
+            fewer.
         evaluate: name of a data set -> token ids to take the perplexity on after its step and after every later one, and of the dense
-            model; `[tokens]` or `[rows, tokens]` as `perplexity` takes them. A `state` remembers them by a digest, and takes no others
+            model; `[tokens]`, `[rows, tokens]` or a text as `perplexity` takes them. A `state` remembers them by a digest, and takes no others
             under that name.
         state: a folder for what is to be known when the next data set comes, in this process or another: dense weights,
             accumulated tensors and pruned weights of the linears, and the names of the data sets. None keeps it in memory for this
@@ -79,7 +88,6 @@ def prune_continually(
             set is lost or turned out bad. It can then be left out, or come again changed.
         strategy: `"accumulate"`, `"dense"` or `"carry"`.
         include, exclude, patterns, batch_size: as for `prune`.
-        length: tokens in a window of `evaluate`.
         format: of what is saved to `out`, as for `prune`.
 
     Returns:
@@ -102,7 +110,8 @@ def prune_continually(
     check_format(format)
     with plain_modes(model) as model:
         plan = make_plan(model, pattern, patterns, include, exclude)
-        data_sets = _data_sets(model, method, calibrations, batch_size)
+        data_sets = _data_sets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
+        length = window_length(model, length)
         if out is not None:
             check_saveable(model)
             check_format_fits(model, plan.patterns, format)
@@ -112,7 +121,8 @@ def prune_continually(
         if resume and abandon:
             raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
         with State.opened(state) as known:
-            evaluate = _checked_evaluation(model, evaluate, {name for name, _ in known.seen} | data_sets.keys(), length)
+            names = {name for name, _ in known.seen} | data_sets.keys()
+            evaluate = _checked_evaluation(model, evaluate, names, length, tokenizer)
             loop = ContinualLoop(
                 model,
                 plan,
@@ -163,17 +173,29 @@ def _adds_up(method: Method) -> bool:
     return method.needs is not None or isinstance(method, Magnitude)
 
 
-def _data_sets(
-    model: nn.Module, method: Method, calibrations: Mapping[str, Calibration], batch_size: int | None
-) -> dict[str, list[Batch]]:
+def _texts_told(
+    calibrations: Mapping[str, Calibration], tokenizer: Any, samples: int | None, length: int | None, seed: int
+) -> dict[str, Calibration]:
+    """Return the calibration data with each name of a text replaced by the text that is to be read, after checking all names."""
     if not isinstance(calibrations, Mapping):
         raise TypeError(f"calibrations: expected a mapping of names to calibration data, got {type(calibrations).__name__}")
     if not calibrations:
         raise ValueError("calibrations: expected at least one data set, got none")
-    data_sets = {}
-    for name, calibration in calibrations.items():
+    for name in calibrations:
         if not isinstance(name, str) or not name:
             raise TypeError(f"calibrations: expected names of data sets, got {name!r}")
+    texts = [name for name, calibration in calibrations.items() if is_source(calibration)]
+    if samples is not None and not texts:
+        raise ValueError(f"samples: expected None, calibrations holds no text to be cut into samples; got {samples!r}")
+    options = {"tokenizer": tokenizer, "samples": samples, "length": length, "seed": seed}
+    return {**calibrations, **{name: as_calibration(calibrations[name], **options) for name in texts}}
+
+
+def _data_sets(
+    model: nn.Module, method: Method, calibrations: Mapping[str, Calibration], batch_size: int | None
+) -> dict[str, list[Batch]]:
+    data_sets = {}
+    for name, calibration in calibrations.items():
         try:
             data_sets[name] = batches_for(model, method, calibration, batch_size)
         except (ValueError, TypeError) as error:
@@ -182,20 +204,27 @@ def _data_sets(
 
 
 def _checked_evaluation(
-    model: nn.Module, evaluate: Mapping[str, torch.Tensor] | None, names: set[str], length: int
+    model: nn.Module,
+    evaluate: Mapping[str, torch.Tensor | str | os.PathLike] | None,
+    names: set[str],
+    length: int,
+    tokenizer: Any,
 ) -> Mapping[str, torch.Tensor]:
+    """Return the token ids to evaluate on, those of texts read, every one being checked."""
     if evaluate is None:
         return {}
     if not isinstance(evaluate, Mapping):
         raise TypeError(f"evaluate: expected a mapping of names to token ids, got {type(evaluate).__name__}")
+    checked = {}
     for name, ids in evaluate.items():
         if name not in names:
             raise ValueError(f"evaluate: expected names of data sets ({', '.join(sorted(names))}), got {name!r}")
         try:
-            evaluation_windows(model, ids, length)
+            checked[name] = as_evaluation(ids, tokenizer, length)
+            evaluation_windows(model, checked[name], length)
         except (ValueError, TypeError) as error:
             raise type(error)(f"evaluate[{name!r}]: {error}") from error
-    return evaluate
+    return checked
 
 
 def _saved(model: nn.Module, out: str | os.PathLike, format: str, state: str | os.PathLike | None) -> Path:
