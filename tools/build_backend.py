@@ -4,11 +4,13 @@ setup.py imports torch, so it must not run before these requirements are there: 
 """
 
 import os
+import warnings
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 (a build backend is the hooks that its module holds)
 
-NATIVE = ["torch>=2.10", "ninja"]
+# torch warns at its import where NumPy is absent.
+NATIVE = ["torch>=2.10", "numpy", "ninja"]
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -25,3 +27,10 @@ def get_requires_for_build_sdist(config_settings=None):
 def build_sdist(sdist_directory, config_settings=None):
     os.environ["SPARSEKERN_BUILD"] = "0"
     return build_meta.build_sdist(sdist_directory, config_settings)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    """Build an editable wheel without setuptools' remark on every one of them, which calls for no action."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Editable installation")
+        return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)

@@ -41,7 +41,8 @@ def copy_package(folder: Path) -> Path:
     shutil.copytree(Path(sparsekern.__file__).parent, folder / "sparsekern", ignore=ignore)
     # An editable install would find its own library for this copy; a library that is put here comes before this file.
     (folder / "sparsekern" / "_C.py").write_text('raise ImportError("this copy of the package has no compiled kernels")\n')
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    for part in ("tests", "baselines"):
+        shutil.copytree(ROOT / part, folder / part, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
