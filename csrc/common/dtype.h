@@ -1,4 +1,4 @@
-// The element types of activations and weights, and their conversions, for host and device code without torch.
+// Element types of activations and weights and their conversions, for host and device code without torch.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ SPARSEKERN_HOST_DEVICE inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// The storage of one element; each converts to and from float, exactly one way and to the nearest even the other.
+// Storage types of one element. Conversion to float is exact; conversion from float rounds to nearest even.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -36,8 +36,8 @@ SPARSEKERN_HOST_DEVICE inline float to_float(float value) { return value; }
 
 SPARSEKERN_HOST_DEVICE inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
 
-// Without branches or a multiplication under a condition, so that loops over it vectorise: the product rescales the exponent,
-// subnormals included, and what stood for NaN and Inf gets the exponent that stands for them in a float.
+// No branch and no conditional multiplication, so that loops vectorise. The product rescales the exponent, also that of subnormals.
+// NaN and Inf then get the exponent that marks them in a float.
 SPARSEKERN_HOST_DEVICE inline float to_float(Half value) {
 #if defined(__CUDA_ARCH__)
   float converted;
@@ -81,7 +81,7 @@ SPARSEKERN_HOST_DEVICE inline Half from_float<Half>(float value) {
   return {static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13)};
 }
 
-// Calls f with a null pointer of the element type, for code that is a template over it.
+// Calls f with a null pointer of the element type, to instantiate a template over it.
 template <class F>
 auto dispatch_dtype(DType dtype, const F& f) {
   switch (dtype) {

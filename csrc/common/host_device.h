@@ -1,4 +1,4 @@
-// Marks what is compiled for the host and for a CUDA device alike; without nvcc it says nothing.
+// Marks functions that are compiled for the host and for CUDA devices; expands to nothing without nvcc.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,4 +1,4 @@
-// Scores as integers in the same order: what selection compares on every device, so that one code serves every dtype.
+// Order keys: scores as integers in the same order. Selection compares keys on every device, so that one code serves all dtypes.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,13 @@ SPARSEKERN_HOST_DEVICE constexpr int32_t magnitude_bits(float) { return 0x7fffff
 SPARSEKERN_HOST_DEVICE constexpr int32_t magnitude_bits(BFloat16) { return 0x7fff; }
 SPARSEKERN_HOST_DEVICE constexpr int32_t magnitude_bits(Half) { return 0x7fff; }
 
-// Magnitudes above it are NaN.
+// Larger magnitudes are NaN.
 SPARSEKERN_HOST_DEVICE constexpr int32_t infinity_bits(float) { return 0x7f800000; }
 SPARSEKERN_HOST_DEVICE constexpr int32_t infinity_bits(BFloat16) { return 0x7f80; }
 SPARSEKERN_HOST_DEVICE constexpr int32_t infinity_bits(Half) { return 0x7c00; }
 
-// Orders like the value whose sign-extended bits and magnitude these are: sign and magnitude become two's complement, which makes
-// both zeros 0.
+// Returns a key ordered like the value with these sign-extended bits and this magnitude. Sign and magnitude become two's
+// complement, which maps both zeros to 0.
 SPARSEKERN_HOST_DEVICE constexpr int32_t order_key(int32_t bits, int32_t magnitude) {
   const int32_t sign = bits >> 31;
   return (magnitude ^ sign) - sign;

@@ -1,5 +1,5 @@
-// The layouts of packed weights that `bitmask_linear` and `nm_linear` read. Their Python mirror, sparsekern/layouts/packed_rows.py, says
-// what rows, groups, slots and blocks are.
+// Layouts of packed weights for `bitmask_linear` and `nm_linear`. Their Python mirror, sparsekern/layouts/packed_rows.py, defines
+// rows, groups, slots and blocks.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace sparsekern::packed_rows {
 
-using Slot = uint32_t;  // one float, or two half values for two accumulators, the first in the low half
+using Slot = uint32_t;  // one float, or two 16-bit values for two accumulators, the first in the low half
 
-constexpr int64_t kWordColumns = 64;  // of a word of bits
+constexpr int64_t kWordColumns = 64;  // columns of a word of bits
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kSlack =
-    64;  // slots after the last value: what a word of bits can move over, so that vectors are read without care
-constexpr int64_t kBlockSlots = 16;  // of a block of N:M values
+    64;  // slots after the last value: as many as a word of bits can advance, so that vector reads need no bounds check
+constexpr int64_t kBlockSlots = 16;  // slots of a block of N:M values
 constexpr int64_t kMostM = 16;
 
 SPARSEKERN_HOST_DEVICE constexpr int64_t lanes(int64_t element_size) { return 4 / element_size; }
@@ -23,13 +23,13 @@ SPARSEKERN_HOST_DEVICE constexpr int64_t tiles(int64_t rows) { return (rows + kT
 
 SPARSEKERN_HOST_DEVICE constexpr int64_t code_bits(int64_t m) { return m <= 4 ? 2 : 4; }
 
-// Values that a row of N:M takes, those included that fill its last block.
+// Values stored for a row of N:M, including the padding of its last block.
 SPARSEKERN_HOST_DEVICE constexpr int64_t stored_per_row(int64_t columns, int64_t n, int64_t m, int64_t element_size) {
   const int64_t block = kBlockSlots * lanes(element_size);
   return (columns / m * n + block - 1) / block * block;
 }
 
-// Where value `k` of a row of N:M lies, in values.
+// Position of value `k` in a stored row of N:M, in values.
 SPARSEKERN_HOST_DEVICE constexpr int64_t place_of(int64_t k, int64_t element_size) {
   const int64_t group = lanes(element_size);
   const int64_t block = kBlockSlots * group;

@@ -1,5 +1,5 @@
-// A group of a 2:4 weight as one integer in a register, its first column in the lowest bits: what packing asks of it, for host and
-// device. common/semi_structured.h says what groups and codes are.
+// A group of a 2:4 weight as one integer in a register, its first column in the lowest bits, for host and device.
+// common/semi_structured.h defines groups and codes.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace sparsekern::semi_structured {
 
-// What packing must know of an element type: `group` holds a group, `stored` what is kept of it, `word` the codes of some groups;
-// `infinity` is the pattern above which a magnitude is NaN.
+// Properties of an element type for packing: `group` holds a group, `stored` its kept elements, `word` the codes of several groups.
+// Magnitudes above the bit pattern `infinity` are NaN.
 template <class Element, class Group, class Stored, class Word, uint64_t kInfinity>
 struct Kind {
   using element = Element;
@@ -25,7 +25,7 @@ struct Bf16 : Kind<uint16_t, uint64_t, uint32_t, uint16_t, 0x7f80> {};
 struct F16 : Kind<uint16_t, uint64_t, uint32_t, uint16_t, 0x7c00> {};
 struct F32 : Kind<uint32_t, uint64_t, uint32_t, uint16_t, 0x7f800000> {};
 
-// Calls f with a value of the Kind that goes with a weight's type.
+// Calls f with a value of the Kind of a weight's type.
 template <class F>
 auto dispatch_type(Type type, const F& f) {
   switch (type) {
@@ -37,7 +37,7 @@ auto dispatch_type(Type type, const F& f) {
   return f(F32{});
 }
 
-// `pattern` in every element of a group.
+// Repeats `pattern` in every element of a group.
 template <class K>
 SPARSEKERN_HOST_DEVICE constexpr typename K::group everywhere(uint64_t pattern) {
   typename K::group all = 0;
@@ -48,8 +48,8 @@ SPARSEKERN_HOST_DEVICE constexpr typename K::group everywhere(uint64_t pattern) 
 template <class K>
 constexpr uint64_t kTop = uint64_t{1} << (K::bits - 1);
 
-// The top bit of each element that is not zero. Adding the largest magnitude carries into it unless the magnitude is zero; an int8
-// of -128 has no magnitude bit but is not zero, while a float with only the sign bit is.
+// Returns the top bit of each non-zero element. Adding the largest magnitude carries into the top bit unless the magnitude is zero.
+// An int8 of -128 has no magnitude bit but is not zero; a float with only the sign bit is zero.
 template <class K>
 SPARSEKERN_HOST_DEVICE inline typename K::group nonzero_bits(typename K::group group) {
   constexpr auto magnitudes = everywhere<K>(kTop<K> - 1);
@@ -58,7 +58,7 @@ SPARSEKERN_HOST_DEVICE inline typename K::group nonzero_bits(typename K::group g
   return carried & everywhere<K>(kTop<K>);
 }
 
-// Not zero if an element is NaN.
+// Returns a non-zero value if an element is NaN.
 template <class K>
 SPARSEKERN_HOST_DEVICE inline typename K::group nan_bits(typename K::group group) {
   if (K::infinity == 0) return 0;
@@ -70,12 +70,12 @@ SPARSEKERN_HOST_DEVICE constexpr bool fits(unsigned flags) {
   return (flags & 1) + (flags >> 1 & 1) + (flags >> 2 & 1) + (flags >> 3) <= 2;
 }
 
-// The flags as code_of wants them, four bits, from the top bits of the elements.
+// Returns the four flags that code_of takes, from the top bits of the elements.
 template <class K>
 SPARSEKERN_HOST_DEVICE inline unsigned flags_of(typename K::group top_bits) {
   if constexpr (K::bits == 8) {
     return (top_bits >> 7) * 0x01020408u >>
-           24;  // no two of the sixteen products meet, and those of a flag with its own factor end up there
+           24;  // the sixteen products do not overlap; each flag's product with its own factor ends up in these bits
   } else if constexpr (K::bits == 16) {
     const auto spread = static_cast<unsigned>(top_bits >> 15) | static_cast<unsigned>(top_bits >> 45);  // at bits 0, 16, 2, 18
     return (spread | spread >> 15) & 15u;
@@ -84,7 +84,7 @@ SPARSEKERN_HOST_DEVICE inline unsigned flags_of(typename K::group top_bits) {
   }
 }
 
-// The elements at the positions that a code names, the first in the low bits.
+// Returns the elements at the positions named by a code, the first in the low bits.
 template <class K>
 SPARSEKERN_HOST_DEVICE inline typename K::stored stored_of(typename K::group group, unsigned code) {
   using Stored = typename K::stored;
@@ -98,7 +98,7 @@ SPARSEKERN_HOST_DEVICE inline typename K::stored stored_of(typename K::group gro
   }
 }
 
-// The group that stored_of takes apart.
+// Returns the group that stored_of takes apart.
 template <class K>
 SPARSEKERN_HOST_DEVICE inline typename K::group group_of(typename K::stored stored, unsigned code) {
   using Group = typename K::group;

@@ -1,5 +1,5 @@
-// The activation functions of feed-forward networks and their slopes, in float arithmetic that compilers vectorise: an exponential by
-// a polynomial, no branch, no call.
+// Activation functions of feed-forward networks and their slopes, in float arithmetic that compilers vectorise: the exponential is
+// a polynomial, without branches or calls.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace sparsekern::cpu {
 
-// `condition ? yes : no` without a branch: compilers do not vectorise the branches that comparisons of floats may turn into, since
-// those could trap.
+// Returns `condition ? yes : no` without a branch. Compilers do not vectorise branches on float comparisons, because those could
+// trap.
 SPARSEKERN_INLINE float select(bool condition, float yes, float no) {
   const uint32_t mask = 0u - static_cast<uint32_t>(condition);
   return bits_to_float((float_to_bits(yes) & mask) | (float_to_bits(no) & ~mask));
@@ -18,14 +18,14 @@ SPARSEKERN_INLINE float select(bool condition, float yes, float no) {
 
 enum class Activation { relu, silu, gelu, gelu_tanh };
 
-// Within 2 units in the last place. The argument is clamped to where the result is a normal float; NaN stays NaN.
+// Returns e^x within 2 units in the last place. The argument is clamped so that the result is a normal float; NaN stays NaN.
 SPARSEKERN_INLINE float exp_of(float x) {
   x = select(x < -87.0f, -87.0f, x);
   x = select(x > 88.0f, 88.0f, x);
   // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
   const float shifted = x * 1.44269504f + 0x1.8p23f;
   const float n = shifted - 0x1.8p23f;
-  const float f = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts, the first of few bits
+  const float f = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts; the first has few bits
   float poly = 1.9875691500e-4f;
   poly = poly * f + 1.3981999507e-3f;
   poly = poly * f + 8.3334519073e-3f;

@@ -1,8 +1,8 @@
 // admm_step_: z = weight + offset + dual; the largest |z| are kept, the others become the new dual; offset = kept - dual - weight.
 //
-// Floor: one read of offset, dual, weight and mask and one write of all but weight, 26 bytes an element. N:M groups and rows reach it:
-// a chunk goes through in cache. For a whole matrix z is stored first, in the place of the dual, and its threshold is found by radix
-// select (cpu/matrix_selection.h), which reads z twice more.
+// Floor: one read of offset, dual, weight and mask and one write of all but weight, 26 bytes an element. N:M groups and rows reach
+// it: a chunk is processed in cache. For a whole matrix z is first stored in place of the dual. Its threshold is found by radix
+// selection (cpu/matrix_selection.h), which reads z twice more.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,12 +21,12 @@ namespace sparsekern::cpu {
 
 namespace {
 
-// Magnitudes of finite floats are ordered by their bits; everything from here on is not finite.
+// The bits of finite magnitudes order like the floats; from this value on they are Inf or NaN.
 constexpr int32_t kInfinity = 0x7f800000;
 
 SPARSEKERN_INLINE int32_t magnitude(float value) { return static_cast<int32_t>(float_to_bits(value) & 0x7fffffffu); }
 
-// Stores z in the place of the dual and the key of |z|. Returns whether a z is not finite.
+// Stores z in place of the dual, and the keys of |z|. Returns whether a z is not finite.
 SPARSEKERN_INLINE bool load_step(const float* offset, const float* weight, float* dual, int64_t count, int32_t* keys) {
   int32_t highest = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -42,7 +42,7 @@ SPARSEKERN_INLINE void load_magnitudes(const float* z, int64_t count, int32_t* k
   for (int64_t i = 0; i < count; ++i) keys[i] = magnitude(z[i]);
 }
 
-// `dual` holds z on entry. Returns how many entries of the mask changed.
+// Takes the step; `dual` holds z on entry. Returns the number of changed entries of the mask.
 SPARSEKERN_INLINE int64_t
 finish_step(const uint8_t* kept, const float* weight, int64_t count, float* offset, float* dual, uint8_t* mask) {
   int32_t changed = 0;  // wide enough: a chunk is shorter than 2^31
@@ -79,7 +79,7 @@ class Step {
   }
   int64_t changed() const { return changed_; }
 
-  // Throws for the first z that is not finite, if there is one. Chunks that hold one were not finished, so only its dual is gone.
+  // Throws for the first z that is not finite, if there is one. Chunks that hold one were not finished: only their dual is lost.
   void require_finite(int64_t columns) const {
     if (refused_ == kNone) return;
     int64_t i = refused_;
@@ -103,7 +103,7 @@ class Step {
   uint8_t* mask_;
   const float* weight_;
   std::atomic<int64_t> changed_{0};
-  std::atomic<int64_t> refused_{kNone};  // where the first chunk begins that holds a z that is not finite
+  std::atomic<int64_t> refused_{kNone};  // start of the first chunk with a z that is not finite
   Entries<&load_step>::Function load_ = Entries<&load_step>::choose();
   Entries<&load_magnitudes>::Function reload_ = Entries<&load_magnitudes>::choose();
   Entries<&finish_step>::Function finish_ = Entries<&finish_step>::choose();
@@ -117,7 +117,7 @@ SPARSEKERN_INLINE void keep_largest(const int32_t* keys, int64_t count, int64_t 
   }
 }
 
-// Chunks that are chosen from by themselves: choose(keys, count, kept).
+// Selects within each chunk separately: choose(keys, count, kept).
 template <class Choose>
 void step_by_chunks(Step& step, int64_t total, int64_t chunk, const Choose& choose, const Executor& executor) {
   parallel_for(executor, (total + chunk - 1) / chunk, 1 + 16384 / chunk, [&](int64_t first, int64_t last) {

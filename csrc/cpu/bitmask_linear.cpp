@@ -1,12 +1,15 @@
-// bitmask_linear: x W^T + b from the non-zeros of W and one bit a weight.
+// bitmask_linear: x W^T + b from the non-zeros of W and one bit per weight.
 //
-// One token is bound by the memory: rows * columns * (2 d + 1/8) bytes of a half weight with the share d of non-zeros, so at d = 1/2
-// nothing can be faster than 9/16 of the time that reading the dense weight takes. Below that lies the arithmetic: an AVX-512 core
-// without VBMI2 spreads 16 values of 4 bytes (vpexpandd) in two cycles of its one shuffle port, and the mask takes a third, so 16
-// weights take at least 3 cycles whatever d is, 32 GB/s of dense bf16 weights at 3 GHz. Hence the layout: two rows share a slot of 4
-// bytes, so that their 16-bit values need no shuffle to become floats (a shift, a mask), and both are multiplied by the same x.
-// Nothing else uses the shuffle port; values and bits are read in order, prefetched 4 KiB ahead, of two tiles at a time.
-// A few tokens share the expanded registers. Many are a dense product of panels (packed_linear.h), bound by arithmetic.
+// Floor for one token: the packed bytes, rows * columns * (2 d + 1/8) for 16-bit values with a share d of non-zeros. At d = 1/2
+// that is 9/16 of the time to read the dense weight.
+//
+// Arithmetic comes next. An AVX-512 core without VBMI2 spreads 16 values of 4 bytes (vpexpandd) in two cycles of its only shuffle
+// port; expanding the mask takes a third. 16 weights therefore take at least 3 cycles for any d: 32 GB/s of dense bf16 weights at 3
+// GHz. Hence the layout: two rows share a slot of 4 bytes. Their 16-bit values become floats by a shift and a mask, without a
+// shuffle, and both are multiplied by the same x. Nothing else uses the shuffle port. Values and bits of two tiles at a time are
+// read in order and prefetched 4 KiB ahead.
+//
+// A few tokens share the expanded registers. Many tokens are a dense product of panels (packed_linear.h), bound by arithmetic.
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -34,8 +37,8 @@ struct BitmaskWeight {
   const Slot* slots;
   int64_t count;  // slots without the slack
   int64_t words;
-  std::vector<uint64_t> no_bits;  // of the row that a last group may lack
-  Isa isa = current_isa();        // asked for once: it reads the environment
+  std::vector<uint64_t> no_bits;  // all zero: the bits of the row that the last group may lack
+  Isa isa = current_isa();        // read once, because it reads the environment
   ByStreams<bitmask_multiply::Multiply> multiply_by[4] = {
       choose_multiply<T, 1>(isa), choose_multiply<T, 2>(isa), choose_multiply<T, 4>(isa), choose_multiply<T, 8>(isa)};
 
@@ -50,7 +53,7 @@ struct BitmaskWeight {
 
   int64_t bytes() const { return count * static_cast<int64_t>(sizeof(Slot)) + rows * words * 8; }
 
-  // Tasks of about equal numbers of values.
+  // Splits the tiles into tasks with about equal numbers of values.
   int64_t first_tile(int64_t task, int64_t tasks) const {
     const int64_t tiles = packed_rows::tiles(rows);
     if (task == tasks) return tiles;
@@ -67,7 +70,7 @@ struct BitmaskWeight {
     for (int64_t row = 0; row < packed_rows::kTileRows; row += kSlotValues<T>) {
       Group groups[kStreams];
       int64_t some = 0;
-      for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may end early
+      for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may be short
         const int64_t first = tiles[some] * packed_rows::kTileRows + row;
         groups[some] = {next[some], {bits_of(first), bits_of(first + 1)}, &sums[some][0][row]};
       }
@@ -107,7 +110,7 @@ struct BitmaskWeight {
         tile, [=](int64_t row, int64_t column, T value) { panel[column * kLanes + row - first] = to_float(value); });
   }
 
-  // Nothing where the bits ask for more values or columns than there are.
+  // Returns nothing if the bits refer to more values or columns than exist.
   std::optional<TileRows> rows_of(int64_t tile) const {
     const int64_t first = tile * packed_rows::kTileRows;
     const int64_t left_out = words * packed_rows::kWordColumns - columns;  // bits of the last word
@@ -129,7 +132,7 @@ struct BitmaskWeight {
     return found;
   }
 
-  // The tile's rows to where they belong in the dense weight.
+  // Writes the tile's rows to the dense weight.
   bool expand_rows(int64_t tile, T* weight) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
 #if SPARSEKERN_X86
@@ -151,7 +154,7 @@ struct BitmaskWeight {
         tile, [&](int64_t row, int64_t column, T value) { weight[packed.order[row] * columns + column] = value; });
   }
 
-  // f(row, column, value) for each value of a tile.
+  // Calls f(row, column, value) for each value of a tile.
   template <class F>
   bool for_each_value(int64_t tile, const F& f) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
@@ -188,7 +191,7 @@ bool multiply(
   return packed_product(weight, activations, output, executor);
 }
 
-// What would lead a kernel out of the tensors, the bits apart: those are followed with care.
+// Throws if `starts` or `order` would lead a kernel outside the tensors. The bits are checked while they are followed.
 void check_places(const BitmaskRows& packed, DType dtype) {
   const int64_t tiles = packed_rows::tiles(packed.rows),
                 slots = packed.value_count / packed_rows::lanes(size_of(dtype)) - packed_rows::kSlack;

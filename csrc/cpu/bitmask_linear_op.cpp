@@ -8,7 +8,7 @@ Tensor bitmask_linear_of(Tensor x, Tensor values, Tensor bitmask, Tensor starts,
   check(order.dim() == 1, "order: expected int32 [rows]");
   const LinearTensors linear(x, values, order.size(0), bias);
   const BitmaskTensors packed(values, bitmask, starts, order, linear.dtype, linear.columns);
-  if (packed.rows.rows == 0) return linear.y;  // of any number of tokens, whose activations need no memory
+  if (packed.rows.rows == 0) return linear.y;  // without allocating activations, however many tokens there are
   if (linear.wants_dense_weight()) {
     return linear.multiply_dense(packed.rows.rows, [&](void* weight) {
       bitmask_expand(packed.rows, linear.dtype, linear.columns, weight, torch_executor());

@@ -1,5 +1,5 @@
-// The kernels of bitmask_linear for up to kTogether tokens, which multiply by the non-zeros as they lie; bitmask_linear.cpp has the
-// reasons.
+// Kernels of bitmask_linear for up to kTogether tokens, which multiply by the packed non-zeros without unpacking them.
+// bitmask_linear.cpp gives the reasons for the layout.
 #pragma once
 
 #include <algorithm>
@@ -11,22 +11,22 @@
 
 namespace sparsekern::cpu::bitmask_multiply {
 
-// Some tokens against rows of the weight.
+// Factors: a few tokens that are multiplied by rows of the weight.
 struct Factors {
   const Slot* last;  // the last slot from which a word of bits may be read
   int64_t words;
-  const float* x;  // of the first token
+  const float* x;  // the first token
   int64_t x_stride;
 };
 
-// Rows whose values share slots. A product moves `slots` behind the group and stores sums[token * kTileRows + lane].
+// Rows whose values share slots. A product advances `slots` past the group and stores sums[token * kTileRows + lane].
 struct Group {
   const Slot* slots;
-  const uint64_t* bits[2];  // of each row
+  const uint64_t* bits[2];  // bits of each row
   float* sums;
 };
 
-// Products of kTokens tokens with some groups. False where the bits lead out of the values.
+// Multiplies kTokens tokens by several groups. Returns false if the bits lead outside the values.
 template <class T, int kTokens>
 bool multiply_scalar(const Factors& factors, Group* group) {
   const Slot* end = group->slots;
@@ -76,7 +76,7 @@ SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
         prefetch_ahead(slot[group][0] + 16 * row);
       }
     }
-    if (word % 8 == 0) {  // a line of bits: that of the next group
+    if (word % 8 == 0) {  // prefetch the next group's cache line of bits
       for (int group = 0; group < kGroups; ++group) {
         for (int row = 0; row < kRows; ++row) prefetch_ahead(bits[group][row] + word, kRows * words * 8);
       }
@@ -118,7 +118,7 @@ SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
   return true;
 }
 
-// For each byte of bits the place of each column's value, with the sign bit set where there is none.
+// The position of each column's value for each byte of bits, with the sign bit set if the column has none.
 struct Places {
   alignas(32) int32_t of[256][8];
 };
@@ -184,7 +184,7 @@ ByStreams<Multiply> choose_multiply([[maybe_unused]] Isa isa) {
   if (isa >= Isa::avx512) {
     constexpr Multiply one = &multiply_avx512<T, kTokens, 1>;
     if constexpr (kTokens > 4)
-      return {one, &one_by_one<one>};  // the registers of two would not do
+      return {one, &one_by_one<one>};  // two streams would not fit the registers
     else
       return {one, &multiply_avx512<T, kTokens, 2>};
   }

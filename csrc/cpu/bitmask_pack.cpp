@@ -1,8 +1,9 @@
-// bitmask_pack: the non-zeros of a weight and one bit a weight, as common/packed_rows.h lays them out.
+// bitmask_pack: packs a weight as its non-zeros and one bit per weight (common/packed_rows.h).
 //
-// Floor: two reads of the weight, since the number of slots and the order of the rows are known only after the first, and one write
-// of the values and bits: rows * columns * (2 + 2 + 2 d + 1/8) bytes of a half weight with the share d of non-zeros. The first pass
-// counts in vectors. The second marks a word of 64 columns in vectors and moves its values one by one, some two cycles each.
+// Floor: two reads of the weight and one write of the values and bits, rows * columns * (2 + 2 + 2 d + 1/8) bytes for 16-bit values
+// with a share d of non-zeros. The weight is read twice because the number of slots and the order of the rows are known only after
+// the first pass, which counts in vectors. The second pass marks a word of 64 columns in vectors and moves its values one by one,
+// in about two cycles each.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -15,7 +16,7 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kCounted = 4096;  // columns whose count surely fits 16 bits, so that it is added up in 16-bit lanes
+constexpr int64_t kCounted = 4096;  // columns whose count fits in 16-bit lanes
 
 template <class Bits>
 SPARSEKERN_INLINE int64_t count_row(const Bits* row, int64_t columns) {
@@ -29,7 +30,7 @@ SPARSEKERN_INLINE int64_t count_row(const Bits* row, int64_t columns) {
   return set;
 }
 
-// Writes a row's bits, and its values `kLanes` elements apart.
+// Writes a row's bits, and its values at a distance of `kLanes` elements.
 template <class Bits>
 SPARSEKERN_INLINE void pack_row(const Bits* row, int64_t columns, uint64_t* words, Bits* values) {
   constexpr int64_t lanes = packed_rows::lanes(sizeof(Bits));

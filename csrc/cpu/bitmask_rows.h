@@ -1,4 +1,4 @@
-// Rows of the bitmask layout with their zeros, 16 columns at a time.
+// Expansion of rows in the bitmask layout, zeros included, 16 columns at a time.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace sparsekern::cpu {
 
 using packed_rows::Slot;
 
-// The stored rows of a tile: where the values of each lie, and its bits.
+// The stored rows of a tile: their values and bits.
 struct TileRows {
   const Slot* slots[kLanes];
   const uint64_t* bits[kLanes];
@@ -21,7 +21,8 @@ struct TileRows {
 
 #if SPARSEKERN_X86
 
-// 16 bits of a word. Where the compiler knows where they come from, it counts them in 16-bit registers, each waiting for the one before.
+// Loads 16 bits of a word. If the compiler sees where they come from, it counts them in 16-bit registers, which creates a chain of
+// dependencies.
 SPARSEKERN_INLINE uint32_t bits_of_part(const uint64_t* word, int part) {
   uint16_t bits;
   std::memcpy(&bits, reinterpret_cast<const char*>(word) + part * sizeof bits, sizeof bits);
@@ -30,7 +31,7 @@ SPARSEKERN_INLINE uint32_t bits_of_part(const uint64_t* word, int part) {
   return hidden;
 }
 
-// The rows of a group of 16-bit values, zeros included; row 1 where out[1] is not null. Returns what multiply does.
+// Expands the rows of a group of 16-bit values, zeros included; row 1 only if out[1] is not null. Returns what multiply does.
 SPARSEKERN_AVX512 inline const Slot* expand_avx512(
     const Slot* slots, const Slot* last, const uint64_t* const (&bits)[2], int64_t columns, uint16_t* const (&out)[2]) {
   const Slot* end = slots;
@@ -50,7 +51,7 @@ SPARSEKERN_AVX512 inline const Slot* expand_avx512(
   return end;
 }
 
-// Columns to panel[16 * column + row], a word at a time, so that what is written stays in the first cache. The bits lead nowhere else.
+// Expands columns to panel[16 * column + row], a word at a time, so that the output stays in L1. The caller has checked the bits.
 template <class T>
 SPARSEKERN_AVX512 void expand_panel_avx512(TileRows tile, int64_t columns, float* panel) {
   const __m512i column_starts = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);

@@ -1,8 +1,8 @@
-// bitmask_unpack: the dense weight of what bitmask_pack packed.
+// bitmask_unpack: unpacks a weight that bitmask_pack packed.
 //
-// Floor: one read of the values and bits and one write of the weight. The bits are counted first (a sixteenth of a half weight's
-// bytes), and everything that they say is compared with the other tensors before a value is read; then tiles are expanded as
-// bitmask_linear expands them for many tokens.
+// Floor: one read of the values and bits and one write of the weight. The bits, a sixteenth of the bytes of a 16-bit weight, are
+// counted first. Everything that they imply is compared with the other tensors before a value is read. Tiles are then expanded as
+// in bitmask_linear for many tokens.
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -24,7 +24,7 @@ SPARSEKERN_INLINE int64_t count_bits(const uint64_t* words, int64_t count) {
   return set;
 }
 
-// How many bits each row has. Throws where one is set past the last column.
+// Counts the bits of each row. Throws if a bit is set past the last column.
 std::vector<int64_t> counts_of(const BitmaskRows& packed, int64_t columns, const Executor& executor) {
   const int64_t words = packed_rows::words(columns), left_out = words * packed_rows::kWordColumns - columns;
   const auto count = Entries<&count_bits>::choose();

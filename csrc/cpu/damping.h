@@ -1,4 +1,4 @@
-// What the wrappers of the ops that solve with a damped Gram matrix share.
+// Helper shared by the wrappers of the ops that solve with a damped Gram matrix.
 #pragma once
 
 #include <tuple>
@@ -7,7 +7,7 @@
 
 namespace sparsekern::cpu {
 
-// Returns the result that f writes, and the damping that f returns.
+// Returns the result written by f, and the damping returned by f.
 template <class F>
 std::tuple<Tensor, Tensor> with_damping_used(Tensor result, const Tensor& gram, const F& f) {
   Tensor damping_used = torch::stable::new_empty(gram, {}, ScalarType::Double);

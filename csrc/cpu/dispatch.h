@@ -1,11 +1,11 @@
-// One kernel body, compiled for each instruction set, and the choice between them at run time.
+// Compiles one kernel body for each instruction set and chooses between them at run time.
 #pragma once
 
 #include "cpu/isa.h"
 
 namespace sparsekern::cpu {
 
-// The bodies are SPARSEKERN_INLINE functions; their loops are vectorised anew in each entry they are inlined into.
+// The bodies are SPARSEKERN_INLINE functions; each entry inlines them and so vectorises their loops for its target.
 template <auto kBaseline, auto kAvx2, auto kAvx512>
 struct TargetEntries;
 

@@ -1,8 +1,8 @@
 // feature_norm_: sums of squares (and sums) over tokens, in one streaming pass.
 //
 // Floor: one read of x. A task is a chunk of tokens by a strip of features whose sums stay in L1. Every 32 tokens the float sums
-// are moved into double ones, so rounding does not grow with the number of tokens; chunks are added up in order, so the result is
-// the same on any number of threads.
+// are added to double sums, so that rounding does not grow with the number of tokens. Chunks are added in order, so that the result
+// does not depend on the number of threads.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -19,7 +19,7 @@ constexpr int64_t kChunkTokens = 256;
 constexpr int64_t kStrip = 1024;
 constexpr int64_t kFloatTokens = 32;
 
-// A strip of x: `tokens` rows of `features` elements, `stride` apart. `mask` is null where every token counts.
+// A strip of x: `tokens` rows of `features` elements, `stride` apart. A null `mask` includes every token.
 template <class T>
 struct Strip {
   const T* x;
@@ -29,7 +29,7 @@ struct Strip {
   const uint8_t* mask;
 };
 
-// Adds the sums of a strip to `squares` and, unless it is null, to `sums`. Returns whether every element that counts is finite.
+// Adds the sums of a strip to `squares` and, unless it is null, to `sums`. Returns whether every included element is finite.
 template <class T>
 SPARSEKERN_INLINE bool add_strip(Strip<T> strip, double* squares, double* sums) {
   float square[kStrip];

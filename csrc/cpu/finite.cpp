@@ -20,7 +20,7 @@ SPARSEKERN_INLINE uint32_t bits_of(float value) { return float_to_bits(value); }
 SPARSEKERN_INLINE uint16_t bits_of(BFloat16 value) { return value.bits; }
 SPARSEKERN_INLINE uint16_t bits_of(Half value) { return value.bits; }
 
-// An exponent of all ones is what NaN and Inf have in common. No early exit, so that the loop vectorises.
+// NaN and Inf have an exponent of all ones. There is no early exit, so that the loop vectorises.
 template <class T>
 SPARSEKERN_INLINE bool has_nonfinite(const T* row, int64_t columns) {
   using Bits = decltype(bits_of(T{}));
@@ -37,7 +37,7 @@ template <class T>
   refuse_nonfinite(name, to_float(data[row * columns + column]), row * columns + column, columns);
 }
 
-// `columns_of(row)` is how much of a row is looked at; 0 leaves it out.
+// `columns_of(row)` is the number of checked columns of a row; 0 skips the row.
 template <class T, class ColumnsOf>
 void scan(const char* name, const T* data, int64_t rows, int64_t columns, const ColumnsOf& columns_of, const Executor& executor) {
   const auto row_has_nonfinite = Entries<&has_nonfinite<T>>::choose();

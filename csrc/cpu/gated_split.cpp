@@ -1,7 +1,7 @@
-// gated_split: the auxiliary activations of a gated feed-forward network, updated in one pass.
+// gated_split: updates the auxiliary activations of a gated feed-forward network in one pass.
 //
-// Bound by arithmetic: four reads and two writes an entry against `steps + 3` exponentials and twice as many divisions, all in vector
-// registers (split.h). Every entry is on its own, so the result does not depend on the threads.
+// Floor: arithmetic. An entry takes four reads and two writes against `steps + 3` exponentials and twice as many divisions, all in
+// vector registers (split.h). Entries are independent, so that the result does not depend on the threads.
 #include "cpu/split.h"
 
 namespace sparsekern::cpu {

@@ -1,9 +1,9 @@
 // gram_: gram += alpha * x^T x, lower triangle only (a SYRK).
 //
-// Floor: tokens * features^2 multiply-adds, half of what the full product takes. Tokens are packed a chunk at a time into panels
-// of 16 features, which serve as both operands; strips of three panels are then multiplied with all panels at or below them.
-// Half inputs become float while they are packed (products of two bf16 or two fp16 are exact in float); where the CPU has
-// vdpbf16ps, bf16 stays bf16 and two tokens make one unit.
+// Floor: tokens * features^2 multiply-adds, half of the full product. Tokens are packed a chunk at a time into panels of 16
+// features, which serve as both operands. Strips of three panels are then multiplied by all panels at or below them. 16-bit inputs
+// become float while they are packed (products of two bf16 or two fp16 are exact in float). On CPUs with vdpbf16ps, bf16 stays bf16
+// and two tokens make one unit.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -17,10 +17,10 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kChunkUnits = 1024;  // packed at once: 64 KiB a panel, so that 4096 features stay in a last-level cache
+constexpr int64_t kChunkUnits = 1024;  // units packed at a time: 64 KiB per panel, so that 4096 features stay in a last-level cache
 constexpr int64_t kStripPanels = 3;
 
-// The rows of x that count.
+// The included rows of x.
 struct Tokens {
   const void* x;
   int64_t features;
@@ -43,8 +43,8 @@ Tokens select_tokens(const void* x, int64_t tokens, int64_t features, const uint
   return selected;
 }
 
-// Where the packed chunk lies: panel p from units + p * stride on. The stride is odd in cache lines, so that the panels' equal
-// offsets, which packing writes one after the other, fall into different cache sets.
+// The packed chunk: panel p begins at units + p * stride. The stride is odd in cache lines. Packing writes equal offsets of all
+// panels in turn, and these then fall into different cache sets.
 struct Chunk {
   void* units;
   int64_t stride;
@@ -52,7 +52,7 @@ struct Chunk {
 
 constexpr int64_t panel_stride(int64_t units) { return (units | 1) * kLanes; }
 
-// How a token enters a unit. A call packs one unit of one panel from the tokens' features at the panel's offset.
+// Packs a token as one unit. A call packs one unit of one panel from the tokens' features at the panel's offset.
 template <class T>
 struct PackFloat {
   using Unit = float;
@@ -64,7 +64,7 @@ struct PackFloat {
   }
 };
 
-// Two bf16 tokens a unit, the earlier one in the low half; a missing last token counts as zero.
+// Two bf16 tokens per unit, the earlier one in the low half; a missing last token counts as zero.
 struct BFloat16Pair {
   uint32_t bits;
 };
@@ -82,7 +82,7 @@ struct PackPair {
   }
 };
 
-// Units [begin, end) of every panel. Rows are read from left to right, as they lie in memory; lanes beyond the last feature are 0.
+// Packs units [begin, end) of every panel. Rows are read from left to right, as they are stored; lanes past the last feature are 0.
 template <class Pack>
 SPARSEKERN_INLINE void pack_units(const Tokens& tokens, int64_t first_token, int64_t begin, int64_t end, const Chunk& chunk) {
   const int64_t full = tokens.features / kLanes;
@@ -100,7 +100,7 @@ SPARSEKERN_INLINE void pack_units(const Tokens& tokens, int64_t first_token, int
   }
 }
 
-// acc += low * low + high * high, each product exact. The instruction is written as assembly because this is inlined through
+// acc += low * low + high * high, each product exact. The instruction is inline assembly, because this body is inlined through
 // functions without a target, where the compiler refuses the intrinsic.
 #if SPARSEKERN_X86
 struct BFloat16Arithmetic {
@@ -111,7 +111,7 @@ struct BFloat16Arithmetic {
   }
 };
 
-// The same with the instruction spelled out, so that its packing and tiling are tested on a CPU that lacks it.
+// The same arithmetic without the instruction, so that packing and tiling are tested on CPUs that lack it.
 struct BFloat16Emulated {
   using Unit = BFloat16Pair;
   using Vector = VectorOf<Avx512::kWidth>::Float;
@@ -134,7 +134,7 @@ SPARSEKERN_INLINE void add_clipped(
   }
 }
 
-// One strip of columns (`panels` panels from `strip` on) against every row at or below the diagonal.
+// Multiplies one strip of columns (`panels` panels from `strip` on) by every row at or below the diagonal.
 template <class Target, class Arithmetic>
 SPARSEKERN_INLINE void multiply_strip(
     const Chunk& chunk, int64_t units, int64_t strip, int64_t panels, float alpha, float* gram, int64_t features) {
@@ -158,7 +158,7 @@ SPARSEKERN_INLINE void multiply_strip(
   }
 }
 
-// What one ISA does: how many tokens make a unit, how units are packed, and how a strip is multiplied.
+// The kernels of one ISA: tokens per unit, packing, and the product of a strip.
 struct Kernels {
   int64_t tokens_per_unit;
   void (*pack)(const Tokens& tokens, int64_t first_token, int64_t begin, int64_t end, const Chunk& chunk);

@@ -1,5 +1,7 @@
-// gram_inverse: reverse_cholesky, then the lower triangle of the inverse as a solve of the rows of the identity, of which only the
-// columns up to the diagonal are computed. Floor: columns^3 / 3 multiply-adds, the factorisation's included columns^3 / 2.
+// gram_inverse: reverse_cholesky, then the lower triangle of the inverse, as a solve of the rows of the identity. Only the columns
+// up to the diagonal are computed.
+//
+// Floor: columns^3 / 3 multiply-adds, columns^3 / 2 with the factorisation.
 #include <algorithm>
 
 #include "cpu/kernels.h"

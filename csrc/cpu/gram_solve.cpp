@@ -1,4 +1,5 @@
-// gram_solve: reverse_cholesky, then a solve of every row with the factor (triangular_solver.cpp, where the time goes).
+// gram_solve: reverse_cholesky, then a solve of every row with the factor. The solve takes most of the time
+// (triangular_solver.cpp).
 #include "cpu/finite.h"
 #include "cpu/kernels.h"
 #include "cpu/triangular_solver.h"

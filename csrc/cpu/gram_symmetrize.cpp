@@ -6,7 +6,7 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kTile = 32;  // two tiles of 32 x 32 floats: 8 KiB, so that both sides of the transposition stay in L1
+constexpr int64_t kTile = 32;  // two tiles of 32 x 32 floats, 8 KiB: both sides of the transposition stay in L1
 
 void mirror_tile(float* gram, int64_t features, int64_t row, int64_t column) {
   const int64_t row_end = std::min(row + kTile, features);

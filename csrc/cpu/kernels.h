@@ -1,5 +1,5 @@
-// Every CPU kernel: torch-free, on raw pointers to contiguous row-major data. One file an op implements it; its <op>_op.cpp
-// turns tensors into these arguments. Kernels throw std::invalid_argument (ValueError in Python) on values they refuse.
+// All CPU kernels: torch-free, on raw pointers to contiguous row-major data. One file per op implements each; its <op>_op.cpp turns
+// tensors into these arguments. Kernels throw std::invalid_argument (ValueError in Python) on values they refuse.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,16 @@ namespace sparsekern::cpu {
 
 void gram_(
     float* gram, const void* x, DType dtype, int64_t tokens, int64_t features,
-    const uint8_t* row_mask,  // null: every token counts
+    const uint8_t* row_mask,  // null: every token is included
     float alpha, const Executor& executor);
 
 void gram_symmetrize_(float* gram, int64_t features, const Executor& executor);
 
 void feature_norm_(
     float* sum_squares,
-    float* sum,  // null: not wanted
+    float* sum,  // null: not computed
     const void* x, DType dtype, int64_t tokens, int64_t features,
-    const uint8_t* row_mask,  // null: every token counts
+    const uint8_t* row_mask,  // null: every token is included
     const Executor& executor);
 
 // Masks are bytes, 1 where kept. `columns` is divisible by m, m at most 64.
@@ -36,24 +36,24 @@ void topk_mask(
     const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t k, bool whole_matrix, uint8_t* mask,
     const Executor& executor);
 
-// What common/semi_structured.h lays out; shapes are multiples of its format's.
+// The layout of common/semi_structured.h; shapes are multiples of its format's.
 void semi_structured_pack(
     const void* weight, semi_structured::Type type, int64_t rows, int64_t columns, void* values, void* meta,
     const Executor& executor);
-// Keeps as many of each group as fit the layout, the largest by `scores`; a weight of int8 has none of this.
+// Keeps as many weights of each group as fit the layout, the largest by `scores`. int8 weights are not supported.
 void semi_structured_prune_pack(
     const void* weight, DType dtype,
     const void* scores,  // null: the magnitudes of the weight
     DType scores_dtype, int64_t rows, int64_t columns, void* values, void* meta, const Executor& executor);
 void semi_structured_unpack(
     const void* values, const void* meta, int element_size, int64_t rows,
-    int64_t columns,  // of the weight
+    int64_t columns,  // columns of the weight
     void* weight, const Executor& executor);
 
-// Packed weights in the layouts of common/packed_rows.h. Neither product reads outside of what is handed in, whatever that holds.
+// Packed weights in the layouts of common/packed_rows.h. Neither product reads outside its arguments, whatever they hold.
 struct BitmaskRows {
   const void* values;
-  int64_t value_count;  // whole slots, packed_rows::kSlack of them to spare
+  int64_t value_count;  // whole slots, including packed_rows::kSlack spare ones
   const uint64_t* bits;
   const int64_t* starts;  // in slots, [tiles + 1]
   const int32_t* order;
@@ -64,7 +64,7 @@ struct NmRows {
   const uint32_t* codes;
   int64_t rows, n, m;
 };
-constexpr int64_t kFewTokens = 32;  // up to which packed weights are expanded in registers
+constexpr int64_t kFewTokens = 32;  // most tokens for which packed weights are expanded in registers
 void bitmask_linear(
     const void* x, DType dtype, int64_t tokens, int64_t columns, const BitmaskRows& packed,
     const void* bias,  // null: none
@@ -74,11 +74,11 @@ void nm_linear(
     const void* bias,  // null: none
     void* y, const Executor& executor);
 
-// The dense weights of tensors that may contradict one another; what is not asked for is not checked.
+// Write the dense weight of tensors that may contradict each other; only what they write is checked.
 void bitmask_expand(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 void nm_expand(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 
-// bitmask_pack in two steps, since the number of values is known only after the first.
+// bitmask_pack in two steps, because the number of values is known only after the first.
 struct BitmaskPlan {
   int64_t columns;
   std::vector<int64_t> counts;  // non-zeros of each stored row
@@ -88,11 +88,11 @@ struct BitmaskPlan {
   BitmaskPlan(const void* weight, DType dtype, int64_t rows, int64_t columns, const Executor& executor);
 };
 void bitmask_pack(const BitmaskPlan& plan, const void* weight, DType dtype, void* values, uint64_t* bits, const Executor& executor);
-// Throws where a group has more than n non-zeros; 1 <= n < m <= 16 and m divides `columns`.
+// Throws if a group has more than n non-zeros; 1 <= n < m <= 16, and m divides `columns`.
 void nm_pack(
     const void* weight, DType dtype, int64_t rows, int64_t columns, int64_t n, int64_t m, void* values, uint32_t* codes,
     const Executor& executor);
-// The dense weights; throw unless the tensors are what packing makes.
+// Write the dense weight; throw unless the tensors are what packing makes.
 void bitmask_unpack(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 void nm_unpack(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 
@@ -103,11 +103,11 @@ struct LeastSquares {
   int64_t max_iterations;
   Solver solver;
 
-  // Whether rows of this support are factored.
+  // Returns whether rows of this support are factored.
   bool exact(int64_t support, int64_t columns) const;
 };
 
-// `start` may be null (the weight itself). Returns how many rows conjugate gradients left unfinished.
+// `start` may be null (the weight itself). Returns the number of rows that conjugate gradients left unfinished.
 int64_t masked_lstsq(
     const void* weight, const void* start, DType dtype, const float* gram, const uint8_t* mask, const LeastSquares& settings,
     int64_t rows, int64_t columns, void* new_weight, float* row_error, const Executor& executor);
@@ -118,26 +118,27 @@ struct StepPattern {
   bool whole_matrix;
 };
 
-// In place on offset, dual and mask; returns how many entries of the mask changed. `columns` is divisible by m, m at most 64; k is at
-// most `columns`, or `rows * columns` for the whole matrix.
+// Updates offset, dual and mask in place and returns the number of changed entries of the mask. `columns` is divisible by m, and m
+// is at most 64. k is at most `columns`, or `rows * columns` for the whole matrix.
 int64_t admm_step_(
     float* offset, float* dual, uint8_t* mask, const float* weight, const StepPattern& pattern, int64_t rows, int64_t columns,
     const Executor& executor);
 
-// Writes V and returns the damping used: negative (or -inf for 0) says that float64 arithmetic was needed. A pivot below
-// `smallest_pivot` of its entry of the damped diagonal, in units of the arithmetic's epsilon, counts as not positive.
+// Writes V and returns the damping used; a negative value (or -inf for 0) says that float64 arithmetic was needed. A pivot counts
+// as not positive below `smallest_pivot` of its entry of the damped diagonal, in units of the arithmetic's epsilon.
 double reverse_cholesky(
     const float* gram, int64_t features, double damping, float* factor, const Executor& executor, double smallest_pivot = 0.0);
 
-// solution (gram + shift I) = cross; returns what reverse_cholesky does.
+// Solves solution (gram + shift I) = cross; returns the damping as reverse_cholesky does.
 double gram_solve(
     const float* gram, const float* cross, int64_t rows, int64_t columns, double damping, float* solution,
     const Executor& executor);
 
-// The symmetric (gram + shift I)^-1, with rows and columns of zeros for dead features; returns what reverse_cholesky does.
+// Writes the symmetric (gram + shift I)^-1, with rows and columns of zeros for dead features; returns the damping as
+// reverse_cholesky does.
 double gram_inverse(const float* gram, int64_t columns, double damping, float* inverse, const Executor& executor);
 
-// Where the exact number of pruned weights of a sparsity is counted.
+// The part of the weight in which the exact number of pruned weights is counted.
 enum class Scope { block, row, matrix };
 
 struct SweepPattern {
@@ -147,18 +148,18 @@ struct SweepPattern {
   int64_t block_size;
 };
 
-// Throws where columns are not divisible by m. A diagonal entry of the factor with a sign bit marks a dead feature.
+// Throws if m does not divide the columns. A diagonal entry of the factor with a sign bit marks a dead feature.
 void obs_sweep(
     const void* weight, DType dtype, const float* factor,
     const uint8_t* mask,  // null: chosen by the pattern
     const SweepPattern& pattern, int64_t rows, int64_t columns, void* new_weight, uint8_t* new_mask, float* row_error,
     const Executor& executor);
 
-// What the auxiliary activations of SparseLLM are found from (cpu/split.h): arrays of `entries` elements of `dtype`.
+// The arguments of the splits of SparseLLM (cpu/split.h): arrays of `entries` elements of `dtype`.
 struct SplitProblem {
   const void* activated;
-  const void* up;    // null where the network has no gate
-  const void* gate;  // the pre-activation where it has none
+  const void* up;    // null if the network has no gate
+  const void* gate;  // the pre-activation if the network has no gate
   const void* start;
   DType dtype;
   int64_t entries;

@@ -1,5 +1,5 @@
-// The k-th largest of some integer keys, found by bisection over their range: each step is a vectorised count, and no more than 32
-// steps are taken whatever the keys.
+// The k-th largest of integer keys, found by bisection over their range. Each step is a vectorised count, and no keys take more
+// than 32 steps.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace sparsekern::cpu {
 
-// Kept are the keys above `key`, and of those equal to it the ones before index `ties_end`.
+// The kept keys: those above `key`, and those equal to it before index `ties_end`.
 struct Cut {
   int32_t key;
   int64_t ties_end;
@@ -27,7 +27,7 @@ SPARSEKERN_INLINE int64_t count_equal(const int32_t* keys, int64_t count, int32_
   return equal;
 }
 
-// One past the index of the `needed`-th key that equals `key`, of which there are at least that many.
+// Returns one past the index of the `needed`-th key that equals `key`, of which there are at least that many.
 SPARSEKERN_INLINE int64_t end_of_ties(const int32_t* keys, int64_t count, int32_t key, int64_t needed) {
   constexpr int64_t kStride = 256;
   int64_t i = 0;
@@ -47,7 +47,7 @@ SPARSEKERN_INLINE Cut kth_largest(const int32_t* keys, int64_t count, int64_t k)
     low = keys[i] < low ? keys[i] : low;
     high = keys[i] > high ? keys[i] : high;
   }
-  int64_t above = 0;  // how many keys are above `high`, always fewer than k
+  int64_t above = 0;  // number of keys above `high`, always less than k
   while (low < high) {
     const auto middle = static_cast<int32_t>((int64_t{low} + high) >> 1);
     const int64_t above_middle = count_above(keys, count, middle);

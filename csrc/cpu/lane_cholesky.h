@@ -1,7 +1,7 @@
-// Sixteen small positive definite systems at once, one in each lane: gathered, factored and solved without a horizontal operation.
+// Sixteen small positive definite systems at once, one per lane: gathered, factored and solved without a horizontal operation.
 //
-// Floor: size^3 / 6 multiply-adds a lane. A tile of the factor is a dot product of rows; rows are stored with the lanes of one
-// element side by side, so that every operand is a whole vector and a tile of 4 x 4 needs 8 loads for 16 multiply-adds.
+// Floor: size^3 / 6 multiply-adds per lane. A tile of the factor is a dot product of rows. The lanes of one element are stored side
+// by side, so that every operand is a whole vector and a tile of 4 x 4 needs 8 loads for 16 multiply-adds.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace sparsekern::cpu {
 
-// A pivot below this share of its (unit) diagonal entry is rounding error: the system has no solution worth the name.
+// A pivot below this share of its (unit) diagonal entry is rounding error: the system has no meaningful solution.
 constexpr float kSmallestLanePivot = 32.0f * FLT_EPSILON;
 
 template <class Target>
@@ -25,7 +25,8 @@ class LaneCholesky {
   explicit LaneCholesky(int64_t largest)
       : rows_(allocate<float>(offset(round_up(largest, kStep)))), reciprocal_(allocate<float>(round_up(largest, kStep) * kLanes)) {}
 
-  // Lane l: matrix[support[l], support[l]], of a symmetric matrix with `stride` columns and a unit diagonal; supports are ascending.
+  // Gathers matrix[support[l], support[l]] into lane l. The matrix is symmetric with `stride` columns and a unit diagonal; supports
+  // are ascending.
   SPARSEKERN_INLINE void gather(const float* matrix, int64_t stride, const std::vector<int32_t> (&support)[kLanes]) {
     size_ = 0;
     for (const auto& s : support) size_ = std::max<int64_t>(size_, static_cast<int64_t>(s.size()));
@@ -52,8 +53,8 @@ class LaneCholesky {
     }
   }
 
-  // solution: [size][16], the right-hand sides on entry. Returns a bit for each lane whose system is not positive definite; its
-  // solution is meaningless.
+  // Solves in place: `solution` is [size][16], the right-hand sides on entry. Returns a bit for each lane whose system is not
+  // positive definite, and whose solution is meaningless.
   SPARSEKERN_INLINE uint32_t solve(float* solution) {
     uint32_t failed = 0;
     for (int64_t part = 0; part < kLanes; part += Target::kWidth) failed |= factor(part) << part;
@@ -65,9 +66,9 @@ class LaneCholesky {
 
  private:
   static constexpr int64_t kStep = 4;                             // columns that rows are padded to
-  static constexpr int kTile = Target::kWidth == kLanes ? 4 : 2;  // what fits the registers
+  static constexpr int kTile = Target::kWidth == kLanes ? 4 : 2;  // the largest tile that fits the registers
 
-  // Rows are as long as the last of their group of four.
+  // Rows are as long as the last row of their group of four.
   static constexpr int64_t offset(int64_t row) {
     const int64_t group = row / kStep;
     return (kStep * kStep * group * (group + 1) / 2 + row % kStep * kStep * (group + 1)) * kLanes;

@@ -1,4 +1,4 @@
-// The order keys of a run of scores (common/order_key.h), and what happens where a score has none.
+// The order keys of a run of scores (common/order_key.h), and the error for a score that has none.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace sparsekern::cpu {
 
-// keys[i] orders like values[i]. Returns whether a value is NaN (its key is then meaningless).
+// Writes keys[i], ordered like values[i]. Returns whether a value is NaN; its key is then meaningless.
 template <class T>
 SPARSEKERN_INLINE bool load_keys(const T* values, int64_t count, int32_t* keys) {
   int32_t highest = 0;
@@ -24,7 +24,7 @@ SPARSEKERN_INLINE bool load_keys(const T* values, int64_t count, int32_t* keys) 
   return highest > infinity_bits(T{});
 }
 
-// Throws for the first NaN of a row-major matrix, if it has one.
+// Throws for the first NaN of a row-major matrix, if there is one.
 template <class T>
 void refuse_nan(const char* name, const T* values, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows * columns; ++i) {

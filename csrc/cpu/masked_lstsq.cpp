@@ -1,9 +1,9 @@
 // masked_lstsq: the weights on a fixed mask with the smallest output error, for all rows.
 //
-// Floor: columns^2 multiply-adds a row and iteration, in the product of the search directions with the Gram matrix; a row with a
-// small support takes support^3 / 6 once instead. A tile of rows goes through all its iterations by itself, in panels: nothing waits
-// for other rows, and a tile stops when its rows are done. Work is in the basis in which the Gram matrix has a unit diagonal, which
-// is Jacobi preconditioning at no cost.
+// Floor: columns^2 multiply-adds per row and iteration, in the product of the search directions with the Gram matrix. A row with a
+// small support takes support^3 / 6 once instead. A tile of rows runs all its iterations alone, in panels: nothing waits for other
+// rows, and a tile stops when its rows are done. The basis is the one in which the Gram matrix has a unit diagonal, which is Jacobi
+// preconditioning at no cost.
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
@@ -22,11 +22,12 @@ namespace sparsekern::cpu {
 namespace {
 
 constexpr int64_t kTileRows = kTilePanels * kLanes;
-// By measurement, where a factorisation takes as long as eight iterations; larger ones do not fit the caches.
+// Measured: up to here a factorisation takes no longer than eight iterations. Larger ones do not fit the caches.
 constexpr int64_t kLargestExact = 256, kExactShare = 12;
-constexpr float kExactFit = 1e-6f;  // of its start, an error that is rounding
+constexpr float kExactFit = 1e-6f;  // share of the initial error that is rounding
 
-// The damped Gram matrix with a unit diagonal, and how weights go to its basis and back; dead features are zero in both.
+// The damped Gram matrix with a unit diagonal, and the factors that take weights to its basis and back. Both are zero for dead
+// features.
 struct UnitGram {
   int64_t columns;
   Buffer<float> matrix;
@@ -64,11 +65,11 @@ struct Problem {
   int64_t rows, columns;
   const UnitGram& unit;
   const Multiplier& gram;             // unit.matrix
-  const std::vector<int64_t>& order;  // rows by the size of their support, so that neighbours are of a size
+  const std::vector<int64_t>& order;  // rows sorted by the size of their support, so that neighbours have similar sizes
   const LeastSquares& settings;
 };
 
-// Up to 48 rows in panels, with everything that their iterations need.
+// Up to 48 rows in panels, and the state of their iterations.
 struct Tile {
   int64_t panels;
   PanelMatrix solution, residual, direction, product;
@@ -93,7 +94,7 @@ struct Lanes {
   using Int = typename VectorOf<Target::kWidth>::Int;
   using Byte = typename VectorOf<Target::kWidth>::Byte;
   static constexpr int kParts = kLanes / Target::kWidth;
-  static constexpr int64_t kRun = 64;  // columns whose sum is taken by itself, which keeps the rounding error of long sums small
+  static constexpr int64_t kRun = 64;  // columns summed separately, to keep the rounding error of long sums small
 
   static SPARSEKERN_INLINE Float load(const float* p) { return *reinterpret_cast<const Float*>(p); }
   static SPARSEKERN_INLINE void store(float* p, Float value) { *reinterpret_cast<Float*>(p) = value; }
@@ -102,7 +103,7 @@ struct Lanes {
     return reinterpret_cast<const Float&>(bits);
   }
 
-  // sums[lane] = sum over the columns of term(index), for each of the parts of a panel; term may also write.
+  // sums[lane] = sum over the columns of term(index), for each part of a panel; term may also write.
   template <class Term>
   static SPARSEKERN_INLINE void sum_columns(int64_t columns, float* sums, const Term& term) {
     for (int part = 0; part < kParts; ++part) {
@@ -123,7 +124,7 @@ SPARSEKERN_INLINE void multiply_by_gram(const Multiplier& gram, const PanelMatri
   multiply_add<Target>(gram, gram.units, gram.outputs, 1.0f, in.at(0, 0), in.stride(), out.at(0, 0), out.stride(), panels);
 }
 
-// Columns [begin, end) of one row, a lane of its panel. Rows past the last are zero.
+// Loads columns [begin, end) of one row into a lane of its panel. Rows past the last are zero.
 template <class T>
 void load_lane(const Problem<T>& problem, int64_t row, int64_t begin, int64_t end, int64_t panel, int64_t lane, const Tile& tile) {
   const T* weight = problem.weight + row * problem.columns;
@@ -142,7 +143,7 @@ void load_lane(const Problem<T>& problem, int64_t row, int64_t begin, int64_t en
   }
 }
 
-// Puts the rows into panels and the unit-diagonal basis; `direction` then holds weight - solution.
+// Loads the rows into panels in the unit-diagonal basis; `direction` then holds weight - solution.
 template <class T>
 void load_tile(const Problem<T>& problem, int64_t first_row, Tile& tile) {
   const int64_t rows = std::min(kTileRows, problem.rows - first_row);
@@ -152,7 +153,7 @@ void load_tile(const Problem<T>& problem, int64_t first_row, Tile& tile) {
     std::fill_n(tile.direction.at(tile.panels - 1, 0), tile.direction.stride(), 0.0f);
     std::fill_n(tile.keep_at(tile.panels - 1), tile.solution.stride(), int8_t{0});
   }
-  for (int64_t begin = 0; begin < problem.columns; begin += kLanes) {  // so that what a column shares stays in cache for all rows
+  for (int64_t begin = 0; begin < problem.columns; begin += kLanes) {  // the data shared by a column stays in cache for all rows
     for (int64_t i = 0; i < rows; ++i) {
       load_lane(
           problem, problem.order[first_row + i], begin, std::min(begin + kLanes, problem.columns), i / kLanes, i % kLanes, tile);
@@ -175,7 +176,7 @@ void store_tile(const Problem<T>& problem, int64_t first_row, const Tile& tile) 
   for (int64_t i = 0; i < rows; ++i) problem.row_error[problem.order[first_row + i]] = std::max(tile.error[i], 0.0f);
 }
 
-// residual = the part of (weight - solution) gram that is on the mask, and the rows' errors at the start.
+// residual = the kept part of (weight - solution) gram. Also computes the initial errors of the rows.
 template <class Target>
 SPARSEKERN_INLINE void start_tile(const Multiplier& gram, Tile& tile) {
   using L = Lanes<Target>;
@@ -203,7 +204,7 @@ SPARSEKERN_INLINE void start_tile(const Multiplier& gram, Tile& tile) {
   }
 }
 
-// The rows of a panel at once, each by the factorisation of its part of the Gram matrix; those for which it fails stay active.
+// Solves the rows of a panel at once, each by factoring its part of the Gram matrix; rows whose factorisation fails stay active.
 template <class Target>
 SPARSEKERN_INLINE void solve_panel(const UnitGram& unit, Tile& tile, int64_t panel, LaneCholesky<Target>& cholesky) {
   const int8_t* keep = tile.keep_at(panel);
@@ -235,7 +236,7 @@ SPARSEKERN_INLINE void solve_panel(const UnitGram& unit, Tile& tile, int64_t pan
   }
 }
 
-// One iteration of conjugate gradients for the rows that are active; the others stay as they are.
+// Runs one iteration of conjugate gradients for the active rows; the others are unchanged.
 template <class Target>
 SPARSEKERN_INLINE void iterate(const Multiplier& gram, float tolerance, Tile& tile) {
   using L = Lanes<Target>;

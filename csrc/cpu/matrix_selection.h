@@ -1,5 +1,5 @@
-// Exactly the k largest of a whole matrix, which is too large to be counted 32 times: histograms over 16 bits of the key find the
-// k-th in one pass (16-bit keys) or two (32-bit keys), and one more pass marks what is kept.
+// Selects exactly the k largest of a whole matrix, which is too large to be counted 32 times. Histograms over 16 bits of the key
+// find the k-th largest in one pass (16-bit keys) or two (32-bit keys); one more pass marks the kept elements.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +16,20 @@ namespace sparsekern::cpu {
 
 constexpr int64_t kSelectionChunk = 4096;  // keys that stay in L1
 
-// `Source` says what the keys are:
+// `Source` provides the keys:
 //   kKeyBits                        16 or 32
 //   unsigned_key(int32_t)           the key shifted to start at zero; signed_key undoes it
-//   bool load(begin, count, keys)   writes the keys from index `begin` on; true if a value has no order. Called first, once an index.
-//   reload(begin, count, keys)      the same keys again
+//   bool load(begin, count, keys)   writes the keys from index `begin` on; true if a value has no order. Called first, once per
+//   index.
+//   reload(begin, count, keys)      writes the same keys again
 template <class Source>
 class MatrixSelection {
  public:
   MatrixSelection(Source& source, int64_t count, int64_t k, const Executor& executor)
       : source_(source), count_(count), k_(k), chunks_((count + kSelectionChunk - 1) / kSelectionChunk), executor_(executor) {}
 
-  // write(begin, count, mask) is called once for every chunk, in any order, with a byte a key, 1 where it is among the k largest; of
-  // equal keys those of the lowest index are. False, without any call, if a value has no order.
+  // Calls write(begin, count, mask) once for every chunk, in any order. The mask has a byte per key, 1 for the k largest; of equal
+  // keys, those with the lowest index. Returns false, without a call, if a value has no order.
   template <class Write>
   bool run(const Write& write) {
     std::vector<int64_t> digits = high_digits();
@@ -45,7 +46,7 @@ class MatrixSelection {
 
   int64_t length_of(int64_t chunk) const { return std::min(kSelectionChunk, count_ - chunk * kSelectionChunk); }
 
-  // Sums, over slices of chunks, of what `count` adds to a slice's own histogram: integers, so the order does not matter.
+  // Sums the histograms that `count` fills for slices of chunks. They are integers, so that the order does not matter.
   template <class F>
   std::vector<int64_t> histogram(const F& count) {
     const int64_t slices = std::min<int64_t>(chunks_, executor_.threads);
@@ -72,7 +73,7 @@ class MatrixSelection {
     });
   }
 
-  // The k-th largest unsigned key. Afterwards `needed_` of the `equal_` keys like it are to be kept.
+  // Returns the k-th largest unsigned key. Afterwards `needed_` of the `equal_` keys equal to it are to be kept.
   uint32_t find_threshold(std::vector<int64_t> digits) {
     needed_ = k_;
     const uint32_t high = descend(digits);
@@ -87,7 +88,7 @@ class MatrixSelection {
     return high << 16 | low;
   }
 
-  // The digit at which `needed_` runs out, counting from the largest; `needed_` becomes what is left for that digit.
+  // Returns the digit at which `needed_` runs out, counting from the largest; `needed_` becomes the remainder for that digit.
   uint32_t descend(const std::vector<int64_t>& digits) {
     uint32_t digit = kDigits - 1;
     for (; digits[digit] < needed_; --digit) needed_ -= digits[digit];

@@ -1,5 +1,5 @@
-// The Python module `sparsekern._C`. Importing it is what loads the library and so registers the kernels; its functions say which
-// instructions they use. Python's limited API only: one build serves every Python from 3.10 on.
+// The Python module `sparsekern._C`. Importing it loads the library and so registers the kernels; its functions name the
+// instruction set in use. Python's limited API only: one build serves every Python from 3.10 on.
 #include <Python.h>
 
 #include <exception>

@@ -1,10 +1,12 @@
-// nm_linear: x W^T + b from the values that an N:M weight keeps and their positions.
+// nm_linear: x W^T + b from the kept values of an N:M weight and their positions.
 //
-// One token is bound by the memory: a row of 2:4 half values takes columns * (1 + 1/8) bytes, so nothing can be faster than 9/16 of
-// the time that reading the dense weight takes. Values are not spread to their columns, x is picked for them: a block holds the values
-// of 32 columns for each half of its slots, so with AVX-512 one vpermt2ps of two registers of x gives the factors of 16 values. The
-// positions come from one word by shifts, a register each, so 64 columns take about 5 cycles, less than the memory takes. So it is
-// for 1:2, 4:8 and 8:16; other patterns gather x. A few tokens share values and positions; many are a dense product (packed_linear.h).
+// Floor for one token: the packed bytes. A row of 2:4 16-bit values takes columns * (1 + 1/8) bytes, 9/16 of the time to read the
+// dense weight. Values are not spread to their columns; their factors are gathered from x. A block holds the values of 32 columns
+// for each half of its slots. With AVX-512, one vpermt2ps of two registers of x then gives the factors of 16 values. The positions
+// come from one word by shifts, one register each. 64 columns take about 5 cycles, less than reading them from memory. The same
+// holds for 1:2, 4:8 and 8:16; other patterns gather x with vector gathers.
+//
+// A few tokens share values and positions; many tokens are a dense product (packed_linear.h).
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -20,17 +22,17 @@ namespace {
 using packed_rows::kBlockSlots;
 using packed_rows::Slot;
 
-// Some tokens against rows of the weight.
+// Factors: a few tokens that are multiplied by rows of the weight.
 struct Factors {
-  int64_t blocks;                // of a row
+  int64_t blocks;                // blocks of a row
   const int32_t* group_columns;  // the first column of the group of each value
   int code_bits;
   int64_t n;
-  const float* x;  // of the first token
+  const float* x;  // the first token
   int64_t x_stride;
 };
 
-// A product stores sums[token * kTileRows].
+// A row of the weight; a product stores sums[token * kTileRows].
 struct Row {
   const Slot* slots;
   const uint32_t* codes;
@@ -42,7 +44,7 @@ SPARSEKERN_INLINE int32_t position_of(const uint32_t* codes, int64_t k, int code
   return static_cast<int32_t>(codes[bit / 32] >> bit % 32 & ((1u << code_bits) - 1));
 }
 
-// Products of kTokens tokens with some rows.
+// Multiplies kTokens tokens by several rows.
 template <class T, int kTokens>
 SPARSEKERN_INLINE void multiply_any(const Factors& factors, const Row* row) {
   float sums[kTokens] = {};
@@ -61,8 +63,8 @@ SPARSEKERN_INLINE void multiply_any(const Factors& factors, const Row* row) {
 
 #if SPARSEKERN_X86
 
-// The positions of 16 values, with whatever lies above them in their words. (Masked, here and below, because GCC 12 warns of what the
-// forms without a mask leave uninitialised.)
+// Returns the positions of 16 values, with unrelated higher bits of their words above them. (Masked, here and below, because GCC 12
+// warns that the unmasked intrinsics leave values uninitialised.)
 template <bool kWide>
 SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512i codes_of_run(const uint32_t* codes, int64_t run) {
   if constexpr (!kWide) {
@@ -159,8 +161,8 @@ SPARSEKERN_AVX512 void multiply_any_avx512(const Factors& factors, const Row* ro
   for (int token = 0; token < kTokens; ++token) out[token * packed_rows::kTileRows] = add_up(sums[token]);
 }
 
-// The 16 rows of a tile, or those there are, to panel[16 * column + row], block by block, so that what is written stays in the first
-// cache. Only `stored` values a row are meant. False where a position lies behind the last column.
+// Expands the rows of a tile, at most 16, to panel[16 * column + row], block by block, so that the output stays in L1. Uses
+// `stored` values per row. Returns false if a position lies past the last column.
 template <class T, bool kWide>
 SPARSEKERN_AVX512 bool expand_panel_avx512(
     const Factors& factors, const Row* rows, int count, int64_t stored, int64_t columns, float* panel) {
@@ -232,7 +234,7 @@ ByStreams<Multiply> choose_multiply_avx512(bool half) {
   if (!half) return kOneByOne<&multiply_any_avx512<T, kTokens, kWide>>;
   constexpr Multiply one = &multiply_half_avx512<T, kTokens, kWide, 1>;
   if constexpr (kTokens > 4)
-    return kOneByOne<one>;  // the registers of two would not do
+    return kOneByOne<one>;  // two streams would not fit the registers
   else
     return {one, &multiply_half_avx512<T, kTokens, kWide, 2>};
 }
@@ -256,10 +258,10 @@ template <class T>
 struct NmWeight {
   int64_t rows, columns;
   const NmRows& packed;
-  int64_t stored;  // values a row
+  int64_t stored;  // values stored per row
   int code_bits;
   std::vector<int32_t> group_columns;
-  Isa isa = current_isa();             // asked for once: it reads the environment
+  Isa isa = current_isa();             // read once, because it reads the environment
   ByStreams<Multiply> multiply_by[4];  // 1, 2, 4 and 8 tokens
 
   NmWeight(const NmRows& p, int64_t columns_)
@@ -268,7 +270,7 @@ struct NmWeight {
         packed(p),
         stored(packed_rows::stored_per_row(columns_, p.n, p.m, sizeof(T))),
         code_bits(static_cast<int>(packed_rows::code_bits(p.m))),
-        // What fills the last block meets the zeros after the last column of x.
+        // The padding of the last block is multiplied by the zeros after the last column of x.
         group_columns(static_cast<size_t>(stored), static_cast<int32_t>(packed_rows::words(columns_) * packed_rows::kWordColumns)) {
     multiply_by[0] = choose_multiply<T, 1>(isa, p.n, p.m);
     multiply_by[1] = choose_multiply<T, 2>(isa, p.n, p.m);
@@ -293,7 +295,7 @@ struct NmWeight {
     for (int64_t row = 0; row < packed_rows::kTileRows; ++row) {
       Row some_rows[kStreams];
       int64_t some = 0;
-      for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may end early
+      for (; some < given && tiles[some] * packed_rows::kTileRows + row < rows; ++some) {  // only the last tile may be short
         const int64_t i = tiles[some] * packed_rows::kTileRows + row;
         some_rows[some] = {slots_of(i), codes_of(i), &sums[some][0][row]};
       }
@@ -331,7 +333,7 @@ struct NmWeight {
     return for_each_value(tile, [=](int64_t row, int64_t column, T value) { weight[row * columns + column] = value; });
   }
 
-  // f(row, column, value) for each value of a tile.
+  // Calls f(row, column, value) for each value of a tile.
   template <class F>
   bool for_each_value(int64_t tile, const F& f) const {
     const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);

@@ -8,7 +8,7 @@ Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, int64_t n, int64_t m,
   check(values.dim() == 2, "values, codes: expected 2 dimensions");
   const LinearTensors linear(x, values, values.size(0), bias);
   const NmTensors packed(values, codes, n, m, linear.dtype, linear.columns);
-  if (packed.rows.rows == 0) return linear.y;  // of any number of tokens, whose activations need no memory
+  if (packed.rows.rows == 0) return linear.y;  // without allocating activations, however many tokens there are
   if (linear.wants_dense_weight()) {
     return linear.multiply_dense(
         packed.rows.rows, [&](void* weight) { nm_expand(packed.rows, linear.dtype, linear.columns, weight, torch_executor()); });

@@ -1,6 +1,6 @@
 // nm_mask: the N largest of every M consecutive scores.
 //
-// Floor: one read of the scores and one write of the mask. cpu/rank_groups.h says how the largest are found.
+// Floor: one read of the scores and one write of the mask. cpu/rank_groups.h describes the ranking.
 #include <algorithm>
 #include <atomic>
 

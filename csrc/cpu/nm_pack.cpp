@@ -1,9 +1,8 @@
-// nm_pack: the values that an N:M weight keeps and their positions, as common/packed_rows.h lays them out.
+// nm_pack: packs the kept values of an N:M weight and their positions (common/packed_rows.h).
 //
-// Floor: one read of the weight and one write of its values and codes: rows * columns * (2 + 2 n/m + code bits / 8 * n/m) bytes of a
-// half weight. A row is marked in vectors, a bit a weight; the bits of a group lead to the positions that it stores, of 2:4 through a
-// table of 16. Values are collected in the order of columns in a buffer that stays in the first cache, and moved to their slots from
-// there in vectors.
+// Floor: one read of the weight and one write of its values and codes, rows * columns * (2 + 2 n/m + code bits / 8 * n/m) bytes for
+// 16-bit values. A row is marked in vectors, one bit per weight. The bits of a group give the stored positions; 2:4 uses a table of
+// 16. Values are collected in column order in a buffer that stays in L1, and then moved to their slots in vectors.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -23,12 +22,12 @@ namespace {
 
 using packed_rows::kBlockSlots;
 
-// What a thread works in.
+// The scratch memory of a thread.
 template <class Bits>
 struct Buffers {
   std::vector<uint64_t> words;     // the bits of a row, and a word of zeros to read past them
-  std::vector<Bits> values;        // of a row in the order of columns, and zeros to fill its last block
-  std::vector<uint8_t> positions;  // likewise
+  std::vector<Bits> values;        // values of a row in column order, and zeros to fill its last block
+  std::vector<uint8_t> positions;  // positions of a row, likewise
 
   explicit Buffers(const NmShape& shape)
       : words(static_cast<size_t>(packed_rows::words(shape.columns) + 1)),
@@ -36,7 +35,7 @@ struct Buffers {
         positions(static_cast<size_t>(shape.stored)) {}
 };
 
-// The positions that a group stores, as bits: its non-zeros and, where there are fewer than n, the first of its zeros.
+// Returns the stored positions of a group as bits: its non-zeros and, if there are fewer than n, the first of its zeros.
 constexpr unsigned stored_positions(unsigned flags, int count, int64_t n) {
   for (; count < n; ++count) flags |= flags + 1;
   return flags;
@@ -47,7 +46,7 @@ SPARSEKERN_INLINE Bits without_sign_of_zero(Bits value) {
   return (value & kMagnitude<Bits>) == 0 ? Bits{0} : value;
 }
 
-// The two positions of a 2:4 group by its four flags, two bits each.
+// Returns the two positions of a 2:4 group for each set of four flags, two bits each.
 constexpr std::array<uint8_t, 16> make_pairs() {
   std::array<uint8_t, 16> pairs{};
   for (unsigned flags = 0; flags < 16; ++flags) {
@@ -60,7 +59,7 @@ constexpr std::array<uint8_t, 16> make_pairs() {
 }
 constexpr std::array<uint8_t, 16> kPairs = make_pairs();
 
-// Both collect the values and positions of a row. They return whether every group fits.
+// Both functions collect the values and positions of a row and return whether every group fits.
 template <class Bits>
 SPARSEKERN_INLINE bool collect_pairs(const Bits* row, const NmShape& shape, Buffers<Bits>* buffers) {
   unsigned too_many = 0;
@@ -69,7 +68,7 @@ SPARSEKERN_INLINE bool collect_pairs(const Bits* row, const NmShape& shape, Buff
   for (int64_t column = 0; column < shape.columns; column += 4) {
     const unsigned flags = buffers->words[column / packed_rows::kWordColumns] >> column % packed_rows::kWordColumns & 15u;
     const unsigned pair = kPairs[flags], first = pair & 3, second = pair >> 2;
-    too_many |= 0xe880u >> flags;  // bit `flags` is set where there are three or four
+    too_many |= 0xe880u >> flags;  // bit `flags` is set for three or four non-zeros
     *values++ = without_sign_of_zero(row[column + first]);
     *values++ = without_sign_of_zero(row[column + second]);
     *positions++ = static_cast<uint8_t>(first);
@@ -101,7 +100,7 @@ SPARSEKERN_INLINE bool collect_any(const Bits* row, const NmShape& shape, Buffer
   return fits;
 }
 
-// Moves the values of a row to their slots, where 16-bit values of the two halves of a block lie side by side.
+// Moves the values of a row to their slots, where 16-bit values of the two halves of a block are stored side by side.
 template <class Bits>
 SPARSEKERN_INLINE void write_values(const Bits* from, int64_t stored, Bits* values) {
   if constexpr (sizeof(Bits) == 4) {

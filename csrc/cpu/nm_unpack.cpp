@@ -1,7 +1,7 @@
-// nm_unpack: the dense weight of what nm_pack packed.
+// nm_unpack: unpacks a weight that nm_pack packed.
 //
-// Floor: one read of the values and codes and one write of the weight. A row's positions and values are brought into the order of
-// columns in vectors, in buffers that stay in the first cache; then each value is stored at its column in a row of zeros.
+// Floor: one read of the values and codes and one write of the weight. A row's positions and values are brought into column order
+// in vectors, in buffers that stay in L1. Each value is then stored at its column in a row of zeros.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -36,7 +36,7 @@ SPARSEKERN_INLINE void read_positions(const uint32_t* codes, const NmShape& shap
   }
 }
 
-// The values of a row in the order of columns.
+// Writes the values of a row to `values`, in column order.
 template <class Bits>
 SPARSEKERN_INLINE void read_values(const Bits* from, int64_t stored, Bits* values) {
   constexpr int64_t lanes = packed_rows::lanes(sizeof(Bits));
@@ -47,7 +47,7 @@ SPARSEKERN_INLINE void read_values(const Bits* from, int64_t stored, Bits* value
   }
 }
 
-// Whether what fills the last block is zero.
+// Returns whether the padding of the last block is zero.
 template <class Bits>
 SPARSEKERN_INLINE bool fill_is_zero(const Bits* values, const uint8_t* positions, const NmShape& shape) {
   unsigned fill = 0;
@@ -55,7 +55,7 @@ SPARSEKERN_INLINE bool fill_is_zero(const Bits* values, const uint8_t* positions
   return fill == 0;
 }
 
-// Returns whether the row is one that packing makes; `weight` is then its dense form.
+// Returns whether packing could have made the row; `weight` is then its dense form.
 template <class Bits>
 SPARSEKERN_INLINE bool unpack_row(
     const Bits* stored_values, const uint32_t* codes, const NmShape& shape, Bits* values, uint8_t* positions, Bits* weight) {

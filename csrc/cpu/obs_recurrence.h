@@ -1,4 +1,4 @@
-// What obs_sweep keeps while it runs, and its inner loop: the recurrence inside a block of columns.
+// The state of obs_sweep, and its inner loop: the recurrence inside a block of columns.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +22,9 @@ struct Block {
 struct Sweep {
   const SweepPattern& pattern;
   int64_t rows, columns;
-  Buffer<float> delta;   // D in panels; in the columns of the current block first their pending sums
+  Buffer<float> delta;   // D in panels; the columns of the current block first hold their pending sums
   Buffer<int8_t> keep;   // the mask in panels: -1 where kept, 0 where pruned
-  Buffer<float> scores;  // of the current block, in panels
+  Buffer<float> scores;  // scores of the current block, in panels
   std::vector<double> row_error;
 
   int64_t panels() const { return ceil_div(rows, kLanes); }
@@ -33,7 +33,8 @@ struct Sweep {
   int8_t* keep_at(int64_t panel, int64_t column) const { return keep.get() + panel * panel_stride() + column * kLanes; }
 };
 
-// Some panels of rows in one block, in panels of the block's columns: the weights, on entry as given, on exit pruned; and scratch.
+// Several panels of rows in one block, in panels of the block's columns: the weights, given on entry and pruned on exit, and
+// scratch.
 struct Tile {
   int64_t panel, panels;
   float* weight;
@@ -56,7 +57,7 @@ struct Recurrence {
   const Block& block;
   int64_t panel;
   float* weight;          // the tile's weights
-  float* scratch;         // as large
+  float* scratch;         // scratch of the same size
   int64_t stride;         // floats between panels of sweep.delta
   int64_t weight_stride;  // floats between panels of weight and of scratch
 
@@ -79,7 +80,7 @@ struct Recurrence {
     for (int c = 0; c < kColumns; ++c) sums[c].store(out + (j + c) * kLanes, out_stride);
   }
 
-  // The same for any number of columns from j on: four at a time share the loads of the source.
+  // The same for any number of columns from j on; four at a time share the loads of the source.
   SPARSEKERN_INLINE void add_to_group(
       const float* source, int64_t source_stride, float* out, int64_t out_stride, int64_t first, int64_t last, int64_t j,
       int64_t columns) const {
@@ -88,7 +89,8 @@ struct Recurrence {
     for (; c < columns; ++c) add_columns<1>(source, source_stride, out, out_stride, first, last, j + c);
   }
 
-  // y = pending V_bb^-1 for columns [first, last): what the columns before them would add to each weight. In place in `out`.
+  // y = pending V_bb^-1 for columns [first, last): what the columns before them would add to each weight. Written to `out`, in
+  // place.
   SPARSEKERN_INLINE void solve(float* out, int64_t out_stride, int64_t first, int64_t last) const {
     constexpr int64_t kStep = 4;
     for (int64_t j = first; j < last; j += kStep) {
@@ -105,7 +107,7 @@ struct Recurrence {
     }
   }
 
-  // The error that removing each weight of column j would cause, |current weight| V_jj, over the negated solution in `out`.
+  // Stores the error of removing each weight of column j, |current weight| V_jj, over the negated solution in `out`.
   SPARSEKERN_INLINE void score(float* out, int64_t out_stride, int64_t j) const {
     const Columns start = Columns::load(weight + j * kLanes, weight_stride);
     Columns column = Columns::load(out + j * kLanes, out_stride);
@@ -113,14 +115,15 @@ struct Recurrence {
     column.store(out + j * kLanes, out_stride);
   }
 
-  // Scores of the whole block as it stands before any of it is pruned.
+  // Scores the whole block before any of it is pruned.
   SPARSEKERN_INLINE void score_block(float* scores) const {
     for (int64_t j = 0; j < block.size(); ++j) Columns::load(pending(j), stride).store(scores + j * kLanes, weight_stride);
     solve(scores, weight_stride, 0, block.size());
     for (int64_t j = 0; j < block.size(); ++j) score(scores, weight_stride, j);
   }
 
-  // The n largest of each group of m columns from j on, by counting for each how many come before it; of equals the first does.
+  // Chooses the n largest of each group of m columns from j on, by counting how many come before each; of equal ones the first
+  // wins.
   SPARSEKERN_INLINE void choose_group(int64_t j, int64_t n, int64_t m) const {
     for (int64_t c = j; c < j + m; ++c) Columns::load(pending(c), stride).store(scratch + c * kLanes, weight_stride);
     solve(scratch, weight_stride, j, j + m);
@@ -149,7 +152,7 @@ struct Recurrence {
     return __builtin_convertvector(*reinterpret_cast<const Byte*>(keep_register(j, r)), Int);
   }
 
-  // Column j, whose pending sum is complete: prune it, record what was taken from it, and add to the rows' errors.
+  // Finishes column j, whose pending sum is complete: prunes it, records the change of its weights, and adds to the rows' errors.
   SPARSEKERN_INLINE void finish_column(int64_t j, Columns& error) const {
     const Columns sum = Columns::load(pending(j), stride);
     Columns start = Columns::load(weight + j * kLanes, weight_stride);

@@ -1,12 +1,14 @@
-// obs_sweep: prune column by column, compensating each removal in the columns to the right, from one factor V and no inverse.
+// obs_sweep: prune column by column and compensate each removal in the columns to the right, using one factor V and no inverse.
 //
-// With D = weight - new_weight, the column errors are E = D V. When column j is reached it stands at
+// With D = weight - new_weight, the column errors are E = D V. The current value of column j, when the sweep reaches it, is
 //     weight_j + (sum_{i<j} D_i V_ij) / V_jj,
-// so nothing to the right is ever updated: the pending sums of a block of columns are one long product with the D of all columns
-// before it, and a short recurrence inside the block. Floor: rows * columns^2 / 2 multiply-adds in that product.
+// so that nothing to the right is ever updated. The pending sums of a block of columns are one long product with the D of all
+// earlier columns, plus a short recurrence inside the block.
 //
-// Sixteen rows make a panel, and rows go through the recurrence in the lanes of vectors. D is stored in panels as it is found,
-// which is the layout in which the next product reads it.
+// Floor: rows * columns^2 / 2 multiply-adds in that product.
+//
+// Sixteen rows make a panel; rows go through the recurrence in the lanes of vectors. D is stored in panels, the layout that the
+// next product reads.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -25,8 +27,9 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 128;  // columns in a block where the caller's block size has no influence on the result
-constexpr int64_t kSpan = 512;   // columns whose sums over all earlier spans are taken at once: how often D is read from memory
+constexpr int64_t kBlock = 128;  // columns of a block if the caller's block size does not change the result
+constexpr int64_t kSpan =
+    512;  // columns whose sums over all earlier spans are computed together; decides how often D is read from memory
 constexpr int64_t kMaxGroup = 64;
 
 int64_t pruned_count(double total, double sparsity) { return static_cast<int64_t>(std::floor(total * sparsity + 1e-9)); }
@@ -54,7 +57,7 @@ Block load_block(const float* factor, int64_t columns, int64_t begin, int64_t en
   return block;
 }
 
-// keep = score above the threshold, or equal to it and among the first `ties` in row-major order.
+// Keeps scores above the threshold, and the first `ties` of those equal to it in row-major order.
 void apply_threshold(
     const PanelScores& scores, const Threshold& threshold, const Sweep& sweep, int64_t begin, const Executor& executor) {
   std::vector<int64_t> quota(static_cast<size_t>(scores.rows), threshold.ties == 0 ? 0 : scores.columns);
@@ -103,7 +106,7 @@ void keep_largest(const PanelScores& scores, int64_t kept, const Sweep& sweep, i
   }
 }
 
-// Each row of a panel by itself.
+// Selects in each row of a panel separately.
 void keep_largest_of_rows(const float* scores, int64_t columns, int64_t kept, int8_t* keep) {
   std::vector<int64_t> order(static_cast<size_t>(columns));
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -126,7 +129,7 @@ struct Matrices {
   uint8_t* new_mask;
 };
 
-// Chosen before the sweep, from the starting weights. D is not used yet and holds the scores.
+// Chooses the mask before the sweep, from the initial weights. D is not used yet and holds the scores.
 template <class T>
 void choose_matrix(const Matrices<T>& matrices, const Sweep& sweep, const Executor& executor) {
   std::vector<float> diagonal(static_cast<size_t>(sweep.columns));
@@ -155,7 +158,7 @@ class BlockSweeper {
   BlockSweeper(const Matrices<T>& matrices, Sweep& sweep, const Executor& executor)
       : matrices_(matrices), sweep_(sweep), executor_(executor) {}
 
-  // The pending sums of the columns of a span, over all columns before it.
+  // Computes the pending sums of the columns of a span over all earlier columns.
   void start_span(int64_t begin, int64_t end) {
     const Multiplier factor = factor_above(0, begin, end);
     for_each_tile([&](int64_t panel, int64_t panels) {
@@ -187,12 +190,12 @@ class BlockSweeper {
   }
 
  private:
-  // What the columns [row, begin) are multiplied by to give the columns [begin, end).
+  // Returns the part of V that multiplies the columns [row, begin) to give the columns [begin, end).
   Multiplier factor_above(int64_t row, int64_t begin, int64_t end) const {
     return load_multiplier(matrices_.factor + row * sweep_.columns + begin, sweep_.columns, begin - row, end - begin, executor_);
   }
 
-  // Pending sums from column `begin` on += D times a rectangle of V that begins at row `row`.
+  // Adds D times a rectangle of V that begins at row `row` to the pending sums from column `begin` on.
   void add_product(const Multiplier& factor, int64_t row, int64_t begin, int64_t panel, int64_t panels) const {
     const int64_t stride = sweep_.panel_stride();
     kernels_.multiply_add(
@@ -268,7 +271,7 @@ class BlockSweeper {
   const Kernels kernels_;
 };
 
-// Only where the block decides which weights compete is its size the caller's; N:M groups must not straddle blocks.
+// The caller's block size applies only if the block decides which weights compete; N:M groups must not straddle blocks.
 int64_t block_columns(const SweepPattern& pattern, bool fixed_mask) {
   if (fixed_mask || (pattern.n == 0 && pattern.scope == Scope::matrix)) return kBlock;
   if (pattern.n > 0) return std::max<int64_t>(1, kBlock / pattern.m) * pattern.m;

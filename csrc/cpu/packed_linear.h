@@ -1,5 +1,5 @@
-// What `bitmask_linear` and `nm_linear` share: activations as floats, tiles of 16 rows handed to threads, and the way many tokens take:
-// a few tiles are expanded into panels, which stay in the cache for a dense product with all tokens.
+// Code shared by `bitmask_linear` and `nm_linear`: activations as floats, tiles of 16 rows handed to threads, and the path for many
+// tokens. That path expands a few tiles into panels, which stay in the cache for a dense product with all tokens.
 #pragma once
 
 #include <algorithm>
@@ -16,17 +16,18 @@
 namespace sparsekern::cpu {
 
 constexpr int64_t kTogether = 8;  // tokens that share expanded registers
-constexpr int64_t kStreams =
-    2;  // tiles that are read at the same time: one core gets more from the memory by two streams than by one
-constexpr int64_t kTasksPerThread = 8, kTaskBytes = 512 * 1024;  // the most tasks, the fewest bytes: a task's first lines come late
+constexpr int64_t kStreams = 2;   // tiles read at the same time: two streams give a core more memory bandwidth than one
+constexpr int64_t kTasksPerThread = 8,
+                  kTaskBytes =
+                      512 * 1024;  // most tasks per thread, fewest bytes per task: each task waits for its first cache lines
 
 template <class T>
 SPARSEKERN_INLINE void floats_of(const T* in, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
 }
 
-// Activations as floats. Rows are followed by zeros up to a whole number of words of columns, and by one word more, so that kernels
-// need no care at the end of a row and have a place that is zero.
+// Activations as floats. Each row is padded with zeros to a whole number of words of columns, and by one more word. Kernels then
+// need no check at the end of a row, and have an element that is zero.
 struct Activations {
   int64_t tokens, columns, stride;
   Buffer<float> data;
@@ -50,10 +51,10 @@ struct Activations {
   const float* row(int64_t token) const { return data.get() + token * stride; }
 };
 
-// The sums of up to kTogether tokens and the rows of a tile.
+// Sums of up to kTogether tokens for the rows of a tile.
 using TileSums = float[kTogether][packed_rows::kTileRows];
 
-// Some tokens.
+// A block of tokens.
 struct TokenBlock {
   const float* x;
   int64_t x_stride;
@@ -68,7 +69,7 @@ struct ByStreams {
   Kernel of(int64_t streams) const { return streams == kStreams ? all : one; }
 };
 
-// f(i) for 2^i tokens after another, 8 at the most, until all are through or it returns false, which is then returned.
+// Calls f(i) for 2^i tokens at a time, at most 8, until all tokens are done. Stops and returns false if f returns false.
 template <class F>
 bool for_token_groups(int64_t tokens, const F& f) {
   static_assert(kTogether == 8, "2^3");
@@ -81,16 +82,17 @@ bool for_token_groups(int64_t tokens, const F& f) {
   return true;
 }
 
-// A weight in tiles of 16 stored rows is anything that has
+// A weight in tiles of 16 stored rows is any type with
 //   int64_t rows, columns;
-//   int64_t bytes() const;                                       // that its packed form takes, about
-//   int64_t first_tile(int64_t task, int64_t tasks) const;       // ascending, to share the work out
-//   bool multiply(const int64_t* tiles, int64_t count, const TokenBlock& block, TileSums* sums) const;  // up to kStreams, ascending
-//   bool expand(int64_t tile, float* panel) const;               // column j of the tile's rows to panel[16 * j], zeros included
-//   bool expand_rows(int64_t tile, T* weight) const;             // the tile's rows to where they belong in the dense weight
-// where false says that the packed tensors contradict one another.
+//   int64_t bytes() const;                                  // approximate size of its packed form
+//   int64_t first_tile(int64_t task, int64_t tasks) const;  // ascending; splits the work
+//   bool multiply(const int64_t* tiles, int64_t count, const TokenBlock& block, TileSums* sums) const;  // up to kStreams,
+//   ascending
+//   bool expand(int64_t tile, float* panel) const;          // column j of the tile's rows to panel[16 * j], zeros included
+//   bool expand_rows(int64_t tile, T* weight) const;        // the tile's rows to their rows of the dense weight
+// A result of false says that the packed tensors contradict each other.
 
-// Where outputs go: y[token][order[i]] = sum + bias[order[i]] for stored row i; without `order` the rows are stored as they come.
+// The output: y[token][order[i]] = sum + bias[order[i]] for stored row i. Without `order`, the rows keep their stored order.
 template <class T>
 struct Output {
   T* y;
@@ -102,7 +104,8 @@ struct Output {
     for (int64_t i = 0; i < count; ++i) y[token * rows + row_of(first + i)] = from_float<T>(sums[i] + bias_of(first + i));
   }
 
-  // As `write` for all tokens and a panel, but stored row i goes to y[token][i], which is in one piece, for `put_in_order`.
+  // As `write` for all tokens and a panel, but stored row i goes to y[token][i], which is contiguous; `put_in_order` reorders it
+  // later.
   void write_stored(int64_t first, int64_t count, int64_t tokens, const float* sums) const {
     float added[kLanes] = {};
     for (int64_t i = 0; i < count; ++i) added[i] = bias_of(first + i);
@@ -143,7 +146,7 @@ bool multiply_tiles_by_few(
   return true;
 }
 
-// Tiles of [first, end), one from each half at a time.
+// Multiplies the tiles of [first, end), one from each half at a time.
 template <class Weight, class T>
 bool multiply_range_by_few(const Weight& weight, int64_t first, int64_t end, const Activations& x, const Output<T>& output) {
   static_assert(kStreams == 2, "of the halves");
@@ -175,7 +178,7 @@ bool multiply_tiles_by_many(
   return true;
 }
 
-// The whole product. False: the packed tensors contradict one another.
+// Computes the whole product. Returns false if the packed tensors contradict each other.
 template <class Weight, class T>
 bool packed_product(const Weight& weight, const Activations& x, const Output<T>& output, const Executor& executor) {
   const int64_t tiles = packed_rows::tiles(weight.rows);
@@ -198,7 +201,7 @@ bool packed_product(const Weight& weight, const Activations& x, const Output<T>&
   return sound;
 }
 
-// The dense weight. False: the packed tensors contradict one another.
+// Expands the dense weight. Returns false if the packed tensors contradict each other.
 template <class Weight, class T>
 bool expand_all(const Weight& weight, T* dense, const Executor& executor) {
   std::atomic<bool> sound{true};

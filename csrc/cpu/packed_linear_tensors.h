@@ -1,4 +1,4 @@
-// What the wrappers of bitmask_linear and nm_linear share.
+// Helpers shared by the wrappers of bitmask_linear and nm_linear.
 #pragma once
 
 #include <array>
@@ -9,7 +9,7 @@
 
 namespace sparsekern::cpu {
 
-// As torch::stable::new_empty, which boxes six arguments for the dispatcher.
+// As torch::stable::new_empty, which is slower: it boxes six arguments for the dispatcher.
 inline Tensor new_rows(const Tensor& like, const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
@@ -50,7 +50,8 @@ struct LinearTensors {
 
   const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
 
-  // With bf16 arithmetic, PyTorch's product of many tokens is far faster than one in float32, also after the weight was expanded.
+  // Returns whether to multiply many tokens by the dense weight. With bf16 arithmetic, PyTorch's product is far faster than one in
+  // float32, even with the time to expand the weight.
   bool wants_dense_weight() const {
     return tokens > kFewTokens && dtype == DType::bf16 && current_isa() >= Isa::avx512_bf16_emulated;
   }

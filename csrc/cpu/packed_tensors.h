@@ -1,4 +1,4 @@
-// Packed weights as the wrappers of the ops that read them take them: contiguous, and of the sizes that keep a kernel inside them.
+// Packed weights as arguments of kernels: contiguous, and of the sizes that keep a kernel inside them.
 #pragma once
 
 #include "common/packed_rows.h"
@@ -6,7 +6,7 @@
 
 namespace sparsekern::cpu {
 
-// Products with packed weights are called for every token, so what needs no copy goes through no dispatcher.
+// Products with packed weights are called for every token, so that a tensor that needs no copy bypasses the dispatcher.
 inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 template <class T>

@@ -1,5 +1,5 @@
-// Whole matrices in panels, and the product of some of their columns with a rectangle of another matrix: what `obs_sweep`,
-// `factor_solve` and `masked_lstsq` spend their time in.
+// Whole matrices in panels, and the product of some of their columns with a rectangle of another matrix. `obs_sweep`, `gram_solve`
+// and `masked_lstsq` spend most of their time in that product.
 #pragma once
 
 #include <algorithm>
@@ -11,10 +11,10 @@
 
 namespace sparsekern::cpu {
 
-constexpr int64_t kProductUnits = 512;  // multiplied at a time: keeps a tile's operands in L2
-constexpr int64_t kTilePanels = 3;      // row panels that go through a product together
+constexpr int64_t kProductUnits = 512;  // units multiplied at a time: keeps a tile's operands in L2
+constexpr int64_t kTilePanels = 3;      // row panels multiplied together
 
-// Rows of a row-major matrix to a panel and back; rows past the last are zero in the panel.
+// Copies rows of a row-major matrix to a panel and back; rows past the last are zero in the panel.
 template <class T, class Out, class Convert>
 void to_panel(const T* matrix, int64_t rows, int64_t stride, int64_t columns, Out* panel, const Convert& convert) {
   for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
@@ -34,7 +34,7 @@ void from_panel(const In* panel, int64_t rows, int64_t columns, T* matrix, int64
   }
 }
 
-// Rows in panels, one after another: element (row, column) lies at at(row / 16, column)[row % 16].
+// A matrix in consecutive panels of rows: element (row, column) is stored at at(row / 16, column)[row % 16].
 struct PanelMatrix {
   int64_t rows, columns;
   Buffer<float> data;
@@ -47,12 +47,12 @@ struct PanelMatrix {
   int64_t stride() const { return columns * kLanes; }  // floats between panels
   float* at(int64_t panel, int64_t column) const { return data.get() + panel * stride() + column * kLanes; }
 
-  // From and to a row-major matrix of the same size.
+  // Copy from and to a row-major matrix of the same size.
   void load(const float* matrix, const Executor& executor);
   void store(float* matrix, const Executor& executor) const;
 };
 
-// What columns in panels are multiplied by: `units` rows and `outputs` columns, as panels of 16 outputs.
+// The right-hand operand of columns in panels: `units` rows and `outputs` columns, as panels of 16 outputs.
 struct Multiplier {
   int64_t units = 0, outputs = 0;
   Buffer<float> data;
@@ -63,13 +63,13 @@ struct Multiplier {
   float* panel(int64_t output) const { return data.get() + output * units; }  // output: a multiple of 16
 };
 
-// Multiplier (k, j) = corner[k * stride + j], or corner[j * stride + k].
+// Loads the multiplier (k, j) = corner[k * stride + j], or corner[j * stride + k].
 Multiplier load_multiplier(const float* corner, int64_t stride, int64_t units, int64_t outputs, const Executor& executor);
 Multiplier load_multiplier_transposed(
     const float* corner, int64_t stride, int64_t units, int64_t outputs, const Executor& executor);
 
-// out[:, j] += alpha * sum_k in[:, k] multiplier(k, j) for the first `units` k and `outputs` j of the multiplier, and `panels`
-// panels of rows that lie `stride` floats apart.
+// out[:, j] += alpha * sum_k in[:, k] multiplier(k, j) for the first `units` k and `outputs` j of the multiplier, and for `panels`
+// panels of rows that are `stride` floats apart.
 template <class Target>
 SPARSEKERN_INLINE void multiply_add(
     const Multiplier& multiplier, int64_t units, int64_t outputs, float alpha, const float* in, int64_t in_stride, float* out,
@@ -101,7 +101,8 @@ inline MultiplyAdd choose_multiply_add() {
   return TargetEntries<&multiply_add<Baseline>, &multiply_add<Avx2>, &multiply_add<Avx512>>::choose();
 }
 
-// f(panel, panels) for each tile of neighbouring panels, from the last on: where tiles differ in cost, those are the costly ones.
+// Calls f(panel, panels) for each tile of neighbouring panels, last to first: if tiles differ in cost, the last are the costly
+// ones.
 template <class F>
 void for_each_tile(int64_t panels, const Executor& executor, const F& f) {
   const int64_t tiles = ceil_div(panels, kTilePanels);

@@ -1,10 +1,11 @@
-// Panels: the one layout behind `gram_`, `reverse_cholesky` and `obs_sweep`, and the register-tiled product on it.
+// Panels: the layout shared by `gram_`, `reverse_cholesky` and `obs_sweep`, and the register-tiled product on it.
 //
-// A panel holds 16 neighbouring rows (or features) for a run of k: element (k, lane) lies at panel[16 * k + lane]. An element is a
-// unit: one float, or a pair of bf16 for two consecutive k. A tile product multiplies a few lanes of one panel (broadcast) with
-// all lanes of up to three panels (vectors), so both operands of every product in these ops are panels, and nothing is packed twice.
+// A panel holds 16 neighbouring rows (or features) for a run of k: element (k, lane) is stored at panel[16 * k + lane]. An element
+// is a unit: one float, or a pair of bf16 for two consecutive k. A tile product multiplies a few lanes of one panel (broadcast) by
+// all lanes of up to three panels (vectors). Both operands of every product in these ops are panels, so that nothing is packed
+// twice.
 //
-// Vectors are GCC vector extensions: one source that each target function inlines and compiles to its own instructions.
+// Vectors are GCC vector extensions: each target function inlines the same source and compiles it to its own instructions.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +29,7 @@ struct FreeDeleter {
 template <class T>
 using Buffer = std::unique_ptr<T[], FreeDeleter>;
 
-// Uninitialised memory on a cache line (and vector) border.
+// Uninitialised memory aligned to a cache line, which is also a vector boundary.
 template <class T>
 Buffer<T> allocate(int64_t count) {
   const auto bytes = static_cast<size_t>(round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), 64));
@@ -37,8 +38,8 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(p);
 }
 
-// What one register of each target holds. Written out, since GCC drops a vector_size that depends on a template parameter.
-// Unaligned and aliasing, so that they can be read from and written to plain float arrays.
+// Vector types of one register of each target. Written out, because GCC drops a vector_size that depends on a template parameter.
+// Unaligned and aliasing, so that they can be loaded from and stored to plain float arrays.
 template <int kWidth>
 struct VectorOf;
 template <>
@@ -60,7 +61,7 @@ struct VectorOf<16> {
   using Byte = int8_t __attribute__((vector_size(16), aligned(1), may_alias));
 };
 
-// What the tile product is made of on each target: register width, and the tile that fits its registers.
+// The targets of the tile product: register width, and the tile that fits the registers.
 struct Baseline {
   static constexpr int kWidth = 4, kTileRows = 2, kTilePanels = 1;
 };
@@ -71,7 +72,7 @@ struct Avx512 {
   static constexpr int kWidth = 16, kTileRows = 8, kTilePanels = 3;
 };
 
-// One float a unit.
+// One float per unit.
 template <class Target>
 struct FloatArithmetic {
   using Unit = float;
@@ -81,17 +82,17 @@ struct FloatArithmetic {
   }
 };
 
-// Where a tile product goes: broadcast lane i of vector panel v is added to data[i * row_stride + v * panel_stride + lane].
+// The output of a tile product: broadcast lane i of vector panel v is added to data[i * row_stride + v * panel_stride + lane].
 struct TileOutput {
   float* data;
   int64_t row_stride;
   int64_t panel_stride;
 };
 
-// How many units ahead to fetch: the second-level cache answers in time, and the last level nearly so.
+// Units to prefetch ahead: enough for the second-level cache, and nearly enough for the last level.
 constexpr int64_t kPrefetchUnits = 16;
 
-// How many units are summed in registers before they join the tile's total: short runs keep the rounding error of long sums small.
+// Units summed in registers before they are added to the tile's total: short runs keep the rounding error of long sums small.
 constexpr int64_t kRunUnits = 128;
 
 // output[i][v] += alpha * sum_k broadcast[k][i] * vectors[v][k], for kRows broadcast lanes and kPanels vector panels.
@@ -100,9 +101,9 @@ SPARSEKERN_INLINE void tile_product(
     int64_t units, const typename Arithmetic::Unit* broadcast, const typename Arithmetic::Unit* vectors,
     int64_t vector_panel_stride, float alpha, const TileOutput& output) {
   using Vector = typename Arithmetic::Vector;
-  constexpr int kParts = kLanes / Target::kWidth;  // registers a panel row
+  constexpr int kParts = kLanes / Target::kWidth;  // registers per panel row
   constexpr int kColumns = kPanels * kParts;
-  // The output is touched only at the end, by when these lines have come from wherever they were.
+  // The output is used only at the end, when these lines have arrived from memory.
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kPanels; ++v) __builtin_prefetch(output.data + i * output.row_stride + v * output.panel_stride, 1);
   }
@@ -143,7 +144,7 @@ SPARSEKERN_INLINE void tile_product(
   }
 }
 
-// The same for any number of broadcast lanes that is a multiple of the tile's, and up to three vector panels.
+// The same for any multiple of the tile's broadcast lanes, and up to three vector panels.
 template <class Target, class Arithmetic>
 SPARSEKERN_INLINE void panel_product(
     int64_t units, const typename Arithmetic::Unit* broadcast, int64_t rows, const typename Arithmetic::Unit* vectors,
@@ -173,7 +174,7 @@ struct Column {
   static constexpr int kRegisters = kPanels * kParts;
   Float part[kRegisters];
 
-  // Where register `r` of a column lies, for panels `stride` floats apart.
+  // Offset of register `r` of a column, for panels that are `stride` floats apart.
   static constexpr int64_t offset(int r, int64_t stride) { return r / kParts * stride + r % kParts * Target::kWidth; }
 
   static SPARSEKERN_INLINE Column load(const float* column, int64_t stride) {
@@ -188,8 +189,8 @@ struct Column {
   }
 };
 
-// sums[j] += sum_i columns[i] * coefficients[j * coefficient_stride + i] for kColumns outputs j; columns follow one another in each
-// panel. The heart of a triangular recurrence within a block, where the output of one step is an input of the next.
+// sums[j] += sum_i columns[i] * coefficients[j * coefficient_stride + i] for kColumns outputs j; the columns of a panel are
+// consecutive. This is the core of a triangular recurrence within a block, where the output of one step is an input of the next.
 template <class Target, int kPanels, int kColumns>
 SPARSEKERN_INLINE void add_combination(
     int64_t count, const float* columns, int64_t panel_stride, const float* coefficients, int64_t coefficient_stride,

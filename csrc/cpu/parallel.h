@@ -1,4 +1,4 @@
-// How a torch-free kernel gets its threads: from whoever calls it (torch's pool in the extension, std::thread in the tests).
+// Threads for torch-free kernels, provided by the caller: torch's pool in the extension, std::thread in the tests.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@ struct Executor {
   void (*run)(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
 };
 
-// f(begin, end) over disjoint ranges that cover [0, n), at least `grain` long where n allows it.
+// Calls f(begin, end) over disjoint ranges that cover [0, n), at least `grain` long if n allows it.
 template <class F>
 void parallel_for(const Executor& executor, int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;
@@ -25,9 +25,9 @@ void parallel_for(const Executor& executor, int64_t n, int64_t grain, const F& f
       const_cast<F*>(&f));
 }
 
-// f(i, state) once for each i in [0, n), handed out one by one: for tasks of unequal length, or on a machine with other work to do.
-// `state` is made once a thread. Which thread does a task has no influence on its result, so results are the same for any number of
-// threads.
+// Calls f(i, state) once for each i in [0, n), handed out one by one: for tasks of unequal length, or on a machine with other work.
+// `state` is made once per thread. The result of a task must not depend on its thread, so that results are the same for any number
+// of threads.
 template <class Make, class F>
 void parallel_tasks(const Executor& executor, int64_t n, const Make& make, const F& f) {
   std::atomic<int64_t> next{0};

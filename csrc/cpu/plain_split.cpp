@@ -1,14 +1,14 @@
-// plain_split: the pre-activations of a feed-forward network without a gate, updated in one pass.
+// plain_split: updates the pre-activations of a feed-forward network without a gate in one pass.
 //
-// ReLU has a closed form, so that the three reads and the write are all it costs; the smooth activations are bound by the exponentials
-// of split.h. Every entry is on its own, so the result does not depend on the threads.
+// Floor: three reads and one write for ReLU, which has a closed form; the exponentials of split.h for smooth activations. Entries
+// are independent, so that the result does not depend on the threads.
 #include "cpu/split.h"
 
 namespace sparsekern::cpu {
 
 namespace {
 
-// On either side of zero the objective is a parabola; the lower of the two minima, of equal ones that of the active side.
+// On either side of zero the objective is a parabola. Takes the lower of the two minima; of equal ones, that of the active side.
 template <class T>
 SPARSEKERN_INLINE void relu_range(split::Inputs<T> in, split::Outputs<T> out, int64_t begin, int64_t end, float ratio, int64_t) {
   const float scale = 1.0f / (1.0f + ratio);

@@ -1,8 +1,8 @@
-// Which N of every M consecutive keys are the largest: what nm_mask and semi_structured_prune_pack select by.
+// The N largest of every M consecutive keys, for nm_mask and semi_structured_prune_pack.
 //
-// Every member of a small group is ranked by comparing all pairs, with no branch: of two equal ones the lower column ranks first.
-// Where M divides the lanes of a register, the register is compared with its own rotations within the groups; otherwise 16 groups
-// stand side by side, one in each lane. Large groups are bisected.
+// Every member of a small group is ranked by comparing all pairs, without branches; of two equal ones the lower column ranks first.
+// If M divides the lanes of a register, the register is compared with its own rotations within the groups; otherwise 16 groups are
+// ranked side by side, one per lane. Large groups are bisected.
 #pragma once
 
 #include <algorithm>
@@ -18,10 +18,10 @@
 
 namespace sparsekern::cpu {
 
-constexpr int64_t kRankedLanes = 16;    // of rank_groups
-constexpr int64_t kLargestRanked = 11;  // by measurement: from 12 on, bisection is faster
+constexpr int64_t kRankedLanes = 16;    // lanes of rank_groups
+constexpr int64_t kLargestRanked = 11;  // measured: from 12 on, bisection is faster
 
-// Groups [0, groups) of keys that follow one another.
+// Ranks the groups [0, groups) of consecutive keys.
 SPARSEKERN_INLINE void rank_groups(const int32_t* keys, int64_t groups, int64_t n, int64_t m, uint8_t* mask) {
   int32_t column[kLargestRanked][kRankedLanes] = {};
   int32_t rank[kLargestRanked][kRankedLanes];
@@ -48,7 +48,7 @@ SPARSEKERN_INLINE void rank_groups(const int32_t* keys, int64_t groups, int64_t 
   }
 }
 
-// The pairs of a large group are too many: its N-th largest is found as that of a row is.
+// Large groups have too many pairs: their N-th largest is found as in a row.
 SPARSEKERN_INLINE void bisect_groups(const int32_t* keys, int64_t groups, int64_t n, int64_t m, uint8_t* mask) {
   for (int64_t group = 0; group < groups; ++group, keys += m, mask += m) write_mask(keys, m, kth_largest(keys, m, n), mask);
 }
@@ -109,7 +109,7 @@ SPARSEKERN_AVX512 void rank_in_16_lanes(const int32_t* keys, int64_t groups, int
 }
 #endif
 
-// Marks, one byte a key, the `n` largest of each of the `groups` groups of `m` keys.
+// Marks the `n` largest of each of the `groups` groups of `m` keys, one byte per key.
 using Ranker = void (*)(const int32_t*, int64_t, int64_t, int64_t, uint8_t*);
 
 inline Ranker choose_ranker([[maybe_unused]] int64_t m) {

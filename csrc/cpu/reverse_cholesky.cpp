@@ -1,7 +1,7 @@
 // reverse_cholesky: H = V V^T with V upper triangular, from the last block of columns to the first (left-looking).
 //
 // Floor: features^3 / 6 multiply-adds, nearly all of them in the product of finished columns. V is kept in panels of 16 rows, so
-// that it serves as both operands of that product, and the rows of H's lower triangle are read as they lie.
+// that it serves as both operands of that product. The rows of H's lower triangle are read in place.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -20,12 +20,12 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 96;      // columns finished at a time: six panels, a multiple of the widest tile
+constexpr int64_t kBlock = 96;      // columns per block: six panels, a multiple of the widest tile
 constexpr int64_t kSumUnits = 512;  // finished columns multiplied at a time: keeps a tile's operands in L2
 constexpr double kSmallestEscalation = 1e-6;
 constexpr int kEscalations = 3;
 
-// V while it is made: element (row, column) lies at panel(row / 16)[16 * column + row % 16]. Rows past the last are zero.
+// V under construction: element (row, column) is stored at panel(row / 16)[16 * column + row % 16]. Rows past the last are zero.
 struct Factor {
   Buffer<float> data;
   int64_t features;
@@ -48,7 +48,7 @@ constexpr Block block_of(int64_t column, int64_t features) {
   return {begin, std::min(begin + kBlock, features)};
 }
 
-// Row j of the lower triangle becomes column j of V, in every panel down to the end of its diagonal block.
+// Loads row j of the lower triangle as column j of V, in every panel down to the end of its diagonal block.
 void load_damped(const float* gram, double shift, const Factor& factor, const Executor& executor) {
   const int64_t c = factor.features;
   parallel_for(executor, c, 16, [&](int64_t begin, int64_t end) {
@@ -75,8 +75,8 @@ SPARSEKERN_INLINE void subtract_finished(const Factor& factor, const Block& bloc
   }
 }
 
-// Column j of some panels minus its combination of the block's columns to the right, which are finished.
-// coefficients[i * kBlock + k] = V(block.begin + i, block.begin + k).
+// Subtracts from column j of some panels its combination of the block's finished columns to the right. coefficients[i * kBlock + k]
+// = V(block.begin + i, block.begin + k).
 template <class Target, int kPanels>
 SPARSEKERN_INLINE Column<Target, kPanels> pending_column(
     const Factor& factor, const Block& block, const float* coefficients, int64_t panel, int64_t j) {
@@ -92,7 +92,7 @@ SPARSEKERN_INLINE Column<Target, kPanels> pending_column(
   return column;
 }
 
-// The diagonal block, last column first. Returns false at a pivot that is not positive.
+// Factors the diagonal block, last column first. Returns false at a pivot that is not positive.
 template <class Target>
 SPARSEKERN_INLINE bool factor_diagonal_block(const Factor& factor, const Block& block, float* coefficients) {
   for (int64_t j = block.end - 1; j >= block.begin; --j) {
@@ -112,7 +112,7 @@ SPARSEKERN_INLINE bool factor_diagonal_block(const Factor& factor, const Block& 
   return true;
 }
 
-// The block's columns of panels above the diagonal block.
+// Computes the block's columns of the panels above the diagonal block.
 template <class Target, int kPanels>
 SPARSEKERN_INLINE void solve_panels(const Factor& factor, const Block& block, const float* coefficients, int64_t panel) {
   using Columns = Column<Target, kPanels>;
@@ -185,7 +185,7 @@ double mean_diagonal(const float* gram, int64_t features) {
   return sum / static_cast<double>(features);
 }
 
-// Whether each pivot V_jj^2 stands out from the rounding errors of what it is the rest of; dead features have none.
+// Returns whether each pivot V_jj^2 exceeds the rounding errors of the subtraction that leaves it; dead features have no pivot.
 template <class Pivot>
 bool all_resolved(const float* gram, int64_t features, double shift, double smallest_share, const Pivot& pivot) {
   for (int64_t j = 0; j < features; ++j) {
@@ -206,7 +206,7 @@ bool factorise_float(
   return true;
 }
 
-// The last resort, so written for clarity: the textbook recurrence in double, rows in parallel.
+// The last resort, written for clarity: the textbook recurrence in double, rows in parallel.
 bool factorise_double(
     const float* gram, int64_t features, double shift, double smallest_pivot, float* out, const Executor& executor) {
   const int64_t c = features;

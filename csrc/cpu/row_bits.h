@@ -1,4 +1,4 @@
-// Which weights of a row are not zero, one bit a weight: what bitmask_pack and nm_pack begin with.
+// The non-zeros of a row as bits, one per weight: the first step of bitmask_pack and nm_pack.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,12 @@
 
 namespace sparsekern::cpu {
 
-// The bits of an element without its sign: none is set in either zero.
+// Returns the bits of an element without its sign; both zeros give 0.
 template <class Bits>
 constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
 
-// Writes words(columns) words, bit j of a word for its column j; bits past the last column are zero. Returns how many bits are set.
+// Writes words(columns) words, bit j of a word for its column j; bits past the last column are zero. Returns the number of set
+// bits.
 template <class Bits>
 SPARSEKERN_INLINE int64_t mark_row(const Bits* row, int64_t columns, uint64_t* words) {
   int64_t set = 0;
@@ -30,7 +31,7 @@ SPARSEKERN_INLINE int64_t mark_row(const Bits* row, int64_t columns, uint64_t* w
     for (int byte = 0; byte < 8; ++byte) {
       uint64_t eight;
       std::memcpy(&eight, flags + 8 * byte, sizeof eight);
-      // The product brings the lowest bit of each of the eight bytes together in the top byte, the first byte's lowest.
+      // The product collects the lowest bit of each of the eight bytes in the top byte; the first byte's bit is the lowest.
       word |= (eight * 0x0102040810204080u >> 56) << (8 * byte);
     }
     *words++ = word;

@@ -12,7 +12,7 @@ namespace sparsekern::cpu {
 
 namespace {
 
-// Bits of a non-negative float order as the float does, so the value is found digit by digit from the top: 11 + 11 + 10 bits.
+// The bits of a non-negative float order like the float, so that the value is found digit by digit from the top: 11 + 11 + 10 bits.
 struct Digit {
   int shift, bits;
 };
@@ -21,8 +21,8 @@ constexpr int64_t kBuckets = int64_t{1} << 11;
 
 using Histogram = std::vector<int64_t>;
 
-// How many scores whose higher digits equal those of `prefix` have each value of this digit. Two tables, used in turn, since
-// neighbouring scores often share a bucket and an increment must wait for the one before it.
+// Counts the values of this digit among the scores whose higher digits equal those of `prefix`. Two tables are used in turn,
+// because neighbouring scores often share a bucket, and an increment must wait for the previous one.
 void count_panel(const float* scores, int64_t columns, int64_t rows, Digit digit, uint32_t prefix, uint32_t* tables) {
   const uint32_t higher = digit.shift + digit.bits < 32 ? ~0u << (digit.shift + digit.bits) : 0u;
   const uint32_t mask = (1u << digit.bits) - 1;
@@ -54,7 +54,7 @@ Histogram count_digit(const PanelScores& scores, Digit digit, uint32_t prefix, c
 
 Threshold select_threshold(const PanelScores& scores, int64_t kept, const Executor& executor) {
   uint32_t prefix = 0;
-  int64_t wanted = kept;  // of the scores that share the prefix, counted from the largest
+  int64_t wanted = kept;  // rank among the scores that share the prefix, counted from the largest
   int64_t equal = 0;
   for (const Digit digit : kDigits) {
     const Histogram histogram = count_digit(scores, digit, prefix, executor);

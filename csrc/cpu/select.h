@@ -10,11 +10,12 @@ namespace sparsekern::cpu {
 // The elements above `value` are selected, and `ties` of those equal to it.
 struct Threshold {
   float value;
-  int64_t ties;   // how many of the equal ones are selected
-  int64_t equal;  // how many equal ones there are
+  int64_t ties;   // number of equal elements that are selected
+  int64_t equal;  // number of equal elements
 };
 
-// Scores in panels: panel p holds `columns` columns of 16 rows, `panel_stride` floats after the one before; `rows` rows count.
+// Scores in panels: panel p holds `columns` columns of 16 rows and begins `panel_stride` floats after the previous one. `rows` rows
+// are used.
 struct PanelScores {
   const float* data;
   int64_t rows;
@@ -22,7 +23,7 @@ struct PanelScores {
   int64_t panel_stride;
 };
 
-// The threshold that selects exactly `kept` of the scores, 0 < kept < rows * columns.
+// Returns the threshold that selects exactly `kept` of the scores, 0 < kept < rows * columns.
 Threshold select_threshold(const PanelScores& scores, int64_t kept, const Executor& executor);
 
 }  // namespace sparsekern::cpu

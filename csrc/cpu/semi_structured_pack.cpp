@@ -1,6 +1,6 @@
-// semi_structured_pack: a 2:4 weight as values and metadata (common/semi_structured.h).
+// semi_structured_pack: packs a 2:4 weight as values and metadata (common/semi_structured.h).
 //
-// Floor: one read of the weight and one write of half of it and of the metadata. cpu/semi_structured_words.h says how a row is packed.
+// Floor: one read of the weight and one write of half of it and of the metadata. cpu/semi_structured_words.h packs a row.
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -14,7 +14,7 @@ namespace sparsekern::cpu {
 
 namespace {
 
-// Throws for the first NaN or, where there is none, for the first group with more non-zeros than fit.
+// Throws for the first NaN or, if there is none, for the first group with more non-zeros than fit.
 template <class K>
 void refuse(const typename K::element* weight, int64_t rows, int64_t columns) {
   constexpr uint64_t magnitude = semi_structured::kTop<K> - 1;

@@ -1,7 +1,7 @@
 // semi_structured_prune_pack: select, zero and pack a weight in one pass.
 //
-// Floor: one read of the weight and of the scores, one write of half the weight and of the metadata. Some words of a row at a time
-// are ranked (cpu/rank_groups.h), copied without what is dropped, and packed (cpu/semi_structured_words.h), all within L1.
+// Floor: one read of the weight and of the scores, one write of half the weight and of the metadata. A few words of a row at a time
+// are ranked (cpu/rank_groups.h), copied without the dropped weights, and packed (cpu/semi_structured_words.h), all within L1.
 #include <atomic>
 #include <type_traits>
 
@@ -30,7 +30,7 @@ SPARSEKERN_INLINE void copy_kept(const Element* weight, const uint8_t* mask, int
   for (int64_t i = 0; i < count; ++i) kept[i] = mask[i] ? weight[i] : Element{0};
 }
 
-// `scores` of null: the magnitudes of the weight.
+// Null `scores` stand for the magnitudes of the weight.
 template <class T, class Score>
 void prune_pack(
     const void* weight, const Score* scores, int64_t rows, int64_t columns, void* values, void* meta, const Executor& executor) {

@@ -1,4 +1,4 @@
-// semi_structured_unpack: the dense weight of what semi_structured_pack packed. A group is put together in one register and stored whole.
+// semi_structured_unpack: unpacks a weight that semi_structured_pack packed. A group is assembled in one register and stored whole.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -14,8 +14,8 @@ namespace sparsekern::cpu {
 
 namespace {
 
-// Unpacks words [begin, end) of a row, whose first stored value and first group `values` and `weight` point to. Returns whether every
-// code was one that packing writes.
+// Unpacks words [begin, end) of a row; `values` and `weight` point to its first stored value and first group. Returns whether
+// packing could have written every code.
 template <class K>
 SPARSEKERN_INLINE bool unpack_words(
     const typename K::element* values, const typename K::word* meta, int64_t row, int64_t rows, int64_t begin, int64_t end,

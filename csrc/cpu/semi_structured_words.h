@@ -1,6 +1,6 @@
-// Packing one row of a 2:4 weight, some metadata words at a time: what semi_structured_pack and semi_structured_prune_pack write with.
+// Packs one row of a 2:4 weight, several metadata words at a time, for semi_structured_pack and semi_structured_prune_pack.
 //
-// A group is one integer in a register: its non-zero flags come from one addition that carries into the top bit of every element,
+// A group is one integer in a register. Its non-zero flags come from one addition that carries into the top bit of every element,
 // its code from a table of 16.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace sparsekern::cpu {
 
 constexpr uint8_t kRefused = 0x80;
 
-// Code by flags; `kRefused` where there are more non-zeros than fit.
+// The code for each set of flags; `kRefused` if there are more non-zeros than fit.
 constexpr std::array<uint8_t, 16> make_codes() {
   std::array<uint8_t, 16> codes{};
   for (unsigned flags = 0; flags < 16; ++flags) {
@@ -27,7 +27,7 @@ constexpr std::array<uint8_t, 16> make_codes() {
 }
 constexpr std::array<uint8_t, 16> kCodes = make_codes();
 
-// Packs words [begin, end) of a row, whose first group and first stored value `weight` and `values` point to. Returns whether every
+// Packs words [begin, end) of a row; `weight` and `values` point to its first group and first stored value. Returns whether every
 // group fitted and no element was NaN.
 template <class K>
 SPARSEKERN_INLINE bool pack_words(
@@ -56,8 +56,8 @@ SPARSEKERN_INLINE bool pack_words(
   return nan == 0 && (seen & kRefused) == 0;
 }
 
-// f(row, begin, end) for all words [0, words) of all rows, in parallel: a block of rows whose metadata words are permuted among
-// themselves is one task, so no two tasks write to the same word; kTileWords of a row at a time.
+// Calls f(row, begin, end) for all words [0, words) of all rows, in parallel, kTileWords of a row at a time. A block of rows,
+// within which metadata words are permuted, is one task, so that no two tasks write to the same word.
 template <class K, class F>
 void for_row_tiles(const Executor& executor, int64_t rows, int64_t words, const F& f) {
   constexpr int64_t block = K::format.row_multiple;

@@ -18,7 +18,8 @@ namespace sparsekern::cpu {
 template <class T>
 constexpr int kSlotValues = 4 / sizeof(T);
 
-// How far ahead of its use packed data is asked for: the memory answers in time, and the hardware stops at pages.
+// Distance at which packed data is prefetched: far enough for the memory to answer. The hardware prefetcher stops at page
+// boundaries.
 constexpr int64_t kPrefetchBytes = 4096;
 
 SPARSEKERN_INLINE void prefetch_ahead(const void* p, int64_t bytes = kPrefetchBytes) {
@@ -34,7 +35,7 @@ SPARSEKERN_INLINE float value_of(const packed_rows::Slot* slot, int which) {
 
 #if SPARSEKERN_X86
 
-// Value `which` of each slot. A half float that is the upper half of its slot is one where the lower half is cleared.
+// Returns value `which` of each slot. A bfloat16 in the upper half of a slot becomes a float by clearing the lower half.
 template <class T>
 SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512 floats_of_slots(__m512i slots, int which) {
   if constexpr (std::is_same_v<T, float>) {
@@ -44,7 +45,7 @@ SPARSEKERN_AVX512 SPARSEKERN_INLINE __m512 floats_of_slots(__m512i slots, int wh
     return _mm512_castsi512_ps((__m512i)bits);
   } else {
     const auto bits = which == 0 ? (__v16su)slots & 0xffffu : (__v16su)slots >> 16;
-    // GCC 12 warns of what the forms without a mask leave uninitialised.
+    // GCC 12 warns that the unmasked intrinsics leave values uninitialised.
     return _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
   }
 }

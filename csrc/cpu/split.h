@@ -1,11 +1,12 @@
-// What plain_split and gated_split share: the search, entry by entry, for the pre-activation that pays best.
+// Search shared by plain_split and gated_split: the best pre-activation of each entry.
 //
 // An entry minimises `ratio * fit(t) + (s - gate)^2` over s, where t = act(s) and
 //   plain:  fit(t) = (p - t)^2
-//   gated:  fit(t) = (p - t up)^2 / (1 + ratio t^2), which is `(p - t z)^2 + (z - up)^2 / ratio` at its best z = (up + ratio t p) /
-//           (1 + ratio t^2); so z and s are found together.
-// It is not convex. The best of a few starting points, the old value among them, is improved by Gauss-Newton steps (whose curvature is
-// at least 1) that are taken only where they help, a quarter as long after each that did not: the objective never rises.
+//   gated:  fit(t) = (p - t up)^2 / (1 + ratio t^2). This is `(p - t z)^2 + (z - up)^2 / ratio` at its best z = (up + ratio t p) /
+//   (1 + ratio t^2), so that z and s are found together.
+// The objective is not convex. The best of a few starting points, the old value among them, is improved by Gauss-Newton steps,
+// whose curvature is at least 1. A step is taken only if it lowers the objective; after each other step the length is quartered.
+// The objective never rises.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 
 namespace sparsekern::cpu::split {
 
-// What each entry is given; `up` is null in the plain form.
+// The inputs of the entries; `up` is null in the plain form.
 template <class T>
 struct Inputs {
   const T* p;
@@ -35,16 +36,16 @@ struct Outputs {
 };
 
 constexpr int64_t kGrain = 1 << 12;
-constexpr int64_t kLanes = 64;                           // entries at a time: their state stays in L1
+constexpr int64_t kLanes = 64;                           // entries processed at a time: their state stays in L1
 constexpr float kStarts[] = {-1.25f, 0.0f, 1.0f, 3.0f};  // near the minimum, at zero, and where the slope is about one
 
 struct Fit {
   float value;
-  float gradient;   // of half the fit by t
-  float curvature;  // of the same, by Gauss and Newton
+  float gradient;   // derivative of half the fit with respect to t
+  float curvature;  // Gauss-Newton approximation of its second derivative
 };
 
-// By t, without the factor `ratio` that all three have.
+// Derivatives with respect to t, without the common factor `ratio`.
 template <bool kGated>
 SPARSEKERN_INLINE Fit fit_of(float t, float p, float up, float ratio) {
   if constexpr (kGated) {
@@ -74,11 +75,12 @@ SPARSEKERN_INLINE void split_lanes(const Inputs<T>& in, const Outputs<T>& out, i
     objective[i] = ratio * fit_of<kGated>(here.value, p[i], up[i], ratio).value + (s[i] - gate[i]) * (s[i] - gate[i]);
     length[i] = 1.0f;
   }
-  // Two starts that each entry has of its own: its target, and what would fit p without a change of up (act(s) is about s there).
+  // Each entry has two starting points of its own: its target, and the value that fits p without a change of up (act(s) is about s
+  // there).
   for (int64_t i = 0; i < kLanes; ++i) {
     float wanted = p[i];
     if constexpr (kGated) wanted = p[i] / up[i];
-    wanted = select(wanted > 0.0f, wanted, 0.0f);  // NaN, of 0 / 0, is not above 0
+    wanted = select(wanted > 0.0f, wanted, 0.0f);  // 0 / 0 is NaN, which is not above 0
     const Activated at_gate = activate<kActivation>(gate[i]), at_wanted = activate<kActivation>(wanted);
     const float gate_objective = ratio * fit_of<kGated>(at_gate.value, p[i], up[i], ratio).value;
     const float wanted_objective =
@@ -119,14 +121,14 @@ SPARSEKERN_INLINE void split_lanes(const Inputs<T>& in, const Outputs<T>& out, i
       length[i] = select(better, longer, 0.25f * length[i]);
     }
   }
-  for (int64_t i = 0; i < kLanes; ++i) s[i] = select(objective[i] == objective[i], s[i], objective[i]);  // NaN where anything was
+  for (int64_t i = 0; i < kLanes; ++i) s[i] = select(objective[i] == objective[i], s[i], objective[i]);  // NaN if any input was
   if constexpr (kGated) {
     for (int64_t i = 0; i < count; ++i) out.z[i] = from_float<T>((up[i] + ratio * t[i] * p[i]) / (1.0f + ratio * t[i] * t[i]));
   }
   for (int64_t i = 0; i < count; ++i) out.s[i] = from_float<T>(s[i]);
 }
 
-// Entries [begin, end).
+// Searches the entries [begin, end).
 template <bool kGated, Activation kActivation, class T>
 SPARSEKERN_INLINE void split_range(Inputs<T> in, Outputs<T> out, int64_t begin, int64_t end, float ratio, int64_t steps) {
   for (int64_t i = begin; i < end; i += kLanes) {
@@ -136,7 +138,7 @@ SPARSEKERN_INLINE void split_range(Inputs<T> in, Outputs<T> out, int64_t begin, 
   }
 }
 
-// All entries, by the range of the current ISA.
+// Searches all entries with the range function of the current ISA.
 template <auto kRange, class T>
 void run(const SplitProblem& problem, const Outputs<T>& out, const Executor& executor) {
   const auto entry = Entries<kRange>::choose();

@@ -1,4 +1,4 @@
-// What the wrappers of plain_split and gated_split share.
+// Helpers shared by the wrappers of plain_split and gated_split.
 #pragma once
 
 #include <array>

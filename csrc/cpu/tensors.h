@@ -1,4 +1,4 @@
-// What the stable-ABI wrappers of the CPU kernels share beside stable/tensors.h: contiguous operands, and torch's thread pool.
+// Helpers of the stable-ABI wrappers of CPU kernels, in addition to stable/tensors.h: contiguous operands, and torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,7 @@ inline void check_square_float(const Tensor& tensor, const char* message) {
   check(tensor.dim() == 2 && tensor.size(0) == tensor.size(1) && tensor.scalar_type() == ScalarType::Float, message);
 }
 
-// A contiguous copy where one is needed, kept alive beside its pointer.
+// A contiguous row mask, copied if needed, kept alive beside its pointer.
 struct RowMask {
   std::optional<Tensor> tensor;
   const uint8_t* data = nullptr;
@@ -42,7 +42,7 @@ struct RowMask {
   }
 };
 
-// Runs f on contiguous memory and copies back where the caller's tensor was strided.
+// Runs f on contiguous memory and copies the result back if the caller's tensor is strided.
 template <class F>
 inline void in_place(Tensor& tensor, const F& f) {
   Tensor dense = torch::stable::contiguous(tensor);

@@ -1,8 +1,8 @@
-// topk_mask: exactly k kept, without sorting.
+// topk_mask: keeps exactly k, without sorting.
 //
-// Floor: one read of the scores and one write of the mask. A row is turned into integer keys once, in cache; its k-th largest key
-// is then found by bisection over the keys' range, each step a vectorised count. Distinct scores part after about as many steps as
-// it takes to separate neighbours (some 15 of 4096), and no input takes more than 32. cpu/matrix_selection.h does a whole matrix.
+// Floor: one read of the scores and one write of the mask. A row is turned into integer keys once, in cache. Its k-th largest key
+// is then found by bisection over the keys' range; each step is a vectorised count. Distinct scores need about as many steps as it
+// takes to separate neighbours (about 15 for 4096), and no input takes more than 32. cpu/matrix_selection.h handles a whole matrix.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -43,7 +43,7 @@ bool select_rows(const T* scores, int64_t rows, int64_t columns, int64_t k, uint
   return ordered;
 }
 
-// The keys of a matrix as one long row: 32 bits for float32, 16 for the half dtypes.
+// The keys of a matrix as one long row: 32 bits for float32, 16 for 16-bit dtypes.
 template <class T>
 class ScoreKeys {
  public:

@@ -1,8 +1,8 @@
 // X (V V^T)^-1 as Y V^T = X from the last column to the first, then X V = Y from the first to the last.
 //
 // Floor: rows * columns^2 / 2 multiply-adds for each of the two, together as many as a product with the inverse (a third of that
-// for the inverse itself). Rows go through in the lanes of panels. A column's sum over the columns solved before it is nearly all of
-// the work, and a product of panels; the triangle of a block of columns is inverted once, so that what remains is one too.
+// for the inverse itself). Rows go through in the lanes of panels. Nearly all work is a column's sum over the columns solved before
+// it, a product of panels. The triangle of a block of columns is inverted once, so that the rest is also a product.
 #include "cpu/triangular_solver.h"
 
 #include <algorithm>
@@ -12,10 +12,11 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int64_t kSpan = 512;  // columns whose sums over all earlier spans are taken at once: how often X is read from memory
+constexpr int64_t kSpan =
+    512;  // columns whose sums over all earlier spans are computed together; decides how often X is read from memory
 constexpr int64_t kBlock = 64;  // columns solved by the inverse of their triangle
 
-// The inverse of an upper triangle, row-major, zero below the diagonal and in the rows and columns of dead features.
+// Returns the inverse of an upper triangle, row-major, zero below the diagonal and in the rows and columns of dead features.
 std::vector<float> invert(const float* corner, int64_t stride, int64_t size) {
   std::vector<float> inverse(static_cast<size_t>(size * size), 0.0f);
   std::vector<double> pending(static_cast<size_t>(size));
@@ -34,7 +35,7 @@ std::vector<float> invert(const float* corner, int64_t stride, int64_t size) {
 
 }  // namespace
 
-// Columns [begin, begin + inverse.outputs): first the columns from `from` on that are solved before them are subtracted.
+// Columns [begin, begin + inverse.outputs). The columns from `from` on, which are solved before them, are subtracted first.
 struct TriangularSolver::Block {
   int64_t begin, from;
   Multiplier solved, inverse;
@@ -53,13 +54,13 @@ void TriangularSolver::solve(PanelMatrix& x, bool lower_only) const {
   for (int64_t i = 0; i < spans; ++i) divide_span(x, Side::plain, i * kSpan, lower_only);
 }
 
-// V's entries that connect the columns [begin, end) with the columns [from, to), which are solved before them.
+// Returns the entries of V that connect the columns [begin, end) with the columns [from, to), which are solved before them.
 Multiplier TriangularSolver::connection(Side side, int64_t from, int64_t to, int64_t begin, int64_t end) const {
   return side == Side::transposed ? load_multiplier_transposed(at(begin, from), columns_, to - from, end - begin, executor_)
                                   : load_multiplier(at(from, begin), columns_, to - from, end - begin, executor_);
 }
 
-// The blocks of a span in the order in which they are solved.
+// Returns the blocks of a span in the order in which they are solved.
 std::vector<TriangularSolver::Block> TriangularSolver::blocks_of(Side side, int64_t span_begin, int64_t span_end) const {
   std::vector<Block> blocks;
   const bool transposed = side == Side::transposed;

@@ -8,7 +8,7 @@
 
 namespace sparsekern::cpu {
 
-// A pivot of the factorisation below this many epsilons of its diagonal entry is rounding error, which a solution would be full of.
+// A pivot of the factorisation below this many epsilons of its diagonal entry is rounding error, which would dominate a solution.
 constexpr double kResolvedPivot = 32.0;
 
 class TriangularSolver {
@@ -17,13 +17,13 @@ class TriangularSolver {
   // solution is zero.
   TriangularSolver(const float* factor, int64_t columns, const Executor& executor);
 
-  // X := X (V V^T)^-1, in place. With `lower_only` only what is not right of the diagonal of X is read and computed, with the columns
-  // up to the next multiple of 48 beside it: for rows that are zero there, and a result that is symmetric.
+  // X := X (V V^T)^-1, in place. With `lower_only`, reads and computes only the entries on and left of the diagonal of X, and the
+  // columns up to the next multiple of 48. The rows must be zero right of the diagonal, and the result symmetric.
   void solve(PanelMatrix& x, bool lower_only = false) const;
 
  private:
   struct Block;
-  enum class Side { transposed, plain };  // V^T is divided by from the last column to the first, V from the first to the last
+  enum class Side { transposed, plain };  // V^T is solved from the last column to the first, V from the first to the last
 
   const float* at(int64_t row, int64_t column) const { return factor_ + row * columns_ + column; }
   Multiplier connection(Side side, int64_t from, int64_t to, int64_t begin, int64_t end) const;
@@ -35,7 +35,7 @@ class TriangularSolver {
   int64_t columns_;
   const Executor& executor_;
   MultiplyAdd multiply_add_ = choose_multiply_add();
-  std::vector<std::vector<float>> inverses_;  // of the triangles on the diagonal
+  std::vector<std::vector<float>> inverses_;  // inverses of the triangles on the diagonal
 };
 
 }  // namespace sparsekern::cpu

@@ -1,5 +1,5 @@
-// What the threads of a warp or of a one-dimensional block work out together. The block's functions are called by all its threads,
-// and work in shared memory that the caller owns, since a cooperative kernel has no static one (testing/simt).
+// Collective functions of a warp or of a one-dimensional block. All threads of the block call the block's functions. These use
+// shared memory owned by the caller, because a cooperative kernel has no static one (testing/simt).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,16 +34,17 @@ __device__ inline T warp_inclusive_scan(T value) {
 template <class T>
 struct Scan {
   T before;  // the sum over the threads before this one
-  T total;   // over the whole block
+  T total;   // the sum over the whole block
 };
 
-// Scratch of one word a warp.
+// Scratch memory of one word per warp.
 template <int kThreads, class T>
 struct ScanScratch {
   T warps[kThreads / kWarp];
 };
 
-// Integers, whose sums do not depend on the order. Waits for the block first, so the scratch may be the one of the call before.
+// Scans integers, whose sums do not depend on the order. Waits for the block first, so that the scratch of the previous call may be
+// reused.
 template <int kThreads, class T>
 __device__ inline Scan<T> block_scan(T value, ScanScratch<kThreads, T>& scratch) {
   static_assert(kThreads % kWarp == 0 && kThreads <= kWarp * kWarp, "a block is at most 32 whole warps");
@@ -69,8 +70,8 @@ __device__ inline T block_sum(T value, ScanScratch<kThreads, T>& scratch) {
   return warp_sum(lane_index() < kWarps ? scratch.warps[lane_index()] : T{});
 }
 
-// A tile is what a block reads at once: kVectors vectors a thread, vector v of thread t at place v * kThreads + t, so that each
-// reading of the block is one run of memory. Its counts, of at most 8 a vector, are scanned four in a word.
+// A tile is read by a block at once: kVectors vectors per thread, vector v of thread t at index v * kThreads + t, so that each read
+// of the block is contiguous. Its counts, at most 8 per vector, are scanned four to a word.
 template <int kVectors>
 struct TileCounts {
   static_assert(kVectors % 4 == 0, "four counts share a word");
@@ -82,7 +83,7 @@ struct TileCounts {
   }
 };
 
-// Turns the counts of a tile's vectors into how many are counted before each, and returns how many there are in the tile.
+// Replaces the counts of a tile's vectors by their exclusive prefix sums, and returns their total.
 template <int kThreads, int kVectors>
 __device__ inline unsigned scan_tile(TileCounts<kVectors>& counts, ScanScratch<kThreads, uint64_t>& scratch) {
   static_assert(8 * kThreads * kVectors <= 1 << 16, "what is counted before a vector fits its 16 bits");

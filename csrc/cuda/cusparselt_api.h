@@ -1,5 +1,5 @@
-// The few functions of cuSPARSELt that are called here, found in the library at run time: a CUDA build of PyTorch has it loaded already,
-// and neither its header nor the library is needed to build. Numbers and sizes are those of its documented interface since 0.8.
+// The cuSPARSELt functions used here, looked up in the library at run time. A CUDA build of PyTorch has the library loaded already;
+// neither its header nor the library is needed to build. Numbers and sizes are those of its documented interface since 0.8.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,8 +22,7 @@ enum MatmulAttribute : int { kBiasPointer = 8 };                                
 enum SelectionAttribute : int { kAlgorithm = 0, kSplitK = 3, kSplitKMode = 4 };  // cusparseLtMatmulAlgAttribute_t
 constexpr uint32_t kAlignment = 16;
 
-// Handles, descriptors, selections and plans alike: 512 bytes that only the library understands. They refer to one another, so they
-// must stay where they are.
+// Handles, descriptors, selections and plans: 512 opaque bytes. They refer to each other, so that they must not move.
 struct alignas(16) Opaque {
   unsigned char data[512];
 };
@@ -115,7 +114,7 @@ inline Opened& opened() {
 
 }  // namespace detail
 
-// Throws std::runtime_error with the reason why the library cannot be had. The first one that can is the one from then on.
+// Throws std::runtime_error with the reason if the library cannot be opened. The first library opened is used from then on.
 inline const Api& open(const std::string& file) {
   const std::lock_guard<std::mutex> lock(detail::opened().mutex);
   if (detail::opened().api == nullptr) detail::opened().api = new Api(detail::load(file));

@@ -1,7 +1,7 @@
-// cusparselt_linear: a linear layer on a weight that cuSPARSELt has compressed.
+// cusparselt_linear: a linear layer with a weight compressed by cuSPARSELt.
 //
-// Floor: half the arithmetic of the dense product, 2 * tokens * out_features * in_features / 2 FLOP at 790 TFLOP/s on an H200, or the
-// bytes of the operands. The product is cuSPARSELt's; what is left to lose is the plan, which is kept (cuda/cusparselt_plans.h).
+// Floor: half the arithmetic of the dense product, 2 * tokens * out_features * in_features / 2 FLOP at 790 TFLOP/s on an H200, or
+// the bytes of the operands. cuSPARSELt computes the product; the plan, the only other cost, is cached (cuda/cusparselt_plans.h).
 #include <optional>
 #include <string>
 #include <tuple>
@@ -13,7 +13,7 @@ namespace sparsekern::cuda {
 
 namespace {
 
-constexpr int64_t kTokenMultiple = 8;  // of a dense operand of two bytes
+constexpr int64_t kTokenMultiple = 8;  // rows of a 16-bit dense operand are a multiple of this
 
 int cusparselt_type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -23,7 +23,7 @@ int cusparselt_type_of(const Tensor& tensor) {
   }
 }
 
-// The tokens, and after them as many rows of anything as the library wants there.
+// Pads the tokens to the number of rows that the library needs; the padding is uninitialised.
 Tensor pad_tokens(const Tensor& x, int64_t padded) {
   const int64_t tokens = x.size(0);
   if (padded == tokens) return aligned(torch::stable::contiguous(x));
@@ -54,7 +54,7 @@ void check_operands(const Tensor& x, const Tensor& compressed, int64_t out_featu
   check_same_device(x, *bias, "bias: expected the device of x");
 }
 
-// `search` lets the first call of a shape find its algorithm, which waits for the device.
+// With `search`, the first call of a shape searches for its algorithm and waits for the device.
 Tensor cusparselt_linear(Tensor x, Tensor compressed, int64_t out_features, std::optional<Tensor> bias, bool search) {
   const int type = cusparselt_type_of(x);
   check_operands(x, compressed, out_features, bias);
@@ -69,7 +69,7 @@ Tensor cusparselt_linear(Tensor x, Tensor compressed, int64_t out_features, std:
   if (!algorithm && search) {
     const auto trial = plans.make(problem, {});
     const Tensor workspace = new_workspace(x, *trial);
-    // On a copy: every algorithm there is runs, and nothing says that none writes to its operands.
+    // Search on a copy: every available algorithm runs, and the library does not promise to leave its operands unchanged.
     const Tensor copy = torch::stable::clone(compressed);
     algorithm = trial->search(
         copy.const_data_ptr(), rows.const_data_ptr(), product.mutable_data_ptr(), workspace.mutable_data_ptr(), current_stream(x));

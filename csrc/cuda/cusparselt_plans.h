@@ -1,5 +1,5 @@
-// Plans of cuSPARSELt that are made once and kept. PyTorch makes handle, descriptors and plan in every call, which on an H100 takes 2.8
-// times as long as the product needs (pytorch issue 153825).
+// Cached plans of cuSPARSELt. PyTorch makes handle, descriptors and plan in every call, which on an H100 takes 2.8 times as long as
+// the product itself (pytorch issue 153825).
 #pragma once
 
 #include <atomic>
@@ -12,22 +12,22 @@
 
 namespace sparsekern::cusparselt {
 
-// product[tokens, out_features] = x[tokens, in_features] weight^T + bias, all row-major. What a plan is made for: the bias by its
-// address, which a plan may have copied.
+// The key of a plan: product[tokens, out_features] = x[tokens, in_features] weight^T + bias, all row-major. The bias is identified
+// by its address, which a plan may have copied.
 struct Problem {
   int type;
   int64_t out_features, in_features, tokens;
   const void* bias;  // null: none
 };
 
-// The defaults are the library's own.
+// An algorithm; the defaults are the library's own.
 struct Algorithm {
   int id = 0, split_k = 1, split_k_mode = 0;
 
   auto key() const { return std::make_tuple(id, split_k, split_k_mode); }
 };
 
-// What has been made and searched in this process, for those who want to know whether plans are kept.
+// Number of plans and searches of this process, to check that plans are reused.
 struct Counts {
   std::atomic<int64_t> plans{0}, searches{0};
 };
@@ -36,7 +36,7 @@ inline Counts& counts() {
   return in_process;
 }
 
-// Something of the library's that it has to give back.
+// A library object that must be destroyed.
 class Object {
  public:
   explicit Object(Api::Status (*destroy)(const Opaque*)) : destroy_(destroy) {}
@@ -73,7 +73,7 @@ class Plan {
     x_.make([&, tokens = tokens, in = in, type = type](Opaque* matrix) {
       api.check(api.dense(handle, matrix, tokens, in, in, kAlignment, type, kRowMajor), "cusparseLtDenseDescriptorInit");
     });
-    // The library multiplies weight x^T; in column-major order that is the product as it is wanted.
+    // The library computes weight x^T; stored column-major, that is the row-major product.
     product_.make([&, tokens = tokens, out = out, type = type](Opaque* matrix) {
       api.check(api.dense(handle, matrix, out, tokens, out, kAlignment, type, kColumnMajor), "cusparseLtDenseDescriptorInit");
     });
@@ -109,7 +109,7 @@ class Plan {
         api_.multiply(handle_, plan_.get(), &alpha, weight, x, &beta, product, product, workspace, &stream, 1), "cusparseLtMatmul");
   }
 
-  // Runs every algorithm some times, and waits for it; the fastest. The plan is not to be used afterwards.
+  // Runs every algorithm several times, waits, and returns the fastest. The plan must not be used afterwards.
   Algorithm search(const void* weight, const void* x, void* product, void* workspace, cudaStream_t stream) {
     constexpr float alpha = 1.0f, beta = 0.0f;
     api_.check(
@@ -132,11 +132,11 @@ class Plan {
   const Api& api_;
   const Opaque* handle_;
   Object weight_{api_.destroy_matrix}, x_{api_.destroy_matrix}, product_{api_.destroy_matrix};
-  Opaque matmul_ = {};  // the library has nothing to give one back with
+  Opaque matmul_ = {};  // the library has no function to destroy one
   Object selection_{api_.destroy_selection}, plan_{api_.destroy_plan};
 };
 
-// What one thread keeps for one device: the library binds a handle to both.
+// The plans of one thread for one device; the library binds a handle to both.
 class Plans {
  public:
   explicit Plans(const Api& api) : api_(api) {
@@ -166,7 +166,7 @@ class Plans {
   using Key = std::tuple<int, int64_t, int64_t, int64_t, const void*, std::tuple<int, int, int>>;
   using Shape = std::tuple<int, int64_t, int64_t, int, bool>;
 
-  // Numbers of tokens share an algorithm up to the next power of two, so that prompts of any length cost a dozen searches at most.
+  // Numbers of tokens up to the next power of two share an algorithm, so that prompts of any length cost at most a dozen searches.
   static Shape shape(const Problem& problem) {
     int power = 0;
     while (int64_t{1} << power < problem.tokens) ++power;
@@ -176,7 +176,7 @@ class Plans {
   const Api& api_;
   Object handle_{api_.destroy};
   std::map<Shape, Algorithm> algorithms_;
-  std::map<Key, std::unique_ptr<Plan>> plans_;  // given back before the handle
+  std::map<Key, std::unique_ptr<Plan>> plans_;  // destroyed before the handle
 };
 
 inline Plans& plans_of(int device) {

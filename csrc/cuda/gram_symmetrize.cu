@@ -1,4 +1,4 @@
-// gram_symmetrize_: the lower triangle onto the upper one, in place.
+// gram_symmetrize_: copies the lower triangle onto the upper one, in place.
 //
 // Floor: one read and one write of half the matrix.
 #include <stdexcept>
@@ -19,8 +19,8 @@ struct Tile {
   bool exists;
 };
 
-// Lays the n(n+1)/2 tiles of a lower triangle out on a grid of (n+1) x ceil(n/2) blocks: grid row y holds tile row y and, behind
-// it, tile row n-1-y, which together have n+1 tiles. So no block idles but half a grid row where n is odd.
+// Maps the n(n+1)/2 tiles of a lower triangle to a grid of (n+1) x ceil(n/2) blocks. Grid row y holds tile row y followed by tile
+// row n-1-y, which together have n+1 tiles. No block idles, except half a grid row if n is odd.
 __host__ __device__ inline Tile lower_tile(int tiles, int x, int y) {
   if (x <= y) return {y, x, true};
   const int row = tiles - 1 - y;

@@ -1,4 +1,4 @@
-// How every kernel is launched: without the <<<>>> of nvcc, so that csrc/testing can compile and run the same file on a CPU.
+// Kernel launches without the <<<>>> of nvcc, so that csrc/testing can compile and run the same file on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -42,7 +42,8 @@ void launch(
 
 }  // namespace detail
 
-// Throws if the launch was refused. What goes wrong while the kernel runs is reported by a later call, as with any CUDA code.
+// Launches a kernel; throws if the launch is refused. Errors of a running kernel are reported by a later call, as with any CUDA
+// code.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
   detail::launch(kernel, grid, block, 0, false, stream, arguments...);
@@ -55,14 +56,15 @@ void launch_shared(
   detail::launch(kernel, grid, block, shared_bytes, false, stream, arguments...);
 }
 
-// All blocks resident at once, so that they can meet at grid_barrier. The grid must fit: see resident_blocks.
+// Cooperative launch: all blocks are resident at once, so that they can meet at grid_barrier. The grid must fit: see
+// resident_blocks.
 template <class... Parameters, class... Arguments>
 void launch_cooperative(
     void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
   detail::launch(kernel, grid, block, shared_bytes, true, stream, arguments...);
 }
 
-// How many blocks of a kernel the current device holds at once.
+// Returns the number of blocks of a kernel that the current device holds at once.
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
   int device = 0, processors = 0, blocks = 0;
@@ -78,7 +80,7 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t share
   return int64_t{processors} * blocks;
 }
 
-// How much shared memory a block may ask for on the current device.
+// Returns the largest shared memory of a block on the current device.
 inline size_t most_shared_bytes() {
   int device = 0, bytes = 0;
   check_cuda(cudaGetDevice(&device), "device query");

@@ -1,4 +1,4 @@
-// Importing `sparsekern._C_cuda` is what loads the library and so registers its ops; the module has no Python members.
+// Importing `sparsekern._C_cuda` loads the library and so registers its ops; the module has no Python members.
 #include <Python.h>
 
 #include "common/interface.h"

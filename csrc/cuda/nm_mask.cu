@@ -1,9 +1,9 @@
 // nm_mask: the N largest of every M consecutive scores.
 //
-// Floor: one read of the scores and one byte written for each: 3 bytes a half score, so at 4.3 TB/s an SM of an H200 has about 20
-// instructions for each. Groups of 2, 4, 8 and 16 are ranked in the registers of one thread (cuda/rank_groups.cuh), which takes
-// about 5, 8, 14 and 31 of them; each thread reads 16 bytes at a time, 64 in all. Other groups go through shared memory, where every
-// score is compared with all of its group: bound by arithmetic.
+// Floor: one read of the scores and one byte written for each, 3 bytes per 16-bit score. At 4.3 TB/s an SM of an H200 has about 20
+// instructions for each. Groups of 2, 4, 8 and 16 are ranked in the registers of one thread (cuda/rank_groups.cuh), in about 5, 8,
+// 14 and 31 instructions. Each thread reads 64 bytes, 16 at a time. Other groups use shared memory, where every score is compared
+// with all of its group: bound by arithmetic.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/rank_groups.cuh"
@@ -14,9 +14,9 @@ namespace sparsekern::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBytesInFlight = 64;  // of a thread
+constexpr int kBytesInFlight = 64;  // per thread
 
-// What a thread ranks at once: whole groups, at least 16 bytes of them.
+// The scores that a thread ranks at once: whole groups of at least 16 bytes.
 template <class T, int M>
 struct Chunk {
   static constexpr int kScores = M * static_cast<int>(sizeof(T)) > 16 ? M : 16 / static_cast<int>(sizeof(T));
@@ -24,7 +24,7 @@ struct Chunk {
   static constexpr int kAtOnce = kBytesInFlight / (16 * kVectors);
 };
 
-// Four fields of a byte, each 1 where the rank in it is below n; `bound` is 0x7f + n in each.
+// Returns four one-byte fields, each 1 where its rank is below n; `bound` is 0x7f + n in each.
 __device__ __forceinline__ uint32_t below(uint32_t ranks, uint32_t bound) { return (bound - ranks) >> 7 & 0x01010101u; }
 
 template <int kScores>
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kStagedScores = 2048;
 
-// Any M: a block holds the scores of some groups, each thread ranks one of them at a time.
+// Any M: a block holds the scores of several groups, and each thread ranks one score at a time.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     select_in_shared(const T* __restrict__ scores, int64_t groups, int n, int m, uint8_t* __restrict__ mask, int* status) {

@@ -1,5 +1,4 @@
-// How obs_sweep chooses a mask where that is not a matter of one lane: the best of each row, of all rows, and of groups
-// of any size.
+// Selection of masks for obs_sweep that needs more than one lane: the best of each row, of all rows, and of groups of any size.
 #pragma once
 
 #include <climits>
@@ -42,7 +41,7 @@ struct Keys {
   }
 };
 
-// The sum over the lanes of a row.
+// Returns the sum over the lanes of a row.
 template <class T>
 __device__ __forceinline__ T sum_of_row(T value) {
 #pragma unroll
@@ -50,7 +49,7 @@ __device__ __forceinline__ T sum_of_row(T value) {
   return value;
 }
 
-// The bits of the keys above the threshold, and of those equal to it the first `ties` of the row.
+// Returns the bits of the keys above the threshold, and of the first `ties` of the row's keys equal to it.
 template <int kWidth>
 __device__ __forceinline__ unsigned above(const Keys<kWidth>& keys, int threshold, int ties) {
   unsigned bits = 0;
@@ -59,7 +58,7 @@ __device__ __forceinline__ unsigned above(const Keys<kWidth>& keys, int threshol
     int equal = 0;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) equal += keys.key[c][i] == threshold ? 1 : 0;
-    int before = 0;  // equal ones in the lanes to the left, and then in this one
+    int before = 0;  // equal keys in the lanes to the left, then also in this lane
     int total = 0;
 #pragma unroll
     for (int place = 0; place < kLanesPerRow; ++place) {
@@ -78,7 +77,7 @@ __device__ __forceinline__ unsigned above(const Keys<kWidth>& keys, int threshol
   return bits;
 }
 
-// The bits of the `kept` largest keys of each row: the threshold is found bit by bit, all rows of the warp at once.
+// Returns the bits of the `kept` largest keys of each row. The threshold is found bit by bit, for all rows of the warp at once.
 template <int kWidth>
 __device__ __forceinline__ unsigned largest_of_row(const Keys<kWidth>& keys, int kept) {
   const auto count = [&](int least) {
@@ -98,14 +97,14 @@ __device__ __forceinline__ unsigned largest_of_row(const Keys<kWidth>& keys, int
   return above(keys, threshold, kept - (threshold == 0x7fffffff ? 0 : count(threshold + 1)));
 }
 
-// All rows of a cooperative launch together: scores are counted by cuda/select.cuh.
+// Selection over all rows of a cooperative launch: cuda/select.cuh counts the scores.
 constexpr int kScoreBits = 31;  // scores are not negative
 constexpr int kScoreDigit = 11;
 using ScoreSelection = GridSelection<kScoreDigit>;
 template <int kThreads>
 using ScoreScratch = SelectScratch<kThreads, kScoreDigit, uint64_t>;
 
-// A thread block's cut as keys have it. Where it splits equal scores, the block asks for its rows in order.
+// A thread block's cut in terms of keys. If it splits equal scores, the block asks for its rows in order.
 struct Ties {
   int threshold, needed;
   bool split;
@@ -116,14 +115,14 @@ struct Ties {
         needed(static_cast<int>(min(cut.needed, static_cast<uint32_t>(INT_MAX)))),
         split(cut.splits_ties()) {}
 
-  // How many of the keys of this row that equal the threshold are kept.
+  // Returns how many keys of this row that equal the threshold are kept.
   template <int kThreads, int kWidth, class Count>
   __device__ int of_row(const Keys<kWidth>& keys, ScanScratch<kThreads, Count>& scratch) {
     if (!split) return needed;
     int equal = 0;
     keys.each([&](int key) { equal += key == threshold ? 1 : 0; });
     equal = sum_of_row(equal);
-    // The first lane of each row stands for it; these lanes are in the order of the rows.
+    // The first lane of each row represents it; these lanes are in row order.
     const Scan<Count> scan = block_scan<kThreads>(static_cast<Count>(place_of_lane() == 0 ? equal : 0), scratch);
     const int row = needed - __shfl_sync(kWholeWarp, static_cast<int>(scan.before), row_of_lane());
     needed = max(0, needed - static_cast<int>(scan.total));
@@ -131,12 +130,12 @@ struct Ties {
   }
 };
 
-// Groups of any number of columns up to 64, wherever they begin: the same steps as run_recurrence, one column at a time
-// through shared memory, which is what it takes to address columns at run time.
+// Groups of any number of columns up to 64, beginning at any column. The steps are those of run_recurrence, one column at a time
+// through shared memory, because registers cannot be indexed at run time.
 struct AnyGroups {
-  float* taken;         // [kMaxColumns][kRowsPerWarp]: of Columns, for the four rows of the warp
-  float* start;         // the same
-  float* score;         // [kMaxGroup][kRowsPerWarp]: of the group
+  float* taken;         // [kMaxColumns][kRowsPerWarp]: Columns::taken of the four rows of the warp
+  float* start;         // Columns::start, likewise
+  float* score;         // [kMaxGroup][kRowsPerWarp]: scores of the group
   unsigned char* keep;  // [kMaxColumns][kRowsPerWarp]
 
   static constexpr int kMaxGroup = 64;
@@ -150,8 +149,8 @@ struct AnyGroups {
 
   __device__ static int at(int column) { return column * kRowsPerWarp + row_of_lane(); }
 
-  // Of the group that begins at `first`: in `score` first what would be taken if all of it were kept, then what pruning
-  // would cost.
+  // Fills `score` for the group that begins at `first`: first with what would be taken if all of it were kept, then with the cost
+  // of pruning.
   __device__ void score_group(const Triangle<4>& triangle, int first, int group) const {
     for (int j = place_of_lane(); j < group; j += kLanesPerRow) score[at(j)] = taken[at(first + j)];
     __syncwarp();

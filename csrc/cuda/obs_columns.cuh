@@ -1,9 +1,8 @@
-// Where the columns of a block of obs_sweep are: V in shared memory, weights in registers, eight lanes a row and four
-// rows a warp.
+// The storage of the columns of a block of obs_sweep: V in shared memory, weights in registers, eight lanes per row and four rows
+// per warp.
 //
-// A lane owns `kWidth` neighbouring columns in each chunk of 8 * kWidth. So the eight lanes of a row read and write
-// whole 128-byte lines of float32, and no matrix is ever transposed. Rows of all matrices begin at multiples of four
-// elements; so do blocks.
+// A lane owns `kWidth` neighbouring columns in each chunk of 8 * kWidth. The eight lanes of a row therefore read and write whole
+// 128-byte lines of float32, and no matrix is transposed. Rows of all matrices, and blocks, begin at multiples of four elements.
 #pragma once
 
 #include "common/dtype.h"
@@ -13,12 +12,11 @@
 
 namespace sparsekern::cuda {
 
-constexpr int kMaxColumns = 128;  // of a block
+constexpr int kMaxColumns = 128;  // columns of a block
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerWarp = 4;
 
-// Neighbouring lanes hold the same columns of different rows: a quarter of a warp reads only two addresses of the
-// triangle.
+// Neighbouring lanes hold the same columns of different rows, so that a quarter of a warp reads only two addresses of the triangle.
 __device__ inline int row_of_lane() { return lane_index() % kRowsPerWarp; }
 __device__ inline int place_of_lane() { return lane_index() / kRowsPerWarp; }
 __device__ inline int lane_at(int place) { return place * kRowsPerWarp + row_of_lane(); }
@@ -34,11 +32,11 @@ struct Layout {
     return kChunk * (chunk * kMaxColumns - chunk * (chunk - 1) / 2 * kChunk);
   }
 
-  // The first of a lane's columns in a chunk.
+  // Returns the first of a lane's columns in a chunk.
   __device__ static int column(int chunk) { return chunk * kChunk + place_of_lane() * kWidth; }
 };
 
-// One number for each column that a lane owns.
+// One number per column that a lane owns.
 template <class T, int kWidth>
 using Owned = T[Layout<kWidth>::kChunks][kWidth];
 
@@ -46,30 +44,29 @@ using Owned = T[Layout<kWidth>::kChunks][kWidth];
 template <int kWidth>
 struct Columns {
   Owned<float, kWidth> start;  // the weights as given; 0 for dead features and past the block's width
-  Owned<float, kWidth> taken;  // what the columns before have taken from each weight: it stands at start - taken
+  Owned<float, kWidth> taken;  // what earlier columns have taken from each weight, whose current value is start - taken
   unsigned keep;               // the mask: bit kWidth * chunk + i
 
   __device__ bool kept(int chunk, int i) const { return (keep >> (chunk * kWidth + i) & 1) != 0; }
   __device__ float now(int chunk, int i) const { return start[chunk][i] - taken[chunk][i]; }
-  // The error that removing the weight would cause (its square orders alike); the diagonal entry is that of its
-  // feature.
+  // Returns the error of removing the weight; its square has the same order. `diagonal` is the diagonal entry of its feature.
   __device__ float score(int chunk, int i, float diagonal) const { return fabsf(now(chunk, i)) * diagonal; }
 };
 
-// What a block needs of V. The coefficient of k and j > k is -V_kj / V_jj: times what is taken from weight k, it is
-// what that takes from weight j. It is zero for j <= k and where feature j is dead.
+// The part of V that a block needs. The coefficient of k and j > k is -V_kj / V_jj: what is taken from weight k, times the
+// coefficient, is taken from weight j. It is zero for j <= k and for dead features j.
 template <int kWidth>
 struct Triangle {
   using L = Layout<kWidth>;
   float* coefficients;  // L::offset(L::kChunks)
-  float* diagonal;      // [kMaxColumns] V_jj; 0 where dead
-  float* reciprocal;    // [kMaxColumns] -1 / V_jj; 0 where dead
+  float* diagonal;      // [kMaxColumns] V_jj; 0 for dead features
+  float* reciprocal;    // [kMaxColumns] -1 / V_jj; 0 for dead features
 
   static constexpr int kFloats = L::offset(L::kChunks) + 2 * kMaxColumns;
 
   __device__ explicit Triangle(float* shared)
       : coefficients(shared), diagonal(shared + L::offset(L::kChunks)), reciprocal(diagonal + kMaxColumns) {}
-  // Where column 0 of row k would be.
+  // Returns the address that column 0 of row k would have.
   __device__ float* row(int k) const {
     const int chunk = k / L::kChunk;
     return coefficients + L::offset(chunk) + (k - chunk * L::kChunk) * L::pitch(chunk) - chunk * L::kChunk;
@@ -96,8 +93,8 @@ __device__ __forceinline__ void store_four(T* address, const float (&in)[4]) {
   }
 }
 
-// Fills the triangle of a block. A warp takes whole rows of V, so that a lane keeps its four columns and their reciprocals;
-// with the most warps, it waits for memory twice.
+// Fills the triangle of a block. A warp takes whole rows of V, so that a lane keeps its four columns and their reciprocals. With
+// the largest number of warps it waits for memory twice.
 template <int kWidth>
 __device__ __forceinline__ void load_triangle(const ObsBlock& block, const Triangle<kWidth>& triangle) {
   using L = Layout<kWidth>;
@@ -144,7 +141,7 @@ __device__ __forceinline__ void load_triangle(const ObsBlock& block, const Trian
   }
 }
 
-// A lane's columns by fours: what is loaded and stored at once.
+// A lane's columns in groups of four, which are loaded and stored at once.
 template <int kWidth>
 struct Parts {
   static constexpr int kPerChunk = kWidth / 4;
@@ -154,14 +151,13 @@ struct Parts {
   __device__ static int column(int part) { return Layout<kWidth>::column(chunk(part)) + first(part); }
 };
 
-// A lane's columns of a row of a matrix as they lie in memory. Nothing waits for the loads before the elements are
-// unpacked.
+// A lane's columns of a row of a matrix, as loaded. Nothing waits for the loads before the elements are unpacked.
 template <int kWidth>
 struct RawColumns {
   using P = Parts<kWidth>;
-  uint4 part[P::kCount];  // four elements of four bytes, or of two in the first half
+  uint4 part[P::kCount];  // four elements of four bytes; elements of two bytes use the first half
 
-  // From the row's first element of the block on; zeros past `width`.
+  // Loads from the row's first element of the block on; zeros past `width`.
   template <class T>
   __device__ __forceinline__ void load(const T* row, int width) {
 #pragma unroll
@@ -203,7 +199,7 @@ struct RawColumns {
   }
 };
 
-// The mask in memory is bytes, 1 where kept.
+// Stores four bits as bytes, 1 where kept.
 __device__ __forceinline__ void store_four_bits(uint8_t* address, unsigned bits) {
   *reinterpret_cast<uchar4*>(address) = make_uchar4(bits & 1, bits >> 1 & 1, bits >> 2 & 1, bits >> 3 & 1);
 }

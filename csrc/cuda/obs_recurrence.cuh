@@ -1,13 +1,13 @@
 // The recurrence of obs_sweep inside one block of columns.
 //
-// The block advances by kWidth columns at a time: every lane works out what is taken from its own columns, in each row
-// the lane whose turn it is hands that to the other seven by shuffles, and all add what it takes from the columns they
-// own. There is no barrier, and rows share nothing but the triangle of V, which is read as float4.
+// The block advances by kWidth columns at a time. Every lane computes what is taken from its own columns. In each row, the lane
+// whose turn it is shares its values with the other seven by shuffles, and all lanes add the effect to their own columns. There is
+// no barrier. Rows share only the triangle of V, which is read as float4.
 //
-// Chain, for every four columns: four times a select and a multiply-add, a shuffle, four multiply-adds; some 85 cycles.
-// Instructions, for every four columns of a warp's four rows, as nvcc 13.0 has it for sm_90: 100, 80, 60 and 40 in the
-// four chunks, of which 70, 54, 38 and 22 are multiply-adds and 16, 12, 8 and 4 reads of the triangle. What the rows
-// need is 32 multiply-adds on average, what is done 46. 2:4 adds 39 to choose.
+// Chain per four columns: four times a select and a multiply-add, a shuffle, four multiply-adds; about 85 cycles.
+// Instructions per four columns of a warp's four rows, by nvcc 13.0 for sm_90: 100, 80, 60 and 40 in the four chunks. Of these 70,
+// 54, 38 and 22 are multiply-adds, and 16, 12, 8 and 4 are reads of the triangle. The rows need 32 multiply-adds on average; 46 are
+// executed. 2:4 adds 39 to choose.
 #pragma once
 
 #include "cuda/obs_columns.cuh"
@@ -18,11 +18,11 @@ namespace sparsekern::cuda {
 template <int kGroup_, int kKept_ = 0>
 struct Pattern {
   static constexpr int kGroup = kGroup_, kKept = kKept_;
-  static constexpr int kWidth = kGroup == 8 ? 8 : 4;  // of a lane: whole groups
+  static constexpr int kWidth = kGroup == 8 ? 8 : 4;  // columns of a lane: whole groups
 };
 using NoPattern = Pattern<0>;
 
-// Which are the n largest; of equal ones the first.
+// Marks the n largest; of equal ones the first.
 template <class P>
 __device__ __forceinline__ void choose_largest(const float (&score)[P::kGroup], int n, bool* kept) {
   bool before[P::kGroup][P::kGroup];  // whether i comes before j
@@ -37,7 +37,7 @@ __device__ __forceinline__ void choose_largest(const float (&score)[P::kGroup], 
 #pragma unroll
   for (int j = 0; j < P::kGroup; ++j) {
     if constexpr (P::kGroup == 4 && P::kKept != 0) {
-      // In logic of three inputs, which is one instruction.
+      // Three-input logic, which is one instruction.
       const bool a = before[(j + 1) % 4][j], b = before[(j + 2) % 4][j], c = before[(j + 3) % 4][j];
       kept[j] = P::kKept == 1 ? !(a | b | c) : P::kKept == 2 ? !((a & b) | (c & (a | b))) : !(a & b & c);
     } else {
@@ -49,9 +49,9 @@ __device__ __forceinline__ void choose_largest(const float (&score)[P::kGroup], 
   }
 }
 
-// A lane's own columns of one chunk, one after the other. On entry `taken` is what all columns before the lane's have
-// taken from each; on exit what is taken from it in the end: that if it is kept, all of it if it is pruned. With a
-// pattern, each group is chosen when it is reached, from the weights as they stand then.
+// Processes a lane's own columns of one chunk, one after the other. On entry `taken` is what all columns before the lane's have
+// taken from each. On exit it is what is finally taken: the same if the weight is kept, all of it if it is pruned. With a pattern,
+// each group is chosen from the current weights when it is reached.
 template <class P, int kWidth>
 __device__ __forceinline__ void take_own_columns(
     const float (&start)[kWidth], const float (&own)[kWidth][kWidth], const float (&diagonal)[kWidth], int n, bool (&kept)[kWidth],
@@ -79,13 +79,13 @@ __device__ __forceinline__ void take_own_columns(
   }
 }
 
-// Runs through the first `width` columns. On entry columns.taken is what the columns before the block have taken, on
-// exit what all before each have. Without a pattern columns.keep is given, else it is chosen.
+// Sweeps the first `width` columns. On entry columns.taken is what the columns before the block have taken; on exit, what all
+// columns before each have. Without a pattern columns.keep is given, otherwise it is chosen.
 template <class P, int kWidth>
 __device__ __forceinline__ void run_recurrence(const Triangle<kWidth>& triangle, int width, int n, Columns<kWidth>& columns) {
   using L = Layout<kWidth>;
   const int place = place_of_lane();
-  __syncwarp();  // says that the warp is together, so that no shuffle in the loops has to make sure
+  __syncwarp();  // tells the compiler that the warp is converged, so that the shuffles in the loops need no check
   if (P::kGroup != 0) columns.keep = 0;
 #pragma unroll
   for (int c = 0; c < L::kChunks; ++c) {

@@ -1,20 +1,19 @@
-// obs_sweep: one launch for everything that happens inside a block of at most 128 columns. The products between blocks,
-// one before each, are cuBLAS's (sparsekern/backends/obs_sweep.py).
+// obs_sweep: one launch for all work inside a block of at most 128 columns. cuBLAS computes the products between blocks, one before
+// each (sparsekern/backends/obs_sweep.py).
 //
-// Floor for 4096 x 4096 on an H200: rows * columns^2 = 69 GFLOP in the products, 1.4 ms at 50 TFLOP/s of plain float32;
-// beside them the 32 blocks of columns have 2 GFLOP and 0.3 GB, under 0.1 ms. So what counts here is latency, of 64
-// launches and of 4096 columns one after the other. A block, estimated from the instructions (obs_recurrence.cuh) at
-// 1.75 GHz, not measured:
-//   launch 2 us; the triangle (33 KB of V a thread block, from L2) and the rows 2 us; results 1 us;
-//   the recurrence on 128 thread blocks of 32 rows, two warps a scheduler: 4480 issue slots or a chain of 2700 cycles,
-//   2.6 us; for 2:4 6980 slots, 4 us;
-//   where all rows compete the recurrence twice, and between them three digits of the scores, each with a barrier of the
-//   grid: 3 us.
-// That is 8 us, for 2:4 9 us, with all rows competing 20 us; times 32 and with the products 1.7 and 2.1 ms.
+// Floor for 4096 x 4096 on an H200: rows * columns^2 = 69 GFLOP in the products, 1.4 ms at 50 TFLOP/s of plain float32. The 32
+// blocks of columns add 2 GFLOP and 0.3 GB, under 0.1 ms. Latency therefore decides: that of 64 launches and of 4096 columns one
+// after the other. Estimate for one block, from the instructions (obs_recurrence.cuh) at 1.75 GHz, not measured:
+//   launch 2 us; the triangle (33 KB of V per thread block, from L2) and the rows 2 us; results 1 us;
+//   the recurrence on 128 thread blocks of 32 rows, two warps per scheduler: 4480 issue slots or a chain of 2700 cycles, 2.6 us;
+//   for 2:4 6980 slots, 4 us;
+//   if all rows compete, the recurrence twice, and between them three digits of the scores, each with a barrier of the grid: 3 us.
+// The sum is 8 us, 9 us for 2:4, and 20 us with all rows competing. Times 32 and with the products that is 1.7 ms for the first
+// two and 2.1 ms for the last.
 //
-// Eight lanes a row, rather than one: a row is read and written as it lies in memory, so nothing is transposed; all its
-// columns are in registers, so nothing but the triangle is read twice; and 4096 rows are warps enough. V itself
-// multiplies, no inverse is needed: the scores of a block are what the same recurrence leaves when everything is kept.
+// Each row has eight lanes rather than one. It is read and written as stored, without transposition. All its columns are in
+// registers, so that only the triangle is read twice. 4096 rows give enough warps. V itself multiplies, so that no inverse is
+// needed: the scores of a block are the result of the same recurrence with everything kept.
 #include <algorithm>
 #include <cfloat>
 
@@ -31,8 +30,8 @@ constexpr int kMostWarps = 8, kMostThreads = kWarp * kMostWarps;
 constexpr int kMostTiles = 8;
 constexpr int kCheckThreads = 256, kCheckBlocks = 1024;
 
-// Calls f with the element type of the weights: uniform over the grid, so that one branch around all loads and one
-// around all stores cost nothing beside three copies of the kernel.
+// Calls f with the element type of the weights. The type is uniform over the grid: one branch around all loads and one around all
+// stores cost little, compared with three copies of the kernel.
 template <class F>
 __device__ __forceinline__ void with_type(DType dtype, const F& f) {
   switch (dtype) {
@@ -42,8 +41,8 @@ __device__ __forceinline__ void with_type(DType dtype, const F& f) {
   }
 }
 
-// A lane's row: which, and how many columns of the block it has (none past the last row). Consecutive warps have
-// consecutive rows.
+// A lane's row: its index, and its number of columns in the block (none past the last row). Consecutive warps have consecutive
+// rows.
 struct Row {
   int64_t index;
   int width;
@@ -61,7 +60,7 @@ __device__ __forceinline__ void load_weight(const ObsBlock& block, const Row& ro
   });
 }
 
-// The columns as the block finds them: sums in the weights' units, dead features zero.
+// Loads the columns at the start of the block: sums in the units of the weights, zeros for dead features.
 template <int kWidth>
 __device__ __forceinline__ void prepare_columns(
     const ObsBlock& block, const Triangle<kWidth>& triangle, const RawColumns<kWidth>& weight, const RawColumns<kWidth>& pending,
@@ -125,7 +124,7 @@ __device__ __forceinline__ void store_columns(
   with_type(block.dtype, [&](auto type) { store_columns_as<decltype(type), kStoreMask>(block, triangle, row, columns); });
 }
 
-// Of a block that was run through with everything kept.
+// Stores the scores of a block that was swept with everything kept.
 template <int kWidth>
 __device__ __forceinline__ void store_scores(
     const ObsBlock& block, const Triangle<kWidth>& triangle, const Row& row, const Columns<kWidth>& columns) {
@@ -156,8 +155,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) sweep_block(const ObsBlock bl
   Columns<kWidth> columns;
   columns.keep = kKernel == Kernel::given ? load_bits<kWidth>(block.mask + row.offset(block), row.width) : ~0u;
   {
-    // The weights come from device memory, the sums from the product that has just been written: the former are asked
-    // for first.
+    // The weights come from device memory and are requested first; the sums were just written by the product.
     RawColumns<kWidth> weight, pending;
     load_weight(block, row, weight);
     load_triangle(block, triangle);
@@ -172,7 +170,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) sweep_block(const ObsBlock bl
     if constexpr (kKernel == Kernel::row) {
       run_recurrence<NoPattern>(triangle, block.width, 0, columns);
       columns.keep = largest_of_row(Keys<kWidth>(triangle, columns, row.width), kept);
-      load_columns(block, triangle, row, columns);  // again: they take more registers than time
+      load_columns(block, triangle, row, columns);  // loaded again: holding them costs more in registers than loading costs in time
     }
     run_recurrence<P>(triangle, block.width, kept, columns);
   }
@@ -183,10 +181,10 @@ __global__ void __launch_bounds__(kMostThreads, 2) sweep_block(const ObsBlock bl
   }
 }
 
-// What the thread blocks of a cooperative launch share, in device memory.
+// Device memory shared by the thread blocks of a cooperative launch.
 struct Workspace {
-  static constexpr int kTotals = 2 * (ScoreSelection::steps(kScoreBits) << kScoreDigit), kArrivals = 4;  // words of a call
-  static constexpr int kOwn = 1 << ScoreSelection::last_bits(kScoreBits);                                // of a thread block
+  static constexpr int kTotals = 2 * (ScoreSelection::steps(kScoreBits) << kScoreDigit), kArrivals = 4;  // words per call
+  static constexpr int kOwn = 1 << ScoreSelection::last_bits(kScoreBits);                                // words per thread block
 
   ScoreSelection selection;
   unsigned* arrivals;
@@ -195,8 +193,8 @@ struct Workspace {
       : selection{reinterpret_cast<unsigned long long*>(block.cleared), block.shared}, arrivals(block.cleared + kTotals) {}
 };
 
-// All rows compete. Twice a thread block goes through its rows, in tiles of 32: first it scores them and leaves the
-// scores in shared memory; then, the grid having agreed on the threshold, it prunes.
+// All rows compete. A thread block goes through its rows twice, in tiles of 32. First it scores them and keeps the scores in shared
+// memory. Once the grid has agreed on the threshold, it prunes them.
 struct Competition {
   static constexpr size_t kFixedBytes = sizeof(float) * Triangle<4>::kFloats + sizeof(ScoreScratch<kMostThreads>);
   static constexpr size_t kTileBytes = sizeof(int) * Keys<4>::kCount * kMostThreads;
@@ -259,7 +257,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) sweep_competing_rows(const Ob
   }
 }
 
-// One read of `fours` float4.
+// Checks `fours` float4, reading each once.
 __global__ void __launch_bounds__(kCheckThreads) check_finite(const float4* values, int64_t fours, int* status) {
   bool finite = true;
   const int64_t stride = int64_t{gridDim.x} * kCheckThreads;

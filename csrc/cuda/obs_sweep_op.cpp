@@ -18,7 +18,7 @@ void check_matrix(const Tensor& tensor, ScalarType type, int64_t rows, int64_t c
       message);
 }
 
-// Vectors of four are read at these addresses; columns are multiples of four, so that the rest follows.
+// Vectors of four are read at these addresses. Columns are multiples of four, so that all later vectors are aligned too.
 void check_alignment(std::initializer_list<Tensor> tensors) {
   for (const Tensor& tensor : tensors) {
     check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, "expected tensors that begin at multiples of 16 bytes");
@@ -88,8 +88,8 @@ void obs_sweep_block_of(
   obs_sweep_block(block, current_stream(weight));
 }
 
-// What obs_sweep_competing_block works in: words for each of `calls` calls, which are zero, and words that they share. And the
-// tiles to call it with; 0 where there are too many rows.
+// Returns the workspace of obs_sweep_competing_block: zeroed words for each of `calls` calls, and words that the calls share. The
+// third result is the number of tiles to call it with, 0 if there are too many rows.
 std::tuple<Tensor, Tensor, int64_t> obs_sweep_workspace_of(Tensor weight, int64_t calls) {
   check(weight.dim() == 2 && calls >= 0, "weight, calls: expected a matrix and a number of calls");
   const DeviceGuard guard(weight);

@@ -1,4 +1,4 @@
-// The places of scores among their group, in registers: what nm_mask and semi_structured_prune_pack select by.
+// Ranks of scores within their group, in registers, for nm_mask and semi_structured_prune_pack.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 
 namespace sparsekern::cuda {
 
-// Consecutive scores as they are read, 8, 16 or more bytes at an address that as many divide.
+// Consecutive scores as loaded: 8, 16 or more bytes, aligned to their size.
 template <class T, int kScores>
 struct ScoreWords {
   static constexpr int kWords = kScores * static_cast<int>(sizeof(T)) / 4;
@@ -54,9 +54,9 @@ constexpr int kRanksPerWord = 8;
 template <int kScores>
 constexpr int kRankWords = (kScores + kRanksPerWord - 1) / kRanksPerWord;
 
-// The rank of each score within its group of M: 0 is the largest, and of equal ones the lower column ranks first. Every pair is
-// compared once: the ranks begin as if the later of each pair had won, and where the earlier one has, one addition moves a place
-// from it to the later one. Fields may run over on the way; at the end each holds less than M.
+// Computes the rank of each score within its group of M: 0 is the largest, and of equal ones the lower column ranks first. Every
+// pair is compared once. The ranks begin as if the later of each pair had won; if the earlier one has, one addition moves a rank
+// from it to the later one. Fields may overflow on the way; at the end each is less than M.
 template <int M, int kScores>
 __device__ __forceinline__ void rank_groups(const float (&scores)[kScores], uint32_t (&ranks)[kRankWords<kScores>]) {
   static_assert(kScores % M == 0 && M <= 16, "whole groups, whose ranks fit 4 bits");

@@ -1,9 +1,9 @@
-// Exact selection without sorting: which k of many scores are the highest, of equal ones those that come first.
+// Exact selection without sorting: the k highest of many scores; of equal ones the first.
 //
-// The k-th key is found by radix, from the top digit down: each step counts one digit of the keys that share the digits known so
-// far, and finds the digit at which k is reached. Counts are integers, so no result depends on the order of threads or blocks.
-// select_in_block has one block's keys, select_in_grid those of all blocks of a cooperative launch; both take `each_key(f)`, which
-// calls f(rank) for every key that the block holds, as often as it is asked to.
+// The k-th key is found by radix, from the top digit down. Each step counts one digit of the keys that share the known digits, and
+// finds the digit at which k is reached. Counts are integers, so that no result depends on the order of threads or blocks.
+// select_in_block handles the keys of one block, select_in_grid those of all blocks of a cooperative launch. Both take
+// `each_key(f)`, which calls f(rank) for every key of the block, and may be called repeatedly.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,8 +16,9 @@
 
 namespace sparsekern::cuda {
 
-// A score as a key of as many bits, the lower the higher the score: the greatest magnitude less its order key. Of the scores whose
-// bits are in a word, which are one float32 (Bits is uint32_t) or two halves (uint16_t), without a branch or a carry between them.
+// Returns the keys of the scores in a word, one float32 (Bits is uint32_t) or two 16-bit scores (uint16_t). A key has as many bits
+// as its score and is lower for higher scores: the greatest magnitude minus the order key. There is no branch, and no carry between
+// the scores.
 template <class Bits>
 SPARSEKERN_HOST_DEVICE constexpr uint32_t ranks_of(uint32_t word) {
   constexpr uint32_t kAll = static_cast<Bits>(~Bits{0}), kOnes = 0xffffffffu / kAll;
@@ -39,18 +40,19 @@ static_assert(ranks_are_order_keys(1, 1) && ranks_are_order_keys(0x80000001u, 0x
 static_assert(ranks_are_order_keys(0x7f800000u, 0x7c00) && ranks_are_order_keys(0xff800000u, 0xff80), "infinities");
 static_assert(ranks_are_order_keys(0x3f8abcdeu, 0x3f8a) && ranks_are_order_keys(0xbf8abcdeu, 0xbf8a), "a number of each sign");
 
-// Where the best end: kept are the keys below `key`, and the first `needed` of those that equal it, which are at most `equal`.
+// The cut below the best: kept are the keys below `key`, and the first `needed` of the `equal` keys equal to it; needed is at most
+// equal.
 struct Cut {
   uint32_t key;
   uint32_t needed, equal;
 
-  // Whether it matters which of the equal keys come first.
+  // Returns whether only some of the equal keys are kept.
   __device__ bool splits_ties() const { return needed != 0 && needed != equal; }
-  // The ranks below it are those of the kept, with or without the ties. No rank has all bits set.
+  // Returns the limit below which ranks are kept, with or without the ties. No rank has all bits set.
   __device__ uint32_t limit(bool with_ties) const { return with_ties && key != ~0u ? key + 1 : key; }
 };
 
-// A digit of a key: the bits from `shift` up to where the known ones begin.
+// A digit of a key: the bits from `shift` up to the known ones.
 struct Digit {
   int shift, bits;
 };
@@ -60,13 +62,13 @@ SPARSEKERN_HOST_DEVICE constexpr Digit digit_below(int known_from) {
   return known_from > kDigitBits ? Digit{known_from - kDigitBits, kDigitBits} : Digit{0, known_from};
 }
 
-// The counts of a digit's values, in shared memory, spread so that the threads' runs of consecutive values share no bank.
+// Counts of a digit's values in shared memory, padded so that the threads' runs of consecutive values share no bank.
 template <int kThreads, int kDigitBits>
 class Bins {
  public:
   static constexpr uint32_t kBins = 1u << kDigitBits;
   static_assert(kBins >= kThreads, "every thread clears and searches bins of its own");
-  static constexpr uint32_t kEach = kBins > kThreads ? kBins / kThreads : 1;  // bins of a thread
+  static constexpr uint32_t kEach = kBins > kThreads ? kBins / kThreads : 1;  // bins per thread
 
   __device__ void clear() {
 #pragma unroll
@@ -88,7 +90,7 @@ class Bins {
 template <class Count>
 struct Found {
   uint32_t digit;
-  Count needed, equal;  // of the keys with this digit
+  Count needed, equal;  // among the keys with this digit
 };
 
 // The shared memory of a selection whose counts are of type Count.
@@ -106,14 +108,14 @@ __device__ inline void count_digit(Bins<kThreads, kDigitBits>& bins, Digit digit
   bins.clear();
   __syncthreads();
   each_key([&](uint32_t rank) {
-    const uint32_t value = (rank ^ known) >> digit.shift;  // has higher bits where the key does not agree
+    const uint32_t value = (rank ^ known) >> digit.shift;  // has higher bits set if the key differs
     if (value < count) bins.add(value);
   });
   __syncthreads();
 }
 
-// The digit at which `needed` keys are reached, counting from the lowest; `count_of(bin)` says how many have the digit `bin`, and
-// all together are at least `needed`.
+// Finds the digit at which `needed` keys are reached, counting from the lowest. `count_of(bin)` returns the number of keys with the
+// digit `bin`; their total is at least `needed`.
 template <int kThreads, int kDigitBits, class Count, class CountOf>
 __device__ inline Found<Count> find_digit(
     Count needed, SelectScratch<kThreads, kDigitBits, Count>& scratch, const CountOf& count_of) {
@@ -124,7 +126,7 @@ __device__ inline Found<Count> find_digit(
   for (uint32_t i = 0; i < kEach; ++i) sum += count_of(first + i);
   Count before = block_scan<kThreads>(sum, scratch.scan).before;
   if (before < needed && needed <= before + sum) {
-    // Read again rather than kept: by one thread, all at once.
+    // Read again instead of kept: by one thread, all at once.
 #pragma unroll
     for (uint32_t i = 0; i < kEach; ++i) {
       const Count here = count_of(first + i);
@@ -136,7 +138,7 @@ __device__ inline Found<Count> find_digit(
   return scratch.found;
 }
 
-// How far a selection has come: which bits of the k-th key are known, and what is left to find among the keys that share them.
+// Progress of a selection: the known bits of the k-th key, and the number still to find among the keys that share them.
 template <class Count>
 struct Progress {
   uint32_t known;
@@ -147,11 +149,12 @@ struct Progress {
   __device__ void add(const Found<Count>& found, Digit digit) {
     *this = {known | found.digit << digit.shift, digit.shift, found.needed, found.equal};
   }
-  // The last of the keys that share what is known.
+  // Returns the last of the keys that share the known bits.
   __device__ uint32_t key() const { return known | static_cast<uint32_t>((uint64_t{1} << known_from) - 1); }
 };
 
-// The cut that keeps the `k` best of the block's `count` keys of `key_bits` bits, a constant to the compiler. The first step is compiled apart: there no key has to be compared.
+// Returns the cut that keeps the `k` best of the block's `count` keys of `key_bits` bits, a compile-time constant. The first step
+// is compiled separately, because it compares no keys.
 template <int kThreads, int kDigitBits, class EachKey>
 __device__ inline Cut select_in_block(
     int key_bits, uint32_t k, uint32_t count, SelectScratch<kThreads, kDigitBits, uint32_t>& scratch, const EachKey& each_key) {
@@ -167,19 +170,19 @@ __device__ inline Cut select_in_block(
   return {progress.key(), progress.needed, progress.equal};
 }
 
-// What the blocks of a grid tell each other while they select, in device memory: cleared before use, and used once.
+// Device memory through which the blocks of a grid exchange counts while they select: cleared before use, and used once.
 template <int kDigitBits>
 struct GridSelection {
   unsigned long long* totals;  // [steps of the key][2^kDigitBits]: the counts of all blocks
-  uint32_t* own;               // [blocks][2^bits of the last digit]: each block's last counts; need not be cleared
+  uint32_t* own;               // [blocks][2^bits of the last digit]: last counts of each block; need not be cleared
 
   SPARSEKERN_HOST_DEVICE static constexpr int steps(int key_bits) { return (key_bits + kDigitBits - 1) / kDigitBits; }
   SPARSEKERN_HOST_DEVICE static constexpr int last_bits(int key_bits) { return key_bits - (steps(key_bits) - 1) * kDigitBits; }
 };
 
-// As select_in_block, for the keys of all blocks of a cooperative launch; keys of a lower block come before those of a higher one.
-// The cut that a block gets back is that of its own keys: `needed` and `equal` are its share of the ties. `barriers` counts the
-// calls of grid_barrier (see there) that the kernel has made on `arrivals`.
+// As select_in_block, for the keys of all blocks of a cooperative launch. Keys of a lower block come before those of a higher one.
+// Each block gets its own cut: `needed` and `equal` are its share of the ties. `barriers` counts the calls of grid_barrier that the
+// kernel has made on `arrivals`.
 template <int kThreads, int kDigitBits, class EachKey>
 __device__ inline Cut select_in_grid(
     int key_bits, uint64_t k, uint64_t count, const GridSelection<kDigitBits>& grid, unsigned* arrivals, unsigned& barriers,
@@ -197,7 +200,7 @@ __device__ inline Cut select_in_grid(
       if (digit.shift == 0) grid.own[(uint64_t{blockIdx.x} << last_bits) + bin] = own;
     }
     grid_barrier(arrivals, ++barriers);
-    // Past L1, which does not see what other blocks have written.
+    // Bypasses L1, which does not see the writes of other blocks.
     const auto found = find_digit(progress.needed, scratch, [&](uint32_t bin) { return uint64_t{__ldcg(totals + bin)}; });
     progress.add(found, digit);
     digit_found = found.digit;

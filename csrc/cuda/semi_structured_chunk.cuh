@@ -1,9 +1,9 @@
-// Packing 16 bytes of a 2:4 weight in the registers of one thread: what semi_structured_pack and semi_structured_prune_pack do to each chunk of a tile.
+// Packs 16 bytes of a 2:4 weight, a chunk, in the registers of one thread, for semi_structured_pack and semi_structured_prune_pack.
 //
-// The instructions are what this costs, so the groups of a chunk are handled side by side: element j of each is brought into one
-// register, its plane, of two lanes of 16 bits or four of 8. What is true of an element is the top bit of its lane, the other bits
-// of the lane being anything; a function of three truths is one instruction, whatever it is. A half weight takes eight integer
-// instructions to pack, nine to select and pack, addresses and exchanges included.
+// Instructions are the cost, so that the groups of a chunk are processed side by side. Element j of each group is collected in one
+// register, its plane, of two 16-bit lanes or four 8-bit lanes. A predicate of an element is the top bit of its lane; the other
+// bits are undefined. Any function of three predicates is one instruction. A 16-bit weight takes eight integer instructions to
+// pack, and nine to select and pack, addresses and exchanges included.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@
 
 namespace sparsekern::cuda {
 
-// Codes of a chunk's groups, 4 bits each, and half a chunk of stored elements.
+// The codes of a chunk's groups, 4 bits each, and half a chunk of stored elements.
 struct PackedChunk {
   uint32_t codes;
   uint2 values;
@@ -47,14 +47,14 @@ __device__ __forceinline__ Planes<K> planes_of(const uint4& chunk) {
   }
 }
 
-// The truths of semi_structured::nonzero_bits.
+// Returns the predicates of semi_structured::nonzero_bits.
 template <class K>
 __device__ __forceinline__ uint32_t is_nonzero(uint32_t plane) {
   const uint32_t carried = (plane & kMagnitudes<K>)+kMagnitudes<K>;
   return K::infinity == 0 ? carried | plane : carried;
 }
 
-// The truths of semi_structured::nan_bits.
+// Returns the predicates of semi_structured::nan_bits.
 template <class K>
 __device__ __forceinline__ uint32_t is_nan(uint32_t plane) {
   if constexpr (K::infinity == 0) {
@@ -67,7 +67,8 @@ __device__ __forceinline__ uint32_t is_nan(uint32_t plane) {
 
 __device__ __forceinline__ uint32_t two_of(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | (a & c) | (b & c); }
 
-// The codes of semi_structured::code_of, in the low bits of each lane, from which elements are stored, at most two of a group.
+// Returns the codes of semi_structured::code_of, in the low bits of each lane, from the predicates of the stored elements, at most
+// two per group.
 template <class K>
 __device__ __forceinline__ uint32_t encode(const uint32_t (&stored)[4]) {
   constexpr uint32_t top = kTops<K>;
@@ -79,7 +80,8 @@ __device__ __forceinline__ uint32_t encode(const uint32_t (&stored)[4]) {
   return (second | first >> 2) >> (K::bits - 4);
 }
 
-// The codes of a chunk side by side, and the elements that they name, picked by byte permutations: a position is the selector.
+// Returns the codes of a chunk side by side, and the elements that they name. Byte permutations pick these: a position is the
+// selector.
 template <class K>
 __device__ __forceinline__ PackedChunk take(const uint4& chunk, uint32_t codes) {
   if constexpr (K::bits == 16) {
@@ -89,14 +91,14 @@ __device__ __forceinline__ PackedChunk take(const uint4& chunk, uint32_t codes) 
         make_uint2(__byte_perm(chunk.x, chunk.y, selectors), __byte_perm(chunk.z, chunk.w, selectors >> 16))};
   } else {
     const uint32_t selectors =
-        (codes & 0x03030303u) | (codes << 2 & 0x30303030u) | 0x44004400u;  // the second of two groups follows
+        (codes & 0x03030303u) | (codes << 2 & 0x30303030u) | 0x44004400u;  // the second of two groups comes next
     return {
         __byte_perm(codes | codes >> 4, 0, 0x4420),
         make_uint2(__byte_perm(chunk.x, chunk.y, selectors), __byte_perm(chunk.z, chunk.w, selectors >> 16))};
   }
 }
 
-// Of float32, one of every two, two groups a chunk.
+// The same for float32: one of every two elements, two groups per chunk.
 __device__ __forceinline__ PackedChunk take_float(const uint4& chunk, bool first_of_low, bool first_of_high) {
   constexpr unsigned first = semi_structured::code_of(0b0011), second = semi_structured::code_of(0b1100);
   return {
@@ -106,7 +108,7 @@ __device__ __forceinline__ PackedChunk take_float(const uint4& chunk, bool first
 
 __device__ __forceinline__ bool float_is_nan(uint32_t bits) { return (bits & 0x7fffffffu) > semi_structured::F32::infinity; }
 
-// Whether a chunk has a NaN.
+// Returns whether a chunk has a NaN.
 template <class K>
 __device__ __forceinline__ bool has_nan(const uint4& chunk) {
   if constexpr (K::bits == 32) {
@@ -116,7 +118,7 @@ __device__ __forceinline__ bool has_nan(const uint4& chunk) {
   }
 }
 
-// Packs a chunk by its non-zeros. Sets the bits of cuda/status.h for what does not fit.
+// Packs the non-zeros of a chunk. Sets the bits of cuda/status.h if they do not fit.
 template <class K>
 __device__ __forceinline__ PackedChunk pack_chunk(const uint4& chunk, int& refused) {
   if (has_nan<K>(chunk)) refused |= kNotFinite;

@@ -1,8 +1,8 @@
-// semi_structured_pack: a 2:4 weight as values and metadata (common/semi_structured.h).
+// semi_structured_pack: packs a 2:4 weight as values and metadata (common/semi_structured.h).
 //
-// Floor: one read of the weight, one write of half of it and of the metadata: 3.125 bytes a half weight. At 4.3 TB/s an SM of an H200
-// has 11 integer instructions for each, of which cuda/semi_structured_chunk.cuh takes 8. cuda/semi_structured_tile.cuh says who reads and writes what; a lane
-// reads 8 times 16 bytes, 4 times of int8.
+// Floor: one read of the weight, one write of half of it and of the metadata, 3.125 bytes per 16-bit weight. At 4.3 TB/s an SM of
+// an H200 has 11 integer instructions for each, of which cuda/semi_structured_chunk.cuh takes 8. cuda/semi_structured_tile.cuh
+// assigns the weight to threads; a lane reads 8 times 16 bytes, 4 times for int8.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/semi_structured_chunk.cuh"

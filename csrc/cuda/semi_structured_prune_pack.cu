@@ -1,10 +1,11 @@
 // semi_structured_prune_pack: select, zero and pack a weight in one pass.
 //
-// Floor: one read of the weight and of the scores, if they are not its own magnitudes, one write of half the weight and of the
-// metadata: 3.125 bytes a half weight. At 4.3 TB/s an SM of an H200 has 11 integer instructions for each; this takes 9. Magnitudes of
-// half weights are compared in the planes of cuda/semi_structured_chunk.cuh, the six pairs of two groups by six subtractions. Scores are compared
-// as floats, each pair by itself (cuda/rank_groups.cuh): 13 instructions, but they bring 2 or 4 bytes more, which give time for 7 or
-// 14 more. cuda/semi_structured_tile.cuh says who reads and writes what.
+// Floor: one read of the weight, and of the scores unless they are its own magnitudes; one write of half the weight and of the
+// metadata. That is 3.125 bytes per 16-bit weight without scores. At 4.3 TB/s an SM of an H200 has 11 integer instructions for
+// each; this takes 9. Magnitudes of 16-bit weights are compared in the planes of cuda/semi_structured_chunk.cuh, the six pairs of
+// two groups by six subtractions. Scores are compared as floats, one pair at a time (cuda/rank_groups.cuh). That takes 13
+// instructions, but scores add 2 or 4 bytes, the time of 7 or 14 instructions. cuda/semi_structured_tile.cuh assigns the weight to
+// threads.
 #include <type_traits>
 
 #include "cuda/kernels.h"
@@ -22,7 +23,7 @@ using KindOf = std::conditional_t<
     std::is_same_v<T, float>, semi_structured::F32,
     std::conditional_t<std::is_same_v<T, Half>, semi_structured::F16, semi_structured::Bf16>>;
 
-// semi_structured_pack goes by the positions of non-zeros, so where a kept weight is zero the code is another. Rarely called.
+// Corrects the codes of kept zeros: semi_structured_pack derives codes from the positions of non-zeros. Rarely called.
 template <class K>
 __device__ __noinline__ PackedChunk repack(uint4 chunk, const Planes<K> kept) {
   // Lane `i` of a plane is group `i`; elements 2 * j and 2 * j + 1 of a group are a word.
@@ -32,11 +33,11 @@ __device__ __noinline__ PackedChunk repack(uint4 chunk, const Planes<K> kept) {
   chunk.y &= __byte_perm(masks[2], masks[3], 0x5410);
   chunk.z &= __byte_perm(masks[0], masks[1], 0x7632);
   chunk.w &= __byte_perm(masks[2], masks[3], 0x7632);
-  int refused = 0;  // two of each group are left
+  int refused = 0;  // always fits: two of each group are left
   return pack_chunk<K>(chunk, refused);
 }
 
-// Packs the two of each group of half weights that are `kept`.
+// Packs the two `kept` elements of each group of 16-bit weights.
 template <class K>
 __device__ __forceinline__ PackedChunk pack_kept(const uint4& chunk, const Planes<K>& kept) {
   const PackedChunk packed = take<K>(chunk, encode<K>(kept.element));
@@ -44,7 +45,7 @@ __device__ __forceinline__ PackedChunk pack_kept(const uint4& chunk, const Plane
   return all_nonzero == kTops<K> ? packed : repack<K>(chunk, kept);
 }
 
-// Packs the one of each pair of float32 weights; where it is zero, its code is that of the second position.
+// Packs the kept element of each pair of float32 weights; a kept zero has the code of the second position.
 __device__ __forceinline__ PackedChunk pack_kept(const uint4& chunk, bool first_of_low, bool first_of_high) {
   const uint32_t x = first_of_low ? chunk.x : 0, y = first_of_low ? 0 : chunk.y;
   const uint32_t z = first_of_high ? chunk.z : 0, w = first_of_high ? 0 : chunk.w;
@@ -63,7 +64,8 @@ __device__ __forceinline__ PackedChunk prune_chunk(const uint4& chunk, ByMagnitu
     Planes<K> planes = planes_of<K>(chunk);
     const uint32_t m0 = planes.element[0] & kMagnitudes<K>, m1 = planes.element[1] & kMagnitudes<K>;
     const uint32_t m2 = planes.element[2] & kMagnitudes<K>, m3 = planes.element[3] & kMagnitudes<K>;
-    // The top bit of (a + 0x8000) - b says whether a is at least b: the earlier of equal ones wins. Kept is who wins two of three.
+    // The top bit of (a + 0x8000) - b says whether a >= b: the earlier of equal ones wins. An element is kept if it wins two of
+    // three comparisons.
     constexpr uint32_t top = kTops<K>;
     const uint32_t w01 = (m0 | top) - m1, w02 = (m0 | top) - m2, w03 = (m0 | top) - m3;
     const uint32_t w12 = (m1 | top) - m2, w13 = (m1 | top) - m3, w23 = (m2 | top) - m3;
@@ -82,13 +84,13 @@ __device__ __forceinline__ PackedChunk prune_chunk(const uint4& chunk, const Sco
   } else {
     uint32_t ranks[kRankWords<kScores>];
     rank_groups<4>(scores, ranks);
-    // Ranks 0 and 1 lack the bit of 2. The ranks of the second group are 16 bits above those of the first.
+    // Ranks 0 and 1 have a zero in the bit of value 2. The ranks of the second group are 16 bits above those of the first.
     const uint32_t kept = ~ranks[0];
     return pack_kept<K>(chunk, Planes<K>{{kept << 14, kept << 10, kept << 6, kept << 2}});
   }
 }
 
-// Scores as a kernel's argument.
+// The scores as a kernel argument.
 template <class Score>
 struct ByScore {
   const Score* scores;

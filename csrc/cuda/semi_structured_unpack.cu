@@ -1,7 +1,7 @@
-// semi_structured_unpack: the dense weight of what semi_structured_pack packed.
+// semi_structured_unpack: unpacks a weight that semi_structured_pack packed.
 //
-// Floor: one read of the values and of the metadata, one write of the weight: 3.125 bytes a half weight. cuda/semi_structured_tile.cuh says who
-// reads and writes what; a group is put together in registers.
+// Floor: one read of the values and of the metadata, one write of the weight, 3.125 bytes per 16-bit weight.
+// cuda/semi_structured_tile.cuh assigns the weight to threads; a group is assembled in registers.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/semi_structured_tile.cuh"

@@ -1,4 +1,5 @@
-// What every stable-ABI wrapper of a CUDA kernel (<op>_op.cpp) needs beside stable/tensors.h: the device and torch's current stream.
+// Helpers of the stable-ABI wrappers of CUDA kernels (<op>_op.cpp), in addition to stable/tensors.h: the device and torch's current
+// stream.
 //
 // With SPARSEKERN_SIMT the same wrappers serve CPU tensors, through kernels that csrc/testing/simt runs on the CPU.
 #pragma once
@@ -36,7 +37,7 @@ struct DeviceGuard {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-// The stream that torch would use now on the tensor's device. (A torch StreamId is not a cudaStream_t; only this call gives one.)
+// Returns torch's current stream on the tensor's device. (A torch StreamId is not a cudaStream_t; only this call gives one.)
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -44,7 +45,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 }
 #endif
 
-// Raw ops are called by sparsekern.backends with contiguous tensors on one device; these keep a direct call inside memory.
+// sparsekern.backends calls raw ops with contiguous tensors on one device; these checks keep a direct call inside memory.
 inline void check_contiguous(const Tensor& tensor, const char* message) { check(tensor.is_contiguous(), message); }
 
 inline void check_same_device(const Tensor& a, const Tensor& b, const char* message) {
@@ -56,12 +57,13 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// The same values at an address that 16 divides, for kernels that read vectors: a contiguous view may begin at any element.
+// Returns the tensor, copied if its address is not a multiple of 16, for kernels that read vectors: a contiguous view may begin at
+// any element.
 inline Tensor aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 ? tensor : torch::stable::clone(tensor);
 }
 
-// A cleared word on the tensor's device, for the bits of cuda/status.h.
+// Returns a cleared word on the tensor's device, for the bits of cuda/status.h.
 inline Tensor new_status(const Tensor& like) {
   Tensor status = torch::stable::new_empty(like, {}, ScalarType::Int);
   torch::stable::zero_(status);

@@ -1,12 +1,16 @@
-// topk_mask: exactly k kept, by radix selection (cuda/select.cuh).
+// topk_mask: keeps exactly k, by radix selection (cuda/select.cuh).
 //
 // Floor: one read of the scores and one byte written for each.
-// Rows: a block holds a row in registers, up to 32768 float32 or 65536 halves, so the floor is what is moved. Each step of the
-// selection costs a shared-memory atomic for the scores that agree in all higher digits: all of them in the first step of 11 bits,
-// some 12 % of normally distributed ones in the second, next to none in the third. Longer rows are read again for every step, from L2.
-// Matrix: one cooperative launch in which every block owns a run of the matrix; it is read once a digit and once for the mask, so
-// 17 bytes a score move for float32 (digits of 11, 11 and 10 bits) and 7 for half dtypes (11 and 5). Readings go to and fro, so each
-// begins with what the L2 cache still holds of the one before: for a matrix of its size, memory sees hardly more than the floor.
+//
+// Rows: a block holds a row in registers, up to 32768 float32 or 65536 16-bit scores, so that only the floor is moved. Each step of
+// the selection costs a shared-memory atomic for every score that agrees in all higher digits: all of them in the first step of 11
+// bits, about 12 % of normally distributed scores in the second, almost none in the third. Longer rows are read again for every
+// step, from L2.
+//
+// Matrix: one cooperative launch in which every block owns a contiguous part of the matrix. It is read once per digit and once for
+// the mask: 17 bytes per float32 score (digits of 11, 11 and 10 bits) and 7 per 16-bit score (11 and 5). Passes alternate their
+// direction, so that each begins with data that the L2 cache still holds. A matrix of its size therefore moves little more than the
+// floor through memory.
 #include <algorithm>
 #include <stdexcept>
 
@@ -22,24 +26,25 @@ namespace sparsekern::cuda {
 
 namespace {
 
-constexpr int kHeldVectors = 8;    // of a thread's tile: half of its registers, as many threads as an SM has room for with 64 each
-constexpr int kStreamVectors = 4;  // as many as are in flight at once
+constexpr int kHeldVectors =
+    8;  // vectors of a thread's tile: half of its registers, if an SM holds as many threads as fit with 64 registers each
+constexpr int kStreamVectors = 4;  // vectors in flight at once
 
 template <class Bits>
 constexpr int kKeyBits = 8 * sizeof(Bits);
 
-// The scores of a tile (cuda/block.h) of a run, as they are or as ranks.
+// The scores of a tile (cuda/block.h) of a run, as loaded or as ranks.
 template <class Bits, int kThreads, int kVectors>
 struct Tile {
   static constexpr int kSize = Vector<Bits>::kSize;
-  // In a word of one float32 or two halves: a 1 in each, their magnitudes, their signs.
+  // Constants for a word of one float32 or two 16-bit scores: a 1 in each, their magnitudes, their signs.
   static constexpr uint32_t kOnes = 0xffffffffu / static_cast<Bits>(~Bits{0});
   static constexpr uint32_t kMagnitudes = kOnes * (static_cast<Bits>(~Bits{0}) >> 1);
   static constexpr uint32_t kSigns = ~kMagnitudes;
 
   Vector<Bits> vectors[kVectors];
-  int64_t first;  // vector of this thread
-  int owned;      // vectors of this thread, the others lie past the end
+  int64_t first;  // first vector of this thread
+  int owned;      // vectors of this thread before the end
 
   __device__ Tile(const Run<Bits>& run, int64_t begin, int64_t end) : first(begin + threadIdx.x) {
     const int64_t left = (end - first + kThreads - 1) / kThreads;
@@ -52,7 +57,7 @@ struct Tile {
 
   // Returns whether a score is NaN.
   __device__ bool to_ranks(Bits infinity) {
-    const uint32_t to_sign = kMagnitudes - kOnes * infinity;  // what makes a magnitude above infinity reach the sign bit
+    const uint32_t to_sign = kMagnitudes - kOnes * infinity;  // addend with which a magnitude above infinity reaches the sign bit
     uint32_t reached = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -76,7 +81,8 @@ struct Tile {
     }
   }
 
-  // For a tile of ranks. `ties` is how many equal the cut in the tiles before this one, and is carried on where it matters.
+  // Writes the mask of a tile of ranks. `ties` counts the keys equal to the cut in earlier tiles, and is updated if only some ties
+  // are kept.
   __device__ void write_mask(
       const Cut& cut, unsigned& ties, const Run<Bits>& run, uint8_t* mask, ScanScratch<kThreads, uint64_t>& scratch) const {
     TileCounts<kVectors> before;
@@ -100,7 +106,7 @@ struct Tile {
   }
 
  private:
-  // Counted by the word: what two halves are compared to comes out zero below its sign bit and in it.
+  // Counts by the word: the comparison leaves zeros in and below the sign bit of each equal score.
   __device__ unsigned ties_of(int v, const Cut& cut) const {
     unsigned others = 0;
 #pragma unroll
@@ -111,7 +117,7 @@ struct Tile {
     return kSize - others;
   }
 
-  // A byte a score: lanes store 4 or 8 of them, so a warp's store is 128 or 256 bytes on end.
+  // Writes one byte per score: lanes store 4 or 8 of them, so that a warp stores 128 or 256 contiguous bytes.
   __device__ static void write_vector(const Vector<Bits>& ranks, uint32_t limit, uint8_t* mask, int count, bool aligned) {
     if (aligned && count == kSize) {
       uint32_t bytes[kSize / 4] = {};
@@ -127,7 +133,7 @@ struct Tile {
     }
   }
 
-  // In the one vector that keeps some of its ties: the first `left`.
+  // Sets the first `left` ties, in the one vector that keeps only some of its ties.
   __device__ static void write_ties(const Vector<Bits>& ranks, uint32_t key, unsigned left, uint8_t* mask, int count) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
@@ -139,7 +145,7 @@ struct Tile {
   }
 };
 
-// The vectors from `begin` to `end` of a run too long to be held, tile by tile.
+// The vectors from `begin` to `end` of a run that is too long to be held, tile by tile.
 template <class Bits, int kThreads>
 struct Stream {
   static constexpr int64_t kTile = int64_t{kThreads} * kStreamVectors;
@@ -172,12 +178,12 @@ struct Stream {
   }
 };
 
-// Scores in memory; the filler of a last vector ranks with -infinity, but after all scores, so it is never kept before one.
+// Scores in memory. The padding of a last vector ranks with -infinity, but after all scores, so that it is never kept before one.
 template <class Bits>
 struct Scores {
   const Bits* data;
   Bits infinity;
-  bool aligned;  // data and mask, at every run
+  bool aligned;  // whether data and mask are aligned in every run
 
   Scores from(int64_t first) const { return {data + first, infinity, aligned}; }
 
@@ -186,7 +192,8 @@ struct Scores {
   }
 };
 
-// A row a block, of at most a tile. A single warp counts digits of 8 bits, whose bins it clears and searches in a few instructions.
+// One row per block, at most a tile. A single warp counts digits of 8 bits, whose bins it clears and searches in a few
+// instructions.
 template <class Bits, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     keep_best_of_held_rows(Scores<Bits> scores, int64_t columns, uint32_t k, uint8_t* mask, int* status) {
@@ -253,7 +260,7 @@ struct RowCall {
   int* status;
   cudaStream_t stream;
 
-  // Whether a block of this many threads holds a row.
+  // Returns whether a block of this many threads holds a row.
   template <int kThreads>
   bool held() const {
     if (columns > kThreads * kHeldVectors * Vector<Bits>::kSize) return false;
@@ -279,7 +286,7 @@ void keep_best_of_rows(const RowCall<Bits>& call) {
   if (!held) call.run(keep_best_of_long_rows<Bits>, kLongRowThreads);
 }
 
-// The grid of the matrix kernel and what its blocks share.
+// The grid of the matrix kernel and the memory that its blocks share.
 struct MatrixPlan {
   unsigned blocks;
   int64_t barrier_bytes, total_bytes, own_bytes;
@@ -315,9 +322,9 @@ void keep_best_of_all(
       reinterpret_cast<unsigned*>(memory), mask, status);
 }
 
-// What one block selects from faster than all of them would meet.
+// Size up to which one block selects faster than a grid of blocks synchronises.
 constexpr int64_t kSmallMatrix = 16384;
-// Beyond, a block would count past 32 bits.
+// Longer rows would overflow the 32-bit counts of a block.
 constexpr int64_t kLongestRow = 0xffffffff;
 
 bool by_grid(int64_t rows, int64_t columns, bool whole_matrix) {

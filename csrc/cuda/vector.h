@@ -1,4 +1,4 @@
-// 16 bytes of weights or scores, as integers of their size: what a thread reads or writes at once.
+// 16 bytes of weights or scores, as integers of their size: the unit of a thread's reads and writes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace sparsekern::cuda {
 
-// Indices are constants once the loops over them are unrolled, so the words stay in registers.
+// Indices become constants when the loops over them are unrolled, so that the words stay in registers.
 template <class Bits>
 struct Vector {
   static_assert(sizeof(Bits) == 2 || sizeof(Bits) == 4, "elements are 2 or 4 bytes");
@@ -19,7 +19,7 @@ struct Vector {
   __device__ Bits operator[](int i) const {
     return static_cast<Bits>(words[i / kPerWord] >> 8 * static_cast<int>(sizeof(Bits)) * (i % kPerWord));
   }
-  // In ascending order of i, each once.
+  // Must be called in ascending order of i, once for each.
   __device__ void set(int i, uint32_t bits) { words[i / kPerWord] = i % kPerWord == 0 ? bits : words[i / kPerWord] | bits << 16; }
 
   __device__ static Vector read(const Bits* aligned) {
@@ -33,7 +33,7 @@ struct Vector {
 
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// Consecutive elements, read as vectors from the first on; what the last vector lacks is `filler`.
+// Consecutive elements, read as vectors from the first on; `filler` pads the last vector.
 template <class Bits>
 struct Run {
   static constexpr int kSize = Vector<Bits>::kSize;

@@ -1,4 +1,4 @@
-// What the wrappers of semi_structured_pack, semi_structured_prune_pack and semi_structured_unpack share.
+// Helpers shared by the wrappers of semi_structured_pack, semi_structured_prune_pack and semi_structured_unpack.
 #pragma once
 
 #include "common/semi_structured.h"
@@ -28,7 +28,7 @@ struct Packed {
   Tensor values, meta;
 };
 
-// Room for the packed form of a weight.
+// Allocates the packed form of a weight.
 inline Packed new_packed(const Tensor& weight) {
   const Format format = format_of(weight);
   check(weight.dim() == 2 && divides(format, weight.size(0), weight.size(1)), "weight: expected a shape that the layout divides");

@@ -1,5 +1,5 @@
-// What the stable-ABI wrappers of the CPU and of the CUDA kernels share: the checks that keep a kernel inside its memory. Friendly
-// messages about shapes and dtypes come from the Python wrappers; these checks are for direct calls of torch.ops.
+// Checks shared by the stable-ABI wrappers of the CPU and CUDA kernels, which keep a kernel inside its memory. They guard direct
+// calls of torch.ops; the Python wrappers give friendlier messages about shapes and dtypes.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

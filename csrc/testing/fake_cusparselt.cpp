@@ -1,5 +1,5 @@
-// Stands in for libcusparseLt in tests on a CPU: counts what is called, insists on the order and the lifetimes that the real one needs,
-// and multiplies plainly. What it takes for a compressed weight is the dense one.
+// A stand-in for libcusparseLt in tests on a CPU. It counts calls, enforces the order and lifetimes that the real library requires,
+// and multiplies plainly. Its compressed weight is the dense one.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -16,7 +16,7 @@ using sparsekern::Half;
 
 constexpr int kOk = 0, kInvalid = 3, kHalf = 2, kBFloat16 = 14, kColumnMajor = 1, kRowMajor = 2, kSearched = 5;
 
-// How often what was done, by any thread.
+// Number of calls of each kind, by any thread.
 struct Calls {
   std::mutex mutex;
   std::map<std::string, int> counts;
@@ -27,15 +27,16 @@ struct Calls {
   }
 } calls;
 
-// What an opaque object holds: its own address, since a copy of it is not one, and a kind that is wiped when it is given back.
+// The content of an opaque object: its own address, because a copy is not a valid object, and a kind that is cleared when it is
+// destroyed.
 struct Object {
   char kind[16];
   const void* self;
   int64_t rows, columns, pitch;
   int type, order;
-  const Object *a, *b, *d;  // of a matmul
+  const Object *a, *b, *d;  // operands of a matmul
   const void* bias;
-  const Object* matmul;  // of a selection and of a plan
+  const Object* matmul;  // matmul of a selection or plan
   int algorithm, split_k, split_k_mode;
   const Object* selection;
 };
@@ -160,7 +161,7 @@ EXPORTED int cusparseLtMatmulAlgSelectionDestroy(const Object* selection) { retu
 EXPORTED int cusparseLtMatmulPlanInit(const Object* handle, Object* plan, const Object* matmul, const Object* selection) {
   if (!is(handle, "handle") || !is(matmul, "matmul") || !is(selection, "selection")) return kInvalid;
   make(plan, "plan");
-  plan->matmul = matmul, plan->selection = selection, plan->bias = matmul->bias;  // as if it copied the bias's address
+  plan->matmul = matmul, plan->selection = selection, plan->bias = matmul->bias;  // as if the plan copied the address of the bias
   return kOk;
 }
 EXPORTED int cusparseLtMatmulPlanDestroy(const Object* plan) { return destroy(plan, "plan"); }
@@ -193,7 +194,7 @@ EXPORTED int cusparseLtMatmul(
   return kOk;
 }
 
-// Finds algorithm 5, and leaves nothing of what it was given to multiply.
+// Finds algorithm 5, and overwrites the operands.
 EXPORTED int cusparseLtMatmulSearch(
     const Object* handle, Object* plan, const void* alpha, const void* a, const void* b, const void* beta, const void* c, void* d,
     void* workspace, void** streams, int count) {

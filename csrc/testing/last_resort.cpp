@@ -1,5 +1,5 @@
-// A way to what no op call is known to reach: reverse_cholesky's float64, which runs only where float32 fails at every damping.
-// Part of the sanitized build only.
+// Access to the float64 arithmetic of reverse_cholesky, which runs only if float32 fails at every damping; no op call is known to
+// reach it. Part of the sanitized build only.
 #include "cpu/kernels.h"
 
 extern "C" __attribute__((visibility("default"))) double sparsekern_reverse_cholesky(

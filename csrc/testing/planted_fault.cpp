@@ -1,4 +1,4 @@
-// A fault to find: part of the sanitized build only, where a test shows that the check can fail.
+// A planted fault, in the sanitized build only, with which a test shows that the check can fail.
 #include <cstdint>
 
 extern "C" __attribute__((visibility("default"))) int sparsekern_read_past(const uint8_t* data, int64_t size) { return data[size]; }

@@ -1,5 +1,5 @@
-// Takes the place of the toolkit's <cuda_runtime.h>, so that a .cu file that launches by cuda/launch.h compiles with any C++ compiler
-// and runs on a CPU (fibers.h). Half-precision arithmetic and PTX are not here: kernels convert by common/dtype.h.
+// Replaces the toolkit's <cuda_runtime.h>, so that a .cu file that launches through cuda/launch.h compiles with any C++ compiler
+// and runs on a CPU (fibers.h). Half-precision arithmetic and PTX are not provided: kernels convert through common/dtype.h.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __align__(bytes) alignas(bytes)
-#define __shared__ static  // blocks run one after the other, so one copy is enough (cooperative kernels: dynamic_shared)
+#define __shared__ static  // blocks run one after the other, so that one copy suffices (cooperative kernels: dynamic_shared)
 #define __launch_bounds__(...)
 
 using std::max;
@@ -70,7 +70,7 @@ inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(s
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __ffsll(long long value) { return __builtin_ffsll(value); }
 
-// Byte i of the result is the byte that nibble i of the selector names, of the eight of `low` and `high`.
+// Byte i of the result is the byte of `low` and `high` that nibble i of the selector names.
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   unsigned result = 0;
@@ -168,7 +168,8 @@ T from_word(uint64_t word) {
   return value;
 }
 
-// The value of the lane that `source(lane)` names within the segment of `width` lanes; a lane's own where that lies outside.
+// Returns the value of the lane that `source(lane)` names within the segment of `width` lanes, or the lane's own if that is
+// outside.
 template <class T, class Source>
 T shuffle(unsigned mask, T value, int width, const Source& source) {
   return warp_meeting(mask, to_word(value), [&](const uint64_t* words, unsigned lane, unsigned present) {
@@ -277,7 +278,7 @@ struct cudaLaunchConfig_t {
 
 namespace simt {
 
-// A device so small that kernels meet their limits at test sizes.
+// A device small enough for kernels to meet its limits at test sizes.
 constexpr int kProcessors = 4, kBlocksPerProcessor = 2;
 constexpr size_t kSharedPerBlock = 227 * 1024;
 

@@ -1,4 +1,4 @@
-// The threads of CUDA blocks as fibers of one CPU thread: they run one at a time and give way where CUDA threads wait for each other.
+// Threads of CUDA blocks as fibers of one CPU thread: one runs at a time, and gives way where CUDA threads wait for each other.
 #pragma once
 
 #include <algorithm>
@@ -33,8 +33,8 @@ inline Order order =
         ? Order::reversed
         : Order::forward;
 
-// One meeting of the lanes named by a mask: each brings a word and reads those of the others. Two buffers, since a lane may come to
-// the next meeting while another has still to read from this one.
+// A meeting of the lanes named by a mask: each brings a word and reads those of the others. There are two buffers, because a lane
+// may reach the next meeting while another still reads from this one.
 struct Meeting {
   uint64_t words[2][kWarp] = {};
   unsigned arrived = 0;
@@ -52,7 +52,7 @@ struct Block {
   size_t finished = 0;
   size_t arrived = 0;  // at __syncthreads
   uint64_t generation = 0;
-  int64_t tally[2] = {};  // what __syncthreads_count and its kin add up
+  int64_t tally[2] = {};  // sums of __syncthreads_count and related functions
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
 };
@@ -93,16 +93,16 @@ class Scheduler {
 
   void give_way() { current_->stack.leave(main_); }
 
-  // Something that another thread may be waiting for has happened.
+  // Notes that something has happened for which another thread may be waiting.
   void progressed() { progress_ = true; }
 
-  // An error cannot be thrown across fibers: it is kept, and thrown where the launch was called.
+  // An error cannot be thrown across fibers: it is stored, and thrown from the launch.
   [[noreturn]] void fail(const std::string& what) {
     error_ = what;
     for (;;) give_way();
   }
 
-  // A thread that spins on memory gives way; that counts as progress for a while, since another thread may be about to write.
+  // Lets a thread that spins on memory give way. That counts as progress for a while, because another thread may be about to write.
   void spin() {
     if (++spins_ < kMostSpins) progress_ = true;
     give_way();
@@ -120,7 +120,7 @@ class Scheduler {
     block.threads = size_t{blockDim.x} * blockDim.y * blockDim.z;
     block.warps.resize((block.threads + kWarp - 1) / kWarp);
     block.shared.reset(new unsigned char[shared_bytes]);
-    std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN: shared memory that nobody wrote must not pass for zeros
+    std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN: unwritten shared memory must not pass for zeros
     for (unsigned linear = 0; linear < block.threads; ++linear) {
       fibers_.push_back(std::make_unique<Fiber>());
       Fiber& fiber = *fibers_.back();
@@ -148,7 +148,7 @@ class Scheduler {
     block.finished += 1;
     block.warps[fiber.linear / kWarp].finished |= 1u << fiber.linear % kWarp;
     if (block.arrived != 0) scheduler.error_ = "some threads of a block left the kernel while others wait at __syncthreads";
-    scheduler.give_way();  // for ever
+    scheduler.give_way();  // forever
   }
 
   const std::function<void()>& body_;
@@ -161,7 +161,7 @@ class Scheduler {
   std::string error_;
 };
 
-// __syncthreads, and the sum over the block's threads of what each brings.
+// __syncthreads; returns the sum of `brought` over the block's threads.
 inline int64_t block_barrier(int64_t brought = 0) {
   Scheduler& scheduler = *Scheduler::running;
   Block& block = *scheduler.current().block;
@@ -181,7 +181,7 @@ inline int64_t block_barrier(int64_t brought = 0) {
   return tally;
 }
 
-// The lanes of `mask` meet: each brings a word; `read` gets all of them.
+// Lets the lanes of `mask` meet: each brings a word; `read` gets all of them.
 template <class Read>
 auto warp_meeting(unsigned mask, uint64_t word, const Read& read) {
   Scheduler& scheduler = *Scheduler::running;

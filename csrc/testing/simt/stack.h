@@ -1,7 +1,7 @@
-// A stack to run a fiber on, and the switch to it and back.
+// The stack of a fiber, and the switch to it and back.
 //
-// The C library's swapcontext makes two system calls, and AddressSanitizer clears the whole stack's shadow beside it: 12 us a switch
-// in all. A dozen instructions do the same, where they are written down; swapcontext serves elsewhere.
+// The C library's swapcontext makes two system calls, and AddressSanitizer clears the shadow of the whole stack: 12 us per switch.
+// A dozen instructions do the same on architectures for which they are written here; others use swapcontext.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ struct Context {
   void* top = nullptr;
 };
 
-// Saves what a function must preserve on the stack at hand, notes its top, and goes on where `next` was left.
+// Saves the callee-saved registers on the current stack, stores its top, and continues where `next` stopped.
 __attribute__((naked, noinline, no_sanitize("address", "undefined"))) inline void switch_stacks(void** /*top*/, void* /*next*/) {
   asm volatile(
       "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
@@ -39,7 +39,7 @@ inline void switch_contexts(Context& from, Context& to) { switch_stacks(&from.to
 // `begin` must never return.
 inline void prepare(Context& context, char* memory, void (*begin)()) {
   constexpr size_t kSaved = 6;
-  // The address to return to, and above it a word: a function is entered with its stack eight bytes off a multiple of sixteen.
+  // The return address, and above it one word: a function is entered with its stack eight bytes off a multiple of sixteen.
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + kStackBytes) / 16 * 16;
   void** top = reinterpret_cast<void**>(end - 16 - kSaved * sizeof(void*));
   for (size_t i = 0; i < kSaved; ++i) top[i] = nullptr;
@@ -85,7 +85,7 @@ class Stack {
   void enter(Context& from) { switch_contexts(from, *own_); }
   void leave(Context& to) { switch_contexts(*own_, to); }
 
-  // Of a fiber that has finished. Others are thrown away with what AddressSanitizer knows of their variables.
+  // Returns the stack of a finished fiber for reuse. Others are discarded, with what AddressSanitizer knows of their variables.
   void give_back() { unused().push_back(std::move(memory_)); }
 
  private:
