@@ -104,7 +104,7 @@ SPARSEKERN_INLINE bool collect_any(const Bits* row, const NmShape& shape, Buffer
 template <class Bits>
 SPARSEKERN_INLINE void write_values(const Bits* from, int64_t stored, Bits* values) {
   if constexpr (sizeof(Bits) == 4) {
-    std::memcpy(values, from, static_cast<size_t>(stored) * sizeof(Bits));
+    std::copy_n(from, stored, values);
   } else {
     for (int64_t first = 0; first < stored; first += 2 * kBlockSlots) {
       uint32_t slots[kBlockSlots];

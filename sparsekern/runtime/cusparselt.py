@@ -1,8 +1,10 @@
-"""Which packed weights cuSPARSELt can hold a second time, and from how many tokens on that one is multiplied.
+"""The second copy of a 2:4 weight that cuSPARSELt reads: which weights can have one, and from how many tokens on it multiplies.
 
-A 2:4 `SparseLinear` on a CUDA device multiplies up to 16 tokens by its packed weight, and unpacks it for more. With the weight
-compressed by cuSPARSELt besides, it need not be unpacked for those; but nothing else can read that form, not even the kernel for few
-tokens, so both have to be kept. Each takes 9/16 of the dense weight: `SparseLinear.compress` spends that memory.
+A 2:4 `SparseLinear` on a CUDA device multiplies up to 16 tokens by its packed weight, and unpacks the weight for more. A copy that
+cuSPARSELt has compressed multiplies many tokens without unpacking. Nothing else can read that copy, not even the kernel for few tokens,
+so both are kept. Each takes 9/16 of the dense weight.
+
+Nothing here has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from .semi_structured import BACKENDS
 FORMAT = "2:4"
 LEAST_CAPABILITY = (8, 0)
 
-# Not measured on any device: a guess. By their bytes alone the compressed weight should win from 17 tokens on, since unpacking moves
-# over four times as many; but cuSPARSELt's products of few tokens are known to be slow (pytorch/pytorch#111339). Where the two cross
+# A guess, not measured on any device. By bytes alone the compressed weight should win from 17 tokens on, since unpacking moves over
+# four times as many. But cuSPARSELt's products of few tokens are known to be slow (pytorch/pytorch#111339). Where the two cross
 # is what `python -m bench.gpu --only ops -k "from how many tokens"` measures; set this to what it names.
 FEWEST_TOKENS = 128
 
@@ -28,9 +30,14 @@ FEWEST_TOKENS = 128
 def supports(
     format: str, shape: tuple[int, int], dtype: torch.dtype, capability: tuple[int, int] | None, has_library: bool
 ) -> Support:
-    """Whether cuSPARSELt can multiply by a packed weight of that format, `[out_features, in_features]` and dtype.
+    """Return whether cuSPARSELt can multiply by a packed weight of a format, shape and dtype, and the reason if not.
 
-    `capability` is that of the weight's CUDA device, None where it is on none; `has_library` whether this PyTorch has cuSPARSELt.
+    Args:
+        format: name of the packed format.
+        shape: `(out_features, in_features)`.
+        dtype: dtype of the values.
+        capability: compute capability of the weight's CUDA device; None where it is on no such device.
+        has_library: whether this PyTorch has cuSPARSELt.
     """
     if format != FORMAT:
         return Support(False, f"its format is {format!r}, and cuSPARSELt multiplies by {FORMAT!r}")
@@ -50,26 +57,26 @@ def supports(
 
 
 def supports_on(device: torch.device, format: str, shape: tuple[int, int], dtype: torch.dtype) -> Support:
-    """`supports`, of a weight on `device`."""
+    """Return what `supports` says of a weight on `device`."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return supports(format, shape, dtype, capability, torch.backends.cusparselt.is_available())
 
 
 def compress(weight: torch.Tensor) -> torch.Tensor:
-    """The 2:4 `weight` as `cusparselt_linear` takes it.
+    """Compress a 2:4 weight as `cusparselt_linear` takes it.
 
     Raises:
-        ValueError: a weight that is not 2:4, or has a NaN: cuSPARSELt would drop what does not fit without a word.
+        ValueError: a weight that is not 2:4, or has a NaN. cuSPARSELt itself drops silently what does not fit.
     """
     check_fits(weight)
     return torch._cslt_compress(weight.contiguous())
 
 
 class State:
-    """Tells tensors from others in their place, and from what they were before they were written to.
+    """The identity and version of tensors, by which replaced tensors and later writes are noticed.
 
-    Those made in inference mode do not count their changes, and nothing counts what goes through `.data`. It holds the tensors, or
-    others in their place might lie at the same address.
+    Tensors made in inference mode do not count their changes, and nothing counts writes through `.data`. The tensors are referenced, so
+    that no others can take their addresses.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -77,7 +84,7 @@ class State:
         self._counted = self._count(self._tensors)
 
     def is_of(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Whether they are the same tensors and, as far as they tell, unchanged."""
+        """Return whether these are the same tensors and, as far as they count, unchanged."""
         return self._counted == self._count(tensors)
 
     @staticmethod

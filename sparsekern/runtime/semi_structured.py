@@ -1,4 +1,4 @@
-"""2:4 weights as PyTorch's semi-structured tensors, straight from `semi_structured_pack`, and linear layers on them."""
+"""2:4 weights as PyTorch's semi-structured tensors, made by `semi_structured_pack`, and linear layers on them. Not measured on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": Spars
 
 
 class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
-    """PyTorch's cuSPARSELt tensor, for inference, whose products find algorithm and plan once a shape (`cusparselt_linear`)."""
+    """PyTorch's cuSPARSELt tensor for inference, whose products search algorithm and plan once for a shape (`cusparselt_linear`)."""
 
     def _mm(self, B, *, bias=None, should_transpose_dense=False, **kwargs):
         if isinstance(B, SparseSemiStructuredTensor):
@@ -25,7 +25,7 @@ class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
             raise NotImplementedError(
                 "a product with the transpose of a semi-structured tensor: only `x @ weight.t()` is supported"
             )
-        # PyTorch 2.12 and later hand over the activations as they are, those before transposed; and so they want the product.
+        # PyTorch 2.12 and later pass the activations as given, earlier ones transposed. Each wants the product in the same form.
         x = B if should_transpose_dense else B.t()
         product = cusparselt_linear(x, self.packed, self.shape[0], bias)
         return product if should_transpose_dense else product.t()
@@ -34,14 +34,14 @@ class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
 def to_semi_structured(
     weight: torch.Tensor | tuple[torch.Tensor, torch.Tensor], *, backend: str | None = None
 ) -> SparseSemiStructuredTensor:
-    """Make a 2:4 weight PyTorch's semi-structured tensor, which takes a weight's place in `torch.nn.functional.linear`.
+    """Make PyTorch's semi-structured tensor of a 2:4 weight, which `torch.nn.functional.linear` takes as a weight.
 
     `layer.weight = torch.nn.Parameter(to_semi_structured(layer.weight), requires_grad=False)` is all a linear layer needs, also under
-    `torch.compile`. It is for inference, and for batches of some hundred tokens: single tokens gain nothing.
+    `torch.compile`. It is for inference with batches of some hundred tokens; single tokens gain nothing. Its speed has not been measured.
 
     Args:
         weight: `[out_features, in_features]`, 2:4 along its columns, any strides; or `(values, meta)` from `semi_structured_pack` or
-            `semi_structured_prune_pack`, which "cutlass" takes as they are.
+            `semi_structured_prune_pack`, which "cutlass" takes unchanged.
         backend: "cusparselt": bfloat16 or float16, shape a multiple of (16, 16), or int8, of (32, 32), which PyTorch multiplies into
             int8; on the CUDA device that is to multiply. "cutlass": also float32 (1:2); shape a multiple of (32, 64), of int8
             (16, 128), of float32 (32, 32); to multiply it takes a device of compute capability 8.x. None: "cusparselt" where it can
@@ -51,7 +51,8 @@ def to_semi_structured(
         A `SparseSemiStructuredTensorCUSPARSELT` or `SparseSemiStructuredTensorCUTLASS`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device for the backend; a weight that is not 2:4, or has a NaN.
+        TypeError: a wrong dtype for the backend, or neither a tensor nor a pair of tensors.
+        ValueError: a wrong shape or device for the backend; a weight that is not 2:4, or has a NaN.
         RuntimeError: a backend that this PyTorch or the weight's device lacks.
     """
     packed = None if isinstance(weight, torch.Tensor) else _pair(weight)
@@ -62,14 +63,14 @@ def to_semi_structured(
         values, meta = ops.semi_structured_pack(weight.detach()) if packed is None else packed
         return _wrap(SparseSemiStructuredTensorCUTLASS, (values.shape[0], 2 * values.shape[1]), values, meta)
     if packed is None:
-        check_fits(weight)  # cuSPARSELt drops what does not fit without a word
+        check_fits(weight)  # cuSPARSELt drops silently what does not fit
     dense = weight.detach().contiguous() if packed is None else ops.semi_structured_unpack(*packed)
     kind = SemiStructuredTensor if dense.dtype in DTYPES else SparseSemiStructuredTensorCUSPARSELT
     return _wrap(kind, dense.shape, torch._cslt_compress(dense), None)
 
 
 def semi_structured_linear(x: torch.Tensor, weight: SparseSemiStructuredTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear(x, weight, bias)` without the detour through the tensor subclass, which costs the CPU more than a plan.
+    """Compute `torch.nn.functional.linear(x, weight, bias)` without dispatching through the tensor subclass, which costs CPU time.
 
     Args:
         x: `[..., in_features]` of the weight's dtype, on its device.
@@ -117,7 +118,7 @@ def _backend_for(weight: torch.Tensor, asked: str | None) -> str:
 
 
 def _check(weight: torch.Tensor, columns_per: int, backend: str) -> None:
-    """`weight` may also be its values, with two columns for each."""
+    """Raise unless the backend takes the weight; `weight` may be its packed values, each standing for `columns_per` columns."""
     rules = {
         dtype: (rule.sparse_min_rows, rule.sparse_min_cols) for dtype, rule in BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS.items()
     }

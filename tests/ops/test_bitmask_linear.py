@@ -86,6 +86,7 @@ def test_sizes_of_zero_and_leading_dimensions(isa, generator):
 
 
 def test_more_tokens_than_memory_where_there_is_nothing_to_multiply(isa):
+    """The wrapper refuses such a shape; a direct call must not crash."""
     x = torch.empty(2**58, 0)
     assert torch.ops.sparsekern.bitmask_linear(x, *packed_of(torch.empty(0, 0))).shape == (2**58, 0)
 

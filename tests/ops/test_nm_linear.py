@@ -62,6 +62,7 @@ def test_sizes_of_zero_and_leading_dimensions(isa, generator):
 
 
 def test_more_tokens_than_memory_where_there_is_nothing_to_multiply(isa):
+    """The wrapper refuses such a shape; a direct call must not crash."""
     x = torch.empty(2**58, 0)
     assert torch.ops.sparsekern.nm_linear(x, *pack_nm_rows(torch.empty(0, 0), 2, 4).values(), 2, 4).shape == (2**58, 0)
 
