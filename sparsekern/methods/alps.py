@@ -62,7 +62,7 @@ class ALPS(LinearMethod):
             start, mask = self._find_support(_Admm(target, mask, basis.gram, pattern, self.scope, self.rho))
         found, _ = ops.masked_lstsq(target, basis.gram, mask, start=start)
         new_weight = (found * basis.inverse_scale).to(weight.dtype)
-        return Solution(new_weight, mask, statistics.row_energy(new_weight.float() - weight.float()))
+        return Solution(new_weight, statistics.row_energy(new_weight.float() - weight.float()))
 
     def _find_support(self, admm: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sparse weights that ADMM ends with, and their mask."""

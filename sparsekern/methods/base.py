@@ -72,13 +72,11 @@ class Solution(NamedTuple):
 
     Attributes:
         weight: `[out_features, in_features]` in the dtype it came in.
-        mask: bool of the same shape, True where kept.
         row_error: `[out_features]` float64, the squared output error of each row over the calibration tokens: `d G d^T` with the
             undamped Gram matrix `G`, rounding to a half dtype included. None where the method does not know it.
     """
 
     weight: torch.Tensor
-    mask: torch.Tensor
     row_error: torch.Tensor | None = None
 
 

@@ -59,7 +59,7 @@ class COPAL(LinearMethod):
 
     def solve(self, weight: torch.Tensor, statistics: HasImportance, pattern: Pattern) -> Solution:
         mask = keep_mask(statistics.importance, pattern, self.scope)
-        return Solution(weight.masked_fill(~mask, 0), mask)
+        return Solution(weight.masked_fill(~mask, 0))
 
     def general_importance(
         self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weight: torch.Tensor, x: torch.Tensor

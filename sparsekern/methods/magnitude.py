@@ -47,8 +47,11 @@ class Magnitude(LinearMethod):
         return arranged
 
     def solve(self, weight: torch.Tensor, statistics: object, pattern: Pattern) -> Solution:
-        mask = keep_mask(weight.abs().float(), pattern, "row" if self.scope == "row" else "matrix")
-        return Solution(weight.masked_fill(~mask, 0), mask)
+        return Solution(weight.masked_fill(~self.mask_of(weight, pattern), 0))
+
+    def mask_of(self, weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """Return the mask, True where a weight is kept. A kept weight may be zero itself."""
+        return keep_mask(weight.abs().float(), pattern, "row" if self.scope == "row" else "matrix")
 
 
 def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Pattern]:

@@ -35,4 +35,4 @@ class Random(LinearMethod):
             .masked_fill_(weight == 0, -1)
         )
         mask = keep_mask(scores, pattern, self.scope)
-        return Solution(weight.masked_fill(~mask, 0), mask)
+        return Solution(weight.masked_fill(~mask, 0))

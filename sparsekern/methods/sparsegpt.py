@@ -45,21 +45,21 @@ class SparseGPT(LinearMethod):
         factor = statistics.factor(self.damping)
         fixed = self._fixed_mask(weight, statistics, pattern)
         target = {"pattern": pattern} if fixed is None else {"mask": fixed}
-        new_weight, mask, damped_error = ops.obs_sweep(weight, factor, **target, scope=self.scope, block_size=self.block_size)
+        new_weight, _, damped_error = ops.obs_sweep(weight, factor, **target, scope=self.scope, block_size=self.block_size)
         delta = new_weight.float() - weight.float()
         if weight.dtype == torch.float32:
             moved = torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()
             row_error = damped_error.double() - statistics.shift * moved
         else:  # the sweep's own error leaves out the rounding to a half dtype
             row_error = statistics.row_energy(delta)
-        return Solution(new_weight, mask, row_error.clamp_(min=0))
+        return Solution(new_weight, row_error.clamp_(min=0))
 
     def _fixed_mask(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> torch.Tensor | None:
         if self.mask is None:
             return None
         if self.mask == "zeros":
             return _existing_zeros(weight, pattern)
-        return (Magnitude() if self.mask == "magnitude" else Wanda()).solve(weight, statistics, pattern).mask
+        return Magnitude().mask_of(weight, pattern) if self.mask == "magnitude" else Wanda().mask_of(weight, statistics, pattern)
 
 
 def _existing_zeros(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:

@@ -64,7 +64,7 @@ class Structured(LinearMethod):
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         mask[list(pattern.rows)] = False
         mask[:, list(pattern.columns)] = False
-        return Solution(weight.masked_fill(~mask, 0), mask)
+        return Solution(weight.masked_fill(~mask, 0))
 
     @property
     def _wanted(self) -> str:

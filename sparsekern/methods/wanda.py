@@ -26,6 +26,9 @@ class Wanda(LinearMethod):
     needs: ClassVar = FeatureNorm
 
     def solve(self, weight: torch.Tensor, statistics: HasNorms, pattern: Pattern) -> Solution:
+        return Solution(weight.masked_fill(~self.mask_of(weight, statistics, pattern), 0))
+
+    def mask_of(self, weight: torch.Tensor, statistics: HasNorms, pattern: Pattern) -> torch.Tensor:
+        """Return the mask, True where a weight is kept. A kept weight may be zero itself."""
         scores = weight.abs().float() * statistics.sum_squares.sqrt()
-        mask = keep_mask(scores, pattern, "row")
-        return Solution(weight.masked_fill(~mask, 0), mask)
+        return keep_mask(scores, pattern, "row")

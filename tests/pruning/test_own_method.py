@@ -44,7 +44,7 @@ class NoisyWanda(LinearMethod):
             mask = nm_mask(scores, pattern)
         else:
             mask = topk_mask(scores, scores.numel() - pruned_count(scores.numel(), pattern.sparsity))
-        return Solution(weight.masked_fill(~mask, 0), mask)
+        return Solution(weight.masked_fill(~mask, 0))
 
 
 def pruned(method=None, model=None, **options):
@@ -124,13 +124,13 @@ class NoDataclass(LinearMethod):
     name = "plain"
 
     def solve(self, weight, statistics, pattern):
-        return Solution(weight, weight != 0)
+        return Solution(weight)
 
 
 @dataclass(frozen=True)
 class NoName(LinearMethod):
     def solve(self, weight, statistics, pattern):
-        return Solution(weight, weight != 0)
+        return Solution(weight)
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,13 @@ def test_incomplete_classes_are_refused_before_any_work(method, message):
         (lambda w: w, TypeError, "method: expected Returns.solve to return a Solution, got Tensor"),
         (lambda w: None, TypeError, "method: expected Returns.solve to return a Solution, got NoneType"),
         (
-            lambda w: Solution(w.double(), w != 0),
+            lambda w: Solution(w.double()),
             ValueError,
             "Returns.solve: expected a weight of dtype torch.float32, got torch.float64",
         ),
-        (lambda w: Solution(w[:1], w != 0), ValueError, "Returns.solve: expected a weight of shape"),
+        (lambda w: Solution(w[:1]), ValueError, "Returns.solve: expected a weight of shape"),
+        (lambda w: Solution(w, w != 0), ValueError, r"Returns.solve: expected a row_error of shape \[32], got \[32, 32]"),
+        (lambda w: Solution(w, 0.5), ValueError, r"Returns.solve: expected a row_error of shape \[32], got float"),
     ],
 )
 def test_a_wrong_result_names_the_method_and_changes_nothing(returned, error, message):

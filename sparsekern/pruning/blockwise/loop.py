@@ -177,7 +177,7 @@ class BlockLoop(Loop):
         weights |= solved
         seconds = (clock.now() - start) / len(linears)
         for linear in linears:
-            found = Solution(solved[linear.name], solved[linear.name] != 0)
+            found = Solution(solved[linear.name])
             zeros, error = _outcome(linear.weight, found, inputs[linear.name])
             whole = (solution.error, solution.alone) if linear.name == down else ()
             pattern, shape = str(self.plan.patterns[linear.name]), tuple(linear.weight.shape)
@@ -224,7 +224,7 @@ def _check_solution(method: LinearMethod, solution: object, weight: torch.Tensor
 
     Raises:
         TypeError: no `Solution`.
-        ValueError: a weight of another shape, dtype or device.
+        ValueError: a weight of another shape, dtype or device, or a `row_error` of another shape.
     """
     kind = type(method).__name__
     if not isinstance(solution, Solution):
@@ -235,6 +235,10 @@ def _check_solution(method: LinearMethod, solution: object, weight: torch.Tensor
             raise ValueError(
                 f"{kind}.solve: expected a weight of {what} {getattr(weight, what)}, got {getattr(found, what, type(found).__name__)}"
             )
+    row_error, rows = solution.row_error, len(weight)
+    if row_error is not None and getattr(row_error, "shape", None) != (rows,):
+        got = list(row_error.shape) if isinstance(row_error, torch.Tensor) else type(row_error).__name__
+        raise ValueError(f"{kind}.solve: expected a row_error of shape [{rows}], got {got}")
 
 
 @contextmanager
