@@ -32,7 +32,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def resolve_method(method: str | Method) -> Method:
-    """Return the config of a method that is given by name, with the paper's defaults, or as a config.
+    """Return the config of a method: `method` itself, or the one of that name with the paper's defaults.
 
     Raises:
         ValueError: an unknown name.

@@ -1,6 +1,6 @@
 """Settings of method configs: each field declares its default, what it accepts and its help, once.
 
-Validation, the command line (`--set`, `--help-method`), the `Args:` of docstrings and the tables of the docs are made from them.
+Validation, the command line (`--set`, `--help-method`), the `Args:` of docstrings and the tables of the docs are derived from them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Setting:
 
     Attributes:
         default: the value where none is given.
-        help: what the setting does, with its unit and the paper's value, in one line.
-        expected: the accepted values, as errors and tables name them.
-        store: return the value to store; raise `ValueError`, `TypeError` or `OverflowError` for one that is not accepted.
-        read: make a value from the text of a command line; raise `ValueError` or `KeyError` for text that says none.
-        optional: None is accepted too.
-        is_method: the value is a method, by name or as a config, with settings of its own.
+        help: one line on the setting's effect, with its unit and the paper's value.
+        expected: the accepted values, in the words of errors and tables.
+        store: returns the value to store; raises `ValueError`, `TypeError` or `OverflowError` for one that is not accepted.
+        read: parses the text of a command line; raises `ValueError` or `KeyError` for text that is no value.
+        optional: True if None is accepted too.
+        is_method: True if the value is a method, by name or as a config, with settings of its own.
     """
 
     default: object
@@ -48,7 +48,7 @@ class Setting:
             raise ValueError(f"{argument}: expected {self.expected}, got {value!r}") from error
 
     def from_text(self, argument: str, text: str) -> object:
-        """Return the value that `text` says, `none` for None, or raise `ValueError` that names `argument`."""
+        """Return the value of `text`, where `none` is None, or raise `ValueError` that names `argument`."""
         if text == "none" and self.optional:
             return None
         try:
@@ -58,9 +58,9 @@ class Setting:
 
 
 class Settings:
-    """Base of configs that are frozen dataclasses of the fields made here: they are checked on construction.
+    """Base of configs: frozen dataclasses whose fields are declared by the functions below, and checked on construction.
 
-    A config with rules across fields extends `__post_init__`.
+    A config with rules that involve several fields extends `__post_init__`.
     """
 
     def __init_subclass__(cls, **options: object) -> None:
@@ -100,7 +100,7 @@ def number(
 
 
 def whole(default: int | None, *, at_least: int, help: str) -> Any:
-    """Declare a field that holds a whole number; None too, where that is the default."""
+    """Declare a field that holds a whole number, or None if that is the default."""
     optional = default is None
 
     def store(value: Any) -> int:
@@ -113,7 +113,7 @@ def whole(default: int | None, *, at_least: int, help: str) -> Any:
 
 
 def choice(default: str | None, choices: tuple[str | None, ...], *, help: str) -> Any:
-    """Declare a field that holds one of these words, or None where it is among them."""
+    """Declare a field that holds one of `choices`, which may include None."""
 
     def store(value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -125,7 +125,7 @@ def choice(default: str | None, choices: tuple[str | None, ...], *, help: str) -
 
 
 def flag(default: bool, *, help: str) -> Any:
-    """Declare a field that is on or off; text says `true` or `false`."""
+    """Declare a field that holds True or False; on a command line `true` or `false`."""
 
     def store(value: Any) -> bool:
         if not isinstance(value, bool):
@@ -136,7 +136,7 @@ def flag(default: bool, *, help: str) -> Any:
 
 
 def method(default: str, *, expected: str, help: str) -> Any:
-    """Declare a field that holds a method, by name or as a config; its class checks which ones it takes."""
+    """Declare a field that holds a method, by name or as a config. Its class checks which methods it takes."""
     return _declare(Setting(default, help, expected, lambda value: value, str, is_method=True))
 
 
@@ -147,13 +147,13 @@ def check_choice(argument: str, value: object, choices: tuple) -> None:
 
 
 def settings_of(config: type) -> dict[str, Setting]:
-    """Return the rule of each declared field of a config class by name, in the order of its arguments."""
+    """Return the rule of each declared field of a config class, by name, in the order of the constructor's arguments."""
     found: Mapping[str, Any] = getattr(config, "__dataclass_fields__", {})
     return {name: of.metadata[RULE] for name, of in found.items() if RULE in of.metadata}
 
 
 def settings_table(config: type) -> str:
-    """Return a Markdown table of a config class's settings: name, default, accepted values, meaning. Empty where it has none."""
+    """Return a Markdown table of a config class's settings: name, default, accepted values, meaning. It is empty for none."""
     rows = [f"| `{name}` | `{rule.default!r}` | {rule.expected} | {rule.help} |" for name, rule in settings_of(config).items()]
     return "\n".join(["| setting | default | values | meaning |", "|---|---|---|---|", *rows]) if rows else ""
 
@@ -163,7 +163,7 @@ def _declare(rule: Setting) -> Any:
 
 
 def _with_arguments(doc: str, rules: Mapping[str, Setting]) -> str:
-    """Return a class's docstring with an `Args:` section, before `Example:` and `Source:` where there are any."""
+    """Return a class's docstring with an `Args:` section in front of `Example:` and `Source:`, or at its end."""
     entries = []
     for name, rule in rules.items():
         text = f"{name}: {rule.help}. Accepts {rule.expected}; default {rule.default!r}."

@@ -16,21 +16,26 @@ from .base import HasGram, LinearMethod, Solution
 from .selection import keep_mask
 from .statistics import Gram
 
-LOOK_EVERY = 3  # iterations after which the change of the mask is measured and the penalty is adapted
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # factor of the penalty where more than this share of the mask has changed
-STUCK = 0.1  # where no more than this share has changed at first, the penalty is too large,
-RESTART = 0.2  # and ADMM restarts with this times the penalty,
-SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless the penalty is below the first of these already
+LOOK_EVERY = 3  # iterations between two looks at the mask, at which its change is measured and the penalty adapted
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share, factor): the penalty grows by the factor if a larger share has changed
+STUCK = 0.1  # if no larger share changes at first, the penalty is too large:
+RESTART = 0.2  # ADMM restarts with this times the penalty,
+SMALLEST_PENALTY, LARGEST_PENALTY = 1e-3, 1e6  # unless the penalty is already below the smallest
 
 
 @dataclass(frozen=True)
 class ALPS(LinearMethod):
-    """Alternating directions method of multipliers (ADMM) on each linear, then least squares on the support that it found.
+    """Alternating direction method of multipliers (ADMM) on each linear, then least squares on the support that it found.
 
-    The support is that of the projected iterate `D`, which the dense iterate approaches; the public program projects the dense
-    one. ADMM runs in the basis in which the damped Gram matrix has a unit diagonal. The penalty grows the faster, the more of the
-    support still changes, and the support settles as it grows. Features that were never active are pruned first, and their
-    weights are set to zero where the pattern keeps them.
+    The support is that of the projected iterate `D`, which the dense iterate approaches. The public program projects the dense
+    iterate instead. ADMM runs in the basis in which the damped Gram matrix has a unit diagonal. The more of the support still
+    changes, the faster the penalty grows, and as it grows, the support settles. Features that were never active are pruned
+    first. Where the pattern keeps their weights, these are set to zero.
+
+    Example:
+        >>> report = sparsekern.prune(model, sparsekern.ALPS(damping=0.02), "2:4", calibration=ids, progress=False)
+        >>> report.sparsity
+        0.5
 
     Source: Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024, algorithms
     1 and 2. The dual is scaled by the penalty, and each penalty takes one Cholesky factorisation instead of an eigendecomposition.
@@ -47,7 +52,8 @@ class ALPS(LinearMethod):
     tolerance: float = number(
         0.01,
         at_least=0,
-        help="share of the mask, of its kept or pruned entries, whichever are fewer: ADMM ends when three iterations change no more",
+        help="ADMM ends when three iterations change no larger share of the mask, relative to its kept or pruned entries, "
+        "whichever are fewer",
     )
     max_iterations: int = whole(300, at_least=1, help="maximum ADMM iterations (paper: 300); warns if the mask has not converged")
 
@@ -103,13 +109,14 @@ class _Admm:
         self.restart(rho)
 
     def restart(self, rho: float) -> None:
+        """Begin again from the first mask, with penalty `rho`."""
         self._offset = -self._target.masked_fill(self._first, 0)
         self._dual = torch.zeros_like(self._target)
         self.mask = self._first.clone()
         self._factor(rho)
 
     def run(self, iterations: int) -> float:
-        """Run `iterations` steps; return how many entries of the mask changed, as a share of the kept or the pruned ones."""
+        """Run `iterations` steps. Return how many mask entries changed, relative to the kept or pruned ones, whichever are fewer."""
         before = self.mask.clone()
         for left in range(iterations, 0, -1):
             self._offset, self._product = torch.mm(self._offset, self._step, out=self._product), self._offset
@@ -119,6 +126,7 @@ class _Admm:
         return int(changed) / self._fewer
 
     def set_penalty(self, rho: float) -> None:
+        """Go on with penalty `rho`."""
         # The dual is scaled by the penalty, and so is its share of offset = projected - dual - target.
         factor = self.rho / rho
         self._offset.add_(self._dual, alpha=1 - factor)
@@ -126,6 +134,7 @@ class _Admm:
         self._factor(rho)
 
     def solution(self) -> torch.Tensor:
+        """Return the sparse weights, zero outside the mask."""
         return (self._offset + self._target).masked_fill_(~self.mask, 0)
 
     def _factor(self, rho: float) -> None:
@@ -139,8 +148,8 @@ class _Basis(NamedTuple):
 
     Attributes:
         gram: the Gram matrix in this basis, lower triangle; zero at dead features.
-        scale: factor of a weight on the way to the basis, by feature.
-        inverse_scale: factor on the way back.
+        scale: factor of a weight into the basis, by feature.
+        inverse_scale: factor of a weight back, by feature.
     """
 
     gram: torch.Tensor

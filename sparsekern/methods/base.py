@@ -1,4 +1,4 @@
-"""What a pruning method is: a frozen config of one of four classes, which decides the loop that runs it.
+"""Base classes of the pruning methods. A method is a frozen config of one of four classes, which decides the loop that runs it.
 
 `LinearMethod` solves one linear at a time, `BlockMethod` the feed-forward network of each block together, `GradualMethod` prunes the
 whole model in steps and trains it, `RemovalMethod` removes attention heads and FFN neurons of an encoder.
@@ -44,7 +44,7 @@ class HasGram(HasNorms, Protocol):
 
     @property
     def shift(self) -> float:
-        """What `factor` added to the diagonal: `factor factor^T = G + shift I`."""
+        """The number that `factor` added to the diagonal: `factor factor^T = G + shift I`."""
 
     def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
         """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
@@ -60,7 +60,7 @@ class HasGram(HasNorms, Protocol):
 
 
 class HasImportance(HasNorms, Protocol):
-    """Statistics that know how much the output reacts to each weight."""
+    """Statistics that measure how strongly the output reacts to each weight."""
 
     @property
     def importance(self) -> torch.Tensor:
@@ -71,9 +71,10 @@ class Solution(NamedTuple):
     """A pruned weight matrix.
 
     Attributes:
-        weight: `[out_features, in_features]` in the dtype it came in.
-        row_error: `[out_features]` float64, the squared output error of each row over the calibration tokens: `d G d^T` with the
-            undamped Gram matrix `G`, rounding to a half dtype included. None where the method does not know it.
+        weight: the pruned weight, of the same shape and dtype as the weight given to `solve`.
+        row_error: `[out_features]` float64, the squared output error of each row over the calibration tokens. It is `d G d^T` with
+            the change `d` of the row, rounded to the weight's dtype, and the undamped Gram matrix `G`. None where the method does
+            not compute it.
     """
 
     weight: torch.Tensor
@@ -81,10 +82,19 @@ class Solution(NamedTuple):
 
 
 class Method(Settings, ABC):
-    """Base of the method configs, which are frozen dataclasses. Derive from one of the four classes below.
+    """Base of the method configs, which are frozen dataclasses.
+
+    A method of your own derives from `LinearMethod`, `BlockMethod`, `GradualMethod` or `RemovalMethod` of `sparsekern.methods`.
 
     Attributes:
-        name: what reports, checkpoints and the command line call the method.
+        name: the method's name in reports, checkpoints and on the command line.
+
+    Example:
+        >>> method = sparsekern.Wanda()
+        >>> isinstance(method, sparsekern.Method), method.needs_data
+        (True, True)
+        >>> sparsekern.Magnitude(scope="row").settings()
+        {'name': 'magnitude', 'scope': 'row'}
     """
 
     name: ClassVar[str]
@@ -92,16 +102,16 @@ class Method(Settings, ABC):
     @property
     @abstractmethod
     def needs_data(self) -> bool:
-        """Whether the method needs calibration data."""
+        """True if the method needs calibration data."""
 
     def settings(self) -> dict[str, object]:
-        """Return the name and every field, as JSON can hold them."""
+        """Return the name and every field as values that JSON can hold."""
         return {"name": self.name, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """The linears of one block that are to be pruned, and how to find the block's units.
+    """The linears to prune in one block, and a function that finds the block's units.
 
     Attributes:
         linears: the linears, in the model's order.
@@ -127,22 +137,22 @@ class LinearMethod(Method):
         return self.needs is not None
 
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-        """Return the pattern of each linear by name; override it in a method that decides over many linears at once.
+        """Return the pattern of each linear by name. A method that decides over several linears at once overrides it.
 
         Args:
-            blocks: what is to be pruned, block by block, then outside the blocks; all of it is still dense.
-            patterns: the patterns that were asked for, by linear name.
+            blocks: the linears to prune, block by block, then those outside the blocks. All of them are still dense.
+            patterns: the requested patterns, by linear name.
         """
         return dict(patterns)
 
     @abstractmethod
     def solve(self, weight: torch.Tensor, statistics: Statistic | None, pattern: Pattern) -> Solution:
-        """Return `weight` pruned to `pattern`; nothing is changed in place.
+        """Return `weight` pruned to `pattern`, without changing anything in place.
 
         Args:
             weight: `[out_features, in_features]`, float32, bfloat16 or float16.
             statistics: an instance of `needs`, or None.
-            pattern: what to prune to.
+            pattern: the pattern to prune to.
         """
 
 
@@ -150,14 +160,21 @@ class Rows(Protocol):
     """`[tokens, width]` in the model's dtype, kept outside the device's memory (see `sparsekern.pruning.blockwise.feed_forward`)."""
 
     def read(self, rows: slice) -> torch.Tensor:
-        """Some rows in float32 on the model's device."""
+        """Return `rows` in float32 on the model's device."""
 
-    def write(self, rows: slice, values: torch.Tensor) -> None: ...
+    def write(self, rows: slice, values: torch.Tensor) -> None:
+        """Replace `rows` by `values`, rounded to the model's dtype."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear of a feed-forward network: its dense weight `[out_features, in_features]`, its bias and its pattern."""
+    """One linear of a feed-forward network.
+
+    Attributes:
+        weight: `[out_features, in_features]`, dense.
+        bias: `[out_features]`; None where there is none.
+        pattern: the pattern to prune to.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -166,10 +183,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class FeedForwardProblem:
-    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where there is a gate, with all its calibration inputs `x`.
+    """A network `down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where there is a gate, with all its calibration inputs `x`.
 
-    `inputs` and `hidden` are the statistics of what goes into up (and gate) and into down while all three are dense;
-    `new_rows(width)` makes room for that many numbers a token; `tiles` are slices of the tokens, each small enough for the device.
+    Attributes:
+        up: the up projection.
+        gate: the gate projection; None where there is none.
+        down: the down projection.
+        activation: the name of `act`, as `sparsekern.ops` takes it.
+        inputs: statistics of the inputs of up and gate.
+        hidden: statistics of the inputs of down, while all three linears are dense.
+        x: the inputs of every calibration token.
+        new_rows: makes room for `width` numbers a token.
+        tiles: slices of the tokens, each small enough for the device.
     """
 
     up: Layer
@@ -184,8 +209,14 @@ class FeedForwardProblem:
 
 
 class FeedForwardSolution(NamedTuple):
-    """Pruned weights (`gate` None where there is none), and the relative squared error of the network's output over all tokens,
-    bias aside: `alone` with each linear solved on its own, `error` with these weights.
+    """The pruned weights of a feed-forward network, and the relative squared error of its output over all tokens, without the bias.
+
+    Attributes:
+        up: weight of the up projection.
+        gate: weight of the gate projection; None where there is none.
+        down: weight of the down projection.
+        error: the error with these weights.
+        alone: the error with each linear solved on its own.
     """
 
     up: torch.Tensor
@@ -196,18 +227,18 @@ class FeedForwardSolution(NamedTuple):
 
 
 class BlockMethod(LinearMethod):
-    """Base of the methods that solve the feed-forward network of each block together; `solve` is for all other linears.
+    """Base of the methods that solve the linears of each block's feed-forward network together; `solve` prunes all other linears.
 
     Attributes:
-        attention: whether the inputs of the network are taken behind the block's other linears while they are `"dense"`, or once
-            they are `"pruned"`.
+        attention: `"dense"` takes the inputs of the network while the block's other linears are dense, `"pruned"` once they are
+            pruned.
     """
 
     attention: str
 
     @abstractmethod
     def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
-        """Return the pruned linears of one network; only rows and statistics that it made itself may be changed."""
+        """Return the pruned weights of one network. An override changes no rows or statistics but those that it made itself."""
 
 
 class GradualMethod(Method):
@@ -216,7 +247,7 @@ class GradualMethod(Method):
     @property
     @abstractmethod
     def trains(self) -> bool:
-        """Whether any optimizer step is taken."""
+        """True if any optimizer step is taken."""
 
     @property
     def needs_data(self) -> bool:
@@ -231,7 +262,7 @@ class RemovalMethod(Method):
     """Base of the methods that remove attention heads and FFN neurons of an encoder, which changes its shapes.
 
     Attributes:
-        remove: the share to remove, of what the method counts.
+        remove: the share of the method's budget to remove.
     """
 
     remove: float
@@ -242,10 +273,10 @@ class RemovalMethod(Method):
 
 
 def check_method(method: Method) -> None:
-    """Raise unless `method`, perhaps of a class of the user's own, is complete.
+    """Raise unless the class of `method`, which may be the user's own, is complete.
 
     Raises:
-        TypeError: a class that derives from none of the four, is no dataclass, has no name, or needs an unknown statistic.
+        TypeError: the class derives from none of the four, is no dataclass, has no name, or needs an unknown statistic.
     """
     kind = type(method)
     if not isinstance(method, (LinearMethod, GradualMethod, RemovalMethod)):

@@ -1,4 +1,4 @@
-"""COPAL: prune by how much the layer's output reacts to each weight, summed over all datasets so far."""
+"""COPAL: prune by how strongly the layer's output reacts to each weight, summed over all datasets so far."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ GRADIENTS_AT_ONCE = 1 << 24  # entries of the per-token gradients that are held 
 
 @dataclass(frozen=True)
 class COPAL(LinearMethod):
-    """Prune the weights of the least importance, which is how much the layer's output reacts to them.
+    """Prune the weights of the least importance: those that the layer's output reacts to the least.
 
     This is a **reconstruction**: no code is public, and the paper's formulas could be read only in part.
 
-    * From the paper: calibration datasets come one after another and are not kept. A layer `y = f(x, W)` is perturbed in its
-      input and its weight, and the squared norm of the change of its output is differentiated by the weight's perturbation. The
+    * From the paper: calibration datasets come one after another and are not kept. Input and weight of a layer `y = f(x, W)` are
+      perturbed. The squared norm of the output's change is differentiated with respect to the weight's perturbation. The
       importance is `|W * gradient|`, summed over samples and datasets. Each mask is chosen from the dense weights by the
       importance so far.
     * Chosen here: perturbations in proportion to `x` and `W`, since random ones have no expectation that ranks weights; the
@@ -39,22 +39,27 @@ class COPAL(LinearMethod):
 
     `sparsekern.prune` takes one dataset, `sparsekern.prune_continually` one after another.
 
+    Example:
+        >>> report = sparsekern.prune(model, sparsekern.COPAL(form="gram"), 0.5, calibration=ids, progress=False)
+        >>> report.sparsity
+        0.5
+
     Source: Malla, Choi and Choi, COPAL: Continual Pruning in Large Language Generative Models, ICML 2024 (section 3).
     """
 
     name: ClassVar[str] = "copal"
 
-    form: str = choice("sample", ("sample", "gram"), help="absolute value of each token's gradient, or of a data set's")
+    form: str = choice("sample", ("sample", "gram"), help="absolute value of each token's gradient, or of a dataset's")
     scope: str = choice(
         "row", ("row", "matrix"), help="where a sparsity is counted: in each row or over the matrix; N:M ignores it"
     )
     perturbation: float = number(
-        1e-3, above=0, help="size of both perturbations, relative to x and W, in general_importance; linears do without"
+        1e-3, above=0, help="size of both perturbations in general_importance, relative to x and W; linears need none"
     )
 
     @property
     def needs(self) -> type[SampleImportance | GramImportance]:
-        """The statistic whose importance is that of `form`."""
+        """The statistic whose importance is the one of `form`."""
         return GramImportance if self.form == "gram" else SampleImportance
 
     def solve(self, weight: torch.Tensor, statistics: HasImportance, pattern: Pattern) -> Solution:
@@ -67,14 +72,14 @@ class COPAL(LinearMethod):
         """Return the importance of the weight of any layer, by finite differences of its output.
 
         With `S_x = f(x + dx, W) - f(x, W)` and `S_W = f(x, W + dW) - f(x, W)`, each token's gradient is that of `||S_x + S_W||^2`
-        by `dW`, at `dx = p x` and `dW = p W` for the perturbation `p`, in units of `4 p`. For a linear layer the result is the
-        statistic's importance for every `p`, up to rounding, which is negligible in float64.
+        with respect to `dW`, in units of `4 p`. It is taken at `dx = p x` and `dW = p W` for the perturbation `p`. For a linear
+        layer the result is the statistic's importance for every `p`, up to rounding, which is negligible in float64.
 
         Args:
-            function: the layer, `f(x, weight)`: inputs `[tokens, in_features]` and a weight to outputs `[tokens, ...]`. Each
-                token is independent of the others; `torch.func` must be able to differentiate it.
-            weight: of any shape.
-            x: `[tokens, in_features]`.
+            function: the layer `f(x, weight)`, which maps `[tokens, in_features]` to `[tokens, ...]`. Each token must be
+                independent of the others, and `torch.func` must be able to differentiate it.
+            weight: the layer's weight, of any shape.
+            x: inputs `[tokens, in_features]`.
 
         Returns:
             A tensor of the shape of `weight`.

@@ -1,4 +1,4 @@
-"""Gradual pruning: in steps, by a criterion that needs no data, with fine-tuning after each step."""
+"""Gradual pruning in steps, by a criterion that needs no data, with fine-tuning after each step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,20 @@ class Gradual(GradualMethod):
     rounded up.
 
     Training minimises the mean loss of the next token over the calibration ids, without padding, by AdamW. Pruned weights stay
-    zero. In each step the optimizer starts from scratch; its learning rate rises linearly over the `warmup` share of the
-    optimizer steps and falls linearly to zero. A model in half precision is trained as float32 master weights under bfloat16
-    autocast, and rounded once at the end. Every parameter that requires a gradient is trained. How many samples run at once is
-    `prune`'s `batch_size`. With `out` in `prune`, the first Ctrl-C finishes the current optimizer step and keeps it.
+    zero. Each step has a new optimizer, whose learning rate rises linearly over the `warmup` share of the optimizer steps and
+    falls linearly to zero. A model in half precision is trained as float32 master weights under bfloat16 autocast, and rounded
+    once at the end. Every parameter that requires a gradient is trained. `prune`'s `batch_size` is the number of samples that run
+    at once. With `out` in `prune`, the first Ctrl-C finishes the current optimizer step and keeps it.
 
-    `steps=1` is one-shot pruning with fine-tuning after it; without training (`epochs=0`) the criterion prunes alone. The method
-    is inspired by Gholami and Omar, Can pruning make large language models more efficient?, arXiv 2310.04573, of which only the
-    abstract could be read. Nothing here reproduces its settings.
+    `steps=1` is one-shot pruning with fine-tuning after it. With `epochs=0` the criterion prunes without training. The method
+    is inspired by Gholami and Omar, Can pruning make large language models more efficient?, arXiv 2310.04573, but does not
+    reproduce its settings: only the abstract could be read.
+
+    Example:
+        >>> method = sparsekern.Gradual(criterion="magnitude", steps=2, train_steps=1)
+        >>> report = sparsekern.prune(model, method, 0.5, calibration=ids, progress=False)
+        >>> [round(step["sparsity"], 4) for step in report.training]
+        [0.4375, 0.5]
 
     Source: the schedule is equation 1 of Zhu and Gupta, To prune, or not to prune, 2017. Training after each step follows Han et
     al., 2015, with the learning rate rewound as in Renda et al., Comparing rewinding and fine-tuning, 2020.
@@ -44,14 +50,14 @@ class Gradual(GradualMethod):
     criterion: LinearMethod | str = method(
         "magnitude",
         expected="'magnitude', 'random', 'structured' or a config of one",
-        help="which weights go, such as Magnitude(scope='global')",
+        help="method that chooses the weights to prune, such as Magnitude(scope='global')",
     )
     steps: int = whole(4, at_least=1, help="pruning steps n")
     schedule: str = choice("cubic", ("cubic", "linear"), help="how the sparsity grows; linear is s_t = s t/n")
     epochs: int = whole(1, at_least=0, help="passes over the calibration ids after each step; 0 does not train")
     train_steps: int | None = whole(None, at_least=0, help="optimizer steps after each pruning step, instead of whole epochs")
     batch_tokens: int = whole(
-        8192, at_least=1, help="predicted tokens in an optimizer step, at least; whole calibration batches are accumulated"
+        8192, at_least=1, help="minimum of predicted tokens in an optimizer step; whole calibration batches are accumulated"
     )
     learning_rate: float = number(1e-4, above=0, help="highest learning rate of AdamW")
     warmup: float = number(0.1, at_least=0, at_most=1, help="share of a step's optimizer steps in which the learning rate rises")
@@ -79,11 +85,11 @@ class Gradual(GradualMethod):
         return dict(patterns)
 
     def share(self, step: int) -> float:
-        """Return the share of the final sparsity that is reached by pruning step `step`, from 1 to `steps`."""
+        """Return the share of the final sparsity after pruning step `step`, which counts from 1 to `steps`."""
         return 1 - (1 - step / self.steps) ** EXPONENT[self.schedule]
 
     def pattern_after(self, step: int, pattern: Pattern) -> Pattern | None:
-        """Return the pattern after pruning step `step`; None before the schedule reaches the first zero of N:M."""
+        """Return the pattern after pruning step `step`. It is None before the schedule reaches the first zero of N:M."""
         if step == self.steps:
             return pattern
         sparsity = pattern.sparsity * self.share(step)

@@ -22,6 +22,11 @@ class Magnitude(LinearMethod):
     With `scope="global"` one threshold holds for all linears that are pruned to the same sparsity. Of equal weights the earlier
     linear's is kept, then that of the lower index. N:M patterns ignore the scope.
 
+    Example:
+        >>> report = sparsekern.prune(model, sparsekern.Magnitude(scope="row"), 0.5, progress=False)
+        >>> report.sparsity
+        0.5
+
     Source: Han et al., Learning both weights and connections for efficient neural networks, 2015.
     """
 
@@ -55,7 +60,7 @@ class Magnitude(LinearMethod):
 
 
 def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Pattern]:
-    """Return each linear's own sparsity, where all of them together have that of `pattern`."""
+    """Return the sparsity of each linear that gives all of them together the sparsity of `pattern`."""
     kept = global_kept_counts([lambda linear=linear: linear.weight.abs().float() for linear in linears], pattern.sparsity)
     shares: dict[str, Pattern] = {}
     for linear, count in zip(linears, kept, strict=True):
@@ -64,6 +69,6 @@ def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Patte
             raise ValueError(
                 f"Magnitude.scope='global': a sparsity of {pattern} leaves nothing of {linear.name}; ask for less, or for scope='matrix'"
             )
-        # half a weight more, which no rounding of the product can undo
+        # half a weight more, so that rounding of the product cannot change the count
         shares[linear.name] = Unstructured((total - count + 0.5) / total if count < total else 0.0)
     return shares

@@ -19,7 +19,12 @@ class Random(LinearMethod):
     """Prune weights at random, each with the same probability.
 
     The numbers are drawn on the CPU from a generator that `prune` seeds for each linear from its `seed` and the linear's name. So the
-    same weights go on any device, in any thread, and whether or not a run was resumed. Weights that are zero already go first.
+    same weights are pruned on any device, in any thread, and in a resumed run. Weights that are already zero are pruned first.
+
+    Example:
+        >>> report = sparsekern.prune(model, sparsekern.Random(), 0.5, seed=1, progress=False)
+        >>> report.sparsity
+        0.5
     """
 
     name: ClassVar[str] = "random"

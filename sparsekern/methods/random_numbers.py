@@ -1,4 +1,4 @@
-"""The random numbers that a method draws: from a generator of its run, not from torch's own, which all threads share."""
+"""Random numbers for methods, from a generator of the run. Torch's own is shared by all threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def generator() -> torch.Generator:
 
 @contextmanager
 def drawing_from(own: torch.Generator) -> Iterator[None]:
-    """Within, `generator` returns `own` in this thread."""
+    """Let `generator` return `own` within, in this thread only."""
     token = _current.set(own)
     try:
         yield

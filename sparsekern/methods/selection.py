@@ -1,4 +1,4 @@
-"""Masks from scores: the one place where a pattern becomes a mask for the methods that only choose."""
+"""Masks from scores, for the methods that choose weights without updating them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from ..pattern import NM, Pattern, pruned_count
 
 
 def keep_mask(scores: torch.Tensor, pattern: Pattern, scope: str) -> torch.Tensor:
-    """Return the mask (True where kept) of the highest `scores` `[out_features, in_features]`.
+    """Return the mask of the highest `scores`, True where a weight is kept.
 
-    N:M keeps N of each M consecutive inputs. A sparsity prunes exactly `floor(sparsity * count)`, counted over each row
-    (`scope="row"`) or over the whole matrix (`scope="matrix"`). Of equal scores the lower index is kept.
+    N:M keeps N of each M consecutive inputs. A sparsity prunes exactly `floor(sparsity * count)` weights. Of equal scores the one
+    of the lower index is kept.
+
+    Args:
+        scores: `[out_features, in_features]`.
+        pattern: the pattern of the mask.
+        scope: `"row"` counts a sparsity over each row, `"matrix"` over the whole matrix. N:M ignores it.
     """
     if isinstance(pattern, NM):
         return ops.nm_mask(scores, pattern)
@@ -23,19 +28,19 @@ def keep_mask(scores: torch.Tensor, pattern: Pattern, scope: str) -> torch.Tenso
 
 
 def global_kept_counts(scores: Sequence[Callable[[], torch.Tensor]], sparsity: float) -> list[int]:
-    """Return how many weights each matrix keeps where `floor(sparsity * count)` are pruned, counted over all matrices together.
+    """Return how many weights each matrix keeps when `floor(sparsity * count)` are pruned, counted over all matrices together.
 
-    Of equal scores those of the earlier matrix are kept. Keeping as many of the highest in each matrix by itself (of equal ones
-    the lower index) then gives the mask of one sort over all matrices. Two histograms find the threshold exactly, without that
-    sort.
+    Of equal scores those of the earlier matrix are kept. If each matrix then keeps as many of its own highest scores, of equal
+    ones those of the lower index, the masks are those of one sort over all matrices. Two histograms find the exact threshold
+    without that sort.
 
     Args:
-        scores: makes the scores of each matrix, float32 and not below 0; called three times, one matrix at a time.
+        scores: a function for each matrix that returns its scores, float32 of at least 0. Each is called three times.
         sparsity: share of all weights to prune.
     """
     keep = sum(make().numel() for make in scores)
     keep -= pruned_count(keep, sparsity)
-    # The bits of non-negative floats are ordered as the floats are: count by the upper half, then by the lower.
+    # The bits of non-negative floats have the order of the floats: count by the upper half, then by the lower.
     upper = sum(torch.bincount(_bits(make) >> 16, minlength=1 << 15).cpu() for make in scores)
     high, above = _bin_of(upper, keep)
     lower = sum(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).cpu() for bits in map(_bits, scores))
@@ -58,7 +63,7 @@ def _bits(make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _bin_of(histogram: torch.Tensor, rank: int) -> tuple[int, int]:
-    """Return the bin of the `rank`-th largest entry, and how many entries are in higher bins."""
+    """Return the bin of the `rank`-th largest entry, and the number of entries in higher bins."""
     from_the_top = histogram.flip(0).cumsum(0)
     place = int((from_the_top < rank).sum())
     return len(histogram) - 1 - place, int(from_the_top[place - 1]) if place else 0

@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column; the weights not yet visited compensate for each removal."""
+"""SparseGPT: prune column by column, and let the weights not yet visited compensate for each removal."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ from .wanda import Wanda
 class SparseGPT(LinearMethod):
     """Optimal-brain-surgeon pruning of each linear against the Gram matrix of its calibration inputs.
 
+    Example:
+        >>> report = sparsekern.prune(model, sparsekern.SparseGPT(damping=0.02), "2:4", calibration=ids, progress=False)
+        >>> max(layer.error for layer in report.layers) < 0.5
+        True
+
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1.
     """
 
@@ -38,7 +43,7 @@ class SparseGPT(LinearMethod):
     mask: str | None = choice(
         None,
         (None, "magnitude", "wanda", "zeros"),
-        help="mask that is fixed before the sweep: that method's, or the weight's own zeros; None lets the sweep choose",
+        help="mask fixed before the sweep: that of the named method, or the weight's own zeros; None lets the sweep choose",
     )
 
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
@@ -50,7 +55,7 @@ class SparseGPT(LinearMethod):
         if weight.dtype == torch.float32:
             moved = torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()
             row_error = damped_error.double() - statistics.shift * moved
-        else:  # the sweep's own error leaves out the rounding to a half dtype
+        else:  # the sweep's own error does not include the rounding to a half dtype
             row_error = statistics.row_energy(delta)
         return Solution(new_weight, row_error.clamp_(min=0))
 

@@ -1,4 +1,4 @@
-"""SparseLLM (AdaGP): prune the linears of a feed-forward network together, towards the output of the dense network."""
+"""SparseLLM (AdaGP): prune the linears of a feed-forward network together, to match the output of the dense network."""
 
 from __future__ import annotations
 
@@ -28,21 +28,28 @@ from .statistics import Gram, Importance
 
 @dataclass(frozen=True)
 class SparseLLM(BlockMethod):
-    """Prune up (gate) and down projection of each block in alternation with auxiliary activations, other linears by `solver` alone.
+    """Prune the up (gate) and down projections of each block in alternation with auxiliary activations, other linears by `solver`.
 
-    With the inputs `x` and outputs `y` of the dense network, the alternation minimises over the weights and, for every token, over
-    `z`, `s` and `p`
+    With the inputs `x` and outputs `y` of the dense network, the alternation minimises over the weights, and for every token over
+    `z`, `s` and `p`:
 
     `beta |p W_down^T + b - y|^2 + gamma |p - act(s) z|^2 + alpha |z - x W_up^T - b|^2 + alpha |s - x W_gate^T - b|^2`
 
-    (without a gate: `gamma |p - act(z)|^2`, no `s`). A round prunes the weights by `solver`, updates `p`, then `z` and `s`, and
-    fits dense weights to them. The next round prunes these and chooses the mask again. The first round is `solver` by itself.
+    Without a gate there is no `s`, and the second term is `gamma |p - act(z)|^2`. A round prunes the weights by `solver`, updates
+    `p`, then `z` and `s`, and fits dense weights to them. The next round prunes these with a new mask. The first round is `solver`
+    by itself.
 
     All minimisers are exact except `s`, which has no closed form. `z` and `s` are found together by safeguarded Gauss-Newton
-    steps in every entry (`ops.gated_split`); the public program takes two gradient steps of fixed length, which depend on the
+    steps in every entry (`ops.gated_split`). The public program takes two gradient steps of fixed length, which depend on the
     scale of the activations. `p` is found in the space of the outputs (Woodbury), the weights by normal equations with the factor
     that pruning uses. The damping pulls the fit towards the previous weights, not towards zero. So no update raises the
     objective, and dense weights keep their values if nothing is pruned. Only the ratios of alpha, beta and gamma matter.
+
+    Example:
+        >>> method = sparsekern.SparseLLM(solver="wanda", iterations=2)
+        >>> report = sparsekern.prune(model, method, "2:4", calibration=ids, progress=False)
+        >>> report.sparsity
+        0.5
 
     Source: Bai et al., SparseLLM (first AdaGP), NeurIPS 2024, arXiv 2402.17946: the alternating minimisation of its OPT and LLaMA
     forms, with the constants of its program.
@@ -63,12 +70,12 @@ class SparseLLM(BlockMethod):
     attention: str = choice(
         "dense",
         ("dense", "pruned"),
-        help="take the network's inputs and outputs behind the dense attention (paper), or the pruned one that it will see",
+        help="attention in front of the network when its inputs and outputs are taken: dense (paper), or pruned as in the result",
     )
     newton_steps: int = whole(4, at_least=1, help="Gauss-Newton steps in an update of s, or of z without gate and ReLU")
-    damping: float = number(0.01, above=0, help="share of the Gram matrix's mean diagonal that holds back a fit of dense weights")
+    damping: float = number(0.01, above=0, help="share of the Gram matrix's mean diagonal that damps the fit of dense weights")
     keep: str = choice(
-        "best", ("best", "last"), help="round whose weights are kept: that of the least error of the output, or the last (paper)"
+        "best", ("best", "last"), help="round whose weights are kept: the one with the least output error, or the last (paper)"
     )
 
     def __post_init__(self) -> None:
@@ -118,7 +125,7 @@ class Alternation:
     """The state of one network between the updates.
 
     Attributes:
-        weights: of up, gate (where there is one) and down, in float32.
+        weights: those of up, gate (where there is one) and down, in float32.
         states: the auxiliary `z` and `s` of every token, in the model's dtype, outside the device's memory. `p` follows from them
             and the weights, and exists for one tile at a time.
     """
@@ -129,7 +136,7 @@ class Alternation:
         self.weights = [layer.weight.float() for layer in (*self.firsts, problem.down)]
         features, outputs = problem.up.weight.shape[0], problem.down.weight.shape[0]
         self.states = [problem.new_rows(features) for _ in self.firsts]
-        self.target = problem.new_rows(outputs)  # bias aside, here and everywhere
+        self.target = problem.new_rows(outputs)  # without the bias, as everywhere here
         self.hidden = problem.hidden
         self.energy = 0.0
         self.crosses: list[torch.Tensor] = []  # of the last update, for the fit that follows
@@ -141,7 +148,7 @@ class Alternation:
                 state.write(rows, value)
 
     def prune(self) -> None:
-        """Prune each linear by the local solver: up and gate with the factor of the inputs, down with that of the current `p`."""
+        """Prune each linear by the local solver: up and gate from the statistics of the inputs, down from those of `p`."""
         layers = [*self.firsts, self.problem.down]
         statistics = [self.problem.inputs] * len(self.firsts) + [self.hidden]
         for i, (layer, statistic) in enumerate(zip(layers, statistics, strict=True)):
@@ -152,10 +159,10 @@ class Alternation:
         return sum(self._squared_error(rows, outputs) for rows, _, outputs in self._tiles()) / (self.energy or 1.0)
 
     def update(self) -> float:
-        """Update `p`, `z` and `s` in one pass over the tokens, gather what `fit` needs, and return `error()` before the update.
+        """Update `p`, `z` and `s` in one pass over the tokens, accumulate the sums for `fit`, and return `error()` before the update.
 
-        With `a = act(s) z` the best `p` is `a + (y - a W^T) K^-1 W`, where `W` is down and `K = W W^T + gamma / beta I`, as small
-        as the output is wide. It leaves the residual `y - p W^T = gamma / beta (y - a W^T) K^-1`, which `fit` uses too.
+        With `a = act(s) z` and the weight `W` of down, the best `p` is `a + (y - a W^T) K^-1 W`. `K = W W^T + gamma / beta I` is
+        only as large as the output is wide. The residual is `y - p W^T = gamma / beta (y - a W^T) K^-1`, which `fit` uses too.
         """
         down, ratio = self.weights[-1], self.config.gamma / self.config.beta
         kernel = down @ down.T

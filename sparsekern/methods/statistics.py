@@ -1,7 +1,7 @@
-"""Statistics of a linear's calibration inputs: what a method's `needs` chooses from.
+"""Statistics of a linear's calibration inputs. A method's `needs` names one of them.
 
 `FeatureNorm` and `Gram` describe inputs, so linears with the same inputs share one. `SampleImportance` and `GramImportance` describe
-one weight together with its inputs. Each has a `total`, which adds up over datasets: `include` takes the total of earlier ones.
+one weight together with its inputs. Each has a `total`, which adds up over datasets: `include` adds the total of earlier ones.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ class Gram:
         return self._gram
 
     def factor(self, damping: float) -> torch.Tensor:
-        """Return the reverse Cholesky factor of the damped Gram matrix; it is kept for the next call with this damping."""
+        """Return the reverse Cholesky factor of the damped Gram matrix, which is cached for the next call with this damping."""
         if self._factor is None or self._damping != damping:
             self._factor, self._damping = ops.reverse_cholesky(self._gram, damping), damping
-            # From the traces of `V V^T = G + shift I`, so that whatever damping the factorisation ended up with is included.
+            # From the traces of `V V^T = G + shift I`, since the factorisation may have raised the damping.
             trace = torch.linalg.vector_norm(self._factor, dtype=torch.float64) ** 2 - self.sum_squares.double().sum()
             self._shift = max(float(trace) / len(self._gram), 0.0)
         return self._factor
@@ -123,7 +123,7 @@ class Gram:
 
     @property
     def shift(self) -> float:
-        """What `factor` added to the diagonal: `factor factor^T = G + shift I`."""
+        """The number that `factor` added to the diagonal: `factor factor^T = G + shift I`."""
         self._any_factor()
         return self._shift
 
@@ -138,10 +138,17 @@ class Gram:
 
 
 class Importance(ABC):
-    """Base of the statistics of one weight: `inputs` is the statistic of its inputs, of the class `INPUTS` or one that knows more."""
+    """Base of the statistics of one weight together with its inputs.
+
+    Attributes:
+        INPUTS: the least class of `inputs`.
+        SEES_TOKENS: True if `add` must see each batch; False if the importance follows from `inputs` alone.
+        weight: `[out_features, features]`.
+        inputs: the statistic of the weight's inputs.
+    """
 
     INPUTS: ClassVar[type[FeatureNorm | Gram]]
-    SEES_TOKENS: ClassVar[bool]  # whether `add` must see each batch, or all follows from `inputs`
+    SEES_TOKENS: ClassVar[bool]
 
     def __init__(self, weight: torch.Tensor, inputs: FeatureNorm | Gram) -> None:
         self.weight, self.inputs = weight, inputs
@@ -214,7 +221,7 @@ class GramImportance(Importance):
         return self._importance
 
     def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
-        """Do nothing but forget the importance of fewer tokens: `inputs` takes in the rows."""
+        """Discard the cached importance. The rows are added to `inputs`."""
         self._importance = None
 
     def include(self, total: torch.Tensor) -> None:
@@ -226,21 +233,22 @@ Statistic = FeatureNorm | Gram | Importance
 
 
 def inputs_of(needs: type[Statistic]) -> type[InputStatistic]:
-    """Return the class of the statistic that linears with the same inputs share."""
+    """Return the class of the statistic that linears with the same inputs share, for a method with these `needs`."""
     return needs.INPUTS if issubclass(needs, Importance) else needs
 
 
 def _product(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return `weight @ factor` in float32; on a GPU to sixteen bits, which suffice for an error and take a tenth of the time."""
+    """Return `weight @ factor` in float32. On a GPU it is exact to sixteen bits, which suffice for an error and take less time."""
     if not weight.is_cuda:
         return weight.float() @ factor
     return torch.mm(*bf16_pieces(weight, factor), out_dtype=torch.float32)
 
 
 def bf16_pieces(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return bfloat16 matrices whose product is `a @ b`, except for the products of the last eight of sixteen bits on either side.
+    """Return two bfloat16 matrices whose product is nearly `a @ b`.
 
-    `(high + low) (high' + low')` without `low low'` is one product of the pieces side by side.
+    Each side is split into a high and a low piece of eight bits. `(high + low) (high' + low')` without `low low'` is one product
+    of the pieces side by side.
     """
     b_high, b_low = _split(b)
     if a.dtype == torch.bfloat16:

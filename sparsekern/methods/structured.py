@@ -1,4 +1,4 @@
-"""Structured magnitude pruning of decoders: set whole heads and neurons of the smallest norm to zero. Needs no data."""
+"""Structured magnitude pruning of decoders: set the heads and neurons of the smallest norm to zero. Needs no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from .base import LinearMethod, PlannedBlock, Solution
 
 @dataclass(frozen=True)
 class Slices:
-    """The pattern of one linear with whole rows and columns pruned."""
+    """The pattern of one linear with whole rows and columns pruned.
+
+    Attributes:
+        rows: indices of the pruned rows.
+        columns: indices of the pruned columns.
+    """
 
     rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
@@ -27,13 +32,18 @@ class Slices:
 
 @dataclass(frozen=True)
 class Structured(LinearMethod):
-    """Set the attention heads and FFN neurons of the smallest L2 norm to zero, a share of each block's.
+    """Set a share of each block's attention heads and FFN neurons to zero: those of the smallest L2 norm.
 
     A unit consists of its columns of the output (down) projection and its rows of the query, key and value (gate and up)
     projections. Keys and values that query heads share are pruned with the last of these heads. Of `n` units `floor(sparsity *
     n)` are pruned, of equal ones those of the higher index. The sparsity is that of the output projection. Linears without units
-    stay dense, and so do those that are left out, which still count for a unit's norm. An output projection cannot be left out
+    stay dense. So do linears that are left out, which still count for a unit's norm. An output projection cannot be left out
     alone. The zeros stay in the model, whose shapes do not change.
+
+    Example:
+        >>> report = sparsekern.prune(model, sparsekern.Structured(units="neurons"), 0.5, progress=False)
+        >>> int((model.model.layers[0].mlp.down_proj.weight == 0).all(0).sum())
+        24
 
     Source: the norm of a filter of Li et al., Pruning filters for efficient convnets, 2017, section 3.1 (with L2), on the units of
     Michel et al., Are sixteen heads really better than one?, 2019.
@@ -41,7 +51,7 @@ class Structured(LinearMethod):
 
     name: ClassVar[str] = "structured"
 
-    units: str = choice("both", ("both", "heads", "neurons"), help="which units are pruned; the others stay dense")
+    units: str = choice("both", ("both", "heads", "neurons"), help="kind of units to prune; the others stay dense")
 
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         arranged: dict[str, Pattern] = dict.fromkeys(patterns, Slices())
@@ -72,7 +82,7 @@ class Structured(LinearMethod):
 
 
 def _is_planned(units: Units, patterns: Mapping[str, Pattern]) -> bool:
-    """Return whether the units are to be pruned; refuse to prune their producers without their consumer."""
+    """Return True if the units are pruned. Raise if their producers are pruned without their consumer."""
     consumer = units.consumer.name
     if consumer in patterns:
         return True

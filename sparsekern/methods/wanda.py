@@ -1,4 +1,4 @@
-"""Wanda: score a weight by its size times the norm of its input; no weight is updated."""
+"""Wanda: score each weight by its size times the norm of its input. No weight is updated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from .statistics import FeatureNorm
 class Wanda(LinearMethod):
     """Prune, in each output row, the weights of the smallest `|W_ij| * ||X_j||_2`.
 
-    A sparsity `s` prunes exactly `floor(in_features * s)` weights of every row; N:M keeps N of each M consecutive inputs.
+    A sparsity `s` prunes exactly `floor(in_features * s)` weights of every row. N:M keeps N of each M consecutive inputs.
+
+    Example:
+        >>> report = sparsekern.prune(model, sparsekern.Wanda(), "2:4", calibration=ids, progress=False)
+        >>> report.sparsity
+        0.5
 
     Source: Sun et al., A simple and effective pruning approach for large language models, 2023, equation 1.
     """
