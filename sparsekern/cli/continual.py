@@ -6,9 +6,6 @@ import argparse
 import shlex
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-import torch
 
 from ..backends.libraries import check_isa
 from ..data import as_calibration, describe_calibration
@@ -16,8 +13,8 @@ from ..methods import Method
 from ..models.limits import window_length
 from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
-from ..reports import ContinualReport
-from ..runtime import check_output_folder, check_space, model_card
+from ..pruning.saving import rewrite_reports
+from ..runtime import check_output_folder
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
@@ -42,7 +39,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     method = configured(arguments.method, arguments.set)
     check_adds_up(method, arguments.strategy)
     texts = _texts_to_evaluate(arguments)
-    check_output_folder(arguments.out)
+    check_output_folder(arguments.out, "--out")
     check_isa()
     return partial(_prune, arguments, method, texts)
 
@@ -59,7 +56,6 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
     out, pattern = arguments.out, arguments.pattern or DEFAULT_PATTERN
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
-    check_space(model, out)
     window_length(model, arguments.length)  # for what it refuses, before any text is read
     held_out = {
         source: HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) for source, text in texts.items()
@@ -72,6 +68,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         calibrations,
         method,
         pattern,
+        tokenizer=tokenizer,
         evaluate={source: of.tokens for source, of in held_out.items()},
         state=arguments.state,
         seed=arguments.seed,
@@ -86,7 +83,6 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         out=out,
         format=arguments.format,
     )
-    tokenizer.save_pretrained(out)
     settings = {
         "model": arguments.model,
         "method": f"{described(method)}, {arguments.strategy}",
@@ -94,25 +90,12 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration": f"{amount} each of {', '.join(report.names)}, one after another",
     }
-    packed = arguments.format != DENSE
-    _complete(model, out, report, settings, shlex.join(arguments.command_line), packed)
+    report.command = shlex.join(arguments.command_line)
+    rewrite_reports(out, model, report, format=arguments.format, settings=settings)
     print(f"\n{report}")
     for of in held_out.values():
         print(f"evaluated on {of.description}")
-    print(next_steps(out, packed))
-
-
-def _complete(
-    model: torch.nn.Module, out: Path, report: ContinualReport, settings: dict[str, object], command: str, packed: bool
-) -> None:
-    results = {f"perplexity, {name}": value for name, value in report.steps[-1].perplexity.items()}
-    results |= {"average perplexity": report.average_perplexity, "backward transfer": report.backward_transfer}
-    results = {name: value for name, value in results.items() if value is not None}
-    card = model_card(model, packed=packed, command=command, results=results, settings=settings)
-    (out / "README.md").write_text(card, encoding="utf-8")
-    report.command, report.measured = command, results
-    report.to_json(out / "report.json")
-    report.to_html(out / "report.html")
+    print(next_steps(out, packed=arguments.format != DENSE))
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:

@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -18,8 +17,7 @@ from ..models.limits import window_length
 from ..pattern import Pattern
 from ..pruning import prune
 from ..pruning.removal.loop import encoder_to_cut
-from ..reports import RemovalReport, Report
-from ..runtime import check_output_folder, check_space, count_zeros, model_card
+from ..pruning.saving import check_out, is_finished, rewrite_reports
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
@@ -46,13 +44,15 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     pattern = _pattern(arguments, method)
     if isinstance(method, RemovalMethod) and arguments.evaluate:
         raise ValueError(f"--evaluate: perplexity is of causal language models, which {method.name} does not prune")
-    _check_out(arguments.out, arguments.resume)
+    check_out(arguments.out, "--out", resume=arguments.resume)
     check_isa()
     return partial(_prune, arguments, method, pattern, source, text)
 
 
 def interrupted_hint(arguments: argparse.Namespace) -> str:
     """Return what to do after Ctrl-C."""
+    if is_finished(arguments.out):
+        return f"the pruned model is complete in {arguments.out}, and sparsekern eval takes its perplexity"
     return "run the same command with --resume to go on"
 
 
@@ -69,7 +69,6 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
     start, out = time.perf_counter(), arguments.out
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
-    check_space(model, out, copies=1 if arguments.resume else 2)  # the finished blocks, and the model
     if isinstance(method, RemovalMethod):
         encoder_to_cut(model)  # for what it refuses: text is made sentences only for a model that can be pruned by them
     window_length(model, arguments.length)  # for what it refuses, before the text is read
@@ -89,27 +88,12 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
     if amount:
         settings["calibration"] = f"{amount} of {source}, seed {arguments.seed}"
 
-    def complete(report: Report) -> None:
-        if held_out:
-            results["perplexity, pruned"] = held_out.perplexity(model)
-            results["evaluated on"] = held_out.description
-        results.update(_units_removed(report) if isinstance(method, RemovalMethod) else _zeros(model, report))
-        results["weights"] = (
-            f"{report.size['dense'] / 1e6:,.1f} MB, saved {arguments.format} in {report.size['saved'] / 1e6:,.1f} MB"
-        )
-        command = shlex.join(arguments.command_line)
-        tokenizer.save_pretrained(out)
-        card = model_card(model, packed=arguments.format != DENSE, command=command, results=results, settings=settings)
-        (out / "README.md").write_text(card, encoding="utf-8")
-        report.command, report.measured = command, results
-        report.to_json(out / "report.json")
-        report.to_html(out / "report.html")
-
     report = prune(
         model,
         method,
         pattern,
         calibration,
+        tokenizer=tokenizer,
         seed=arguments.seed,
         out=out,
         resume=arguments.resume,
@@ -119,8 +103,12 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
         batch_size=arguments.batch_size,
         report_error=arguments.report_error,
         format=arguments.format,
-        complete=complete,
     )
+    if held_out:
+        results["perplexity, pruned"] = held_out.perplexity(model)
+        results["evaluated on"] = held_out.description
+    report.command, report.measured = shlex.join(arguments.command_line), results
+    results = rewrite_reports(out, model, report, format=arguments.format, settings=settings)
     seconds |= {f"prune: {phase}": taken for phase, taken in report.seconds.items() if phase != "total"}
     if held_out:
         seconds["evaluate"] = held_out.seconds
@@ -154,35 +142,6 @@ def _only_text(arguments: argparse.Namespace) -> str:
     if arguments.abandon:
         raise ValueError("--abandon: expected --state, the folder with the unfinished step")
     return texts[0]
-
-
-def _check_out(out: Path, resume: bool) -> None:
-    if not (out / "checkpoint").is_dir():
-        check_output_folder(out)
-    elif not resume:
-        raise ValueError(f"--out: {out} holds an unfinished run; go on with it by --resume, or remove it")
-
-
-def _zeros(model: torch.nn.Module, report: Report) -> dict[str, str]:
-    zeros, total = count_zeros(model)
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
-    return {
-        "zeros in the pruned linears": f"{report.sparsity:.2%} of {weights / 1e6:,.1f} M weights in {len(report.layers)} layers",
-        "zeros in the whole model": f"{zeros / total:.2%} of {total / 1e6:,.1f} M weights",
-    }
-
-
-def _units_removed(report: RemovalReport) -> dict[str, str]:
-    removed = {"FLOPs": report.flops_removed, "parameters": report.parameters_removed}
-    kept = {
-        kind: "kept " + ", ".join(str(layer.kept) for layer in report.layers if layer.kind == kind) for kind in ("heads", "neurons")
-    }
-    before, after = report.model_parameters
-    return {
-        **{f"{what} of heads and neurons": f"{share:.2%} removed" for what, share in removed.items()},
-        **{f"{kind}, layer by layer": counts for kind, counts in kept.items()},
-        "parameters of the whole model": f"{after / 1e6:,.2f} M of {before / 1e6:,.2f} M",
-    }
 
 
 def _summary(settings: dict[str, object], results: dict[str, object], seconds: dict[str, float]) -> str:

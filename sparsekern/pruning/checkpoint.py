@@ -1,21 +1,19 @@
-"""Finished blocks on disk, so that a killed run loses at most the block it was at.
+"""The finished blocks of a run on disk, so that a killed run loses at most the block it was at.
 
-`OUT/checkpoint/state.json` says what the run is (written first, never changed); `block-00012.safetensors` holds one block's pruned
-weights, with the reports of its layers in the header. Every file appears by an atomic rename. A resumed run puts the finished blocks
-back and recomputes only the hidden states behind them, so it goes on with the very same numbers.
+`OUT/checkpoint/state.json` names the run: it is written first and never changed. `block-00012.safetensors` holds the pruned weights of
+one block; in its header are the reports of its layers and the digest of the run's settings. A resumed run takes the finished blocks
+and recomputes only the hidden states behind them, so it continues with the same numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,44 +21,122 @@ from torch import nn
 from .._files import write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear
-from ..reports.report import LayerReport, Report
-from ..runtime import check_output_folder
+from ..reports.report import LayerReport
 from .run import BlockResult
+from .store import InFolder, check_finite_tensors, check_pruned, check_specs, digest_of
 
 FOLDER = "checkpoint"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
+REMEDY = "remove it to do its part of the run again"
 ReportLike = TypeVar("ReportLike")
 
 
 class Checkpoint:
-    """The checkpoint of one run in the output folder `out`."""
+    """The checkpoint of one run, in its output folder."""
 
-    def __init__(self, out: str | os.PathLike, settings: dict, environment: dict, *, resume: bool) -> None:
-        """Start a checkpoint, or with `resume` go on with the one that is there (or start, where there is none).
+    def __init__(self, out: Path, settings: dict, environment: dict, *, resume: bool) -> None:
+        """Start a checkpoint; or with `resume` continue the one in `out`, if there is one.
 
         Args:
-            settings: what the result depends on; a checkpoint made with others is refused.
-            environment: versions and threads; where they differ the user is told, since rounding may then differ.
+            out: the output folder, which the caller holds.
+            settings: what the result depends on; a checkpoint of other settings is refused.
+            environment: versions and threads; a difference is a warning, since rounding may differ.
+            resume: whether an unfinished run is continued.
 
         Raises:
-            FileExistsError: `out` holds something else.
             ValueError: `out` holds an unfinished run without `resume`, or the checkpoint of another run.
         """
-        self.folder = Path(out) / FOLDER
+        self.folder = out / FOLDER
         state = {"format": FORMAT, "settings": settings, "environment": environment}
         state = json.loads(json.dumps(state))  # as it will be read back: tuples are lists
-        if not self.folder.exists():
-            check_output_folder(out)
-        elif not resume:
+        self.patterns: dict[str, str] = state["settings"].get("patterns", {})
+        self.run = digest_of(state["settings"])
+        if self.folder.exists() and not resume:
             raise ValueError(f"out: {out} holds an unfinished run; pass resume=True to go on with it, or remove {self.folder}")
+        self.store = InFolder(self.folder, "out", REMEDY)
         if (self.folder / STATE).exists():
             self._check_state(state)
-        elif self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
-            raise ValueError(f"out: {self.folder} holds no {STATE}, so it is not a checkpoint of a run; remove it to start anew")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"out: {self.folder} holds no {STATE}, so it is not a checkpoint of a run; remove it to start over")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
             write_atomically(self.folder / STATE, json.dumps(state, indent=1).encode())
+
+    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: dict[str, Any]) -> None:
+        """Write an entry of this run."""
+        self.store.put(name, tensors, {"run": self.run, **note})
+
+    def get(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Return what `put` wrote, or None where there is no such entry.
+
+        Raises:
+            ValueError: the file is damaged, or of a run with other settings.
+        """
+        if not self.store.holds(name):
+            return None
+        tensors, note = self.store.get(name)
+        if not isinstance(note, dict) or "run" not in note:
+            raise self.damaged(name, "its note is not that of a run")
+        if note["run"] != self.run:
+            raise ValueError(f"{self.store.place(name)} is of a run with other settings; {REMEDY}")
+        return tensors, note
+
+    def damaged(self, name: str | int, reason: object) -> ValueError:
+        """Return the error of an entry, or of a block, whose content is not what was written."""
+        name = _name(name) if isinstance(name, int) else name
+        return ValueError(f"{self.store.place(name)} is damaged ({reason}); {REMEDY}")
+
+    def save(self, index: int, result: BlockResult) -> None:
+        """Write the result of block `index`."""
+        self.put(_name(index), result.weights, {"layers": [asdict(layer) for layer in result.layers]})
+
+    def holds(self, index: int) -> bool:
+        """Return whether block `index` is finished."""
+        return self.store.holds(_name(index))
+
+    def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
+        """Return the result of block `index`, or None where it is not finished.
+
+        Raises:
+            ValueError: the file is damaged or of another run; or it holds other linears, NaN, or weights that are not pruned to
+                their pattern.
+        """
+        found = self.read(index, LayerReport.from_dict)
+        if found is None:
+            return None
+        weights, layers = found
+        try:
+            check_specs(self.store.place(_name(index)), weights, linears)
+            check_pruned(self.store.place(_name(index)), weights, layers, self.patterns)
+        except ValueError as error:
+            raise ValueError(f"{error}; {REMEDY}") from error
+        return BlockResult(weights, layers)
+
+    def read(
+        self, index: int, make_report: Callable[[dict], ReportLike]
+    ) -> tuple[dict[str, torch.Tensor], list[ReportLike]] | None:
+        """Return the tensors and reports that `save` wrote for block `index`, or None where it is not finished.
+
+        Args:
+            index: the number of the block.
+            make_report: makes a report from the fields of its dataclass.
+
+        Raises:
+            ValueError: the file is damaged or of another run, or holds NaN or Inf.
+        """
+        found = self.get(_name(index))
+        if found is None:
+            return None
+        tensors, note = found
+        try:
+            check_finite_tensors(self.store.place(_name(index)), tensors)
+        except ValueError as error:
+            raise ValueError(f"{error}; {REMEDY}") from error
+        try:
+            return tensors, [make_report(layer) for layer in note["layers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.damaged(_name(index), error) from error
 
     def _check_state(self, state: dict) -> None:
         path = self.folder / STATE
@@ -68,13 +144,13 @@ class Checkpoint:
             found = json.loads(path.read_bytes())
             settings, environment, version = dict(found["settings"]), dict(found["environment"]), found["format"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"out: {path} is not a checkpoint's state ({error}); remove {self.folder} to start anew") from error
+            raise ValueError(f"out: {path} is not a checkpoint's state ({error}); remove {self.folder} to start over") from error
         if version != FORMAT:
-            raise ValueError(f"out: {path} has format {version}, this version reads {FORMAT}; remove {self.folder} to start anew")
+            raise ValueError(f"out: {path} has format {version}, this version reads {FORMAT}; remove {self.folder} to start over")
         if different := differences(settings, state["settings"]):
             raise ValueError(
                 f"out: {self.folder} belongs to another run, with another {', '.join(different)}; "
-                "call with the same model and settings, or remove it to start anew"
+                "call with the same model and settings, or remove it to start over"
             )
         if different := differences(environment, state["environment"]):
             warnings.warn(
@@ -83,78 +159,13 @@ class Checkpoint:
                 stacklevel=5,
             )
 
-    def save(self, index: int, result: BlockResult) -> None:
-        """Write the pruned weights of block `index` and the reports of its layers."""
-        from safetensors.torch import save
-
-        tensors = {name: weight.contiguous() for name, weight in result.weights.items()}
-        metadata = {"layers": json.dumps([asdict(layer) for layer in result.layers])}
-        write_atomically(self._path(index), save(tensors, metadata))
-
-    def holds(self, index: int) -> bool:
-        return self._path(index).exists()
-
-    def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
-        """Return the result of block `index`, or None where it is not finished.
-
-        Raises:
-            ValueError: the file is damaged or holds other layers.
-        """
-        found = self.read(index, LayerReport.from_dict)
-        if found is None:
-            return None
-        weights, layers = found
-        path = self._path(index)
-        expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
-        if {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()} != expected:
-            raise ValueError(f"out: {path} holds other layers than the model's; remove it to prune that block again")
-        return BlockResult(weights, layers)
-
-    def read(
-        self, index: int, make_report: Callable[[dict], ReportLike]
-    ) -> tuple[dict[str, torch.Tensor], list[ReportLike]] | None:
-        """What `save` wrote for block `index`, whatever it is of, or None where the block is not finished.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        path = self._path(index)
-        if not self.holds(index):
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                return tensors, [make_report(layer) for layer in json.loads(file.metadata()["layers"])]
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"out: {path} is damaged ({error}); remove it to prune that block again") from error
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.safetensors"
-
-
-def finish(out: str | os.PathLike, report: Report, dense_bytes: int, complete: Callable[[Report], None] | None) -> None:
-    """Put the report beside the pruned model saved in `out`, then what `complete` adds, and remove the checkpoint.
-
-    It goes last, so that a run killed before can be resumed.
-
-    Args:
-        dense_bytes: of the weights in memory, for the report.
-    """
-    folder = Path(out)
-    report.size = {"dense": dense_bytes, "saved": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
-    report.to_json(folder / "report.json")
-    report.to_html(folder / "report.html")
-    if complete is not None:
-        complete(report)
-    shutil.rmtree(folder / FOLDER)
-
 
 def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) -> str:
-    """A digest of a model's parameters: names, shapes, dtypes, the sum of all their bits and a sample of values.
+    """Return a digest of a model's parameters: names, shapes, dtypes, the sum of all their bits and a sample of values.
 
-    Those of `without` are left out.
+    Args:
+        model: the model.
+        without: parameters to leave out.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
     left_out = set(map(id, without))
@@ -170,4 +181,9 @@ def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) ->
 
 
 def differences(found: dict, expected: dict) -> list[str]:
+    """Return the keys, sorted, whose values differ or that one of the two lacks."""
     return sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+
+
+def _name(index: int) -> str:
+    return f"block-{index:05d}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -18,13 +18,14 @@ from ..runtime import weight_bytes
 from ..runtime.save import DENSE, check_format
 from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
-from .checkpoint import Checkpoint, finish, model_fingerprint
+from .checkpoint import model_fingerprint
 from .gradual.loop import GradualLoop
 from .modes import plain_modes
 from .plan import Choice, PatternLike, Request
 from .removal.loop import RemovalLoop
 from .run import Loop, running
-from .session import check_module, check_saveable, check_seed, environment, save_model
+from .saving import DENSE_FITS, RunFolder
+from .session import check_module, check_seed, environment
 
 LOOPS: dict[type[Method], type[Loop]] = {LinearMethod: BlockLoop, GradualMethod: GradualLoop, RemovalMethod: RemovalLoop}
 
@@ -48,7 +49,6 @@ def prune(
     batch_size: int | None = None,
     report_error: bool = False,
     format: str = DENSE,
-    complete: Callable[[Report], None] | None = None,
 ) -> Report:
     """Prune the linears of a transformers decoder in place, and report what was done.
 
@@ -64,14 +64,15 @@ def prune(
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
             and `attention_mask` (padding is left out of every statistic); or a text that `sparsekern.data.read_documents` takes, such
             as `"wiki.txt"`, `"hf:NAME"` or `"builtin:python-docs"`. Magnitude needs none.
-        tokenizer: the model's tokenizer, which a text is read with.
+        tokenizer: the model's tokenizer, which a text is read with. It is saved to `out` too.
         samples: of a text, how many windows (None is 128), or for `KPrune` how many sentences (None is 1024).
         length: tokens in a window of a text, or beyond which a sentence is cut off. None is 2048, or the model's positions where they are
             fewer.
         seed: seeds all random numbers; the same seed gives the same result. The global generator is left alone.
-        out: a new or empty folder. Each finished block is kept there until, at the end, the pruned model, `report.json` and
-            `report.html` are saved to it.
-        resume: continue the unfinished run in `out`; `model` is the dense model again. The result is the same, bit for bit.
+        out: a new or empty folder, which nobody else may write to meanwhile. Each finished block is kept there. At the end it holds the
+            pruned model, the tokenizer, a model card, `report.json` and `report.html`, all at once.
+        resume: continue the unfinished run in `out`, if there is one; `model` is the dense model again. The result is the same, bit for
+            bit. A run that is finished is refused: its folder holds the model and the report.
         progress: show a progress bar.
         include: names or globs of linears to prune, such as `"*.mlp.*"`; all linears of the blocks where it is None. A linear outside
             the blocks is pruned only where its whole name is given, as in `include=["*", "lm_head"]`. A callable
@@ -83,8 +84,6 @@ def prune(
             It costs about as much as the forwards. SparseGPT and ALPS always report it, KPrune that of its sub-layers.
         format: of what is saved to `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model` itself
             stays dense. One that the patterns are not sure to fit, such as `"2:4"` where they are shares of zeros, is refused.
-        complete: called with the report once model and report are in `out`, while the checkpoint is still there: puts whatever else
-            belongs in the folder. A run killed meanwhile can be resumed, and then needs only to do this again.
 
     Returns:
         A `Report`: each layer's pattern, sparsity, error and seconds. `print` it or write it with `to_json`.
@@ -94,7 +93,9 @@ def prune(
         ValueError: bad arguments, and a model that cannot be pruned so, before any work is done; NaN or Inf in an activation, naming
             the linear and the calibration sample. The current block is then unchanged, earlier ones are pruned (and on disk with
             `out`). Training (`Gradual`) whose loss or weights do not stay finite leaves the model changed.
-        OSError: no space left in `out`; the blocks finished before are intact.
+        FileExistsError: `out` holds a finished run, or something else.
+        OSError: no space left in `out`, or no right to write to it, before any work is done; a disk that fails later, which leaves the
+            finished blocks intact.
     """
     start = time.perf_counter()
     check_module(model)
@@ -123,17 +124,17 @@ def prune(
         saves=out is not None,
         seed=seed,
     )
-    with plain_modes(model) as model:
-        if out is not None:
-            check_saveable(model)
+    remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
+    options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
+    with plain_modes(model) as model, RunFolder.opened(out, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
         settings["calibration"] = batches and fingerprint(batches)
         checkpoint = None
-        if out is not None:
+        if folder is not None:
             settings["model"] = model_fingerprint(model)
-            checkpoint = Checkpoint(out, settings, environment(model), resume=resume)
+            checkpoint = folder.checkpoint(settings, environment(model), resume=resume)
         report = loop.REPORT(
             settings={**loop.described(request), **settings},
             versions=environment(model),
@@ -142,12 +143,11 @@ def prune(
         dense_bytes = weight_bytes(model)
         with running(model, plan, method, batches, seed=seed, checkpoint=checkpoint, report=report, progress=progress) as context:
             loop(context).run()
-        if out is not None:
-            with context.clock.phase("write"):
-                save_model(model, out, format)
-        report.seconds = {**context.clock.seconds, "total": time.perf_counter() - start}
-        if out is not None:
-            finish(out, report, dense_bytes, complete)
+        clock = context.clock
+        if folder is not None:
+            folder.write(model, report, dense_bytes=dense_bytes, clock=clock, start=start)
+        else:
+            report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
         return report
 
 

@@ -1,10 +1,8 @@
-"""What every pruning run does around its work, whatever it prunes: check and batch its inputs, ready the model, save it."""
+"""What every pruning run does around its work, whatever it prunes: check and batch its inputs, and ready the model."""
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -20,11 +18,9 @@ from ..models.linears import linear_weight
 from ..pattern import NM, Pattern
 from ..runtime.formats import format_of
 from ..runtime.packing import PACKED, packable_linears, smallest
-from ..runtime.save import DENSE, in_format
+from ..runtime.save import DENSE
 from .batches import Batch, Calibration, as_batches
 from .seeds import seed_torch, torch_generators_kept
-
-HOW_TO_SAVE_IT = "and resume=True with format='dense' (--resume --format dense) needs only to save it"
 
 
 def check_module(model: object) -> None:
@@ -47,18 +43,6 @@ def batches_for(model: nn.Module, method: Method, calibration: Calibration | Non
     if isinstance(calibration, CalibrationText):
         calibration = calibration.read(model)
     return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary(model), positions(model))
-
-
-def check_saveable(model: nn.Module) -> None:
-    if not hasattr(model, "save_pretrained"):
-        raise TypeError(f"out: expected a model with save_pretrained, got {type(model).__name__}")
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_serializable():
-        method = quantizer.quantization_config.quant_method
-        raise ValueError(
-            f"out: transformers refuses to save a model that it loaded as {getattr(method, 'value', method)}; "
-            "load it with sparsekern.load, or save it dense and load that"
-        )
 
 
 def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format: str) -> None:
@@ -92,24 +76,6 @@ def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> f
         return sum(spec.nbytes for spec in layout.specs(shape, weight.dtype, kept).values())
     except ValueError:  # no such format, or other input features than it takes
         return math.inf
-
-
-def save_model(model: nn.Module, out: str | os.PathLike, format: str) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        model = in_format(model, format)
-    except ValueError as error:
-        raise ValueError(f"{error}; what is pruned is kept in {out}, {HOW_TO_SAVE_IT}") from error
-    try:
-        model.save_pretrained(out)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
-        what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
-        number = errno.ENOSPC if full else errno.EIO
-        raise OSError(
-            number, f"{what}; all its blocks are kept in the checkpoint, so resume=True needs only to save it", str(out)
-        ) from error
 
 
 @contextmanager

@@ -98,6 +98,10 @@ class BaseReport(ABC):
         write_atomically(Path(path), render(self.page()).encode("utf-8", "replace"))
 
     @abstractmethod
+    def summary(self) -> dict[str, float | str]:
+        """Return what the run came to, name -> number or text, for a model card and for a terminal."""
+
+    @abstractmethod
     def page(self) -> Page:
         """Return what the page of this report shows."""
 

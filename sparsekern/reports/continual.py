@@ -98,6 +98,13 @@ class ContinualReport(BaseReport):
         pairs = [(table[i][i], table[last][i]) for i in range(last)]
         return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs])
 
+    def summary(self) -> dict[str, float | str]:
+        """Return the perplexities after the last step, their mean and the backward transfer, as far as they were taken."""
+        last = self.steps[-1].perplexity if self.steps else {}
+        rows = {f"perplexity, {name}": value for name, value in last.items()}
+        means = {"average perplexity": self.average_perplexity, "backward transfer": self.backward_transfer}
+        return {**rows, **{name: value for name, value in means.items() if value is not None}}
+
     def page(self) -> Page:
         """Return what the page of this report shows."""
         average, transfer, strategy = self.average_perplexity, self.backward_transfer, self.settings.get("strategy")

@@ -108,6 +108,17 @@ class RemovalReport(BaseReport):
         """The share of the FLOPs of heads and neurons that was removed."""
         return _removed(self.flops)
 
+    def summary(self) -> dict[str, float | str]:
+        """Return the shares that were removed, and what each layer has left."""
+        removed = {"FLOPs": self.flops_removed, "parameters": self.parameters_removed}
+        kept = {kind: ", ".join(str(layer.kept) for layer in self.layers if layer.kind == kind) for kind in ("heads", "neurons")}
+        before, after = self.model_parameters
+        return {
+            **{f"{what} of heads and neurons": f"{share:.2%} removed" for what, share in removed.items()},
+            **{f"{kind}, layer by layer": f"kept {counts}" for kind, counts in kept.items()},
+            "parameters of the whole model": f"{after / 1e6:,.2f} M of {before / 1e6:,.2f} M",
+        }
+
     def page(self) -> Page:
         """Return what the page of this report shows."""
         before, after = self.model_parameters

@@ -114,6 +114,12 @@ class Report(BaseReport):
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         return sum(layer.zeros for layer in self.layers) / weights if weights else 0.0
 
+    def summary(self) -> dict[str, float | str]:
+        """Return the share of zeros in the pruned linears."""
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        zeros = f"{self.sparsity:.2%} of {weights / 1e6:,.1f} M weights in {len(self.layers)} layers"
+        return {"zeros in the pruned linears": zeros}
+
     def page(self) -> Page:
         """Return what the page of this report shows."""
         perplexity = self.measured.get("perplexity, pruned")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -146,13 +146,12 @@ class OutputFolder:
                 path.unlink()
 
 
-def check_output_folder(path: str | os.PathLike, argument: str = "out", *, beside: Collection[str] = ()) -> None:
+def check_output_folder(path: str | os.PathLike, argument: str = "out") -> None:
     """Raise `FileExistsError` unless `path` is new or an empty folder, and could be made.
 
     Args:
         path: the folder.
         argument: names `path` in messages.
-        beside: names of entries that may be in it.
 
     Raises:
         FileExistsError: `path`, or a folder above it, is a file; or it holds something.
@@ -162,7 +161,7 @@ def check_output_folder(path: str | os.PathLike, argument: str = "out", *, besid
     for file in (path, *path.parents):
         if file.exists() and not file.is_dir():
             raise FileExistsError(f"{argument}: {str(file)!r} is a file, expected a folder")
-    held = sorted(entry.name for entry in path.iterdir() if entry.name not in (*NOTHING, *beside)) if path.exists() else []
+    held = sorted(entry.name for entry in path.iterdir() if entry.name not in NOTHING) if path.exists() else []
     if held:
         shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
         raise FileExistsError(
@@ -195,6 +194,7 @@ def checked_path(path: str | os.PathLike, argument: str) -> Path:
     Raises:
         TypeError: it is no path.
         ValueError: it is empty, or not UTF-8, which tokenizers cannot write to and a report cannot name.
+        OSError: it is too long, or in a folder that may not be searched.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{argument}: expected the path of a folder, got {path!r}")
@@ -207,6 +207,12 @@ def checked_path(path: str | os.PathLike, argument: str) -> Path:
         raise ValueError(f"{argument}: expected a path in UTF-8, got {os.fsencode(path)!r}") from error
     except (ValueError, RuntimeError) as error:  # a null byte; a home that is not known
         raise ValueError(f"{argument}: expected the path of a folder, got {str(path)!r} ({error})") from error
+    try:
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OSError(error.errno, f"{argument}: {str(path)!r} cannot be a folder ({error.strerror})") from error
     return found
 
 

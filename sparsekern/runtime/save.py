@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .._files import disk_errors
 from ..models.units import recorded_units
 from .card import model_card
 from .formats import format_of
@@ -67,16 +68,10 @@ def write_model(model: torch.nn.Module, folder: Path, tokenizer=None) -> None:
     Raises:
         TypeError: a tokenizer without `save_pretrained`.
         ValueError: transformers refuses to save the model or the tokenizer.
-        OSError: the disk does; ENOSPC where it is full.
+        OSError: the disk does; its number says why.
     """
-    from safetensors import SafetensorError
-
-    try:
-        with _refusals("model"):
-            model.save_pretrained(folder)
-    except SafetensorError as error:
-        full = f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder)) from error
+    with disk_errors(folder), _refusals("model"):
+        model.save_pretrained(folder)
     if recorded_units(getattr(model, "config", None)) is not None:
         _name_the_loader(folder / CONFIG)
     _write_tokenizer(tokenizer, folder)
@@ -169,7 +164,7 @@ def check_format(format: str) -> None:
             raise ValueError(f"format: expected 'dense', 'packed', 'bitmask' or 'N:M', got {format!r}") from error
 
 
-def check_space(model: torch.nn.Module, path: str | os.PathLike, copies: int = 1, *, argument: str = "out", held: int = 0) -> None:
+def check_space(model: torch.nn.Module, path: str | os.PathLike, copies: int = 1, *, argument: str = "out", extra: int = 0) -> None:
     """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights.
 
     Args:
@@ -177,9 +172,9 @@ def check_space(model: torch.nn.Module, path: str | os.PathLike, copies: int = 1
         path: the folder, which need not exist.
         copies: how many times the weights are written.
         argument: names `path` in messages.
-        held: bytes of them that are on the disk already.
+        extra: bytes that are needed besides; negative for what is on the disk already.
     """
-    needed = max(0, copies * weight_bytes(model) - held)
+    needed = copies * weight_bytes(model) + extra
     existing = Path(path).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent

@@ -99,7 +99,8 @@ def test_a_packed_folder(prune, text, tmp_path, capsys):
     assert "  import sparsekern\n" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["results"]["size"]["saved"] == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert "saved packed in" in report["results"]["measured"]["weights"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "saved packed in" in card
     assert "import sparsekern" in (tmp_path / "out" / "README.md").read_text()
     assert f"{report['results']['measured']['perplexity, pruned']:.4g}" in (tmp_path / "out" / "report.html").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -107,14 +108,18 @@ def test_a_packed_folder(prune, text, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "out"), "--text", text, "--windows", "1"]) == 0
     printed = capsys.readouterr().out
     assert float(printed.split()[1]) == pytest.approx(report["results"]["measured"]["perplexity, pruned"], rel=1e-4)
-    assert report["results"]["measured"]["zeros in the whole model"] == printed.split("zeros      ")[1].strip().replace("all ", "")
+    zeros = printed.split("zeros      ")[1].strip().replace("all ", "")
+    assert f"| zeros in the whole model | {zeros} |" in card
 
 
 def test_nothing_that_gets_smaller_can_be_saved_dense_afterwards(prune, tmp_path, capsys):
     arguments = ("--method", "magnitude", "--pattern", "0.08")
     assert prune(*arguments, "--format", "packed") == 1
     message = capsys.readouterr().err
-    assert "none of its 22 linear layers gets smaller" in message and "(--resume --format dense) needs only to save it" in message
+    assert (
+        "none of its 22 linear layers gets smaller" in message
+        and "resume=True (--resume) needs only to save it; format='dense' (--format dense) always fits" in message
+    )
     assert prune(*arguments, "--resume", "--format", "dense") == 0
 
 
@@ -148,7 +153,7 @@ def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
         assert prune() == 130
     assert "interrupted; run the same command with --resume to go on" in capsys.readouterr().err
     assert prune() == 2
-    assert "holds an unfinished run; go on with it by --resume, or remove it" in capsys.readouterr().err
+    assert "holds an unfinished run; pass resume=True (--resume) to go on with it, or remove" in capsys.readouterr().err
     assert prune("--resume") == 0
     assert prune(out="unbroken") == 0
     resumed, unbroken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "unbroken"))
@@ -157,8 +162,8 @@ def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
-def test_a_run_killed_after_the_last_block_loses_nothing(prune, text, tmp_path, monkeypatch, capsys):
-    """The pruned model is saved, but not its tokenizer, card and results: the folder must still be one to go on with."""
+def test_a_run_interrupted_while_it_is_evaluated_is_finished(prune, text, tmp_path, monkeypatch, capsys):
+    """The folder is complete but for the perplexity, so there is nothing to resume; the hint says so."""
     evaluation, calls = ("--evaluate", "--text", text, "--windows", "1"), []
 
     def killed(*_, **__):
@@ -170,17 +175,16 @@ def test_a_run_killed_after_the_last_block_loses_nothing(prune, text, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(common, "perplexity", killed)
         assert prune(*evaluation) == 130
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-    def unneeded(*_, **__):
-        raise AssertionError("all blocks are done: no hidden states are needed")
-
-    monkeypatch.setattr(loop, "Activations", unneeded)
-    assert prune(*evaluation, "--resume") == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["run"]["resumed_blocks"] == 3 and report["results"]["measured"]["perplexity, pruned"] > 1
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("the fox")["input_ids"]) == 2
-    assert (tmp_path / "out" / "README.md").exists() and not (tmp_path / "out" / "checkpoint").exists()
+    out = tmp_path / "out"
+    assert (
+        f"interrupted; the pruned model is complete in {out}, and sparsekern eval takes its perplexity" in capsys.readouterr().err
+    )
+    AutoModelForCausalLM.from_pretrained(out)
+    assert len(AutoTokenizer.from_pretrained(out)("the fox")["input_ids"]) == 2
+    assert {"README.md", "report.html", "report.json"} < {entry.name for entry in out.iterdir()}
+    assert not (out / "checkpoint").exists()
+    assert prune(*evaluation, "--resume") == 2
+    assert "holds a finished run, so there is nothing to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])

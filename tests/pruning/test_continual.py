@@ -226,7 +226,7 @@ def test_out_must_be_new(tmp_path):
 
 def test_what_gets_no_smaller_is_kept_in_the_state(tmp_path):
     call = {"pattern": 0.08, "out": tmp_path / "out", "state": tmp_path / "state"}
-    with pytest.raises(ValueError, match=r"gets smaller .* what is pruned is kept in .*state, and resume=True with format='dense'"):
+    with pytest.raises(ValueError, match=r"gets smaller .* what is pruned is kept in .*state: resume=True .*format='dense'"):
         run(Magnitude(), "a", format="packed", **call)
     run(Magnitude(), "a", resume=True, **call)
     assert (tmp_path / "out" / "config.json").exists()

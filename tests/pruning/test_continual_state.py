@@ -143,7 +143,7 @@ def test_step_files_of_another_data_set_are_refused(tmp_path):
     with pytest.raises(ValueError, match="state: expected step-0001-00001 to be of 'a', got that of another data set"):
         run(COPAL(), "b", state=tmp_path / "a")
     (tmp_path / "a" / block).unlink()
-    with pytest.raises(ValueError, match="step-0001-00001.safetensors is damaged"):
+    with pytest.raises(ValueError, match="step-0001-00001.safetensors is missing; the state cannot be continued"):
         run(COPAL(), "b", state=tmp_path / "a")
 
 
@@ -192,7 +192,7 @@ def test_damaged_states(tmp_path):
     with pytest.raises(ValueError, match="state: .*step-0001-00001.safetensors is damaged"):
         run(COPAL(), "b", state=tmp_path)
     block.write_bytes((tmp_path / "step-0001-00000.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="state: step-0001-00001 holds other linears than the model's"):
+    with pytest.raises(ValueError, match="state: .*step-0001-00001.safetensors holds other linears than the model's"):
         run(COPAL(), "b", state=tmp_path)
     found = json.loads(state.read_text())
     for text, message in (

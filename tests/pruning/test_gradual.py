@@ -186,8 +186,8 @@ def test_ctrl_c_keeps_the_step_at_hand(tmp_path, monkeypatch):
         patch.setattr(progress.Progress, "step_done", press)
         prune(out=out)
     assert signal.getsignal(signal.SIGINT) == before
-    with safe_open(out / "checkpoint" / training_state.FILE, "pt") as file:
-        state = json.loads(file.metadata()["state"])
+    with safe_open(out / "checkpoint" / "training.safetensors", "pt") as file:
+        state = json.loads(file.metadata()["note"])
     assert (state["done"], state["steps_done"], len(state["curve"])) == (1, 1, 4)
     resumed, again = prune(out=out, resume=True)
     assert same(whole, resumed) and again.training == report.training
@@ -217,8 +217,8 @@ def test_a_damaged_file_and_other_settings(tmp_path, monkeypatch):
         prune(out=tmp_path / "out")
     with pytest.raises(ValueError, match="belongs to another run, with another method"):
         prune(method=Gradual(steps=3), out=tmp_path / "out", resume=True)
-    (tmp_path / "out" / "checkpoint" / training_state.FILE).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="training.safetensors is damaged .*; remove .* to start anew"):
+    (tmp_path / "out" / "checkpoint" / "training.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="training.safetensors is damaged .*; remove it to do its part of the run again"):
         prune(out=tmp_path / "out", resume=True)
 
 

@@ -216,6 +216,7 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     assert resumed.resumed_blocks == 3 and [layer.kept for layer in resumed.layers] == [layer.kept for layer in report.layers]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "report.html",
@@ -335,7 +336,8 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "heads, layer by layer" in shown and "sparsekern.load(" in shown
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     results = report["results"]
-    assert results["flops_removed"] >= 0.5 and results["measured"]["FLOPs of heads and neurons"].endswith("removed")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert results["flops_removed"] >= 0.5 and f"| FLOPs of heads and neurons | {results['flops_removed']:.2%} removed |" in card
     model = sparsekern.load(tmp_path / "out", device="cpu")
     assert sum(p.numel() for p in model.parameters()) == results["model_parameters"][1]
     for wrong, message in (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,14 @@ from ...data.perplexity import as_evaluation, evaluation_windows
 from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
 from ...models.limits import window_length
 from ...reports.continual import ContinualReport
-from ...runtime import check_format, check_output_folder, save
+from ...runtime import check_format, weight_bytes
 from ...runtime.save import DENSE
 from ..batches import Batch, Calibration, fingerprint
 from ..checkpoint import model_fingerprint
 from ..modes import plain_modes
 from ..plan import Choice, PatternLike, Plan, make_plan
-from ..session import HOW_TO_SAVE_IT, batches_for, check_format_fits, check_module, check_saveable, check_seed, environment
+from ..saving import DENSE_FITS, RunFolder
+from ..session import batches_for, check_format_fits, check_module, check_seed, environment
 from .loop import ContinualLoop, Evaluation
 from .state import State
 
@@ -69,7 +69,7 @@ def prune_continually(
         calibrations: name -> calibration data as `prune` takes them, texts included, in the order in which the model meets them.
         method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
         pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
-        tokenizer: the model's tokenizer, which texts in `calibrations` and `evaluate` are read with.
+        tokenizer: the model's tokenizer, which texts in `calibrations` and `evaluate` are read with. It is saved to `out` too.
         samples: how many windows of each text in `calibrations`; None is 128.
         length: tokens in a window, of `evaluate` and of texts in `calibrations`. None is 2048, or the model's positions where they are
             fewer.
@@ -80,7 +80,8 @@ def prune_continually(
             accumulated tensors and pruned weights of the linears, and the names of the data sets. None keeps it in memory for this
             call. For COPAL in float32 it is three times the size of the linears; while a step is under way, five times.
         seed: for whatever draws random numbers on the way.
-        out: a new or empty folder for the pruned model and `report.json`, saved once all data sets are done.
+        out: a new or empty folder, which nobody else may write to meanwhile. Once all data sets are done, it holds the pruned model, the
+            tokenizer, a model card, `report.json` and `report.html`.
         resume: go on with what `state` holds of a run that was killed: data sets that are done are not done again, and of the one
             that was under way only the blocks that are missing. The result is the same, bit for bit.
         progress: show a progress bar for each data set.
@@ -108,19 +109,23 @@ def prune_continually(
     check_seed(seed)
     check_isa()
     check_format(format)
+    remedy = "the model in memory is pruned"
+    if state is not None:
+        remedy = f"what is pruned is kept in {state}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     with plain_modes(model) as model:
         plan = make_plan(model, pattern, patterns, include, exclude)
         data_sets = _data_sets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
         length = window_length(model, length)
         if out is not None:
-            check_saveable(model)
             check_format_fits(model, plan.patterns, format)
-            check_output_folder(out)
         if state is None and (resume or abandon):
             raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
         if resume and abandon:
             raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
-        with State.opened(state) as known:
+        with (
+            RunFolder.opened(out, model, tokenizer=tokenizer, format=format, remedy=remedy) as folder,
+            State.opened(state) as known,
+        ):
             names = {name for name, _ in known.seen} | data_sets.keys()
             evaluate = _checked_evaluation(model, evaluate, names, length, tokenizer)
             loop = ContinualLoop(
@@ -133,6 +138,7 @@ def prune_continually(
                 evaluation=Evaluation(model, evaluate, length),
                 progress=progress,
             )
+            dense_bytes = weight_bytes(model)
             loop.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
             abandoned = known.abandon() if abandon else None
             loop.check_evaluation()
@@ -141,11 +147,11 @@ def prune_continually(
                 abandoned.drop()
                 known.write()
             loop.run(todo)
-        report = ContinualReport(settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps)
-        if out is not None:
-            folder = _saved(model, out, format, state)
-            report.to_json(folder / "report.json")
-            report.to_html(folder / "report.html")
+            report = ContinualReport(
+                settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps
+            )
+            if folder is not None:
+                folder.write(model, report, dense_bytes=dense_bytes)
         return report
 
 
@@ -225,14 +231,6 @@ def _checked_evaluation(
         except (ValueError, TypeError) as error:
             raise type(error)(f"evaluate[{name!r}]: {error}") from error
     return checked
-
-
-def _saved(model: nn.Module, out: str | os.PathLike, format: str, state: str | os.PathLike | None) -> Path:
-    try:
-        return save(model, out, format)
-    except ValueError as error:
-        kept = "the model in memory is pruned" if state is None else f"what is pruned is kept in {state}, {HOW_TO_SAVE_IT}"
-        raise ValueError(f"{error}; {kept}") from error
 
 
 def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:

@@ -1,20 +1,19 @@
-"""What is kept between data sets: the dense weights, what was learned of them, and which data sets these were. No data.
+"""The state of a continual run: the dense weights, what was learned of each dataset and their names. No data.
 
-`state.json` names the data sets seen and their perplexities; `dense-00003.safetensors` holds the dense weights of block 3, and
-`step-0002-00003.safetensors` its weights after the second data set with what was accumulated until then, and the digest of that data
-set. Every file appears by an atomic rename and never changes, and the files of a step are removed once the next one is in `state.json`.
-A call holds the lock `.lock` for as long as it lasts, so that no other works on the state meanwhile.
+`state.json` names the datasets seen and their perplexities. `dense-00003.safetensors` holds the dense weights of block 3.
+`step-0002-00003.safetensors` holds its weights after the second dataset, the totals until then, and the digests of that dataset and of
+the run's settings. Every file appears by an atomic rename and never changes. The files of a step are removed once the next one is in
+`state.json`. A call holds the lock `.lock` while it lasts, so that no other call works on the state.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -22,84 +21,22 @@ from ..._files import locked, write_atomically
 from ...models import Linear
 from ...reports.continual import ContinualStep
 from ...reports.report import LayerReport
+from ...runtime.output import checked_path
 from ..run import BlockResult
+from ..store import InFolder, InMemory, Store, check_finite_tensors, check_pruned, check_specs, digest_of
 
 STATE, LOCK = "state.json", ".lock"
 FORMAT = 1
+REMEDY = "the state cannot be continued"
 WEIGHT, MEMORY = "weight/", "memory/"
 
 
-class Store(Protocol):
-    """Tensors and texts under names."""
-
-    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: str = "") -> None: ...
-
-    def get(self, name: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], str]:
-        """The tensors whose names begin with `prefix`, without it, and the note."""
-
-    def holds(self, name: str) -> bool: ...
-
-    def drop(self, prefix: str) -> None: ...
-
-
-class InMemory:
-    """For a run that leaves no state behind: everything in host memory."""
-
-    def __init__(self) -> None:
-        self._entries: dict[str, tuple[dict[str, torch.Tensor], str]] = {}
-
-    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
-        self._entries[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, note
-
-    def get(self, name: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], str]:
-        tensors, note = self._entries[name]
-        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}, note
-
-    def holds(self, name: str) -> bool:
-        return name in self._entries
-
-    def drop(self, prefix: str) -> None:
-        self._entries = {name: entry for name, entry in self._entries.items() if not name.startswith(prefix)}
-
-
-class InFolder:
-    """Each entry one safetensors file, written atomically; the note lies in its header."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: str = "") -> None:
-        from safetensors.torch import save
-
-        write_atomically(self._path(name), save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"note": note}))
-
-    def get(self, name: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], str]:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self._path(name), framework="pt") as file:
-                keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
-                return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}, file.metadata()["note"]
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise ValueError(f"state: {self._path(name)} is damaged ({error}); the state cannot be gone on with") from error
-
-    def holds(self, name: str) -> bool:
-        return self._path(name).exists()
-
-    def drop(self, prefix: str) -> None:
-        for path in self.folder.glob(f"{prefix}*.safetensors"):
-            path.unlink()
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-
 class State:
-    """The steps done so far, the one under way if there is one, and the store of what goes with them."""
+    """The steps that are done, the unfinished one if there is one, and the store of their blocks."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.store: Store = InMemory() if folder is None else InFolder(folder)
+        self.store: Store = InMemory() if folder is None else InFolder(folder, "state", REMEDY)
         self.settings: dict[str, object] = {}
         self.dense: dict[str, float] = {}
         self.evaluation: dict[str, list] = {}  # by data set, digest and window length of what its perplexities are taken on
@@ -111,18 +48,22 @@ class State:
     @classmethod
     @contextmanager
     def opened(cls, folder: str | os.PathLike | None) -> Iterator[State]:
-        """The state in `folder`, which may be missing or empty, for nobody else meanwhile; None keeps everything in memory.
+        """Yield the state in `folder`, which may be missing or empty, and hold its lock; None keeps everything in memory.
 
         Raises:
             ValueError: the folder holds something else, or a state that is damaged, of another version or in use.
+            OSError: the folder cannot be made or written to.
         """
         if folder is None:
             yield cls(None)
             return
-        folder = Path(folder).expanduser()
+        folder = checked_path(folder, "state")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"state: {folder} is no folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"state: the folder {str(folder)!r} cannot be made ({error.strerror})") from error
         if not (folder / STATE).exists() and any(not entry.name.startswith((".", "dense-")) for entry in folder.iterdir()):
             raise ValueError(f"state: {folder} holds no {STATE}, so it is not a state of prune_continually")
         with locked(folder / LOCK, f"state: {folder}"):
@@ -159,10 +100,11 @@ class State:
             raise ValueError(f"state: {path} has format {version}, this version reads {FORMAT}")
 
     def abandon(self) -> StepFiles:
-        """Forget the step that is under way, and the perplexities of data sets that were not taken in, but for what is on disk.
+        """Forget the unfinished step and the perplexities of datasets that were not taken in. Nothing changes on disk yet.
 
         Returns:
-            The files of the step, to be dropped before the state is written: a step with a name can be without, but not the reverse.
+            The files of the step. Drop them before the state is written: a recorded step without files is recoverable, files without
+            a record are not.
 
         Raises:
             ValueError: no step is under way.
@@ -177,72 +119,105 @@ class State:
         return files
 
     def dense_weights(self, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
-        """The dense weights of block `index`, by linear.
+        """Return the dense weights of block `index`, by linear.
 
         Raises:
-            ValueError: the file is damaged, or holds other linears.
+            ValueError: the file is damaged, or holds other linears, NaN or Inf.
         """
-        return _expected(self.store.get(f"dense-{index:05d}")[0], linears, f"dense-{index:05d}")
+        name = f"dense-{index:05d}"
+        weights, where = self.store.get(name)[0], self.store.place(name)
+        check_specs(where, weights, linears)
+        check_finite_tensors(where, weights)
+        return weights
 
     def step(self, number: int) -> StepFiles:
-        """What step `number`, from 1, left or is to leave."""
-        return StepFiles(self.store, f"step-{number:04d}-", *self.seen[number - 1])
+        """Return the files of step `number`, counted from 1, which may be unfinished."""
+        return StepFiles(self.store, f"step-{number:04d}-", *self.seen[number - 1], self.settings)
 
 
 class StepFiles:
-    """The blocks of one step, that of a data set with its digest: a pipeline's checkpoint that keeps what was accumulated as well."""
+    """The finished blocks of one step, each with what was learned of it until then."""
 
-    def __init__(self, store: Store, prefix: str, name: str, digest: str) -> None:
-        self.store, self.prefix, self.name, self.digest = store, prefix, name, digest
+    def __init__(self, store: Store, prefix: str, name: str, digest: str, settings: dict) -> None:
+        """Take the blocks of a step from a store.
+
+        Args:
+            store: where they are kept.
+            prefix: of their names.
+            name: that of the step's dataset.
+            digest: that of its tokens.
+            settings: those of the run; its `patterns` say what each linear is pruned to.
+        """
+        self.store, self.prefix, self.name = store, prefix, name
+        self.origin = {"data": digest, "run": digest_of(settings)}
+        self.patterns = settings.get("patterns", {})
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write the result of block `index`."""
         tensors = {WEIGHT + name: weight for name, weight in result.weights.items()}
         tensors |= {MEMORY + name: total for name, total in result.totals.items()}
-        note = {"data": self.digest, "layers": [asdict(layer) for layer in result.layers]}
-        self.store.put(self._name(index), tensors, json.dumps(note))
+        self.store.put(self._name(index), tensors, {**self.origin, "layers": [asdict(layer) for layer in result.layers]})
 
     def holds(self, index: int) -> bool:
+        """Return whether block `index` is finished."""
         return self.store.holds(self._name(index))
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
         """Return the weights and reports of block `index`, or None where it is not finished.
 
         Raises:
-            ValueError: the file is damaged, or holds other linears or what another data set left.
+            ValueError: the file is damaged, of another dataset or run, or holds other linears or weights that are not pruned.
         """
         if not self.holds(index):
             return None
         weights, layers = self._get(index, WEIGHT)
-        expected = _expected(weights, linears, self._name(index))
-        return BlockResult(expected, [LayerReport.from_dict(layer) for layer in layers])
+        where = self.store.place(self._name(index))
+        check_specs(where, weights, linears)
+        if layers is None:  # an older state
+            return BlockResult(weights, [])
+        check_pruned(where, weights, layers, self.patterns)
+        return BlockResult(weights, layers)
 
     def weights(self, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
-        """The weights of block `index` of a step that is finished. Raises what `load` raises, also where the file is missing."""
-        return _expected(self._get(index, WEIGHT)[0], linears, self._name(index))
+        """Return the weights of block `index` of a finished step.
+
+        Raises:
+            ValueError: as `load`, and where the file is missing.
+        """
+        found = self.load(index, linears)
+        if found is None:
+            raise ValueError(f"{self.store.place(self._name(index))} is missing; {REMEDY}")
+        return dict(found.weights)
 
     def totals(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the totals of block `index` over this dataset and the earlier ones."""
-        return self._get(index, MEMORY)[0]
+        """Return the totals of block `index` over this dataset and the earlier ones.
 
-    def _get(self, index: int, prefix: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-        tensors, note = self.store.get(self._name(index), prefix)
-        found = json.loads(note)
-        if isinstance(found, list):  # an older state, whose files do not know their data set
-            return tensors, found
-        if found["data"] != self.digest:
-            raise ValueError(f"state: expected {self._name(index)} to be of {self.name!r}, got that of another data set")
-        return tensors, found["layers"]
+        Raises:
+            ValueError: the file is damaged, of another dataset or run, or holds NaN or Inf.
+        """
+        totals = self._get(index, MEMORY)[0]
+        check_finite_tensors(self.store.place(self._name(index)), totals)
+        return totals
 
     def drop(self) -> None:
+        """Remove all blocks of the step."""
         self.store.drop(self.prefix)
+
+    def _get(self, index: int, prefix: str) -> tuple[dict[str, torch.Tensor], list[LayerReport] | None]:
+        name = self._name(index)
+        tensors, note = self.store.get(name, prefix)
+        if isinstance(note, list):  # an older state, whose files know neither dataset nor run
+            return tensors, None
+        try:
+            layers = [LayerReport.from_dict(layer) for layer in note["layers"]]
+            origin = {key: note[key] for key in self.origin if key in note}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.store.place(name)} is damaged ({error}); {REMEDY}") from error
+        if origin.get("data") != self.origin["data"]:
+            raise ValueError(f"state: expected {name} to be of {self.name!r}, got that of another data set")
+        if origin.get("run", self.origin["run"]) != self.origin["run"]:
+            raise ValueError(f"state: expected {name} to be of this run, got that of one with other settings")
+        return tensors, layers
 
     def _name(self, index: int) -> str:
         return f"{self.prefix}{index:05d}"
-
-
-def _expected(weights: dict[str, torch.Tensor], linears: Sequence[Linear], file: str) -> dict[str, torch.Tensor]:
-    expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
-    if {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()} != expected:
-        raise ValueError(f"state: {file} holds other linears than the model's")
-    return weights

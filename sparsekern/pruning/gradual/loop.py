@@ -32,7 +32,7 @@ class GradualLoop(Loop):
         self.model, self.plan, self.bar = context.model, context.plan, context.progress
         self.method: Gradual = context.method
         self.batches = [batch for batch in context.batches or () if _predicted(batch)]
-        self.state = TrainingState(context.checkpoint.folder if context.checkpoint else None, context.model)
+        self.state = TrainingState(context.checkpoint, context.model)
 
     @classmethod
     def make_plan(cls, model: nn.Module, method: Gradual, request: Request) -> tuple[Plan, list[Batch] | None]:

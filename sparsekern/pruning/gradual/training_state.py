@@ -1,31 +1,34 @@
-"""The state of a training run on disk: weights, moments and masks, in one file that is replaced as a whole."""
+"""The state of a training run on disk: weights, moments and masks, in one entry of the checkpoint."""
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from ..._files import replace_atomically
 from ...training.keep_sparsity import SparsityKeeper
+from ..checkpoint import Checkpoint
+from ..store import check_finite_tensors
 
-FILE = "training.safetensors"
+NAME = "training"
+WEIGHT, MASK = "weight/", "mask/"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-LEAST_SECONDS = 60.0  # between two files
-MOST_SHARE = 0.05  # of the time may go to writing them
+LEAST_SECONDS = 60.0  # between two writes
+MOST_SHARE = 0.05  # of the time may go to writing
 
 
 class TrainingState:
-    """How far training has come; kept in `folder`, or nowhere where that is None.
+    """The progress of training, kept in a checkpoint if there is one.
 
-    `curve` has one entry for each optimizer step, `steps_done` counts those of the pruning step at hand.
+    Attributes:
+        curve: an entry for each optimizer step.
+        steps_done: the optimizer steps that are done of the current pruning step.
     """
 
-    def __init__(self, folder: Path | None, model: nn.Module) -> None:
-        self._path = folder / FILE if folder else None
+    def __init__(self, checkpoint: Checkpoint | None, model: nn.Module) -> None:
+        self._checkpoint = checkpoint
         self._parameters = dict(model.named_parameters())
         self._moments: dict[str, torch.Tensor] = {}
         self._written, self._cost = time.monotonic(), 0.0
@@ -33,35 +36,54 @@ class TrainingState:
         self.steps_done = 0
 
     def load(self) -> tuple[int, dict[str, torch.Tensor] | None]:
-        """Give the model the weights of the file, where there is one.
+        """Give the model the weights of the checkpoint, where it holds any.
 
         Returns:
             The number of pruning steps that are done, and the masks of the one in which the run was killed, by linear name (None
-            where it was not in the middle of one).
+            where it was killed between two).
 
         Raises:
-            ValueError: the file is damaged or holds another model's weights.
+            ValueError: the file is damaged, of another run, or holds another model's weights, NaN or Inf. The model is unchanged then.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if self._path is None or not self._path.exists():
+        found = self._checkpoint.get(NAME) if self._checkpoint else None
+        if found is None:
             return 0, None
+        tensors, note = found
+        where = self._checkpoint.store.place(NAME)
+        check_finite_tensors(where, {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)})
         try:
-            with safe_open(self._path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                state = json.loads(file.metadata()["state"])
-            done, self.steps_done, self.curve = state["done"], state["steps_done"], state["curve"]
-            weights = {name: tensors.pop(f"weight/{name}") for name in self._parameters}
-            for name, parameter in self._parameters.items():
-                parameter.copy_(weights[name])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"out: {self._path} is damaged ({error}); remove {self._path.parent} to start anew") from error
-        masks = {name.removeprefix("mask/"): tensor for name, tensor in tensors.items() if name.startswith("mask/")}
-        self._moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("mask/")}
+            done, steps_done, curve = note["done"], note["steps_done"], list(note["curve"])
+        except (KeyError, TypeError) as error:
+            raise self._checkpoint.damaged(NAME, error) from error
+        self._check_specs(tensors)
+        self.steps_done, self.curve = steps_done, curve
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors.pop(WEIGHT + name))
+        masks = {name.removeprefix(MASK): tensor for name, tensor in tensors.items() if name.startswith(MASK)}
+        self._moments = {name: tensor for name, tensor in tensors.items() if not name.startswith(MASK)}
         return done, masks or None
 
+    def _check_specs(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise `ValueError` unless the tensors are weights, moments and masks of this model."""
+        for name in self._parameters:
+            if WEIGHT + name not in tensors:
+                raise self._checkpoint.damaged(NAME, f"{WEIGHT}{name} is missing")
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "mask":
+                if tensor.dtype != torch.bool:
+                    raise self._checkpoint.damaged(NAME, f"{key} is no mask")
+                continue
+            parameter = self._parameters.get(name)
+            if parameter is None or (kind != "step" and tensor.shape != parameter.shape):
+                raise self._checkpoint.damaged(NAME, f"{key} of shape {tuple(tensor.shape)} is not of this model")
+            if kind == "weight" and tensor.dtype != parameter.dtype:
+                raise self._checkpoint.damaged(NAME, f"{key} is {tensor.dtype}, expected {parameter.dtype}")
+            if kind not in ("weight", *MOMENTS):
+                raise self._checkpoint.damaged(NAME, f"{key} is none of its tensors")
+
     def restore_optimizer(self, optimizer: torch.optim.AdamW) -> None:
-        """Give `optimizer` the moments that `load` has found."""
+        """Give `optimizer` the moments that `load` found."""
         if not self._moments:
             return
         for name, parameter in self._parameters.items():
@@ -73,27 +95,24 @@ class TrainingState:
     def save_now_and_then(
         self, step: int, steps_done: int, optimizer: torch.optim.AdamW, keeper: SparsityKeeper, *, now: bool
     ) -> None:
-        """Write everything if the last file is old enough for the time that writing takes, or `now`."""
+        """Write everything where the last write is long enough ago for the time that writing takes, or `now`."""
         self.steps_done = steps_done
-        if self._path and (now or time.monotonic() - self._written > max(LEAST_SECONDS, self._cost / MOST_SHARE)):
+        if self._checkpoint and (now or time.monotonic() - self._written > max(LEAST_SECONDS, self._cost / MOST_SHARE)):
             names = {parameter: name for name, parameter in self._parameters.items()}
             moments = {f"{m}/{names[p]}": state[m] for p, state in optimizer.state.items() for m in MOMENTS}
-            masks = {f"mask/{name}": mask for name, mask in keeper.masks.items()}
+            masks = {MASK + name: mask for name, mask in keeper.masks.items()}
             self._write(step - 1, {**moments, **masks})
 
     def finish_step(self, step: int) -> None:
         """Write the weights after pruning step `step`."""
         self.steps_done = 0
-        if self._path:
+        if self._checkpoint:
             self._write(step, {})
 
-    def _write(self, done: int, tensors: dict[str, torch.Tensor]) -> None:
-        from safetensors.torch import save_file
-
+    def _write(self, done: int, tensors: Mapping[str, torch.Tensor]) -> None:
         start = time.monotonic()
-        tensors |= {f"weight/{name}": parameter.detach() for name, parameter in self._parameters.items()}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        state = {"done": done, "steps_done": self.steps_done, "curve": self.curve}
-        replace_atomically(self._path, lambda temporary: save_file(tensors, temporary, {"state": json.dumps(state)}))
+        weights = {WEIGHT + name: parameter for name, parameter in self._parameters.items()}
+        note = {"done": done, "steps_done": self.steps_done, "curve": self.curve}
+        self._checkpoint.put(NAME, {**tensors, **weights}, note)
         self._written = time.monotonic()
         self._cost = self._written - start

@@ -6,6 +6,7 @@ model has it and once as the dense model would. The model itself is cut at the v
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -304,9 +305,25 @@ class RemovalLoop(Loop):
         found = checkpoint.read(index, SubLayerReport.from_dict) if checkpoint else None
         if found is None:
             return None
-        tensors, (layer,) = found
-        device = self.sublayers[index].out.weight.device
-        return Cut(*(tensors[name].to(device) for name in ("kept", "weight", "bias"))), layer
+        tensors, layers = found
+        sublayer = self.sublayers[index]
+        if len(layers) != 1 or not _is_cut_of(sublayer, tensors, layers[0]):
+            raise checkpoint.damaged(index, f"it is no cut of the {sublayer.kind} of {sublayer.name}")
+        device = sublayer.out.weight.device
+        return Cut(*(tensors[name].to(device) for name in ("kept", "weight", "bias"))), layers[0]
+
+
+def _is_cut_of(sublayer: SubLayer, tensors: Mapping[str, torch.Tensor], layer: SubLayerReport) -> bool:
+    """Return whether the tensors of a checkpoint are a `Cut` of this sub-layer, as its report says."""
+    out, kept = sublayer.out, tensors.get("kept")
+    if tensors.keys() != {"kept", "weight", "bias"} or kept.dtype != torch.int64 or kept.dim() != 1:
+        return False
+    if (layer.name, layer.kind, layer.units, layer.kept) != (sublayer.name, sublayer.kind, sublayer.units, len(kept)):
+        return False
+    if not torch.equal(kept, kept.unique()) or any(not 0 <= unit < sublayer.units for unit in kept.tolist()):
+        return False
+    shapes = {"weight": (out.out_features, len(kept) * sublayer.head_size), "bias": (out.out_features,)}
+    return all(tensors[n].shape == shape and tensors[n].dtype == getattr(out, n).dtype for n, shape in shapes.items())
 
 
 def _apply(encoder: Encoder, cuts: list[Cut]) -> None:

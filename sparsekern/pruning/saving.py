@@ -1,0 +1,227 @@
+"""The output folder of a run: held and checked before the work, written by one function at its end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..methods import GradualMethod, Method
+from ..reports.base import BaseReport
+from ..runtime import count_zeros, model_card, weight_bytes
+from ..runtime.output import CONFIG, OutputFolder, check_output_folder, checked_path
+from ..runtime.save import CARD, DENSE, check_format, check_saveable, check_space, in_format, write_model
+from .checkpoint import FOLDER, Checkpoint
+from .progress import Clock
+
+REPORT, PAGE = "report.json", "report.html"
+DENSE_FITS = "format='dense' (--format dense) always fits"
+TRAINING_BYTES = 4 + 2 * 4 + 1  # a parameter in float32, its two moments and its mask
+
+
+class RunFolder:
+    """The folder `out` of one run, which nobody else writes to meanwhile."""
+
+    def __init__(self, folder: OutputFolder, tokenizer: Any, format: str, remedy: str) -> None:
+        self._folder, self._tokenizer, self._format, self._remedy = folder, tokenizer, format, remedy
+        self.path = folder.path
+
+    @classmethod
+    @contextmanager
+    def opened(
+        cls,
+        out: str | os.PathLike | None,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        format: str = DENSE,
+        method: Method | None = None,
+        resume: bool = False,
+        remedy: str,
+    ) -> Iterator[RunFolder | None]:
+        """Hold the folder, and check whatever could make the end of the run fail.
+
+        Args:
+            out: a new or empty folder, or one with an unfinished run. None yields None.
+            model: the model that is going to be pruned and saved.
+            tokenizer: is saved with it; None saves none.
+            format: of the weights, as for `sparsekern.save`.
+            method: the method of a run that keeps its blocks in `out`; None for one that does not.
+            resume: whether an unfinished run in `out` is continued.
+            remedy: ends the message where the pruned model cannot be saved: where it is kept, and how to save it.
+
+        Raises:
+            FileExistsError: `out` is a file, or holds a finished run or something else.
+            TypeError: a model or a tokenizer without `save_pretrained`.
+            ValueError: an unknown format; a model or a tokenizer that transformers refuses to save; a folder that another run has
+                in use; an unfinished run without `resume`.
+            OSError: no space for the weights, or a folder that cannot be written to.
+        """
+        check_format(format)
+        if out is None:
+            yield None
+            return
+        check = partial(check_out, resume=resume) if method else check_output_folder
+        with OutputFolder.held(out, check=check) as folder:
+            if is_finished(folder.path):  # and was killed before its checkpoint was gone
+                folder.remove(FOLDER)
+                check(folder.path)
+            check_saveable(model, tokenizer, folder)
+            written = sum(file.stat().st_size for file in (folder.path / FOLDER).glob("*.safetensors"))
+            check_space(model, folder.path, extra=_checkpoint_bytes(model, method) - written)
+            yield cls(folder, tokenizer, format, remedy)
+
+    def checkpoint(self, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
+        """Return the checkpoint of the run in this folder, begun or continued. Arguments and errors are those of `Checkpoint`."""
+        return Checkpoint(self.path, settings, environment, resume=resume)
+
+    def write(
+        self, model: nn.Module, report: BaseReport, *, dense_bytes: int, clock: Clock | None = None, start: float = 0.0
+    ) -> None:
+        """Write everything that a finished folder holds: weights, tokenizer, report.json, report.html and model card.
+
+        All of it appears at once, and the checkpoint is removed last, so a run that is killed meanwhile can be resumed.
+
+        Args:
+            model: the pruned model.
+            report: is given the sizes, and written.
+            dense_bytes: of the model's weights in memory, before the run.
+            clock: of a run with phases; gives the report its seconds once the weights are written.
+            start: when the run started, in `time.perf_counter` seconds.
+
+        Raises:
+            ValueError: no linear gets smaller in the format.
+            OSError: the disk refuses; whatever the run kept is intact.
+        """
+        try:
+            saved = in_format(model, self._format)
+            with self._folder.staged() as staging:
+                with clock.phase("write") if clock else nullcontext():
+                    write_model(saved, staging, self._tokenizer)
+                size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
+                report.size = {"dense": dense_bytes, "saved": size}
+                if clock is not None:
+                    report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
+                _write_reports(staging, model, report, self._format, {})
+        except ValueError as error:
+            raise ValueError(f"{error}; {self._remedy}") from error
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
+            raise OSError(error.errno, f"{what}; {self._remedy}", str(self.path)) from error
+        if (self.path / FOLDER).exists():
+            self._folder.remove(FOLDER)
+
+
+def check_out(out: str | os.PathLike, argument: str = "out", *, resume: bool = False) -> None:
+    """Raise unless a run may begin in `out`, or with `resume` continue there. Nothing is written.
+
+    Args:
+        out: the folder.
+        argument: names `out` in messages.
+        resume: whether an unfinished run is continued.
+
+    Raises:
+        FileExistsError: `out` is a file, or holds a finished run or something else.
+        ValueError: it holds an unfinished run, without `resume`.
+    """
+    path = checked_path(out, argument)
+    unfinished = (path / FOLDER).is_dir()
+    if is_finished(path) and not unfinished:
+        raise FileExistsError(
+            f"{argument}: {str(path)!r} holds a finished run, so there is nothing to resume: sparsekern.load loads its model, "
+            f"{REPORT} is its report; name a new or empty folder to prune again"
+        )
+    if unfinished and not resume and not is_finished(path):
+        raise ValueError(
+            f"{argument}: {path} holds an unfinished run; pass resume=True (--resume) to go on with it, or remove {path / FOLDER}"
+        )
+    if not unfinished:
+        check_output_folder(path, argument)
+
+
+def rewrite_reports(
+    out: str | os.PathLike, model: nn.Module, report: BaseReport, *, format: str = DENSE, settings: Mapping[str, object] = {}
+) -> dict[str, object]:
+    """Write the reports and the model card of a finished folder again, with what was measured since.
+
+    Args:
+        out: the folder that a run has finished.
+        model: the pruned model.
+        report: the report of that run.
+        format: that the folder was saved in.
+        settings: name -> number or text, to add to those in the model card.
+
+    Returns:
+        The results in the model card, name -> number or text.
+
+    Raises:
+        FileExistsError: `out` holds no finished run.
+        ValueError: another call has the folder in use.
+        OSError: the disk refuses; the folder is unchanged then.
+    """
+    with OutputFolder.held(out, check=_check_finished) as folder, folder.staged() as staging:
+        return _write_reports(staging, model, report, format, settings)
+
+
+def _write_reports(
+    folder: Path, model: nn.Module, report: BaseReport, format: str, settings: Mapping[str, object]
+) -> dict[str, object]:
+    report.to_json(folder / REPORT)
+    report.to_html(folder / PAGE)
+    rows = {**_settings_rows(report), **settings}
+    results = {**report.measured, **report.summary(), **_size_rows(model, report, format)}
+    card = model_card(model, packed=format != DENSE, command=report.command, results=results, settings=rows)
+    (folder / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+    return results
+
+
+def _settings_rows(report: BaseReport) -> dict[str, object]:
+    """Return the settings that a model card shows: those that are numbers or texts, and the method in words."""
+    rows: dict[str, object] = {}
+    for name, value in report.settings.items():
+        if name == "method" and isinstance(value, Mapping):
+            rows[name] = described(value)
+        elif name not in ("model", "calibration") and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            rows[name] = value
+    tokens = getattr(report, "calibration_tokens", 0)
+    return {**rows, "calibration tokens": tokens} if tokens else rows
+
+
+def described(method: Mapping[str, object]) -> str:
+    """Return the settings of a method in words, as in `sparsegpt (damping 0.01, block_size 128)`."""
+    settings = ", ".join(f"{name} {value}" for name, value in method.items() if name != "name" and value is not None)
+    return f"{method.get('name')} ({settings})" if settings else str(method.get("name"))
+
+
+def _size_rows(model: nn.Module, report: BaseReport, format: str) -> dict[str, object]:
+    zeros, total = count_zeros(model)
+    rows: dict[str, object] = {"zeros in the whole model": f"{zeros / total:.2%} of {total / 1e6:,.1f} M weights"}
+    if report.size:
+        saved = f"{report.size['saved'] / 1e6:,.1f} MB"
+        rows["weights"] = f"{report.size['dense'] / 1e6:,.1f} MB, saved {format} in {saved}"
+    return rows
+
+
+def _checkpoint_bytes(model: nn.Module, method: Method | None) -> int:
+    """Return how many bytes a run keeps beside the finished model: each block once, or training's state twice while it is replaced."""
+    if isinstance(method, GradualMethod):
+        return 2 * TRAINING_BYTES * sum(parameter.numel() for parameter in model.parameters()) if method.trains else 0
+    return 0 if method is None else weight_bytes(model)
+
+
+def _check_finished(path: Path, argument: str) -> None:
+    if not is_finished(path):
+        raise FileExistsError(f"{argument}: expected a folder with a finished run, got {str(path)!r}")
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether a run has moved its model to `path`, which began empty and gets its config last."""
+    return (path / CONFIG).exists() and (path / REPORT).exists()

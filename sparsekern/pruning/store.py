@@ -1,0 +1,179 @@
+"""Named entries of tensors with a note: in memory, or in a folder where each is one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .._files import disk_errors, remove_temporary, replace_atomically
+from ..models import Linear
+from ..pattern import NM, parse_pattern, pruned_count
+from ..reports.report import LayerReport
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Store(Protocol):
+    """Tensors and a note of what JSON can hold, under names."""
+
+    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
+        """Keep an entry, in place of an older one of that name."""
+
+    def get(self, name: str, prefix: str = "") -> tuple[Tensors, Any]:
+        """Return the tensors whose names begin with `prefix`, without it, and the note."""
+
+    def holds(self, name: str) -> bool:
+        """Return whether there is an entry of that name."""
+
+    def drop(self, prefix: str) -> None:
+        """Remove the entries whose names begin with `prefix`."""
+
+    def place(self, name: str) -> str:
+        """Return what to call an entry in messages."""
+
+
+class InMemory:
+    """Entries in host memory, for a run that leaves no state behind."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[Tensors, str]] = {}
+
+    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
+        copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        self._entries[name] = copies, json.dumps(note)
+
+    def get(self, name: str, prefix: str = "") -> tuple[Tensors, Any]:
+        tensors, note = self._entries[name]
+        found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        return found, json.loads(note)
+
+    def holds(self, name: str) -> bool:
+        return name in self._entries
+
+    def drop(self, prefix: str) -> None:
+        self._entries = {name: entry for name, entry in self._entries.items() if not name.startswith(prefix)}
+
+    def place(self, name: str) -> str:
+        return name
+
+
+class InFolder:
+    """Entries in a folder, each a safetensors file with the note in its header.
+
+    Every file appears by an atomic rename. The caller holds the lock of the folder.
+    """
+
+    def __init__(self, folder: Path, argument: str, remedy: str) -> None:
+        """Take the entries of `folder`, and remove what killed calls left in it.
+
+        Args:
+            folder: need not exist until the first `put`.
+            argument: the argument that named the folder, with which messages begin.
+            remedy: what to do about a damaged file; messages end with it.
+        """
+        self.folder, self.argument, self.remedy = folder, argument, remedy
+        remove_temporary(folder)
+
+    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
+        from safetensors.torch import save_file
+
+        whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in whole.values())
+        metadata = {"note": json.dumps(note)}
+
+        def write(path: Path) -> None:
+            with disk_errors(path):
+                save_file(whole, path, metadata)
+
+        replace_atomically(self.path(name), write, f"{size:,} bytes")
+
+    def get(self, name: str, prefix: str = "") -> tuple[Tensors, Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path(name), framework="pt") as file:
+                keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+                return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}, json.loads(file.metadata()["note"])
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.place(name)} is missing; {self.remedy}") from error
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.place(name)} is damaged ({error}); {self.remedy}") from error
+
+    def holds(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def drop(self, prefix: str) -> None:
+        for path in self.folder.glob(f"{prefix}*.safetensors"):
+            path.unlink()
+
+    def place(self, name: str) -> str:
+        return f"{self.argument}: {self.path(name)}"
+
+    def path(self, name: str) -> Path:
+        """Return the file of an entry."""
+        return self.folder / f"{name}.safetensors"
+
+
+def check_specs(where: str, tensors: Mapping[str, torch.Tensor], linears: Sequence[Linear]) -> None:
+    """Raise `ValueError` unless `tensors` are weights of `linears`, by name, shape and dtype.
+
+    Args:
+        where: names the entry; the message begins with it.
+        tensors: by name of the linear.
+        linears: of one block of the model.
+    """
+    expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
+    if {name: (tuple(weight.shape), weight.dtype) for name, weight in tensors.items()} != expected:
+        raise ValueError(f"{where} holds other linears than the model's")
+
+
+def check_pruned(where: str, weights: Mapping[str, torch.Tensor], layers: Sequence[LayerReport], patterns: Mapping) -> None:
+    """Raise `ValueError` unless each weight is finite and pruned as its layer's report and its pattern say.
+
+    Args:
+        where: names the entry; the messages begin with it.
+        weights: by name of the linear.
+        layers: the report of each.
+        patterns: what the run prunes each linear to, as text, by name.
+    """
+    reports = {layer.name: layer for layer in layers}
+    if reports.keys() != weights.keys():
+        raise ValueError(f"{where} holds reports of other linears than its weights")
+    check_finite_tensors(where, weights)
+    for name, weight in weights.items():
+        layer, zeros = reports[name], int((weight == 0).sum())
+        pattern = str(patterns[name])
+        if (layer.pattern, tuple(layer.shape)) != (pattern, tuple(weight.shape)):
+            found = f"{layer.pattern} of {tuple(layer.shape)}"
+            raise ValueError(f"{where}: {name}: expected {pattern} of {tuple(weight.shape)}, got {found}")
+        if zeros != layer.zeros or not _fits(weight, zeros, pattern):
+            raise ValueError(f"{where}: {name} is not pruned to {pattern}: {zeros:,} of {weight.numel():,} weights are zero")
+
+
+def _fits(weight: torch.Tensor, zeros: int, pattern: str) -> bool:
+    """Return whether a weight of so many zeros fits a pattern; what is rounded down by row or by block of columns does."""
+    try:
+        parsed = parse_pattern(pattern)
+    except ValueError:  # whole rows and columns, which only their number is known of
+        return True
+    if isinstance(parsed, NM):
+        groups = (weight != 0).reshape(weight.shape[0], -1, parsed.m)
+        return bool((groups.sum(-1) <= parsed.n).all())
+    return zeros >= pruned_count(weight.numel(), parsed.sparsity) - sum(weight.shape)
+
+
+def check_finite_tensors(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError`, whose message begins with `where`, if a tensor holds NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} holds NaN or Inf")
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """Return a digest of settings that JSON can hold, by which an entry is known to be of a run."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
