@@ -1,4 +1,4 @@
-"""Drop-in torch ops, one file each. The compiled library is loaded after the definitions, so that it can only implement them."""
+"""Drop-in torch ops, one file per op. The compiled library is loaded after the definitions, so that it can only implement them."""
 
 from ..backends import libraries, serve_environment
 from .admm_step import admm_step_

@@ -1,4 +1,4 @@
-"""The elementwise activation functions that feed-forward networks of decoders use, by name, with their slopes."""
+"""Elementwise activation functions of decoders' feed-forward networks, by name, with their slopes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 
 
 def check_activation(name: object) -> None:
+    """Raise `ValueError` unless `name` is one of `ACTIVATIONS`."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The function itself, as transformers computes it: `gelu` by the error function, `gelu_tanh` by its approximation."""
+    """Return the activation of `x` as transformers computes it: `gelu` by the error function, `gelu_tanh` by its approximation."""
     if name == "relu":
         return F.relu(x)
     if name == "silu":
@@ -25,6 +26,7 @@ def activate(x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def activate_with_slope(x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the activation of `x` and its derivative."""
     value = activate(x, name)
     if name == "relu":
         return value, (x > 0).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Argument checks that name the argument, what was expected and what came."""
+"""Argument checks. Their errors name the argument, the expected value and the given one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-MOST_ELEMENTS = 2**40  # more than any memory holds; only an empty shape, or strides of zero, can have them
+MOST_ELEMENTS = 2**40  # no memory holds more: only an empty shape, or strides of zero, can have them
 HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,10 +21,20 @@ def check_tensor(
     shape: Sequence[int | None] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Raise `TypeError` or `ValueError` unless `value` has the dimensions, dtype, sizes (None: any) and device asked for.
+    """Raise unless `value` has the given dimensions, dtype, sizes and device.
 
-    Tensors of another layout than strided (sparse, mkldnn), which no kernel reads, are a `TypeError`. Shapes that no memory holds,
-    empty or of stride zero, are a `ValueError`: a kernel would count through them or overflow.
+    Args:
+        name: of the argument, for errors.
+        value: the argument.
+        ndim: number of dimensions.
+        dtypes: allowed dtypes.
+        shape: expected sizes; None in it allows any.
+        device: expected device; None allows any.
+
+    Raises:
+        TypeError: no tensor, another dtype, or another layout than strided (sparse, mkldnn), which no kernel reads.
+        ValueError: other dimensions, sizes or device; or a shape that no memory holds (empty, or with strides of zero), in which a
+            kernel would loop or overflow.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -46,13 +56,14 @@ def check_tensor(
 
 
 def check_square(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
+    """Raise `TypeError` or `ValueError` unless `value` is a square matrix of one of `dtypes`."""
     check_tensor(name, value, ndim=2, dtypes=dtypes)
     if value.shape[0] != value.shape[1]:
         raise ValueError(f"{name}: expected a square matrix, got shape {tuple(value.shape)}")
 
 
 def check_whole(name: str, value: int, least: int | None = None) -> None:
-    """Raise `TypeError` or `ValueError` unless `value` is a whole number, numpy's and traced ones included, of at least `least`."""
+    """Raise `TypeError` or `ValueError` unless `value` is a whole number of at least `least`; numpy and traced numbers are allowed."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if least is not None and value < least:
@@ -60,7 +71,7 @@ def check_whole(name: str, value: int, least: int | None = None) -> None:
 
 
 def check_finite_number(name: str, value: float, least: float = -math.inf) -> None:
-    """Raise `TypeError` or `ValueError` unless `value` is a finite number, traced ones included, of at least `least`."""
+    """Raise `TypeError` or `ValueError` unless `value` is a finite number of at least `least`; traced numbers are allowed."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if value < least:
@@ -70,13 +81,14 @@ def check_finite_number(name: str, value: float, least: float = -math.inf) -> No
 
 
 def check_row_mask(row_mask: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `row_mask` is None or a bool for each row of `x`."""
     if row_mask is not None:
         check_tensor("row_mask", row_mask, ndim=1, dtypes=(torch.bool,), shape=(x.shape[0],), device=x.device)
 
 
 def check_finite(name: str, value: torch.Tensor, row_mask: torch.Tensor | None = None) -> None:
-    """Raise `ValueError` naming the first NaN or Inf of a 2-D tensor (rows that `row_mask` drops are not looked at)."""
-    if value.sum(dtype=torch.float32).isfinite():  # one read; a NaN or Inf would show
+    """Raise `ValueError` naming the first NaN or Inf of a 2-D tensor; rows that `row_mask` drops are ignored."""
+    if value.sum(dtype=torch.float32).isfinite():  # one read; the sum is not finite if a value is not
         return
     bad = ~torch.isfinite(value)
     if row_mask is not None:
@@ -87,7 +99,7 @@ def check_finite(name: str, value: torch.Tensor, row_mask: torch.Tensor | None =
 
 
 def check_no_nan(name: str, value: torch.Tensor) -> None:
-    """Raise `ValueError` naming the first NaN of a 2-D tensor; infinities pass, since they can be ordered."""
+    """Raise `ValueError` naming the first NaN of a 2-D tensor; infinities are allowed, since they can be ordered."""
     bad = torch.isnan(value)
     if bad.any():
         row, column = (int(i) for i in bad.nonzero()[0])
@@ -95,12 +107,12 @@ def check_no_nan(name: str, value: torch.Tensor) -> None:
 
 
 def _elements(shape: Sequence[int]) -> int:
-    """Return how many elements a shape has, an empty axis counted as one; what has no size yet under tracing counts as one too."""
+    """Return the number of elements of a shape, counting empty axes, and traced axes without a size, as one."""
     return math.prod(size for size in shape if type(size) is int and size)
 
 
 def value_of(result: torch.Tensor) -> float | None:
-    """Return the number that a result without dimensions holds; None where it holds none: compiled, on meta, or a fake tensor."""
+    """Return the number in a 0-dim result; None if it holds none, because it is compiled, fake or on the meta device."""
     if torch.compiler.is_compiling() or result.is_meta or isinstance(result, torch._subclasses.FakeTensor):
         return None
     return result.detach().item()

@@ -1,4 +1,4 @@
-"""Whether tensors share memory: a kernel that writes to one while it reads another would read what it wrote."""
+"""Checks for shared memory. A kernel that writes to one tensor while it reads another would read its own results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_memory(given: Mapping[str, object], written: Sequence[str]) -> None:
 
 
 def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether an element of one tensor has a byte in common with an element of the other."""
+    """Return whether an element of one tensor shares a byte with an element of the other."""
     (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
     if a.device != b.device or a_end <= b_begin or b_end <= a_begin:
         return False
@@ -40,7 +40,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     sizes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     reach = 0
     for stride, size in sizes:
-        if stride <= reach:  # may meet what the smaller strides reach, which counting tells
+        if stride <= reach:  # may overlap elements within reach of the smaller strides: count them
             unit = tensor.element_size()
             return len(_places(tensor, begin, unit).unique()) < tensor.numel()
         reach += stride * (size - 1)
@@ -48,12 +48,12 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _has_memory(value: object) -> bool:
-    plain = type(value) in (torch.Tensor, torch.nn.Parameter)  # and no tensor that is traced
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter)  # traced tensors are subclasses
     return plain and value.layout == torch.strided and not value.is_meta and value.numel() > 0
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first address and the one behind the last."""
+    """Return the first address of a tensor and the end of its last element."""
     begin, reach = tensor.data_ptr(), sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     return begin, begin + (reach + 1) * tensor.element_size()
 
@@ -64,10 +64,10 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _places(tensor: torch.Tensor, first: int, unit: int) -> torch.Tensor:
-    """Return the indices of all units of memory that the elements take, counted from the address `first`."""
+    """Return the indices of all units of memory that the elements occupy, counted from the address `first`."""
     size = tensor.element_size()
     places = torch.arange(size // unit, device="cpu") + (tensor.data_ptr() - first) // unit
     for stride, count in zip(tensor.stride(), tensor.shape, strict=True):
-        if stride:  # what repeats takes no more
+        if stride:  # a repeated axis occupies no more memory
             places = (places[:, None] + torch.arange(count, device="cpu") * (stride * size // unit)).flatten()
     return places

@@ -1,8 +1,8 @@
-"""The table of ops: each file beside this one adds its op with `define_op`; C++ and Triton only implement what is defined here.
+"""The table of ops. Each file beside this one defines its op with `define_op`; C++ and Triton only implement these definitions.
 
-An op is a schema, a pure-PyTorch reference (the `default` kernel, so it runs on any device without a compiler), a fake for
-`torch.compile`, and sample inputs. The schema says the arguments: the reference, the fake, every implementation and the wrapper that
-users call have its names, its order and its defaults. The contract tests walk `OPS`, so an op without samples is a red test.
+An op is a schema, a pure-PyTorch reference, a fake for `torch.compile`, and sample inputs. The reference is the `default` kernel: it runs
+on any device without a compiler. The schema defines the arguments. The reference, the fake, every implementation and the wrapper that users
+call have its names, its order and its defaults. The contract tests iterate over `OPS`, so that an op without samples fails a test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AS_THE_SCHEMA: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Sample:
-    """One valid call: `torch.ops.sparsekern.<op>(*args, **kwargs)`."""
+    """A valid call: `torch.ops.sparsekern.<op>(*args, **kwargs)`."""
 
     args: tuple
     kwargs: dict
@@ -41,11 +41,13 @@ class Op:
 
     Attributes:
         name: as in `torch.ops.sparsekern.<name>`.
-        reference, fake: take the arguments of the schema.
+        reference: PyTorch implementation; takes the arguments of the schema.
+        fake: implementation for fake tensors; takes the arguments of the schema.
         samples: yields valid calls.
-        friendly: the arguments of the wrapper that the schema does not have, each with those of the schema it stands for. In the
-            wrapper it has the place of the first of them.
-        only_on_cuda: why the op, its reference included, runs on no other device; empty if it runs on all. Such an op has no samples.
+        friendly: arguments of the wrapper that the schema lacks, each with the arguments of the schema that it replaces. The wrapper
+            has it at the position of the first of them.
+        only_on_cuda: the reason why the op, its reference included, runs on no other device; empty if it runs on all devices. Such
+            an op has no samples.
     """
 
     name: str
@@ -57,17 +59,17 @@ class Op:
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        """The op as torch calls it."""
+        """The `torch.ops` overload."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     @property
     def call(self) -> Callable:
-        """The op for callers that check arguments themselves and count microseconds; with positional arguments."""
+        """The op without checks and with positional arguments only, for callers that check arguments themselves."""
         return without_autograd(self.overload)
 
     @property
     def signature(self) -> inspect.Signature:
-        """The arguments of the schema, which every function of the op has."""
+        """The arguments of the schema, shared by every function of the op."""
         return signature_of(self.overload._schema)
 
 
@@ -86,17 +88,21 @@ def define_op(
     gradients: Gradients | None = None,
     native: bool = True,
 ) -> Callable:
-    """Define `torch.ops.sparsekern.<name>` and return what its wrapper calls.
+    """Define `torch.ops.sparsekern.<name>` and return the function that its wrapper calls.
 
-    The reference serves every device; a compiled kernel registered for a device wins there. On CUDA devices that is the choice among
-    the implementations in `sparsekern.backends`, where the op has any.
+    The reference serves every device; a compiled kernel registered for a device takes precedence there. On CUDA devices that kernel
+    chooses among the op's implementations in `sparsekern.backends`, if there are any.
 
     Args:
-        name: of the op; one that writes to its arguments ends in an underscore.
-        schema: arguments and results, as torch reads them.
-        reference, fake, samples, friendly, only_on_cuda: see `Op`.
-        gradients: of an op with one result; without them a backward pass through the op raises.
-        native: it has a kernel in `sparsekern._C`; False where PyTorch's own operators do the work on a CPU as well.
+        name: name of the op; it ends in an underscore if the op writes to its arguments.
+        schema: arguments and results, in torch's notation.
+        reference: see `Op`.
+        fake: see `Op`.
+        samples: see `Op`.
+        friendly: see `Op`.
+        only_on_cuda: see `Op`.
+        gradients: gradients of an op with one result; without them a backward pass through the op raises.
+        native: whether `sparsekern._C` has a kernel for the op; False if PyTorch's own operators are as fast on a CPU.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)

@@ -1,4 +1,4 @@
-"""What makes an op an ordinary op of torch: gradients or a refusal, version counters, autocast, operands that share no memory."""
+"""Behaviour of ordinary torch ops: gradients or a refusal, version counters, autocast, checks for shared memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Gradients(NamedTuple):
     """The gradients of an op with one result.
 
     Attributes:
-        to: the arguments that have a gradient; another one that requires it is refused.
-        saved: the tensors that `formula` needs.
-        formula: takes the saved tensors and all arguments that are none by name, the shapes of all tensors by name, the gradient of
-            the result and the names that are wanted; returns gradients by name.
+        to: arguments that have a gradient; any other argument that requires one is refused.
+        saved: tensors that `formula` needs.
+        formula: returns gradients by name. It takes the saved tensors and all other arguments that are no tensors by name, the shapes
+            of all tensors by name, the gradient of the result, and the names of the wanted gradients.
     """
 
     to: tuple[str, ...]
@@ -30,11 +30,11 @@ class Gradients(NamedTuple):
 
 
 def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable:
-    """Register what torch's own ops do around their kernels, and return what the op's wrapper calls.
+    """Register autograd, version counters and autocast for `op`, and return the function that its wrapper calls.
 
-    Without `gradients`, a result of floating point that was computed from tensors which require gradients raises in the backward
-    pass, as torch's ops without a derivative do. Tensors that an op writes to must not require gradients; those that it only adds
-    up may, and nothing of their graph is kept.
+    Without `gradients`, the backward pass through a floating-point result of inputs that require gradients raises, as for torch's ops
+    without a derivative. Tensors that an op writes to must not require gradients. Tensors that it only accumulates may; their graph is
+    not kept.
     """
     names = [argument.name for argument in op._schema.arguments]
     written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -76,7 +76,9 @@ def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable
             return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
     def call(*args, **kwargs):
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # which passes by what is registered above
+        if (
+            not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        ):  # inference mode bypasses the registrations below
             check_memory(with_names(args, kwargs), written)
         return op(*args, **kwargs)
 
@@ -86,7 +88,7 @@ def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable
 
 
 def gradients_of_product(saved: tuple[str, ...], unpack: Callable[..., torch.Tensor]) -> Gradients:
-    """Return the gradients of `x W^T + bias` to `x` and `bias`; `unpack(given, in_features)` makes `W` of what is saved."""
+    """Return the gradients of `x W^T + bias` to `x` and `bias`; `unpack(given, in_features)` makes `W` from the saved tensors."""
 
     def formula(given, shapes, grad, wanted):
         found = {}
@@ -145,7 +147,7 @@ def _differentiable(op: torch._ops.OpOverload, gradients: Gradients | None, with
 
 
 def _refuse_tangents(name: str, given: Mapping) -> None:
-    """Raise `RuntimeError` where forward-mode differentiation would lose what an argument carries."""
+    """Raise `RuntimeError` if an argument carries a forward-mode tangent, which would be lost."""
     if forward_ad._current_level < 0:
         return
     if any(isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in given.values()):
@@ -153,8 +155,8 @@ def _refuse_tangents(name: str, given: Mapping) -> None:
 
 
 def without_autograd(op: torch._ops.OpOverload) -> Callable:
-    """Return a call of `op` that passes by the Python kernel for gradients wherever none are wanted: it takes longer than a token."""
-    call, autograd = op._op, torch._C.DispatchKey.AutogradCPU  # the key of any device stands for autograd as a whole
+    """Return a call of `op` that bypasses the Python autograd kernel unless gradients are wanted: it takes longer than a token."""
+    call, autograd = op._op, torch._C.DispatchKey.AutogradCPU  # the key of any device excludes autograd as a whole
     exclude, is_excluded = torch._C._dispatch_tls_set_dispatch_key_excluded, torch._C._dispatch_tls_is_dispatch_key_excluded
 
     def run(*args):

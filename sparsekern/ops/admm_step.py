@@ -1,4 +1,4 @@
-"""`admm_step_`: one step of the alternating directions method on a sparse weight, but for its least-squares half."""
+"""`admm_step_`: one step of the alternating directions method on a sparse weight, without its least-squares half."""
 
 from __future__ import annotations
 
@@ -26,36 +26,37 @@ def admm_step_(
     *,
     scope: str = "matrix",
 ) -> torch.Tensor:
-    """Projection, dual update and the next target of the alternating directions method of multipliers, in place.
+    """Update projection, dual and next target of the alternating directions method of multipliers, in place.
 
-    For N:M and for a sparsity by row the CPU kernel does it in one pass over the weights; for one of the whole matrix the scores are
-    read more often, to find the threshold.
-
-    The method looks for a sparse `D` close to `weight` in a quadratic objective by taking turns: a least-squares step finds a dense
-    `B` with a small objective and close to `D - dual`, and this step finds the sparse `D` closest to `B + dual`:
+    The method looks for a sparse `D` close to `weight` in a quadratic objective. It alternates two steps. A least-squares step finds a
+    dense `B` with a small objective and close to `D - dual`. This step finds the sparse `D` closest to `B + dual`:
 
         z = weight + offset + dual                  # B = weight + offset
-        D = z where it is kept, else 0              # kept: the largest |z| that the pattern allows
+        D = z where kept, else 0                    # kept: the largest |z| that the pattern allows
         dual = z - D                                # scaled by the penalty, as all duals here
-        offset = D - dual - weight                  # what the next B comes close to, seen from weight
+        offset = D - dual - weight                  # the next B's target, relative to weight
 
-    So for a penalty `rho` the least-squares step is `offset = rho * offset @ (H + rho I)^-1`. Of equal `|z|` the one with the lower
-    (row-major) index is kept.
+    For a penalty `rho` the least-squares step is therefore `offset = rho * offset @ (H + rho I)^-1`. Of equal `|z|` the one with the
+    lower (row-major) index is kept.
+
+    For N:M, and for a sparsity by row, the CPU kernel makes one pass over the weights. For a sparsity of the whole matrix it reads the
+    scores more often, to find the threshold.
 
     Args:
-        offset: `[out_features, in_features]` float32: `B - weight` on entry, the target's distance from `weight` on exit.
-        dual: the same shape and dtype; exactly 0 where kept, on exit.
-        mask: the same shape, bool: any mask on entry, on exit True where `D` is kept.
-        weight: `[out_features, in_features]` float32, any strides, as may be the others.
+        offset: `[out_features, in_features]` float32, any strides: `B - weight` on entry, the next target minus `weight` on return.
+        dual: `[out_features, in_features]` float32, any strides; exactly 0 where kept, on return.
+        mask: `[out_features, in_features]` bool, any strides: any mask on entry, True where `D` is kept on return.
+        weight: `[out_features, in_features]` float32, any strides.
         pattern: `"N:M"`, or a sparsity (share of zeros).
         scope: for a sparsity, where the exact number of zeros is counted: `"matrix"` or `"row"`.
 
     Returns:
-        How many entries of `mask` changed, int64 without dimensions.
+        The number of changed entries of `mask`, 0-dim int64.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, pattern or scope; `in_features` not divisible by M; NaN or Inf in `offset`,
-            `dual` or `weight`, or in their sum (named as `dual`). What the first three hold then is not defined.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape, device, pattern or scope; `in_features` not divisible by M; NaN or Inf in `offset`, `dual` or
+            `weight`, or in their sum (reported as `dual`). `offset`, `dual` and `mask` are then undefined.
 
     Source: Meng et al., ALPS, 2024, equations 4 and 6, with the dual scaled by the penalty.
     """

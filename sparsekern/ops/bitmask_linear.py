@@ -1,4 +1,4 @@
-"""`bitmask_linear`: `x W^T + b` from the non-zeros of `W` and one bit a weight, without unpacking."""
+"""`bitmask_linear`: `x W^T + b` from the non-zeros of `W` and one bit per weight, without unpacking."""
 
 from __future__ import annotations
 
@@ -23,26 +23,25 @@ def bitmask_linear(
 ) -> torch.Tensor:
     """Multiply by a packed weight of any sparsity: `bitmask_linear(x, **bitmask_pack(weight))` is `F.linear(x, weight)`.
 
-    Products are summed in float32. Where a weight is not zero, NaN and Inf spread as in the dense product. What a zero weight makes of
-    an Inf or NaN of `x` (NaN in the dense product) is unspecified.
+    Products are summed in float32. NaN and Inf propagate through non-zero weights as in the dense product. The product of a zero
+    weight with an Inf or NaN of `x` (NaN in the dense product) is unspecified.
 
-    The kernels only ensure that they stay inside the packed tensors. `bitmask_unpack` checks everything that these hold, as does
-    loading a packed model.
+    The kernels only ensure that they stay inside the packed tensors. `bitmask_unpack`, and loading a packed model, check the contents.
 
     Args:
         x: `[..., in_features]` float32, bfloat16 or float16, any strides.
-        values: `[stored]` of the dtype of `x`, from `bitmask_pack` like the three that follow.
-        bitmask: `[out_features, ceil(in_features / 64)]` int64.
-        starts: `[ceil(out_features / 16) + 1]` int64.
-        order: `[out_features]` int32.
-        bias: `[out_features]` of the dtype of `x`.
+        values: `[stored]` of the dtype of `x`, from `bitmask_pack`.
+        bitmask: `[out_features, ceil(in_features / 64)]` int64, from `bitmask_pack`.
+        starts: `[ceil(out_features / 16) + 1]` int64, from `bitmask_pack`.
+        order: `[out_features]` int32, from `bitmask_pack`.
+        bias: `[out_features]` of the dtype of `x`, or None.
 
     Returns:
         `[..., out_features]` of the dtype of `x`.
 
     Raises:
-        TypeError: wrong dtypes.
-        ValueError: wrong shapes or devices; starts, order or bits that lead out of the other tensors.
+        TypeError: a wrong dtype.
+        ValueError: wrong shapes or devices; starts, order or bits that lead outside the other tensors.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         raise ValueError(
@@ -62,7 +61,7 @@ def bitmask_linear(
 
 
 def check_places(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor) -> None:
-    """Raise `ValueError` where a kernel would be led out of the tensors; `bitmask_unpack` checks more."""
+    """Raise `ValueError` if the packed tensors would lead a kernel outside them; `bitmask_unpack` checks more."""
     rows, slots = len(order), len(values) // lanes(values.dtype) - SLACK
     wrong = (torch.cat((starts.new_zeros(1), starts)).diff() < 0) | (starts > slots)
     if wrong.any():

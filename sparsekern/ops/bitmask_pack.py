@@ -1,4 +1,4 @@
-"""`bitmask_pack`: pack a weight of any sparsity as `bitmask_linear` reads it."""
+"""`bitmask_pack`: pack a weight of any sparsity for `bitmask_linear`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SCHEMA = "(Tensor weight) -> (Tensor values, Tensor bitmask, Tensor starts, Tens
 
 
 def bitmask_pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pack a weight into its non-zeros and one bit a weight: `bitmask_linear(x, **bitmask_pack(weight))` multiplies by it.
+    """Pack a weight into its non-zeros and one bit per weight: `bitmask_linear(x, **bitmask_pack(weight))` multiplies by it.
 
-    This is what a packed model holds. `sparsekern.layouts.packed_rows` describes the layout.
+    Packed models store these tensors. `sparsekern.layouts.packed_rows` describes the layout.
 
     Args:
         weight: `[out_features, in_features]` float32, bfloat16 or float16, any strides. `-0.0` counts as zero; a NaN is kept.

@@ -1,4 +1,4 @@
-"""`bitmask_unpack`: the dense weight of what `bitmask_pack` packed."""
+"""`bitmask_unpack`: unpack a weight that `bitmask_pack` packed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bitmask_unpack(
 ) -> torch.Tensor:
     """Unpack a dense weight: `bitmask_unpack(**bitmask_pack(weight), features=weight.shape[1])`.
 
-    Everything that the tensors hold is checked before a value is read, so damaged or hostile input is refused.
+    The contents of all tensors are checked before a value is read, so that damaged or hostile input is refused.
 
     Args:
         values: `[stored]` float32, bfloat16 or float16.
@@ -30,7 +30,7 @@ def bitmask_unpack(
         `[out_features, features]` of the dtype of `values`, `+0.0` where no bit is set.
 
     Raises:
-        TypeError: wrong dtypes.
+        TypeError: a wrong dtype.
         ValueError: wrong shapes or devices; a set bit past the last column; values, starts or order that contradict the bits.
     """
     check_tensor("values", values, ndim=1, dtypes=HALF_OR_FLOAT)

@@ -1,4 +1,4 @@
-"""`cross_gram_`: the products of two layers' inputs, or of inputs and targets, that least squares needs, batch by batch."""
+"""`cross_gram_`: products of inputs and targets, or of two layers' inputs, for least squares, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ._checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_row
 from ._registry import define_op, sample
 
 SCHEMA = "(Tensor(a!) cross, Tensor x, Tensor y, *, Tensor? row_mask=None, float alpha=1.0) -> ()"
-TOKENS = 4096  # that the reference widens to float32 at a time
+TOKENS = 4096  # tokens that the reference converts to float32 at a time
 
 
 def cross_gram_(
@@ -16,25 +16,25 @@ def cross_gram_(
 ) -> torch.Tensor:
     """Add `alpha * x^T y` to `cross`, in place.
 
-    Half-precision inputs are multiplied exactly and accumulated in float32. With outputs for `x` and inputs for `y` it is the
-    `cross` of `gram_solve`. On a CPU this is PyTorch's own product in float32, a few thousand tokens at a time, so that half
-    inputs are never widened whole.
+    16-bit inputs are multiplied exactly and accumulated in float32. With outputs for `x` and inputs for `y` the result is the `cross` of
+    `gram_solve`. Products too large for float32 are no error: they leave Inf in `cross`.
+
+    On a CPU this is PyTorch's own float32 product, a few thousand tokens at a time, so that 16-bit inputs are never converted as a whole.
 
     Args:
         cross: `[p, q]` float32, updated in place.
         x: `[tokens, p]` float32, bfloat16 or float16, any strides.
         y: `[tokens, q]` of the dtype of `x`, any strides.
-        row_mask: `[tokens]` bool; rows that are False (padding) are left out.
+        row_mask: `[tokens]` bool; rows that are False (padding) are skipped. None uses all rows.
         alpha: scale of the products.
 
     Returns:
         `cross`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in `alpha` or in a row of `x` or `y` that is used. On a CPU
-            `cross` is then unchanged; on a CUDA device it is spoiled, as with `gram_`.
-
-    Products too large for float32 are no error: they leave Inf in `cross`.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device; NaN or Inf in `alpha` or in a used row of `x` or `y`. On a CPU `cross` is then unchanged;
+            on a CUDA device it is undefined, as with `gram_`.
 
     Source: the normal equations `W = (y^T x)(x^T x)^-1`.
     """

@@ -1,6 +1,6 @@
-"""`cusparselt_linear`: a linear layer on a weight that cuSPARSELt has compressed.
+"""`cusparselt_linear`: a linear layer with a weight compressed by cuSPARSELt.
 
-Neither this product nor the number of tokens from which it pays has been measured on a GPU.
+Neither this product nor the number of tokens from which it is faster has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,34 +14,40 @@ from ._registry import define_op
 
 SCHEMA = "(Tensor x, Tensor compressed, int out_features, Tensor? bias=None) -> Tensor"
 DTYPES = (torch.bfloat16, torch.float16)
-TOKEN_MULTIPLE = 8  # of cuSPARSELt's dense operands of two bytes
+TOKEN_MULTIPLE = 8  # rows of cuSPARSELt's 16-bit dense operands are a multiple of this
 
 
 class Algorithm(NamedTuple):
-    """One of cuSPARSELt's ways to multiply, as it names them; the defaults are its own."""
+    """An algorithm of cuSPARSELt, with its defaults.
+
+    Attributes:
+        alg_id: number of the algorithm.
+        split_k: number of splits of the common index.
+        split_k_mode: how the splits are summed.
+    """
 
     alg_id: int = 0
     split_k: int = 1
     split_k_mode: int = -1
 
 
-# By device, dtype, out_features, in_features, tokens up to the next power of two, and whether there is a bias.
+# Keys: device, dtype, out_features, in_features, tokens up to the next power of two, and whether there is a bias.
 _algorithms: dict[tuple, Algorithm] = {}
 
 
 def cusparselt_linear(
     x: torch.Tensor, compressed: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute `x @ weight.T + bias` for a weight that `torch._cslt_compress` has compressed. It runs on CUDA devices only.
+    """Compute `x @ weight.T + bias` for a weight compressed by `torch._cslt_compress`. Runs on CUDA devices only.
 
-    The algorithm is searched once for a shape, dtype and device, at the first call outside a CUDA graph. Numbers of tokens share it
-    up to the next power of two, so that prompts of any length cost a dozen searches at most.
+    The algorithm is searched once per shape, dtype and device, at the first call outside a CUDA graph. Numbers of tokens up to the next
+    power of two share it, so that prompts of any length cost at most a dozen searches.
 
     Args:
         x: `[tokens, in_features]` bfloat16 or float16 on a CUDA device, any strides, any number of tokens.
         compressed: the compressed weight, of the dtype of `x`.
         out_features: rows of the weight.
-        bias: `[out_features]` of the dtype of `x`.
+        bias: `[out_features]` of the dtype of `x`, or None.
 
     Returns:
         `[tokens, out_features]` of the dtype of `x`.
@@ -53,8 +59,8 @@ def cusparselt_linear(
 
 
 def through_torch(x: torch.Tensor, compressed: torch.Tensor, out_features: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply by `torch._cslt_sparse_mm`, which makes its plan in each call."""
-    if x.device != compressed.device:  # of which cuSPARSELt takes the bare addresses
+    """Run the op through `torch._cslt_sparse_mm`, which makes a plan in each call."""
+    if x.device != compressed.device:  # cuSPARSELt takes their addresses unchecked
         raise ValueError(f"x: expected a tensor on {compressed.device}, as the compressed weight, got one on {x.device}")
     tokens = x.shape[0]
     if tokens == 0:
@@ -72,7 +78,7 @@ def _algorithm_for(dense, compressed, out_features, bias) -> Algorithm:
     if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():  # the search waits for the device
             return Algorithm()
-        # On a copy: a search runs every algorithm there is, and nothing says that none writes to its operands.
+        # Search on a copy: every available algorithm runs, and the library does not promise to leave its operands unchanged.
         found = torch._C._cusparselt.mm_search(compressed.clone(), dense, bias, None, None, True)
         _algorithms[key] = Algorithm(*found[:3])
     return _algorithms[key]

@@ -1,4 +1,4 @@
-"""`feature_norm_`: running sum of squares (and optionally sum) of each input feature."""
+"""`feature_norm_`: running sum of squares, and optionally the sum, of each input feature."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ SCHEMA = "(Tensor(a!) sum_squares, Tensor x, *, Tensor? row_mask=None, Tensor(b!
 def feature_norm_(
     sum_squares: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None, sum: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Add the sum of squares over tokens of each feature of `x` to `sum_squares`, in place; `sqrt` of it is the feature's norm.
+    """Add each feature's sum of squares over the tokens of `x` to `sum_squares`, in place; its square root is the feature's norm.
 
     Args:
         sum_squares: `[features]` float32, updated in place.
         x: `[tokens, features]` float32, bfloat16 or float16, any strides.
-        row_mask: `[tokens]` bool; rows that are False (padding) are left out.
-        sum: `[features]` float32; where given, the plain sum over tokens is added to it in the same pass.
+        row_mask: `[tokens]` bool; rows that are False (padding) are skipped. None uses all rows.
+        sum: `[features]` float32; if given, the sum over tokens is added to it in the same pass.
 
     Returns:
         `sum_squares`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in a row of `x` that is used (nothing is then changed).
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device; NaN or Inf in a used row of `x`. Nothing is then changed.
 
     Source: the activation norm of Sun et al., Wanda, 2023, section 3.
     """

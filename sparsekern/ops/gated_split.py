@@ -27,32 +27,33 @@ def gated_split(
     ratio: float = 1.0,
     steps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs `z` and `s` of the up and the gate projection that lower, in every entry, most of
+    """Return the outputs `z` and `s` of the up and gate projections that minimise an objective in every entry.
 
-    `ratio (p - act(s) z)^2 + (z - up)^2 + (s - gate)^2`,
+    The objective is `ratio (p - act(s) z)^2 + (z - up)^2 + (s - gate)^2`. Its minimum agrees best with the wanted input `p = activated`
+    of the down projection, and with the given outputs of the projections.
 
-    that is, that agree best with the wanted input `p = activated` of the down projection and with what the projections give.
-
-    For a given `s` the best `z` is `(up + ratio act(s) p) / (1 + ratio act(s)^2)`; put in, it leaves a function of `s` alone. That
-    one is not convex: the best of a few starting points, `start` and `gate` among them, is improved by `steps` Gauss-Newton steps,
-    each taken only where it helps. So the result is never worse than `(best z, start)`, nor than any `z` with `start`.
+    For a given `s` the best `z` is `(up + ratio act(s) p) / (1 + ratio act(s)^2)`, which leaves a function of `s` alone. That function
+    is not convex. The best of a few starting points, `start` and `gate` among them, is improved by `steps` Gauss-Newton steps, each
+    taken only if it lowers the objective. The result is therefore never worse than any `z` with `start`.
 
     Args:
         activated: `p`, `[tokens, features]` float32, bfloat16 or float16. Arithmetic is float32.
-        up, gate: the outputs of the two projections, as `activated`.
-        start: an `s` to start from, as `activated`: the value of the last round.
+        up: output of the up projection, shape and dtype of `activated`.
+        gate: output of the gate projection, shape and dtype of `activated`.
+        start: initial `s`, shape and dtype of `activated`: the value of the previous round.
         activation: `"silu"`, `"gelu"` (by the error function), `"gelu_tanh"` or `"relu"`, applied to the gate.
-        ratio: gamma / alpha, the weight of the first term against the others, above 0.
-        steps: at least 0.
+        ratio: gamma / alpha, the weight of the first term relative to the others, above 0.
+        steps: Gauss-Newton steps, at least 0.
 
     Returns:
         `(z, s)`, each of the shape and dtype of `activated`. NaN in an entry gives NaN in that entry.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, activation, ratio or steps.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape, device, activation, ratio or number of steps.
 
-    Source: Bai et al., SparseLLM, 2024, the z- and s-updates of the LLaMA form, which it takes one after the other, s by two
-    gradient steps; here together and to the minimum.
+    Source: Bai et al., SparseLLM, 2024, the z- and s-updates of the LLaMA form. The paper alternates them, with two gradient steps for
+    s; here they are solved together.
     """
     check_tensor("activated", activated, ndim=2, dtypes=HALF_OR_FLOAT)
     for name, value in (("up", up), ("gate", gate), ("start", start)):
@@ -62,6 +63,7 @@ def gated_split(
 
 
 def check_split(activation: str, ratio: float, steps: int) -> None:
+    """Raise `TypeError` or `ValueError` unless the settings of a split are valid."""
     check_activation(activation)
     check_finite_number("ratio", ratio)
     if ratio <= 0:
@@ -70,7 +72,13 @@ def check_split(activation: str, ratio: float, steps: int) -> None:
 
 
 class Fit(NamedTuple):
-    """How well an activation `t` fits; gradient and curvature are of half the value."""
+    """The misfit of an activation `t`.
+
+    Attributes:
+        value: the misfit.
+        gradient: derivative of half the value with respect to `t`.
+        curvature: Gauss-Newton approximation of the second derivative of half the value.
+    """
 
     value: torch.Tensor
     gradient: torch.Tensor
@@ -86,7 +94,7 @@ def search(
     ratio: float,
     steps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `s` that minimises `ratio * fit(act(s)) + (s - gate)^2`, and `act(s)`: the algorithm of csrc/cpu/split.h."""
+    """Return the `s` that minimises `ratio * fit(act(s)) + (s - gate)^2`, and `act(s)`, by the algorithm of csrc/cpu/split.h."""
     s = start
     t, slope = activate_with_slope(s, activation)
     objective = ratio * fit(t).value + (s - gate).square()
@@ -131,7 +139,7 @@ def reference(
         return Fit(miss * miss * scale, -miss * scale * z, z * z * scale)
 
     wanted = p / u
-    wanted = torch.where(wanted > 0, wanted, 0.0)  # NaN, of 0 / 0, is not above 0
+    wanted = torch.where(wanted > 0, wanted, 0.0)  # 0 / 0 is NaN, which is not above 0
     s, t = search(fit, gate.float(), start.float(), wanted, activation, ratio, steps)
     z = (u + ratio * t * p) / (1 + ratio * t * t)
     return _as(z, activated), _as(s, activated)

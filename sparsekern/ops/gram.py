@@ -13,24 +13,23 @@ SCHEMA = "(Tensor(a!) gram, Tensor x, *, Tensor? row_mask=None, float alpha=1.0)
 def gram_(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None = None, alpha: float = 1.0) -> torch.Tensor:
     """Add `alpha * x^T x` to the lower triangle of `gram`, in place.
 
-    Only the lower triangle (with the diagonal) is computed and valid afterwards; `gram_symmetrize_` mirrors it once at the end.
-    Half-precision inputs are multiplied exactly and accumulated in float32, without any scaling before the product.
+    Only the lower triangle, with the diagonal, is computed and valid afterwards; `gram_symmetrize_` mirrors it once at the end. 16-bit
+    inputs are multiplied exactly and accumulated in float32, without scaling before the product. Products too large for float32 are no
+    error: they leave Inf in `gram`, which `reverse_cholesky` refuses.
 
     Args:
         gram: `[features, features]` float32, updated in place.
         x: `[tokens, features]` float32, bfloat16 or float16, any strides.
-        row_mask: `[tokens]` bool; rows that are False (padding) are left out.
+        row_mask: `[tokens]` bool; rows that are False (padding) are skipped. None uses all rows.
         alpha: scale of the products.
 
     Returns:
         `gram`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in `alpha` or in a row of `x` that is used. On a CPU `gram` is
-            then unchanged. On a CUDA device it is spoiled: the Triton kernel does not read `x` twice to look for them first, but
-            finds them by the diagonal of the result.
-
-    Products too large for float32 are no error: they leave Inf in `gram`, which `reverse_cholesky` refuses.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device; NaN or Inf in `alpha` or in a used row of `x`. On a CPU `gram` is then unchanged. On a
+            CUDA device it is undefined: the Triton kernel does not read `x` twice, but finds them in the diagonal of the result.
 
     Source: `H = X^T X`, Frantar and Alistarh, SparseGPT, 2023, section 3.
     """

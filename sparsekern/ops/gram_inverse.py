@@ -1,4 +1,4 @@
-"""`gram_inverse`: the inverse of a damped Gram matrix, for whoever multiplies with it many times."""
+"""`gram_inverse`: the inverse of a damped Gram matrix, for repeated products with it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor inverse, Tensor damping_u
 
 
 def gram_inverse(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
-    """The symmetric inverse of `gram + damping * mean(diag(gram)) * I`, by one Cholesky factorisation.
+    """Return the symmetric inverse of `gram + damping * mean(diag(gram)) * I`, by one Cholesky factorisation.
 
-    To solve once, `gram_solve` is faster and more accurate. Rows and columns of features that were never active (a zero on the
-    diagonal of `gram`) are zero: what is multiplied by them stays zero. Rank deficiency is treated as in `gram_solve`.
+    To solve only once, `gram_solve` is faster and more accurate. Rows and columns of features that were never active (a zero on the
+    diagonal of `gram`) are zero. Rank deficiency is handled as in `gram_solve`.
 
     Args:
         gram: `[features, features]` float32. Only the lower triangle is read.
-        damping: share of the mean diagonal that is added to the diagonal, at least 0.
+        damping: share of the mean diagonal added to the diagonal, at least 0.
 
     Returns:
         `[features, features]` float32, exactly symmetric.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape, negative or infinite damping, NaN or Inf in `gram`, or a matrix that is
-            indefinite in float64 too.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape, a negative or infinite damping, NaN or Inf in `gram`, or a matrix that is indefinite even in float64.
     """
     check_square("gram", gram)
     check_finite_number("damping", damping, 0)
@@ -36,7 +36,7 @@ def gram_inverse(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
 
 
 def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the inverse and the damping that was used, as `reverse_cholesky` has it."""
+    """Return the inverse and the damping used, in the convention of `reverse_cholesky.reference`."""
     factor, damping_used = factorise(gram, damping, RESOLVED_PIVOT)
     factor, dead = alive(factor)
     identity = torch.diag_embed(torch.where(dead, 0.0, torch.ones_like(factor.diagonal())))

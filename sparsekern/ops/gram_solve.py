@@ -12,27 +12,28 @@ SCHEMA = "(Tensor gram, Tensor cross, float damping=0.01) -> (Tensor solution, T
 
 
 def gram_solve(gram: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
-    """The weights `W` that bring `x W^T` closest to `y`, from `gram = x^T x` and `cross = y^T x`.
+    """Return the weights `W` that minimise `||x W^T - y||`, from `gram = x^T x` and `cross = y^T x`.
 
-    `W (gram + shift I) = cross` with `shift = damping * mean(diag(gram))`. The inputs `x` themselves are not needed. Weights of
-    features that were never active (a zero on the diagonal of `gram`) are zero, since nothing is known of them.
+    Solves `W (gram + shift I) = cross` with `shift = damping * mean(diag(gram))`. The inputs `x` themselves are not needed. Weights of
+    features that were never active (a zero on the diagonal of `gram`) are zero.
 
-    Where the tokens do not determine the weights (rank deficiency), the damping does. If there is none, or too little for a pivot
-    to stand out from rounding, it is multiplied by ten, at most three times, and then float64 is tried, as in `reverse_cholesky`;
-    each departure is reported by a `SparsekernWarning`. On a GPU this is a composition of torch's operators: the factorisation and
-    the two triangular solves, which are the CUDA libraries', are all the work.
+    If the tokens do not determine the weights (rank deficiency), the damping does. If it is zero, or so small that a pivot is rounding
+    error, it is multiplied by ten, at most three times; then float64 is tried, as in `reverse_cholesky`. Each change is reported by a
+    `SparsekernWarning`. On a GPU this is a composition of torch's operators: the factorisation and the two triangular solves of the CUDA
+    libraries are all the work.
 
     Args:
         gram: `[features, features]` float32. Only the lower triangle is read.
         cross: `[out_features, features]` float32, any strides.
-        damping: share of the mean diagonal that is added to the diagonal, at least 0.
+        damping: share of the mean diagonal added to the diagonal, at least 0.
 
     Returns:
         `W`, `[out_features, features]` float32.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device, negative or infinite damping, NaN or Inf in `gram` or `cross`, or a matrix
-            that is indefinite in float64 too.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device, a negative or infinite damping, NaN or Inf in `gram` or `cross`, or a matrix that is
+            indefinite even in float64.
     """
     check_square("gram", gram)
     check_tensor("cross", cross, ndim=2, dtypes=(torch.float32,), shape=(None, gram.shape[0]), device=gram.device)
@@ -43,7 +44,7 @@ def gram_solve(gram: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -
 
 
 def reference(gram: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the solution and the damping that was used, as `reverse_cholesky` has it."""
+    """Return the solution and the damping used, in the convention of `reverse_cholesky.reference`."""
     check_finite("cross", cross)
     factor, damping_used = factorise(gram, damping, RESOLVED_PIVOT)
     factor, dead = alive(factor)

@@ -12,13 +12,14 @@ def gram_symmetrize_(gram: torch.Tensor) -> torch.Tensor:
     """Copy the lower triangle of `gram` onto the upper one, in place.
 
     Args:
-        gram: `[features, features]` float32; what the upper triangle held is overwritten.
+        gram: `[features, features]` float32; its upper triangle is overwritten.
 
     Returns:
-        `gram`, symmetric to the bit.
+        `gram`, exactly symmetric.
 
     Raises:
-        TypeError, ValueError: not a square float32 matrix.
+        TypeError: another dtype than float32.
+        ValueError: no square matrix.
     """
     check_square("gram", gram)
     _op(gram)

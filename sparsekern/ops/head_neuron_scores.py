@@ -1,4 +1,4 @@
-"""`head_neuron_scores`: how much of a sub-layer's output each attention head or FFN neuron makes, for structured pruning."""
+"""`head_neuron_scores`: the share of a sub-layer's output of each attention head or FFN neuron, for structured pruning."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ SCHEMA = "(Tensor sum_squares, Tensor weight, int head_size=1) -> Tensor"
 
 
 def head_neuron_scores(sum_squares: torch.Tensor, weight: torch.Tensor, head_size: int = 1) -> torch.Tensor:
-    """K-prune's representational knowledge: the energy of each unit's features times that of the weights which read them.
+    """Score each unit: the energy of its features times the energy of the weights that read them.
 
-    `score_i = sum_t x_ti^2 * mean_o W_oi^2` for each input feature `i` of the output projection `W`, averaged over the features of
-    each head. It is the squared error that leaving the unit out makes in the sub-layer's output, up to a factor that all units of
-    a model share, if the products of different features are taken to cancel out.
+    This is the representational knowledge of K-prune: `score_i = sum_t x_ti^2 * mean_o W_oi^2` for each input feature `i` of the output
+    projection `W`, averaged over the features of each head. If the products of different features cancel out, it is the squared error
+    in the sub-layer's output when the unit is removed, up to a factor shared by all units of a model.
 
-    The pass over the activations is `feature_norm_`, batch by batch as they stream by; it leaves out padding and reads each batch
-    once, which is all that there is to save. What is left for this op is one read of the weight. On a CPU PyTorch's own reduction
-    does that as well as a kernel would. On a CUDA device it is the Triton kernel of `feature_norm_` again, which looks for NaN and Inf
-    on the way, and one more that makes scores of its sums, in float64 and in a fixed order: the same bits every time.
+    `feature_norm_` makes the pass over the activations, batch by batch; this op reads the weight once. On a CPU PyTorch's own reduction is
+    as fast as a kernel. On a CUDA device the Triton kernel of `feature_norm_` reads the weight and looks for NaN and Inf. A second kernel
+    turns its sums into scores, in float64 and in a fixed order, so that every run gives the same bits.
 
     Args:
-        sum_squares: `[features]` float32, what `feature_norm_` has added up over the tokens.
+        sum_squares: `[features]` float32, accumulated by `feature_norm_` over the tokens.
         weight: `[out_features, features]` float32, bfloat16 or float16, of the projection that reads the features.
-        head_size: consecutive features that make one unit: those of a head, or 1 for neurons.
+        head_size: consecutive features of one unit: those of a head, or 1 for neurons.
 
     Returns:
         `[features // head_size]` float32. Divide by the number of tokens to compare different calibration sets.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; features not divisible by `head_size`; NaN or Inf in the weight.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device; features not divisible by `head_size`; NaN or Inf in the weight.
 
     Source: Park et al., Knowledge-preserving pruning (K-prune), 2024, equation 5 as estimated by its public code.
     """

@@ -1,4 +1,4 @@
-"""`masked_lstsq`: the weights on a fixed mask that come closest to the outputs of the dense ones."""
+"""`masked_lstsq`: the weights on a fixed mask whose outputs are closest to those of the dense weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SCHEMA = (
     'int max_iterations=100, str solver="auto") -> (Tensor new_weight, Tensor row_error, Tensor unfinished)'
 )
 SOLVERS = ("auto", "cholesky", "cg")
-# Up to this support, and to this multiple of columns^2 for its cube, a row is factored: as long as some eight iterations take.
+# A row is factored up to this support, and up to this multiple of columns^2 for its cube: the time of about eight iterations.
 LARGEST_EXACT, EXACT_SHARE = 256, 12
-SMALLEST_PIVOT = 32  # epsilons: with a smaller one a support is rank-deficient, and conjugate gradients take over
-EXACT_FIT = 1e-6  # of its start, an error that is rounding
+SMALLEST_PIVOT = 32  # epsilons; a smaller pivot means a rank-deficient support, which is left to conjugate gradients
+EXACT_FIT = 1e-6  # share of the initial error that is rounding
 
 
 def masked_lstsq(
@@ -30,34 +30,37 @@ def masked_lstsq(
     max_iterations: int = 100,
     solver: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all weights that are zero outside `mask`, those with the smallest output error `d H d^T`, `d = new_weight - weight`.
+    """Return the weights with the smallest output error among those that are zero outside `mask`.
 
-    `H = gram + damping * mean(diag(gram)) * I`. All rows are solved at once by conjugate gradients with Jacobi preconditioning, one
-    product with `H` an iteration; rows with a small support exactly, by a Cholesky factorisation each. Features that were never
-    active (a zero on the diagonal of `gram`) get zero weights. Where `H` does not determine the weights, any solution does: the one
-    that conjugate gradients reach from `start`. On a GPU an iteration is one product, in full float32 whatever torch allows, and one
-    kernel; with `solver="cholesky"` rows are factored one after the other, by torch's operators.
+    The output error is `d H d^T` with `d = new_weight - weight` and `H = gram + damping * mean(diag(gram)) * I`. All rows are solved at
+    once by conjugate gradients with Jacobi preconditioning, one product with `H` per iteration. Rows with a small support are solved
+    exactly, by a Cholesky factorisation each. Features that were never active (a zero on the diagonal of `gram`) get zero weights. If `H`
+    does not determine the weights, the result is the solution that conjugate gradients reach from `start`.
+
+    On a GPU an iteration is one kernel and one product in full float32, even if torch allows TF32. With `solver="cholesky"` torch's
+    operators factor the rows one after the other.
 
     Args:
         weight: `[out_features, in_features]` float32, bfloat16 or float16: the dense weights. Computed in float32.
         gram: `[in_features, in_features]` float32. Only the lower triangle is read.
         mask: `[out_features, in_features]` bool, True where kept.
-        start: weights to start from, of `weight`'s shape and dtype; what is outside the mask is ignored. None: `weight`.
-        damping: share of the mean diagonal that is added to the diagonal, at least 0; it draws the result towards `weight`.
-        tolerance: a row is done when two iterations lower its error by less than this share of it.
-        max_iterations: the most iterations a row gets. Rows that are not done then are reported by a `SparsekernWarning`.
-        solver: `"cholesky"` or `"cg"` for all rows, `"auto"` for the faster one by the size of a row's support (on a GPU, `"cg"`). A
-            row whose support is rank-deficient is solved by `"cg"` in any case.
+        start: initial weights, shape and dtype of `weight`; entries outside the mask are ignored. None starts from `weight`.
+        damping: share of the mean diagonal added to the diagonal, at least 0; it draws the result towards `weight`.
+        tolerance: a row is finished when two iterations lower its error by less than this share.
+        max_iterations: maximum iterations of a row. Rows that are not finished then are reported by a `SparsekernWarning`.
+        solver: `"cholesky"` or `"cg"` for all rows; `"auto"` for the faster one by the size of a row's support (on a GPU, `"cg"`). Rows
+            with a rank-deficient support are always solved by `"cg"`.
 
     Returns:
         `(new_weight, row_error)`: `[out_features, in_features]` in the dtype of `weight`; `[out_features]` float32, `d H d^T` of each
-        row (before rounding to a half dtype).
+        row before rounding to a 16-bit dtype.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; a negative damping or tolerance, no iterations, an unknown solver; NaN or
-            Inf in `weight`, `gram` or `start`.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device; a negative damping or tolerance, no iterations, an unknown solver; NaN or Inf in `weight`,
+            `gram` or `start`.
 
-    Source: the post-processing of Meng et al., ALPS, 2024, algorithm 2; the stopping test is the error's decrease over two steps,
+    Source: the post-processing of Meng et al., ALPS, 2024, algorithm 2. The stopping test is the decrease of the error over two steps,
     after Hestenes and Stiefel, 1952.
     """
     check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
@@ -117,7 +120,7 @@ def reference(
 
 
 def _unit_gram(lower: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The damped Gram matrix with a unit diagonal, and what a weight is multiplied by to be in its basis; 0 for dead features."""
+    """Return the damped Gram matrix with a unit diagonal, and the factor that takes weights to its basis; 0 for dead features."""
     diagonal = lower.diagonal().double()
     shift = damping * diagonal.mean() if len(diagonal) else 0.0
     dead = diagonal <= 0
@@ -129,7 +132,7 @@ def _unit_gram(lower: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch
 
 def _small(mask: torch.Tensor) -> torch.Tensor:
     support = mask.sum(1)
-    if mask.is_cuda:  # a factorisation a row is launches a row; an iteration is one product for all rows, which nothing beats there
+    if mask.is_cuda:  # factorisations launch kernels for each row; an iteration is one product for all rows, which is faster
         return torch.zeros_like(support, dtype=torch.bool)
     return (support <= LARGEST_EXACT) & (support**3 <= EXACT_SHARE * mask.shape[1] ** 2)
 
@@ -137,7 +140,7 @@ def _small(mask: torch.Tensor) -> torch.Tensor:
 def _solve_exactly(
     unit: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step to the solution for the given rows, zero elsewhere, and the rows for which there is one."""
+    """Return the step to the solution of the given rows, zero for all others, and the rows that could be factored."""
     step, solved = torch.zeros_like(residual), torch.zeros_like(rows)
     for row in rows.nonzero().flatten().tolist():
         support = mask[row]
@@ -149,7 +152,7 @@ def _solve_exactly(
 
 
 def _conjugate_gradients(unit, solution, residual, mask, error, active, tolerance, max_iterations):
-    """Iterate on the rows that are active; returns the solution, the errors, and the rows that are active still."""
+    """Iterate on the active rows; return the solution, the errors, and the rows that are still active."""
     direction, gamma = residual, residual.square().sum(1)
     floor, last = EXACT_FIT * error, torch.full_like(error, torch.finfo(error.dtype).max)
     for _ in range(max_iterations):

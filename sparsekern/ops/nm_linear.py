@@ -1,4 +1,4 @@
-"""`nm_linear`: `x W^T + b` from the values that an N:M weight keeps and their positions, without unpacking."""
+"""`nm_linear`: `x W^T + b` from the kept values of an N:M weight and their positions, without unpacking."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ def nm_linear(
 ) -> torch.Tensor:
     """Multiply by a packed N:M weight: `nm_linear(x, **nm_pack(weight, n, m), n=n, m=m)` is `F.linear(x, weight)`.
 
-    Products are summed in float32. Where a weight is stored, NaN and Inf spread as in the dense product. What a zero weight makes of an
-    Inf or NaN of `x` (NaN in the dense product) is unspecified.
+    Products are summed in float32. NaN and Inf propagate through stored weights as in the dense product. The product of a zero weight
+    with an Inf or NaN of `x` (NaN in the dense product) is unspecified.
 
-    The kernels only ensure that they stay inside the packed tensors. `nm_unpack` checks everything that these hold, as does loading a
-    packed model.
+    The kernels only ensure that they stay inside the packed tensors. `nm_unpack`, and loading a packed model, check the contents.
 
     Args:
         x: `[..., in_features]` float32, bfloat16 or float16, any strides; features divisible by `m`.
-        values: `[out_features, stored]` of the dtype of `x`, from `nm_pack` like `codes`.
-        codes: `[out_features, stored * bits / 32]` int32, with 2 bits a position for `m` of at most 4 and else 4.
-        n: values that a group keeps.
+        values: `[out_features, stored]` of the dtype of `x`, from `nm_pack`.
+        codes: `[out_features, stored * bits / 32]` int32, from `nm_pack`; 2 bits per position for `m` up to 4, otherwise 4.
+        n: kept values of a group.
         m: columns of a group, at most 16.
-        bias: `[out_features]` of the dtype of `x`.
+        bias: `[out_features]` of the dtype of `x`, or None.
 
     Returns:
         `[..., out_features]` of the dtype of `x`.
 
     Raises:
-        TypeError: wrong dtypes; `n` or `m` that is no whole number.
+        TypeError: a wrong dtype; `n` or `m` is no whole number.
         ValueError: wrong shapes or devices; a pattern without a layout.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:

@@ -1,4 +1,4 @@
-"""`nm_mask`: which N of every M consecutive weights to keep."""
+"""`nm_mask`: select N of every M consecutive weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def nm_mask(scores: torch.Tensor, pattern: str | NM = "2:4") -> torch.Tensor:
     Of equal scores the lower column is kept; `-0.0` equals `0.0`, and infinities are ordered as numbers.
 
     Args:
-        scores: `[out_features, in_features]` float32, bfloat16 or float16, any strides; the larger, the more worth keeping.
-        pattern: `"N:M"`, N kept of every M, M at most 64.
+        scores: `[out_features, in_features]` float32, bfloat16 or float16, any strides; larger scores are kept.
+        pattern: `"N:M"` keeps N of every M columns, M at most 64.
 
     Returns:
         `[out_features, in_features]` bool, True where kept: exactly N in every group.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape; a pattern that is not N:M; `in_features` not divisible by M; a NaN.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape; a pattern that is not N:M; `in_features` not divisible by M; a NaN.
     """
     check_tensor("scores", scores, ndim=2, dtypes=HALF_OR_FLOAT)
     pattern = parse_pattern(pattern)

@@ -1,4 +1,4 @@
-"""`nm_pack`: pack an N:M weight as `nm_linear` reads it."""
+"""`nm_pack`: pack an N:M weight for `nm_linear`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ SCHEMA = "(Tensor weight, int n, int m) -> (Tensor values, Tensor codes)"
 def nm_pack(weight: torch.Tensor, n: int, m: int) -> dict[str, torch.Tensor]:
     """Pack an N:M weight into its values and their positions: `nm_linear(x, **nm_pack(weight, n, m), n=n, m=m)` multiplies by it.
 
-    This is what a packed model holds. `sparsekern.layouts.packed_rows` describes the layout.
+    Packed models store these tensors. `sparsekern.layouts.packed_rows` describes the layout.
 
     Args:
         weight: `[out_features, in_features]` float32, bfloat16 or float16, any strides, with at most `n` non-zeros in every `m`
             columns. `-0.0` counts as zero; a NaN is kept.
-        n: values that a group keeps.
+        n: kept values of a group.
         m: columns of a group, at most 16. It divides `in_features`.
 
     Returns:
         The packed tensors by name, contiguous and on the device of `weight`. `values`: `[out_features, stored]` of the dtype of
-        `weight`. `codes`: `[out_features, stored * bits / 32]` int32, with 2 bits a position for `m` of at most 4 and else 4.
+        `weight`. `codes`: `[out_features, stored * bits / 32]` int32, with 2 bits per position for `m` up to 4, otherwise 4.
 
     Raises:
-        TypeError: a wrong dtype; `n` or `m` that is no whole number.
+        TypeError: a wrong dtype; `n` or `m` is no whole number.
         ValueError: a weight that is not 2-D, or whose features `m` does not divide; a pattern without a layout; a group with more
-            than `n` non-zeros (its row and columns).
+            than `n` non-zeros, named by its row and columns.
     """
     check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
     check_pattern(n, m)

@@ -1,4 +1,4 @@
-"""`nm_unpack`: the dense weight of what `nm_pack` packed."""
+"""`nm_unpack`: unpack a weight that `nm_pack` packed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SCHEMA = "(Tensor values, Tensor codes, int n, int m, int features) -> Tensor"
 def nm_unpack(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, features: int) -> torch.Tensor:
     """Unpack a dense weight: `nm_unpack(**nm_pack(weight, n, m), n=n, m=m, features=weight.shape[1])`.
 
-    Everything that the tensors hold is checked, so damaged or hostile input is refused.
+    The contents of all tensors are checked, so that damaged or hostile input is refused.
 
     Args:
         values: `[out_features, stored]` float32, bfloat16 or float16.
-        codes: `[out_features, stored * bits / 32]` int32, with 2 bits a position for `m` of at most 4 and else 4.
-        n: values that a group keeps.
+        codes: `[out_features, stored * bits / 32]` int32, with 2 bits per position for `m` up to 4, otherwise 4.
+        n: kept values of a group.
         m: columns of a group, at most 16. It divides `features`.
         features: columns of the weight.
 
@@ -28,9 +28,9 @@ def nm_unpack(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, feature
         `[out_features, features]` of the dtype of `values`, `+0.0` where nothing is stored.
 
     Raises:
-        TypeError: wrong dtypes; `n`, `m` or `features` that is no whole number.
-        ValueError: wrong shapes or devices; a pattern without a layout; positions that do not ascend, or are not below `m` (the row
-            and group); anything but zero after the last value of a row.
+        TypeError: a wrong dtype; `n`, `m` or `features` is no whole number.
+        ValueError: wrong shapes or devices; a pattern without a layout; positions that do not ascend, or are not below `m`, named by
+            their row and group; a non-zero after the last value of a row.
     """
     check_tensor("values", values, ndim=2, dtypes=HALF_OR_FLOAT)
     check_pattern(n, m)

@@ -1,4 +1,4 @@
-"""`obs_sweep`: prune a weight matrix and compensate each removal in the weights not yet visited (SparseGPT), from one factor."""
+"""`obs_sweep`: prune a weight matrix and compensate each removal in the weights not yet visited (SparseGPT), using one factor."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ def obs_sweep(
     block_size: int = 128,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sweep the columns left to right, pruning to `pattern` (or to a given `mask`) and compensating in the columns to the right.
+    """Prune the columns from left to right to `pattern`, or to a given `mask`, and compensate in the columns to the right.
 
-    The column errors are `e = (weight - new_weight) @ factor`, so the sweep needs neither an inverse nor a running update of the
-    weights to the right: column `j` stands at `weight[:, j] + (e_j without its own term) / factor[j, j]` when it is reached.
+    The column errors are `e = (weight - new_weight) @ factor`. The sweep therefore needs neither an inverse nor a running update of the
+    weights to the right. When it reaches column `j`, the current value is `weight[:, j] + (e_j without its own term) / factor[j, j]`.
 
     Args:
-        weight: `[out_features, in_features]` float32, bfloat16 or float16. Computed in float32, returned in its own dtype.
+        weight: `[out_features, in_features]` float32, bfloat16 or float16. Computed in float32, returned in its dtype.
         factor: `[in_features, in_features]` float32 upper triangular, from `reverse_cholesky`. Features with a negative diagonal
             entry are dead: their weights are cleared at no cost.
-        pattern: `"N:M"` (each group is chosen from the weights as they stand when it is reached) or a sparsity (share of zeros).
-        scope: for a sparsity, where the exact number of pruned weights is counted: `"block"`, over all rows of each block of
-            columns, chosen when the block is reached; `"row"`, the same for each row by itself; `"matrix"`, over the whole matrix,
-            chosen from the starting weights. Of equal scores the lower index is kept. Ignored for N:M.
-        block_size: columns in a block (SparseGPT: 128). For N:M it has no influence on the result.
+        pattern: `"N:M"`, or a sparsity (share of zeros). Each N:M group is chosen from the current weights when the sweep reaches it.
+        scope: for a sparsity, the part in which the exact number of pruned weights is counted. `"block"`: all rows of each block of
+            columns, chosen when the sweep reaches the block. `"row"`: the same for each row separately. `"matrix"`: the whole matrix,
+            chosen from the initial weights. Of equal scores the lower index is kept. Ignored for N:M.
+        block_size: columns of a block (SparseGPT: 128). It does not change the result for N:M.
         mask: `[out_features, in_features]` bool, True where kept: a fixed mask instead of `pattern`.
 
     Returns:
-        `(new_weight, mask, row_error)`: the pruned weights; bool, True where kept; `[out_features]` float32, the squared output
-        error of each row, `d H d^T` for `d = new_weight - weight` and the damped Gram matrix `H = factor factor^T`
-        (before rounding to a half dtype).
+        `(new_weight, mask, row_error)`: the pruned weights in the dtype of `weight`; bool, True where kept; `[out_features]` float32,
+        the squared output error of each row before rounding to a 16-bit dtype. It is `d H d^T` for `d = new_weight - weight` and the
+        damped Gram matrix `H = factor factor^T`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, pattern or scope; both or neither of `pattern` and `mask`;
-            `in_features` not divisible by M; NaN or Inf in `weight` or `factor`.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape, device, pattern or scope; both or neither of `pattern` and `mask`; `in_features` not divisible by M;
+            NaN or Inf in `weight` or `factor`.
 
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1; the left-looking form with a reverse Cholesky factor is ours.
     """
@@ -87,7 +88,7 @@ def reference(
     factor = factor.to(start.dtype)
     dead = torch.signbit(factor.diagonal())
     diagonal = torch.where(dead, 1.0, factor.diagonal())
-    delta = torch.zeros_like(start)  # weight - new_weight of the columns done
+    delta = torch.zeros_like(start)  # weight - new_weight of the finished columns
     keep = torch.ones_like(start, dtype=torch.bool) if mask is None else mask.clone(memory_format=torch.contiguous_format)
     if mask is None and not m and scope == "matrix":
         keep = _keep_best(_score(start, diagonal, dead), rows * columns - pruned_count(rows * columns, sparsity), "matrix")
@@ -111,14 +112,14 @@ def reference(
 
 
 def _solve_right(error: torch.Tensor, block: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    """`error @ block^-1` for the upper triangular `block` with the given diagonal."""
+    """Return `error @ block^-1` for the upper triangular `block` with the given diagonal."""
     block = block.clone()
     block.diagonal().copy_(diagonal)
     return torch.linalg.solve_triangular(block, error, upper=True, left=False)
 
 
 def _score(weight: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-    """The error that removing each weight would cause, `|w| V_jj` (its square orders alike); dead features cost nothing."""
+    """Return the error of removing each weight, `|w| V_jj`, whose square has the same order; dead features cost nothing."""
     return torch.where(dead, torch.zeros_like(weight), weight.abs() * diagonal)
 
 

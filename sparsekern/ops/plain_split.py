@@ -20,25 +20,26 @@ def plain_split(
     ratio: float = 1.0,
     steps: int = 4,
 ) -> torch.Tensor:
-    """The pre-activation `z` that lowers, in every entry, most of `ratio (p - act(z))^2 + (z - m)^2`.
+    """Return the pre-activation `z` that minimises `ratio (p - act(z))^2 + (z - m)^2` in every entry.
 
-    `p = activated` is the wanted input of the second projection and `m = preactivation` the output of the first. For ReLU the
-    minimum is known: on either side of zero the objective is a parabola, and of the two minima the lower is taken (of equal ones
-    the active side's). For the smooth activations it is searched for as in `gated_split`, never ending above `start`.
+    `p = activated` is the wanted input of the second projection, and `m = preactivation` the output of the first. For ReLU the result is
+    exact: on either side of zero the objective is a parabola, and the lower of the two minima is taken (of equal ones, that of the active
+    side). For smooth activations it is searched as in `gated_split`, and is never worse than `start`.
 
     Args:
         activated: `p`, `[tokens, features]` float32, bfloat16 or float16. Arithmetic is float32.
-        preactivation: `m`, as `activated`.
-        start: a `z` to start from, as `activated`: the value of the last round. ReLU does not look at it.
+        preactivation: `m`, shape and dtype of `activated`.
+        start: initial `z`, shape and dtype of `activated`: the value of the previous round. Ignored for ReLU.
         activation: `"relu"`, `"silu"`, `"gelu"` (by the error function) or `"gelu_tanh"`.
-        ratio: gamma / alpha, the weight of the first term against the second, above 0.
-        steps: Gauss-Newton steps, at least 0. ReLU takes none.
+        ratio: gamma / alpha, the weight of the first term relative to the second, above 0.
+        steps: Gauss-Newton steps, at least 0. Ignored for ReLU.
 
     Returns:
         `z`, of the shape and dtype of `activated`. NaN in an entry gives NaN in that entry.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, activation, ratio or steps.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape, device, activation, ratio or number of steps.
 
     Source: Bai et al., SparseLLM, 2024, the z-update of the OPT form.
     """

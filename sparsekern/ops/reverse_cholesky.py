@@ -1,4 +1,4 @@
-"""`reverse_cholesky`: the one factor that an OBS sweep needs, without any inverse."""
+"""`reverse_cholesky`: the only factor that an OBS sweep needs, without an inverse."""
 
 from __future__ import annotations
 
@@ -9,37 +9,36 @@ from ._checks import check_finite, check_finite_number, check_square, value_of
 from ._registry import define_op, sample
 
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor factor, Tensor damping_used)"
-SMALLEST_ESCALATION = 1e-6  # what an escalation starts from where no damping was asked for
-ESCALATIONS = 3  # float32 attempts with ten times the damping of the one before
-RESOLVED_PIVOT = (
-    32  # epsilons: for whoever solves with the factor, a pivot below this share of its diagonal entry is rounding error
-)
+SMALLEST_ESCALATION = 1e-6  # smallest damping of an escalation, if none was requested
+ESCALATIONS = 3  # float32 attempts, each with ten times the previous damping
+RESOLVED_PIVOT = 32  # epsilons; a pivot below this share of its diagonal entry is rounding error to a solver
 
 
 def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     """Factor the damped Gram matrix as `V V^T` with `V` upper triangular.
 
-    `gram + damping * mean(diag(gram)) * I = V V^T`. The factor of the inverse Hessian that the textbook algorithm needs three
-    factorisations for is `V^-1`, and `obs_sweep` works from `V` itself.
+    `gram + damping * mean(diag(gram)) * I = V V^T`. The textbook algorithm takes three factorisations to get the factor of the inverse
+    Hessian, which is `V^-1`. `obs_sweep` uses `V` itself.
 
-    A dead feature (zero diagonal in `gram`: it was never active) has a row and column of zeros in `V` but for its diagonal entry,
-    which is *negative*: `-sqrt(damping * mean(diag))`. `V V^T` still holds, and `obs_sweep` sees which weights have no effect.
+    A dead feature (a zero on the diagonal of `gram`: it was never active) has a row and column of zeros in `V`, except for its diagonal
+    entry, which is *negative*: `-sqrt(damping * mean(diag))`. `V V^T` is still correct, and `obs_sweep` sees which weights have no effect.
 
-    If float32 finds the damped matrix indefinite, the damping is multiplied by ten, at most three times; then float64 is tried at
-    the damping asked for. Each departure is reported by a `SparsekernWarning`.
+    If the damped matrix is indefinite in float32, the damping is multiplied by ten, at most three times; then float64 is tried with the
+    requested damping. Each change is reported by a `SparsekernWarning`.
 
     Args:
         gram: `[features, features]` float32. Only the lower triangle is read.
-        damping: share of the mean diagonal that is added to the diagonal, at least 0.
+        damping: share of the mean diagonal added to the diagonal, at least 0.
 
     Returns:
         `V`, `[features, features]` float32, zero below the diagonal.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape, negative or infinite damping, NaN or Inf in `gram` (damping cannot help there: an input
-            of the layer was not finite), or a matrix that is indefinite in float64 too.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape, a negative or infinite damping, NaN or Inf in `gram` (an input of the layer was not finite, which no
+            damping can repair), or a matrix that is indefinite even in float64.
 
-    Source: the reversed-order Cholesky factor; equal to the inverse of the `chol(H^-1)` of Frantar and Alistarh, SparseGPT, 2023.
+    Source: the reversed-order Cholesky factor, equal to the inverse of the `chol(H^-1)` of Frantar and Alistarh, SparseGPT, 2023.
     """
     check_square("gram", gram)
     check_finite_number("damping", damping, 0)
@@ -49,7 +48,7 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
 
 
 def report_departure(damping: float, damping_used: torch.Tensor) -> None:
-    """Warn if a factorisation took another damping than it was asked for, or float64."""
+    """Warn if a factorisation used another damping than requested, or float64."""
     used = value_of(damping_used)
     if used is None:
         return
@@ -60,12 +59,12 @@ def report_departure(damping: float, damping_used: torch.Tensor) -> None:
 
 
 def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factor and the damping that was used (float64, 0-dim); a negative value says float64 arithmetic was needed."""
+    """Return the factor and the damping used, 0-dim float64; a negative value says that float64 arithmetic was needed."""
     return factorise(gram, damping, 0.0)
 
 
 def factorise(gram: torch.Tensor, damping: float, smallest_pivot: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `reference` returns; a pivot below `smallest_pivot` epsilons of its damped diagonal entry counts as not positive."""
+    """Return the result of `reference`; pivots below `smallest_pivot` epsilons of their damped diagonal entry are not positive."""
     lower = torch.tril(gram)
     check_finite("gram", lower)
     for attempt in damping_schedule(damping):
@@ -80,7 +79,7 @@ def factorise(gram: torch.Tensor, damping: float, smallest_pivot: float) -> tupl
 
 
 def damping_schedule(damping: float) -> list[float]:
-    """The dampings that float32 tries, in order."""
+    """Return the dampings that are tried in float32, in order."""
     start = max(damping, SMALLEST_ESCALATION / 10)
     return [damping] + [start * 10**step for step in range(1, ESCALATIONS + 1)]
 
@@ -108,7 +107,7 @@ def _attempt(lower: torch.Tensor, damping: float, smallest_pivot: float) -> torc
 
 
 def alive(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor with a one where dead features have their mark, for solving with it, and which features are dead."""
+    """Return the factor with a one in place of the mark of dead features, to solve with it, and the mask of dead features."""
     dead = torch.signbit(factor.diagonal())
     factor = factor.clone()
     factor.diagonal()[dead] = 1.0

@@ -12,23 +12,25 @@ SCHEMA = "(Tensor weight) -> (Tensor values, Tensor meta)"
 
 
 def semi_structured_pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack a weight that is 2:4 sparse along its columns into half the values plus 2 bits a value of metadata.
+    """Pack a weight that is 2:4 sparse along its columns into half the values plus 2 bits of metadata per value.
 
-    Bit-identical, values and metadata, to `torch.sparse._semi_structured_conversions.sparse_semi_structured_from_dense_cutlass`
-    for every weight that is 2:4, so the result can be handed to PyTorch's CUTLASS kernels. `-0.0` counts as zero; as there, a group
-    with fewer than two non-zeros stores some of its zeros as they are, so a `-0.0` can survive. Where the converter drops what does
-    not fit, this refuses.
+    For every 2:4 weight, values and metadata are bit-identical to
+    `torch.sparse._semi_structured_conversions.sparse_semi_structured_from_dense_cutlass`, so that PyTorch's CUTLASS kernels can read
+    them. `-0.0` counts as zero. A group with fewer than two non-zeros also stores some of its zeros unchanged, so that a `-0.0` can
+    survive. Non-zeros that do not fit are refused; PyTorch's converter drops them.
 
     Args:
         weight: `[out_features, in_features]`, any strides. bfloat16 or float16: at most 2 non-zeros in every 4 columns, shape a
-            multiple of (32, 32). int8: the same, multiple of (16, 64). float32: at most 1 in every 2, multiple of (32, 16).
+            multiple of (32, 32). int8: the same, shape a multiple of (16, 64). float32: at most 1 in every 2 columns, shape a
+            multiple of (32, 16).
 
     Returns:
         `(values, meta)`: `[out_features, in_features / 2]` of the weight's dtype; `[out_features, in_features / 16]` int16
         (int8: `in_features / 32` int32; float32: `in_features / 8` int16).
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape; a group with more non-zeros than fit (its row and columns); a NaN.
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape; a NaN; a group with more non-zeros than fit, named by its row and columns.
 
     Source: Mishra et al., Accelerating Sparse Deep Neural Networks, 2021; the permutation is CUTLASS's `reorder_meta`.
     """
@@ -85,7 +87,7 @@ def _check_counts(counts: torch.Tensor, group: int) -> None:
 
 
 def new_packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty values and metadata for a weight."""
+    """Return empty values and metadata for a weight."""
     fmt = FORMATS[weight.dtype]
     rows, columns = weight.shape
     words = columns // (fmt.group * fmt.codes_per_word)
@@ -98,7 +100,7 @@ def _fake(weight):
 
 
 def sparse_weight(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """A random weight that fits the layout of `dtype`, some groups of it with fewer non-zeros than fit."""
+    """Return a random weight that fits the layout of `dtype`; some groups have fewer non-zeros than fit."""
     group = FORMATS[dtype].group
     weight = torch.randint(-9, 10, (rows, columns // group, group), generator=generator)
     dropped = torch.rand(weight.shape, generator=generator).argsort(-1)[..., : group // 2]

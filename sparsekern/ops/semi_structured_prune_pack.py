@@ -15,22 +15,23 @@ SCHEMA = "(Tensor weight, Tensor? scores=None) -> (Tensor values, Tensor meta)"
 
 
 def semi_structured_prune_pack(weight: torch.Tensor, scores: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prune a weight to what the layout of `semi_structured_pack` holds, and pack it: 2 of every 4 columns, of float32 1 of every 2.
+    """Prune a weight to 2 of every 4 columns (float32: 1 of every 2) and pack it like `semi_structured_pack`.
 
-    The same to the bit as `nm_mask`, zeroing what it does not keep, and `semi_structured_pack`; the pruned weight is never written.
-    `semi_structured_unpack` gives it back.
+    The result is bit-identical to `nm_mask`, zeroing the pruned weights, and `semi_structured_pack`, but the pruned weight is never
+    written to memory. `semi_structured_unpack` restores it.
 
     Args:
         weight: `[out_features, in_features]` bfloat16, float16 (shape a multiple of (32, 32)) or float32 (of (32, 16)), any
             strides.
-        scores: `[out_features, in_features]` float32, bfloat16 or float16, any strides: the larger, the more worth keeping; of
-            equal ones the lower column is kept. None: the magnitudes of the weight.
+        scores: `[out_features, in_features]` float32, bfloat16 or float16, any strides; larger scores are kept, and of equal
+            ones the lower column. None ranks by the magnitudes of the weight.
 
     Returns:
         `(values, meta)` as `semi_structured_pack` returns them.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices; a NaN in `weight` or in `scores`.
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device; a NaN in `weight` or `scores`.
     """
     check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
     check_divides(weight)

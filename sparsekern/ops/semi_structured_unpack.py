@@ -1,4 +1,4 @@
-"""`semi_structured_unpack`: the dense weight of what `semi_structured_pack` packed."""
+"""`semi_structured_unpack`: unpack a weight that `semi_structured_pack` packed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ SCHEMA = "(Tensor values, Tensor meta) -> Tensor"
 
 
 def semi_structured_unpack(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-    """Unpack values and metadata in the layout of PyTorch's semi-structured tensors (see `semi_structured_pack`) into a dense weight.
+    """Unpack values and metadata in the layout of PyTorch's semi-structured tensors into a dense weight; see `semi_structured_pack`.
 
     Args:
         values: `[out_features, in_features / 2]` bfloat16, float16, float32 or int8.
-        meta: `[out_features, in_features / 16]` int16 (int8 values: `in_features / 32` int32; float32: `in_features / 8` int16).
+        meta: `[out_features, in_features / 16]` int16 (int8: `in_features / 32` int32; float32: `in_features / 8` int16).
 
     Returns:
         `[out_features, in_features]` of the dtype of `values`, `+0.0` where nothing is stored.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices; a metadata code that packing never writes (its row and columns).
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device; a metadata code that packing never writes, named by its row and columns.
     """
     check_tensor("values", values, ndim=2, dtypes=tuple(FORMATS))
     fmt = FORMATS[values.dtype]

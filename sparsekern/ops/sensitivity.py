@@ -1,4 +1,4 @@
-"""`sensitivity_`: how much each weight has to say in a linear layer's output, token by token, added up batch by batch."""
+"""`sensitivity_`: the influence of each weight on a linear layer's output, token by token, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ._registry import define_op, sample
 from .cross_gram import _op as _cross_gram
 
 SCHEMA = "(Tensor(a!) importance, Tensor weight, Tensor x, *, Tensor? row_mask=None) -> ()"
-# Tokens and output rows at a time: on a CPU the outputs of a tile (8 MB in float32) stay in the caches between the two products; on a
-# GPU without the Triton kernel `importance` is read and written seldom enough to cost little beside them.
+# Tokens and output rows at a time. On a CPU the outputs of a tile (8 MB in float32) stay in the caches between the two products. On a
+# GPU without the Triton kernel `importance` is read and written so rarely that it costs little beside them.
 TILES = {"cpu": (2048, 1024), "cuda": (16384, 8192)}
 
 
@@ -20,32 +20,30 @@ def sensitivity_(
 ) -> torch.Tensor:
     """Add `|W| * (|Y|^T |X|)` to `importance`, in place, where `Y = X W^T` are the layer's outputs.
 
-    That is the sum over tokens of `|W * (y x^T)|`, elementwise: each token's gradient of `||y||^2 / 2` by the weight, times the
-    weight. The identity is exact since `y x^T` has rank one. (With the absolute value taken after the sum over tokens it would be
-    `|W * (W G)|` with the Gram matrix `G` of `gram_`, which is one product and needs no op.)
+    This is the elementwise sum over tokens of `|W * (y x^T)|`: the gradient of `||y||^2 / 2` with respect to the weight, times the weight.
+    The identity is exact because `y x^T` has rank one. (With the absolute value after the sum over tokens it would be `|W * (W G)|` with
+    the Gram matrix `G` of `gram_`, which is one product and needs no op.) Sums too large for float32 are no error: they leave Inf in
+    `importance`, or NaN if the weight is zero.
 
-    These are two matrix products, `4 * tokens * out_features * in_features` operations in all, tile by tile of the outputs. On a CPU
-    both are PyTorch's own: what the absolute values read and write is less than 1 % of their time from a few hundred features on. On
-    a CUDA device the first is cuBLAS's. The second is the Triton kernel of `cross_gram_`, which takes the absolute value of the
-    outputs in registers and ends with `importance += |W| * sum`; only `|x|` is written to memory, in the pass that looks for NaN and
-    Inf. There the same call gives the same bits every time.
+    The op makes two matrix products, `4 * tokens * out_features * in_features` operations, one tile of the outputs at a time. On a CPU
+    both are PyTorch's own; 16-bit inputs are multiplied exactly, and all sums are float32. From a few hundred features on, the absolute
+    values take less than 1 % of the time. On a CUDA device cuBLAS computes the first product, rounded to the dtype of `x` as in the layer
+    itself. The second is the Triton kernel of `cross_gram_`, which takes absolute values of the outputs in registers and adds
+    `|W| * sum` to `importance`. Only `|x|` is written to memory, in the pass that looks for NaN and Inf. Every run gives the same bits.
 
     Args:
         importance: `[out_features, in_features]` float32, updated in place.
         weight: `[out_features, in_features]` float32, bfloat16 or float16.
         x: `[tokens, in_features]` of the dtype of `weight`, any strides.
-        row_mask: `[tokens]` bool; rows that are False (padding) are left out.
+        row_mask: `[tokens]` bool; rows that are False (padding) are skipped. None uses all rows.
 
     Returns:
         `importance`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; NaN or Inf in `weight` or in a row of `x` that is used (nothing is then
-            changed), or in an output of the layer, whose product overflows (`importance` is then spoiled).
-
-    On a CPU half inputs are multiplied exactly and all sums are float32. On a CUDA device the outputs are rounded to the dtype of `x`,
-    as they are where the layer itself runs. Sums too large for float32 are no error: they leave Inf in `importance`, or NaN where
-    the weight is zero.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device; NaN or Inf in `weight` or in a used row of `x`, and nothing is then changed; an output of
+            the layer that overflows, and `importance` is then undefined.
 
     Source: the importance of Malla, Choi and Choi, COPAL, 2024, as reconstructed in `sparsekern.COPAL`.
     """

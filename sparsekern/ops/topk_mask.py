@@ -1,4 +1,4 @@
-"""`topk_mask`: which k weights to keep, of each row or of the whole matrix."""
+"""`topk_mask`: select k weights of each row, or of the whole matrix."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ SCOPES = ("row", "matrix")
 def topk_mask(scores: torch.Tensor, k: int, *, scope: str = "row") -> torch.Tensor:
     """Select exactly the `k` largest scores of each row, or of the whole matrix, without sorting.
 
-    Of equal scores the one with the lower (row-major) index is kept, so the result is the same on any number of threads; `-0.0`
-    equals `0.0`, and infinities are ordered as numbers.
+    Of equal scores the one with the lower (row-major) index is kept, so that the result does not depend on the number of threads.
+    `-0.0` equals `0.0`, and infinities are ordered as numbers.
 
     Args:
-        scores: `[out_features, in_features]` float32, bfloat16 or float16, any strides; the larger, the more worth keeping.
-        k: how many to keep, in each row or in all.
+        scores: `[out_features, in_features]` float32, bfloat16 or float16, any strides; larger scores are kept.
+        k: number of scores to keep, in each row or in the whole matrix.
         scope: `"row"` or `"matrix"`.
 
     Returns:
         `[out_features, in_features]` bool, True where kept.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape; an unknown scope; `k` below 0 or above the number of scores; a NaN.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape; an unknown scope; `k` below 0 or above the number of scores; a NaN.
 
     Source: the comparison groups of Sun et al., Wanda, 2023, section 3 (row), and of magnitude pruning (matrix).
     """
@@ -47,7 +48,7 @@ def reference(scores: torch.Tensor, k: int, *, scope: str = "row") -> torch.Tens
 
 
 def keep_largest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """True at the `k` largest of each row; of equal ones the lower column."""
+    """Return a mask of the `k` largest scores of each row; of equal ones the lower column is kept."""
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, order, True)
 
