@@ -164,17 +164,16 @@ def check_format(format: str) -> None:
             raise ValueError(f"format: expected 'dense', 'packed', 'bitmask' or 'N:M', got {format!r}") from error
 
 
-def check_space(model: torch.nn.Module, path: str | os.PathLike, copies: int = 1, *, argument: str = "out", extra: int = 0) -> None:
+def check_space(model: torch.nn.Module, path: str | os.PathLike, *, argument: str = "out", extra: int = 0) -> None:
     """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights.
 
     Args:
         model: the model to be saved.
         path: the folder, which need not exist.
-        copies: how many times the weights are written.
         argument: names `path` in messages.
         extra: bytes that are needed besides; negative for what is on the disk already.
     """
-    needed = copies * weight_bytes(model) + extra
+    needed = weight_bytes(model) + extra
     existing = Path(path).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
