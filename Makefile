@@ -4,6 +4,8 @@
 # make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
 #              torch must have CUDA, and installs nothing
 # make lint    the formatters and the linter, at the versions that pyproject.toml pins; the same as .pre-commit-config.yaml
+# make types   mypy, over the package
+# make docs    build the documentation into docs/_build, warnings being errors
 # make clean   remove what was built
 #
 # Each but gpu sets up its own virtual environment first; the second time there is nothing to do.
@@ -26,7 +28,7 @@ REQUIRED  := $(VENV)/.required-$(call digest,$(TORCH))
 INSTALLED := $(VENV)/.installed-$(call digest,$(TORCH) $(SPARSEKERN_BUILD) $(SPARSEKERN_CUDA) $(TORCH_CUDA_ARCH_LIST) $(DEBUG))
 SOURCES   := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu lint types docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -50,8 +52,14 @@ lint: $(VENV)/.lint
 	git ls-files | xargs $(BIN)/codespell
 	git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
+types: $(INSTALLED) $(VENV)/.types
+	$(BIN)/mypy
+
+docs: $(INSTALLED) $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 clean:
-	rm -rf build dist *.egg-info sparsekern/*.so demo-out .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf build docs/_build dist *.egg-info sparsekern/*.so demo-out .pytest_cache .hypothesis .benchmarks .ruff_cache
 	rm -f $(VENV)/.installed-*
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
@@ -76,6 +84,6 @@ $(INSTALLED): $(REQUIRED) $(SOURCES)
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.made pyproject.toml
-	$(PIP) install --quiet $$($(BIN)/python tools/extra.py lint)
+$(VENV)/.lint $(VENV)/.types $(VENV)/.docs: $(VENV)/.%: $(VENV)/.made pyproject.toml
+	$(PIP) install --quiet $$($(BIN)/python tools/extra.py $*)
 	@touch $@

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers as tf
+
+from tests.tiny import tokenizer
 
 VOCABULARY = 96
 SIZES = dict(
@@ -39,6 +43,16 @@ def tiny(name: str) -> tf.PreTrainedModel:
     for parameter in model.parameters():
         parameter.data.mul_(4).add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+def save_folder(path: Path) -> Path:
+    """A classifier with a tokenizer of its own, which pads."""
+    words = tokenizer()
+    words.pad_token = "<unk>"
+    torch.manual_seed(0)
+    tf.BertForSequenceClassification(tf.BertConfig(**SIZES | {"vocab_size": len(words)})).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
 
 
 def padded_ids(lengths: tuple[int, ...] = (9, 4, 12, 7, 12, 5), seed: int = 1) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..pattern import Pattern
-from .base import LinearMethod, Solution
+from .base import HasNorms, LinearMethod, Solution
 from .selection import keep_mask
-from .statistics import FeatureNorm, HasNorms
+from .statistics import FeatureNorm
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""The documentation: its programs run, its generated pages are those of the code, and the messages that it explains exist."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import sparsekern
+from tests import encoders, tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PROGRAMS = {
+    page: "".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)) for page in PAGES
+}
+GENERATED = {"ops.md", "methods.md", "cli.md", "api.md"}
+RUN = sorted(page for page, program in PROGRAMS.items() if program and page not in GENERATED)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the model, the encoder and the pruned folder that the pages speak of."""
+    tiny.save_folder(tmp_path / "model")
+    encoders.save_folder(tmp_path / "encoder")
+    sparsekern.prune(model := tiny.llama(), "magnitude", 0.5, progress=False)
+    sparsekern.save(model, tmp_path / "pruned")
+    (tmp_path / "text.txt").write_text(tiny.TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+def shortened(program: str) -> str:
+    program = (
+        program.replace("path/or/hub-id", "model")
+        .replace("path/to/encoder", "encoder")
+        .replace('"builtin:python-docs"', '"text.txt"')
+    )
+    program = program.replace(', out="pruned"', ', out="pruned-here"')
+    return program.replace("tokenizer=tokenizer", "tokenizer=tokenizer, samples=4, length=16")
+
+
+@pytest.mark.filterwarnings("ignore::sparsekern.SparsekernWarning")  # of few tokens
+@pytest.mark.parametrize("page", RUN)
+def test_programs_run(page, workplace):
+    names: dict = {"model": tiny.llama(), "ids": sparsekern_ids()}
+    exec(shortened(PROGRAMS[page]), names)
+
+
+def sparsekern_ids():
+    import torch
+
+    return torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", sorted(GENERATED))
+def test_generated_pages_are_current(page):
+    expected = generator().PAGES[page]()
+    assert (DOCS / page).read_text(encoding="utf-8") == expected, "python docs/generate.py writes them"
+
+
+def test_messages_that_are_explained_exist():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [first for first in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)]
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sparsekern").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)  # a message over several lines of code is one
+    assert len(messages) > 25
+    assert [message for message in messages if message not in joined] == []
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^([\w-]+)$", index, re.MULTILINE))
+    linked = set(re.findall(r"\]\(([\w-]+)\.md\)", (DOCS / "benchmarks.md").read_text(encoding="utf-8")))
+    assert {page.removesuffix(".md") for page in PAGES} - {"index"} <= listed | linked
