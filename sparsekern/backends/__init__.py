@@ -1,9 +1,9 @@
-"""Which implementation of an op runs: the compiled kernel on CPU tensors; on CUDA tensors, the first of an ordered table an op.
+"""Choice of the implementation that runs an op: the compiled kernel on CPU tensors; on CUDA tensors, the first suitable one of a table.
 
-The first CUDA implementation that is available and supports the call runs. Where a faster one was to be expected and the op's PyTorch
-reference runs, the logger `sparsekern` says so, once for an op and a reason. `use` and the environment variable `SPARSEKERN_BACKENDS`
-ask for one by name, which then runs or raises: `cpu`, `cuda`, `triton` or `reference`. On CPU tensors the variable counts as it is
-when sparsekern is imported.
+The first CUDA implementation that is available and supports the call runs. If the PyTorch reference runs although a faster implementation
+was expected, the logger `sparsekern` warns, once per op and reason. `use` and the environment variable `SPARSEKERN_BACKENDS` request an
+implementation by name: `cpu`, `cuda`, `triton` or `reference`. It then runs, or the call raises. For CPU tensors the variable is read when
+sparsekern is imported.
 """
 
 from .table import (

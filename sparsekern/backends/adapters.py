@@ -1,6 +1,6 @@
-"""Kernels whose arguments are those of their op: one adapter for all in C++, and one for all in Triton.
+"""Adapters of kernels that take the arguments of their op: one for C++, and one for Triton.
 
-A kernel that needs more on the host (a loop, a check of its result, another kernel first) has a file of its op's name beside this one.
+A kernel that needs more work on the host (a loop, a check of its result, another kernel first) has its own file, named after its op.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TRITON = ("gated_split", "plain_split")
 
 
 class CudaKernel:
-    """A C++ kernel, `torch.ops.sparsekern_cuda.<op>`, called as `torch.ops.sparsekern.<op>` is.
+    """A C++ kernel, `torch.ops.sparsekern_cuda.<op>`, called like `torch.ops.sparsekern.<op>`.
 
     The raw op takes the op's arguments in the op's order, with contiguous tensors. It returns the op's results, followed by a
-    `status` if it looks at values. An argument that the op writes to and that is not contiguous is copied back.
+    `status` if it checks values. Results in arguments that are not contiguous are copied back.
     """
 
     def __init__(self, op: str) -> None:
@@ -49,7 +49,7 @@ class CudaKernel:
 
 
 class TritonKernel:
-    """The function `<op>` of `sparsekern.triton_kernels.<op>`, which is imported at the first call: it needs Triton."""
+    """The function `<op>` of `sparsekern.triton_kernels.<op>`, imported at the first call, because it needs Triton."""
 
     def __init__(self, op: str) -> None:
         self.op = op
@@ -66,13 +66,13 @@ class TritonKernel:
 
 
 def adapted(op: str) -> tuple[Implementation, ...]:
-    """Return the implementations of an op that need no file of their own."""
+    """Return the implementations of an op that need no file of their own, preferred first."""
     cuda = (Implementation("cuda", CudaKernel(op)),) if op in CUDA else ()
     return (*cuda, Implementation("triton", TritonKernel(op))) if op in TRITON else cuda
 
 
 def signature_of(schema: torch._C.FunctionSchema) -> inspect.Signature:
-    """Return the signature that a Python function has to have to be called as an op of `schema` is."""
+    """Return the signature of a Python function that can be called like an op with `schema`."""
     parameters = [
         inspect.Parameter(
             argument.name,
@@ -85,7 +85,7 @@ def signature_of(schema: torch._C.FunctionSchema) -> inspect.Signature:
 
 
 def _in_order(arguments, args: tuple, kwargs: dict) -> list:
-    """Return the values of a call in the schema's order; torch leaves out what equals a default."""
+    """Return the arguments of a call in the schema's order; torch omits those that equal a default."""
     rest = arguments[len(args) :]
     return [*args, *(kwargs[left.name] if left.name in kwargs else left.default_value for left in rest)]
 

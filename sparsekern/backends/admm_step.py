@@ -1,3 +1,5 @@
+"""`admm_step_` on a CUDA device: a Triton pass, the selection by another op, and a second Triton pass."""
+
 from __future__ import annotations
 
 import torch
@@ -20,12 +22,12 @@ def _triton(
     from ..triton_kernels import admm_step
 
     state = offset, dual, mask
-    dense = [tensor.contiguous() for tensor in state]
+    dense = offset.contiguous(), dual.contiguous(), mask.contiguous()
     weight = weight.contiguous()
     found = admm_step.magnitudes_of(dense[0], dense[1], weight)
     if values_are_checked(weight) and int(found.suspect):
         raise BadValues("offset, dual, weight: expected finite values")
-    with value_checks(False):  # a NaN would have been found
+    with value_checks(False):  # a NaN has been ruled out above
         if n:
             kept = torch.ops.sparsekern.nm_mask(found.values, n, m)
         else:

@@ -1,3 +1,5 @@
+"""`bitmask_linear` on a CUDA device: the Triton kernels, and the check of a packed weight at its first product."""
+
 from __future__ import annotations
 
 import weakref
@@ -10,8 +12,8 @@ from .devices import Support, can_place_columns
 from .table import Implementation
 from .values import raise_if, values_are_checked
 
-# To look at what the packed tensors hold is to wait for the device, which must not happen for every token. So the first product of a
-# weight does: by `starts`, what else it was found sound with. Should they be overwritten, a kernel still stays inside their memory.
+# Checking the packed tensors waits for the device, which must not happen for every token. Only the first product of a weight is checked.
+# Keyed by `starts`: the other tensors with which it was found consistent. If they are overwritten later, kernels still stay inside them.
 _sound: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -32,7 +34,7 @@ def _triton(
         y = kernels.product(x, weight, bias, status)
     else:
         y = linear(x, kernels.unpacked(weight, x.shape[-1], status), bias)
-    if check:
+    if status is not None:
         raise_if(status)
         _sound[starts] = len(values), weakref.ref(bitmask), weakref.ref(order)
     return y

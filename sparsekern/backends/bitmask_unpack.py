@@ -1,3 +1,5 @@
+"""`bitmask_unpack` on a CUDA device: the check of the packed tensors, and the Triton kernel."""
+
 from __future__ import annotations
 
 import torch

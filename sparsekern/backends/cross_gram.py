@@ -1,3 +1,5 @@
+"""`cross_gram_` on a CUDA device: the Triton kernel, and the check of its result for NaN and Inf."""
+
 from __future__ import annotations
 
 import torch
@@ -12,7 +14,7 @@ def _triton(
     from ..triton_kernels.cross_gram import cross_gram_
 
     cross_gram_(cross, x, y, row_mask=row_mask, alpha=alpha)
-    # A NaN or Inf in a feature makes its whole row or column of the result one too.
+    # A NaN or Inf in a feature spreads to its whole row or column of the result.
     if values_are_checked(cross) and not (cross[:, :1].isfinite().all() & cross[:1].isfinite().all()):
         refuse_not_finite(x, row_mask)
         refuse_not_finite(y, row_mask)

@@ -1,3 +1,5 @@
+"""`cusparselt_linear` through the C++ library, which caches plans, instead of through torch."""
+
 from __future__ import annotations
 
 import functools
@@ -7,11 +9,11 @@ import torch
 from .devices import Support
 from .table import Implementation, availability
 
-LIBRARY = "libcusparseLt.so.0"  # as a CUDA build of torch has loaded it
+LIBRARY = "libcusparseLt.so.0"  # the name under which a CUDA build of torch loads it
 
 
 def library() -> Support:
-    """Whether cuSPARSELt itself can be called, past torch."""
+    """Return whether cuSPARSELt can be called directly instead of through torch."""
     available = availability("cuda")
     return _open(LIBRARY) if available.ok else available
 
@@ -29,8 +31,8 @@ def _supports(x, compressed, out_features, bias=None) -> Support:
     return library()
 
 
-def _cuda(x, compressed, out_features, bias=None) -> torch.Tensor:
-    """With plans that are kept."""
+def _cuda(x: torch.Tensor, compressed: torch.Tensor, out_features: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Run the op with cached plans."""
     search = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     return torch.ops.sparsekern_cuda.cusparselt_linear(x, compressed, out_features, bias, search)
 

@@ -1,4 +1,4 @@
-"""What can run on a device, and the reason where something cannot."""
+"""Capabilities of devices, with the reason if something cannot run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-MOST_COLUMNS = 2**26  # of packed rows, so that 32 bits hold a place in 16 of them
+MOST_COLUMNS = 2**26  # columns of packed rows, so that a position in 16 rows fits 32 bits
 
 
 class Support(NamedTuple):
-    """Whether something can run, and the reason if not."""
+    """The answer to whether something can run.
+
+    Attributes:
+        ok: it can run.
+        reason: why not; empty if it can.
+    """
 
     ok: bool
     reason: str = ""
@@ -20,7 +25,7 @@ YES = Support(True)
 
 
 def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
-    """Return whether a CUDA device has compute capability `least`; a CPU, where only tests run kernels, has every one."""
+    """Return whether a device has compute capability `least`; a CPU, where only tests run kernels, has all capabilities."""
     if device.type != "cuda":
         return YES
     found = torch.cuda.get_device_capability(device)
@@ -30,7 +35,7 @@ def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
 
 
 def can_place_columns(name: str, columns: int) -> Support:
-    """Return whether a kernel can number the places of packed rows of `columns` columns, which are those of the argument `name`."""
+    """Return whether a kernel can index packed rows of `columns` columns; the reason calls them by the argument `name`."""
     if columns <= MOST_COLUMNS:
         return YES
     return Support(False, f"{name} has {columns} input features, more than {MOST_COLUMNS}")

@@ -1,3 +1,5 @@
+"""`gram_` on a CUDA device: the Triton kernel, and the check of the diagonal for NaN and Inf."""
+
 from __future__ import annotations
 
 import torch
@@ -10,7 +12,7 @@ def _triton(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | Non
     from ..triton_kernels.gram import gram_
 
     gram_(gram, x, row_mask=row_mask, alpha=alpha)
-    # A NaN or Inf in a feature makes its diagonal element one too, so that `x` need only be read again where something is wrong.
+    # A NaN or Inf in a feature makes its diagonal element not finite, so that `x` is read again only in case of an error.
     if values_are_checked(gram) and not gram.diagonal().isfinite().all():
         refuse_not_finite(x, row_mask)
 

@@ -1,6 +1,6 @@
-"""Loads the compiled libraries. Where one is missing or does not load, the references run, and the reason is kept.
+"""Loading of the compiled libraries. If one is missing or does not load, the references run, and the reason is recorded.
 
-`SPARSEKERN_CPU_ISA=reference`, read when sparsekern is imported, leaves the CPU kernels out: every op runs its reference on CPU tensors.
+`SPARSEKERN_CPU_ISA=reference`, read when sparsekern is imported, disables the CPU kernels: every op runs its reference on CPU tensors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 
 @dataclass(frozen=True)
 class Library:
-    """What became of a compiled library.
+    """The state of a compiled library.
 
     Attributes:
-        name: of the module.
-        loaded: its kernels are registered.
-        reason: why not; empty where it is loaded.
-        wanted: nobody asked to leave it out.
+        name: name of the module.
+        loaded: whether its kernels are registered.
+        reason: why they are not; empty if loaded.
+        wanted: False if the user disabled the library.
     """
 
     name: str
@@ -37,19 +37,19 @@ ISA = "SPARSEKERN_CPU_ISA"
 WITHOUT = "reference"
 
 
-INTERFACE = b"sparsekern-interface:2\0"  # of csrc/common/interface.h
+INTERFACE = b"sparsekern-interface:2\0"  # the marker of csrc/common/interface.h
 
 LIBRARIES: dict[str, Library] = {}
 
 
 def load() -> None:
-    """Load what this process can use, or keep the reason why not."""
+    """Load the libraries that this process can use, and record for the others why not."""
     if os.environ.get(ISA) == WITHOUT:
         LIBRARIES["_C"] = Library("_C", False, f"left out by {ISA}={WITHOUT}", wanted=False)
     else:
         _load("_C")
     if torch.version.cuda is None:
-        # Its symbols are those of a CUDA torch: beside a CPU torch it cannot be loaded, and must not be tried.
+        # It needs the symbols of a CUDA torch: with a CPU torch it cannot be loaded, and must not be tried.
         LIBRARIES["_C_cuda"] = Library("_C_cuda", False, "this torch is built without CUDA")
     else:
         _load("_C_cuda")
@@ -68,7 +68,7 @@ def _load(name: str) -> None:
 
 
 def _stale(name: str) -> str:
-    """Return why a library must not be loaded: it was built from sources whose ops take other arguments. Empty: it may be."""
+    """Return why a library must not be loaded, or an empty string: its ops may take other arguments, if built from other sources."""
     found = importlib.util.find_spec(f"sparsekern.{name}")
     if found is None or found.origin is None or not found.origin.endswith(tuple(EXTENSION_SUFFIXES)):
         return ""
@@ -76,7 +76,7 @@ def _stale(name: str) -> str:
 
 
 def has_interface(library: Path) -> bool:
-    """Whether the ops of a library take the arguments of today's schemas, told without loading it."""
+    """Return whether the ops of a library match the current schemas, without loading it."""
     if library.stat().st_size == 0:
         return False
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -84,7 +84,7 @@ def has_interface(library: Path) -> bool:
 
 
 def check_isa() -> None:
-    """Raise `ValueError` if `SPARSEKERN_CPU_ISA` names no instruction set, or one that this CPU lacks: before the first op does."""
+    """Raise `ValueError` if `SPARSEKERN_CPU_ISA` names no instruction set, or one that this CPU lacks; otherwise the first op would."""
     if not LIBRARIES["_C"].loaded:
         return
     if os.environ.get(ISA) == WITHOUT:

@@ -1,6 +1,8 @@
-"""`masked_lstsq` on a CUDA device: the loop of the conjugate gradients, a product and a kernel an iteration."""
+"""`masked_lstsq` on a CUDA device: the loop of conjugate gradients, one product and one kernel per iteration."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,9 +11,12 @@ from .products import add_product, full_float32
 from .table import Implementation
 from .values import LeftToReference, raise_if
 
+if TYPE_CHECKING:
+    from ..triton_kernels.masked_lstsq import Rows
 
-class OnItsWay:
-    """A number that the device will have come to when it has done what it has been given so far."""
+
+class AsyncScalar:
+    """A device scalar, copied to pinned memory asynchronously after the work enqueued so far."""
 
     def __init__(self, number: torch.Tensor) -> None:
         pinned = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=number.is_cuda)
@@ -21,6 +26,7 @@ class OnItsWay:
             self._event.record(torch.cuda.current_stream(number.device))
 
     def value(self) -> int:
+        """Wait for the copy and return the number."""
         if self._event is not None:
             self._event.synchronize()
         return int(self._copy)
@@ -51,14 +57,17 @@ def _triton(
     return new_weight, rows.error.clamp(min=0), (rows.gamma > 0).sum()
 
 
-def _iterate(rows, tolerance: float, max_iterations: int) -> None:
-    """Until no row is active. The host looks one iteration behind, when the device has the next already: it never waits for the
-    host, and one product at the most is in vain, in an iteration that changes nothing."""
+def _iterate(rows: Rows, tolerance: float, max_iterations: int) -> None:
+    """Iterate until no row is active.
+
+    The host checks the previous iteration once the next one is enqueued, so that the device never waits for it. At most one extra
+    iteration runs, and changes nothing.
+    """
     latest = None
     for iteration in range(1, max_iterations + 1):
         add_product(rows.product, rows.direction, rows.unit, begins=True)
         rows.step_(tolerance, iteration)
-        before, latest = latest, OnItsWay(rows.latest)
+        before, latest = latest, AsyncScalar(rows.latest)
         if before is not None and before.value() < iteration - 1:
             return
 

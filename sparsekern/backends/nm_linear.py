@@ -1,3 +1,5 @@
+"""`nm_linear` on a CUDA device: the Triton kernel for few tokens, a dense product for many."""
+
 from __future__ import annotations
 
 import torch

@@ -1,10 +1,10 @@
-"""`obs_sweep` on a CUDA device: the loop over blocks of columns. What is done inside a block is for kernels, one launch each.
+"""`obs_sweep` on a CUDA device: the loop over blocks of columns. Kernels do the work inside a block, in one launch each.
 
-With `delta = weight - new_weight`, a block that begins at column `a` needs `delta[:, :a] @ factor[:a, block]` when it is reached, and
-nothing else of the columns before it. Taken block by block that product is long and thin: 128 columns of results have tiles for a
-quarter of the multiprocessors. So it is taken by halves: as soon as the left half of a range of columns is done, what all of it adds to
-all of the right half is one product. Each block still waits for one product and its kernel, but three quarters of the arithmetic is
-in products 1024 columns wide and more. What is pending stands in `delta` itself, in the columns that will overwrite it.
+With `delta = weight - new_weight`, a block that begins at column `a` needs `delta[:, :a] @ factor[:a, block]`, and nothing else of the
+columns before it. Computed block by block, that product is long and thin: 128 columns of results have tiles for only a quarter of the
+multiprocessors. It is therefore computed by halves. As soon as the left half of a range of columns is finished, one product adds its effect
+on the whole right half. Each block still waits for one product and its kernel, but three quarters of the arithmetic is in products at least
+1024 columns wide. Pending sums are stored in `delta` itself, in the columns that will overwrite them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ from .products import add_product, full_float32
 from .table import Implementation
 from .values import raise_if, value_checks, values_are_checked
 
-LAUNCH_COLUMNS = 128  # the most of one launch
+LAUNCH_COLUMNS = 128  # most columns of one launch
 MAX_GROUP = 64
-ALIGNMENT = 4  # of columns, for the CUDA C++ kernels
+ALIGNMENT = 4  # columns; blocks of the CUDA C++ kernels begin at multiples of it
 
 
 class Block(NamedTuple):
-    """Columns `[begin, end)` of the weight, which the sweep has at `[first, last)`; up to `border`, where the next begins, is padding."""
+    """Columns of a block: `[begin, end)` of the weight, stored at `[first, last)` of the sweep's matrices.
+
+    Attributes:
+        begin: first column in the weight.
+        end: end of the columns in the weight, exclusive.
+        first: first column in the sweep's matrices.
+        last: end of the columns in the sweep's matrices, exclusive.
+        border: end of the padding, where the next block begins.
+    """
 
     begin: int
     end: int
@@ -38,7 +46,7 @@ class Block(NamedTuple):
 
 
 def block_size_for(m: int, block_size: int, competing: bool) -> int:
-    """Columns of a block: the caller's where they compete with one another, else as many whole groups of `m` as a launch takes."""
+    """Return the columns of a block: the caller's size if columns compete, else the whole groups of `m` that fit in a launch."""
     if competing:
         return block_size
     aligned = math.lcm(m or 1, ALIGNMENT)
@@ -46,7 +54,7 @@ def block_size_for(m: int, block_size: int, competing: bool) -> int:
 
 
 def column_blocks(columns: int, size: int, alignment: int) -> list[Block]:
-    """Blocks of `size` columns, each beginning at a multiple of `alignment` columns of the sweep's matrices."""
+    """Return blocks of `size` columns, each beginning at a multiple of `alignment` columns of the sweep's matrices."""
     blocks, first = [], 0
     for begin in range(0, columns, size):
         end = min(begin + size, columns)
@@ -57,8 +65,11 @@ def column_blocks(columns: int, size: int, alignment: int) -> list[Block]:
 
 
 def by_halves(count: int, run: Callable[[int], None], update: Callable[[int, int, int], None]) -> None:
-    """`run(i)` for each `i` in order, and between them `update(first, middle, last)`: from `[first, middle)`, all of which has run, to
-    `[middle, last)`, none of which has. Each pair is updated once, in `count - 1` updates, one before each `run` but the first."""
+    """Call `run(i)` for each `i` in order, with updates in between.
+
+    `update(first, middle, last)` is called when all of `[first, middle)` has run and none of `[middle, last)` has. Each pair is updated
+    once, in `count - 1` updates, one before each `run` except the first.
+    """
 
     def part(first: int, last: int) -> None:
         if last - first == 1:
@@ -73,23 +84,34 @@ def by_halves(count: int, run: Callable[[int], None], update: Callable[[int, int
 
 @dataclass(frozen=True)
 class Sweep:
-    """The tensors of one sweep: `[rows, columns]` with the columns where `blocks` say, contiguous and at multiples of 16 bytes."""
+    """The tensors of one sweep, contiguous and aligned to 16 bytes. Columns are where `blocks` say.
+
+    Attributes:
+        blocks: the blocks of columns.
+        weight: `[rows, columns]`.
+        factor: `[columns, columns]` float32; padding is dead features.
+        mask: `[rows, columns]` bool, given or found block by block.
+        delta: `[rows, columns]` float32, `weight - new_weight`; pending sums in later columns.
+        new_weight: `[rows, columns]` in the dtype of `weight`.
+        row_error: `[rows]` float32.
+        status: int32 scalar on the device.
+    """
 
     blocks: list[Block]
     weight: torch.Tensor
-    factor: torch.Tensor  # [columns, columns]; padding is dead features
-    mask: torch.Tensor  # given, or found block by block
-    delta: torch.Tensor  # float32; of columns to come, what is pending
+    factor: torch.Tensor
+    mask: torch.Tensor
+    delta: torch.Tensor
     new_weight: torch.Tensor
-    row_error: torch.Tensor  # [rows] float32
-    status: torch.Tensor  # int32
+    row_error: torch.Tensor
+    status: torch.Tensor
 
 
 class Kernels(Protocol):
-    """What a library of kernels does to a sweep: one launch for at most `LAUNCH_COLUMNS` columns `[first, last)` of a block."""
+    """The kernels of a sweep: each call is one launch for at most `LAUNCH_COLUMNS` columns `[first, last)` of a block."""
 
     def check_values(self) -> None:
-        """Set the status if the factor is not finite anywhere. (The weight is looked at by the other functions.)"""
+        """Set the status if the factor has a NaN or Inf. The other functions may check the weight."""
 
     def prune(self, first: int, last: int, n: int, m: int) -> None:
         """Prune to the mask of the sweep, or with `m` to N of every M columns."""
@@ -98,12 +120,14 @@ class Kernels(Protocol):
         """Keep the best `kept` weights of each row (scope "row") or of all rows (scope "block"); False if that takes more launches."""
 
     def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
-        """What removing each weight would cost if nothing from column `origin` on is pruned. `delta` and `scores` begin with that
-        column; `delta` goes from what is pending to the change of each weight."""
+        """Store the cost of removing each weight if nothing from column `origin` on is pruned.
+
+        `delta` and `scores` begin with column `origin`. `delta` holds the pending sums on entry and the change of each weight on return.
+        """
 
 
 def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, mask):
-    """`obs_sweep` with `make_kernels(sweep)`; the other arguments and the results are those of the reference."""
+    """Run `obs_sweep` with `make_kernels(sweep)`; the other arguments and the results are those of the reference."""
     rows, columns = weight.shape
     if mask is not None:
         n = m = 0
@@ -132,12 +156,12 @@ def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, ma
 
 
 def _product(delta: torch.Tensor, factor: torch.Tensor, borders: list[int], fresh: bool) -> Callable[[int, int, int], None]:
-    """The `update` of `by_halves` for tiles that begin and end at `borders` of the factor; `delta` begins with the first of them."""
+    """Return the `update` of `by_halves` for tiles between `borders` of the factor; `delta` begins with the first border."""
     origin = borders[0]
 
     def update(first: int, middle: int, last: int) -> None:
         a, b, c = borders[first], borders[middle], borders[last]
-        # Where nothing is pending yet, updates from the first tile on are the first to reach their columns.
+        # If nothing is pending yet, updates from the first tile on are the first to write their columns.
         begins = fresh and first == 0
         add_product(delta[:, b - origin : c - origin], delta[:, a - origin : b - origin], factor[a:b, b:c], begins)
 
@@ -145,7 +169,7 @@ def _product(delta: torch.Tensor, factor: torch.Tensor, borders: list[int], fres
 
 
 def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, sparsity: float) -> None:
-    """A block of any width, of which the best weights of `together` rows are kept: all, or each row by itself."""
+    """Prune a block of any width to its best weights, selected among `together` rows: all rows, or each row separately."""
     # Counting the pruned weights up to each border makes the total exact whatever the block size.
     pruned = pruned_count(together * block.end, sparsity) - pruned_count(together * block.begin, sparsity)
     kept, scope = together * (block.end - block.begin) - pruned, "row" if together == 1 else "block"
@@ -170,18 +194,18 @@ def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, spa
 
 
 def _best_of_matrix(weight: torch.Tensor, factor: torch.Tensor, kept: int) -> torch.Tensor:
-    """Chosen from the starting weights."""
+    """Return the mask of the best weights of the whole matrix, chosen from the initial weights."""
     diagonal = factor.diagonal()
     return _keep_best(weight.abs() * torch.where(torch.signbit(diagonal), 0.0, diagonal), kept, "matrix")
 
 
 def _keep_best(scores: torch.Tensor, kept: int, scope: str) -> torch.Tensor:
-    with value_checks(False):  # a NaN comes from one in the weight or the factor, for which there is the status
+    with value_checks(False):  # a NaN comes from the weight or the factor, which the status reports
         return torch.ops.sparsekern.topk_mask(scores, kept, scope=scope)
 
 
 def _positions(blocks: list[Block], device: torch.device) -> torch.Tensor | None:
-    """Where the sweep has the columns of the weight; None where it has them as they are."""
+    """Return the column in the sweep of each column of the weight; None if they are the same."""
     if not blocks or blocks[-1].border == blocks[-1].end:
         return None
     return torch.cat([torch.arange(block.first, block.last, device=device) for block in blocks])
@@ -225,9 +249,9 @@ def _results(state: Sweep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 class CudaKernels:
-    """csrc/cuda/obs_sweep.cu."""
+    """The kernels of csrc/cuda/obs_sweep.cu; see `Kernels`."""
 
-    CALLS = 64  # of prune_best, that one clearing of the workspace serves
+    CALLS = 64  # calls of `prune_best` per clearing of the workspace
 
     def __init__(self, state: Sweep) -> None:
         self._ops = torch.ops.sparsekern_cuda
@@ -277,8 +301,10 @@ MAX_WARPS = 8
 
 
 def warps_for(rows: int, processors: int) -> int:
-    """Warps of a thread block. Each block reads a whole triangle of the factor, so blocks are large, but not so large that half of
-    the multiprocessors have none."""
+    """Return the warps of a thread block.
+
+    Each block reads a whole triangle of the factor. Blocks are therefore large, unless half of the multiprocessors would have none.
+    """
     warps = MAX_WARPS
     while warps > 1 and 2 * -(-rows // (ROWS_PER_WARP * warps)) <= processors:
         warps //= 2

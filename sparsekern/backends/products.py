@@ -1,4 +1,4 @@
-"""Products in full float32 on a CUDA device, for the implementations whose loop runs on the host."""
+"""Products in full float32 on a CUDA device, for implementations whose loop runs on the host."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-TENSOR_CORES_FROM = math.inf  # multiply-adds of a product; not measured, so cuBLAS takes every product
+TENSOR_CORES_FROM = math.inf  # multiply-adds of a product; not measured, so that cuBLAS computes every product
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep TF32 out of float32 products inside the `with` block, whatever the user allows outside."""
+    """Disable TF32 in float32 products inside the `with` block, whatever the user allows outside."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -24,7 +24,7 @@ def full_float32() -> Iterator[None]:
 
 
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, begins: bool) -> None:
-    """Add `left @ right` to `out` with the error of float32; `out` counts as zeros if the sum `begins` here."""
+    """Add `left @ right` to `out` with the error of float32; with `begins`, `out` is treated as zeros."""
     if product_for(len(left), *right.shape) == "cublas":
         out.addmm_(left, right, beta=0.0 if begins else 1.0)
         return
@@ -36,5 +36,5 @@ def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, begi
 
 
 def product_for(rows: int, depth: int, columns: int) -> str:
-    """Return `"triton"` (tensor cores, three passes) for a product large enough to repay it, else `"cublas"` (plain float32 units)."""
+    """Return `"triton"` (tensor cores, three passes) if it is faster for a product of this size, else `"cublas"` (plain float32)."""
     return "triton" if rows * depth * columns >= TENSOR_CORES_FROM else "cublas"

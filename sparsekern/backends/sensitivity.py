@@ -1,3 +1,5 @@
+"""`sensitivity_` on a CUDA device: the Triton kernels, and the check of the outputs for NaN and Inf."""
+
 from __future__ import annotations
 
 import torch
@@ -15,7 +17,7 @@ def _triton(importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *, 
     refused, suspect = status.tolist()
     if refused:
         raise BadValues("weight, x: expected finite values")
-    if suspect:  # outputs that overflow, or sums that do, which is no error
+    if suspect:  # an output overflowed, or a sum did, which is no error
         for part in sensitivity.outputs_of(weight.detach(), x.detach()):
             refuse_not_finite(part.values, None if row_mask is None else row_mask[part.tokens])
 

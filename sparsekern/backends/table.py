@@ -38,8 +38,8 @@ class Implementation:
     Attributes:
         name: the backend, `"cuda"` (C++, in `_C_cuda`) or `"triton"`.
         run: takes the arguments of the op's schema, in its order and with its defaults.
-        supports: says whether `run` can serve a call; it names the arguments that it looks at and takes the rest. The compute
-            capability that the backend needs is looked at before.
+        supports: returns whether `run` can serve a call, given its arguments. The compute capability that the backend needs is
+            checked before.
     """
 
     name: str
@@ -58,14 +58,14 @@ def _triton_package() -> Support:
     return YES if found else Support(False, "triton is not installed")
 
 
-LEAST_CAPABILITY = {"triton": (8, 0)}  # that all kernels of a backend need
+LEAST_CAPABILITY = {"triton": (8, 0)}  # needed by all kernels of a backend
 logger = logging.getLogger("sparsekern")
 
 AVAILABILITY: dict[str, Callable[[], Support]] = {"cuda": _cuda_library, "triton": _triton_package}
 
 
 def availability(backend: str) -> Support:
-    """Whether the backend can run at all in this process, whatever the op."""
+    """Return whether the backend can run in this process at all, whatever the op."""
     return AVAILABILITY[backend]()
 
 
@@ -98,19 +98,22 @@ def add_op(op: str, reference: Callable, native: bool) -> None:
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _asked: ContextVar[Mapping[str, str]] = ContextVar("sparsekern_backends", default=_NOTHING)
-DEVICES = {CPU: {"cpu"}, "cuda": {"cuda"}, "triton": {"cuda"}}  # that the implementations of a backend run on
+DEVICES = {CPU: {"cpu"}, "cuda": {"cuda"}, "triton": {"cuda"}}  # types of device that a backend runs on
 
 
 @contextmanager
 def use(**backends: str) -> Iterator[None]:
-    """Ask for implementations by name inside a `with` block: `use(obs_sweep="triton", gram_="reference")`.
+    """Request implementations by name inside a `with` block: `use(obs_sweep="triton", gram_="reference")`.
 
-    What is asked for runs, or the call raises: `"cpu"` runs on CPU tensors only, `"cuda"` and `"triton"` on CUDA tensors only. It
-    holds for the thread that enters the block. There every torch operation goes through Python once more while the block is active,
-    since compiled kernels for CPU tensors are otherwise called without asking anyone.
+    The requested implementation runs, or the call raises. `"cpu"` runs on CPU tensors only, `"cuda"` and `"triton"` on CUDA tensors only.
+    The request applies to the thread that enters the block. While the block is active, every torch operation of that thread goes through
+    Python once more; compiled kernels for CPU tensors are otherwise called directly.
+
+    Args:
+        **backends: the implementation for each op: `"cpu"`, `"cuda"`, `"triton"` or `"reference"`.
 
     Raises:
-        ValueError: an op without that implementation. (That it is missing here, or does not support a call, is an error of the call.)
+        ValueError: an op has no such implementation. A call raises if the implementation is unavailable or does not support it.
     """
     for op, backend in backends.items():
         _check_name("use", op, backend)
@@ -120,7 +123,7 @@ def use(**backends: str) -> Iterator[None]:
 
 @contextmanager
 def asked(backends: Mapping[str, str]) -> Iterator[None]:
-    """Ask as `use` does, but for calls on CUDA tensors only, which then cost nothing more."""
+    """Request implementations as `use` does, but only for calls on CUDA tensors, at no cost per operation."""
     token = _asked.set({**_asked.get(), **backends})
     try:
         yield
@@ -129,7 +132,7 @@ def asked(backends: Mapping[str, str]) -> Iterator[None]:
 
 
 class _OnCpu(TorchDispatchMode):
-    """Brings calls on CPU tensors to what `use` asks for."""
+    """A dispatch mode that routes calls on CPU tensors to the implementations requested by `use`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -139,22 +142,22 @@ class _OnCpu(TorchDispatchMode):
         run = chosen_on_cpu(op)
         if run is None:
             return func(*args, **kwargs)
-        with self:  # for the ops that a reference calls
+        with self:  # also for ops called by a reference
             return run(*args, **kwargs)
 
 
 def _is_plain_cpu(args: tuple, kwargs: dict) -> bool:
-    """Whether the tensors of a call hold values on a CPU; traced ones are subclasses."""
+    """Return whether all tensors of a call hold values on a CPU; traced tensors are subclasses."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     return all(type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu" for value in tensors)
 
 
 def chosen_on_cpu(op: str) -> Callable | None:
-    """Return what was asked for to run a call of `op` on CPU tensors; None: what runs anyway.
+    """Return the requested implementation of `op` for CPU tensors, or None for the default one.
 
     Raises:
-        RuntimeError: the compiled kernels were asked for and are not there.
-        ValueError: an implementation for other devices was asked for.
+        RuntimeError: the compiled kernels are requested but not loaded.
+        ValueError: an implementation for other devices is requested.
     """
     backend = _asked_for(op)
     if backend is None:
@@ -169,20 +172,20 @@ def chosen_on_cpu(op: str) -> Callable | None:
 
 
 def serve_environment() -> None:
-    """Make what `SPARSEKERN_BACKENDS` asks for now run on CPU tensors too. To be called once, when the kernels are loaded.
+    """Apply the current value of `SPARSEKERN_BACKENDS` to CPU tensors; called once, when the kernels are loaded.
 
     Raises:
-        ValueError: the variable does not make sense.
+        ValueError: the variable is malformed.
     """
     for op, backend in _from_environment(os.environ.get(VARIABLE, "")).items():
         if op in _ops and backend != CPU and _ops[op].native:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's, that one kernel takes the place of another: that is what is wanted
+                warnings.simplefilter("ignore")  # torch's warning that one kernel replaces another, which is intended
                 torch.library.register_kernel(f"sparsekern::{op}", "cpu")(last_resort(op))
 
 
 def last_resort(op: str) -> Callable:
-    """Return the kernel for every device that has no other: the reference, where none that runs there was asked for."""
+    """Return the kernel for devices without one of their own: the reference, unless another implementation is requested."""
     reference, native = _ops[op]
 
     def run(*args, **kwargs):
@@ -201,18 +204,18 @@ _said: set[tuple[str, str]] = set()
 
 
 def say_that_the_reference_runs(op: str, where: str, reason: str) -> None:
-    """Log a warning, once for an op and a reason, that a faster implementation was to be expected."""
+    """Log a warning, once per op and reason, that the reference runs although a faster implementation was expected."""
     if (op, reason) not in _said:
         _said.add((op, reason))
         logger.warning("%s: the PyTorch reference runs for %s: %s", op, where, reason)
 
 
 def choose(op: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
-    """Return what is to run a call of `op` on a CUDA device.
+    """Return the implementation that runs a call of `op` on a CUDA device.
 
     Raises:
-        RuntimeError: the implementation that was asked for is not available.
-        ValueError: it does not support these arguments, or `SPARSEKERN_BACKENDS` does not make sense.
+        RuntimeError: the requested implementation is not available.
+        ValueError: the requested implementation does not support these arguments, or `SPARSEKERN_BACKENDS` is malformed.
     """
     backend = _asked_for(op)
     if backend is not None:
@@ -230,19 +233,19 @@ def choose(op: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
 
 
 def supports(implementation: Implementation, args: tuple, kwargs: dict) -> Support:
-    """Return whether an implementation that is available can serve a call."""
+    """Return whether an available implementation can serve a call."""
     least = LEAST_CAPABILITY.get(implementation.name)
     capable = YES if least is None else has_capability(device_of_call(args, kwargs), least)
     return implementation.supports(*args, **kwargs) if capable.ok else capable
 
 
 def device_of_call(args: tuple, kwargs: dict) -> torch.device:
-    """Return the device of the first tensor of a call; the ops' own checks want all on one."""
+    """Return the device of the first tensor of a call; the ops' checks ensure that all tensors are on it."""
     return next((value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), torch.device("cpu"))
 
 
 def preferred(op: str) -> str:
-    """The implementation that a call of `op` on a CUDA device gets if that supports its arguments."""
+    """Return the name of the implementation that runs `op` on CUDA devices if it supports the arguments."""
     asked = _asked_for(op)
     if asked is not None:
         return asked
@@ -291,7 +294,7 @@ def _check_name(where: str, op: str, backend: str) -> None:
 
 
 def dispatcher(op: str, reference: Callable) -> Callable:
-    """What torch's dispatcher calls for `op` on a CUDA device."""
+    """Return the function that torch's dispatcher calls for `op` on a CUDA device."""
 
     def run(*args, **kwargs):
         try:
@@ -299,7 +302,7 @@ def dispatcher(op: str, reference: Callable) -> Callable:
         except LeftToReference:
             return reference(*args, **kwargs)
         except BadValues:
-            reference(*args, **kwargs)  # whose own checks raise the error that names the place
+            reference(*args, **kwargs)  # its own checks raise the error that names the place
             raise
 
     return run

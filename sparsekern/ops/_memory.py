@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -47,9 +48,13 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _has_memory(value: object) -> bool:
-    plain = type(value) in (torch.Tensor, torch.nn.Parameter)  # traced tensors are subclasses
-    return plain and value.layout == torch.strided and not value.is_meta and value.numel() > 0
+def _has_memory(value: object) -> TypeGuard[torch.Tensor]:
+    if not isinstance(value, torch.Tensor) or type(value) not in (
+        torch.Tensor,
+        torch.nn.Parameter,
+    ):  # traced tensors are subclasses
+        return False
+    return value.layout == torch.strided and not value.is_meta and value.numel() > 0
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -61,10 +61,8 @@ def admm_step_(
     Source: Meng et al., ALPS, 2024, equations 4 and 6, with the dual scaled by the penalty.
     """
     check_tensor("weight", weight, ndim=2, dtypes=(torch.float32,))
-    same = {"ndim": 2, "shape": tuple(weight.shape), "device": weight.device}
-    check_tensor("offset", offset, dtypes=(torch.float32,), **same)
-    check_tensor("dual", dual, dtypes=(torch.float32,), **same)
-    check_tensor("mask", mask, dtypes=(torch.bool,), **same)
+    for name, value, dtype in (("offset", offset, torch.float32), ("dual", dual, torch.float32), ("mask", mask, torch.bool)):
+        check_tensor(name, value, ndim=2, dtypes=(dtype,), shape=tuple(weight.shape), device=weight.device)
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     pattern = parse_pattern(pattern)

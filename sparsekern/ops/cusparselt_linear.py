@@ -79,7 +79,8 @@ def _algorithm_for(dense, compressed, out_features, bias) -> Algorithm:
         if torch.cuda.is_current_stream_capturing():  # the search waits for the device
             return Algorithm()
         # Search on a copy: every available algorithm runs, and the library does not promise to leave its operands unchanged.
-        found = torch._C._cusparselt.mm_search(compressed.clone(), dense, bias, None, None, True)
+        search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]  # torch's stubs lack it
+        found = search(compressed.clone(), dense, bias, None, None, True)
         _algorithms[key] = Algorithm(*found[:3])
     return _algorithms[key]
 

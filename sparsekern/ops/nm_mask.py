@@ -29,11 +29,11 @@ def nm_mask(scores: torch.Tensor, pattern: str | NM = "2:4") -> torch.Tensor:
         ValueError: a wrong shape; a pattern that is not N:M; `in_features` not divisible by M; a NaN.
     """
     check_tensor("scores", scores, ndim=2, dtypes=HALF_OR_FLOAT)
-    pattern = parse_pattern(pattern)
-    if not isinstance(pattern, NM):
-        raise ValueError(f"pattern: expected 'N:M', got '{pattern}'; topk_mask selects without structure")
-    pattern.check_features(scores.shape[1], name="scores")
-    return _op(scores, pattern.n, pattern.m)
+    parsed = parse_pattern(pattern)
+    if not isinstance(parsed, NM):
+        raise ValueError(f"pattern: expected 'N:M', got '{parsed}'; topk_mask selects without structure")
+    parsed.check_features(scores.shape[1], name="scores")
+    return _op(scores, parsed.n, parsed.m)
 
 
 def reference(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:

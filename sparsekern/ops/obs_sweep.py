@@ -58,16 +58,16 @@ def obs_sweep(
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     check_whole("block_size", block_size, 1)
-    if (pattern is None) == (mask is None):
-        raise ValueError("pattern, mask: expected exactly one of them")
-    if mask is not None:
+    if mask is not None and pattern is None:
         check_tensor("mask", mask, ndim=2, dtypes=(torch.bool,), shape=tuple(weight.shape), device=weight.device)
         return _op(weight, factor, scope=scope, block_size=block_size, mask=mask)
-    pattern = parse_pattern(pattern)
-    pattern.check_features(weight.shape[1])
-    if isinstance(pattern, NM):
-        return _op(weight, factor, n=pattern.n, m=pattern.m, block_size=block_size)
-    return _op(weight, factor, sparsity=pattern.sparsity, scope=scope, block_size=block_size)
+    if pattern is None or mask is not None:
+        raise ValueError("pattern, mask: expected exactly one of them")
+    parsed = parse_pattern(pattern)
+    parsed.check_features(weight.shape[1])
+    if isinstance(parsed, NM):
+        return _op(weight, factor, n=parsed.n, m=parsed.m, block_size=block_size)
+    return _op(weight, factor, sparsity=parsed.sparsity, scope=scope, block_size=block_size)
 
 
 def reference(

@@ -5,7 +5,7 @@ import torch
 
 from sparsekern import backends
 from sparsekern.backends import table
-from sparsekern.backends.masked_lstsq import OnItsWay
+from sparsekern.backends.masked_lstsq import AsyncScalar
 
 ARGUMENTS = (torch.zeros(2, 8), torch.eye(8), torch.ones(2, 8, dtype=torch.bool))
 
@@ -28,6 +28,6 @@ def test_factorisations_are_the_references(monkeypatch):
 
 def test_a_number_on_its_way_is_what_it_was_when_it_left():
     number = torch.tensor(3, dtype=torch.int32)
-    sent = OnItsWay(number)
+    sent = AsyncScalar(number)
     number.fill_(4)
-    assert sent.value() == 3 and OnItsWay(number).value() == 4
+    assert sent.value() == 3 and AsyncScalar(number).value() == 4
