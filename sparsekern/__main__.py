@@ -1,4 +1,4 @@
-"""`python -m sparsekern` is the command `sparsekern`."""
+"""Entry point of `python -m sparsekern`, which is the command `sparsekern`."""
 
 import sys
 

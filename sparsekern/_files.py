@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that one call works on at a time."""
+"""Atomic writes of files, and locks of folders."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_numbers = itertools.count()  # two threads may write one path
+_numbers = itertools.count()  # distinguishes threads that write the same path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to a temporary file beside `path`, force it to disk and rename it.
 
-    A crash leaves the old file or the new one.
+    A crash leaves either the old file or the new one.
 
     Raises:
-        OSError: naming what was being written where there is no space left; `path` is unchanged then.
+        OSError: the file cannot be written. `path` is then unchanged; if no space is left, the message names the content.
     """
     replace_atomically(path, lambda temporary: temporary.write_bytes(data), f"{len(data):,} bytes")
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object], what: str = "a file") -> None:
-    """Replace `path` by what `write` puts into the file that it is given, as `write_atomically` does.
+    """Replace `path` by a file that `write` makes, as atomically as `write_atomically`.
 
     Args:
         path: the file to make or replace.
-        write: is called with a path beside `path`, which does not exist yet.
-        what: names the content in the error where there is no space left.
+        write: writes to the path that it is called with, an empty file beside `path`.
+        what: names the content in the error if no space is left.
 
     Raises:
-        OSError: as `write_atomically` does.
+        OSError: as in `write_atomically`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask, or the folder's default ACL, has it
+        mode = temporary.stat().st_mode  # set by the umask or the folder's default ACL
         write(temporary)
         temporary.chmod(mode)  # safetensors replaces the file by a private one
         sync(temporary)
@@ -46,7 +46,7 @@ def replace_atomically(path: Path, write: Callable[[Path], object], what: str = 
         sync(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"no space left while writing {what}; what was written before is intact"
+            message = f"no space left while writing {what}; earlier files are intact"
             raise OSError(error.errno, message, str(path)) from error
         raise
     finally:
@@ -66,19 +66,19 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file of that name is one that a killed `replace_atomically` (or safetensors inside it) leaves."""
+    """Return whether `name` is that of a file left by a killed `replace_atomically`, or by safetensors inside it."""
     return name.startswith(".") and (name.endswith(".tmp") or name.startswith(".tmp"))
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove the files that killed calls left in `folder`, which the caller holds the lock of."""
+    """Remove the files that killed calls left in `folder`, whose lock the caller holds."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if is_temporary(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk. Windows has no such call for folders."""
+    """Force a file or the entries of a folder to disk. Windows has no such call for folders."""
     if os.name != "posix" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -90,15 +90,15 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` within, and remove it afterwards; the system releases it where the process dies.
+    """Hold the lock file `path` inside the block, then remove it. The system releases it if the process dies.
 
     Args:
-        path: the lock file; its folder exists.
-        what: names the locked thing; the messages begin with it.
+        path: the lock file, in a folder that exists.
+        what: names the locked thing; messages begin with it.
 
     Raises:
-        ValueError: another call, in this process or another, holds it.
-        OSError: the file cannot be made.
+        ValueError: another call holds the lock, in this process or another.
+        OSError: the lock file cannot be made.
     """
     from filelock import FileLock, Timeout
 
@@ -115,12 +115,12 @@ def locked(path: Path, what: str) -> Iterator[None]:
             lock.acquire()
         except Timeout as error:
             raise ValueError(in_use) from error
-        if not _is_at(descriptor, path):  # its holder finished, and removed it, after it was opened here
+        if not _is_at(descriptor, path):  # the holder finished and removed the file after it was opened here
             raise ValueError(in_use)
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # Windows does not remove open files
                 path.unlink()
     finally:
         os.close(descriptor)
@@ -128,6 +128,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether `path` is still the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""`sparsekern.info()`: what runs here, and for everything that does not, the reason."""
+"""`sparsekern.info()`: a report of the available kernels and packages, with a reason for each missing one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import importlib
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import backends
 from ._version import __version__
 
-PACKAGES = {  # name: what it is needed for, where it is optional
+PACKAGES = {  # name: purpose of an optional package, empty for a required one
     "torch": "",
     "transformers": "",
     "safetensors": "",
@@ -30,15 +31,15 @@ TAKEN = ("cuda", "triton", backends.REFERENCE)
 
 @dataclass(frozen=True)
 class Info:
-    """What `info()` found. `str()` is the readable table, `to_dict()` the same for JSON.
+    """A report on this installation. `str()` returns a readable table, `to_dict()` the same for JSON.
 
     Attributes:
-        versions: of sparsekern, Python and the packages it can use; for an absent one, what it would be needed for.
-        cpu: the instruction sets detected and in use, and torch's threads.
-        devices: the CUDA devices that torch sees, by name and compute capability.
-        libraries: the compiled libraries and NVIDIA's for 2:4 products; `"loaded"` or the reason why not.
-        ops: for each op, each backend's state: `"yes"`, `"yes (<instruction set>)"`, or the reason why not; and which of them is
-            taken on CUDA devices for a call that it supports (`use` and `SPARSEKERN_BACKENDS` included).
+        versions: versions of sparsekern, Python and the packages it uses; for a missing one, its purpose.
+        cpu: the instruction sets detected and in use, and the number of torch's threads.
+        devices: the CUDA devices that torch sees, with name and compute capability.
+        libraries: the compiled libraries and NVIDIA's for 2:4 products: `"loaded"` or the reason why not.
+        ops: the state of each backend of each op: `"yes"`, `"yes (<instruction set>)"`, or the reason why not. The last entry names
+            the backend that CUDA devices use for a supported call, `use` and `SPARSEKERN_BACKENDS` considered.
     """
 
     versions: dict[str, str]
@@ -47,7 +48,8 @@ class Info:
     libraries: dict[str, str]
     ops: dict[str, dict[str, str]]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as nested dictionaries for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -59,9 +61,17 @@ class Info:
 
 
 def info() -> Info:
-    """Report versions, instruction sets, devices, compiled libraries, and every op with each of its backends.
+    """Report versions, instruction sets, devices, compiled libraries, and the backends of every op.
 
-    Loads transformers no more than a version look-up does, and never initialises CUDA unless this torch has it.
+    transformers is not imported, and CUDA is initialised only if this torch has it.
+
+    Returns:
+        An `Info`, whose `str()` is the table that `sparsekern info` prints.
+
+    Example:
+        >>> found = sparsekern.info()
+        >>> found.versions["sparsekern"] == sparsekern.__version__
+        True
     """
     from .backends import cusparselt_linear
     from .backends.libraries import LIBRARIES
@@ -132,7 +142,7 @@ def _has_kernel(op: str, key: str) -> bool:
 
 
 def _op_table(ops: dict[str, dict[str, str]]) -> list[str]:
-    """Reasons are the same down a column most of the time and too long for it: they become footnotes."""
+    """Return the table of ops. Reasons repeat down a column and are too long for it, so they become footnotes."""
     notes: dict[str, int] = {}
 
     def cell(state: str) -> str:

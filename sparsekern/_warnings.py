@@ -1,4 +1,4 @@
-"""The package's warnings, and the name of what they are about."""
+"""The package's warnings and their subject."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ _subject: ContextVar[str] = ContextVar("subject", default="")
 
 
 class SparsekernWarning(UserWarning):
-    """The result is valid, but was reached otherwise than asked for."""
+    """A warning about a valid result that was not reached as requested.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore", sparsekern.SparsekernWarning)
+    """
 
 
 def warn(message: str, stacklevel: int = 1) -> None:
-    """Warn of `message`, after the subject that `warnings_about` set.
+    """Warn about `message`, prefixed by the subject that `warnings_about` set.
 
     Args:
-        message: what happened.
-        stacklevel: frames between this call's function and the line to blame, as for `warnings.warn`.
+        message: the text of the warning.
+        stacklevel: number of frames up from the caller to the line that is reported, as in `warnings.warn`.
     """
     subject = _subject.get()
     warnings.warn(f"{subject}: {message}" if subject else message, SparsekernWarning, stacklevel=stacklevel + 1)
@@ -27,7 +32,7 @@ def warn(message: str, stacklevel: int = 1) -> None:
 
 @contextmanager
 def warnings_about(subject: str) -> Iterator[None]:
-    """Put `subject`, such as a linear's name, in front of this thread's warnings within."""
+    """Prefix the warnings of this thread with `subject`, such as the name of a linear, inside the block."""
     token = _subject.set(subject)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Sparsity patterns: `"N:M"` keeps N of every M consecutive inputs of a row (as the hardware has it); a float is the share of zeros."""
+"""Sparsity patterns: `"N:M"` keeps N of every M consecutive inputs of a row; a float is the share of zeros."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NM:
-    """Keep `n` of every `m` consecutive input features of each output row."""
+    """The pattern that keeps `n` of every `m` consecutive input features of each output row.
+
+    Attributes:
+        n: weights kept in a group, from 1 to `m - 1`.
+        m: weights in a group, at most 64.
+
+    Raises:
+        TypeError: `n` or `m` is not a whole number.
+        ValueError: `n` or `m` is out of range.
+
+    Example:
+        >>> pattern = sparsekern.NM(2, 4)
+        >>> str(pattern), pattern.sparsity
+        ('2:4', 0.5)
+    """
 
     n: int
     m: int
@@ -18,21 +32,23 @@ class NM:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"pattern: expected whole numbers N:M, got {field}={value!r}")
         if not 1 <= self.n < self.m:
-            raise ValueError(f"pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '{self.n}:{self.m}'")
+            raise ValueError(f"pattern: expected N:M with 1 <= N < M, which keeps N of every M weights, got '{self.n}:{self.m}'")
         if self.m > 64:
             raise ValueError(f"pattern: expected M of at most 64, got '{self.n}:{self.m}'")
 
     @property
     def sparsity(self) -> float:
+        """Share of zeros."""
         return 1.0 - self.n / self.m
 
     def guarantees(self, n: int, m: int) -> bool:
-        """Whether whatever fits this pattern fits `n:m` as well."""
+        """Return whether every weight that fits this pattern also fits `n:m`."""
         if m % self.m == 0:
             return self.n * (m // self.m) <= n
         return self.m % m == 0 and self.n <= n
 
     def check_features(self, features: int, name: str = "weight") -> None:
+        """Raise `ValueError`, naming the weight, unless `features` is divisible by `m`."""
         if features % self.m:
             raise ValueError(f"{name}: expected input features divisible by M={self.m} for pattern '{self}', got {features}")
 
@@ -42,7 +58,19 @@ class NM:
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Set the share `sparsity` of the weights to zero, anywhere."""
+    """The pattern that sets a share of the weights to zero, anywhere.
+
+    Attributes:
+        sparsity: share of zeros, at least 0 and below 1.
+
+    Raises:
+        TypeError: `sparsity` is not a number.
+        ValueError: `sparsity` is out of range.
+
+    Example:
+        >>> str(sparsekern.Unstructured(0.5))
+        '0.5'
+    """
 
     sparsity: float
 
@@ -53,7 +81,7 @@ class Unstructured:
             raise ValueError(f"pattern: expected a sparsity of at least 0 and below 1, got {self.sparsity}")
 
     def check_features(self, features: int, name: str = "weight") -> None:
-        """Any number of features can be pruned without structure."""
+        """Accept any number of features, as the counterpart of `NM.check_features`."""
 
     def __str__(self) -> str:
         return f"{self.sparsity:g}"
@@ -66,7 +94,8 @@ def parse_pattern(pattern: str | float | Pattern) -> Pattern:
     """Turn `"2:4"`, `0.5`, `"0.5"`, `"50%"` or a pattern object into a pattern object.
 
     Raises:
-        ValueError, TypeError: for anything else, naming what was expected.
+        TypeError: `pattern` is neither a text, a number nor a pattern.
+        ValueError: `pattern` is none of these, or out of range.
     """
     if isinstance(pattern, (NM, Unstructured)):
         return pattern
@@ -90,5 +119,5 @@ def _parse_text(text: str) -> Pattern:
 
 
 def pruned_count(total: int, sparsity: float) -> int:
-    """How many of `total` weights a sparsity sets to zero: the floor, forgiving the rounding of the product (0.29 * 100 is 29)."""
+    """Return the number of zeros among `total` weights: the floor of the product, corrected for rounding (0.29 * 100 is 29)."""
     return math.floor(total * sparsity + 1e-9)

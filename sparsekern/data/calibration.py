@@ -1,8 +1,8 @@
-"""Calibration and evaluation tokens: text to windows of token ids, the same for the same seed.
+"""Calibration and evaluation tokens: windows of token ids cut from a text, equal for equal seeds.
 
-A window is cut from the middle of running text. Where the tokenizer puts special tokens in front of a text, as the BOS of Llama and
-Gemma, each window begins with them, as every text does that the model was trained on. Special tokens behind a text (EOS, SEP) say that
-the text ends; a window does not have them.
+A window is cut from the middle of running text. Some tokenizers put special tokens in front of a text, such as the BOS of Llama and
+Gemma. Each window then begins with them, as every training text did. Special tokens behind a text (EOS, SEP) mark its end, so windows
+have none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,29 +19,32 @@ from ..models.limits import check_count, window_length
 from .sentences import SENTENCES, sentence_batches
 from .sources import read_documents
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 SEPARATOR = "\n\n"
-CHARACTERS_PER_TOKEN = 16  # of a source with more characters a token than this, only some documents are read
-PROBE = 64  # characters, by which the special tokens in front of a text are found
+CHARACTERS_PER_TOKEN = 16  # documents with this many characters for each wanted token are read, the others are not
+PROBE = 64  # characters of text that are tokenized to find the special tokens in front of it
 WINDOWS = 128
 Source = str | os.PathLike
 
 
-def is_source(calibration: object) -> bool:
-    """Return whether `calibration` names a text, rather than holding token ids."""
+def is_source(calibration: object) -> TypeIs[str | os.PathLike]:
+    """Return whether `calibration` names a text instead of holding token ids."""
     return isinstance(calibration, (str, os.PathLike))
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text to calibrate on, which is read once the model is known and checked.
+    """A text to calibrate on, read after the model was loaded and checked.
 
     Attributes:
         source: anything that `read_documents` takes.
-        tokenizer: a transformers tokenizer, that of the model.
-        samples: number of windows or sentences; None is 128 windows or 1024 sentences.
-        length: tokens in a window, or beyond which a sentence is cut off; None is 2048, or the model's positions where they are fewer.
-        seed: of the choice of windows or sentences.
-        sentences: read sentences, as an encoder takes them, instead of windows of running text.
+        tokenizer: the model's transformers tokenizer.
+        samples: number of windows or sentences. None is 128 windows or 1024 sentences.
+        length: tokens in a window, or the most tokens of a sentence. None is 2048, or the model's positions if they are fewer.
+        seed: seed of the choice of windows or sentences.
+        sentences: read sentences for an encoder instead of windows of running text.
     """
 
     source: Source
@@ -53,22 +56,21 @@ class CalibrationText:
 
     def __post_init__(self) -> None:
         if self.tokenizer is None:
-            raise ValueError(
-                f"tokenizer: expected the model's tokenizer, which calibration={str(self.source)!r} is read with; got None"
-            )
+            raise ValueError(f"tokenizer: expected the model's tokenizer to read calibration={str(self.source)!r} with, got None")
         check_tokenizer(self.tokenizer)
         for name, value in (("samples", self.samples), ("length", self.length)):
             if value is not None:
                 check_count(name, value)
 
     def read(self, model: nn.Module) -> torch.Tensor | list[dict[str, torch.Tensor]]:
-        """Read the samples, none of them longer than `model` has positions.
+        """Read the samples, none longer than the positions of `model`.
 
         Returns:
-            `[samples, length]` int64, or for sentences a list of batches.
+            `[samples, length]` int64, or a list of batches of sentences.
 
         Raises:
-            ValueError: `length` is above the model's positions; too little text; and what `read_documents` raises.
+            ValueError: `length` exceeds the model's positions, or the text is too short.
+            OSError: the text cannot be read; see `read_documents`.
         """
         length = window_length(model, self.length)
         if self.sentences:
@@ -87,29 +89,37 @@ def as_calibration(
     seed: int = 0,
     sentences: bool = False,
 ) -> Any:
-    """Return a `CalibrationText` for the name of a text, and other calibration data unchanged. The other arguments are the text's.
+    """Return a `CalibrationText` for the name of a text, and other calibration data unchanged.
+
+    Args:
+        calibration: a text, as `read_documents` takes it, or calibration data.
+        tokenizer: the model's tokenizer, which a text needs.
+        samples: as in `CalibrationText`; only for a text.
+        length: as in `CalibrationText`; only for a text.
+        seed: as in `CalibrationText`.
+        sentences: as in `CalibrationText`.
 
     Raises:
-        TypeError: something else than a tokenizer; `samples` or `length` is not a whole number.
-        ValueError: a text without `tokenizer`; `samples` or `length` below 1, or given without a text.
+        TypeError: `tokenizer` is not a tokenizer, or `samples` or `length` is not a whole number.
+        ValueError: a text comes without `tokenizer`, or `samples` or `length` is below 1 or given without a text.
     """
     if is_source(calibration):
         return CalibrationText(calibration, tokenizer, samples, length, seed, sentences)
     for name, value in (("samples", samples), ("length", length)):
         if value is not None:
-            raise ValueError(f"{name}: expected None, calibration is no text to be cut into samples; got {value!r}")
+            raise ValueError(f"{name}: expected None unless calibration is a text, got {value!r}")
     return calibration
 
 
 def describe_calibration(calibration: torch.Tensor | Sequence[Mapping[str, torch.Tensor]]) -> str:
-    """Return in words how much a `CalibrationText` read."""
+    """Return the amount of calibration data in words, such as `"128 x 2048 tokens"`."""
     if isinstance(calibration, torch.Tensor):
         return f"{len(calibration)} x {calibration.shape[1]} tokens"
     return f"{sum(len(batch['input_ids']) for batch in calibration)} sentences"
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise `TypeError` for what cannot be called on a text."""
+    """Raise `TypeError` unless `tokenizer` can be called on a text."""
     if not callable(tokenizer):
         raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
 
@@ -121,15 +131,15 @@ def calibration_ids(source: Source, tokenizer: Any, *, samples: int = WINDOWS, l
         source: anything that `read_documents` takes.
         tokenizer: a transformers tokenizer. Each window begins with the special tokens that it puts in front of a text, such as BOS.
         samples: number of windows.
-        length: tokens in a window.
-        seed: of a large source's documents, and of the windows.
+        length: tokens in a window, special tokens included.
+        seed: seed of the choice of documents in a large source, and of the windows.
 
     Returns:
         `[samples, length]` int64.
 
     Raises:
         TypeError: `samples` or `length` is not a whole number.
-        ValueError: fewer tokens in the source than one window needs; and what `read_documents` raises.
+        ValueError: the source has fewer tokens than one window needs, or `read_documents` refuses it.
     """
     check_count("samples", samples)
     check_count("length", length)
@@ -142,21 +152,21 @@ def calibration_ids(source: Source, tokenizer: Any, *, samples: int = WINDOWS, l
 def evaluation_ids(
     source: Source, tokenizer: Any, length: int, *, windows: int | None = None, part: str = "held-out"
 ) -> torch.Tensor:
-    """Cut `source` into consecutive windows to take the perplexity on.
+    """Cut `source` into consecutive windows for `perplexity`.
 
     Args:
         source: anything that `read_documents` takes.
         tokenizer: a transformers tokenizer. Each window begins with the special tokens that it puts in front of a text, such as BOS.
-        length: tokens in a window, with these.
-        windows: take only so many from the beginning; None takes all. A remainder shorter than a window is left out.
-        part: as for `read_documents`.
+        length: tokens in a window, special tokens included.
+        windows: number of windows from the beginning. None takes all; a remainder shorter than a window is dropped.
+        part: part of a built-in text, as `read_documents` takes it.
 
     Returns:
-        `[windows, length]` int64, for `perplexity`.
+        `[windows, length]` int64.
 
     Raises:
         TypeError: `length` or `windows` is not a whole number.
-        ValueError: fewer tokens in the source than one window needs; and what `read_documents` raises.
+        ValueError: the source has fewer tokens than one window needs, or `read_documents` refuses it.
     """
     check_count("length", length)
     if windows is not None:
@@ -168,12 +178,12 @@ def evaluation_ids(
 
 
 def encode(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
-    """Return the token ids of the documents joined by blank lines, `[tokens]` int64, without special tokens around them."""
+    """Return the token ids `[tokens]` int64 of the documents joined by blank lines, without special tokens."""
     return torch.tensor(_ids(SEPARATOR.join(documents), tokenizer, add_special_tokens=False), dtype=torch.int64)
 
 
 def special_prefix(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
-    """Return the special tokens that the tokenizer puts in front of the documents, `[tokens]` int64; none for many tokenizers."""
+    """Return the special tokens that the tokenizer puts in front of a text, `[tokens]` int64, often none."""
     text = documents[0][:PROBE]
     whole, inner = _ids(text, tokenizer, add_special_tokens=True), _ids(text, tokenizer, add_special_tokens=False)
     starts = range(len(whole) - len(inner), -1, -1)
@@ -182,12 +192,12 @@ def special_prefix(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
 
 
 def _ids(text: str, tokenizer: Any, *, add_special_tokens: bool) -> list[int]:
-    # verbose=False: no warning that the whole text is longer than the model's context; it is cut into windows.
+    # verbose=False hides the warning that the text exceeds the model's context: it is cut into windows.
     return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _inner_length(source: object, argument: str, prefix: torch.Tensor, tokens: torch.Tensor, length: int) -> int:
-    """Return how many tokens of the text a window takes, if there are so many."""
+    """Return the number of text tokens in a window; raise `ValueError` if the text has fewer."""
     inner = length - len(prefix)
     if inner < 1:
         raise ValueError(f"length: expected more than the {len(prefix)} special tokens that begin each window, got {length}")
@@ -198,25 +208,26 @@ def _inner_length(source: object, argument: str, prefix: torch.Tensor, tokens: t
 
 
 def _begun_by(prefix: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """Put the special tokens in front of each window."""
     return torch.cat([prefix.expand(len(windows), -1), windows], dim=1)
 
 
 def sample_windows(tokens: torch.Tensor, samples: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Cut `samples` windows out of `tokens`, one at a random place in each of `samples` equal stretches of the text.
+    """Cut windows out of `tokens`, one at a random place in each of `samples` equal stretches.
 
-    The whole text is covered evenly, and windows overlap only as much as a short text makes them.
+    The windows cover the whole text evenly. They overlap only if the text is short.
 
     Args:
         tokens: `[tokens]`, at least `length` of them.
         samples: number of windows.
         length: tokens in a window.
-        seed: of the places.
+        seed: seed of the random places.
 
     Returns:
         `[samples, length]`, in the order of the text.
 
     Raises:
-        ValueError: fewer than `length` tokens.
+        ValueError: there are fewer than `length` tokens.
     """
     if len(tokens) < length:
         raise ValueError(f"tokens: expected at least {length} for one window, got {len(tokens)}")
@@ -228,10 +239,10 @@ def sample_windows(tokens: torch.Tensor, samples: int, length: int, seed: int = 
 
 
 def _choose(documents: list[str], characters: int, seed: int) -> list[str]:
-    """Choose documents at random until they hold `characters`, so that a large data set is not tokenized as a whole.
+    """Choose random documents that hold `characters` together, so that a large dataset is not tokenized whole.
 
     Returns:
-        The chosen documents, in their own order.
+        The chosen documents in their original order.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, held = [], 0

@@ -1,11 +1,11 @@
-"""Perplexity over non-overlapping windows, without the logits of a whole window in memory."""
+"""Perplexity over non-overlapping windows, computed in chunks that keep the logits in memory small."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,10 @@ from tqdm import tqdm
 from ..models.limits import check_count, check_length, check_token_ids, positions, vocabulary, window_length
 from .calibration import check_tokenizer, evaluation_ids, is_source
 
-LOGIT_ROWS = 256  # 256 rows of a vocabulary of 150,000 in float32 are 150 MB
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGIT_ROWS = 256  # of logits at once: with a vocabulary of 150,000 in float32 they take 150 MB
 
 
 @torch.no_grad()
@@ -26,25 +29,34 @@ def perplexity(
     tokenizer: Any = None,
     progress: bool = False,
 ) -> float:
-    """Return the perplexity of `model` on `ids`: `exp` of the mean negative log-likelihood of each token but the first of its window.
+    """Return the perplexity of `model` on `ids`.
+
+    It is `exp` of the mean negative log-likelihood of all tokens but the first of each window.
 
     Args:
-        model: a transformers causal language model; computed in its own dtype, the likelihoods in float32.
-        ids: `[tokens]` or `[rows, tokens]` int64, or a text as `sparsekern.data.read_documents` takes it, such as `"wiki.txt"`. Each row
-            is cut into windows of its own; a remainder shorter than `length` is left out. Of a built-in text the held-out part is
-            taken. Each window of a text begins with the special tokens that the tokenizer puts in front of a text, such as BOS; in a
-            tensor the windows are taken unchanged.
-        length: tokens in a window; None is 2048, or the model's positions where they are fewer.
+        model: a transformers causal language model. It runs in its own dtype; the likelihoods are computed in float32.
+        ids: `[tokens]` or `[rows, tokens]` int64, or a text as `sparsekern.data.read_documents` takes it, such as `"wiki.txt"`. Each
+            row is cut into its own windows; a remainder shorter than `length` is dropped. A built-in text is read from its held-out
+            part. Each window of a text begins with the special tokens that the tokenizer puts in front of a text, such as BOS. The
+            windows of a tensor are taken unchanged.
+        length: tokens in a window. None is 2048, or the model's positions if they are fewer.
         tokenizer: the model's tokenizer, which a text needs.
         progress: show a progress bar.
 
     Returns:
-        A float; `inf` where the mean exceeds what `exp` can hold.
+        The perplexity, or `inf` if it exceeds the range of a float.
 
     Raises:
-        TypeError: `ids` is neither an integer tensor nor a text, or `model` no model.
-        ValueError: fewer tokens than one window; a window longer than the model's positions; ids that the model does not know; a text
-            without `tokenizer`; NaN or Inf in the model's output; and what `sparsekern.data.read_documents` raises.
+        TypeError: `ids` is neither an integer tensor nor a text, or `model` is no causal language model.
+        ValueError: there are fewer tokens than one window needs, `length` exceeds the model's positions, an id is not in its
+            vocabulary, a text comes without `tokenizer` or cannot be read, or the model's output holds NaN or Inf.
+        FileNotFoundError: the text is a file that does not exist.
+
+    Example:
+        >>> value = sparsekern.perplexity(model, ids, length=16)
+        >>> value > 1
+        True
+        >>> value = sparsekern.perplexity(model, "text.txt", length=16, tokenizer=tokenizer)
 
     Source: the protocol of the GPTQ and SparseGPT papers (raw text joined, windows of 2048).
     """
@@ -67,28 +79,33 @@ def perplexity(
 
 
 def as_evaluation(ids: torch.Tensor | str | os.PathLike, tokenizer: Any, length: int) -> torch.Tensor:
-    """Return the windows of a text, `[windows, length]`; a tensor unchanged.
+    """Return the windows `[windows, length]` of a text, or a tensor unchanged.
 
     Raises:
-        TypeError: something else than a tokenizer.
-        ValueError: a text without `tokenizer`; and what `evaluation_ids` raises.
+        TypeError: `tokenizer` is not a tokenizer.
+        ValueError: a text comes without `tokenizer`, or `evaluation_ids` refuses it.
     """
     if not is_source(ids):
         return ids
     if tokenizer is None:
-        raise ValueError(f"tokenizer: expected the model's tokenizer, which ids={str(ids)!r} is read with; got None")
+        raise ValueError(f"tokenizer: expected the model's tokenizer to read ids={str(ids)!r} with, got None")
     check_tokenizer(tokenizer)
     return evaluation_ids(ids, tokenizer, length)
 
 
 def evaluation_windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> list[torch.Tensor]:
-    """Return the windows that `perplexity` takes of a tensor. Raises what it raises of them."""
+    """Return the windows that `perplexity` cuts from a tensor.
+
+    Raises:
+        TypeError: `ids` is no integer tensor, or `model` is no causal language model.
+        ValueError: as in `perplexity`.
+    """
     return list(_windows(model, ids, length))
 
 
 def _check_model(model: torch.nn.Module) -> None:
     if not hasattr(model, "get_input_embeddings"):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load returns one")
     if not getattr(model, "can_generate", lambda: True)():
         raise TypeError(f"model: expected a causal language model, got {type(model).__name__}, which predicts no next token")
 
@@ -112,18 +129,19 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
 def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
     """Return the summed negative log-likelihood of `window` `[1, length]`.
 
-    The model runs with only the last position given to the head, which keeps the logits small. Then the head's true input goes through
-    it in chunks. If the model changes the logits after the head (soft-capping, scaling), the chunks would lack that, and all logits
-    are computed at once.
+    The model runs with a head that sees the last position only, which keeps the logits small. Then the head's whole input is run
+    through it in chunks. Some models change the logits after the head (soft-capping, scaling), which the chunks would miss. Their
+    logits are computed all at once.
     """
-    head = model.get_output_embeddings()
-    window = window.to(model.device)
+    head = cast("PreTrainedModel", model).get_output_embeddings()
+    window = window.to(cast("PreTrainedModel", model).device)
     targets = window[0, 1:]
     if head is None:
         return _loss(model(input_ids=window, use_cache=False).logits[0, :-1], targets)
-    hidden, last = [], []
+    hidden: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
 
-    def keep_last_position(module, args):
+    def keep_last_position(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden.append(args[0])
         return (args[0][:, -1:], *args[1:])
 

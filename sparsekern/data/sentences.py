@@ -1,4 +1,4 @@
-"""Sentences as an encoder takes them: each with its special tokens, padded, in batches of similar length."""
+"""Batches of sentences for an encoder, each with its special tokens, padded to a similar length."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _END = re.compile(r"""(?<=[.!?:])["')\]]?\s+(?=["'(\[]?[A-Z])""")
 
 
 def split_sentences(documents: Sequence[str]) -> list[str]:
-    """Return the sentences of prose, each once, in their order.
+    """Return the distinct sentences of prose in order.
 
-    Sentences of fewer than four words in letters, such as headings and code, are left out.
+    Sentences with fewer than four words of letters, such as headings and code, are skipped.
     """
     found: dict[str, None] = {}
     for document in documents:
@@ -41,29 +41,29 @@ def sentence_batches(
     seed: int = 0,
     part: str = "calibration",
 ) -> list[dict[str, torch.Tensor]]:
-    """Draw sentences from `source`, none twice.
+    """Draw distinct sentences from `source`.
 
     Args:
         source: anything that `read_documents` takes.
-        tokenizer: a transformers tokenizer, whose special tokens each sentence gets.
-        samples: how many sentences, or all where there are fewer.
-        length: tokens beyond which a sentence is cut off, special tokens included.
-        seed: of the choice.
-        part: as for `read_documents`.
+        tokenizer: a transformers tokenizer. Each sentence gets its special tokens.
+        samples: number of sentences; all of them if there are fewer.
+        length: the most tokens of a sentence, special tokens included; longer ones are truncated.
+        seed: seed of the choice.
+        part: part of a built-in text, as `read_documents` takes it.
 
     Returns:
-        Batches of what the tokenizer makes (`input_ids`, `attention_mask`, …), of at most 2048 tokens unless one sentence has more;
-        short sentences first, padded on the right.
+        Batches of the tokenizer's output (`input_ids`, `attention_mask`, …), padded on the right, short sentences first. A batch has
+        at most 2048 tokens unless a single sentence has more.
 
     Raises:
         TypeError: `samples` or `length` is not a whole number.
-        ValueError: `samples` or `length` below 1, or a length that the special tokens alone take; a source without sentences; a tokenizer
-            without a padding token; and what `read_documents` raises.
+        ValueError: `samples` or `length` is below 1, the special tokens alone fill `length`, the source has no sentences, the
+            tokenizer has no padding token, or `read_documents` refuses the source.
     """
     check_count("samples", samples)
     check_count("length", length)
     if getattr(tokenizer, "pad_token_id", None) is None:
-        raise ValueError("tokenizer: expected one with a padding token, which batches of sentences need; got one without")
+        raise ValueError("tokenizer: expected one with a padding token, which batches of sentences need, got one without")
     special = len(tokenizer("")["input_ids"])
     if length <= special:
         raise ValueError(f"length: expected more than the {special} special tokens of each sentence, got {length}")
@@ -75,7 +75,7 @@ def sentence_batches(
 
 
 def batched(sentences: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, torch.Tensor]]:
-    """Return the sentences as batches, sorted by their number of tokens, and in their own order where that is equal."""
+    """Return the sentences as batches, sorted stably by their number of tokens."""
     encoded = [tokenizer(sentence, truncation=True, max_length=length) for sentence in sentences]
     encoded.sort(key=lambda sentence: len(sentence["input_ids"]))
     batches, first = [], 0

@@ -1,4 +1,4 @@
-"""Sources of text: files, `hf:` datasets, and the documentation and the source code that ship with Python."""
+"""Sources of text: files, `hf:` datasets, and the documentation and source code of Python itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 BUILTIN = "builtin:python-docs"
 BUILTIN_SOURCE = "builtin:python-source"
@@ -15,40 +16,41 @@ PARTS = ("calibration", "held-out")
 HELD_OUT_EVERY = 5  # every fifth document of a built-in text is held out
 SOURCES = f"a .txt, .jsonl or .parquet file, hf:NAME[:split], {BUILTIN} or {BUILTIN_SOURCE}"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-SIGNATURES = {  # the first bytes of files that are taken for text by mistake
+SIGNATURES = {  # first bytes of files that are mistaken for text
     b"\x1f\x8b": "compressed by gzip; unpack it first",
     b"BZh": "compressed by bzip2; unpack it first",
     b"\xfd7zXZ": "compressed by xz; unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
     b"PK\x03\x04": "a zip archive; unpack it first",
     b"%PDF-": "a PDF document",
-    b"PAR1": "a parquet file; its name has to end in .parquet",
+    b"PAR1": "a parquet file; its name must end in .parquet",
     b"\xff\xfe": "UTF-16; convert it to UTF-8",
     b"\xfe\xff": "UTF-16; convert it to UTF-8",
 }
 
 
 def read_documents(source: str | os.PathLike, part: str = "calibration") -> list[str]:
-    """Read the documents of `source`, in their own order.
+    """Read the documents of `source` in order.
 
-    Documents without anything but white space are left out, and so are nulls in a column.
+    Documents of white space only and nulls in a column are skipped.
 
     Args:
         source: a text file (one document), a `.jsonl` file (field `text` of each line), a `.parquet` file (column `text`),
             `hf:NAME[:split]` or `hf:NAME:CONFIG:split` for a dataset of the Hugging Face hub, `builtin:python-docs` (the language
             reference of this Python) or `builtin:python-source` (the top-level modules of its standard library). Files are UTF-8, with
-            or without a byte order mark; lines end in LF or CRLF.
-        part: `"calibration"` or `"held-out"`: the two disjoint parts of a built-in text. Other sources have one part only.
+            or without a byte order mark. Lines end in LF or CRLF.
+        part: part of a built-in text, `"calibration"` or `"held-out"`. The two are disjoint. Other sources have one part.
 
     Raises:
-        ValueError: an unknown source or part; a file that is not UTF-8 text or holds none; a line or row whose `text` is not a string,
-            or holds a lone surrogate; a dataset that cannot be loaded. The message names the file and the line, byte or row.
-        FileNotFoundError: no such file.
-        ImportError: an optional package is missing; the message says which extra of sparsekern brings it.
+        ValueError: the source or part is unknown, a file is empty or not UTF-8 text, the `text` of a line or row is not a string or
+            holds a lone surrogate, or a dataset cannot be loaded. The message names the file and the line, byte or row.
+        FileNotFoundError: the file does not exist.
+        ImportError: an optional package is missing. The message names the extra of sparsekern that installs it.
     """
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
     name = str(source)
+    documents: Iterable[str]
     if name in BUILTINS:
         documents = _builtin_documents(BUILTINS[name](), part)
     elif name.startswith("builtin:"):
@@ -57,10 +59,10 @@ def read_documents(source: str | os.PathLike, part: str = "calibration") -> list
         documents = _hub_documents(name.removeprefix("hf:"))
     else:
         documents = _file_documents(Path(name).expanduser())
-    documents = [document for document in documents if document.strip()]
-    if not documents:
+    held = [document for document in documents if document.strip()]
+    if not held:
         raise ValueError(f"text: {name} is empty")
-    return documents
+    return held
 
 
 def _file_documents(path: Path) -> Iterator[str]:
@@ -77,7 +79,7 @@ def _file_documents(path: Path) -> Iterator[str]:
 
 
 def _read_text(path: Path) -> str:
-    """Return the text of a file, with LF at the end of each line."""
+    """Return the text of a file with lines that end in LF."""
     content = path.read_bytes()
     for signature, what in SIGNATURES.items():
         if content.startswith(signature):
@@ -123,7 +125,7 @@ def _parquet_documents(path: Path) -> Iterator[str]:
     return _column(_parquet_values(file, path), str(path))
 
 
-def _parquet_values(file, path: Path) -> Iterator[object]:
+def _parquet_values(file: Any, path: Path) -> Iterator[object]:
     try:
         for batch in file.iter_batches(columns=["text"]):
             yield from batch.column(0).to_pylist()
@@ -147,7 +149,7 @@ def _hub_documents(name: str) -> Iterator[str]:
 
 
 def _column(values: Iterable[object], source: str) -> Iterator[str]:
-    """Yield the strings of a column. A null is a missing value, and holds no document."""
+    """Yield the strings of a column. A null is a missing value and is skipped."""
     for row, value in enumerate(values):
         if value is not None:
             where = f"row {row} of {source}"
@@ -162,7 +164,8 @@ def _checked_text(value: object, otherwise: str, where: str) -> str:
     return value
 
 
-def _optional(module: str, extra: str, purpose: str):
+def _optional(module: str, extra: str, purpose: str) -> Any:
+    """Import a module of an optional package, whose types are unknown."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -171,20 +174,23 @@ def _optional(module: str, extra: str, purpose: str):
 
 
 def _python_docs() -> Iterator[str]:
-    """Return the language reference of this Python, a document a topic."""
+    """Return the language reference of this Python, one document for each topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise ValueError(f"text: this Python comes without pydoc_data, which {BUILTIN} is read from") from error
+        raise ValueError(f"text: {BUILTIN} needs pydoc_data, which this Python lacks") from error
     return (topics[name] for name in sorted(topics))
 
 
 def _python_source() -> Iterator[str]:
-    """Return the top-level modules of the standard library, a document a module, without those that describe this Python's build."""
+    """Return the top-level modules of the standard library, one document for each.
+
+    Modules that describe this Python's build are skipped, so that every machine reads the same text.
+    """
     folder = Path(os.__file__).parent
     paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_sysconfigdata")]
     if len(paths) < HELD_OUT_EVERY:
-        raise ValueError(f"text: this Python comes without the source of its standard library, which {BUILTIN_SOURCE} is read from")
+        raise ValueError(f"text: {BUILTIN_SOURCE} needs the source of the standard library, which this Python lacks")
     return (path.read_text(encoding="utf-8") for path in paths)
 
 
@@ -194,7 +200,7 @@ BUILTINS = {BUILTIN: _python_docs, BUILTIN_SOURCE: _python_source}
 def _builtin_documents(texts: Iterable[str], part: str) -> list[str]:
     """Return the documents of one part of a built-in text.
 
-    The documents quote one another. A paragraph counts only where it first occurs, so that no held-out text is seen in calibration.
+    The documents quote one another. Only the first occurrence of a paragraph is kept, so that no held-out text is seen in calibration.
     """
     seen: set[str] = set()
     documents = []

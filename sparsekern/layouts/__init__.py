@@ -1,1 +1,1 @@
-"""How packed weights lie in memory: the Python mirror of csrc/common, from which references pack and unpack."""
+"""Memory layouts of packed weights: the Python mirror of csrc/common, used by the references that pack and unpack."""

@@ -1,21 +1,21 @@
-"""The layouts of packed weights, which `bitmask_linear` and `nm_linear` read: the Python mirror of csrc/common/packed_rows.h.
+"""Layouts of packed weights that `bitmask_linear` and `nm_linear` read: the Python mirror of csrc/common/packed_rows.h.
 
-A half value has 16 bits, a lane of a vector 32. Kernels should not have to spread values before they use them. So `lanes` values (two,
-or one of float32) that go to different accumulators share a *slot* of 4 bytes, the first in the low half.
+A half value has 16 bits, a lane of a vector 32. Kernels should use values without spreading them first. So values for different
+accumulators share a *slot* of 4 bytes: two half values, the first in the low half, or one float32 value.
 
-**Bitmask rows.** Rows are sorted by their number of non-zeros, stably, and `lanes` neighbours form a group. Slot `k` of a group holds
-the `k`-th non-zero of each of its rows, and zero for a row that has fewer. The tensors are:
+**Bitmask rows.** Rows are sorted stably by their number of non-zeros. `lanes` neighbouring rows form a group. Slot `k` of a group holds
+the `k`-th non-zero of each row in the group, or zero for a row with fewer. The tensors are:
 
-* `values`: the slots of group after group, then `SLACK` slots of zeros, so that a whole vector can be read at any value;
-* `bitmask`: the bits of each stored row in words of 64 columns: bit `j % 64` of word `j // 64` stands for column `j`;
-* `starts`: the slot where each tile of `TILE_ROWS` stored rows starts, and the slot where the last tile ends;
-* `order`: for each stored row, which row of the weight it is.
+* `values`: the slots of all groups in order, then `SLACK` slots of zeros, so that a whole vector can be read at any value;
+* `bitmask`: the bits of each stored row in words of 64 columns; bit `j % 64` of word `j // 64` stands for column `j`;
+* `starts`: the first slot of each tile of `TILE_ROWS` stored rows, and the end of the last tile;
+* `order`: the index of each stored row in the weight.
 
-**N:M rows.** A group of M columns stores N values and their positions, ascending. Where it has fewer non-zeros, the first of its zeros
-are stored beside them. The tensors are:
+**N:M rows.** A group of M columns stores N values and their positions, ascending. A group with fewer non-zeros also stores its first
+zeros. The tensors are:
 
 * `values`: the stored values of a row in blocks of `BLOCK_SLOTS` slots: slot `d` holds values `d` and `16 + d` (of float32: value `d`);
-* `codes`: the positions in the order of the values, 2 bits each where M is at most 4 and else 4, from the lowest bit of int32 words on.
+* `codes`: the positions in the order of the values, from the lowest bit of int32 words: 2 bits each for M up to 4, else 4 bits.
 
 The last block of a row is filled with zeros.
 """
@@ -33,35 +33,45 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def lanes(dtype: torch.dtype) -> int:
-    """Return how many values share a slot."""
+    """Return the number of values in a slot."""
     return 4 // dtype.itemsize
 
 
 def words(columns: int) -> int:
-    """Return how many words hold the bits of a row."""
+    """Return the number of words that hold the bits of a row."""
     return -(-columns // WORD)
 
 
 def tiles(rows: int) -> int:
-    """Return how many tiles the rows make."""
+    """Return the number of tiles of the rows."""
     return -(-rows // TILE_ROWS)
 
 
 def slot_counts(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return how many slots each group has, from the non-zeros of the rows in stored order."""
+    """Return the number of slots of each group.
+
+    Args:
+        counts: `[rows]` int64, the non-zeros of each row in stored order.
+        dtype: dtype of the values.
+    """
     group = lanes(dtype)
     padded = torch.nn.functional.pad(counts, (0, -len(counts) % group))
     return padded.view(-1, group).amax(1) if len(counts) else padded
 
 
 def tile_starts(slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return where each tile starts and where the last one ends, from the slots of each group."""
+    """Return the first slot of each tile and the end of the last tile.
+
+    Args:
+        slots: `[groups]` int64, the slots of each group.
+        dtype: dtype of the values.
+    """
     ends = torch.nn.functional.pad(slots.cumsum(0), (1, 0))
     return torch.cat((ends[: len(slots) : TILE_ROWS // lanes(dtype)], ends[-1:]))
 
 
 def value_places(counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the index in `values` of each non-zero, row after row in stored order."""
+    """Return the index in `values` of each non-zero, row by row in stored order."""
     group = lanes(dtype)
     slots = slot_counts(counts, dtype)
     row = torch.arange(len(counts), device=counts.device)
@@ -103,7 +113,7 @@ def pack_bitmask_rows(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def unpack_bitmask_rows(values: torch.Tensor, bitmask: torch.Tensor, order: torch.Tensor, columns: int) -> torch.Tensor:
-    """Unpack bitmask rows into `[rows, columns]`; what the tensors hold is not checked."""
+    """Unpack bitmask rows into `[rows, columns]` without checking them."""
     flags = words_to_bits(bitmask)[:, :columns]
     sorted_rows = values.new_zeros(flags.shape)
     sorted_rows[flags] = values[value_places(flags.sum(1), values.dtype)]
@@ -113,7 +123,10 @@ def unpack_bitmask_rows(values: torch.Tensor, bitmask: torch.Tensor, order: torc
 def check_bitmask_rows(
     values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor, columns: int
 ) -> None:
-    """Raise `ValueError`, naming the tensor, unless these are bitmask rows of `columns` columns; dtypes and shapes are not checked."""
+    """Raise `ValueError`, naming the tensor, unless these are bitmask rows of `columns` columns.
+
+    Dtypes and shapes are not checked.
+    """
     rows = len(order)
     flags = words_to_bits(bitmask)
     stray = flags[:, columns:].any(1)
@@ -132,23 +145,23 @@ def check_bitmask_rows(
 
 
 def code_bits(m: int) -> int:
-    """Return how many bits a position takes."""
+    """Return the bits of a position."""
     return 2 if m <= 4 else 4
 
 
 def block_values(dtype: torch.dtype) -> int:
-    """Return how many values a block holds."""
+    """Return the number of values in a block."""
     return BLOCK_SLOTS * lanes(dtype)
 
 
 def stored_per_row(columns: int, n: int, m: int, dtype: torch.dtype) -> int:
-    """Return how many values a row takes, with those that fill its last block."""
+    """Return the number of values stored for a row, including the fill of its last block."""
     block = block_values(dtype)
     return -(-(columns // m * n) // block) * block
 
 
 def _in_slots(values: torch.Tensor, to: bool) -> torch.Tensor:
-    """Reorder `[rows, stored]` from the order of columns to that of slots, or back."""
+    """Reorder `[rows, stored]` from column order to slot order, or back."""
     group = lanes(values.dtype)
     shape = (group, BLOCK_SLOTS) if to else (BLOCK_SLOTS, group)
     blocks = values.shape[1] // block_values(values.dtype)
@@ -156,7 +169,7 @@ def _in_slots(values: torch.Tensor, to: bool) -> torch.Tensor:
 
 
 def check_fits(weight: torch.Tensor, n: int, m: int) -> None:
-    """Raise `ValueError` naming the first group of M columns that has more than N non-zeros."""
+    """Raise `ValueError` if a group of M columns has more than N non-zeros, naming the first one."""
     rows, columns = weight.shape
     counts = (weight.reshape(rows, columns // m, m) != 0).sum(-1)
     if counts.numel() and int(counts.max()) > n:
@@ -168,17 +181,17 @@ def check_fits(weight: torch.Tensor, n: int, m: int) -> None:
 
 
 def pack_nm_rows(weight: torch.Tensor, n: int, m: int) -> dict[str, torch.Tensor]:
-    """Pack a weight as N:M rows. Of a group with more than N non-zeros the first N are stored: `check_fits` refuses those.
+    """Pack a weight as N:M rows.
 
-    `-0.0` becomes `0.0`; a NaN keeps its bits.
+    A group with more than N non-zeros, which `check_fits` refuses, keeps the first N. `-0.0` becomes `0.0`; a NaN keeps its bits.
     """
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // m, m)
-    # Non-zeros first, then zeros, either in the order of the columns; the first N of those, in the order of the columns again.
+    # Non-zeros first, then zeros, each in column order. The first N of them are sorted back into column order.
     chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n].sort(-1).values
     stored = stored_per_row(columns, n, m, weight.dtype)
     fill = (0, stored - columns // m * n)
-    # As integers, since copies of half values do not always keep the bits of a NaN.
+    # Copied as integers: copies of half values do not always keep the bits of a NaN.
     kept = groups.view(_INTEGERS[weight.dtype.itemsize]).masked_fill(groups == 0, 0).gather(-1, chosen).flatten(1)
     values = torch.nn.functional.pad(kept, fill)
     per_word = 32 // code_bits(m)
@@ -191,13 +204,13 @@ def pack_nm_rows(weight: torch.Tensor, n: int, m: int) -> dict[str, torch.Tensor
 
 
 def positions(codes: torch.Tensor, m: int) -> torch.Tensor:
-    """Return `[rows, stored]` int32: the position in its group of each stored value, in the order of columns."""
+    """Return the position of each stored value in its group, `[rows, stored]` int32 in column order."""
     shifts = torch.arange(0, 32, code_bits(m), dtype=torch.int32, device=codes.device)
     return ((codes.unsqueeze(-1) >> shifts) & (2 ** code_bits(m) - 1)).flatten(1)
 
 
 def unpack_nm_rows(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns: int) -> torch.Tensor:
-    """Unpack N:M rows into `[rows, columns]`; what the tensors hold is not checked."""
+    """Unpack N:M rows into `[rows, columns]` without checking them."""
     rows, kept = values.shape[0], columns // m * n
     place = positions(codes, m)[:, :kept].view(rows, columns // m, n).long()
     stored = _in_slots(values, to=False)[:, :kept].view(rows, columns // m, n)
@@ -205,12 +218,15 @@ def unpack_nm_rows(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, co
 
 
 def check_nm_rows(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns: int) -> None:
-    """Raise `ValueError`, naming the tensor, unless these are N:M rows of `columns` columns; dtypes and shapes are not checked."""
+    """Raise `ValueError`, naming the tensor, unless these are N:M rows of `columns` columns.
+
+    Dtypes and shapes are not checked.
+    """
     rows, kept = values.shape[0], columns // m * n
     place = positions(codes, m)
     if place[:, kept:].any():
         raise ValueError(f"codes: expected zeros after the {kept} positions of a row")
-    if _fill_of(values, kept).any():  # NaN counts; it would reach every output of the row
+    if _fill_of(values, kept).any():  # a NaN too, which would reach every output of the row
         raise ValueError(f"values: expected zeros after the {kept} values of a row")
     place = place[:, :kept].view(rows, columns // m, n)
     wrong = (place >= m).any(-1) | (place.diff(dim=-1) <= 0).any(-1)
@@ -223,7 +239,7 @@ def check_nm_rows(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, col
 
 
 def _fill_of(values: torch.Tensor, kept: int) -> torch.Tensor:
-    """Return what `[rows, stored]` values hold after the first `kept` of each row in the order of columns."""
+    """Return the values after the first `kept` of each row in column order, from `[rows, stored]`."""
     block = block_values(values.dtype)
     first = kept // block * block
     return _in_slots(values[:, first:].contiguous(), to=False)[:, kept - first :]

@@ -1,8 +1,8 @@
 """The 2:4 layout of PyTorch's semi-structured tensors (CUTLASS): the Python mirror of csrc/common/semi_structured.h.
 
-A group is four weights of which at most two are not zero; a float32 weight stands for two of the four flags, so there it is two
-weights of which at most one is not zero. A group's code is the positions of its two stored flags, two bits each, the lower first.
-Codes fill metadata words (int16, or int32 for int8 weights) from the lowest bits, and the words are permuted.
+A group is four weights with at most two non-zeros. A float32 weight stands for two of the four flags, so its group is two weights with
+at most one non-zero. The code of a group holds the positions of its two stored flags, two bits each, the lower first. Codes fill
+metadata words (int16, or int32 for int8 weights) from the lowest bits, and the words are permuted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch
 
 @dataclass(frozen=True)
 class Format:
-    """What the layout looks like for a weight dtype: a `group` of columns keeps `group // 2`."""
+    """The layout for a weight dtype.
+
+    Attributes:
+        group: columns of a group, which keeps `group // 2` of them.
+        meta_dtype: dtype of a metadata word.
+        row_multiple: the rows of a weight must be a multiple of this.
+    """
 
     group: int
     meta_dtype: torch.dtype
@@ -22,11 +28,12 @@ class Format:
 
     @property
     def codes_per_word(self) -> int:
+        """Number of codes in a metadata word."""
         return self.meta_dtype.itemsize * 2
 
     @property
     def column_multiple(self) -> int:
-        """Words are permuted in pairs along a row."""
+        """Divisor of the columns: words are permuted in pairs along a row."""
         return 2 * self.codes_per_word * self.group
 
 
@@ -39,7 +46,10 @@ FORMATS = {
 
 
 def encode(flags: torch.Tensor) -> torch.Tensor:
-    """The codes of groups from their non-zero flags `[..., 4]`; a group with fewer than two non-zeros stores zeros beside them."""
+    """Return the codes of groups from their non-zero flags `[..., 4]`.
+
+    A group with fewer than two non-zeros also stores zeros.
+    """
     a, b, _, d = flags.unbind(-1)
     first = torch.where(a, 0, torch.where(b, 1, 2))
     second = torch.where(a & b, 1, torch.where(d | (first == 2), 3, 2))
@@ -47,10 +57,10 @@ def encode(flags: torch.Tensor) -> torch.Tensor:
 
 
 def word_offsets(rows: int, words: int, fmt: Format, device: torch.device) -> torch.Tensor:
-    """Where the word of each `[row, column]` is stored: `[rows, words]` flat offsets into the stored metadata."""
+    """Return the flat offset of each metadata word in the stored metadata, `[rows, words]`."""
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(words, device=device)
     block = fmt.row_multiple
     spread = row // block * block + row % 8 * (block // 8) + row % block // 8
-    # Two by two blocks of words are transposed, then pairs of columns are stored one after another.
+    # Blocks of two by two words are transposed. Then pairs of columns are stored one after another.
     return column // 2 * 2 * rows + (spread // 2 * 2 + column % 2) * 2 + spread % 2

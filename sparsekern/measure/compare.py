@@ -1,10 +1,11 @@
-"""Size, memory, prefill and decode of a model on this machine, packed against dense."""
+"""Size, memory and speed of a packed model on this machine, compared with the dense model."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -17,10 +18,13 @@ from ..runtime.sparse_linear import SparseLinear
 from .generate import generate, random_prompt
 from .resident import resident_of, why_unknown
 
-# Relative difference of logits above which the two are not the same model: some tens of roundings, which a deep model adds up.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Relative difference of logits above which two models are not the same. It allows some tens of roundings, which a deep model sums.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# What is compared: its name in the table, its name in the plot, and the divisor of the table.
+# Each measurement: its label in the table, its label in the plot, and the divisor of the table.
 ROWS = {
     "disk": ("weights on disk, MB", "size on disk", 1e6),
     "memory": ("weights in memory, MB", "memory of weights", 1e6),
@@ -37,13 +41,13 @@ class Measured:
     """The measurements of one model.
 
     Attributes:
-        disk: bytes of its tensors in files, headers left out.
-        memory: bytes of its tensors in memory.
-        prefill: tokens a second of the prompt.
-        decode: tokens a second after the prompt.
-        resident: bytes of a process that has loaded it and generated, None where unknown.
-        peak: the most bytes of that process, None where unknown.
-        started: bytes of that process before it loaded the model, None where unknown.
+        disk: bytes of the tensors in files, without headers.
+        memory: bytes of the tensors in memory.
+        prefill: tokens of the prompt per second.
+        decode: generated tokens per second.
+        resident: resident bytes of a process that has loaded the model and generated, None if unknown.
+        peak: peak resident bytes of that process, None if unknown.
+        started: resident bytes of that process before it loaded the model, None if unknown.
     """
 
     disk: int
@@ -57,17 +61,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A dense and a packed model, measured in turns.
+    """A comparison of a dense and a packed model, measured in turns.
 
     Attributes:
-        dense: of the dense model.
-        packed: of the packed model.
-        logits: norm of the difference of their logits on the prompt, relative to the dense ones.
-        same_tokens: how many generated tokens agree before the first that differs.
-        tokens: how many were generated.
+        dense: measurements of the dense model.
+        packed: measurements of the packed model.
+        logits: norm of the difference of their logits on the prompt, relative to the norm of the dense ones.
+        same_tokens: number of generated tokens that agree before the first difference.
+        tokens: number of generated tokens.
         prompt_length: tokens of the prompt.
-        threads: of torch.
-        resident_unknown: why the resident memory is unknown; empty where it is known.
+        threads: number of threads of torch.
+        resident_unknown: the reason why the resident memory is unknown, empty if it is known.
     """
 
     dense: Measured
@@ -80,11 +84,12 @@ class Comparison:
     resident_unknown: str = NOT_ASKED
 
     def to_dict(self) -> dict[str, object]:
+        """Return the comparison as nested dictionaries for JSON."""
         return asdict(self)
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Each measurement of the packed model over that of the dense one."""
+        """Ratio of the packed model to the dense model, for each known measurement."""
         pairs = ((name, getattr(self.packed, name), getattr(self.dense, name)) for name in ROWS)
         return {name: packed / dense for name, packed, dense in pairs if packed is not None and dense}
 
@@ -92,7 +97,8 @@ class Comparison:
         rows = [("", "dense", "packed", "packed / dense")]
         for name, ratio in self.ratios.items():
             label, _, unit = ROWS[name]
-            rows.append((label, *(f"{getattr(of, name) / unit:,.1f}" for of in (self.dense, self.packed)), f"{ratio:.2f}"))
+            dense, packed = (f"{getattr(of, name) / unit:,.1f}" for of in (self.dense, self.packed))
+            rows.append((label, dense, packed, f"{ratio:.2f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
         lines.append(
@@ -100,14 +106,14 @@ class Comparison:
             f"the first {self.same_tokens} tokens generated are the same"
         )
         if not self.resident_unknown:
-            started = " and ".join(f"{of.started / 1e6:,.1f}" for of in (self.dense, self.packed))
-            lines.append(f"resident memory is of a process of its own for each model, {started} MB of it before that was loaded")
+            started = " and ".join(f"{of.started / 1e6:,.1f}" for of in (self.dense, self.packed) if of.started is not None)
+            lines.append(f"resident memory is that of one process for each model, {started} MB of it before the model was loaded")
         elif self.resident_unknown != NOT_ASKED:
-            lines.append(f"resident memory is not known: {self.resident_unknown}")
+            lines.append(f"resident memory is unknown: {self.resident_unknown}")
         return "\n".join(lines)
 
     def to_svg(self) -> str:
-        """Return a plot of the ratios as bars."""
+        """Return an SVG plot of the ratios as bars."""
         rows = [Bar("dense", 1.0, "1", "#9aa4ae")]
         return bars(rows + [Bar(ROWS[name][1], ratio, f"{ratio:.2f}") for name, ratio in self.ratios.items()])
 
@@ -123,41 +129,44 @@ def compare(
     resident: bool = False,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Check that two models are the same, then time them in turns and take medians.
+    """Check that two models are equal, then time them in turns and take medians.
 
     Args:
         dense: a transformers causal language model.
         packed: the same model packed, on the same device.
         prompt_length: tokens of the prompt, drawn at random with a fixed seed.
-        tokens: to generate after it, one at a time, with a key-value cache.
-        rounds: of timing, after one to warm up.
-        resident: also measure the resident memory of a process for each model, which saves each to a temporary folder.
-        trust_remote_code: let that process run code that the model has brought along.
+        tokens: number of tokens to generate, one at a time, with a key-value cache.
+        rounds: rounds of timing, after one warm-up round.
+        resident: also measure the resident memory of one process for each model, which saves each model to a temporary folder.
+        trust_remote_code: let that process run the model's own code.
 
     Returns:
-        The measurements of both.
+        The measurements of both models.
 
     Raises:
-        ValueError: a model that does not generate; counts below 1, or more tokens than the model has positions; packed weights that
-            are not the dense ones, or logits that differ by more than rounding; tokens too few to be timed.
+        ValueError: a model does not generate, a count is below 1, the tokens exceed the model's positions, packed weights differ from
+            the dense ones, logits differ by more than rounding, or `tokens` is too small to be timed.
         RuntimeError: the process whose memory is measured failed.
     """
-    if not (callable(getattr(dense, "can_generate", None)) and dense.can_generate()):
-        raise ValueError(f"dense: expected a causal language model of transformers, which generates; got {type(dense).__name__}")
+    can_generate = getattr(dense, "can_generate", None)
+    if not (callable(can_generate) and can_generate()):
+        raise ValueError(f"dense: expected a causal language model of transformers, got {type(dense).__name__}")
     for name, value in (("prompt_length", prompt_length), ("tokens", tokens), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     limit = positions(dense)
     if limit is not None and prompt_length + tokens + 1 > limit:
-        raise ValueError(f"prompt_length, tokens: expected at most {limit - 1} together, the positions of this model but one")
+        raise ValueError(f"prompt_length, tokens: expected at most {limit - 1} together, one less than the positions of this model")
     prompt = random_prompt(dense, prompt_length)
     _check_weights(dense, packed)
     difference = _logit_difference(dense, packed, prompt)
     unknown = why_unknown() if resident else NOT_ASKED
     if not unknown:
-        options = {"prompt_length": prompt_length, "tokens": tokens, "trust_remote_code": trust_remote_code}
-        of_processes = [resident_of(model, **options) for model in (dense, packed)]
-    generated = [generate(model, prompt, tokens + 1) for model in (dense, packed)]  # a warm-up too
+        of_processes = [
+            resident_of(model, prompt_length=prompt_length, tokens=tokens, trust_remote_code=trust_remote_code)
+            for model in (dense, packed)
+        ]
+    generated = [generate(model, prompt, tokens + 1) for model in (dense, packed)]  # also a warm-up
     same = (generated[0] == generated[1]).long().cumprod(0)[:tokens].sum()
     seconds: dict[tuple[int, int], list[float]] = {}
     for _ in range(rounds):
@@ -170,7 +179,7 @@ def compare(
         first, rest = median[which, 1], median[which, tokens + 1] - median[which, 1]
         if rest <= 0:
             raise ValueError(
-                f"tokens: expected more than {tokens}, whose decoding takes less than timing varies by; increase tokens or rounds"
+                f"tokens: expected more than {tokens}: decoding them is below the resolution of the timing; increase tokens or rounds"
             )
         measured.append(Measured(saved_bytes(model), weight_bytes(model), prompt_length / first, tokens / rest))
     if not unknown:
@@ -178,24 +187,28 @@ def compare(
             replace(of, resident=found.after, peak=found.peak, started=found.before)
             for of, found in zip(measured, of_processes, strict=True)
         ]
-    return Comparison(*measured, difference, int(same), tokens, prompt_length, torch.get_num_threads(), unknown)
+    of_dense, of_packed = measured
+    return Comparison(of_dense, of_packed, difference, int(same), tokens, prompt_length, torch.get_num_threads(), unknown)
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's tensors in files; tied tensors are stored once."""
+    """Return the bytes of a model's tensors in files. Tied tensors count once."""
     tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}
     return sum(tensors.values())
 
 
 def _check_weights(dense: nn.Module, packed: nn.Module) -> None:
-    """Raise unless each packed weight equals the dense one: rounding can change logits as much as one wrong layer does."""
+    """Raise `ValueError` unless each packed weight equals the dense one.
+
+    Logits are no substitute: rounding can change them as much as a wrong layer does.
+    """
     for name, layer in packed.named_modules():
         if isinstance(layer, SparseLinear) and not torch.equal(layer.dense_weight(), linear_weight(dense.get_submodule(name))):
-            raise ValueError(f"packed: the weight of {name} is not that of the dense model")
+            raise ValueError(f"packed: the weight of {name} differs from that of the dense model")
 
 
 def _logits(model: nn.Module, prompt: torch.Tensor) -> torch.Tensor:
-    """Return the logits of all tokens of the prompt, and of one more that runs by itself, as in decoding."""
+    """Return the logits of the prompt and of one more token that runs alone, as in decoding."""
     many = model(input_ids=prompt, use_cache=True)
     one = model(input_ids=prompt[:, -1:], past_key_values=many.past_key_values, use_cache=True)
     return torch.cat((many.logits, one.logits), dim=1).float()
@@ -204,9 +217,10 @@ def _logits(model: nn.Module, prompt: torch.Tensor) -> torch.Tensor:
 def _logit_difference(dense: nn.Module, packed: nn.Module, prompt: torch.Tensor) -> float:
     expected, found = (_logits(model, prompt) for model in (dense, packed))
     difference = float((found - expected).norm() / expected.norm())
-    if not difference <= TOLERANCE[dense.dtype]:
+    tolerance = TOLERANCE[cast("PreTrainedModel", dense).dtype]
+    if not difference <= tolerance:
         raise ValueError(
-            f"packed: its logits differ from the dense model's by {difference:.2g} of their norm; rounding explains {TOLERANCE[dense.dtype]}"
+            f"packed: its logits differ from the dense model's by {difference:.2g} of their norm; rounding explains {tolerance}"
         )
     return difference
 

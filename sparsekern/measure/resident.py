@@ -1,7 +1,7 @@
-"""The resident memory of a process that only loads one model and generates with it.
+"""Resident memory of a process that only loads one model and generates with it.
 
-Each model has a fresh process of its own. In a process that has held both, memory freed of one model may still be resident and count
-for the other, and the peak covers both.
+Each model is measured in a fresh process. In a shared one, memory that the first model freed could stay resident and count for the
+second, and the peak would cover both.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import nn
 
 from ..runtime.save import check_space
 
-# On Linux. Unlike the peak of getrusage, its peak does not begin with that of the parent process.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Linux only. Its peak starts at zero; that of getrusage starts at the peak of the parent process.
 STATUS = Path("/proc/self/status")
 
 
 class Resident(NamedTuple):
-    """Bytes of a process in physical memory, as the system counts them, pages of libraries and mapped files included.
+    """Bytes of a process in physical memory as the system counts them, pages of libraries and mapped files included.
 
     Attributes:
-        before: before the model is loaded.
-        after: after it has generated.
-        peak: the most over the whole process.
+        before: bytes before the model was loaded.
+        after: bytes after the model generated.
+        peak: most bytes over the whole process.
     """
 
     before: int
@@ -42,7 +45,7 @@ class Resident(NamedTuple):
 
 
 def why_unknown() -> str:
-    """Return why the resident memory of a process cannot be measured here; empty where it can."""
+    """Return why the resident memory of a process cannot be measured here, or an empty text if it can."""
     if not STATUS.exists():
         return f"{sys.platform} has no {STATUS} to read it from"
     return "" if sys.executable else "this Python does not know its own executable"
@@ -51,30 +54,31 @@ def why_unknown() -> str:
 def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remote_code: bool = False) -> Resident:
     """Measure a process that loads a temporary copy of `model` and generates, on the model's device.
 
-    SIGTERM and SIGHUP meanwhile end that process, remove the copy and exit.
+    During the measurement, SIGTERM and SIGHUP end that process, remove the copy and exit.
 
     Args:
         model: a transformers causal language model.
         prompt_length: tokens of the prompt.
-        tokens: to generate after it.
-        trust_remote_code: let the process run code that the model has brought along.
+        tokens: number of tokens to generate.
+        trust_remote_code: let the process run the model's own code.
 
     Returns:
-        The bytes of that process.
+        The resident bytes of that process.
 
     Raises:
-        OSError: no space left for temporary files.
-        RuntimeError: the process failed; the message ends with its last line.
+        OSError: no space is left for temporary files.
+        RuntimeError: the process failed. The message ends with its last line of output.
     """
     with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         check_space(model, folder)
-        model.save_pretrained(folder)
-        command = [sys.executable, "-c", _program(), folder, "--device", str(model.device)]
+        of = cast("PreTrainedModel", model)
+        of.save_pretrained(folder)
+        command = [sys.executable, "-c", _program(), folder, "--device", str(of.device)]
         command += ["--prompt-length", str(prompt_length), "--tokens", str(tokens)]
         command += ["--trust-remote-code"] if trust_remote_code else []
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise RuntimeError(f"resident memory: the process that loaded the model {_how_it_ended(done)}; --no-rss does without")
+        raise RuntimeError(f"resident memory: the process that loaded the model {_how_it_ended(done)}; --no-rss skips it")
     return Resident(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -82,10 +86,10 @@ def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remo
 def _signals_as_exit() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into `SystemExit`, so that child processes and temporary files do not outlive this process.
 
-    A signal that the program already handles or ignores, as under `nohup`, is left alone. Outside the main thread, where Python
-    cannot set signals, nothing is done.
+    Signals that the program already handles or ignores, as under `nohup`, are left alone. Outside the main thread, where Python cannot
+    set signals, this does nothing.
     """
-    previous: dict[int, object] = {}
+    previous: dict[int, signal.Handlers] = {}
 
     def end(number: int, frame: FrameType | None) -> None:
         for taken in previous:
@@ -109,24 +113,26 @@ def _program() -> str:
     return f"import sys; sys.path[:] = {[str(path) for path in sys.path]}; from sparsekern.measure.resident import main; main()"
 
 
-def _how_it_ended(done: subprocess.CompletedProcess) -> str:
+def _how_it_ended(done: subprocess.CompletedProcess[str]) -> str:
+    """Describe the exit of a failed process in words."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     words = f": {lines[-1]}" if lines else ""
     if done.returncode > 0:
         return f"ended with {done.returncode}{words}"
     name = signal.Signals(-done.returncode).name
-    hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    hint = ", which the system sends when memory runs out" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}{words}"
 
 
 def current_and_peak(status: str) -> tuple[int, int]:
-    """Return the resident bytes of a process, now and at most, from the text of its /proc/PID/status."""
+    """Return the current and the peak resident bytes in the text of a /proc/PID/status."""
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     current, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     return current, peak
 
 
 def main() -> None:
+    """Load a model, generate with it, and print a `Resident` as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", required=True)

@@ -161,7 +161,7 @@ def test_perplexity_of_a_text_counts_from_the_special_tokens(text):
     windows = evaluation_ids(text, words, 24)
     assert sparsekern.perplexity(model, text, 24, tokenizer=words) == sparsekern.perplexity(model, windows, 24)
     assert sparsekern.perplexity(model, str(text), tokenizer=words) == sparsekern.perplexity(model, evaluation_ids(text, words, 64))
-    with pytest.raises(ValueError, match=r"tokenizer: expected the model's tokenizer, which ids='.*a.txt' is read with; got None"):
+    with pytest.raises(ValueError, match=r"tokenizer: expected the model's tokenizer to read ids='.*a.txt' with, got None"):
         sparsekern.perplexity(model, text)
 
 
@@ -206,12 +206,12 @@ def test_the_default_samples_and_length(monkeypatch, words):
 def test_what_is_no_text_stays_as_it_is(given):
     assert as_calibration(given) is given
     for option in ("samples", "length"):
-        with pytest.raises(ValueError, match=f"{option}: expected None, calibration is no text to be cut into samples; got 4"):
+        with pytest.raises(ValueError, match=f"{option}: expected None unless calibration is a text, got 4"):
             as_calibration(given, **{option: 4})
 
 
 def test_a_text_needs_a_tokenizer(text, words):
-    message = "tokenizer: expected the model's tokenizer, which calibration='hf:wikitext' is read with; got None"
+    message = "tokenizer: expected the model's tokenizer to read calibration='hf:wikitext' with, got None"
     with pytest.raises(ValueError, match=message):
         as_calibration("hf:wikitext")
     with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got int"):

@@ -117,5 +117,5 @@ def test_an_encoder_is_refused():
 
 
 def test_a_name_is_no_model():
-    with pytest.raises(TypeError, match="model: expected a transformers model, got str; sparsekern.load makes one of a name"):
+    with pytest.raises(TypeError, match="model: expected a transformers model, got str; sparsekern.load returns one"):
         sparsekern.perplexity("gpt2", torch.zeros(99, dtype=torch.int64))

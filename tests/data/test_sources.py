@@ -33,7 +33,7 @@ def test_builtin_source_is_the_code_of_this_python():
 
 def test_a_python_without_source_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("os.__file__", str(tmp_path / "os.pyc"))
-    with pytest.raises(ValueError, match="without the source of its standard library, which builtin:python-source is read from"):
+    with pytest.raises(ValueError, match="builtin:python-source needs the source of the standard library, which this Python lacks"):
         read_documents(BUILTIN_SOURCE)
 
 
@@ -96,7 +96,7 @@ def test_binary_file_is_refused(tmp_path):
         (b"\x28\xb5\x2f\xfd\x04\x00", "compressed by zstd; unpack it first"),
         (b"PK\x03\x04\x14", "a zip archive; unpack it first"),
         (b"%PDF-1.7\n", "a PDF document"),
-        (b"PAR1\x15", "a parquet file; its name has to end in .parquet"),
+        (b"PAR1\x15", "a parquet file; its name must end in .parquet"),
         ("text".encode("utf-16"), "UTF-16; convert it to UTF-8"),
         ("text".encode("utf-32"), "UTF-16; convert it to UTF-8"),
         (codecs.BOM_UTF16_BE + "text".encode("utf-16-be"), "UTF-16; convert it to UTF-8"),
@@ -182,7 +182,7 @@ def test_python_without_pydoc_data(monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(ValueError, match="this Python comes without pydoc_data"):
+    with pytest.raises(ValueError, match="needs pydoc_data, which this Python lacks"):
         read_documents(BUILTIN)
 
 

@@ -58,7 +58,7 @@ def test_the_first_nan_is_named(isa, dtype):
     ("pattern", "message"),
     [
         ("2:4", "scores: expected input features divisible by M=4 for pattern '2:4', got 6"),
-        ("4:2", "pattern: N:M keeps N of every M weights, so it needs 1 <= N < M; got '4:2'"),
+        ("4:2", "pattern: expected N:M with 1 <= N < M, which keeps N of every M weights, got '4:2'"),
         ("0:4", "pattern: .* got '0:4'"),
         ("2:128", "pattern: expected M of at most 64, got '2:128'"),
         ("0.5", "pattern: expected 'N:M', got '0.5'; topk_mask selects without structure"),

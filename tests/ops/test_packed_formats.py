@@ -195,7 +195,7 @@ def test_formats_have_names():
     assert format_of("bitmask") == Bitmask() and format_of("2:4") == NMPacked(2, 4)
     assert format_of(NMPacked(4, 8).name) == NMPacked(4, 8) and format_of(Bitmask.name) == Bitmask()
     for name in ("2:32", "4:4"):
-        with pytest.raises(ValueError, match="n, m: expected n < m <= 16|pattern: N:M keeps"):
+        with pytest.raises(ValueError, match="n, m: expected n < m <= 16|pattern: expected N:M with 1 <= N < M"):
             format_of(name)
     with pytest.raises(ValueError, match="format: expected 'bitmask' or 'N:M', got 'int4'"):
         format_of("int4")

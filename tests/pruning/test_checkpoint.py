@@ -397,7 +397,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full_at_the_third_block)
-        with pytest.raises(OSError, match="no space left while writing [0-9,]+ bytes; what was written before is intact") as caught:
+        with pytest.raises(OSError, match="no space left while writing [0-9,]+ bytes; earlier files are intact") as caught:
             run(tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC
     found = sorted(path.name for path in (tmp_path / "out" / "checkpoint").iterdir())

@@ -88,12 +88,12 @@ IDS = torch.zeros(1, 8, dtype=torch.int64)
             "a.txt",
             {},
             ValueError,
-            "tokenizer: expected the model's tokenizer, which calibration='a.txt' is read with; got None",
+            "tokenizer: expected the model's tokenizer to read calibration='a.txt' with, got None",
         ),
-        ("magnitude", "a.txt", {}, ValueError, "tokenizer: expected the model's tokenizer, which calibration='a.txt'"),
+        ("magnitude", "a.txt", {}, ValueError, "tokenizer: expected the model's tokenizer to read calibration='a.txt'"),
         ("wanda", "a.txt", {"tokenizer": 3}, TypeError, "tokenizer: expected a transformers tokenizer, got int"),
-        ("wanda", IDS, {"samples": 4}, ValueError, "samples: expected None, calibration is no text to be cut into samples; got 4"),
-        ("wanda", None, {"length": 4}, ValueError, "length: expected None, calibration is no text to be cut into samples; got 4"),
+        ("wanda", IDS, {"samples": 4}, ValueError, "samples: expected None unless calibration is a text, got 4"),
+        ("wanda", None, {"length": 4}, ValueError, "length: expected None unless calibration is a text, got 4"),
         ("wanda", "a.txt", {"samples": 0, "tokenizer": len}, ValueError, "samples: expected at least 1, got 0"),
         ("wanda", "a.txt", {"length": 2.5, "tokenizer": len}, TypeError, "length: expected a whole number of at least 1, got 2.5"),
         (
@@ -117,7 +117,7 @@ def test_bad_texts_are_refused_before_the_work(method, calibration, options, err
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "tokenizer: expected the model's tokenizer, which calibration='builtin:python-docs' is read with; got None"),
+        ({}, "tokenizer: expected the model's tokenizer to read calibration='builtin:python-docs' with, got None"),
         (
             {"calibrations": {"a": IDS}, "samples": 4},
             "samples: expected None, calibrations holds no text to be cut into samples; got 4",

@@ -62,7 +62,7 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert [line.split(",")[0] for line in table[1:7]] == names
     assert float(table[1].split()[-1]) < 1 and "the first 4 tokens generated are the same" in table[7]
     assert [line.split()[-3:] for line in table[3:5]] == [["20.0", "20.0", "1.00"], ["1,030.0", "1,030.0", "1.00"]]
-    assert table[8] == "resident memory is of a process of its own for each model, 10.0 and 10.0 MB of it before that was loaded"
+    assert table[8] == "resident memory is that of one process for each model, 10.0 and 10.0 MB of it before the model was loaded"
     assert len(list(ElementTree.parse(tmp_path / "bench.svg").iter("{http://www.w3.org/2000/svg}rect"))) == 7
 
     again = sparsekern.save(sparsekern.load(folder, device="cpu"), tmp_path / "packed", "packed")
@@ -87,11 +87,11 @@ def test_resident_memory_is_told_by_a_process_that_loads_the_model(tmp_path, mon
     [
         (
             "echo >&2; echo 'ValueError: the folder is empty' >&2; exit 3",
-            "ended with 3: ValueError: the folder is empty; --no-rss does without",
+            "ended with 3: ValueError: the folder is empty; --no-rss skips it",
         ),
-        ("echo '{}'; exit 1", "ended with 1; --no-rss does without"),
-        ("kill -KILL $$", "was ended by SIGKILL, as the system does where memory runs out; --no-rss does without"),
-        ("echo lost >&2; kill -TERM $$", "was ended by SIGTERM: lost; --no-rss does without"),
+        ("echo '{}'; exit 1", "ended with 1; --no-rss skips it"),
+        ("kill -KILL $$", "was ended by SIGKILL, which the system sends when memory runs out; --no-rss skips it"),
+        ("echo lost >&2; kill -TERM $$", "was ended by SIGTERM: lost; --no-rss skips it"),
     ],
 )
 def test_a_process_that_dies_says_why(tmp_path, monkeypatch, script, message):
@@ -163,7 +163,7 @@ def test_a_platform_that_does_not_tell(monkeypatch, tmp_path):
     model = packed.llama()
     found = compare(model, packed_copy(model), prompt_length=8, tokens=4, rounds=1, resident=True)
     assert found.packed.resident is found.packed.peak is None and "resident" not in found.ratios
-    assert str(found).endswith(f"\nresident memory is not known: {sys.platform} has no {tmp_path / 'status'} to read it from")
+    assert str(found).endswith(f"\nresident memory is unknown: {sys.platform} has no {tmp_path / 'status'} to read it from")
 
 
 def test_a_python_that_does_not_know_its_executable(monkeypatch):
@@ -186,7 +186,7 @@ def test_two_models_that_are_not_the_same():
     ):
         compare(model, other, prompt_length=8, tokens=4)
     other.model.layers[1].mlp.up_proj.values[:8] *= 1.01
-    with pytest.raises(ValueError, match="packed: the weight of model.layers.1.mlp.up_proj is not that of the dense model"):
+    with pytest.raises(ValueError, match="packed: the weight of model.layers.1.mlp.up_proj differs from that of the dense model"):
         compare(model, other, prompt_length=8, tokens=4)
 
 
@@ -200,7 +200,8 @@ def test_a_decode_too_short_for_the_clock(monkeypatch):
     model = packed.llama()
     monkeypatch.setattr(comparing, "_timed", lambda model, prompt, tokens: 0.5)
     with pytest.raises(
-        ValueError, match="tokens: expected more than 4, whose decoding takes less than timing varies by; increase tokens or rounds"
+        ValueError,
+        match="tokens: expected more than 4: decoding them is below the resolution of the timing; increase tokens or rounds",
     ):
         compare(model, packed_copy(model), prompt_length=8, tokens=4)
 
