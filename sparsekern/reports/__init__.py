@@ -1,4 +1,4 @@
-"""What a run tells: the reports, their page and its plots."""
+"""Reports of runs: their classes, their page and its plots."""
 
 from .base import BaseReport
 from .continual import ContinualReport, ContinualStep

@@ -1,4 +1,4 @@
-"""The common base of all reports: where a run's settings and measurements are kept, and how a report is written and read."""
+"""The common base of all reports. It holds a run's settings and measurements, and writes and reads report files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .._files import write_atomically
 from . import schema
@@ -18,18 +18,19 @@ CLASSES: dict[str, type[BaseReport]] = {}
 
 @dataclass(kw_only=True)
 class BaseReport(ABC):
-    """What a run did. `print` it, or write it with `to_json` or `to_html`.
+    """Base of the reports. `print` a report, or write it with `to_json` or `to_html`.
 
     Attributes:
-        settings: what the result depends on: the method, the pattern, the seed, digests of the model and the calibration.
-        versions: of the packages, and the device and threads that the run had.
-        command: the command line that started the run, None where Python called it.
-        seconds: by phase, with their `total`.
-        size: bytes of the weights, where the model was saved: `dense` in memory, and `saved` in its files.
-        measured: name -> number or text, of what was measured besides, such as `"perplexity, pruned"`.
+        kind: the `kind` in report.json; each concrete class has its own.
+        settings: everything that the result depends on: method, pattern, seed, and digests of the model and the calibration.
+        versions: versions of the packages, and the run's device and threads.
+        command: the command line that started the run; None where Python called it.
+        seconds: seconds of each phase, and their `total`.
+        size: bytes of the weights if the model was saved: `dense` in memory, and `saved` in its files.
+        measured: other measurements by name, numbers or texts, such as `"perplexity, pruned"`.
     """
 
-    kind: ClassVar[str]  # the `kind` in report.json; each concrete class has its own
+    kind: ClassVar[str]
 
     settings: dict[str, object] = field(default_factory=dict)
     versions: dict[str, object] = field(default_factory=dict)
@@ -43,14 +44,15 @@ class BaseReport(ABC):
 
     @staticmethod
     def from_json(path: str | os.PathLike) -> BaseReport:
-        """Return the report in the file `path`, whatever its kind, as an object of the class that wrote it.
+        """Return the report in the file `path`, of any kind, as an object of the class that wrote it.
 
-        What follows from other fields, such as `sparsity`, is not read. `settings`, `versions` and `measured` may hold any names.
+        Values that follow from other fields, such as `sparsity`, are not read. `settings`, `versions` and `measured` may hold any
+        names.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the file is not JSON or no report, has a newer schema, an unknown kind, or an unknown, missing or bad field;
-                the message names it.
+            ValueError: the file is not JSON or no report, or has a newer schema, an unknown kind, or an unknown, missing or bad
+                field, which the message names.
         """
         fields = schema.loads(Path(path))
         kind = fields.take("kind", schema.text)
@@ -58,23 +60,24 @@ class BaseReport(ABC):
             fields.refuse("kind", f"one of {', '.join(sorted(CLASSES))}", kind)
         cls = CLASSES[kind]
         run, results = fields.inside("run"), fields.inside("results")
-        found = {
+        size = results.take("size", schema.mapping(schema.whole))
+        if size and size.keys() != {"dense", "saved"}:
+            results.refuse("size", "dense and saved", list(size))
+        found: dict[str, Any] = {  # arguments of `cls`, each read with its type
             "settings": run.take("settings", schema.mapping(schema.anything)),
             "versions": run.take("versions", schema.mapping(schema.anything)),
             "command": run.take("command", schema.optional(schema.text)),
             "seconds": run.take("seconds", schema.mapping(schema.number)),
-            "size": results.take("size", schema.mapping(schema.whole)),
+            "size": size,
             "measured": results.take("measured", schema.mapping(schema.measurement)),
         }
-        if found["size"] and found["size"].keys() != {"dense", "saved"}:
-            results.refuse("size", "dense and saved", list(found["size"]))
         found |= cls._read(run, results, fields.each("layers"))
         for part in (run, results, fields):
             part.end()
         return cls(**found)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the report as `report.json` holds it, but with infinity and NaN as numbers."""
+        """Return the content of `report.json`, with infinity and NaN as numbers."""
         return {
             "schema": schema.SCHEMA,
             "kind": self.kind,
@@ -90,20 +93,20 @@ class BaseReport(ABC):
         }
 
     def to_json(self, path: str | os.PathLike) -> None:
-        """Write the report as strict JSON. The file is written as a whole or not at all."""
+        """Write the report as strict JSON to the file `path`, as a whole or not at all."""
         write_atomically(Path(path), schema.dumps(self.to_dict()))
 
     def to_html(self, path: str | os.PathLike) -> None:
-        """Write a page with plots and a table, in one file. The file is written as a whole or not at all."""
+        """Write a page with plots and a table to the file `path`, as a whole or not at all."""
         write_atomically(Path(path), render(self.page()).encode("utf-8", "replace"))
 
     @abstractmethod
     def summary(self) -> dict[str, float | str]:
-        """Return what the run came to, name -> number or text, for a model card and for a terminal."""
+        """Return the main results by name, as numbers or texts, for a model card and for a terminal."""
 
     @abstractmethod
     def page(self) -> Page:
-        """Return what the page of this report shows."""
+        """Return the content of the report's page."""
 
     @abstractmethod
     def _run(self) -> dict[str, object]:
@@ -120,17 +123,17 @@ class BaseReport(ABC):
     @classmethod
     @abstractmethod
     def _read(cls, run: Fields, results: Fields, layers: list[Fields]) -> dict[str, object]:
-        """Return the arguments of the class that only this kind has, from what `_run`, `_results` and `_layers` wrote."""
+        """Return the arguments of the class that only this kind has, read from the output of `_run`, `_results` and `_layers`."""
 
     def _facts(self, *facts: tuple[str, object]) -> list[tuple[str, str]]:
-        """Return the headline of the page: the method, then `facts`, without those that are None."""
+        """Return the headline of the page: the method, then those of `facts` that are not None."""
         method = self.settings.get("method")
         name = method.get("name") if isinstance(method, dict) else None
         return [(label, str(value)) for label, value in (("method", name), *facts) if value is not None]
 
 
 def phases(seconds: dict[str, float]) -> str:
-    """Return the seconds of each phase in a line."""
+    """Return the seconds of each phase as one line of text."""
     return ", ".join(f"{phase} {taken:.1f}" for phase, taken in seconds.items())
 
 

@@ -1,4 +1,4 @@
-"""The report of a model pruned for one data set after another: perplexities after each, their average, and what was forgotten."""
+"""The report of a model pruned for one dataset after another: perplexities after each, their average, and the forgetting."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .schema import Fields
 
 @dataclass(frozen=True)
 class ContinualStep:
-    """One data set that was taken in.
+    """One dataset that the model was pruned for.
 
     Attributes:
-        name: of the data set.
-        tokens: it was calibrated with, without padding.
+        name: name of the dataset.
+        tokens: number of calibration tokens, without padding.
         sparsity: share of zeros among the weights of the pruned linears.
-        changed: share of these weights that are zero now and were not after the step before, or the reverse; None at the first step.
-        seconds: the step took.
-        perplexity: of the model after this step, by data set.
+        changed: share of these weights that became zero or nonzero in this step; None at the first step.
+        seconds: duration of the step.
+        perplexity: perplexities of the model after this step, by dataset.
     """
 
     name: str
@@ -35,7 +35,7 @@ class ContinualStep:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ContinualStep:
-        """Return the step that `dataclasses.asdict` and JSON turned into `fields`.
+        """Return the step whose fields, by `dataclasses.asdict` and JSON, are `fields`.
 
         Raises:
             ValueError: a field that is unknown, missing or of another type.
@@ -62,8 +62,14 @@ class ContinualReport(BaseReport):
     """The result of `sparsekern.prune_continually`.
 
     Attributes:
-        dense: perplexities of the dense model, by data set.
-        steps: all data sets that the state has seen, in their order; those of this call are the last.
+        dense: perplexities of the dense model, by dataset.
+        steps: all datasets that the state has seen, in their order; those of this call are the last.
+
+    Example:
+        >>> options = {"evaluate": {"first": ids[0], "second": ids[2]}, "length": 16, "progress": False}
+        >>> report = sparsekern.prune_continually(model, {"first": ids[:2], "second": ids[2:]}, "wanda", 0.5, **options)
+        >>> report.names, [len(row) for row in report.matrix]
+        (['first', 'second'], [2, 2])
     """
 
     kind: ClassVar[str] = "continual"
@@ -73,40 +79,40 @@ class ContinualReport(BaseReport):
 
     @property
     def names(self) -> list[str]:
-        """The data sets, in their order."""
+        """The names of the datasets, in their order."""
         return [step.name for step in self.steps]
 
     @property
     def matrix(self) -> list[list[float | None]]:
-        """`R[t][i]`: the perplexity on data set `i` after step `t`; None where it was not taken (always where `i > t`)."""
+        """The matrix `R[t][i]` of the perplexity on dataset `i` after step `t`; None where it was not taken, as for `i > t`."""
         return [[step.perplexity.get(name) for name in self.names] for step in self.steps]
 
     @property
     def average_perplexity(self) -> float | None:
-        """The mean over all data sets of the perplexity after the last step; None where one is missing."""
+        """The mean over all datasets of the perplexity after the last step; None where one is missing."""
         return _mean(self.matrix[-1]) if self.steps else None
 
     @property
     def backward_transfer(self) -> float | None:
-        """The mean over all data sets but the last, `T`, of `R[i, i] - R[T, i]`, in perplexity.
+        """The mean of `R[i, i] - R[T, i]` in perplexity, over all datasets `i` except the last, `T`.
 
-        **Negative: forgetting.** Positive: later data sets made the model better on earlier ones. The sign is that of Lopez-Paz and
-        Ranzato (2017), for whom higher is better too, with perplexity instead of accuracy. None where a perplexity is missing or there
-        is one data set only; NaN where both perplexities of a data set are infinite.
+        **Negative means forgetting.** Positive means that later datasets improved the model on earlier ones. As for Lopez-Paz and
+        Ranzato (2017), who use accuracy, higher is better. None where a perplexity is missing or there is only one dataset; NaN
+        where both perplexities of a dataset are infinite.
         """
         table, last = self.matrix, len(self.steps) - 1
         pairs = [(table[i][i], table[last][i]) for i in range(last)]
-        return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs])
+        return _mean([None if before is None or after is None else before - after for before, after in pairs])
 
     def summary(self) -> dict[str, float | str]:
-        """Return the perplexities after the last step, their mean and the backward transfer, as far as they were taken."""
+        """Return those perplexities after the last step that were taken, their mean and the backward transfer."""
         last = self.steps[-1].perplexity if self.steps else {}
         rows = {f"perplexity, {name}": value for name, value in last.items()}
         means = {"average perplexity": self.average_perplexity, "backward transfer": self.backward_transfer}
         return {**rows, **{name: value for name, value in means.items() if value is not None}}
 
     def page(self) -> Page:
-        """Return what the page of this report shows."""
+        """Return the content of the report's page."""
         average, transfer, strategy = self.average_perplexity, self.backward_transfer, self.settings.get("strategy")
         rows = [*([("dense", self.dense)] if self.dense else []), *((step.name, step.perplexity) for step in self.steps)]
         series: dict[str, list[Point]] = {}
@@ -119,20 +125,20 @@ class ContinualReport(BaseReport):
         return Page(
             self._facts(
                 ("strategy", strategy),
-                ("data sets", len(self.steps)),
+                ("datasets", len(self.steps)),
                 ("average perplexity", None if average is None else f"{average:.4g}"),
                 ("backward transfer (negative: forgetting)", None if transfer is None else f"{transfer:+.3g}"),
             ),
             [
                 lines_section(
-                    "Perplexity of each data set, step by step",
+                    "Perplexity of each dataset, step by step",
                     series,
-                    x_label="data sets taken in",
+                    x_label="datasets taken in",
                     note="The scale is logarithmic; lower is better.",
                     log=True,
                 ),
                 size_section(self.size),
-                seconds_section("Time by data set", {step.name: step.seconds for step in self.steps}),
+                seconds_section("Time by dataset", {step.name: step.seconds for step in self.steps}),
             ],
             table("All perplexities", rows, columns),
             self.command,
@@ -188,4 +194,6 @@ class ContinualReport(BaseReport):
 
 
 def _mean(values: list[float | None]) -> float | None:
-    return sum(values) / len(values) if values and None not in values else None
+    """Return the mean, or None where a value is missing or there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -1,20 +1,29 @@
-"""`report.html`: a report for people to look at. One file, no scripts, nothing fetched."""
+"""The page `report.html` of a report: one file without scripts, which loads nothing."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .plots import LARGEST, Bar, Point, bars, lines
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 BEFORE = "var(--before, #9aa4ae)"
 INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 class Section(NamedTuple):
-    """A heading with a plot and a note; `plot` is SVG."""
+    """A heading with a plot and a note.
+
+    Attributes:
+        title: the heading.
+        plot: SVG; empty for none.
+        note: text below the plot; empty for none.
+    """
 
     title: str
     plot: str = ""
@@ -22,7 +31,13 @@ class Section(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table that is folded away below the plots: its summary, its head and its rows of text."""
+    """A table that is folded away below the plots.
+
+    Attributes:
+        summary: the line that unfolds it.
+        columns: the heads of the columns.
+        rows: the text of each cell, row by row.
+    """
 
     summary: str
     columns: Sequence[str]
@@ -30,7 +45,15 @@ class Table(NamedTuple):
 
 
 class Page(NamedTuple):
-    """The content of one page, whatever the kind of report."""
+    """The content of the page of any report.
+
+    Attributes:
+        facts: label and value of each number in the headline.
+        sections: the plots.
+        table: the table below them.
+        command: the command line that started the run; None where Python called it.
+        versions: versions of the packages, and the device and threads.
+    """
 
     facts: Sequence[tuple[str, str]]
     sections: Sequence[Section]
@@ -40,21 +63,28 @@ class Page(NamedTuple):
 
 
 @functools.cache
-def _template():
+def _template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return Environment(loader=PackageLoader("sparsekern.reports", ""), **options).get_template("report.html.j2")
+    loader = PackageLoader("sparsekern.reports", "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2")
 
 
 def render(page: Page) -> str:
-    """Return the page as HTML. All text is escaped; a section without plot and note is left out."""
+    """Return the page as HTML. All text is escaped, and a section without plot and note is left out."""
     sections = [section for section in page.sections if section.plot or section.note]
     return _template().render(page._replace(sections=sections)._asdict())
 
 
 def table(summary: str, rows: Iterable[object], columns: Mapping[str, Callable[[Any], str]]) -> Table:
-    """Make a table of `rows`, by a function for the text of each column."""
+    """Return a table of `rows`.
+
+    Args:
+        summary: the line that unfolds it.
+        rows: the objects to show.
+        columns: by head, a function that returns the text of a row's cell.
+    """
     return Table(summary, list(columns), [[text(row) for text in columns.values()] for row in rows])
 
 
@@ -64,7 +94,7 @@ def shown(value: float | None, form: str) -> str:
 
 
 def perplexity_section(measured: Mapping[str, object]) -> Section:
-    """Return the perplexities before and after pruning as bars, where they were measured."""
+    """Return bars of the perplexities before and after pruning, if they were measured."""
     rows = [
         Bar(label, value, f"{value:.4g}", *colour)
         for label, colour in (("dense", [BEFORE]), ("pruned", []))
@@ -75,7 +105,7 @@ def perplexity_section(measured: Mapping[str, object]) -> Section:
 
 
 def size_section(size: Mapping[str, int]) -> Section:
-    """Return the sizes in memory and on disk as bars, where the model was saved."""
+    """Return bars of the sizes in memory and on disk, if the model was saved."""
     if not size:
         return Section("Size")
     dense, saved = size["dense"], size["saved"]
@@ -85,13 +115,13 @@ def size_section(size: Mapping[str, int]) -> Section:
 
 
 def seconds_section(title: str, seconds: Mapping[str, float]) -> Section:
-    """Return the seconds of each phase as bars, without their total."""
+    """Return bars of the seconds of each phase, without their total."""
     rows = [Bar(phase, taken, f"{taken:.1f} s") for phase, taken in seconds.items() if phase != "total"]
     return Section(title, bars(rows) if rows else "")
 
 
 def lines_section(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str, note: str = "", log: bool = False) -> Section:
-    """Return the series as a plot. The note names the points that the plot leaves out because they are NaN or infinite."""
+    """Return a plot of the series. The note names points that are NaN or infinite, which the plot leaves out."""
     missing = [point.text for points in series.values() for point in points if not point.y <= LARGEST]
     plot = lines(series, x_label=x_label, log=log)
     if missing:
@@ -101,10 +131,10 @@ def lines_section(title: str, series: Mapping[str, Sequence[Point]], *, x_label:
 
 
 def by_block(layers: Iterable[tuple[str, float | None]], form: str) -> dict[str, list[Point]]:
-    """Return one series for all layers whose names are equal from the index of their block on.
+    """Return one series for all layers whose names are equal behind the index of their block.
 
     Args:
-        layers: name and value of each; None has no point.
+        layers: name and value of each layer. A layer with the value None has no point.
         form: the format of the values.
     """
     series: dict[str, list[Point]] = {}

@@ -1,4 +1,4 @@
-"""Plots as SVG text: bars and lines, in one file and without another package.
+"""Plots of bars and lines as SVG text, without another package.
 
 Colours come from the CSS variables `--text`, `--faint` and `--bar` of the page, or from defaults that are legible on white and on black.
 """
@@ -13,12 +13,19 @@ from xml.etree import ElementTree
 
 COLOURS = ("#2f78b7", "#e08a1e", "#2a9d6f", "#c8503c", "#8d63b0", "#8a6d5a", "#d16ba5", "#6f7780", "#a5a32b", "#27a9b8")
 TEXT, FAINT, BAR = "var(--text, #7a7f85)", "var(--faint, #bbb)", "var(--bar, #2f78b7)"
-SMALLEST, LARGEST = 1e-300, 1e300  # whose ticks are still numbers of float64
+SMALLEST, LARGEST = 1e-300, 1e300  # beyond these, ticks would leave the range of float64
 NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Bar(NamedTuple):
-    """One bar; `text` is its value in full."""
+    """One bar.
+
+    Attributes:
+        label: text in front of the bar.
+        value: its length.
+        text: the value as shown behind the bar.
+        colour: a CSS colour.
+    """
 
     label: str
     value: float
@@ -27,7 +34,13 @@ class Bar(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One point of a line; `text` appears when the mouse rests on it."""
+    """One point of a line.
+
+    Attributes:
+        x: horizontal place.
+        y: vertical place.
+        text: shown while the mouse rests on the point.
+    """
 
     x: float
     y: float
@@ -35,7 +48,7 @@ class Point(NamedTuple):
 
 
 def bars(rows: Sequence[Bar], width: int = 640) -> str:
-    """Draw horizontal bars from zero, one a row. An infinite value fills the row; NaN and negative values have no length."""
+    """Return SVG of horizontal bars from zero, one in each row. Infinity fills its row; NaN and negative values have no length."""
     left = 14 + 7 * max((len(row.label) for row in rows), default=0)
     right = 14 + 7 * max((len(row.text) for row in rows), default=0)
     most = max((row.value for row in rows if math.isfinite(row.value)), default=0)
@@ -52,12 +65,9 @@ def bars(rows: Sequence[Bar], width: int = 640) -> str:
 
 
 def lines(series: Mapping[str, Sequence[Point]], *, x_label: str, log: bool = False, width: int = 960, height: int = 300) -> str:
-    """Draw each series as a line with dots, and a legend.
+    """Return SVG of each series as a line with dots, and of a legend; empty if no point can be drawn.
 
-    Points that have no place are left out: NaN, values beyond 1e300 and below zero, and zero where the scale is logarithmic.
-
-    Returns:
-        SVG, or nothing where no point is left.
+    Points without a place are left out: NaN, values above 1e300 or below zero, and zero on a logarithmic scale.
     """
     shown = {name: list(drawable(points, log=log)) for name, points in series.items()}
     points = [point for line in shown.values() for point in line]
@@ -81,8 +91,8 @@ def lines(series: Mapping[str, Sequence[Point]], *, x_label: str, log: bool = Fa
         _add(svg, "line", **ends, stroke=FAINT, stroke_width=0.6)
         _text(svg, left - 6, f"{y + 4:.1f}", f"{tick:g}", "end")
     step = max(1, math.ceil((last - first) / 16))
-    for x in range(math.ceil(first), math.floor(last) + 1, step):
-        _text(svg, f"{at(Point(x, ticks[0], ''))[0]:.1f}", bottom + 17, str(x), "middle")
+    for mark in range(math.ceil(first), math.floor(last) + 1, step):
+        _text(svg, f"{at(Point(mark, ticks[0], ''))[0]:.1f}", bottom + 17, str(mark), "middle")
     _text(svg, (left + right) / 2, height - 5, x_label, "middle")
     for i, (name, line) in enumerate(shown.items()):
         colour, places = COLOURS[i % len(COLOURS)], [at(point) for point in line]
@@ -113,7 +123,7 @@ def _ticks(most: float) -> list[float]:
 
 
 def _log_ticks(points: Sequence[Point]) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten around all points, or only the powers where the points span many."""
+    """Return 1, 2 and 5 times powers of ten around all points, or the powers alone if the points span many."""
     low, high = min(point.y for point in points), max(point.y for point in points)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**power for power in powers for factor in ((1, 2, 5) if len(powers) <= 4 else (1,))]
@@ -138,7 +148,7 @@ def _text(svg: ElementTree.Element, x: object, y: object, text: str, anchor: str
 
 
 def _printable(text: str) -> str:
-    """Replace the characters that XML has no way to write."""
+    """Return the text with the characters that XML cannot hold replaced."""
     return NOT_XML.sub("\ufffd", text)
 
 

@@ -28,16 +28,16 @@ class LayerReport:
     """One pruned linear.
 
     Attributes:
-        name: of the linear in the model.
-        pattern: that it was pruned by.
-        shape: of its weight, outputs and inputs.
-        zeros: in its weight.
-        error: relative squared error of its output over the calibration tokens, `tr((Ŵ-W) G (Ŵ-W)^T) / tr(W G W^T)`, with the undamped
-            Gram matrix `G` of its inputs and `Ŵ` as the model stores it. None where no Gram matrix was taken.
-        seconds: to solve it, with the factorisation if it was the first to need it. Of a feed-forward network that was solved as a
-            whole, an equal share.
-        output_error: of the last linear of such a network, the relative squared error of the network's output.
-        output_error_alone: the same where the solver inside prunes linear by linear.
+        name: name of the linear in the model.
+        pattern: the pattern that it was pruned to.
+        shape: `(out_features, in_features)` of its weight.
+        zeros: number of zeros in its weight.
+        error: relative squared error of its output over the calibration tokens, `tr((Ŵ-W) G (Ŵ-W)^T) / tr(W G W^T)`. `G` is the
+            undamped Gram matrix of its inputs, and `Ŵ` the stored weight. None where no Gram matrix was taken.
+        seconds: time to solve it, including the factorisation if this linear was the first to need it. A linear of a feed-forward
+            network that was solved as a whole has an equal share of the network's time.
+        output_error: relative squared error of the network's output, at the last linear of such a network; None elsewhere.
+        output_error_alone: the same error with the network pruned linear by linear by the solver inside.
     """
 
     name: str
@@ -51,12 +51,12 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros in its weight."""
+        """The share of zeros in the weight."""
         return self.zeros / (self.shape[0] * self.shape[1])
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LayerReport:
-        """Return the report that `dataclasses.asdict` and JSON turned into `fields`.
+        """Return the report whose fields, by `dataclasses.asdict` and JSON, are `fields`.
 
         Raises:
             ValueError: a field that is unknown, missing or of another type.
@@ -92,13 +92,21 @@ class Report(BaseReport):
     """The result of `sparsekern.prune` with a method that makes weights zero.
 
     Attributes:
-        layers: one for each pruned linear, in the order of the model.
-        seconds: by phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks), `statistics`, `solve`,
-            `write` (checkpoints and the final model) and `total`.
-        calibration_tokens: how many the method was given, without padding.
-        resumed_blocks: how many blocks were taken from a checkpoint. Their layers' seconds are those of the run that solved them.
-        training: one entry for each optimizer step of a method that trains: the pruning `step`, the `sparsity`, the `learning_rate`, and
-            the `loss` of the step's batch before it was trained on.
+        layers: one entry for each pruned linear, in the order of the model.
+        seconds: seconds of each phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks),
+            `statistics`, `solve`, `write` (checkpoints and the final model) and `total`.
+        calibration_tokens: number of calibration tokens, without padding.
+        resumed_blocks: number of blocks taken from a checkpoint. Their layers' seconds are those of the run that solved them.
+        training: one entry for each optimizer step of a method that trains: the pruning `step`, the `sparsity`, the
+            `learning_rate`, and the `loss` of the step's batch before it was trained on.
+
+    Example:
+        >>> report = sparsekern.prune(model, "magnitude", 0.5, progress=False)
+        >>> report.sparsity, report.layers[0].name
+        (0.5, 'model.layers.0.self_attn.q_proj')
+        >>> report.to_json("report.json")
+        >>> sparsekern.Report.from_json("report.json") == report
+        True
     """
 
     kind: ClassVar[str] = "blocks"
@@ -110,7 +118,7 @@ class Report(BaseReport):
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros among the weights of all pruned linears; 0 where there are none."""
+        """The share of zeros among the weights of all pruned linears; 0 where no linear was pruned."""
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         return sum(layer.zeros for layer in self.layers) / weights if weights else 0.0
 
@@ -121,7 +129,7 @@ class Report(BaseReport):
         return {"zeros in the pruned linears": zeros}
 
     def page(self) -> Page:
-        """Return what the page of this report shows."""
+        """Return the content of the report's page."""
         perplexity = self.measured.get("perplexity, pruned")
         total = self.seconds.get("total")
         return Page(
@@ -188,12 +196,12 @@ class Report(BaseReport):
                 f"{layer.name:<{width}}  {shape:>13}  {layer.pattern:>7}  {layer.sparsity:>7.2%}  {error_text(layer.error):>9}"
                 f"  {layer.seconds:>7.2f}"
             )
-        together = [layer for layer in self.layers if layer.output_error is not None]
-        if together:
-            error = sum(layer.output_error for layer in together) / len(together)
-            alone = [layer.output_error_alone for layer in together if layer.output_error_alone is not None]
+        errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
+        if errors:
+            alone = [layer.output_error_alone for layer in self.layers if layer.output_error_alone is not None]
             compared = f" (linear by linear {sum(alone) / len(alone):.3e})" if alone else ""
-            lines.append(f"{len(together)} feed-forward networks, mean output error {error:.3e}{compared}")
+            mean = sum(errors) / len(errors)
+            lines.append(f"{len(errors)} feed-forward networks, mean output error {mean:.3e}{compared}")
         if self.training:
             first, last = self.training[0]["loss"], self.training[-1]["loss"]
             lines.append(f"{len(self.training)} optimizer steps, loss of their batches from {first:.3f} to {last:.3f}")

@@ -1,4 +1,4 @@
-"""The schema of `report.json`, written and read as strict JSON.
+"""The schema of `report.json`, which is written and read as strict JSON.
 
 Every report has the keys `schema`, `kind`, `run`, `results` and `layers`. JSON has no infinity and no NaN, so these numbers are the
 strings `"Infinity"`, `"-Infinity"` and `"NaN"`. `SCHEMA` is raised whenever a key is added, removed or changes its meaning.
@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 SCHEMA = 1
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-REQUIRED = object()
 T = TypeVar("T")
 
 
+class _Default(Enum):
+    """The default of a field that has none."""
+
+    REQUIRED = 0
+
+
 def dumps(report: Mapping[str, object]) -> bytes:
-    """Return a report as UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, is written as JSON's escape of it."""
+    """Return a report as UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, is written as a JSON escape."""
     text = json.dumps(_strict(report), indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8", "backslashreplace")
 
@@ -35,11 +41,11 @@ def _strict(value: object) -> object:
 
 
 def loads(path: Path) -> Fields:
-    """Return the fields of a report, its `schema` being checked.
+    """Return the fields of a report, after a check of its `schema`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, no report, or one of another schema.
+        ValueError: the file is not JSON, no report, or has another schema.
     """
     try:
         found = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
@@ -59,24 +65,24 @@ def loads(path: Path) -> Fields:
     return Fields({key: value for key, value in found.items() if key != "schema"}, f"path: {path}")
 
 
-def _refuse_constant(name: str) -> None:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
 class Fields:
-    """The fields of one JSON object, taken one by one, each with the type that is expected there."""
+    """The fields of one JSON object, which are taken one by one, each with its type."""
 
     def __init__(self, found: Mapping[str, object], place: str) -> None:
         self._left, self._place = dict(found), place
 
-    def take(self, name: str, read: Callable[[object], T], default: object = REQUIRED) -> T:
-        """Return the field `name` as `read` makes it, or `default` where the field is missing.
+    def take(self, name: str, read: Callable[[object], T], default: T | _Default = _Default.REQUIRED) -> T:
+        """Return the field `name` as `read` converts it, or `default` where the field is missing.
 
         Raises:
             ValueError: the field is required and missing, or `read` refuses it.
         """
         if name not in self._left:
-            if default is REQUIRED:
+            if isinstance(default, _Default):
                 raise ValueError(f"{self._place}: expected a field {name!r}, found none")
             return default
         try:
@@ -94,18 +100,18 @@ class Fields:
         return [Fields(found, f"{self._place}: {name}[{index}]") for index, found in enumerate(objects)]
 
     def skip(self, *names: str) -> None:
-        """Leave out fields that follow from others."""
+        """Discard fields that follow from others."""
         for name in names:
             self._left.pop(name, None)
 
     def end(self) -> None:
-        """Raise `ValueError` for a field that was not taken: this schema has no such field."""
+        """Raise `ValueError` if a field is left, since this schema has no such field."""
         if self._left:
             raise ValueError(
                 f"{self._place}: unknown field {', '.join(map(repr, self._left))}; schema {SCHEMA} has none of that name"
             )
 
-    def refuse(self, name: str, expected: str, got: object) -> None:
+    def refuse(self, name: str, expected: str, got: object) -> NoReturn:
         """Raise `ValueError` for the value of a field that was taken."""
         raise ValueError(f"{self._place}: {name}: expected {expected}, got {got!r}")
 
@@ -144,12 +150,12 @@ def measurement(value: object) -> float | str:
 
 
 def optional(read: Callable[[object], T]) -> Callable[[object], T | None]:
-    """Take null as well, which is None."""
+    """Return a reader that takes null as None, and everything else by `read`."""
     return lambda value: None if value is None else read(value)
 
 
 def listing(read: Callable[[object], T]) -> Callable[[object], list[T]]:
-    """Take a list of what `read` takes."""
+    """Return a reader of a list, whose entries `read` takes."""
 
     def take(value: object) -> list[T]:
         if not isinstance(value, list):
@@ -160,7 +166,7 @@ def listing(read: Callable[[object], T]) -> Callable[[object], list[T]]:
 
 
 def pair(read: Callable[[object], T]) -> Callable[[object], tuple[T, T]]:
-    """Take a list of two of what `read` takes."""
+    """Return a reader of a list of two entries, which `read` takes."""
 
     def take(value: object) -> tuple[T, T]:
         if not isinstance(value, list) or len(value) != 2:
@@ -171,7 +177,7 @@ def pair(read: Callable[[object], T]) -> Callable[[object], tuple[T, T]]:
 
 
 def mapping(read: Callable[[object], T]) -> Callable[[object], dict[str, T]]:
-    """Take an object whose values `read` takes."""
+    """Return a reader of an object, whose values `read` takes."""
 
     def take(value: object) -> dict[str, T]:
         if not isinstance(value, dict):
@@ -182,7 +188,7 @@ def mapping(read: Callable[[object], T]) -> Callable[[object], dict[str, T]]:
 
 
 def _name(value: object) -> str:
-    """Return a value as JSON names it, in brief."""
+    """Return a short JSON name of a value."""
     kinds = {type(None): "null", bool: "a truth value", dict: "an object", list: "a list"}
     if type(value) in (int, float, str):
         shown = json.dumps(value)
