@@ -20,8 +20,8 @@ class Gradients(NamedTuple):
     Attributes:
         to: arguments that have a gradient; any other argument that requires one is refused.
         saved: tensors that `formula` needs.
-        formula: returns gradients by name. It takes the saved tensors and all other arguments that are no tensors by name, the shapes
-            of all tensors by name, the gradient of the result, and the names of the wanted gradients.
+        formula: returns gradients by name. Its arguments are the saved tensors and all non-tensor arguments by name, the shapes of all
+            tensors by name, the gradient of the result, and the names of the wanted gradients.
     """
 
     to: tuple[str, ...]

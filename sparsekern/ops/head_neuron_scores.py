@@ -14,8 +14,8 @@ def head_neuron_scores(sum_squares: torch.Tensor, weight: torch.Tensor, head_siz
     """Score each unit: the energy of its features times the energy of the weights that read them.
 
     This is the representational knowledge of K-prune: `score_i = sum_t x_ti^2 * mean_o W_oi^2` for each input feature `i` of the output
-    projection `W`, averaged over the features of each head. If the products of different features cancel out, it is the squared error
-    in the sub-layer's output when the unit is removed, up to a factor shared by all units of a model.
+    projection `W`, averaged over the features of each head. If the products of different features cancel out, it is the squared output
+    error of removing the unit, up to a factor shared by all units of a model.
 
     `feature_norm_` makes the pass over the activations, batch by batch; this op reads the weight once. On a CPU PyTorch's own reduction is
     as fast as a kernel. On a CUDA device the Triton kernel of `feature_norm_` reads the weight and looks for NaN and Inf. A second kernel

@@ -35,8 +35,8 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
 
     Raises:
         TypeError: a wrong dtype or type.
-        ValueError: a wrong shape, a negative or infinite damping, NaN or Inf in `gram` (an input of the layer was not finite, which no
-            damping can repair), or a matrix that is indefinite even in float64.
+        ValueError: a wrong shape; a negative or infinite damping; NaN or Inf in `gram`, which no damping can repair, because an input
+            of the layer was not finite; a matrix that is indefinite even in float64.
 
     Source: the reversed-order Cholesky factor, equal to the inverse of the `chol(H^-1)` of Frantar and Alistarh, SparseGPT, 2023.
     """

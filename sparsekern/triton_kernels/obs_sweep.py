@@ -56,8 +56,8 @@ class Config(NamedTuple):
 def config(columns: int, m: int, capability: tuple[int, int]) -> Config:
     """Return the shape of a program for blocks of `columns` columns in groups of `m` (0: none).
 
-    Groups of more than 32 columns need the registers of more warps. With groups of 5 to 8, ptxas spills a few registers if two warps
-    share the rows on compute capability 9 and later, or if one warp has them all on compute capability 8.
+    Groups of more than 32 columns need the registers of more warps. With groups of 5 to 8, ptxas spills a few registers in two cases:
+    on compute capability 9 and later if two warps share the rows, and on 8 if one warp has them all.
     """
     size = 16 if columns <= 16 else 32 if m <= 32 else 64
     part = max(1, 16 // m) * m if m else 16

@@ -9,8 +9,8 @@ through a [4096, 4096] weight takes 1.4 ms. Memory traffic beside it, at 4.3 TB/
 * `x` is read once more and its absolute values are written, 0.06 ms: wgmma takes its second operand only from shared memory, unchanged.
   The same pass looks for NaN and Inf, for which `x` must be read anyway, and zeros the masked rows.
 
-An overflowing output shows in the sums that it spoils, at no cost. A kernel that finds NaN or Inf in the weight or in `x` makes all later
-kernels leave `importance` unchanged, so that the host waits for the device only once, at the end.
+An overflowing output shows in the sums that it spoils, at no cost. If a kernel finds NaN or Inf in the weight or in `x`, all later kernels
+leave `importance` unchanged. The host therefore waits for the device only once, at the end.
 """
 
 from __future__ import annotations
