@@ -71,6 +71,49 @@ def test_imports_point_downwards(path):
             assert own == parts[1] or RANK[own] < RANK[parts[1]], f"{own} imports {name}, which does not stand below it"
 
 
+def module_of(path: Path) -> str:
+    parts = ("sparsekern", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_of(path): path for path in MODULES}
+
+
+def names_taken(path: Path):
+    """Every name that a module imports from the package, as (module that it is taken from, name)."""
+    package = ("sparsekern", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            source = ".".join((*base, *((node.module,) if node.module else ())))
+            yield from ((source, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_private_name_crosses_a_folder(path):
+    """Files of the package's own folder, such as `_version`, serve everyone."""
+    folder = module_of(path.parent / "__init__.py")
+    for source, name in names_taken(path):
+        whole = f"{source}.{name}" if f"{source}.{name}" in NAMES else source
+        of = whole.rpartition(".")[0]
+        if of not in (folder, "sparsekern") and source != folder:
+            private = [part for part in (whole.rpartition(".")[2], name) if part.startswith("_") and not part.endswith("__")]
+            assert not private, f"{module_of(path)} imports {name} of {source}"
+
+
+def test_there_is_no_circle_of_imports():
+    """Counting those inside functions, too. What a package's `__init__` imports of its own folder is no circle."""
+    imports: dict[str, set[str]] = {}
+    for module, path in NAMES.items():
+        taken = {f"{source}.{name}" if f"{source}.{name}" in NAMES else source for source, name in names_taken(path)}
+        imports[module] = {name for name in taken & NAMES.keys() if not module.startswith(f"{name}.") and name != "sparsekern"}
+    while imports:
+        free = [module for module, needed in imports.items() if not needed & imports.keys()]
+        assert free, f"these import each other: {', '.join(sorted(imports))}"
+        for module in free:
+            del imports[module]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_transformers_is_imported_late_and_not_below_the_pipeline(path):
     if path == PACKAGE / BEHIND_TRANSFORMERS:

@@ -11,7 +11,7 @@ import inspect
 
 import torch
 
-from .table import Implementation
+from .implementation import Implementation
 from .values import raise_if
 
 CUDA = ("gram_symmetrize_", "nm_mask", "semi_structured_pack", "semi_structured_prune_pack", "semi_structured_unpack", "topk_mask")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .table import Implementation
+from .implementation import Implementation
 from .values import BadValues, value_checks, values_are_checked
 
 

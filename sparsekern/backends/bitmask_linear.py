@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .devices import Support, can_place_columns
-from .table import Implementation
+from .implementation import Implementation
 from .values import raise_if, values_are_checked
 
 # Checking the packed tensors waits for the device, which must not happen for every token. Only the first product of a weight is checked.

@@ -6,7 +6,7 @@ import torch
 
 from ..layouts.packed_rows import check_bitmask_rows
 from .devices import Support, can_place_columns
-from .table import Implementation
+from .implementation import Implementation
 from .values import values_are_checked
 
 

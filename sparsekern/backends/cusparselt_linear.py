@@ -7,7 +7,8 @@ import functools
 import torch
 
 from .devices import Support
-from .table import Implementation, availability
+from .implementation import Implementation
+from .table import availability
 
 LIBRARY = "libcusparseLt.so.0"  # the name under which a CUDA build of torch loads it
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .devices import YES, Support
+from .implementation import Implementation
 from .products import add_product, full_float32
-from .table import Implementation
 from .values import LeftToReference, raise_if
 
 if TYPE_CHECKING:

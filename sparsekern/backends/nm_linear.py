@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 from .devices import Support, can_place_columns
-from .table import Implementation
+from .implementation import Implementation
 
 
 def _triton(

@@ -18,8 +18,8 @@ import torch
 
 from ..pattern import pruned_count
 from .devices import YES, Support
+from .implementation import Implementation
 from .products import add_product, full_float32
-from .table import Implementation
 from .values import raise_if, value_checks, values_are_checked
 
 LAUNCH_COLUMNS = 128  # most columns of one launch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .table import Implementation
+from .implementation import Implementation
 from .values import BadValues, LeftToReference
 
 # Factorisations run one at a time, not on several streams. The host reads the result of each, and then the damping, the shift and every

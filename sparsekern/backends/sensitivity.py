@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .table import Implementation
+from .implementation import Implementation
 from .values import BadValues, refuse_not_finite, values_are_checked
 
 

@@ -11,40 +11,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .adapters import adapted
 from .devices import YES, Support, has_capability
+from .implementation import Implementation
 from .libraries import LIBRARIES
 from .values import BadValues, LeftToReference
 
 REFERENCE = "reference"
 CPU = "cpu"  # the compiled kernels for CPU tensors
 VARIABLE = "SPARSEKERN_BACKENDS"
-
-
-def _always(*args, **kwargs) -> Support:
-    return YES
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to run an op on a CUDA device.
-
-    Attributes:
-        name: the backend, `"cuda"` (C++, in `_C_cuda`) or `"triton"`.
-        run: takes the arguments of the op's schema, in its order and with its defaults.
-        supports: returns whether `run` can serve a call, given its arguments. The compute capability that the backend needs is
-            checked before.
-    """
-
-    name: str
-    run: Callable
-    supports: Callable[..., Support] = _always
 
 
 def _cuda_library() -> Support:
@@ -77,8 +58,6 @@ def has_implementations(op: str) -> bool:
 @functools.cache
 def implementations(op: str) -> tuple[Implementation, ...]:
     """Return the CUDA implementations of an op, the preferred one first."""
-    from .adapters import adapted
-
     module = f"{__package__}.{op.rstrip('_')}"
     return importlib.import_module(module).IMPLEMENTATIONS if importlib.util.find_spec(module) else adapted(op)
 

@@ -9,7 +9,7 @@ import torch
 
 from .. import ops
 from .._warnings import warn
-from ..ops._checks import check_finite
+from ..ops.checks import check_finite
 from ..pattern import Pattern
 from ._fields import choice, number, whole
 from .base import HasGram, LinearMethod, Solution

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from .. import ops
-from ..ops._activations import activate
+from ..ops.activations import activate
 from ..pattern import Pattern
 from ._fields import choice, method, number, whole
 from .base import (

@@ -7,8 +7,8 @@ import math
 import torch
 
 from ..pattern import NM, Pattern, parse_pattern, pruned_count
-from ._checks import check_tensor
-from ._registry import define_op, sample
+from .checks import check_tensor
+from .registry import define_op, sample
 from .topk_mask import SCOPES, keep_largest
 
 SCHEMA = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..pattern import NM, parse_pattern
-from ._checks import HALF_OR_FLOAT, check_no_nan, check_tensor
-from ._registry import define_op, sample
+from .checks import HALF_OR_FLOAT, check_no_nan, check_tensor
+from .registry import define_op, sample
 from .topk_mask import keep_largest
 
 SCHEMA = "(Tensor scores, int n, int m) -> Tensor"

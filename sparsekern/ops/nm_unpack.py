@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..layouts.packed_rows import check_nm_rows, code_bits, pack_nm_rows, stored_per_row, unpack_nm_rows
-from ._checks import HALF_OR_FLOAT, check_tensor, check_whole
-from ._registry import define_op, sample
+from .checks import HALF_OR_FLOAT, check_tensor, check_whole
 from .nm_linear import check_pattern, sparse_weight
+from .registry import define_op, sample
 
 SCHEMA = "(Tensor values, Tensor codes, int n, int m, int features) -> Tensor"
 

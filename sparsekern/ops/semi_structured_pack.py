@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..layouts.semi_structured import FORMATS, encode, word_offsets
-from ._checks import check_no_nan, check_tensor
-from ._registry import define_op, sample
+from .checks import check_no_nan, check_tensor
+from .registry import define_op, sample
 
 SCHEMA = "(Tensor weight) -> (Tensor values, Tensor meta)"
 

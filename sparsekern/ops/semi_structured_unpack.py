@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..layouts.semi_structured import FORMATS, word_offsets
-from ._checks import check_tensor
-from ._registry import define_op, sample
+from .checks import check_tensor
+from .registry import define_op, sample
 from .semi_structured_pack import reference as pack
 from .semi_structured_pack import sparse_weight
 

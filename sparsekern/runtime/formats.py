@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from ..layouts import packed_rows as rows_layout
-from ..ops._checks import HALF_OR_FLOAT, check_tensor
-from ..ops._registry import OPS
 from ..ops.bitmask_pack import bitmask_pack
+from ..ops.checks import HALF_OR_FLOAT, check_tensor
 from ..ops.nm_linear import check_pattern
 from ..ops.nm_pack import nm_pack
+from ..ops.registry import OPS
 from ..pattern import parse_pattern
 
 BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].call, OPS["bitmask_unpack"].overload

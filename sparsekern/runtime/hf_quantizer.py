@@ -5,7 +5,8 @@ Imported once transformers is, by `registration` and by what handles a model of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -40,6 +41,7 @@ class SparsekernQuantizer(HfQuantizer):
     checks what it loaded.
     """
 
+    unpack: ClassVar[Callable[[nn.Module], nn.Module]]  # of `packing`, which imports this module; `registration` sets it
     quantization_config: SparsekernConfig
     dtype: torch.dtype | None = None  # that the model is loaded in
     renamed: bool = False  # whether tensors may have other names in the files than in the model
@@ -109,9 +111,7 @@ class SparsekernQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
-        from .packing import unpack
-
-        return unpack(model).to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return self.unpack(model).to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True

@@ -24,7 +24,9 @@ def register_with_transformers() -> None:
 
 def _register(table) -> None:
     from .hf_quantizer import METHOD, SparsekernConfig, SparsekernQuantizer
+    from .packing import unpack
 
+    SparsekernQuantizer.unpack = staticmethod(unpack)
     if METHOD not in table.AUTO_QUANTIZER_MAPPING:
         table.register_quantization_config(METHOD)(SparsekernConfig)
         table.register_quantizer(METHOD)(SparsekernQuantizer)

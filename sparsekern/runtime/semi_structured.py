@@ -8,7 +8,7 @@ from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorC
 
 from .. import ops
 from ..layouts.semi_structured import FORMATS
-from ..ops._checks import check_tensor
+from ..ops.checks import check_tensor
 from ..ops.cusparselt_linear import DTYPES, cusparselt_linear
 from ..ops.semi_structured_pack import check_fits
 

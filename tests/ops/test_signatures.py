@@ -8,7 +8,7 @@ import pytest
 
 from sparsekern import ops
 from sparsekern.backends import implementations
-from sparsekern.ops._registry import OPS
+from sparsekern.ops.registry import OPS
 
 ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

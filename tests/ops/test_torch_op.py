@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from sparsekern import ops
 from sparsekern.layouts.packed_rows import pack_bitmask_rows, pack_nm_rows
 from sparsekern.ops._memory import shares_memory
-from sparsekern.ops._registry import OPS
+from sparsekern.ops.registry import OPS
 
 EVERYWHERE = [op for op in OPS.values() if not op.only_on_cuda]
 EVERY_OP = pytest.mark.parametrize("op", EVERYWHERE, ids=lambda op: op.name)
