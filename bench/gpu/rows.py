@@ -129,6 +129,6 @@ def failed(name: str, error: Exception, goals: str = "") -> Row:
     if "CUDA error" in str(error) and any(words in str(error) for words in LOST):
         raise error
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if "was asked for, but" in what:  # the words of sparsekern.backends
+    if "was requested, but" in what:  # the words of sparsekern.backends
         return Row(SECTION, name, f"not run: {what}", goal=goals)
     return Row(SECTION, name, f"**failed**: {what}", goal=goals, met=False)

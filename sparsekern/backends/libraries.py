@@ -88,5 +88,5 @@ def check_isa() -> None:
     if not LIBRARIES["_C"].loaded:
         return
     if os.environ.get(ISA) == WITHOUT:
-        raise ValueError(f"{ISA}: expected {WITHOUT!r} to be set before sparsekern is imported, and it was not")
+        raise ValueError(f"{ISA}: expected {WITHOUT!r} to be set before sparsekern is imported, got it afterwards")
     importlib.import_module("sparsekern._C").current_isa()

@@ -138,15 +138,15 @@ def chosen_on_cpu(op: str) -> Callable | None:
         RuntimeError: the compiled kernels are requested but not loaded.
         ValueError: an implementation for other devices is requested.
     """
-    backend = _asked_for(op)
+    backend = _requested(op)
     if backend is None:
         return None
     if backend == REFERENCE:
         return _ops[op].reference
     if "cpu" not in DEVICES[backend]:
-        raise ValueError(f"{op}: the {backend} implementation was asked for, but its tensors are on the CPU")
+        raise ValueError(f"{op}: the {backend} implementation was requested, but its tensors are on the CPU")
     if backend == CPU and not LIBRARIES["_C"].loaded:
-        raise RuntimeError(f"{op}: the cpu implementation was asked for, but it is {LIBRARIES['_C'].reason}")
+        raise RuntimeError(f"{op}: the cpu implementation was requested, but it is {LIBRARIES['_C'].reason}")
     return None
 
 
@@ -173,7 +173,7 @@ def last_resort(op: str) -> Callable:
             reason = "the compiled library has no kernel for it: it was built from another version"
             if not library.wanted:
                 return reference(*args, **kwargs)
-            say_that_the_reference_runs(op, "CPU tensors", reason if library.loaded else f"the CPU kernels are {library.reason}")
+            warn_reference_runs(op, "CPU tensors", reason if library.loaded else f"the CPU kernels are {library.reason}")
         return reference(*args, **kwargs)
 
     return run
@@ -182,7 +182,7 @@ def last_resort(op: str) -> Callable:
 _said: set[tuple[str, str]] = set()
 
 
-def say_that_the_reference_runs(op: str, where: str, reason: str) -> None:
+def warn_reference_runs(op: str, where: str, reason: str) -> None:
     """Log a warning, once per op and reason, that the reference runs although a faster implementation was expected."""
     if (op, reason) not in _said:
         _said.add((op, reason))
@@ -196,9 +196,9 @@ def choose(op: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
         RuntimeError: the requested implementation is not available.
         ValueError: the requested implementation does not support these arguments, or `SPARSEKERN_BACKENDS` is malformed.
     """
-    backend = _asked_for(op)
+    backend = _requested(op)
     if backend is not None:
-        return _the_one_asked_for(op, backend, reference, args, kwargs)
+        return _requested_implementation(op, backend, reference, args, kwargs)
     reasons = []
     for implementation in implementations(op):
         able = availability(implementation.name)
@@ -207,7 +207,7 @@ def choose(op: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
         if able.ok:
             return implementation.run
         reasons.append(f"{implementation.name}: {able.reason}")
-    say_that_the_reference_runs(op, "CUDA tensors", "; ".join(reasons))
+    warn_reference_runs(op, "CUDA tensors", "; ".join(reasons))
     return reference
 
 
@@ -225,29 +225,29 @@ def device_of_call(args: tuple, kwargs: dict) -> torch.device:
 
 def preferred(op: str) -> str:
     """Return the name of the implementation that runs `op` on CUDA devices if it supports the arguments."""
-    asked = _asked_for(op)
+    asked = _requested(op)
     if asked is not None:
         return asked
     available = (known.name for known in implementations(op) if availability(known.name).ok)
     return next(available, REFERENCE)
 
 
-def _asked_for(op: str) -> str | None:
+def _requested(op: str) -> str | None:
     return _asked.get().get(op) or _from_environment(os.environ.get(VARIABLE, "")).get(op)
 
 
-def _the_one_asked_for(op: str, backend: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
+def _requested_implementation(op: str, backend: str, reference: Callable, args: tuple, kwargs: dict) -> Callable:
     if backend == REFERENCE:
         return reference
     if backend == CPU:
-        raise ValueError(f"{op}: the cpu implementation was asked for, but its tensors are on {device_of_call(args, kwargs)}")
+        raise ValueError(f"{op}: the cpu implementation was requested, but its tensors are on {device_of_call(args, kwargs)}")
     available = availability(backend)
     if not available.ok:
-        raise RuntimeError(f"{op}: the {backend} implementation was asked for, but {available.reason}")
+        raise RuntimeError(f"{op}: the {backend} implementation was requested, but {available.reason}")
     implementation = next(known for known in implementations(op) if known.name == backend)
     supported = supports(implementation, args, kwargs)
     if not supported.ok:
-        raise ValueError(f"{op}: the {backend} implementation was asked for, but {supported.reason}")
+        raise ValueError(f"{op}: the {backend} implementation was requested, but {supported.reason}")
     return implementation.run
 
 

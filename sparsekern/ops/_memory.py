@@ -14,7 +14,7 @@ def check_memory(given: Mapping[str, object], written: Sequence[str]) -> None:
     tensors = {name: value for name, value in given.items() if _has_memory(value)}
     for name in (name for name in written if name in tensors):
         if _overlaps_itself(tensors[name]):
-            raise ValueError(f"{name}: expected a place of its own for each element, got strides {tensors[name].stride()}")
+            raise ValueError(f"{name}: expected elements that do not overlap, got strides {tensors[name].stride()}")
         for other, value in tensors.items():
             if other != name and shares_memory(tensors[name], value):
                 raise ValueError(f"{name}, {other}: expected tensors that share no memory, since {name} is written to")

@@ -60,7 +60,7 @@ def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable
             for argument in written:
                 if given.get(argument) is not None and given[argument].requires_grad:
                     raise ValueError(
-                        f"{argument}: expected a tensor that requires no gradient, since {name} writes to it and has none to give; "
+                        f"{argument}: expected a tensor that requires no gradient, since {name} writes to it and has no gradient; "
                         "detach it, or call under torch.no_grad()"
                     )
         with torch._C._AutoDispatchBelowAutograd():
@@ -124,7 +124,7 @@ def _differentiable(op: torch._ops.OpOverload, gradients: Gradients | None, with
         def backward(ctx, *grads):
             if gradients is None:
                 raise RuntimeError(
-                    f"{name}: has no gradient, but one was asked for; detach its inputs, or call it under torch.no_grad()"
+                    f"{name}: has no gradient, but one was requested; detach its inputs, or call it under torch.no_grad()"
                 )
             wanted = {known for known, needed in zip(ctx.names, ctx.needs_input_grad[3:], strict=True) if needed}
             saved = dict(zip(gradients.saved, ctx.saved_tensors, strict=True))
@@ -139,7 +139,7 @@ def _differentiable(op: torch._ops.OpOverload, gradients: Gradients | None, with
             for argument, value in with_names(args, kwargs).items():
                 if argument not in gradients.to and isinstance(value, torch.Tensor) and value.requires_grad:
                     raise ValueError(
-                        f"{argument}: expected a tensor that requires no gradient, since {name} has none to give to it"
+                        f"{argument}: expected a tensor that requires no gradient, since {name} has no gradient for it"
                     )
         return Function.apply(keyset, len(args), tuple(kwargs), *args, *kwargs.values())
 

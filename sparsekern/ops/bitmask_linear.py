@@ -54,7 +54,7 @@ def bitmask_linear(
     check_tensor("bitmask", bitmask, ndim=2, dtypes=(torch.int64,), shape=(rows, words(x.shape[-1])), device=x.device)
     check_tensor("starts", starts, ndim=1, dtypes=(torch.int64,), shape=(tiles(rows) + 1,), device=x.device)
     if values.shape[0] % lanes(x.dtype) or values.shape[0] < SLACK * lanes(x.dtype):
-        raise ValueError(f"values: expected whole slots, {SLACK} of them to spare, got {values.shape[0]} values")
+        raise ValueError(f"values: expected whole slots, including {SLACK} spare ones, got {values.shape[0]} values")
     if bias is not None:
         check_tensor("bias", bias, ndim=1, dtypes=(x.dtype,), shape=(rows,), device=x.device)
     return _op(x, values, bitmask, starts, order, bias)

@@ -21,7 +21,7 @@ def test_factorisations_are_the_references(monkeypatch):
         assert backends.choose("masked_lstsq", reference, ARGUMENTS, {"solver": solver}) is chosen
     with (
         backends.use(masked_lstsq="triton"),
-        pytest.raises(ValueError, match="masked_lstsq: the triton implementation was asked for, but solver is 'cholesky', which"),
+        pytest.raises(ValueError, match="masked_lstsq: the triton implementation was requested, but solver is 'cholesky', which"),
     ):
         backends.choose("masked_lstsq", reference, ARGUMENTS, {"solver": "cholesky"})
 

@@ -111,7 +111,7 @@ def test_an_implementation_for_other_devices_is_refused(backend):
     op = {"cuda": "nm_mask", "triton": "gram_"}[backend]
     with (
         backends.use(**{op: backend}),
-        pytest.raises(ValueError, match=f"^{op}: the {backend} implementation was asked for, but its tensors are on the CPU$"),
+        pytest.raises(ValueError, match=f"^{op}: the {backend} implementation was requested, but its tensors are on the CPU$"),
     ):
         mask() if op == "nm_mask" else ops.gram_(torch.zeros(4, 4), torch.randn(2, 4))
 
@@ -120,7 +120,7 @@ def test_kernels_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setitem(LIBRARIES, "_C", Library("_C", False, "not built"))
     with (
         backends.use(nm_mask="cpu"),
-        pytest.raises(RuntimeError, match="^nm_mask: the cpu implementation was asked for, but it is not built$"),
+        pytest.raises(RuntimeError, match="^nm_mask: the cpu implementation was requested, but it is not built$"),
     ):
         mask()
 
@@ -206,7 +206,7 @@ except ValueError as error:
     done = run(code, SPARSEKERN_BACKENDS="nm_mask=reference,gram_=triton")
     assert done.stderr == "" and done.stdout.splitlines() == [
         "1 [[False, True, True, False]]",
-        "gram_: the triton implementation was asked for, but its tensors are on the CPU",
+        "gram_: the triton implementation was requested, but its tensors are on the CPU",
     ]
 
 

@@ -75,13 +75,13 @@ def test_a_device_that_triton_cannot_use_is_said(monkeypatch, caplog):
     with caplog.at_level("WARNING", logger="sparsekern"):
         assert call(1) == "reference"
     assert caplog.records[0].getMessage().endswith("cuda: cuda is not there; triton: it needs (8, 0)")
-    with backends.use(some_op="triton"), pytest.raises(ValueError, match="the triton implementation was asked for, but it needs"):
+    with backends.use(some_op="triton"), pytest.raises(ValueError, match="the triton implementation was requested, but it needs"):
         call(1)
 
 
 def test_cpu_kernels_are_not_for_cuda_tensors(monkeypatch):
     monkeypatch.setitem(table._ops, "some_op", table._Known(reference, native=True))
-    with backends.use(some_op="cpu"), pytest.raises(ValueError, match="^some_op: the cpu implementation was asked for, but its"):
+    with backends.use(some_op="cpu"), pytest.raises(ValueError, match="^some_op: the cpu implementation was requested, but its"):
         call(1)
 
 
@@ -101,11 +101,11 @@ def test_one_that_is_asked_for_runs(monkeypatch):
 def test_one_that_is_asked_for_runs_or_raises(monkeypatch):
     with backends.use(some_op="cuda"):
         with pytest.raises(
-            ValueError, match="^some_op: the cuda implementation was asked for, but x is 12, which is not below 10$"
+            ValueError, match="^some_op: the cuda implementation was requested, but x is 12, which is not below 10$"
         ):
             call(12)
         unavailable(monkeypatch, "cuda")
-        with pytest.raises(RuntimeError, match="^some_op: the cuda implementation was asked for, but cuda is not there$"):
+        with pytest.raises(RuntimeError, match="^some_op: the cuda implementation was requested, but cuda is not there$"):
             call(1)
 
 

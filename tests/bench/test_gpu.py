@@ -315,7 +315,7 @@ def test_an_error_is_a_row_unless_the_device_is_lost():
     assert row.met is False and row.reached == "**failed**: CompilationError: a kernel"
     (row,) = raising("no such algorithm").rows(place())
     assert row.met is False and row.reached == "**failed**: RuntimeError: no such algorithm"
-    (row,) = raising("gram_: the cuda implementation was asked for, but it is not built").rows(place())
+    (row,) = raising("gram_: the cuda implementation was requested, but it is not built").rows(place())
     assert row.met is None and row.reached.startswith("not run: ")
     (row,) = raising("CUDA error: operation not supported when calling `cusparseLtDenseDescriptorInit`").rows(place())
     assert row.met is False and "cusparseLtDenseDescriptorInit" in row.reached

@@ -215,7 +215,7 @@ with backends.use(cusparselt_linear="cuda"):
     try:
         module.cusparselt_linear(x, weight, 32)
     except ValueError as error:
-        assert "cusparselt_linear: the cuda implementation was asked for, but libnothing.so.0" in str(error), error
+        assert "cusparselt_linear: the cuda implementation was requested, but libnothing.so.0" in str(error), error
     else:
         raise AssertionError("not refused")
 

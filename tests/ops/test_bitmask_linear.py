@@ -136,7 +136,7 @@ def test_what_is_refused(generator):
         ((x.sum(), values, bitmask, starts, order), r"x: expected \[\.\.\., in_features\], got \(\)"),
         ((x, values.bfloat16(), bitmask, starts, order), "values: expected dtype float32, got bfloat16"),
         ((x[:, :64], values, bitmask, starts, order), r"bitmask: expected shape \(20, 1\), got \(20, 2\)"),
-        ((x, values[: SLACK - 1], bitmask, starts, order), "values: expected whole slots, 64 of them to spare, got 63 values"),
+        ((x, values[: SLACK - 1], bitmask, starts, order), "values: expected whole slots, including 64 spare ones, got 63 values"),
         ((x, values, bitmask, starts[1:], order), r"starts: expected shape \(3,\), got \(2,\)"),
         ((x, values, bitmask, starts, order.long()), "order: expected dtype int32, got int64"),
         ((x, values, bitmask, starts, order, torch.ones(19)), r"bias: expected shape \(20,\), got \(19,\)"),

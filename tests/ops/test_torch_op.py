@@ -61,7 +61,7 @@ def test_a_result_that_requires_a_gradient_gives_it_or_raises(op):
             result.sum().backward(retain_graph=True)
             assert given["x"].grad.shape == given["x"].shape
         else:
-            with pytest.raises(RuntimeError, match=f"^{op.name}: has no gradient, but one was asked for; detach"):
+            with pytest.raises(RuntimeError, match=f"^{op.name}: has no gradient, but one was requested; detach"):
                 result.sum().backward(retain_graph=True)
 
 
@@ -219,7 +219,9 @@ def test_compiled_gradients_of_packed_products(kind):
 def test_packed_values_have_no_gradient(kind):
     _, packed, product = packed_problem(kind)
     packed["values"].requires_grad_(True)
-    with pytest.raises(ValueError, match="^values: expected a tensor that requires no gradient, since .*_linear has none to give"):
+    with pytest.raises(
+        ValueError, match="^values: expected a tensor that requires no gradient, since .*_linear has no gradient for it"
+    ):
         product(torch.randn(2, 40), packed, None)
 
 
@@ -308,7 +310,7 @@ def place_in(memory: torch.Tensor, begin: int, like: torch.Tensor) -> torch.Tens
 
 def test_what_is_written_to_has_a_place_for_each_element():
     for gram in (torch.zeros(1).expand(4, 4), torch.zeros(7).as_strided((4, 4), (1, 1))):
-        with pytest.raises(ValueError, match="^gram: expected a place of its own for each element, got strides"):
+        with pytest.raises(ValueError, match="^gram: expected elements that do not overlap, got strides"):
             ops.gram_(gram, torch.randn(3, 4))
 
 
