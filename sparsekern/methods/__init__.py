@@ -5,9 +5,6 @@ from .alps import ALPS
 from .base import (
     BlockMethod,
     GradualMethod,
-    HasGram,
-    HasImportance,
-    HasNorms,
     LinearMethod,
     Method,
     RemovalMethod,
@@ -22,7 +19,7 @@ from .random import Random
 from .random_numbers import generator
 from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
-from .statistics import FeatureNorm, Gram, GramImportance, SampleImportance
+from .statistics import FeatureNorm, Gram, GramImportance, HasGram, HasImportance, HasNorms, SampleImportance
 from .structured import Structured
 from .wanda import Wanda
 

@@ -12,9 +12,9 @@ from .._warnings import warn
 from ..ops.checks import check_finite
 from ..pattern import Pattern
 from ._fields import choice, number, whole
-from .base import HasGram, LinearMethod, Solution
+from .base import LinearMethod, Solution
 from .selection import keep_mask
-from .statistics import Gram
+from .statistics import Gram, HasGram
 
 LOOK_EVERY = 3  # iterations between two looks at the mask, at which its change is measured and the penalty adapted
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share, factor): the penalty grows by the factor if a larger share has changed

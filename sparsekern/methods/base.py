@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 
@@ -17,54 +17,7 @@ from ..models import Linear
 from ..models.decoder_units import Units
 from ..pattern import Pattern
 from ._fields import Settings
-from .statistics import FeatureNorm, Gram, Importance, Statistic
-
-
-class HasNorms(Protocol):
-    """Statistics of a linear's calibration inputs that know the norm of each feature."""
-
-    @property
-    def tokens(self) -> int:
-        """The number of calibration tokens."""
-
-    @property
-    def sum_squares(self) -> torch.Tensor:
-        """`[in_features]` float32, over tokens; the diagonal of the Gram matrix."""
-
-
-class HasGram(HasNorms, Protocol):
-    """Statistics that know the Gram matrix of the inputs."""
-
-    @property
-    def gram(self) -> torch.Tensor:
-        """`[in_features, in_features]` float32: `x^T x` over all tokens. Only the lower triangle is valid."""
-
-    def factor(self, damping: float) -> torch.Tensor:
-        """Return the reverse Cholesky factor of the damped Gram matrix, which all linears with the same inputs share."""
-
-    @property
-    def shift(self) -> float:
-        """The number that `factor` added to the diagonal: `factor factor^T = G + shift I`."""
-
-    def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
-        """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
-
-    def empty(self) -> HasGram:
-        """Return statistics of the same width that have seen no token."""
-
-    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
-        """Take in the rows of `x` `[tokens, in_features]` where `row_mask` is True, or all where it is None."""
-
-    def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return `w G w^T` of each row, `[out_features]` float64: its squared output over the calibration tokens."""
-
-
-class HasImportance(HasNorms, Protocol):
-    """Statistics that measure how strongly the output reacts to each weight."""
-
-    @property
-    def importance(self) -> torch.Tensor:
-        """`[out_features, in_features]` float32, over all datasets so far."""
+from .statistics import FeatureNorm, Gram, HasGram, Importance, Statistic
 
 
 class Solution(NamedTuple):
@@ -106,7 +59,7 @@ class Method(Settings, ABC):
 
     def settings(self) -> dict[str, object]:
         """Return the name and every field as values that JSON can hold."""
-        return {"name": self.name, **asdict(self)}
+        return {"name": self.name, **asdict(cast(Any, self))}  # every method is a dataclass, see `check_method`
 
 
 @dataclass(frozen=True)
@@ -123,14 +76,16 @@ class PlannedBlock:
 
 
 class LinearMethod(Method):
-    """Base of the methods that solve one linear at a time, block by block.
+    """Base of the methods that solve one linear at a time, block by block."""
 
-    Attributes:
-        needs: the class of the statistic that `solve` is given: `FeatureNorm`, `Gram`, `SampleImportance` or `GramImportance` of
-            `sparsekern.methods`; None for a method without calibration data.
-    """
+    @property
+    def needs(self) -> type[Statistic] | None:
+        """The class of the statistic that `solve` is given; None for a method without calibration data.
 
-    needs: type[Statistic] | None = None
+        It is `FeatureNorm`, `Gram`, `SampleImportance` or `GramImportance` of `sparsekern.methods`. A method may override the property
+        by a class attribute.
+        """
+        return None
 
     @property
     def needs_data(self) -> bool:
@@ -146,12 +101,12 @@ class LinearMethod(Method):
         return dict(patterns)
 
     @abstractmethod
-    def solve(self, weight: torch.Tensor, statistics: Statistic | None, pattern: Pattern) -> Solution:
+    def solve(self, weight: torch.Tensor, statistics: Any, pattern: Pattern) -> Solution:
         """Return `weight` pruned to `pattern`, without changing anything in place.
 
         Args:
             weight: `[out_features, in_features]`, float32, bfloat16 or float16.
-            statistics: an instance of `needs`, or None.
+            statistics: an instance of `needs`, or None. An override names the type that it needs.
             pattern: the pattern to prune to.
         """
 

@@ -10,9 +10,9 @@ import torch
 
 from ..pattern import Pattern
 from ._fields import choice, number
-from .base import HasImportance, LinearMethod, Solution
+from .base import LinearMethod, Solution
 from .selection import keep_mask
-from .statistics import GramImportance, SampleImportance
+from .statistics import GramImportance, HasImportance, SampleImportance
 
 GRADIENTS_AT_ONCE = 1 << 24  # entries of the per-token gradients that are held together
 

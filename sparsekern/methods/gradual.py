@@ -14,7 +14,7 @@ from .magnitude import Magnitude
 from .random import Random
 from .structured import Structured
 
-CRITERIA = {criterion.name: criterion for criterion in (Magnitude, Random, Structured)}
+CRITERIA: dict[str, type[LinearMethod]] = {criterion.name: criterion for criterion in (Magnitude, Random, Structured)}
 EXPONENT = {"cubic": 3, "linear": 1}
 
 
@@ -68,20 +68,25 @@ class Gradual(GradualMethod):
         super().__post_init__()
         if isinstance(self.criterion, str):
             check_choice("Gradual.criterion", self.criterion, tuple(CRITERIA))
-            object.__setattr__(self, "criterion", CRITERIA[self.criterion]())
+            object.__setattr__(self, "criterion", self.chooser)
         elif not isinstance(self.criterion, tuple(CRITERIA.values())):
             expected = settings_of(Gradual)["criterion"].expected
             raise TypeError(f"Gradual.criterion: expected {expected}, got {self.criterion!r}")
+
+    @property
+    def chooser(self) -> LinearMethod:
+        """The config of `criterion`."""
+        return CRITERIA[self.criterion]() if isinstance(self.criterion, str) else self.criterion
 
     @property
     def trains(self) -> bool:
         return bool(self.epochs if self.train_steps is None else self.train_steps)
 
     def settings(self) -> dict[str, object]:
-        return {**super().settings(), "criterion": self.criterion.settings()}
+        return {**super().settings(), "criterion": self.chooser.settings()}
 
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-        self.criterion.allocate(blocks, patterns)  # for what it refuses, before any work; each step allocates again
+        self.chooser.allocate(blocks, patterns)  # refuses what it cannot prune before any work; each step allocates again
         return dict(patterns)
 
     def share(self, step: int) -> float:

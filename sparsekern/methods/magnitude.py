@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -42,7 +43,7 @@ class Magnitude(LinearMethod):
         arranged = dict(patterns)
         if self.scope != "global":
             return arranged
-        by_pattern: dict[Pattern, list[Linear]] = {}
+        by_pattern: dict[Unstructured, list[Linear]] = {}
         for block in blocks:
             for linear in block.linears:
                 if isinstance(pattern := patterns[linear.name], Unstructured):
@@ -56,12 +57,16 @@ class Magnitude(LinearMethod):
 
     def mask_of(self, weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """Return the mask, True where a weight is kept. A kept weight may be zero itself."""
-        return keep_mask(weight.abs().float(), pattern, "row" if self.scope == "row" else "matrix")
+        return keep_mask(_scores(weight), pattern, "row" if self.scope == "row" else "matrix")
+
+
+def _scores(weight: torch.Tensor) -> torch.Tensor:
+    return weight.abs().float()
 
 
 def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Pattern]:
     """Return the sparsity of each linear that gives all of them together the sparsity of `pattern`."""
-    kept = global_kept_counts([lambda linear=linear: linear.weight.abs().float() for linear in linears], pattern.sparsity)
+    kept = global_kept_counts([partial(_scores, linear.weight) for linear in linears], pattern.sparsity)
     shares: dict[str, Pattern] = {}
     for linear, count in zip(linears, kept, strict=True):
         total = linear.weight.numel()

@@ -41,9 +41,13 @@ def global_kept_counts(scores: Sequence[Callable[[], torch.Tensor]], sparsity: f
     keep = sum(make().numel() for make in scores)
     keep -= pruned_count(keep, sparsity)
     # The bits of non-negative floats have the order of the floats: count by the upper half, then by the lower.
-    upper = sum(torch.bincount(_bits(make) >> 16, minlength=1 << 15).cpu() for make in scores)
+    upper = torch.zeros(1 << 15, dtype=torch.int64)
+    for make in scores:
+        upper += torch.bincount(_bits(make) >> 16, minlength=1 << 15).cpu()
     high, above = _bin_of(upper, keep)
-    lower = sum(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).cpu() for bits in map(_bits, scores))
+    lower = torch.zeros(1 << 16, dtype=torch.int64)
+    for bits in map(_bits, scores):
+        lower += torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).cpu()
     low, _ = _bin_of(lower, keep - above)
     counts, equal = [], []
     for make in scores:

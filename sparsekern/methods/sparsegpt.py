@@ -10,9 +10,9 @@ import torch
 from .. import ops
 from ..pattern import NM, Pattern, pruned_count
 from ._fields import choice, number, whole
-from .base import HasGram, LinearMethod, Solution
+from .base import LinearMethod, Solution
 from .magnitude import Magnitude
-from .statistics import Gram
+from .statistics import Gram, HasGram
 from .wanda import Wanda
 
 

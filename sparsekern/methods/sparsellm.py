@@ -17,13 +17,12 @@ from .base import (
     BlockMethod,
     FeedForwardProblem,
     FeedForwardSolution,
-    HasGram,
     Layer,
     LinearMethod,
     PlannedBlock,
     Solution,
 )
-from .statistics import Gram, Importance
+from .statistics import Gram, HasGram, Importance
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,7 @@ class SparseLLM(BlockMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        local = self.local
-        if not isinstance(local, LinearMethod) or isinstance(local, BlockMethod) or _sees_tokens(local):
-            raise ValueError(
-                f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}"
-            )
+        _ = self.local  # refuses a solver that cannot be used
 
     @property
     def local(self) -> LinearMethod:
@@ -92,9 +87,14 @@ class SparseLLM(BlockMethod):
         from . import resolve_method
 
         try:
-            return resolve_method(self.solver)
+            local = resolve_method(self.solver)
         except (ValueError, TypeError) as error:
             raise type(error)(f"SparseLLM.solver: {error}") from error
+        if not isinstance(local, LinearMethod) or isinstance(local, BlockMethod) or _sees_tokens(local):
+            raise ValueError(
+                f"SparseLLM.solver: expected a method that solves one linear from the Gram matrix of its inputs, got {self.solver!r}"
+            )
+        return local
 
     def settings(self) -> dict[str, object]:
         return {"name": self.name, **asdict(self), "solver": self.local.settings()}
@@ -109,13 +109,15 @@ class SparseLLM(BlockMethod):
 
     def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
         rounds = Alternation(self, problem)
-        best, kept, errors = math.inf, None, []
+        best = math.inf
+        kept: list[torch.Tensor] = []
+        errors: list[float] = []
         for turn in range(self.iterations):
             if turn:
                 rounds.fit()
             rounds.prune()
             errors.append(rounds.update() if turn + 1 < self.iterations else rounds.error())
-            if errors[-1] < best or kept is None or self.keep == "last":
+            if errors[-1] < best or not kept or self.keep == "last":
                 best, kept = errors[-1], list(rounds.weights)
         weights = [weight.to(problem.up.weight.dtype) for weight in kept]
         return FeedForwardSolution(weights[0], weights[1] if problem.gate else None, weights[-1], best, errors[0])
@@ -210,7 +212,8 @@ class Alternation:
         ratio = self.config.gamma / self.config.alpha
         if self.problem.gate is None:
             return (ops.plain_split(p, outputs[0], states[0], self.problem.activation, ratio, self.config.newton_steps),)
-        return ops.gated_split(p, *outputs, states[1], self.problem.activation, ratio, self.config.newton_steps)
+        up, gate = outputs
+        return ops.gated_split(p, up, gate, states[1], self.problem.activation, ratio, self.config.newton_steps)
 
 
 def _sees_tokens(method: LinearMethod) -> bool:

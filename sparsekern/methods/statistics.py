@@ -7,12 +7,59 @@ one weight together with its inputs. Each has a `total`, which adds up over data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
 from .. import ops
 from ..ops.reverse_cholesky import alive
+
+
+class HasNorms(Protocol):
+    """Statistics of a linear's calibration inputs that know the norm of each feature."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of calibration tokens."""
+
+    @property
+    def sum_squares(self) -> torch.Tensor:
+        """`[in_features]` float32, over tokens; the diagonal of the Gram matrix."""
+
+
+class HasGram(HasNorms, Protocol):
+    """Statistics that know the Gram matrix of the inputs."""
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """`[in_features, in_features]` float32: `x^T x` over all tokens. Only the lower triangle is valid."""
+
+    def factor(self, damping: float) -> torch.Tensor:
+        """Return the reverse Cholesky factor of the damped Gram matrix, which all linears with the same inputs share."""
+
+    @property
+    def shift(self) -> float:
+        """The number that `factor` added to the diagonal: `factor factor^T = G + shift I`."""
+
+    def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
+        """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
+
+    def empty(self) -> HasGram:
+        """Return statistics of the same width that have seen no token."""
+
+    def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
+        """Take in the rows of `x` `[tokens, in_features]` where `row_mask` is True, or all where it is None."""
+
+    def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return `w G w^T` of each row, `[out_features]` float64: its squared output over the calibration tokens."""
+
+
+class HasImportance(HasNorms, Protocol):
+    """Statistics that measure how strongly the output reacts to each weight."""
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """`[out_features, in_features]` float32, over all datasets so far."""
 
 
 class FeatureNorm:
@@ -147,10 +194,10 @@ class Importance(ABC):
         inputs: the statistic of the weight's inputs.
     """
 
-    INPUTS: ClassVar[type[FeatureNorm | Gram]]
+    INPUTS: ClassVar[type[FeatureNorm] | type[Gram]]
     SEES_TOKENS: ClassVar[bool]
 
-    def __init__(self, weight: torch.Tensor, inputs: FeatureNorm | Gram) -> None:
+    def __init__(self, weight: torch.Tensor, inputs: HasNorms) -> None:
         self.weight, self.inputs = weight, inputs
 
     @property
@@ -188,7 +235,7 @@ class SampleImportance(Importance):
     INPUTS = FeatureNorm
     SEES_TOKENS = True
 
-    def __init__(self, weight: torch.Tensor, inputs: FeatureNorm | Gram) -> None:
+    def __init__(self, weight: torch.Tensor, inputs: HasNorms) -> None:
         super().__init__(weight, inputs)
         self._importance = torch.zeros_like(weight, dtype=torch.float32)
 
@@ -208,8 +255,9 @@ class GramImportance(Importance):
 
     INPUTS = Gram
     SEES_TOKENS = False
+    inputs: HasGram
 
-    def __init__(self, weight: torch.Tensor, inputs: Gram) -> None:
+    def __init__(self, weight: torch.Tensor, inputs: HasGram) -> None:
         super().__init__(weight, inputs)
         self._importance: torch.Tensor | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
@@ -54,7 +54,7 @@ class Structured(LinearMethod):
     units: str = choice("both", ("both", "heads", "neurons"), help="kind of units to prune; the others stay dense")
 
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-        arranged: dict[str, Pattern] = dict.fromkeys(patterns, Slices())
+        arranged = dict.fromkeys(patterns, Slices())
         for block in blocks:
             if block.units is None or not block.linears:
                 continue
@@ -66,9 +66,9 @@ class Structured(LinearMethod):
                 if not isinstance(pattern, Unstructured):
                     raise ValueError(f"pattern: expected a sparsity for Structured, which prunes whole units, got '{pattern}'")
                 _mark(arranged, units, pruned_count(units.count, pattern.sparsity))
-        return arranged
+        return cast("dict[str, Pattern]", arranged)  # which only `solve` reads
 
-    def solve(self, weight: torch.Tensor, statistics: object, pattern: Pattern) -> Solution:
+    def solve(self, weight: torch.Tensor, statistics: object, pattern: Pattern | Slices) -> Solution:
         if not isinstance(pattern, Slices):
             raise ValueError("Structured: expected the rows and columns that allocate has chosen; call sparsekern.prune")
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
@@ -96,7 +96,7 @@ def _is_planned(units: Units, patterns: Mapping[str, Pattern]) -> bool:
     return False
 
 
-def _mark(arranged: dict[str, Pattern], units: Units, pruned: int) -> None:
+def _mark(arranged: dict[str, Slices], units: Units, pruned: int) -> None:
     """Add the slices of the `pruned` units of the smallest norm to the patterns of their linears."""
     order = units.square_norms().sort(descending=True, stable=True).indices.tolist()
     gone = set(order[units.count - pruned :])

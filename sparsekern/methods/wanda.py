@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..pattern import Pattern
-from .base import HasNorms, LinearMethod, Solution
+from .base import LinearMethod, Solution
 from .selection import keep_mask
-from .statistics import FeatureNorm
+from .statistics import FeatureNorm, HasNorms
 
 
 @dataclass(frozen=True)
