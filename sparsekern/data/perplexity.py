@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..models.evaluation import evaluation_mode
 from ..models.limits import check_count, check_length, check_token_ids, positions, vocabulary, window_length
 from .calibration import check_tokenizer, evaluation_ids, is_source
 
@@ -63,17 +64,13 @@ def perplexity(
     _check_model(model)
     length = window_length(model, length)
     windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         total = 0.0
         for index, window in enumerate(tqdm(windows, desc="perplexity", disable=not progress, leave=False)):
             loss = _window_loss(model, window[None])
             if not math.isfinite(loss):
                 raise ValueError(f"perplexity: the model's output for window {index} holds NaN or Inf")
             total += loss
-    finally:
-        model.train(training)
     mean = total / (len(windows) * (length - 1))
     return math.exp(mean) if mean < 700 else math.inf
 

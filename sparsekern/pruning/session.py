@@ -13,6 +13,7 @@ from torch import nn
 from .._version import __version__
 from ..data import CalibrationText
 from ..methods import Method
+from ..models.evaluation import evaluation_mode
 from ..models.limits import positions, vocabulary
 from ..models.linears import linear_weight
 from ..pattern import NM, Pattern
@@ -81,16 +82,10 @@ def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> f
 @contextmanager
 def prepared(model: nn.Module, seed: int) -> Iterator[None]:
     """Ready `model` to run within: evaluation mode, no gradients, seeded generators. All is put back, whatever happens."""
-    training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
-    with torch.no_grad(), torch_generators_kept(device):
+    with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model):
         seed_torch(seed, device)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        yield
 
 
 def environment(model: nn.Module) -> dict[str, object]:

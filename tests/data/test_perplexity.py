@@ -65,6 +65,15 @@ def test_the_model_is_as_it_was():
     assert model.training and not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_each_module_keeps_its_own_mode(training):
+    model = tiny.llama().train(training)
+    model.model.layers[0].train(not training)
+    modes = [part.training for part in model.modules()]
+    sparsekern.perplexity(model, torch.randint(320, (64,)), 16)
+    assert [part.training for part in model.modules()] == modes and len(set(modes)) == 2
+
+
 def test_half_precision():
     model, ids = tiny.llama().bfloat16(), torch.randint(320, (64,))
     assert sparsekern.perplexity(model, ids, 32) == pytest.approx(textbook(model, ids, 32), rel=2e-2)
