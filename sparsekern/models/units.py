@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ def check_units(config, source: str) -> None:
             )
 
 
-def cut_to_size(model: nn.Module, units: dict[str, Sequence[int]]) -> None:
+def cut_to_size(model: nn.Module, units: Mapping[str, Sequence[int]]) -> None:
     """Give a newly built model the sizes that a config records; its weights are arbitrary until they are loaded."""
     left = {kind: iter(counts) for kind, counts in units.items()}
     for sublayer in Encoder(model).sublayers:

@@ -27,7 +27,7 @@ from .seeds import seed_torch, torch_generators_kept
 def check_module(model: object) -> None:
     """Raise `TypeError` unless `model` is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load makes one of a name")
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load returns one")
 
 
 def check_seed(seed: int) -> None:

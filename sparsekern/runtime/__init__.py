@@ -1,4 +1,4 @@
-"""What becomes of a pruned model: packed weights that multiply, the folder it is saved to, and 2:4 weights on a GPU."""
+"""Packed models: `pack`, `save`, and products with packed and 2:4 weights."""
 
 from .card import model_card, versions
 from .output import check_output_folder

@@ -1,4 +1,4 @@
-"""The model card: how the model was pruned, how to load it, and what was measured."""
+"""Model cards, which tell how a model was pruned, how to load it, and what was measured."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
 
-PACKED = """The zeros take no space: the linear layers are packed, and multiply as they are. Importing sparsekern makes transformers able to
-load them (without it, transformers fills the model with random numbers, and says so in a warning):
+PACKED = """The zeros take no space: the linear layers are packed, and multiply without unpacking. Import sparsekern before loading the folder.
+Otherwise transformers fills the model with random numbers, after a warning:
 
 ```python
 import sparsekern
@@ -31,11 +31,11 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-`model.dequantize()` makes an ordinary dense model of it.
+`model.dequantize()` turns it into an ordinary dense model.
 """
 
-CUT = """Attention heads and neurons were removed. `sparsekern_units` in `config.json` lists how many each layer has left. sparsekern builds
-the model with these sizes, a plain transformers module:
+CUT = """Attention heads and neurons were removed. `sparsekern_units` in `config.json` lists the remaining ones of each layer. sparsekern
+builds a plain transformers module with these sizes:
 
 ```python
 import sparsekern
@@ -43,16 +43,14 @@ import sparsekern
 model = sparsekern.load("path/to/this/folder")
 ```
 
-Once sparsekern is imported, the `from_pretrained` of transformers loads this folder too. Without it, the sizes do not fit.
+After `import sparsekern`, the `from_pretrained` of transformers loads this folder too. Without it, the sizes do not fit.
 """
 
-CUT_AND_PACKED = (
-    "The zeros of what is left take no space: the linear layers are packed; `sparsekern.unpack(model)` makes them dense.\n"
-)
+CUT_AND_PACKED = "The remaining zeros take no space: the linear layers are packed. `sparsekern.unpack(model)` makes them dense.\n"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of those that a result depends on."""
+    """Return the versions of this package and of the packages that results depend on."""
     return {
         "sparsekern": __version__,
         "torch": torch.__version__,
@@ -69,16 +67,16 @@ def model_card(
     results: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> str:
-    """Return Markdown with the front matter that the Hugging Face hub reads.
+    """Return Markdown with the front matter of the Hugging Face hub.
 
-    Names, texts and the command may hold anything: what Markdown would read as markup is escaped.
+    Markup in names, texts and the command is escaped.
 
     Args:
         model: the pruned model.
-        packed: whether it is saved packed.
-        command: the command line that made it.
-        results: name -> number or text.
-        settings: name -> number or text.
+        packed: whether the model is saved packed.
+        command: the command line that made the model.
+        results: numbers and texts by name.
+        settings: numbers and texts by name.
     """
     cut = recorded_units(getattr(model, "config", None)) is not None
     task = "" if cut else "pipeline_tag: text-generation\n"
@@ -107,7 +105,7 @@ def _table(rows: Mapping[str, object]) -> str:
 
 
 def _cell(value: object) -> str:
-    """Return a number or a text on one line, with the characters escaped that are markup in a table."""
+    """Return a number or a text on one line, with markup escaped."""
     if isinstance(value, float):
         return f"{value:.4g}"
     line = " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
@@ -115,6 +113,6 @@ def _cell(value: object) -> str:
 
 
 def _fence(text: str) -> str:
-    """Return a fence of backticks that no line of `text` closes."""
+    """Return a fence of backticks that is longer than any in `text`."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     return "`" * max(3, longest + 1)

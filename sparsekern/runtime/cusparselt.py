@@ -1,8 +1,8 @@
-"""The second copy of a 2:4 weight that cuSPARSELt reads: which weights can have one, and from how many tokens on it multiplies.
+"""Compressed copies of 2:4 weights for cuSPARSELt: which weights can have one, and the fewest tokens it is used for.
 
-A 2:4 `SparseLinear` on a CUDA device multiplies up to 16 tokens by its packed weight, and unpacks the weight for more. A copy that
-cuSPARSELt has compressed multiplies many tokens without unpacking. Nothing else can read that copy, not even the kernel for few tokens,
-so both are kept. Each takes 9/16 of the dense weight.
+A 2:4 `SparseLinear` on a CUDA device multiplies up to 16 tokens by its packed weight, and unpacks the weight for more. The copy that
+cuSPARSELt has compressed multiplies many tokens without unpacking. Only cuSPARSELt can read that copy, so both weights are kept. Each
+takes 9/16 of the dense weight.
 
 Nothing here has been measured on a GPU.
 """
@@ -21,22 +21,20 @@ from .semi_structured import BACKENDS
 FORMAT = "2:4"
 LEAST_CAPABILITY = (8, 0)
 
-# A guess, not measured on any device. By bytes alone the compressed weight should win from 17 tokens on, since unpacking moves over
-# four times as many. But cuSPARSELt's products of few tokens are known to be slow (pytorch/pytorch#111339). Where the two cross
-# is what `python -m bench.gpu --only ops -k "from how many tokens"` measures; set this to what it names.
+# Not measured on any device: see bench/NOTES.md. `python -m bench.gpu --only ops -k "from how many tokens"` measures the right value.
 FEWEST_TOKENS = 128
 
 
 def supports(
     format: str, shape: tuple[int, int], dtype: torch.dtype, capability: tuple[int, int] | None, has_library: bool
 ) -> Support:
-    """Return whether cuSPARSELt can multiply by a packed weight of a format, shape and dtype, and the reason if not.
+    """Return whether cuSPARSELt can multiply by a packed weight, with the reason if not.
 
     Args:
         format: name of the packed format.
         shape: `(out_features, in_features)`.
         dtype: dtype of the values.
-        capability: compute capability of the weight's CUDA device; None where it is on no such device.
+        capability: compute capability of the weight's CUDA device. None for another device.
         has_library: whether this PyTorch has cuSPARSELt.
     """
     if format != FORMAT:
@@ -57,26 +55,26 @@ def supports(
 
 
 def supports_on(device: torch.device, format: str, shape: tuple[int, int], dtype: torch.dtype) -> Support:
-    """Return what `supports` says of a weight on `device`."""
+    """Return the result of `supports` for a weight on `device`."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return supports(format, shape, dtype, capability, torch.backends.cusparselt.is_available())
 
 
 def compress(weight: torch.Tensor) -> torch.Tensor:
-    """Compress a 2:4 weight as `cusparselt_linear` takes it.
+    """Compress a 2:4 weight for `cusparselt_linear`.
 
     Raises:
-        ValueError: a weight that is not 2:4, or has a NaN. cuSPARSELt itself drops silently what does not fit.
+        ValueError: the weight is not 2:4 or has a NaN. cuSPARSELt itself silently drops values that do not fit.
     """
     check_fits(weight)
     return torch._cslt_compress(weight.contiguous())
 
 
 class State:
-    """The identity and version of tensors, by which replaced tensors and later writes are noticed.
+    """The identities and versions of tensors, which reveal replaced tensors and later writes.
 
-    Tensors made in inference mode do not count their changes, and nothing counts writes through `.data`. The tensors are referenced, so
-    that no others can take their addresses.
+    Tensors made in inference mode do not count their changes, and writes through `.data` are never counted. The tensors are referenced,
+    so that no others can reuse their addresses.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -84,9 +82,9 @@ class State:
         self._counted = self._count(self._tensors)
 
     def is_of(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Return whether these are the same tensors and, as far as they count, unchanged."""
+        """Return whether these are the same tensors without counted changes."""
         return self._counted == self._count(tensors)
 
     @staticmethod
-    def _count(tensors: Iterable[torch.Tensor]) -> tuple:
+    def _count(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int | None], ...]:
         return tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)

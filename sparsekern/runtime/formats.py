@@ -1,7 +1,7 @@
-"""The formats of packed weights: pack a linear layer's weight into a few named tensors, check them, and multiply by them.
+"""Formats of packed weights: pack a weight into a few named tensors, check them, and multiply by them.
 
-Safetensors files hold these tensors unchanged, under the names of the arguments of the format's op. `config.json` holds the name of
-the format, the shape and dtype of the weight, and for a bitmask `stored`: the sizes of all tensors follow from these (`specs`).
+Safetensors files hold these tensors unchanged, named after the arguments of the format's op. `config.json` holds the name of the
+format, the shape and dtype of the weight, and for a bitmask `stored`. These determine the sizes of all tensors (`specs`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..ops.checks import HALF_OR_FLOAT, check_tensor
 from ..ops.nm_linear import check_pattern
 from ..ops.nm_pack import nm_pack
 from ..ops.registry import OPS
-from ..pattern import parse_pattern
+from ..pattern import NM, parse_pattern
 
 BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].call, OPS["bitmask_unpack"].overload
 NM_LINEAR, NM_UNPACK = OPS["nm_linear"].call, OPS["nm_unpack"].overload
@@ -28,27 +28,42 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape and dtype of one packed tensor."""
+    """The shape and dtype of one packed tensor.
+
+    Attributes:
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class Format:
-    """A format; `shape` is `(out_features, in_features)` of the weight, `dtype` its dtype."""
+    """A packed format. In all methods, `shape` is `(out_features, in_features)` of the weight and `dtype` its dtype.
 
-    name: str
+    Attributes:
+        tensor_names: names of the packed tensors, which are arguments of the format's op.
+    """
+
     tensor_names: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """Name of the format, such as `"2:4"`."""
+        raise NotImplementedError
+
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pack a weight into tensors that are contiguous and on its device. `-0.0` counts as zero.
+        """Pack a weight into contiguous tensors on its device. `-0.0` counts as zero.
 
         Raises:
-            TypeError, ValueError: wrong dtype or dimensions, or a weight that the format does not hold.
+            TypeError: the weight has a dtype that cannot be packed.
+            ValueError: the weight is no matrix, or does not fit the format.
         """
         raise NotImplementedError
 
@@ -56,16 +71,18 @@ class Format:
         """Return the dense weight of packed tensors.
 
         Raises:
-            ValueError: tensors that `check` refuses.
+            ValueError: `check` refuses the tensors.
         """
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute `x W^T + b` from tensors that passed `check`, by the op of this format without the checks of its wrapper.
+        """Compute `x W^T + b` from tensors that passed `check`.
+
+        It calls the op of this format without the checks of its wrapper.
 
         Raises:
-            TypeError: `x` has another dtype than the weight.
-            ValueError: `x` has other input features than the weight.
+            TypeError: `x` and the weight differ in dtype.
+            ValueError: `x` and the weight differ in input features.
         """
         self.check_input(x, tensors, shape)
         return self._multiply(x, tensors, bias)
@@ -78,32 +95,35 @@ class Format:
             raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1] if x.dim() else 'a scalar'}")
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
-        """Return how many bytes `pack` would take, without packing.
+        """Return the bytes of the packed weight without packing it.
 
         Raises:
-            TypeError, ValueError: as `pack`.
+            TypeError: as in `pack`.
+            ValueError: as in `pack`.
         """
         raise NotImplementedError
 
     def stored(self, tensors: Tensors) -> int | None:
-        """Return what `specs` needs beside shape and dtype; None if nothing."""
+        """Return the number of stored values if `specs` needs it beside shape and dtype, else None."""
         return None
 
     def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
-        """Return shape and dtype of each packed tensor."""
+        """Return the shape and dtype of each packed tensor."""
         raise NotImplementedError
 
-    def empty(self, shape: Shape, dtype: torch.dtype, stored: int | None = None, device=None) -> dict[str, torch.Tensor]:
-        """Return uninitialised tensors of the right sizes, to load into."""
+    def empty(
+        self, shape: Shape, dtype: torch.dtype, stored: int | None = None, device: torch.device | str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return uninitialised tensors of the right sizes to load into."""
         return {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in self.specs(shape, dtype, stored).items()
         }
 
     def check(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
-        """Raise `ValueError`, naming the tensor and what is wrong with it, unless these are a packed weight of that shape and dtype.
+        """Raise `ValueError`, naming the tensor and its fault, unless these are a packed weight of that shape and dtype.
 
-        Everything that a kernel relies on is checked. Call this once for tensors from a file, which may be damaged or hostile.
+        Everything that a kernel relies on is checked. Tensors from a file, which may be damaged or hostile, need this once.
         """
         self.check_names(tensors)
         check_shape(shape)
@@ -115,7 +135,7 @@ class Format:
         self._check_contents(tensors, shape)
 
     def check_names(self, tensors: Tensors) -> None:
-        """Raise `ValueError` unless there is a tensor of each name and no other."""
+        """Raise `ValueError` unless the names are exactly those of the format."""
         if set(tensors) != set(self.tensor_names):
             raise ValueError(f"tensors: expected {', '.join(self.tensor_names)}, got {', '.join(sorted(tensors)) or 'none'}")
 
@@ -134,32 +154,32 @@ class Format:
 
 @dataclass(frozen=True)
 class Bitmask(Format):
-    """The non-zeros and one bit a weight, for any sparsity: the bitmask rows of `sparsekern.layouts.packed_rows`."""
+    """The format of the non-zeros and one bit for each weight, for any sparsity: bitmask rows of `layouts.packed_rows`."""
 
     name = "bitmask"
     tensor_names = ("values", "bitmask", "starts", "order")
 
-    def pack(self, weight):
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
         return bitmask_pack(weight.detach())
 
-    def unpack(self, tensors, shape, dtype):
+    def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         return BITMASK_UNPACK(tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], shape[1])
 
-    def _multiply(self, x, tensors, bias):
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         return BITMASK_LINEAR(x, tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], bias)
 
-    def packed_bytes(self, weight):
+    def packed_bytes(self, weight: torch.Tensor) -> int:
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
         counts = (weight != 0).sum(1).sort().values
         slots = int(rows_layout.slot_counts(counts, weight.dtype).sum()) + rows_layout.SLACK
-        specs = self.specs(tuple(weight.shape), weight.dtype, slots * rows_layout.lanes(weight.dtype))
+        specs = self.specs((weight.shape[0], weight.shape[1]), weight.dtype, slots * rows_layout.lanes(weight.dtype))
         return sum(spec.nbytes for spec in specs.values())
 
-    def stored(self, tensors):
+    def stored(self, tensors: Tensors) -> int:
         return tensors["values"].numel()
 
-    def specs(self, shape, dtype, stored=None):
+    def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
         if isinstance(stored, bool) or not isinstance(stored, int) or stored < 0:
             raise ValueError(f"stored: expected the number of values of a bitmask, got {stored!r}")
         rows, columns = check_shape(shape)
@@ -170,13 +190,18 @@ class Bitmask(Format):
             "order": Spec((rows,), torch.int32),
         }
 
-    def _check_contents(self, tensors, shape):
-        rows_layout.check_bitmask_rows(*(tensors[name] for name in self.tensor_names), shape[1])
+    def _check_contents(self, tensors: Tensors, shape: Shape) -> None:
+        rows_layout.check_bitmask_rows(tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], shape[1])
 
 
 @dataclass(frozen=True)
 class NMPacked(Format):
-    """N values of every M inputs and their positions, `M <= 16`: the N:M rows of `sparsekern.layouts.packed_rows`."""
+    """The format of N values of every M inputs and their positions: N:M rows of `layouts.packed_rows`.
+
+    Attributes:
+        n: stored values of a group.
+        m: inputs of a group, at most 16.
+    """
 
     n: int
     m: int
@@ -189,22 +214,22 @@ class NMPacked(Format):
     def name(self) -> str:
         return f"{self.n}:{self.m}"
 
-    def pack(self, weight):
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         self._check_weight(weight)
         return nm_pack(weight.detach(), self.n, self.m)
 
-    def unpack(self, tensors, shape, dtype):
+    def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         return NM_UNPACK(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
-    def _multiply(self, x, tensors, bias):
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         return NM_LINEAR(x, tensors["values"], tensors["codes"], self.n, self.m, bias)
 
-    def packed_bytes(self, weight):
+    def packed_bytes(self, weight: torch.Tensor) -> int:
         self._check_weight(weight)
         rows_layout.check_fits(weight, self.n, self.m)
-        return sum(spec.nbytes for spec in self.specs(tuple(weight.shape), weight.dtype).values())
+        return sum(spec.nbytes for spec in self.specs((weight.shape[0], weight.shape[1]), weight.dtype).values())
 
-    def specs(self, shape, dtype, stored=None):
+    def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
         rows, columns = check_shape(shape)
         self._check_columns(columns)
         per_row = rows_layout.stored_per_row(columns, self.n, self.m, dtype)
@@ -221,29 +246,29 @@ class NMPacked(Format):
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
         self._check_columns(weight.shape[1])
 
-    def _check_contents(self, tensors, shape):
+    def _check_contents(self, tensors: Tensors, shape: Shape) -> None:
         rows_layout.check_nm_rows(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
 
 def check_shape(shape: Shape) -> Shape:
-    """Raise `ValueError` unless `shape` is two whole numbers of at least 0."""
+    """Return `shape` as a tuple; raise `ValueError` unless it is two whole numbers of at least 0."""
     whole = isinstance(shape, (tuple, list)) and all(
         isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape
     )
     if not whole or len(shape) != 2:
         raise ValueError(f"shape: expected (out_features, in_features), got {shape!r}")
-    return tuple(shape)
+    rows, columns = shape
+    return rows, columns
 
 
 def format_of(name: str) -> Format:
-    """Return the format of a name: `"bitmask"`, or `"N:M"` with M of at most 16 (keep N of every M).
+    """Return the format of a name: `"bitmask"`, or `"N:M"` with M of at most 16.
 
     Raises:
-        TypeError, ValueError: no format has this name.
+        ValueError: no format has this name.
     """
     if name == Bitmask.name:
         return Bitmask()
-    if not isinstance(name, str) or ":" not in name:
+    if not isinstance(name, str) or ":" not in name or not isinstance(pattern := parse_pattern(name), NM):
         raise ValueError(f"format: expected 'bitmask' or 'N:M', got {name!r}")
-    pattern = parse_pattern(name)
     return NMPacked(pattern.n, pattern.m)

@@ -1,4 +1,4 @@
-"""What `config.json` says of a packed model, and whether the weight files hold that."""
+"""The description of packed layers in `config.json`, and checks of the weight files against it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHOD = "sparsekern"  # quantization_config.quant_method
 VERSION = 1  # of the layouts and of these entries
 
 DTYPE_OF_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-MARKS = ("bitmask", "codes")  # of these, any packed layer has one beside its values
+MARKS = ("bitmask", "codes")  # every packed layer has one of these tensors beside its values
 NAME_IN_HEADER = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -30,7 +30,14 @@ NAME_IN_HEADER = {
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One packed layer: its format, the shape and dtype of its weight, and how many values are stored where that may vary."""
+    """The description of one packed layer.
+
+    Attributes:
+        format: name of the packed format.
+        shape: `(out_features, in_features)`.
+        dtype: dtype of the weight.
+        stored: number of stored values of a bitmask; None for N:M, whose shape determines it.
+    """
 
     format: str
     shape: tuple[int, int]
@@ -39,11 +46,16 @@ class PackedLayer:
 
     @classmethod
     def of(cls, layer: SparseLinear) -> PackedLayer:
+        """Describe a packed layer."""
         return cls(layer.format, layer.shape, layer.dtype, format_of(layer.format).stored(layer.tensors))
 
     @classmethod
     def from_dict(cls, name: str, entry: object) -> PackedLayer:
-        """Raise `ValueError`, naming the entry and what is wrong with it, unless it can be read safely."""
+        """Read an entry of `quantization_config.layers`.
+
+        Raises:
+            ValueError: the entry cannot be read safely. The message names the entry and its fault.
+        """
         where = f"config.json: quantization_config.layers[{name!r}]"
         if not isinstance(entry, Mapping) or not {"format", "shape", "dtype"} <= set(entry) <= {
             "format",
@@ -62,66 +74,67 @@ class PackedLayer:
         return layer
 
     def to_dict(self) -> dict[str, object]:
+        """Return the entry that `from_dict` reads."""
         dtype = str(self.dtype).removeprefix("torch.")
-        entry = {"format": self.format, "shape": list(self.shape), "dtype": dtype}
+        entry: dict[str, object] = {"format": self.format, "shape": list(self.shape), "dtype": dtype}
         return entry if self.stored is None else {**entry, "stored": self.stored}
 
     def tensors(self) -> dict[str, Spec]:
-        """The shape and dtype of each packed tensor."""
+        """Return the shape and dtype of each packed tensor."""
         return format_of(self.format).specs(self.shape, self.dtype, self.stored)
 
     def empty(self, bias: nn.Parameter | None, *, conv1d: bool) -> SparseLinear:
-        """A layer on the meta device, to be loaded into."""
+        """Return a layer on the meta device to load into."""
         tensors = format_of(self.format).empty(self.shape, self.dtype, self.stored, device="meta")
         return SparseLinear(self.format, self.shape, tensors, bias, conv1d=conv1d)
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, object]]:
-    """`quantization_config.layers` of a packed model."""
+    """Return `quantization_config.layers` of a packed model."""
     return {name: PackedLayer.of(layer).to_dict() for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
 
 
 def parse_layers(layers: object) -> dict[str, PackedLayer]:
-    """Raise `ValueError` unless all of `quantization_config.layers` can be read safely."""
+    """Read `quantization_config.layers`; raise `ValueError` unless every entry can be read safely."""
     if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):
         raise ValueError(f"config.json: quantization_config.layers: expected an entry for each packed layer, got {layers!r}")
     return {name: PackedLayer.from_dict(name, entry) for name, entry in layers.items()}
 
 
 def names_of(layer: str, prefix: str) -> tuple[str, str, str]:
-    """What a layer may be called: as it is, or as in the base of its model, or as in the model whose base it is in."""
+    """Return the possible names of a layer: unchanged, relative to the base of its model, and inside a model with that base."""
     return layer, layer.removeprefix(f"{prefix}."), f"{prefix}.{layer}"
 
 
 def check_headers(
     files: Iterable[str | Path], layers: Mapping[str, PackedLayer], *, prefix: str = "", renamed: bool = False
 ) -> dict[str, str]:
-    """Check names, shapes and dtypes of all packed tensors before one is read.
+    """Check the names, shapes and dtypes of all packed tensors before reading any of them.
 
     Args:
         files: safetensors files.
-        layers: by name.
-        prefix: of the model's base; the layers may be named with it in the files and without it in `layers`, or the other way round.
-        renamed: the tensors may have other names in the files, so one that is not found is no error yet.
+        layers: the packed layers by name.
+        prefix: name of the model's base. Layers may be named with it in the files and without it in `layers`, or vice versa.
+        renamed: whether tensors may have other names in the files, so that a missing one is no error yet.
 
     Returns:
-        The file of each tensor that was found.
+        The file name of each tensor that was found.
 
     Raises:
-        ValueError: a damaged file; a tensor that is missing or not as `config.json` has it, or of a layer that `config.json` does not
-            have. The message names file and tensor.
+        ValueError: a file is damaged, or a tensor is missing, differs from `config.json`, or belongs to a layer that `config.json`
+            does not list. The message names the file and the tensor.
     """
     from safetensors import SafetensorError, safe_open
 
     held: dict[str, tuple[str, tuple[int, ...], str]] = {}  # file, shape and dtype of each tensor
-    for file in map(Path, files):
+    for path in map(Path, files):
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     tensor = opened.get_slice(name)
-                    held[name] = file.name, tuple(tensor.get_shape()), tensor.get_dtype()
+                    held[name] = path.name, tuple(tensor.get_shape()), tensor.get_dtype()
         except SafetensorError as error:
-            raise ValueError(f"{file.name}: the file is damaged ({error})") from error
+            raise ValueError(f"{path.name}: the file is damaged ({error})") from error
     expected: dict[str, Spec] = {}
     for layer, entry in layers.items():
         specs = entry.tensors()
@@ -139,8 +152,11 @@ def check_headers(
     return {name: file for name, (file, _, _) in found.items()}
 
 
-def _check_all_named(held: Mapping[str, tuple], expected: Iterable[str]) -> None:
-    """A packed layer that is not named would stay dense, with random numbers for its weight."""
+def _check_all_named(held: Mapping[str, tuple[str, tuple[int, ...], str]], expected: Iterable[str]) -> None:
+    """Raise `ValueError` for a packed layer that `config.json` does not list.
+
+    It would stay dense with random weights.
+    """
     named = {name.rpartition(".")[0] for name in expected}
     for name in sorted(held):
         layer, _, part = name.rpartition(".")

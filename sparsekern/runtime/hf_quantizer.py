@@ -1,12 +1,12 @@
-"""transformers' side of packed models: how `from_pretrained` makes one and `save_pretrained` writes it.
+"""The quantizer that lets transformers load and save packed models.
 
-Imported once transformers is, by `registration` and by what handles a model of transformers.
+`registration` and the functions that handle a transformers model import this module, after transformers itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -18,46 +18,73 @@ from ..models.units import check_units, cut_to_size, is_sized, recorded_units
 from .hf_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
 from .sparse_linear import DTYPES, SparseLinear
 
-if TYPE_CHECKING:  # it is this module's importer that is about to define it
+if TYPE_CHECKING:  # transformers imports this module before it defines the class
     from transformers import PreTrainedModel
 
 
 class SparsekernConfig(QuantizationConfigMixin):
-    """`quantization_config` in `config.json`: the packed layers by name."""
+    """The `quantization_config` of a packed model in `config.json`.
 
-    def __init__(self, layers: dict | None = None, version: int = VERSION, quant_method: str = METHOD, **unknown) -> None:
+    Attributes:
+        layers: entry of each packed layer by name.
+        version: version of the layouts.
+        quant_method: `"sparsekern"`.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, object]] | None = None,
+        version: int = VERSION,
+        quant_method: str = METHOD,
+        **unknown: object,
+    ) -> None:
         if type(version) is not int or version != VERSION:
             raise ValueError(f"config.json: quantization_config.version: this sparsekern reads {VERSION}, got {version!r}")
         if unknown:
             raise ValueError(f"config.json: quantization_config: unknown entry {sorted(unknown)[0]!r}")
         parse_layers(layers)
-        self.quant_method, self.version, self.layers = METHOD, version, layers
+        self.version, self.layers = version, layers
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum lists only its own methods
 
 
 class SparsekernQuantizer(HfQuantizer):
-    """Loader of packed and of cut models.
+    """A loader of packed and of cut models.
 
     It cuts a model to the sizes in its config, puts empty packed layers on the meta device, lets transformers load into them, and
-    checks what it loaded.
+    checks the loaded tensors.
+
+    Attributes:
+        unpack: `sparsekern.unpack`.
+        quantization_config: the config of the packed model.
+        dtype: dtype that the model is loaded in, None for its own.
+        renamed: whether tensors may have other names in the files than in the model.
+        files: file name of each packed tensor.
     """
 
-    unpack: ClassVar[Callable[[nn.Module], nn.Module]]  # of `packing`, which imports this module; `registration` sets it
+    unpack: ClassVar[Callable[[nn.Module], nn.Module]]  # set by `registration`, since `packing` imports this module
     quantization_config: SparsekernConfig
-    dtype: torch.dtype | None = None  # that the model is loaded in
-    renamed: bool = False  # whether tensors may have other names in the files than in the model
+    dtype: torch.dtype | None = None
+    renamed: bool = False
+    files: dict[str, str]
 
-    def validate_environment(self, *args, **kwargs) -> None:
+    def validate_environment(self, *args: object, **kwargs: object) -> None:
+        """Raise `ValueError` unless the model is packed already."""
         if not self.pre_quantized:
-            raise ValueError("quantization_config: a model is packed by sparsekern.pack once it is loaded and pruned")
+            raise ValueError(
+                "quantization_config: expected that of a packed folder; to pack a model, load and prune it, then call sparsekern.pack"
+            )
 
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:  # type: ignore[override]  # transformers passes None on
+        """Return `dtype`; raise `ValueError` unless it can be packed."""
         if dtype is not None and dtype not in DTYPES:
             found = str(dtype).removeprefix("torch.")
-            raise ValueError(f"dtype: expected float32, bfloat16 or float16 for a packed model, got {found}; unpack it for another")
+            raise ValueError(
+                f"dtype: expected float32, bfloat16 or float16 for a packed model, got {found}; unpack the model for other dtypes"
+            )
         self.dtype = dtype
         return dtype
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         layers, files = parse_layers(self.quantization_config.layers), kwargs.get("checkpoint_files") or []
@@ -70,27 +97,27 @@ class SparsekernQuantizer(HfQuantizer):
             _make_place(model, name, layer)
         return model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLinear):
                 del layer.weight
                 if layer.device.type == "meta":
                     raise ValueError(
-                        f"device_map: expected one without offloading, which packed models do not support; {name} is offloaded"
+                        f"device_map: expected one without offloading, which packed models do not support, got one that offloads {name}"
                     )
                 self._check_loaded(name, layer)
                 self._check(model, name, layer)
                 layer.freeze()
                 if self.dtype is not None:
                     layer.to(self.dtype)
-        if not self.quantization_config.layers:  # a model that was only cut to size is an ordinary one
+        if not self.quantization_config.layers:  # a model that was only cut to size is an ordinary model
             self.remove_quantization_config(model)
         return model
 
     def _check_loaded(self, name: str, layer: SparseLinear) -> None:
-        """Raise `ValueError` if a tensor is not from a file, but memory that transformers allocated for it.
+        """Raise `ValueError` if a tensor was not read from a file but only allocated by transformers.
 
-        Where tensors may be renamed on the way in, headers do not tell which are missing.
+        If tensors may be renamed, the headers do not reveal missing ones.
         """
         missing = [part for part, tensor in layer.tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
         if self.renamed and missing:
@@ -104,41 +131,48 @@ class SparsekernQuantizer(HfQuantizer):
             file = self.files.get(f"{name}.{str(error).partition(':')[0]}") or next(iter(self.files.values()), "state_dict")
             raise ValueError(f"{file}: {name}.{error}") from error
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args) -> tuple[None, dict]:
-        """Of `save_pretrained`: the state dict as it is, beside a description of the layers as they are by now."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: object) -> tuple[None, dict[str, str]]:
+        """Leave the state dict to `save_pretrained`, after describing the current layers in the config."""
         self.quantization_config.layers = describe(model)
         model.config.quantization_config = self.quantization_config
         return None, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
-        return self.unpack(model).to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dense = type(self).unpack(model).to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return cast("PreTrainedModel", dense)
 
-    def is_serializable(self, *args, **kwargs) -> bool:
+    def is_serializable(self, *args: object, **kwargs: object) -> bool:
+        """Return True: packed models can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Whether packed weights can be trained: they cannot."""
         return False
 
     @property
     def is_compileable(self) -> bool:
+        """Whether `torch.compile` takes packed models."""
         return True
 
 
 def mark(model: PreTrainedModel) -> None:
-    """Let transformers know that a model is packed."""
-    model.hf_quantizer = SparsekernQuantizer(SparsekernConfig(describe(model)))
-    model.config.quantization_config = model.hf_quantizer.quantization_config
-    model.is_quantized, model.quantization_method = True, METHOD
+    """Mark a model as packed for transformers."""
+    quantizer = SparsekernQuantizer(SparsekernConfig(describe(model)))
+    model.config.quantization_config = quantizer.quantization_config
+    marks: Any = model  # nn.Module types every attribute that is set here as a tensor or a module
+    marks.hf_quantizer, marks.is_quantized, marks.quantization_method = quantizer, True, METHOD
 
 
 def unmark(model: PreTrainedModel) -> None:
-    if isinstance(getattr(model, "hf_quantizer", None), SparsekernQuantizer):
-        model.hf_quantizer.remove_quantization_config(model)
+    """Remove the marks of `mark`, if there are any."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, SparsekernQuantizer):
+        quantizer.remove_quantization_config(model)
 
 
 def check_unmarked(model: PreTrainedModel) -> None:
-    """Raise `ValueError` for a model that something else has quantised."""
+    """Raise `ValueError` for a model that another program has quantised."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, SparsekernQuantizer):
         method = quantizer.quantization_config.quant_method
@@ -146,30 +180,39 @@ def check_unmarked(model: PreTrainedModel) -> None:
 
 
 def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
+    """Replace a linear by an empty packed layer.
+
+    Raises:
+        ValueError: the model has no such linear, or its weight is tied or has another shape.
+    """
     where = f"config.json: quantization_config.layers[{name!r}]"
     found = _submodule(model, name)
     if found is None:
         if type(model).__name__ in (model.config.architectures or ()):
             raise ValueError(f"{where}: {type(model).__name__} has no such layer")
-        return  # another class of the family, which does without this layer
+        return  # another class of the family, without this layer
     parent, child, linear = found
-    conv1d = is_conv1d(linear)
     if not is_plain_linear(linear):
         raise ValueError(f"{where}: expected the name of a linear layer, got that of a {type(linear).__name__}")
+    conv1d = is_conv1d(linear)
     if f"{name}.weight" in model.all_tied_weights_keys:
         raise ValueError(f"{where}: its weight is tied to {model.all_tied_weights_keys[f'{name}.weight']}, so it cannot be packed")
     shape = tuple(linear.weight.shape)
     if layer.shape != (shape[::-1] if conv1d else shape):
         expected = list(shape[::-1] if conv1d else shape)
         raise ValueError(f"{where}.shape: expected that of the model's layer, {expected}, got {list(layer.shape)}")
-    parent._modules[child] = layer.empty(linear.bias, conv1d=conv1d)
-    # Some models (GPT-2) initialise their children's weights by name, unless those say that they are.
-    parent._modules[child].weight = torch.empty(layer.shape, device="meta")
-    parent._modules[child].weight._is_hf_initialized = True
+    place = layer.empty(linear.bias, conv1d=conv1d)
+    # Some models (GPT-2) initialise their children's weights by name, unless these are marked as initialised.
+    place.weight = torch.empty(layer.shape, device="meta")
+    place.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # the mark that transformers looks for
+    parent._modules[child] = place
 
 
 def _submodule(model: PreTrainedModel, name: str) -> tuple[nn.Module, str, nn.Module] | None:
-    """The layer of that name, whether the model is the whole one that was saved, or its base, or the other way round."""
+    """Return the parent, own name and module of a layer, or None if there is none.
+
+    The model may be the saved one, its base, or a model with the saved one as base.
+    """
     for candidate in names_of(name, model.base_model_prefix):
         parent_name, _, child = candidate.rpartition(".")
         try:

@@ -1,4 +1,4 @@
-"""The folder that a call fills with a model: held by that call alone, and loadable only once it is complete."""
+"""Output folders: held by one call at a time, and loadable only once they are complete."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from .._files import locked, sync, write_atomically
 LOCK = ".sparsekern.lock"
 STAGING = ".sparsekern.tmp"
 REMOVED = ".sparsekern.old"
-MARKER = ".complete"  # in the staging folder, once everything is in it: says what is to be done with it
+MARKER = ".complete"  # in a complete staging folder: holds the step that comes next
 REPLACE, MOVE = b"replace", b"move"
 CONFIG = "config.json"
 OWN = (LOCK, STAGING, REMOVED)
-NOTHING = (*OWN, "lost+found")  # of a folder that counts as empty: a fresh mount point has the latter
+NOTHING = (*OWN, "lost+found")  # entries of a folder that counts as empty; a fresh mount point has the last
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json", "report.json", "report.html")
 
 
 class OutputFolder:
-    """A folder that this call holds the lock of.
+    """An output folder whose lock this call holds.
 
-    Files are written to a staging folder within and moved up once all of them are on disk, `config.json` last. So a folder with a
-    `config.json` is whole, the folder itself is never replaced (it may be a mount point, or shared with a group), and what a killed
-    call leaves is found and finished, or removed, by the next one.
+    Files are written to a staging folder inside it and moved up once all are on disk, `config.json` last. So a folder with a
+    `config.json` is complete. The folder itself is never replaced, since it may be a mount point or shared with a group. The next call
+    finishes the moves of a killed one, or removes its files.
+
+    Attributes:
+        path: the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,21 +42,21 @@ class OutputFolder:
     def held(
         cls, path: str | os.PathLike, argument: str = "out", check: Callable[[Path, str], object] | None = None
     ) -> Iterator[OutputFolder]:
-        """Hold the folder `path` within, made where it is missing and removed again where it stays empty.
+        """Hold the folder `path` inside the block. It is made if missing, and removed again if it stays empty.
 
         Args:
             path: the folder; `~` is expanded and links are resolved.
-            argument: names `path` in messages.
-            check: raises unless the folder may be written to, such as `check_output_folder` (the default). It is called with path
-                and argument, before the folder is made and once it is held.
+            argument: name of `path` in messages.
+            check: raises unless the folder may be written to. The default is `check_output_folder`. It is called with path and
+                argument, before the folder is made and again once it is held.
 
         Raises:
-            FileExistsError: `path`, or a folder above it, is a file.
-            ValueError: another call holds the folder; the path is not UTF-8.
+            FileExistsError: `path` or a folder above it is a file.
+            ValueError: another call holds the folder, or the path is not UTF-8.
             OSError: the folder cannot be made or written to.
         """
         path, check = checked_path(path, argument), check or check_output_folder
-        if not (path / STAGING).exists():  # what a killed call began is finished before anything is said of the folder
+        if not (path / STAGING).exists():  # the moves of a killed call are finished before the folder is checked
             check(path, argument)
         made: list[Path] = []
         try:
@@ -69,10 +72,10 @@ class OutputFolder:
 
     @contextmanager
     def staged(self, *, replace: bool = False) -> Iterator[Path]:
-        """Yield an empty folder, whose entries are moved into this one at the end; after an error they are removed.
+        """Yield an empty folder whose entries are moved into this one at the end. After an error they are removed.
 
         Args:
-            replace: before that, remove the model that the folder holds: its weights, configs and reports. Other files stay.
+            replace: first remove the model in this folder: its weights, configs and reports. Other files stay.
         """
         self.clear()
         self._staging.mkdir()
@@ -83,12 +86,12 @@ class OutputFolder:
         except BaseException:
             shutil.rmtree(self._staging, ignore_errors=True)
             raise
-        self._move_up()  # where this is interrupted, the next call finishes it
+        self._move_up()  # if this is interrupted, the next call finishes it
         self.clear()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Yield an empty folder within this one, which is removed afterwards."""
+        """Yield an empty folder inside this one that is removed afterwards."""
         self.clear()
         self._staging.mkdir()
         try:
@@ -97,7 +100,7 @@ class OutputFolder:
             self.clear()
 
     def remove(self, name: str) -> None:
-        """Remove an entry, which is gone at once: a call that is killed meanwhile leaves nothing under that name."""
+        """Remove an entry by renaming it first, so that a killed call leaves nothing under that name."""
         old = self.path / REMOVED
         shutil.rmtree(old, ignore_errors=True)
         os.replace(self.path / name, old)
@@ -105,19 +108,19 @@ class OutputFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove the staging folder and whatever is in it."""
+        """Remove the staging folder with its content."""
         for left in (self._staging, self.path / REMOVED):
             if left.exists():
                 shutil.rmtree(left)
 
     def _recover(self) -> None:
-        """Finish the moves of a call that was killed amid them; remove what is left of one that was killed before."""
+        """Finish the moves of a killed call, or remove the files of one that was killed before its moves."""
         if (self._staging / MARKER).exists():
             self._move_up()
         self.clear()
 
     def _settle(self) -> None:
-        """Give each staged file the mode of a new file, as the umask has it, and force it to disk."""
+        """Give each staged file the mode that the umask gives new files, and force it to disk."""
         probe = self._staging / MARKER
         probe.touch()
         mode = probe.stat().st_mode & 0o777
@@ -130,6 +133,7 @@ class OutputFolder:
             sync(Path(folder))
 
     def _move_up(self) -> None:
+        """Move the staged entries into the folder, `config.json` last."""
         marker = self._staging / MARKER
         if marker.read_bytes() == REPLACE:
             self._remove_model()
@@ -140,21 +144,21 @@ class OutputFolder:
         sync(self.path)
 
     def _remove_model(self) -> None:
-        (self.path / CONFIG).unlink(missing_ok=True)  # first: from now on nobody loads a mixture
+        (self.path / CONFIG).unlink(missing_ok=True)  # first, so that nobody loads a mixture
         for pattern in REPLACED:
             for path in self.path.glob(pattern):
                 path.unlink()
 
 
 def check_output_folder(path: str | os.PathLike, argument: str = "out") -> None:
-    """Raise `FileExistsError` unless `path` is new or an empty folder, and could be made.
+    """Raise `FileExistsError` unless `path` is a new or empty folder.
 
     Args:
         path: the folder.
-        argument: names `path` in messages.
+        argument: name of `path` in messages.
 
     Raises:
-        FileExistsError: `path`, or a folder above it, is a file; or it holds something.
+        FileExistsError: `path` or a folder above it is a file, or the folder is not empty.
         ValueError: the path is not UTF-8.
     """
     path = checked_path(path, argument)
@@ -170,14 +174,14 @@ def check_output_folder(path: str | os.PathLike, argument: str = "out") -> None:
 
 
 def check_model_folder(path: str | os.PathLike, argument: str = "out") -> None:
-    """Raise `FileExistsError` unless `path` is new, empty, or a folder with a model that a new one may replace.
+    """Raise `FileExistsError` unless `path` is a new or empty folder, or holds a model that may be replaced.
 
     Args:
         path: the folder.
-        argument: names `path` in messages.
+        argument: name of `path` in messages.
 
     Raises:
-        FileExistsError: `path` is a file, or a folder that holds something but no model, or an adapter or an unfinished run.
+        FileExistsError: `path` is a file, or a folder with an adapter, an unfinished run, or other content without a model.
         ValueError: the path is not UTF-8.
     """
     path = checked_path(path, argument)
@@ -192,9 +196,9 @@ def checked_path(path: str | os.PathLike, argument: str) -> Path:
     """Return `path` with `~` expanded and links resolved.
 
     Raises:
-        TypeError: it is no path.
-        ValueError: it is empty, or not UTF-8, which tokenizers cannot write to and a report cannot name.
-        OSError: it is too long, or in a folder that may not be searched.
+        TypeError: `path` is no path.
+        ValueError: `path` is empty, or not UTF-8, which tokenizers and reports need.
+        OSError: `path` is too long, or in a folder that may not be searched.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{argument}: expected the path of a folder, got {path!r}")
@@ -205,7 +209,7 @@ def checked_path(path: str | os.PathLike, argument: str) -> Path:
         str(found).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{argument}: expected a path in UTF-8, got {os.fsencode(path)!r}") from error
-    except (ValueError, RuntimeError) as error:  # a null byte; a home that is not known
+    except (ValueError, RuntimeError) as error:  # a null byte, or an unknown home folder
         raise ValueError(f"{argument}: expected the path of a folder, got {str(path)!r} ({error})") from error
     try:
         found.stat()
@@ -218,14 +222,14 @@ def checked_path(path: str | os.PathLike, argument: str) -> Path:
 
 @contextmanager
 def _locked(path: Path, argument: str, made: list[Path]) -> Iterator[None]:
-    """Make the folder and hold its lock; what was made is added to `made`, the innermost first."""
+    """Make the folder and hold its lock. New folders are added to `made`, the innermost first."""
     for attempt in range(3):
         made[:0] = _make(path, argument)
         lock = locked(path / LOCK, f"{argument}: {path}")
         try:
             lock.__enter__()
             break
-        except FileNotFoundError as error:  # the call that made the folder removed it again meanwhile
+        except FileNotFoundError as error:  # the call that made the folder has removed it again
             if attempt == 2:
                 raise OSError(error.errno, f"{argument}: {path} cannot be written to ({error.strerror})") from error
     try:
@@ -235,6 +239,7 @@ def _locked(path: Path, argument: str, made: list[Path]) -> Iterator[None]:
 
 
 def _make(path: Path, argument: str) -> list[Path]:
+    """Make a folder with its parents and return the new ones, the innermost first."""
     missing = []
     for folder in (path, *path.parents):
         if folder.is_dir():
@@ -247,7 +252,7 @@ def _make(path: Path, argument: str) -> list[Path]:
         try:
             folder.mkdir()
             made.insert(0, folder)
-        except FileExistsError:  # another call was quicker
+        except FileExistsError:  # another call made it first
             continue
         except OSError as error:
             for parent in made:
@@ -258,10 +263,11 @@ def _make(path: Path, argument: str) -> list[Path]:
 
 
 def _replace(source: Path, target: Path) -> None:
+    """Rename a file or folder, replacing a folder of the same name."""
     try:
         os.replace(source, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR) or not target.is_dir():
             raise
-        shutil.rmtree(target)  # a folder of an older tokenizer
+        shutil.rmtree(target)  # such as the folder of an older tokenizer
         os.replace(source, target)

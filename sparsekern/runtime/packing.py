@@ -1,4 +1,4 @@
-"""`pack` and `unpack`: a model's linear layers as `SparseLinear` where that makes them smaller, and back."""
+"""`pack` and `unpack`: replace the linears of a model by `SparseLinear` where that saves memory, and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..models.linears import is_conv1d, is_plain_linear, linear_weight
 from .formats import format_of
 from .sparse_linear import DTYPES, SparseLinear
 
-PACKED = "packed"  # the smallest format that each weight fits
+PACKED = "packed"  # the smallest fitting format of each weight
 HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -31,31 +31,36 @@ HOOKS = (
 
 
 def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclude: Globs = None) -> nn.Module:
-    """Put a `SparseLinear` in the place of each linear layer that gets smaller by it.
+    """Replace each linear that gets smaller by a `SparseLinear`, in place.
 
-    A layer whose weight is shared with another module, such as an `lm_head` tied to the embeddings, stays as it is, and so do layers
-    of other dtypes than float32, bfloat16 and float16, and subclasses of `nn.Linear` other than `FalconLinear`.
+    Three kinds of linears are left dense: those that share their weight with another module, such as an `lm_head` tied to the
+    embeddings; those of other dtypes than float32, bfloat16 and float16; and unknown subclasses of `nn.Linear`.
 
-    `.to(dtype)` converts a packed model to float32, bfloat16 or float16. `.half()` and `.float()` are refused by transformers, to which
-    packed is quantised. Any other dtype is refused by the first packed layer, when the modules before it are converted already: use
-    `unpack` first.
+    `.to(dtype)` converts a packed model to float32, bfloat16 or float16. transformers refuses `.half()` and `.float()`, since it treats
+    a packed model as quantised. A packed layer refuses other dtypes, after the modules before it were converted: call `unpack` first.
 
     Args:
-        model: a pruned model, or any module with pruned linears; changed in place, one layer at a time. Of a transformers model the
-            whole, not its base.
-        format: `"packed"` takes the smallest format that each weight fits, which for a pattern such as 1:4 may be slower on a CPU than
-            `"bitmask"`, and leaves alone what is packed already; `"bitmask"` or `"N:M"` considers only that one, so layers that are
-            packed in another are packed anew, or dense again where they do not fit.
-        include: names or globs of linears to pack, such as `"*.mlp.*"`; all of them where it is None.
-        exclude: names or globs of linears to leave as they are.
+        model: a pruned model, or any module with pruned linears, changed one layer at a time. Pass the whole transformers model, not
+            its base.
+        format: `"packed"` chooses the smallest format that each weight fits, and leaves packed layers unchanged. For a pattern such as
+            1:4 that format may be slower on a CPU than `"bitmask"`. `"bitmask"` or `"N:M"` uses that format only: layers in another
+            are repacked, or made dense if they do not fit.
+        include: names or globs of linears to pack, such as `"*.mlp.*"`. None is all linears.
+        exclude: names or globs of linears to leave unchanged.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: an unknown format; a glob that matches nothing; a layer with hooks, which would be lost; a model that another
-            program has quantised, or that is offloaded; nothing that can be packed, or would get smaller.
         TypeError: `model` is no module.
+        ValueError: the format is unknown, a glob matches nothing, a layer has hooks that would be lost, the model is offloaded or
+            quantised by another program, or no linear can be packed or gets smaller.
+
+    Example:
+        >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
+        >>> packed = sparsekern.pack(model)
+        >>> packed.model.layers[0].mlp.up_proj.format
+        '2:4'
     """
     return _pack(model, format, include, exclude, keep_hooks=True)
 
@@ -86,11 +91,23 @@ def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs =
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Put a dense layer in the place of each `SparseLinear`, in place, and return `model`. A model with none is left as it is.
+    """Replace each `SparseLinear` by a dense layer, in place.
+
+    Args:
+        model: a packed model, or any module. One without packed layers is left unchanged.
+
+    Returns:
+        `model`.
 
     Raises:
-        ValueError: a layer with hooks, which would be lost; a model that is offloaded.
         TypeError: `model` is no module.
+        ValueError: a layer has hooks that would be lost, or the model is offloaded.
+
+    Example:
+        >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
+        >>> dense = sparsekern.unpack(sparsekern.pack(model))
+        >>> type(dense.model.layers[0].mlp.up_proj).__name__
+        'Linear'
     """
     return _unpack(model, keep_hooks=True)
 
@@ -102,26 +119,36 @@ def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
         _check_not_offloaded(name, _at(places))
         if keep_hooks:
             _check_no_hooks(name, _at(places), "unpacking")
-    for places in found.values():
-        _put(places, _at(places).to_linear())
+    for name, places in found.items():
+        _put(places, _packed(name, _at(places), None))
     if transformers_side := _transformers_side(model):
         transformers_side.unmark(model)
     return model
 
 
 def compress(model: nn.Module) -> nn.Module:
-    """Hold the 2:4 weights of a packed model on a CUDA device a second time, as cuSPARSELt reads them; in place.
+    """Add a compressed copy for cuSPARSELt to each 2:4 weight of a packed model on a CUDA device, in place.
 
-    Prompts and large batches are then multiplied on the sparse tensor cores without unpacking. It costs as much memory again as the
-    packed weights. Layers that cuSPARSELt cannot hold are left out (`SparseLinear.supports_compressed` says why). Its speed has not
-    been measured; see `SparseLinear.compress`.
+    Prompts and large batches are then multiplied on the sparse tensor cores without unpacking. The copies take as much memory as the
+    packed weights. Layers that cuSPARSELt cannot hold are skipped; `SparseLinear.supports_compressed` gives the reason. The speed has
+    not been measured; see `SparseLinear.compress`.
+
+    Args:
+        model: a packed model.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: no packed layers, or none that cuSPARSELt can hold, which changes nothing; a weight with a NaN.
         TypeError: `model` is no module.
+        ValueError: the model has no packed layer, cuSPARSELt can hold none of them, or a weight has a NaN.
+
+    Example:
+        >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
+        >>> sparsekern.runtime.compress(sparsekern.pack(model))  # here on a CPU
+        Traceback (most recent call last):
+        ...
+        ValueError: model: cuSPARSELt can hold none of its 21 packed layers; ...
     """
     layers = _packed_layers(model)
     support = {name: layer.supports_compressed() for name, layer in layers.items()}
@@ -140,14 +167,21 @@ def compress(model: nn.Module) -> nn.Module:
 
 
 def drop_compressed(model: nn.Module) -> nn.Module:
-    """Free what `compress` added to a packed model; in place.
+    """Free the compressed copies that `compress` added to a packed model, in place.
+
+    Args:
+        model: a packed model, with or without such copies.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: no packed layers.
         TypeError: `model` is no module.
+        ValueError: the model has no packed layers.
+
+    Example:
+        >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
+        >>> packed = sparsekern.runtime.drop_compressed(sparsekern.pack(model))
     """
     for layer in _packed_layers(model).values():
         layer.drop_compressed()
@@ -158,22 +192,22 @@ def _packed_layers(model: nn.Module) -> dict[str, SparseLinear]:
     _check_module(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     if not layers:
-        raise ValueError(f"model: expected packed layers in it, {type(model).__name__} has none; sparsekern.pack makes them")
+        raise ValueError(f"model: expected packed layers, got a {type(model).__name__} without any; sparsekern.pack makes them")
     return layers
 
 
 def packed_copy(model: nn.Module, format: str = PACKED) -> nn.Module:
-    """A packed model beside `model`, without the hooks of what is packed; what has the same form in both is shared."""
+    """Return a packed copy of `model` that shares all unchanged tensors. Packed layers lose their hooks."""
     return _pack(_sharing_copy(model), format, keep_hooks=False)
 
 
 def unpacked_copy(model: nn.Module) -> nn.Module:
-    """A dense model beside the packed one, without the hooks of what is packed; what has the same form in both is shared."""
+    """Return a dense copy of a packed model that shares all unchanged tensors. Unpacked layers lose their hooks."""
     return _unpack(_sharing_copy(model), keep_hooks=False)
 
 
 def check_packed_format(format: str) -> None:
-    """Raise `ValueError` unless `format` is one to pack in."""
+    """Raise `ValueError` unless `format` is a packed format."""
     if format != PACKED:
         try:
             format_of(format)
@@ -182,19 +216,20 @@ def check_packed_format(format: str) -> None:
 
 
 def is_packed(model: nn.Module) -> bool:
+    """Return whether a model has packed layers."""
     return any(isinstance(module, SparseLinear) for module in model.modules())
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a model's parameters and buffers occupy in memory; shared storage counts once."""
+    """Return the bytes of a model's parameters and buffers in memory. Shared storage counts once."""
     storages = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """The zeros among all weights of a model, packed ones included, and how many weights there are."""
+    """Return the number of zeros and of all weights of a model, packed ones included."""
     zeros = total = 0
-    for tensor in model.parameters():  # of a packed weight, the values that are stored
+    for tensor in model.parameters():  # a packed weight counts its stored values here
         total += tensor.numel()
         zeros += tensor.numel() - int(torch.count_nonzero(tensor))
     for layer in model.modules():
@@ -207,7 +242,7 @@ def count_zeros(model: nn.Module) -> tuple[int, int]:
 
 
 def packable_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linears that `pack` considers, by name.
+    """Return the linears that `pack` considers by name.
 
     Raises:
         ValueError: there are none, or they are offloaded.
@@ -216,7 +251,12 @@ def packable_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def smallest(weight: torch.Tensor, format: str = PACKED) -> str | None:
-    """The format that `weight` fits with the fewest bytes, of all there are or of one; None where dense has no more."""
+    """Return the smallest format that fits `weight`, or None if dense is smaller.
+
+    Args:
+        weight: `[out_features, in_features]`, dense.
+        format: `"packed"` considers all formats, another name only that format.
+    """
     best, fewest = None, weight.numel() * weight.element_size()
     for name in _fitting(weight) if format == PACKED else [format]:
         try:
@@ -238,7 +278,7 @@ def _fitting(weight: torch.Tensor) -> Iterator[str]:
     yield "bitmask"
 
 
-Places = list[tuple[nn.Module, str]]  # where one module hangs: its parents, and its name in each
+Places = list[tuple[nn.Module, str]]  # all parents of one module, and its name in each
 
 
 def _linears(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, Places]:
@@ -248,7 +288,7 @@ def _linears(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, Plac
     why_not = {name: _why_not(_at(places), owners) for name, places in found.items()}
     packable = {name: places for name, places in found.items() if why_not[name] is None}
     if not packable:
-        raise ValueError(_nothing_to_pack(model, Counter(why_not.values())))
+        raise ValueError(_nothing_to_pack(model, Counter(reason for reason in why_not.values() if reason is not None)))
     check_matches("include", include, list(packable))
     check_matches("exclude", exclude, list(packable))
     chosen = {
@@ -268,14 +308,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _why_not(linear: nn.Module, owners: Mapping[int, int]) -> str | None:
-    """Why a linear cannot be packed, or None where it can or is."""
+    """Return the reason why a linear cannot be packed, or None if it can be or is packed."""
     if isinstance(linear, SparseLinear):
         return None
     weight = linear._parameters.get("weight")
     if weight is None:
         return "the weight is computed from other tensors"
     if not is_plain_linear(linear):
-        return f"{type(linear).__name__} may be more than a product"
+        return f"{type(linear).__name__} may do more than multiply"
     if weight.dtype not in DTYPES:
         return f"the weight is {str(weight.dtype).removeprefix('torch.')}, expected float32, bfloat16 or float16"
     return "the weight is shared with another module" if owners[id(weight)] > 1 else None
@@ -284,13 +324,13 @@ def _why_not(linear: nn.Module, owners: Mapping[int, int]) -> str | None:
 def _nothing_to_pack(model: nn.Module, reasons: Mapping[str, int]) -> str:
     if not reasons:
         hint = "; SparseLinear.from_linear packs one layer" if _is_linear(model) else ""
-        return f"model: expected linear layers in it, {type(model).__name__} has none{hint}"
+        return f"model: expected linear layers, got a {type(model).__name__} without any{hint}"
     counted = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
     return f"model: none of its {sum(reasons.values())} linear layers can be packed ({counted})"
 
 
 def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, Places]:
-    """The modules that are wanted, by the first of their names."""
+    """Return the places of the wanted modules by the first name of each."""
     found: dict[int, tuple[str, Places]] = {}
     for parent_name, parent in model.named_modules():
         for child, module in parent._modules.items():
@@ -302,7 +342,7 @@ def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, 
 
 def _at(places: Places) -> nn.Module:
     parent, child = places[0]
-    return parent._modules[child]
+    return parent.get_submodule(child)
 
 
 def _put(places: Places, module: nn.Module) -> None:
@@ -327,7 +367,7 @@ def _share_of_zeros(found: Mapping[str, Places]) -> float:
 
 
 def _packed(name: str, linear: nn.Module, format: str | None) -> nn.Module:
-    """The layer in `format`, whatever it is packed in so far; None: dense."""
+    """Return the layer in `format`, repacked if necessary; None is dense."""
     if isinstance(linear, SparseLinear):
         linear = linear.to_linear()
     if format is None:
@@ -344,24 +384,24 @@ def _check_module(model: nn.Module) -> None:
 
 
 def _check_no_hooks(name: str, linear: nn.Module, change: str) -> None:
-    """Those of accelerate hide in a forward of the instance's own."""
+    """Raise `ValueError` for a layer with hooks. accelerate's are hidden in a forward of the instance."""
     if any(getattr(linear, hooks) for hooks in HOOKS) or "forward" in vars(linear):
         hint = ", or leave it out with exclude" if change == "packing" else ""
-        raise ValueError(f"{name}: has hooks, which {change} would lose; remove them first{hint}")
+        raise ValueError(f"{name}: expected no hooks, since {change} would lose them; remove them first{hint}")
 
 
 def _check_not_offloaded(name: str, linear: nn.Module) -> None:
     if (linear.device.type if isinstance(linear, SparseLinear) else linear.weight.device.type) == "meta":
-        raise ValueError(f"{name}: expected its weight in memory, found none; offloaded models are not supported")
+        raise ValueError(f"{name}: expected a weight in memory, got an offloaded one, which is not supported")
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A model of its own modules that shares every parameter and buffer."""
+    """Return a copy of the modules that shares all parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def _transformers_side(model: nn.Module) -> ModuleType | None:
-    """What tells transformers that a model of its is packed; None for other modules."""
+    """Return the module that marks a transformers model as packed, or None for another module."""
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None

@@ -1,28 +1,32 @@
-"""Makes transformers know packed models, without importing it.
+"""Registration of packed models with transformers, without importing it.
 
-`transformers.quantizers.auto` holds the table of the ways to load a model. Until somebody imports that module there is nothing to
-register with, so a finder waits for it and registers as soon as it has run. An unknown `quant_method` is only a warning to transformers,
-which would then fill the model with random numbers: so this happens at `import sparsekern`, not at the first use of something.
+`transformers.quantizers.auto` holds the table of quantizers. A finder waits for the import of that module and registers as soon as it
+has run. transformers only warns about an unknown `quant_method` and then fills the model with random numbers. So registration happens at
+`import sparsekern`, not at first use.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 TABLE = "transformers.quantizers.auto"
 
 
 def register_with_transformers() -> None:
-    """Register now where transformers has its table, else when it gets it."""
+    """Register now if transformers has imported its table, else as soon as it does."""
     if TABLE in sys.modules:
         _register(sys.modules[TABLE])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
 
 
-def _register(table) -> None:
+def _register(table: Any) -> None:
     from .hf_quantizer import METHOD, SparsekernConfig, SparsekernQuantizer
     from .packing import unpack
 
@@ -33,9 +37,10 @@ def _register(table) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds nothing itself: it takes what the others find and lets its loader run `_register` afterwards."""
+    """A finder that finds nothing itself: it makes the loader of the table run `_register` afterwards."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of the table with a loader that registers, or None for other modules."""
         if name != TABLE:
             return None
         sys.meta_path.remove(self)
@@ -43,9 +48,9 @@ class _WhenImported(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module):
+            def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 _register(module)
 
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # for this one import
         return spec

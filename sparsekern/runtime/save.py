@@ -1,4 +1,4 @@
-"""Saving a model: check before the work what would be refused after it, then write the folder."""
+"""Saving of models: checks of everything that could be refused, then the writing of the folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -20,35 +21,44 @@ from .hf_config import METHOD, VERSION
 from .output import CONFIG, OutputFolder, check_model_folder, check_output_folder
 from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DENSE = "dense"
 CARD = "README.md"
 
 
 def save(
-    model: torch.nn.Module, path: str | os.PathLike, format: str = "dense", *, tokenizer=None, overwrite: bool = False
+    model: torch.nn.Module, path: str | os.PathLike, format: str = "dense", *, tokenizer: Any = None, overwrite: bool = False
 ) -> Path:
     """Save a pruned model so that plain `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
-    The folder gets its `config.json` last, so it is loadable only once it is whole. The model is not changed.
+    `config.json` is written last, so the folder is loadable only once it is complete. The model is not changed.
 
     Args:
-        model: a transformers model, packed by `sparsekern.pack` or not.
+        model: a transformers model, dense or packed by `sparsekern.pack`.
         path: a new or empty folder.
-        format: `"dense"`: the zeros are stored like any weight, and every loader takes the folder. `"packed"`: linears that get
-            smaller by it are stored packed, each in the format that it fits best, or in its own where it is packed already; to load
-            it, `import sparsekern` first. `"bitmask"` or `"N:M"`: packed, in that format only.
-        tokenizer: is saved to the folder too.
+        format: `"dense"` stores the zeros like other weights, so every loader takes the folder. `"packed"` packs the linears that get
+            smaller, each in its smallest fitting format; packed ones keep theirs. `"bitmask"` or `"N:M"` packs in that format only.
+            To load a packed folder, `import sparsekern` first.
+        tokenizer: a tokenizer to save to the folder as well.
         overwrite: replace the model in `path`: its weights, configs, card and reports. Other files stay.
 
     Returns:
-        `path`, links resolved.
+        `path` with links resolved.
 
     Raises:
-        TypeError: a model or a tokenizer without `save_pretrained`.
-        ValueError: an unknown format; a model to be packed in which nothing gets smaller; a model or a tokenizer that transformers
-            refuses to save; a folder that another call is saving to.
-        FileExistsError: `path` is a file, or a folder that holds something, or with `overwrite` something that is no model.
-        OSError: no space left, or a folder that cannot be written to; nothing is left behind then.
+        TypeError: `model` or `tokenizer` has no `save_pretrained`.
+        ValueError: the format is unknown, no linear gets smaller by packing, transformers refuses to save the model or the tokenizer,
+            or another call is saving to the folder.
+        FileExistsError: `path` is a file or a folder with other content; with `overwrite`, a folder without a model.
+        OSError: no space is left, or the folder cannot be written to. Nothing is left behind then.
+
+    Example:
+        >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
+        >>> path = sparsekern.save(model, "packed", format="packed", tokenizer=tokenizer)
+        >>> sparsekern.load(path).model.layers[0].mlp.up_proj.format
+        '2:4'
     """
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
@@ -62,38 +72,38 @@ def save(
     return folder.path
 
 
-def write_model(model: torch.nn.Module, folder: Path, tokenizer=None) -> None:
+def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """Write weights, configs and tokenizer to `folder`.
 
     Raises:
-        TypeError: a tokenizer without `save_pretrained`.
+        TypeError: `tokenizer` has no `save_pretrained`.
         ValueError: transformers refuses to save the model or the tokenizer.
-        OSError: the disk does; its number says why.
+        OSError: the disk refuses; `errno` gives the reason.
     """
     with disk_errors(folder), _refusals("model"):
-        model.save_pretrained(folder)
+        cast("PreTrainedModel", model).save_pretrained(folder)
     if recorded_units(getattr(model, "config", None)) is not None:
         _name_the_loader(folder / CONFIG)
     _write_tokenizer(tokenizer, folder)
 
 
 def _name_the_loader(config: Path) -> None:
-    """Let transformers know that a cut model is built by sparsekern, without which its sizes do not fit."""
+    """Mark a cut model as one for sparsekern: other loaders would build it with the wrong sizes."""
     entries = json.loads(config.read_bytes())
     entries.setdefault("quantization_config", {"quant_method": METHOD, "version": VERSION, "layers": {}})
     config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_saveable(model: torch.nn.Module, tokenizer, folder: OutputFolder) -> None:
-    """Save all but the weights to a scratch folder, so that what transformers refuses is found before the work.
+def check_saveable(model: torch.nn.Module, tokenizer: Any, folder: OutputFolder) -> None:
+    """Save all but the weights to a scratch folder, to find out before the work what transformers refuses.
 
     Args:
-        model: the model that is going to be saved, before or after it is pruned.
-        tokenizer: the tokenizer to be saved with it, or None.
-        folder: the folder that it is going to be saved to.
+        model: the model to save later, before or after pruning.
+        tokenizer: the tokenizer to save with it, or None.
+        folder: the output folder.
 
     Raises:
-        TypeError: a model or a tokenizer without `save_pretrained`.
+        TypeError: `model` or `tokenizer` has no `save_pretrained`.
         ValueError: transformers refuses to save the model or the tokenizer.
         OSError: the folder cannot be written to.
     """
@@ -103,21 +113,22 @@ def check_saveable(model: torch.nn.Module, tokenizer, folder: OutputFolder) -> N
     if quantizer is not None and not quantizer.is_serializable():
         method = quantizer.quantization_config.quant_method
         raise ValueError(
-            f"out: transformers refuses to save a model that it loaded as {getattr(method, 'value', method)}; "
+            f"out: expected a model that transformers can save, got one that it loaded as {getattr(method, 'value', method)}; "
             "load it with sparsekern.load, or save it dense and load that"
         )
+    of = cast("PreTrainedModel", model)
     with folder.scratch() as scratch:
         with _refusals("model"):
-            if hasattr(model, "config"):
-                model.config.save_pretrained(scratch)
-            if hasattr(model, "can_generate") and model.can_generate():
-                model.generation_config.save_pretrained(scratch)
+            if hasattr(of, "config"):
+                of.config.save_pretrained(scratch)
+            if hasattr(of, "can_generate") and of.can_generate() and of.generation_config is not None:
+                of.generation_config.save_pretrained(scratch)
             _check_shared_weights(model)
         _write_tokenizer(tokenizer, scratch)
 
 
 def _check_shared_weights(model: torch.nn.Module) -> None:
-    """Raise what `save_pretrained` raises for weights that share memory, where this transformers lets us ask it."""
+    """Raise the error of `save_pretrained` for weights that share memory, if this transformers exposes the check."""
     from transformers import modeling_utils
 
     check = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)
@@ -125,7 +136,7 @@ def _check_shared_weights(model: torch.nn.Module) -> None:
         check(model.state_dict(), model)
 
 
-def _write_tokenizer(tokenizer, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer is None:
         return
     if not hasattr(tokenizer, "save_pretrained"):
@@ -136,27 +147,27 @@ def _write_tokenizer(tokenizer, folder: Path) -> None:
 
 @contextmanager
 def _refusals(argument: str) -> Iterator[None]:
-    """Name the argument that transformers refuses to save. What the disk or safetensors raises is passed on."""
+    """Turn an error of transformers into a `ValueError` that names the argument. Errors of the disk pass through."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError, MemoryError):
         raise
-    except Exception as error:  # tokenizers raises bare exceptions
+    except Exception as error:  # the tokenizers package raises bare exceptions
         reason = " ".join(str(error).split())
         raise ValueError(f"{argument}: expected one that transformers can save; it says: {reason}") from error
 
 
 def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:
-    """Return the model as it is saved: itself, or a copy that shares with it what has the same form in both."""
+    """Return the model in the format to save: itself, or a copy that shares the unchanged tensors."""
     if format == DENSE:
         return unpacked_copy(model) if is_packed(model) else model
     return packed_copy(model, format)
 
 
 def check_format(format: str) -> None:
-    """Raise `ValueError` unless `format` is one to save in."""
+    """Raise `ValueError` unless a model can be saved in `format`."""
     if format not in (DENSE, PACKED):
         try:
             format_of(format)
@@ -168,10 +179,10 @@ def check_space(model: torch.nn.Module, path: str | os.PathLike, *, argument: st
     """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights.
 
     Args:
-        model: the model to be saved.
+        model: the model to save.
         path: the folder, which need not exist.
-        argument: names `path` in messages.
-        extra: bytes that are needed besides; negative for what is on the disk already.
+        argument: name of `path` in messages.
+        extra: further bytes to write; negative for bytes that are on the disk already.
     """
     needed = weight_bytes(model) + extra
     existing = Path(path).expanduser().absolute()
@@ -179,5 +190,7 @@ def check_space(model: torch.nn.Module, path: str | os.PathLike, *, argument: st
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed:
-        message = f"{argument}: no space left: the weights need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        message = (
+            f"{argument}: no space left: expected {needed / 1e6:,.0f} MB for the weights, got {free / 1e6:,.0f} MB that are free"
+        )
         raise OSError(errno.ENOSPC, message, str(path))

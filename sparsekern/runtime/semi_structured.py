@@ -1,4 +1,4 @@
-"""2:4 weights as PyTorch's semi-structured tensors, made by `semi_structured_pack`, and linear layers on them. Not measured on a GPU."""
+"""2:4 weights as PyTorch's semi-structured tensors, and products with them. Not measured on a GPU."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": Spars
 
 
 class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
-    """PyTorch's cuSPARSELt tensor for inference, whose products search algorithm and plan once for a shape (`cusparselt_linear`)."""
+    """PyTorch's cuSPARSELt tensor for inference, whose products search algorithm and plan once for each shape."""
 
-    def _mm(self, B, *, bias=None, should_transpose_dense=False, **kwargs):
+    def _mm(
+        self, B: torch.Tensor, *, bias: torch.Tensor | None = None, should_transpose_dense: bool = False, **kwargs: object
+    ) -> torch.Tensor:
         if isinstance(B, SparseSemiStructuredTensor):
             raise ValueError("B: expected a dense tensor, got a semi-structured one; no hardware multiplies two of them")
         if self.packed is None:
             raise NotImplementedError(
                 "a product with the transpose of a semi-structured tensor: only `x @ weight.t()` is supported"
             )
-        # PyTorch 2.12 and later pass the activations as given, earlier ones transposed. Each wants the product in the same form.
+        # PyTorch 2.12 and later pass the activations as given, earlier ones transposed. The product has the same form.
         x = B if should_transpose_dense else B.t()
         product = cusparselt_linear(x, self.packed, self.shape[0], bias)
         return product if should_transpose_dense else product.t()
@@ -34,43 +36,51 @@ class SemiStructuredTensor(SparseSemiStructuredTensorCUSPARSELT):
 def to_semi_structured(
     weight: torch.Tensor | tuple[torch.Tensor, torch.Tensor], *, backend: str | None = None
 ) -> SparseSemiStructuredTensor:
-    """Make PyTorch's semi-structured tensor of a 2:4 weight, which `torch.nn.functional.linear` takes as a weight.
+    """Convert a 2:4 weight to PyTorch's semi-structured tensor, which `torch.nn.functional.linear` takes as a weight.
 
-    `layer.weight = torch.nn.Parameter(to_semi_structured(layer.weight), requires_grad=False)` is all a linear layer needs, also under
-    `torch.compile`. It is for inference with batches of some hundred tokens; single tokens gain nothing. Its speed has not been measured.
+    To use it in a layer, set `layer.weight = torch.nn.Parameter(to_semi_structured(layer.weight), requires_grad=False)`, also under
+    `torch.compile`. It suits inference with batches of some hundred tokens; single tokens gain nothing. The speed has not been measured.
 
     Args:
         weight: `[out_features, in_features]`, 2:4 along its columns, any strides; or `(values, meta)` from `semi_structured_pack` or
             `semi_structured_prune_pack`, which "cutlass" takes unchanged.
-        backend: "cusparselt": bfloat16 or float16, shape a multiple of (16, 16), or int8, of (32, 32), which PyTorch multiplies into
-            int8; on the CUDA device that is to multiply. "cutlass": also float32 (1:2); shape a multiple of (32, 64), of int8
-            (16, 128), of float32 (32, 32); to multiply it takes a device of compute capability 8.x. None: "cusparselt" where it can
-            be had, since it is the one that later devices have.
+        backend: "cusparselt" takes bfloat16 or float16 with a shape that is a multiple of (16, 16), or int8 with one of (32, 32), whose
+            products are int8. The weight must be on the CUDA device that multiplies. "cutlass" also takes float32 (1:2). Its shape is
+            a multiple of (32, 64), of (16, 128) for int8, or of (32, 32) for float32. Products need compute capability 8.x. None is
+            "cusparselt" if available, since only it supports later devices.
 
     Returns:
         A `SparseSemiStructuredTensorCUSPARSELT` or `SparseSemiStructuredTensorCUTLASS`.
 
     Raises:
-        TypeError: a wrong dtype for the backend, or neither a tensor nor a pair of tensors.
-        ValueError: a wrong shape or device for the backend; a weight that is not 2:4, or has a NaN.
-        RuntimeError: a backend that this PyTorch or the weight's device lacks.
+        TypeError: `weight` is neither a tensor nor a pair of tensors, or the backend does not take its dtype.
+        ValueError: the backend does not take the shape or device, or the weight is not 2:4 or has a NaN.
+        RuntimeError: this PyTorch or the weight's device lacks the backend.
     """
-    packed = None if isinstance(weight, torch.Tensor) else _pair(weight)
-    first, columns_per = (weight, 1) if packed is None else (packed[0], 2)
-    backend = _backend_for(first, backend)
-    _check(first, columns_per, backend)
+    if not isinstance(weight, torch.Tensor):
+        values, meta = _pair(weight)
+        backend = _backend_for(values, backend)
+        _check(values, 2, backend)
+        return _cutlass(values, meta) if backend == "cutlass" else _cusparselt(ops.semi_structured_unpack(values, meta))
+    backend = _backend_for(weight, backend)
+    _check(weight, 1, backend)
     if backend == "cutlass":
-        values, meta = ops.semi_structured_pack(weight.detach()) if packed is None else packed
-        return _wrap(SparseSemiStructuredTensorCUTLASS, (values.shape[0], 2 * values.shape[1]), values, meta)
-    if packed is None:
-        check_fits(weight)  # cuSPARSELt drops silently what does not fit
-    dense = weight.detach().contiguous() if packed is None else ops.semi_structured_unpack(*packed)
+        return _cutlass(*ops.semi_structured_pack(weight.detach()))
+    check_fits(weight)  # cuSPARSELt silently drops values that do not fit
+    return _cusparselt(weight.detach().contiguous())
+
+
+def _cutlass(values: torch.Tensor, meta: torch.Tensor) -> SparseSemiStructuredTensor:
+    return _wrap(SparseSemiStructuredTensorCUTLASS, (values.shape[0], 2 * values.shape[1]), values, meta)
+
+
+def _cusparselt(dense: torch.Tensor) -> SparseSemiStructuredTensor:
     kind = SemiStructuredTensor if dense.dtype in DTYPES else SparseSemiStructuredTensorCUSPARSELT
     return _wrap(kind, dense.shape, torch._cslt_compress(dense), None)
 
 
 def semi_structured_linear(x: torch.Tensor, weight: SparseSemiStructuredTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `torch.nn.functional.linear(x, weight, bias)` without dispatching through the tensor subclass, which costs CPU time.
+    """Compute `torch.nn.functional.linear(x, weight, bias)` without the CPU time of dispatching through the tensor subclass.
 
     Args:
         x: `[..., in_features]` of the weight's dtype, on its device.
@@ -81,7 +91,7 @@ def semi_structured_linear(x: torch.Tensor, weight: SparseSemiStructuredTensor, 
         `[..., out_features]` of `x`'s dtype.
 
     Raises:
-        ValueError: features, dtype or device that are not the weight's.
+        ValueError: `x` or `bias` does not match the weight in features, dtype or device.
     """
     for name, tensor, features in (("x", x, weight.shape[1]), ("bias", bias, weight.shape[0])):
         if tensor is not None and (
@@ -91,19 +101,26 @@ def semi_structured_linear(x: torch.Tensor, weight: SparseSemiStructuredTensor, 
                 f"{name}: expected {features} features of {weight.dtype} on {weight.device}, got shape {tuple(tensor.shape)} of "
                 f"{tensor.dtype} on {tensor.device}"
             )
-    if not isinstance(weight, SemiStructuredTensor):
+    if not isinstance(weight, SemiStructuredTensor) or weight.packed is None:
         return functional.linear(x, weight, bias)
     product = cusparselt_linear(x.reshape(-1, x.shape[-1]), weight.packed, weight.shape[0], bias)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 
-def _pair(weight) -> tuple[torch.Tensor, torch.Tensor]:
+def _pair(weight: object) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(weight, (tuple, list)) or len(weight) != 2 or not all(isinstance(part, torch.Tensor) for part in weight):
         raise TypeError(f"weight: expected a tensor or (values, meta), got {type(weight).__name__}")
-    return tuple(weight)
+    values, meta = weight
+    return values, meta
 
 
 def _backend_for(weight: torch.Tensor, asked: str | None) -> str:
+    """Return the backend asked for, or a default for the weight.
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: this PyTorch or the weight's device lacks it.
+    """
     if asked not in (None, *BACKENDS):
         raise ValueError(f"backend: expected {' or '.join(map(repr, BACKENDS))}, got {asked!r}")
     available = torch.backends.cusparselt.is_available()
@@ -118,7 +135,13 @@ def _backend_for(weight: torch.Tensor, asked: str | None) -> str:
 
 
 def _check(weight: torch.Tensor, columns_per: int, backend: str) -> None:
-    """Raise unless the backend takes the weight; `weight` may be its packed values, each standing for `columns_per` columns."""
+    """Raise `TypeError` or `ValueError` unless the backend takes the weight.
+
+    Args:
+        weight: the weight or its packed values.
+        columns_per: columns of the weight for each column of `weight`.
+        backend: a key of `BACKENDS`.
+    """
     rules = {
         dtype: (rule.sparse_min_rows, rule.sparse_min_cols) for dtype, rule in BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS.items()
     }
@@ -133,5 +156,7 @@ def _check(weight: torch.Tensor, columns_per: int, backend: str) -> None:
         raise ValueError(f"weight: expected a CUDA tensor with backend 'cusparselt', got one on {weight.device}")
 
 
-def _wrap(kind: type, shape, packed: torch.Tensor, meta: torch.Tensor | None) -> SparseSemiStructuredTensor:
+def _wrap(
+    kind: type[SparseSemiStructuredTensor], shape: tuple[int, ...], packed: torch.Tensor, meta: torch.Tensor | None
+) -> SparseSemiStructuredTensor:
     return kind(torch.Size(shape), packed=packed, meta=meta, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None)

@@ -1,6 +1,9 @@
-"""`SparseLinear`: a linear layer that keeps its weight packed and multiplies by it as it lies."""
+"""`SparseLinear`: a linear layer that stores its weight packed and multiplies without unpacking it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,30 +14,39 @@ from ..ops import cusparselt_linear
 from .cusparselt import FEWEST_TOKENS, State, compress, supports_on
 from .formats import check_shape, format_of
 
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SparseLinear(nn.Module):
-    """`x @ weight.T + bias` for a weight of `[out_features, in_features]` that is held in a packed format.
+    """A linear layer `x @ weight.T + bias` that stores its weight `[out_features, in_features]` in a packed format.
 
-    The packed tensors have names of their own, so they are in `state_dict()` and move with `.to(device)`: those of floating point are
-    frozen parameters, the others buffers. Gradients flow to the input and to the bias, not to the weight. `.to(dtype)` takes float32,
-    bfloat16 and float16.
-
-    On a CUDA device a 2:4 layer can hold its weight a second time for cuSPARSELt: see `compress`.
+    The packed tensors are named, so they are in `state_dict()` and move with `.to(device)`. Tensors of floating point are frozen
+    parameters, the others buffers. Gradients flow to the input and the bias, not to the weight. `.to(dtype)` takes float32, bfloat16
+    and float16. On a CUDA device, a 2:4 layer can add a compressed copy of its weight for cuSPARSELt; see `compress`.
 
     Attributes:
         format: name of the packed format, such as `"bitmask"`.
         shape: `(out_features, in_features)`.
-        bias: `[out_features]` parameter or None.
-        conv1d: it stands for a `Conv1D` of GPT-2, and `to_linear` makes one again.
-        trainable: the weight that it stands for took gradients, and so will that of `to_linear`.
-        keeps_compressed: `compress` has asked for a second, compressed weight.
-        compressed: that weight, a buffer that is not in `state_dict()`; None where there is none.
+        bias: `[out_features]` parameter, or None.
+        conv1d: whether the layer replaces a `Conv1D` of GPT-2, which `to_linear` then returns.
+        trainable: whether the dense weight took gradients, as that of `to_linear` then does.
+        keeps_compressed: whether `compress` has requested a compressed copy.
+        compressed: the compressed copy, a buffer outside `state_dict()`, or None.
+
+    Example:
+        >>> linear = torch.nn.Linear(4, 1, bias=False)
+        >>> linear.weight = torch.nn.Parameter(torch.tensor([[0.0, 1.0, 0.0, 2.0]]))
+        >>> layer = sparsekern.SparseLinear.from_linear(linear, "2:4")
+        >>> layer(torch.ones(1, 4))
+        tensor([[3.]])
     """
 
     bias: nn.Parameter | None
     compressed: torch.Tensor | None
+    _compressed_from: State | None
 
     def __init__(
         self,
@@ -46,10 +58,18 @@ class SparseLinear(nn.Module):
         conv1d: bool = False,
         trainable: bool = True,
     ) -> None:
-        """Take packed tensors as they are; nothing but `check` looks into them. `from_linear` packs a layer.
+        """Make a layer from packed tensors, whose contents only `check` checks. `from_linear` packs a dense layer.
+
+        Args:
+            format: name of the packed format.
+            shape: `(out_features, in_features)`.
+            tensors: the packed tensors by name.
+            bias: `[out_features]` parameter, or None.
+            conv1d: whether the layer replaces a `Conv1D`.
+            trainable: whether the dense weight of `to_linear` takes gradients.
 
         Raises:
-            ValueError: an unknown format; other tensors than it has; a shape that is none.
+            ValueError: the format is unknown, has other tensors, or `shape` is no shape of a matrix.
         """
         super().__init__()
         self._layout = format_of(format)
@@ -68,24 +88,34 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, format: str) -> SparseLinear:
-        """Pack an `nn.Linear`, or a `Conv1D` of transformers; the bias is shared with it.
+        """Pack an `nn.Linear` or a `Conv1D` of transformers. The bias is shared with it.
+
+        Args:
+            linear: the dense layer, which is not changed.
+            format: `"bitmask"`, or `"N:M"` with M of at most 16.
 
         Raises:
-            TypeError: another kind of module, or a dtype that the format does not take.
-            ValueError: a weight that does not fit the format.
+            TypeError: `linear` is another module, or its dtype cannot be packed.
+            ValueError: the format is unknown, or the weight does not fit it.
         """
         if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
             raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
         weight = linear_weight(linear)
         tensors = format_of(format).pack(weight)
         layer = cls(
-            format, tuple(weight.shape), tensors, linear.bias, conv1d=is_conv1d(linear), trainable=linear.weight.requires_grad
+            format,
+            (weight.shape[0], weight.shape[1]),
+            tensors,
+            linear.bias,
+            conv1d=is_conv1d(linear),
+            trainable=linear.weight.requires_grad,
         )
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Module:
-        """The dense layer again: an `nn.Linear` (or a `Conv1D`), with the bias shared."""
+        """Return a dense `nn.Linear`, or a `Conv1D`, that shares the bias."""
         weight = self.dense_weight()
+        linear: nn.Linear | Conv1D
         if self.conv1d:
             from transformers.pytorch_utils import Conv1D
 
@@ -95,32 +125,32 @@ class SparseLinear(nn.Module):
         else:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=self.trainable)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def dense_weight(self) -> torch.Tensor:
-        """`[out_features, in_features]`, unpacked anew."""
+        """Unpack the weight, `[out_features, in_features]`."""
         return self._layout.unpack(self.tensors, self.shape, self.dtype)
 
     def check(self) -> None:
-        """Raise `ValueError` unless the packed tensors are what the format says: sizes, counts and offsets."""
+        """Raise `ValueError` unless the sizes, counts and offsets of the packed tensors are those of the format."""
         self._layout.check(self.tensors, self.shape, self.dtype)
 
     def compress(self) -> None:
-        """Hold the weight a second time, as cuSPARSELt reads it, for products of at least `cusparselt.FEWEST_TOKENS` tokens.
+        """Add a compressed copy of the weight for products of at least `cusparselt.FEWEST_TOKENS` tokens by cuSPARSELt.
 
-        It takes as much memory again as the packed weight: 1.125 times the dense weight in all, in return for products of many tokens
-        on the sparse tensor cores without unpacking. Products of fewer tokens, saving and `state_dict()` use the packed weight. The
-        second weight is made here, and again when the layer moves to another dtype or device (where that can hold one), when a state
-        dict is loaded, in the first product of a copy, and in the first product after a packed tensor was written to. Writes that
-        PyTorch does not count are not noticed: those through `.data`, to tensors made in inference mode, and in a compiled model.
-        Call this again after them.
+        These products run on the sparse tensor cores without unpacking. The copy takes as much memory as the packed weight; both take
+        1.125 times the dense weight. Products of fewer tokens, saving and `state_dict()` use the packed weight.
 
-        Neither its speed nor the number of tokens has been measured, and no product by it has run on a GPU yet. The tests for one are
-        marked `gpu`.
+        The copy is remade when the layer moves to a dtype or device that can hold one, and when a state dict is loaded. It is also
+        remade in the first product of a copied layer, or after a write to a packed tensor. PyTorch does not count writes through
+        `.data`, to tensors made in inference mode, or in a compiled model. Call this method again after them.
+
+        Neither the speed nor the number of tokens has been measured, and no such product has run on a GPU yet. Tests marked `gpu`
+        cover it.
 
         Raises:
-            ValueError: cuSPARSELt cannot hold this layer, with the reason (`supports_compressed`); a weight with a NaN.
+            ValueError: cuSPARSELt cannot hold this layer, for the reason in `supports_compressed`, or the weight has a NaN.
         """
         if not (support := self.supports_compressed()).ok:
             raise ValueError(f"SparseLinear: cuSPARSELt cannot hold this weight, {support.reason}")
@@ -132,58 +162,78 @@ class SparseLinear(nn.Module):
             raise
 
     def drop_compressed(self) -> None:
-        """Free the second weight that `compress` made, if there is one."""
+        """Free the compressed copy, if there is one."""
         self.keeps_compressed = False
         self._remake_compressed()
 
     def supports_compressed(self) -> Support:
-        """Return whether `compress` works where the layer is now, with the reason if not."""
+        """Return whether `compress` works on the current device, with the reason if not."""
         return supports_on(self.device, self.format, self.shape, self.dtype)
 
     def freeze(self) -> None:
-        """The packed tensors take no gradients."""
+        """Make the packed tensors take no gradients."""
         for name in self._names:
-            if name in self._parameters:
-                self._parameters[name].requires_grad_(False)
+            if (parameter := self._parameters.get(name)) is not None:
+                parameter.requires_grad_(False)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The packed tensors by name."""
-        return {name: self._parameters[name] if name in self._parameters else self._buffers[name] for name in self._names}
+        """Packed tensors by name."""
+        held = self._held()
+        return {name: held[name] for name in self._names}
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight."""
         return self.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight."""
         return self.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return self._parameters[self._values].dtype
+        """Dtype of the weight."""
+        return self._held()[self._values].dtype
 
     @property
     def device(self) -> torch.device:
-        return self._parameters[self._values].device
+        """Device of the weight."""
+        return self._held()[self._values].device
 
     @property
     def density(self) -> float:
-        """The share of the weight's values that are stored: the non-zeros, and what the format pads them with."""
+        """Share of the weight that is stored: the non-zeros and the padding of the format."""
         stored = sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())
         return stored / max(1, self.out_features * self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute `x @ weight.T + bias`.
+
+        Args:
+            x: `[..., in_features]` of the layer's dtype, or of another under autocast.
+
+        Returns:
+            `[..., out_features]`.
+
+        Raises:
+            TypeError: `x` is no tensor, or has another dtype.
+            ValueError: `x` has other features.
+        """
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        tensors = self._buffers | self._parameters  # past Module.__getattr__, which one token of a small layer notices
+        tensors = self._held()
         bias, dtype = tensors["bias"], tensors[self._values].dtype
         if x.dtype != dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)
         return self._product(x, tensors, bias)
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        """Return all tensors of the layer without `Module.__getattr__`, whose cost one token of a small layer notices."""
+        return self._buffers | self._parameters  # type: ignore[operator]  # only bias and compressed may be None
 
     def _product(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
         many = tensors["compressed"] is not None and x.shape[:-1].numel() >= FEWEST_TOKENS
@@ -202,8 +252,8 @@ class SparseLinear(nn.Module):
         return self.compressed
 
     def _remake_compressed(self) -> None:
-        """Make the compressed weight anew; None where it is not asked for or cannot be had."""
-        self._forget_compressed()  # before the next is made
+        """Remake the compressed copy, or set it to None if it is not requested or not supported."""
+        self._forget_compressed()  # frees its memory before the next is made
         if self.keeps_compressed and self.supports_compressed().ok:
             made_from = State(self.tensors.values())
             self.compressed = compress(self.dense_weight())
@@ -212,24 +262,25 @@ class SparseLinear(nn.Module):
     def _forget_compressed(self) -> None:
         self.compressed = self._compressed_from = None
 
-    def __getstate__(self) -> dict:
-        """For copies and pickles, whose tensors have counted no changes yet."""
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state for copies and pickles, whose tensors have counted no changes yet."""
         return {**self.__dict__, "_compressed_from": None}
 
     def extra_repr(self) -> str:
+        """Return the settings that `repr` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format}, density={self.density:.1%}" + (", compressed" if self.compressed is not None else "")
         )
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
         before = self.dtype
         after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
         self._check_move(before, after)
-        self._forget_compressed()  # which is for one device, and its bits are no values to convert
+        self._forget_compressed()  # it is made for one device, and its bits cannot be converted
         if after.itemsize == before.itemsize:
             super()._apply(fn, recurse)
-        else:  # half values share a slot of four bytes, so the layout of float32 is another
+        else:  # half values share a slot of four bytes, so float32 has another layout
             self._repack(fn, recurse)
         self._remake_compressed()
         return self
@@ -245,7 +296,8 @@ class SparseLinear(nn.Module):
                 f"SparseLinear: a layer without data cannot be converted to {str(after).removeprefix('torch.')}"
             )
 
-    def _repack(self, fn, recurse: bool) -> None:
+    def _repack(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool) -> None:
+        """Convert the weight to a dtype of another size."""
         dense = fn(self.dense_weight())
         super()._apply(fn, recurse)
         for name, tensor in self._layout.pack(dense).items():
@@ -254,10 +306,20 @@ class SparseLinear(nn.Module):
             else:
                 self._buffers[name] = tensor
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        given = {name: state_dict.get(prefix + name) for name in self._names}
-        if all(isinstance(tensor, torch.Tensor) and tensor.shape == self.tensors[name].shape for name, tensor in given.items()):
-            try:  # before they take the place of tensors that the kernels trust
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        held = self.tensors
+        given = {name: tensor for name in self._names if isinstance(tensor := state_dict.get(prefix + name), torch.Tensor)}
+        if set(given) == set(held) and all(tensor.shape == held[name].shape for name, tensor in given.items()):
+            try:  # before they replace tensors that the kernels trust
                 self._layout.check(given, self.shape, self.dtype)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
@@ -270,15 +332,15 @@ class SparseLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """The product, with gradients to the input and the bias."""
+    """The product with gradients to the input and the bias."""
 
     @staticmethod
-    def forward(ctx, x, bias, layer):
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: SparseLinear) -> torch.Tensor:
         ctx.layer = layer
-        return layer._product(x, layer._buffers | layer._parameters, bias)
+        return layer._product(x, layer._held(), bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         to_x, to_bias, _ = ctx.needs_input_grad
         grad_x = grad @ ctx.layer.dense_weight() if to_x else None
         return grad_x, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None

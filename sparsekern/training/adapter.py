@@ -24,6 +24,13 @@ def merge_adapter_(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, s
         TypeError: an argument is no tensor of these dtypes.
         ValueError: shapes or devices differ, `scale` is not finite, or the sum is not finite. `weight` is then unchanged.
 
+    Example:
+        >>> weight = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+        >>> sparsekern.merge_adapter_(weight, down=torch.ones(1, 2), up=torch.ones(2, 1), scale=0.5)
+        >>> weight
+        tensor([[0.0000, 1.5000],
+                [2.5000, 0.0000]])
+
     Source: Hu et al., LoRA: Low-rank adaptation of large language models, 2021, section 4.1 (`W + B A`).
     """
     check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)

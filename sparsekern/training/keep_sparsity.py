@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,15 @@ def keep_sparsity(model: nn.Module, *, include: Globs = None, exclude: Globs = N
     Raises:
         TypeError: `model` is no module, or `include` or `exclude` holds something else than names.
         ValueError: no linear has a zero, or a glob matches no linear.
+
+    Example:
+        >>> report = sparsekern.prune(model, "magnitude", "50%", progress=False)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with sparsekern.keep_sparsity(model) as keeper:
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        ...     optimizer.step()
+        >>> keeper.sparsity
+        0.5
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module with pruned linears, got {type(model).__name__}")
@@ -97,15 +106,15 @@ class SparsityKeeper:
             linears: what to guard.
             masks: as the property `masks` returns them; None takes the current zeros.
         """
-        self._guards = []
+        self._guards: list[_Guard] = []
         for linear in linears:
             module = linear.modules[0]
             weight = module.get_parameter("weight")
             zeros = weight.detach() == 0 if masks is None else ~masks[linear.name].to(weight.device)
             self._guards.append(_Guard(linear.name, weakref.ref(module, self._module_gone), zeros))
         self.names = tuple(guard.name for guard in self._guards)
-        zeros = sum(int(guard.zeros.sum()) for guard in self._guards)
-        self.sparsity = zeros / sum(guard.zeros.numel() for guard in self._guards)
+        kept = sum(int(guard.zeros.sum()) for guard in self._guards)
+        self.sparsity = kept / sum(guard.zeros.numel() for guard in self._guards)
         self._handles = [register_optimizer_step_post_hook(self._after_step)]
         for guard in self._guards:
             if (parameter := guard.weight) is not None and parameter.requires_grad:
@@ -145,14 +154,14 @@ class SparsityKeeper:
     def __repr__(self) -> str:
         return f"SparsityKeeper({len(self._guards)} linears, {self.sparsity:.2%} of their weights kept at zero)"
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         # Only what this optimizer has changed: another's step may come between a forward and a backward, which forbids writing.
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for guard in self._guards:
             if (weight := guard.weight) is not None and id(weight) in stepped:
                 guard.mask_(weight)
 
-    def _module_gone(self, module: weakref.ref) -> None:
+    def _module_gone(self, module: weakref.ref[nn.Module]) -> None:
         self._guards = [guard for guard in self._guards if guard.module is not module]
         if not self._guards:
             self._let_go()
@@ -163,7 +172,7 @@ class SparsityKeeper:
         self._handles, self._guards = [], []
 
 
-def _gradient_hook(guard: _Guard):
+def _gradient_hook(guard: _Guard) -> Callable[[torch.Tensor], None]:
     def mask_gradient(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             guard.mask_(parameter.grad)

@@ -240,7 +240,7 @@ def test_no_space_left(prune, capsys, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     assert prune() == 1
-    assert "out: no space left: the weights need 0 MB, 0 MB are free" in capsys.readouterr().err
+    assert "out: no space left: expected 0 MB for the weights, got 0 MB that are free" in capsys.readouterr().err
 
 
 def test_usage(capsys):

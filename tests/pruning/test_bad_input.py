@@ -72,7 +72,7 @@ def test_refused_before_any_work(model, arguments, error, message):
 
 
 def test_a_name_is_no_model():
-    with pytest.raises(TypeError, match="model: expected a transformers model, got str; sparsekern.load makes one of a name"):
+    with pytest.raises(TypeError, match="model: expected a transformers model, got str; sparsekern.load returns one"):
         sparsekern.prune("gpt2", "magnitude")
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_transformers_will_not_save(model, tmp_path):
             return False
 
     model.hf_quantizer = Quantizer()
-    with pytest.raises(ValueError, match="out: transformers refuses to save a model that it loaded as gguf"):
+    with pytest.raises(ValueError, match="out: expected a model that transformers can save, got one that it loaded as gguf"):
         sparsekern.prune(model, "magnitude", out=tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
 

@@ -125,7 +125,7 @@ def test_folders_that_cannot_be_written_to_are_refused_first(tmp_path, run, monk
             run(model, path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="out: no space left: the weights need") as caught:
+    with pytest.raises(OSError, match="out: no space left: expected") as caught:
         run(model, tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC and untouched(model) and not (tmp_path / "out").exists()
 

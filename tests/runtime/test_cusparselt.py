@@ -89,7 +89,7 @@ def test_a_model_of_which_no_layer_can_is_refused(generator):
     with pytest.raises(ValueError, match=re.escape(message)):
         compress(model)
     assert drop_compressed(model) is model
-    with pytest.raises(ValueError, match="model: expected packed layers in it, Linear has none; sparsekern.pack makes them"):
+    with pytest.raises(ValueError, match="model: expected packed layers, got a Linear without any; sparsekern.pack makes them"):
         compress(torch.nn.Linear(4, 4))
     with pytest.raises(TypeError, match="model: expected a module, got Tensor"):
         compress(torch.zeros(3))

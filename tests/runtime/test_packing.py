@@ -168,7 +168,9 @@ def test_bad_input():
         sparsekern.pack(packed.llama(), "csr")
     model = packed.llama()
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj: has hooks, which packing would lose; remove them first"):
+    with pytest.raises(
+        ValueError, match="model.layers.0.mlp.up_proj: expected no hooks, since packing would lose them; remove them first"
+    ):
         sparsekern.pack(model)
     assert not packed_names(model)
     assert packed_names(sparsekern.pack(model, exclude="*.0.mlp.up_proj"))
@@ -185,14 +187,16 @@ def test_hooks_are_not_lost(spoil, tmp_path):
     model = packed.llama()
     spoil(model.model.layers[0].mlp.up_proj)
     with pytest.raises(
-        ValueError, match="layers.0.mlp.up_proj: has hooks, which packing would lose; .*, or leave it out with exclude"
+        ValueError, match="layers.0.mlp.up_proj: expected no hooks, since packing would lose them; .*, or leave it out with exclude"
     ):
         sparsekern.pack(model)
     assert packed_names(packed_copy(model)) and not packed_names(model)  # to be saved, they are not needed
     model = sparsekern.pack(packed.llama())
     names = packed_names(model)
     spoil(model.model.layers[0].mlp.up_proj)
-    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj: has hooks, which unpacking would lose; remove them first$"):
+    with pytest.raises(
+        ValueError, match="model.layers.0.mlp.up_proj: expected no hooks, since unpacking would lose them; remove them first$"
+    ):
         sparsekern.unpack(model)
     assert packed_names(model) == names and not packed_names(unpacked_copy(model))
 
@@ -209,21 +213,21 @@ def _masked() -> nn.Module:
         (
             lambda: nn.Linear(64, 64),
             {},
-            "model: expected linear layers in it, Linear has none; SparseLinear.from_linear packs one layer",
+            "model: expected linear layers, got a Linear without any; SparseLinear.from_linear packs one layer",
         ),
-        (lambda: nn.ReLU(), {}, "model: expected linear layers in it, ReLU has none$"),
+        (lambda: nn.ReLU(), {}, "model: expected linear layers, got a ReLU without any$"),
         (
             lambda: packed.llama().double(),
             {},
             r"none of its 15 linear layers can be packed \(15: the weight is float64, expected float32",
         ),
         (_masked, {}, r"none of its 1 linear layers can be packed \(1: the weight is computed from other tensors\)"),
-        (lambda: nn.MultiheadAttention(64, 4), {}, "NonDynamicallyQuantizableLinear may be more than a product"),
+        (lambda: nn.MultiheadAttention(64, 4), {}, "NonDynamicallyQuantizableLinear may do more than multiply"),
         (packed.llama, {"include": []}, "include, exclude: together they leave none of the 15 linear layers to pack"),
         (
             lambda: packed.llama().to("meta"),
             {},
-            "lm_head: expected its weight in memory, found none; offloaded models are not supported",
+            "lm_head: expected a weight in memory, got an offloaded one, which is not supported",
         ),
     ],
 )
@@ -234,7 +238,7 @@ def test_nothing_to_pack(make, options, message):
 
 def test_an_offloaded_model_is_not_unpacked():
     model = sparsekern.pack(packed.llama()).to("meta")
-    with pytest.raises(ValueError, match="expected its weight in memory, found none; offloaded models are not supported"):
+    with pytest.raises(ValueError, match="expected a weight in memory, got an offloaded one, which is not supported"):
         sparsekern.unpack(model)
     assert packed_names(model)
 

@@ -203,7 +203,7 @@ def test_everything_is_on_disk_before_the_config_is_in_place(tmp_path, monkeypat
 def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="path: no space left: the weights need 0 MB, 0 MB are free") as caught:
+    with pytest.raises(OSError, match="path: no space left: expected 0 MB for the weights, got 0 MB that are free") as caught:
         sparsekern.save(tiny.llama(), tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
