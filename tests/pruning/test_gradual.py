@@ -16,6 +16,7 @@ from sparsekern import Gradual, Magnitude
 from sparsekern.pruning import progress
 from sparsekern.pruning.gradual import training_state
 from sparsekern.pruning.gradual.interrupt import interrupt_deferred
+from sparsekern.pruning.gradual.loop import GradualLoop
 from tests import tiny
 from tests.models.families import COMMON, tiny_ids, tiny_model
 
@@ -190,6 +191,36 @@ def test_ctrl_c_keeps_the_step_at_hand(tmp_path, monkeypatch):
         state = json.loads(file.metadata()["note"])
     assert (state["done"], state["steps_done"], len(state["curve"])) == (1, 1, 4)
     resumed, again = prune(out=out, resume=True)
+    assert same(whole, resumed) and again.training == report.training
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_ends_a_run_that_does_not_train(monkeypatch):
+    pruned = []
+
+    def press(self, step, prune=GradualLoop._prune):
+        signal.raise_signal(signal.SIGINT)
+        prune(self, step)
+        pruned.append(step)
+
+    monkeypatch.setattr(GradualLoop, "_prune", press)
+    with pytest.raises(KeyboardInterrupt):
+        prune(method=Gradual(steps=3, epochs=0))
+    assert pruned == [1]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_while_the_last_step_is_stored_is_not_lost(tmp_path, monkeypatch):
+    def press(self, step, finish=training_state.TrainingState.finish_step):
+        finish(self, step)
+        if step == FAST.steps:
+            signal.raise_signal(signal.SIGINT)
+
+    whole, report = prune()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_state.TrainingState, "finish_step", press)
+        prune(out=tmp_path)
+    resumed, again = prune(out=tmp_path, resume=True)
     assert same(whole, resumed) and again.training == report.training
 
 

@@ -64,6 +64,8 @@ class GradualLoop(Loop):
                     with clock.phase("write"):
                         self.state.finish_step(step)
                 masks = None  # they were those of a step that had begun
+                if interrupted():  # outside of training, or while the step was being stored
+                    raise KeyboardInterrupt
         if self.method.trains:
             self._check_finite(", rounded to the model's dtype")
         for linear in self.plan.linears:
