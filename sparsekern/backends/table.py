@@ -59,7 +59,9 @@ def has_implementations(op: str) -> bool:
 def implementations(op: str) -> tuple[Implementation, ...]:
     """Return the CUDA implementations of an op, the preferred one first."""
     module = f"{__package__}.{op.rstrip('_')}"
-    return importlib.import_module(module).IMPLEMENTATIONS if importlib.util.find_spec(module) else adapted(op)
+    if importlib.util.find_spec(module) is None:
+        return adapted(op)
+    return getattr(importlib.import_module(module), "IMPLEMENTATIONS", ())  # such as `devices`, which is no op
 
 
 class _Known(NamedTuple):

@@ -116,6 +116,7 @@ def test_one_that_is_asked_for_runs_or_raises(monkeypatch):
         ("some_op=cublas", "SPARSEKERN_BACKENDS: expected one of cuda, triton, reference for some_op, got 'cublas'"),
         ("no_op=cuda", "SPARSEKERN_BACKENDS: expected an op of sparsekern, got 'no_op'"),
         ("../x=cuda", "SPARSEKERN_BACKENDS: expected an op of sparsekern, got '../x'"),
+        ("devices=cuda", "SPARSEKERN_BACKENDS: expected an op of sparsekern, got 'devices'"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, value, message):
