@@ -107,9 +107,13 @@ def format_to_pack(text: str) -> str:
     return text
 
 
+@_reads("")
 def path(text: str) -> Path:
     """Read a path; `~` is the home folder."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"expected a path, got {text!r}, whose home folder is not known") from error
 
 
 @_reads("")

@@ -49,7 +49,7 @@ def read_documents(source: str | os.PathLike, part: str = "calibration") -> list
     """
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
-    name = str(source)
+    name = os.fsdecode(source)
     documents: Iterable[str]
     if name in BUILTINS:
         documents = _builtin_documents(BUILTINS[name](), part)
@@ -58,11 +58,18 @@ def read_documents(source: str | os.PathLike, part: str = "calibration") -> list
     elif name.startswith("hf:"):
         documents = _hub_documents(name.removeprefix("hf:"))
     else:
-        documents = _file_documents(Path(name).expanduser())
+        documents = _file_documents(_path(name))
     held = [document for document in documents if document.strip()]
     if not held:
         raise ValueError(f"text: {name} is empty")
     return held
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"text: expected a path, got {name!r}, whose home folder is not known") from error
 
 
 def _file_documents(path: Path) -> Iterator[str]:

@@ -28,6 +28,7 @@ from tests.cli.conftest import exit_code
         (["--method", "kprune", "--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons"),
         (["--method", "kprune", "--evaluate"], "--evaluate: perplexity is of causal language models, which kprune does not"),
         (["--method", "kprune", "--set", "remove=1"], "KPrune.remove: expected a number of at least 0 and below 1, got 1.0"),
+        (["--state", "~nobody-of-this-name/a"], "--state: expected a path, got '~nobody-of-this-name/a', whose home folder is not"),
         (["--set", "damping"], "--set: expected NAME=VALUE, got 'damping'"),
         (["--set", "=3"], "--set: expected NAME=VALUE, got '=3'"),
         (["--set", "rho=1"], "--set: the method sparsegpt has no setting 'rho', only damping, block_size, scope, mask"),

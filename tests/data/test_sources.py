@@ -5,6 +5,7 @@ import gzip
 import importlib
 import json
 import lzma
+import os
 
 import pytest
 
@@ -40,6 +41,19 @@ def test_a_python_without_source_is_told(monkeypatch, tmp_path):
 def test_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo ä", encoding="utf-8")
     assert read_documents(tmp_path / "a.txt") == ["one\n\ntwo ä"]
+
+
+def test_an_entry_of_a_folder_is_a_path(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with os.scandir(tmp_path) as entries:
+        assert [read_documents(entry) for entry in entries] == [["one"]]
+
+
+def test_a_home_that_is_not_known(tmp_path):
+    with pytest.raises(
+        ValueError, match="^text: expected a path, got '~nobody-of-this-name/a.txt', whose home folder is not known$"
+    ):
+        read_documents("~nobody-of-this-name/a.txt")
 
 
 def test_jsonl_file_is_a_document_a_line(tmp_path):
