@@ -146,9 +146,12 @@ def fingerprint(batches: list[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch.inputs):
-            value = batch.inputs[name].cpu().contiguous()
+            value = batch.inputs[name]
+            if not isinstance(value, torch.Tensor):  # such as `output_attentions=False`
+                digest.update(f"{name} {value!r};".encode())
+                continue
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.view(torch.uint8).numpy().tobytes())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -71,6 +71,14 @@ def test_refused_before_any_work(model, arguments, error, message):
         sparsekern.prune(model, **{"calibration": tiny_ids(), **QUIET, **arguments})
 
 
+def test_other_arguments_of_the_model_may_be_of_any_type():
+    def run(**more):
+        batch = {"input_ids": tiny_ids(2, 8), "output_attentions": False, "logits_to_keep": torch.tensor(3), **more}
+        return sparsekern.prune(tiny_model("llama"), "wanda", calibration=[batch], **QUIET).settings["calibration"]
+
+    assert run() == run() and len({run(), run(output_attentions=None), run(logits_to_keep=torch.tensor(4))}) == 3
+
+
 def test_a_name_is_no_model():
     with pytest.raises(TypeError, match="model: expected a transformers model, got str; sparsekern.load returns one"):
         sparsekern.prune("gpt2", "magnitude")
