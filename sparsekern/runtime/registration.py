@@ -7,9 +7,9 @@ has run. transformers only warns about an unknown `quant_method` and then fills 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -43,14 +43,16 @@ class _WhenImported(MetaPathFinder):
         """Return the spec of the table with a loader that registers, or None for other modules."""
         if name != TABLE:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 _register(module)
+                with suppress(ValueError):  # removed already
+                    sys.meta_path.remove(self)  # only now: an import that fails may be tried again
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # for this one import
         return spec

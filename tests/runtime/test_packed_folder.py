@@ -196,6 +196,28 @@ def test_registration_in_either_order(first, second):
     assert done.stdout.strip() == "SparsekernQuantizer False"
 
 
+def test_registration_survives_an_import_that_failed():
+    code = (
+        "import sys, sparsekern\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'transformers.quantizers.base':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "try:\n"
+        "    import transformers.quantizers.auto\n"
+        "except KeyboardInterrupt:\n"
+        "    assert 'transformers.quantizers.auto' not in sys.modules\n"
+        "else:\n"
+        "    raise AssertionError('not interrupted')\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
+        "print(table['sparsekern'].__name__, any('sparsekern' in type(finder).__module__ for finder in sys.meta_path))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "SparsekernQuantizer False"
+
+
 def _set(name: str, value):
     return lambda state: state.__setitem__(f"{UP}.{name}", value(state[f"{UP}.{name}"]))
 
