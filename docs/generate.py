@@ -39,7 +39,14 @@ def ops_page() -> str:
     for name in sorted(OPS):
         found = [known.name for known in backends.implementations(name)]
         native = "yes" if name in on_cpu else ""
-        rows.append((f"[`{name}`](#{name.replace('_', '-').strip('-')})", summary(getattr(ops, name)), native, ", ".join(found)))
+        rows.append(
+            (
+                f"[`{name}`](#{name.replace('_', '-').strip('-')})",
+                summary(getattr(ops, name)),
+                native,
+                ", ".join(found) or "its reference",
+            )
+        )
     parts = [
         NOTE,
         "# Ops",

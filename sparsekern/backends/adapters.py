@@ -14,8 +14,15 @@ import torch
 from .implementation import Implementation
 from .values import raise_if
 
-CUDA = ("gram_symmetrize_", "nm_mask", "semi_structured_pack", "semi_structured_prune_pack", "semi_structured_unpack", "topk_mask")
-TRITON = ("gated_split", "plain_split")
+PLAIN_CUDA = (
+    "gram_symmetrize_",
+    "nm_mask",
+    "semi_structured_pack",
+    "semi_structured_prune_pack",
+    "semi_structured_unpack",
+    "topk_mask",
+)
+PLAIN_TRITON = ("gated_split", "plain_split")
 
 
 class CudaKernel:
@@ -67,8 +74,8 @@ class TritonKernel:
 
 def adapted(op: str) -> tuple[Implementation, ...]:
     """Return the implementations of an op that need no file of their own, preferred first."""
-    cuda = (Implementation("cuda", CudaKernel(op)),) if op in CUDA else ()
-    return (*cuda, Implementation("triton", TritonKernel(op))) if op in TRITON else cuda
+    cuda = (Implementation("cuda", CudaKernel(op)),) if op in PLAIN_CUDA else ()
+    return (*cuda, Implementation("triton", TritonKernel(op))) if op in PLAIN_TRITON else cuda
 
 
 def signature_of(schema: torch._C.FunctionSchema) -> inspect.Signature:

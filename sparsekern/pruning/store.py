@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ import torch
 
 from .._files import disk_errors, remove_temporary, replace_atomically
 from ..models import Linear
-from ..pattern import NM, parse_pattern, pruned_count
+from ..pattern import NM, Unstructured, parse_pattern, pruned_count
 from ..reports.report import LayerReport
 
 Tensors = dict[str, torch.Tensor]
@@ -156,15 +157,28 @@ def check_pruned(where: str, weights: Mapping[str, torch.Tensor], layers: Sequen
 
 
 def _fits(weight: torch.Tensor, zeros: int, pattern: str) -> bool:
-    """Return whether a weight of so many zeros fits a pattern; what is rounded down by row or by block of columns does."""
+    """Return whether a weight with that many zeros is pruned to a pattern."""
     try:
         parsed = parse_pattern(pattern)
-    except ValueError:  # whole rows and columns, which only their number is known of
+    except ValueError:  # whole rows and columns, of which only the number is known
         return True
     if isinstance(parsed, NM):
         groups = (weight != 0).reshape(weight.shape[0], -1, parsed.m)
         return bool((groups.sum(-1) <= parsed.n).all())
-    return zeros >= pruned_count(weight.numel(), parsed.sparsity) - sum(weight.shape)
+    return has_zeros_of(parsed, weight.shape, zeros)
+
+
+def has_zeros_of(pattern: object, shape: Sequence[int], zeros: int) -> bool:
+    """Return whether a weight has the zeros of a sparsity, which may be rounded down by row or by block of columns.
+
+    Args:
+        pattern: of another kind than `Unstructured`, it is met by any number.
+        shape: of the weight.
+        zeros: of the weight.
+    """
+    if not isinstance(pattern, Unstructured):
+        return True
+    return zeros >= pruned_count(math.prod(shape), pattern.sparsity) - sum(shape)
 
 
 def check_finite_tensors(where: str, tensors: Mapping[str, torch.Tensor]) -> None:

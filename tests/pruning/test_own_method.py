@@ -168,6 +168,8 @@ def test_incomplete_classes_are_refused_before_any_work(method, message):
         (lambda w: Solution(w[:1]), ValueError, "Returns.solve: expected a weight of shape"),
         (lambda w: Solution(w, w != 0), ValueError, r"Returns.solve: expected a row_error of shape \[32], got \[32, 32]"),
         (lambda w: Solution(w, 0.5), ValueError, r"Returns.solve: expected a row_error of shape \[32], got float"),
+        (lambda w: Solution(w), ValueError, "expected a solution pruned to 2:4, got 0 zeros of 1,024 weights"),
+        (lambda w: Solution(w.tril()), ValueError, "expected a solution pruned to 2:4, got 496 zeros of 1,024 weights"),
     ],
 )
 def test_a_wrong_result_names_the_method_and_changes_nothing(returned, error, message):

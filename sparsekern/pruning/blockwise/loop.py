@@ -18,6 +18,7 @@ from ..._warnings import warnings_about
 from ...methods import BlockMethod, Gram, LinearMethod, Solution
 from ...methods.statistics import InputStatistic, Statistic, inputs_of
 from ...models import Linear
+from ...pattern import NM, Pattern
 from ...reports.report import LayerReport
 from ..batches import Batch
 from ..plan import Plan, Request, plan_linears
@@ -25,6 +26,7 @@ from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext
 from ..seeds import seeded
 from ..session import batches_for, prepared
+from ..store import has_zeros_of
 from .activations import OUTSIDE, Activations, Probe, probe
 from .feed_forward import FeedForwardRun, networks_of
 from .statistics import SharedStatistics
@@ -155,9 +157,9 @@ class BlockLoop(Loop):
             with warnings_about(linear.name), seeded(self.context.seed, linear.name):
                 solution = self.method.solve(weight, statistics, pattern)
             _check_solution(self.method, solution, weight)
+            zeros, error = _outcome(weight, solution, inputs, pattern)
         except ValueError as error:
             raise ValueError(f"{linear.name}: {error}") from error
-        zeros, error = _outcome(weight, solution, inputs)
         seconds = self.context.clock.now() - start
         return solution.weight, LayerReport(linear.name, str(pattern), tuple(weight.shape), zeros, error, seconds)
 
@@ -178,7 +180,7 @@ class BlockLoop(Loop):
         seconds = (clock.now() - start) / len(linears)
         for linear in linears:
             found = Solution(solved[linear.name])
-            zeros, error = _outcome(linear.weight, found, inputs[linear.name])
+            zeros, error = _outcome(linear.weight, found, inputs[linear.name], self.plan.patterns[linear.name])
             whole = (solution.error, solution.alone) if linear.name == down else ()
             pattern, shape = str(self.plan.patterns[linear.name]), tuple(linear.weight.shape)
             layers[linear.name] = LayerReport(linear.name, pattern, shape, zeros, error, seconds, *whole)
@@ -257,16 +259,29 @@ def _write(linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> No
         linear.weight.copy_(weights[linear.name])
 
 
-def _outcome(weight: torch.Tensor, solution: Solution, inputs: InputStatistic | None) -> tuple[int, float | None]:
-    """Return the number of zeros, and the relative error where it is known, with one read from the device a linear."""
-    found = [(solution.weight == 0).sum().double()]
+def _outcome(weight: torch.Tensor, solution: Solution, inputs: InputStatistic | None, pattern: Pattern) -> tuple[int, float | None]:
+    """Return the number of zeros, and the relative error where it is known, with one read from the device a linear.
+
+    Raises:
+        ValueError: the solution is not pruned to `pattern`.
+    """
+    found = [(solution.weight == 0).sum().double(), _groups_over(solution.weight, pattern).double()]
     if isinstance(inputs, Gram):
         row_error = solution.row_error
         if row_error is None:
             row_error = inputs.row_energy(solution.weight.float() - weight.float())
         found += [row_error.double().sum(), inputs.row_energy(weight).sum()]
-    zeros, *figures = torch.stack(found).tolist()
+    zeros, over, *figures = torch.stack(found).tolist()
+    if over or not has_zeros_of(pattern, solution.weight.shape, int(zeros)):
+        raise ValueError(f"expected a solution pruned to {pattern}, got {int(zeros):,} zeros of {weight.numel():,} weights")
     if not figures:
         return int(zeros), None
     error, energy = figures
     return int(zeros), error / energy if energy else 0.0
+
+
+def _groups_over(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Return how many groups of an N:M pattern hold more than N non-zeros, as a tensor on the weight's device."""
+    if not isinstance(pattern, NM):
+        return weight.new_zeros(())
+    return ((weight != 0).reshape(len(weight), -1, pattern.m).sum(-1) > pattern.n).sum()
