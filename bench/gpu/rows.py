@@ -65,7 +65,7 @@ class DeviceCase:
             return
         for by in self._implementations(place):
             name = f"{self.name} ({by})" if by else self.name
-            with backends.use(**{self.case.op: by}) if by else nullcontext():
+            with backends.asked({self.case.op: by}) if by else nullcontext():
                 yield self._row(name, problem, against, place)
 
     def _implementations(self, place: Place) -> list[str | None]:

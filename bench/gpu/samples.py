@@ -45,7 +45,7 @@ def main(implementation: str) -> None:
             continue
         for sample in samples(op, implementation):
             print(f"call {name}", flush=True)
-            with backends.use(**{name: implementation}):
+            with backends.asked({name: implementation}):
                 outcome(op, on(sample, "cuda"))
             torch.cuda.synchronize()
             calls += 1

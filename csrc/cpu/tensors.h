@@ -1,6 +1,8 @@
 // Helpers of the stable-ABI wrappers of CPU kernels, in addition to stable/tensors.h: contiguous operands, and torch's thread pool.
 #pragma once
 
+#include "stable/errors.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -13,6 +13,7 @@ Tensor topk_mask_of(Tensor scores, int64_t k, std::string scope) {
   check(k >= 0 && k <= (scope == "row" ? scores.size(1) : scores.numel()), "k: expected 0 to the number of scores");
   const Tensor dense = torch::stable::contiguous(scores);
   Tensor mask = new_mask(scores);
+  if (scores.size(1) == 0) return mask;  // of any number of rows
   topk_mask(dense.const_data_ptr(), dtype, scores.size(0), scores.size(1), k, scope == "matrix", byte_data(mask), torch_executor());
   return mask;
 }

@@ -4,6 +4,8 @@
 // With SPARSEKERN_SIMT the same wrappers serve CPU tensors, through kernels that csrc/testing/simt runs on the CPU.
 #pragma once
 
+#include "stable/errors.h"
+
 #include <torch/csrc/stable/library.h>
 #ifndef SPARSEKERN_SIMT
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -2,6 +2,8 @@
 // calls of torch.ops; the Python wrappers give friendlier messages about shapes and dtypes.
 #pragma once
 
+#include "stable/errors.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
-from sparsekern import ops
+from sparsekern import backends, ops
+from sparsekern.backends.libraries import LIBRARIES
 from sparsekern.layouts.packed_rows import pack_bitmask_rows, pack_nm_rows
 from sparsekern.ops._memory import shares_memory
 from sparsekern.ops.registry import OPS
@@ -148,8 +149,6 @@ def test_statistics_keep_no_graph_of_a_batch(name, run):
                 given[known] = value.requires_grad_(True) * 1.0
                 held.append(weakref.ref(given[known]))
         if run == "reference":
-            from sparsekern import backends
-
             with backends.use(**{name: "reference"}):
                 op.overload(**given)
         else:
@@ -400,3 +399,21 @@ def test_packed_products_of_empty_inputs(rows):
         x = torch.empty(*tokens, 0)
         for y in (ops.bitmask_linear(x, **bitmask), ops.nm_linear(x, **nm, n=2, m=4)):
             assert torch.equal(y, torch.zeros(*tokens, rows))
+
+
+COMPILED = LIBRARIES["_C"].loaded
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled library")
+def test_calls_past_the_wrappers_stay_in_memory_too():
+    raw, rows = torch.ops.sparsekern, pack_bitmask_rows(torch.zeros(0, 0)).values()
+    assert raw.bitmask_linear(torch.empty(2**39, 0), *rows).shape == (2**39, 0)
+    assert raw.nm_linear(torch.empty(2**39, 0), *pack_nm_rows(torch.zeros(0, 0), 2, 4).values(), 2, 4).shape == (2**39, 0)
+    assert raw.topk_mask(torch.empty(HUGE, 0), 0).shape == (HUGE, 0)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled library")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions of torch do not give their words")
+def test_torchs_errors_inside_a_kernel_are_in_its_words():
+    with pytest.raises(RuntimeError, match="(?s)^(?!.*API call failed).*allocate"):
+        torch.ops.sparsekern.nm_mask(torch.zeros(1).expand(2**46, 4), 2, 4)
