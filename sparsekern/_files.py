@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+TEMPORARY = re.compile(r"\..+\.\d+(-\d+)?\.tmp|\.tmp[0-9A-Za-z]{6}")
 _numbers = itertools.count()  # distinguishes threads that write the same path
 
 
@@ -67,7 +68,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def is_temporary(name: str) -> bool:
     """Return whether `name` is that of a file left by a killed `replace_atomically`, or by safetensors inside it."""
-    return name.startswith(".") and (name.endswith(".tmp") or name.startswith(".tmp"))
+    return TEMPORARY.fullmatch(name) is not None
 
 
 def remove_temporary(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .._files import write_atomically
+from .._files import is_temporary, write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear
 from ..reports.report import LayerReport
@@ -54,14 +54,15 @@ class Checkpoint:
         self.run = digest_of(state["settings"])
         if self.folder.exists() and not resume:
             raise ValueError(f"out: {out} holds an unfinished run; pass resume=True to go on with it, or remove {self.folder}")
-        self.store = InFolder(self.folder, "out", REMEDY)
-        if (self.folder / STATE).exists():
-            self._check_state(state)
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        is_new = not (self.folder / STATE).exists()
+        if is_new and self.folder.exists() and not all(is_temporary(entry.name) for entry in self.folder.iterdir()):
             raise ValueError(f"out: {self.folder} holds no {STATE}, so it is not a checkpoint of a run; remove it to start over")
-        else:
+        self.store = InFolder(self.folder, "out", REMEDY)
+        if is_new:
             self.folder.mkdir(exist_ok=True)
             write_atomically(self.folder / STATE, json.dumps(state, indent=1).encode())
+        else:
+            self._check_state(state)
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: dict[str, Any]) -> None:
         """Write an entry of this run."""

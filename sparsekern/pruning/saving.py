@@ -18,7 +18,7 @@ from ..reports.base import BaseReport
 from ..runtime import count_zeros, model_card, weight_bytes
 from ..runtime.output import CONFIG, OutputFolder, check_output_folder, checked_path
 from ..runtime.save import CARD, DENSE, check_format, check_saveable, check_space, in_format, write_model
-from .checkpoint import FOLDER, Checkpoint
+from .checkpoint import FOLDER, STATE, Checkpoint
 from .progress import Clock
 
 REPORT, PAGE = "report.json", "report.html"
@@ -134,7 +134,7 @@ def check_out(out: str | os.PathLike, argument: str = "out", *, resume: bool = F
     """
     path = checked_path(out, argument)
     unfinished = (path / FOLDER).is_dir()
-    if is_finished(path) and not unfinished:
+    if is_finished(path) and not (path / FOLDER / STATE).is_file():
         raise FileExistsError(
             f"{argument}: {str(path)!r} holds a finished run, so there is nothing to resume: sparsekern.load loads its model, "
             f"{REPORT} is its report; name a new or empty folder to prune again"

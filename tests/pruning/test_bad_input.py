@@ -32,7 +32,7 @@ def model():
     [
         ({"method": "optimal"}, ValueError, f"method: expected one of {', '.join(sorted(METHODS))}"),
         ({"method": 3}, TypeError, "method: expected a name or a config"),
-        ({"pattern": "4:2"}, ValueError, "pattern: .* needs 1 <= N < M; got '4:2'"),
+        ({"pattern": "4:2"}, ValueError, "pattern: expected N:M with 1 <= N < M.*, got '4:2'"),
         ({"pattern": "0:4"}, ValueError, "pattern: .* got '0:4'"),
         ({"pattern": 1.5}, ValueError, "pattern: expected a sparsity of at least 0 and below 1, got 1.5"),
         ({"pattern": -0.1}, ValueError, "pattern: .* got -0.1"),

@@ -232,6 +232,18 @@ def test_killed_amid_the_moves_it_is_finished_by_the_next_call(tmp_path, monkeyp
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("others", [["config.json", "report.json"], []])
+def test_a_checkpoint_of_another_program_is_left_alone(tmp_path, others, resume):
+    files = {tmp_path / name for name in [*others, "checkpoint/weights.pt", "checkpoint/.weights.tmp", "checkpoint/.1.123.tmp"]}
+    (tmp_path / "checkpoint").mkdir()
+    for file in files:
+        file.write_bytes(b"{}")
+    with pytest.raises((FileExistsError, ValueError), match="holds an? (un)?finished run|holds no state.json"):
+        prune(tiny.llama(), tmp_path, resume=resume)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
 def test_killed_while_it_stages_it_is_resumed(tmp_path, monkeypatch):
     out = tmp_path / "out"
 
