@@ -1,4 +1,4 @@
-"""`sparsekern prune` with more than one `--calibration`, or with `--state`: one data set after another."""
+"""`sparsekern prune` with more than one `--calibration`, or with `--state`: one dataset after another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check a command line as far as that takes no model, and return the work.
 
     Raises:
-        ValueError: options that contradict each other, or a method that knows one data set only.
+        ValueError: options that contradict each other, or a method that knows one dataset only.
         OSError: a folder that cannot be written to.
     """
     method = configured(arguments.method, arguments.set)
@@ -99,7 +99,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the text to evaluate each data set on, none without `--evaluate`."""
+    """Return the text to evaluate each dataset on, none without `--evaluate`."""
     sources = arguments.calibration
     for source in sources:
         if sources.count(source) > 1:
@@ -115,5 +115,5 @@ def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:
         return {}
     texts = arguments.text or [source for source in sources if source.startswith(BUILTIN)]
     if len(texts) != len(sources):
-        raise ValueError("--text: expected one for each --calibration, in the same order, to evaluate each data set on")
+        raise ValueError("--text: expected one for each --calibration, in the same order, to evaluate each dataset on")
     return dict(zip(sources, texts, strict=True))

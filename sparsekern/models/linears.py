@@ -41,6 +41,12 @@ class Linear:
         return None if bias is None else bias.detach()
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        rows, columns = self.weight.shape
+        return rows, columns
+
+    @property
     def features(self) -> int:
         """Number of inputs."""
         return self.weight.shape[1]

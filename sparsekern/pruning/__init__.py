@@ -1,4 +1,4 @@
-"""The loops that prune: calibration batches in, a pruned model and a report out."""
+"""Pruning of models: plans, loops, checkpoints and finished folders."""
 
 from .continual.prune import prune_continually
 from .prune import prune

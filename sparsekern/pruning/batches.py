@@ -1,4 +1,4 @@
-"""Calibration tokens of any accepted form, as a list of batches that a model can be called with."""
+"""Calibration tokens of any accepted form, as a list of batches to call a model with."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from ..data import CalibrationText
 from ..models.limits import check_token_ids
 
-# On a CPU: enough rows for the matrix products to run at full speed; more only makes the activations fall out of the caches.
+# On a CPU: enough rows for the matrix products to run at full speed. With more, the activations no longer fit the caches.
 TOKENS_PER_BATCH = 2048
-# On a GPU a batch should keep the device busy for longer than it takes to launch the next one's kernels, and fit beside the model:
-# one block's activations take 0.1 MB a token in a model of 7B weights and 0.3 MB in one of 70B.
+# On a GPU a batch should take longer than the launch of the next batch's kernels, and fit beside the model. The activations of one
+# block take 0.1 MB a token in a model of 7B weights and 0.3 MB in one of 70B.
 MOST_TOKENS_PER_BATCH = 32768
 DEVICE_BYTES_PER_TOKEN = 4 << 20
 Calibration = torch.Tensor | Iterable[torch.Tensor | Mapping[str, torch.Tensor]] | str | os.PathLike | CalibrationText
@@ -39,11 +40,12 @@ class Batch:
     @property
     def shape(self) -> tuple[int, int]:
         """The number of samples and their length in tokens."""
-        return tuple(self.inputs["input_ids"].shape)
+        samples, length = self.inputs["input_ids"].shape
+        return samples, length
 
     @cached_property
     def tokens(self) -> int:
-        """The number of real tokens; counted once, since reading a count waits for the device."""
+        """The number of real tokens. It is counted once, since reading a count waits for the device."""
         return self.inputs["input_ids"].numel() if self.token_mask is None else int(self.token_mask.sum())
 
     def beginning(self, tokens: int) -> dict[str, torch.Tensor]:
@@ -54,14 +56,14 @@ class Batch:
         }
 
     def used(self, rows: int) -> int:
-        """Return how many of the `rows` that `flatten` makes of an activation belong to real tokens."""
+        """Return how many of the `rows` of a flattened activation belong to real tokens."""
         return self.tokens * (rows // self.inputs["input_ids"].numel())
 
     def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return an activation of this batch as `(rows [n, features], row_mask [n] or None)`.
 
         Raises:
-            ValueError: there is padding, and which rows of `x` are padding cannot be told from its shape.
+            ValueError: there is padding, and the shape of `x` does not tell which rows are padding.
         """
         rows = x.reshape(-1, x.shape[-1])
         if self.token_mask is None:
@@ -79,7 +81,7 @@ class Batch:
         return rows, mask[(...,) + (None,) * len(trailing)].expand(leading).flatten()
 
     def sample_of_row(self, row: int, rows: int) -> int | None:
-        """Return the number of the calibration sample of row `row` of `rows`, or None where the rows do not follow the samples."""
+        """Return the calibration sample of row `row` of `rows`, or None where the rows do not follow the samples."""
         return None if rows % self.shape[0] else self.first_sample + row // (rows // self.shape[0])
 
 
@@ -90,17 +92,19 @@ def as_batches(
     vocabulary: int | None,
     positions: int | None = None,
 ) -> list[Batch]:
-    """Return calibration data, checked and cut into batches on `device`.
+    """Check calibration data, and return it as batches on `device`.
 
     Args:
         calibration: LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids` and
             `attention_mask` (0 at padding).
-        batch_size: samples in a batch where `calibration` is one tensor; None chooses, see `tokens_per_batch`.
-        vocabulary: ids must be below it, where it is known.
-        positions: samples must not be longer, where it is known.
+        batch_size: samples in a batch if `calibration` is one tensor; None chooses, see `tokens_per_batch`.
+        device: the device of the batches.
+        vocabulary: the ids must be below it; None checks nothing.
+        positions: the longest sample allowed; None checks nothing.
 
     Raises:
-        TypeError, ValueError: other types, wrong shapes, no tokens, ids that the model does not know, samples that are too long.
+        TypeError: calibration data of another type, or ids of another dtype.
+        ValueError: a bad `batch_size`, wrong shapes, no tokens, ids outside the vocabulary, or samples that are too long.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
@@ -127,9 +131,9 @@ def as_batches(
 
 
 def tokens_per_batch(memory: int | None) -> int:
-    """Return how many tokens to run at once on a device with `memory` bytes in all, None for a CPU; a power of two.
+    """Return how many tokens to run at once on a device with `memory` bytes in all, None for a CPU. It is a power of two.
 
-    Free memory does not count, so that a run that is resumed on the same device makes the same batches.
+    Free memory is ignored, so that a resumed run on the same device makes the same batches.
     """
     if memory is None:
         return TOKENS_PER_BATCH
@@ -155,8 +159,8 @@ def fingerprint(batches: list[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _as_batch(given, first_sample: int, device: torch.device, vocabulary: int | None) -> Batch:
-    inputs = dict(given) if isinstance(given, Mapping) else {"input_ids": given}
+def _as_batch(given: object, first_sample: int, device: torch.device, vocabulary: int | None) -> Batch:
+    inputs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"input_ids": given}
     if not isinstance(inputs.get("input_ids"), torch.Tensor):
         raise TypeError(f"calibration: expected token tensors or mappings with 'input_ids', got {type(given).__name__}")
     ids = inputs["input_ids"]
@@ -169,12 +173,11 @@ def _as_batch(given, first_sample: int, device: torch.device, vocabulary: int | 
     inputs.pop("labels", None)
     inputs = {name: _plain(value, device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     mask = inputs.get("attention_mask")
-    padded = mask is not None and not bool(mask.all())
-    return Batch(inputs, first_sample, mask.bool() if padded else None)
+    return Batch(inputs, first_sample, None if mask is None or bool(mask.all()) else mask.bool())
 
 
 def _plain(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on `device`; one made in inference mode is copied, since no gradient can be taken through it."""
+    """Return a tensor on `device`. One made in inference mode is copied, since autograd refuses it."""
     value = value.to(device)
     return value.clone() if value.is_inference() else value
 

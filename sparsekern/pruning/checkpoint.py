@@ -1,7 +1,7 @@
-"""The finished blocks of a run on disk, so that a killed run loses at most the block it was at.
+"""The finished blocks of a run on disk. A killed run loses at most its current block.
 
 `OUT/checkpoint/state.json` names the run: it is written first and never changed. `block-00012.safetensors` holds the pruned weights of
-one block; in its header are the reports of its layers and the digest of the run's settings. A resumed run takes the finished blocks
+one block, and in its header the reports of its layers and the digest of the run's settings. A resumed run takes the finished blocks
 and recomputes only the hidden states behind them, so it continues with the same numbers.
 """
 
@@ -33,23 +33,30 @@ ReportLike = TypeVar("ReportLike")
 
 
 class Checkpoint:
-    """The checkpoint of one run, in its output folder."""
+    """The checkpoint of one run, in its output folder.
+
+    Attributes:
+        folder: the folder of the checkpoint.
+        patterns: the pattern of each linear as text, by name.
+        run: the digest of the run's settings.
+        store: the entries.
+    """
 
     def __init__(self, out: Path, settings: dict, environment: dict, *, resume: bool) -> None:
-        """Start a checkpoint; or with `resume` continue the one in `out`, if there is one.
+        """Start a checkpoint, or with `resume` continue the one in `out`, if there is one.
 
         Args:
-            out: the output folder, which the caller holds.
-            settings: what the result depends on; a checkpoint of other settings is refused.
-            environment: versions and threads; a difference is a warning, since rounding may differ.
-            resume: whether an unfinished run is continued.
+            out: the output folder, whose lock the caller holds.
+            settings: everything that the result depends on. A checkpoint of other settings is refused.
+            environment: versions and threads. A difference is a warning, since rounding may differ.
+            resume: continue an unfinished run.
 
         Raises:
             ValueError: `out` holds an unfinished run without `resume`, or the checkpoint of another run.
         """
         self.folder = out / FOLDER
         state = {"format": FORMAT, "settings": settings, "environment": environment}
-        state = json.loads(json.dumps(state))  # as it will be read back: tuples are lists
+        state = json.loads(json.dumps(state))  # as JSON returns it, with lists for tuples
         self.patterns: dict[str, str] = state["settings"].get("patterns", {})
         self.run = digest_of(state["settings"])
         if self.folder.exists() and not resume:
@@ -69,7 +76,7 @@ class Checkpoint:
         self.store.put(name, tensors, {"run": self.run, **note})
 
     def get(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Return what `put` wrote, or None where there is no such entry.
+        """Return the tensors and the note of an entry, or None if there is no such entry.
 
         Raises:
             ValueError: the file is damaged, or of a run with other settings.
@@ -84,7 +91,7 @@ class Checkpoint:
         return tensors, note
 
     def damaged(self, name: str | int, reason: object) -> ValueError:
-        """Return the error of an entry, or of a block, whose content is not what was written."""
+        """Return the error for a damaged entry, which is given by name or by the index of its block."""
         name = _name(name) if isinstance(name, int) else name
         return ValueError(f"{self.store.place(name)} is damaged ({reason}); {REMEDY}")
 
@@ -117,7 +124,7 @@ class Checkpoint:
     def read(
         self, index: int, make_report: Callable[[dict], ReportLike]
     ) -> tuple[dict[str, torch.Tensor], list[ReportLike]] | None:
-        """Return the tensors and reports that `save` wrote for block `index`, or None where it is not finished.
+        """Return the saved tensors and reports of block `index`, or None where it is not finished.
 
         Args:
             index: the number of the block.
@@ -162,7 +169,7 @@ class Checkpoint:
 
 
 def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) -> str:
-    """Return a digest of a model's parameters: names, shapes, dtypes, the sum of all their bits and a sample of values.
+    """Return a digest of the names, shapes and dtypes of a model's parameters, the sum of their bits and a sample of values.
 
     Args:
         model: the model.
@@ -182,7 +189,7 @@ def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) ->
 
 
 def differences(found: dict, expected: dict) -> list[str]:
-    """Return the keys, sorted, whose values differ or that one of the two lacks."""
+    """Return the sorted keys whose values differ or that one mapping lacks."""
     return sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
 
 

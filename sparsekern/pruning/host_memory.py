@@ -1,7 +1,7 @@
-"""Keeping freed memory in the process while a model runs on the CPU.
+"""Freed memory kept in the process while a model runs on the CPU.
 
-glibc returns the pages of every large activation to the system when it is freed, and faults them in, zeroed, for the next one of the
-same size. That is an eighth of the time of a forward of a small model.
+glibc returns the pages of every large activation to the system when it is freed. It then faults in zeroed pages for the next one of
+the same size. This takes an eighth of the time of a small model's forward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ NEVER = 2**31 - 1
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep freed memory in the process within, and give it back afterwards; do nothing where the C library is not glibc.
+    """Keep freed memory in the process within, and return it to the system afterwards. Do nothing without glibc.
 
-    The thresholds are left where glibc's own adjustment ends up once large tensors have been freed.
+    Afterwards the thresholds have the values that glibc's own adjustment reaches once large tensors have been freed.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

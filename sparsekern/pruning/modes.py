@@ -1,4 +1,4 @@
-"""Modes around a call of `prune` that would change its result or fail it in the middle: undone within, or refused by name."""
+"""Modes around a call of `prune` that would change its result or make it fail: they are undone within, or refused by name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _default_dtype: PutBack[None, torch.dtype] = PutBack(
 
 @contextmanager
 def plain_modes(model: nn.Module) -> Iterator[nn.Module]:
-    """Undo inference mode, autocast, compilation, the default device and the default dtype within, and put them back.
+    """Undo inference mode, autocast, compilation, the default device and the default dtype within, and restore them.
 
     Yields:
         `model`, or the module that `torch.compile` wrapped in it; both have the same parameters.
 
     Raises:
-        ValueError: a tracer, fake tensors or a `torch.func` transform is active; weights that were made in inference mode or have no
-            values; a part of the model that `torch.compile` has wrapped.
+        ValueError: a tracer, fake tensors or a `torch.func` transform is active; weights were made in inference mode or have no
+            values; `torch.compile` has wrapped a part of the model.
     """
     _refuse_tracers()
     model = getattr(model, "_orig_mod", model)
@@ -49,7 +49,7 @@ def plain_modes(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_tracers() -> None:
-    """Raise `ValueError` where tensors are not plain tensors."""
+    """Raise `ValueError` if tensors have no values here."""
     found = None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         found = "a trace of torch.compile, torch.export or torch.jit"
@@ -74,11 +74,10 @@ def _check_weights(model: nn.Module) -> None:
 
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
-    """Run what `Module.compile` or a compiled `forward` stands for within, since the loops watch forwards by hooks."""
+    """Run the uncompiled forwards within, since the loops watch forwards by hooks."""
     calls = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None}
-    forwards = {
-        module: own for module in model.modules() if hasattr(own := vars(module).get("forward"), "_torchdynamo_orig_callable")
-    }
+    own_forwards = {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
+    forwards = {module: own for module, own in own_forwards.items() if hasattr(own, "_torchdynamo_orig_callable")}
     for module in calls:
         module._compiled_call_impl = None
     for module, own in forwards.items():

@@ -1,4 +1,4 @@
-"""Which linear gets which pattern: decided, and checked, before any work is done."""
+"""The plan of a run: the pattern of each linear, chosen and checked before any work is done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,20 @@ DEFAULT_PATTERN = NM(2, 4)
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `sparsekern.prune` that decide what is pruned; see there."""
+    """The arguments of `sparsekern.prune` that a plan is made from, with the same names.
+
+    Attributes:
+        pattern: see `prune`.
+        calibration: see `prune`.
+        include: see `prune`.
+        exclude: see `prune`.
+        patterns: see `prune`.
+        batch_size: see `prune`.
+        report_error: see `prune`.
+        format: see `prune`.
+        saves: True if the model is saved.
+        seed: see `prune`.
+    """
 
     pattern: Pattern | None = None
     calibration: Calibration | None = None
@@ -43,21 +56,21 @@ class Request:
 
     @property
     def default_pattern(self) -> Pattern:
-        """The pattern of linears that no other is given for."""
+        """The pattern of linears without one of their own."""
         return DEFAULT_PATTERN if self.pattern is None else self.pattern
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The linears to prune, and how.
+    """The linears to prune, and their patterns.
 
     Attributes:
         blocks: the blocks of the model.
         block_linears: the linears to prune, block by block.
         outside_linears: the linears to prune outside the blocks.
         patterns: the pattern of each linear, by name.
-        networks: for each block its feed-forward network, where it is solved together; None where none is.
-        measure_error: whether a Gram matrix is taken to report errors, whatever the method needs.
+        networks: the feed-forward network of each block if it is solved together; None if no network is.
+        measure_error: take a Gram matrix to report errors, even if the method needs none.
     """
 
     blocks: Blocks
@@ -69,11 +82,12 @@ class Plan:
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
-        """The linears of each block, and last those outside the blocks."""
+        """The linears of each block, followed by those outside the blocks."""
         return (*self.block_linears, self.outside_linears)
 
     @property
     def linears(self) -> list[Linear]:
+        """All linears to prune."""
         return [linear for linears in self.block_linears for linear in linears] + list(self.outside_linears)
 
     @property
@@ -83,7 +97,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the result depends on besides method, seed, calibration and model; JSON can hold it."""
+        """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
         patterns = {name: str(value) for name, value in self.patterns.items()}
         return {"patterns": patterns, "report_error": self.measure_error}
 
@@ -98,8 +112,9 @@ def make_plan(
     """Choose the linears to prune. See `sparsekern.prune` for the arguments.
 
     Raises:
-        ValueError, TypeError: no linears; a glob that matches nothing; features not divisible by M; a NaN or Inf weight; a weight
-            that is tied to something that is not pruned; weights on more than one device.
+        TypeError: an argument of another type.
+        ValueError: no linears; a glob that matches nothing; features not divisible by M; a NaN or Inf weight; a weight that is tied
+            to another that is not pruned; weights on more than one device.
     """
     if is_packed(model):
         raise ValueError("model: its linears are packed; sparsekern.unpack(model) makes them dense again")
@@ -127,7 +142,7 @@ def make_plan(
         blocks,
         tuple(tuple(filter(chosen, linears)) for linears in inside),
         tuple(filter(chosen, outside)),
-        {name: first_match(name, by_glob, default) for name in everything},
+        {name: found for name in everything if (found := first_match(name, by_glob, default)) is not None},
     )
     if not plan.linears:
         raise ValueError("include, exclude, patterns: together they leave no linear to prune")
@@ -146,7 +161,8 @@ def plan_linears(model: nn.Module, method: LinearMethod | GradualMethod, request
     """Return the linears that `request` chooses, with the patterns that `method` allocates.
 
     Raises:
-        ValueError, TypeError: see `make_plan`; a format that no linear is sure to fit; what the method refuses.
+        TypeError: see `make_plan`.
+        ValueError: see `make_plan`; also a format that no linear is sure to fit, or patterns that the method refuses.
     """
     plan = make_plan(model, request.default_pattern, request.patterns, request.include, request.exclude)
     if request.saves:
@@ -158,18 +174,18 @@ def allocated(model: nn.Module, method: LinearMethod | GradualMethod, plan: Plan
     """Return the plan with the patterns that `method` allocates.
 
     Raises:
-        ValueError: what the method refuses.
+        ValueError: the method refuses the patterns.
     """
     return replace(plan, patterns=method.allocate(planned_blocks(model, plan), plan.patterns))
 
 
 def planned_blocks(model: nn.Module, plan: Plan, names: Collection[str] | None = None) -> list[PlannedBlock]:
-    """Return the linears to prune, block by block, as a method's `allocate` takes them.
+    """Return the linears to prune, block by block, for a method's `allocate`.
 
     Args:
         model: the model.
-        plan: what to prune.
-        names: of the linears to leave in; None leaves all.
+        plan: the linears to prune.
+        names: the names of the linears to return; None returns all.
     """
     parts = [[linear for linear in linears if names is None or linear.name in names] for linears in plan.parts]
     blocks = [PlannedBlock(linears, partial(_units, model, plan.blocks, index)) for index, linears in enumerate(parts[:-1])]
@@ -186,7 +202,7 @@ def _units(model: nn.Module, blocks: Blocks, index: int) -> list[Units]:
 
 
 def _chosen(argument: str, choice: Choice, linears: list[Linear]) -> set[str] | None:
-    """Return the names of the linears that globs or a callable choose; None where nothing is said.
+    """Return the names of the linears that globs or a callable choose; None for no choice.
 
     Raises:
         TypeError: neither names nor a callable, or a callable that returns no bool.
@@ -210,12 +226,12 @@ def _chosen(argument: str, choice: Choice, linears: list[Linear]) -> set[str] | 
 
 
 def _with_weights(linears: list[Linear]) -> list[Linear]:
-    """Those that have a weight left: structured pruning may have cut all of them."""
+    """Return the linears that still have weights: removal may have cut all of them."""
     return [linear for linear in linears if linear.weight.numel()]
 
 
 def _check_ties(model: nn.Module, linears: list[Linear]) -> None:
-    """Pruning a linear must change nothing but the modules that were asked for, and each weight once."""
+    """Raise `ValueError` unless each weight is pruned once, and is tied to nothing but the chosen linears."""
     pruned_modules = {module for linear in linears for module in linear.modules}
     chosen = {id(linear.modules[0].weight): linear.name for linear in linears}
     if len(chosen) < len(linears):
@@ -231,13 +247,14 @@ def _check_ties(model: nn.Module, linears: list[Linear]) -> None:
 
 
 def check_device(model: nn.Module) -> None:
+    """Raise `ValueError` unless all parameters are on one device."""
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"model: expected all weights on one device, got {', '.join(devices)}")
 
 
 def _say_what_stays_dense(blocks: Blocks) -> None:
-    """Fused experts are one tensor of three dimensions, not linears: to leave most of a model dense must not go unsaid."""
+    """Warn of fused experts: they are tensors of three dimensions, not linears, so most of such a model stays dense."""
     stacked = [
         f"{blocks.block_name(index)}.{name}"
         for index, block in enumerate(blocks.modules)
@@ -253,8 +270,8 @@ def _say_what_stays_dense(blocks: Blocks) -> None:
 
 
 def check_finite(linear: Linear) -> None:
-    """Raise `ValueError` that names the linear and the first NaN or Inf of its weight."""
-    low, high = linear.modules[0].weight.detach().aminmax()
+    """Raise `ValueError` that names the linear and the first NaN or Inf of its weight, if there is one."""
+    low, high = linear.modules[0].get_parameter("weight").detach().aminmax()
     if not torch.isfinite(high - low):
         where = (~torch.isfinite(linear.weight)).nonzero()
         if len(where):

@@ -1,4 +1,4 @@
-"""Settings of the whole process that several runs, in threads, may change at once."""
+"""Settings of the whole process that several runs in threads may change at the same time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ Value = TypeVar("Value")
 
 
 class PutBack(Generic[Key, Value]):
-    """A setting that is put back once the last of the runs that change it has ended.
+    """A setting that is restored once the last of the runs that change it has ended.
 
-    If each run put back what it found, the first to end would take the setting from the others, and the last would put back what
-    another run had set.
+    If each run restored the value that it found, the first to end would take the setting from the others. The last would restore
+    the value that another run had set.
+
+    Attributes:
+        lock: held while the setting is read or written.
     """
 
-    def __init__(self, get: Callable[[Key], Value], put: Callable[[Key, Value], None]) -> None:
-        """Take the functions that read and write the setting of a key."""
+    def __init__(self, get: Callable[[Key], Value], put: Callable[[Key, Value], object]) -> None:
+        """Make a setting with the functions that read and write the value of a key."""
         self.lock = threading.RLock()
         self._get, self._put = get, put
         self._runs: dict[Key, int] = {}
@@ -27,7 +30,7 @@ class PutBack(Generic[Key, Value]):
 
     @contextmanager
     def kept(self, key: Key) -> Iterator[None]:
-        """Count as a run that changes the setting of `key` within."""
+        """Count as a run that changes the value of `key` within."""
         with self.lock:
             if not self._runs.get(key):
                 self._before[key] = self._get(key)

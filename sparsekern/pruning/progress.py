@@ -1,4 +1,4 @@
-"""What a run shows and counts: a bar of layers, notices, and seconds by phase."""
+"""Progress of a run: a bar of layers, notices, and seconds by phase."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from contextlib import contextmanager
 import torch
 
 from .._warnings import SparsekernWarning
-from ..reports.report import LayerReport
+from ..reports import LayerReport, SubLayerReport
+
+Mark = float | torch.cuda.Event  # a point in time: in seconds, or on a GPU
 
 
 class Clock:
-    """Seconds by phase. Phases do not nest.
+    """A clock of seconds by phase. Phases do not nest.
 
-    On a GPU a phase lasts from when the device reaches its beginning until it reaches its end. Only reading the seconds waits for it.
+    On a GPU the device itself takes the time at the beginning and the end of a phase. Only reading the seconds waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._phases: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._phases: list[tuple[str, Mark, Mark]] = []
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -29,25 +31,24 @@ class Clock:
         self._wait()
         seconds: dict[str, float] = {}
         for name, start, end in self._phases:
-            taken = start.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - start
-            seconds[name] = seconds.get(name, 0.0) + taken
+            seconds[name] = seconds.get(name, 0.0) + _seconds_between(start, end)
         return seconds
 
     def now(self) -> float:
-        """Return the time at which everything launched so far is done."""
+        """Wait for all work launched so far, and return the time."""
         self._wait()
         return time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time within to a phase."""
+        """Add the time within to a phase."""
         start = self._mark()
         try:
             yield
         finally:
             self._phases.append((name, start, self._mark()))
 
-    def _mark(self) -> float | torch.cuda.Event:
+    def _mark(self) -> Mark:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -59,22 +60,35 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
+def _seconds_between(start: Mark, end: Mark) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(start, float) and isinstance(end, float)  # both are marks of one clock
+    return end - start
+
+
 class Progress:
-    """A bar over the layers, labelled with the last one's name, error and time; nothing is shown where `enabled` is False."""
+    """A bar over the layers, labelled with the name, error and time of the last layer."""
 
     def __init__(self, layers: int, enabled: bool) -> None:
+        """Show a bar.
+
+        Args:
+            layers: the number of layers.
+            enabled: False shows nothing.
+        """
         from tqdm import tqdm
 
         self._bar = tqdm(total=layers, disable=not enabled, unit="layer", desc="pruning", dynamic_ncols=True)
 
-    def layer_done(self, layer: LayerReport) -> None:
+    def layer_done(self, layer: LayerReport | SubLayerReport) -> None:
         """Advance by one layer."""
         error = "" if layer.error is None else f" error {layer.error:.2e}"
         self._bar.set_postfix_str(f"{layer.name}{error} {layer.seconds:.2f}s", refresh=False)
         self._bar.update()
 
     def count_steps(self, total: int) -> None:
-        """Count optimizer steps from now on."""
+        """Count `total` optimizer steps from now on."""
         self._bar.unit = "step"
         self._bar.set_description_str("training", refresh=False)
         self._bar.reset(total)
@@ -85,28 +99,28 @@ class Progress:
         self._bar.update()
 
     def steps_done(self, count: int) -> None:
-        """Advance by the steps that a resumed run had taken before."""
+        """Advance by the `count` steps that a resumed run had already taken."""
         self._bar.update(count)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """End the bar, which stays visible."""
         self._bar.close()
 
 
 class Notices:
-    """Warnings of which a run gives each kind once, whatever the number of layers."""
+    """Warnings that a run gives once for each kind, not for each layer."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def once(self, kind: str, message: str) -> None:
-        """Warn of `message` unless a notice of this kind was given."""
+        """Give the warning `message`, unless a warning of this kind was given."""
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(f"{message} (this is said once)", SparsekernWarning, stacklevel=4)
 
     def few_tokens(self, name: str, tokens: int, features: int) -> None:
-        """Warn of fewer tokens than features."""
+        """Warn if there are fewer tokens than features."""
         if tokens < features:
             self.once(
                 "few tokens",

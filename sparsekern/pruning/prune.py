@@ -1,11 +1,11 @@
-"""`prune`: check everything, choose the loop by the method's class, run it, leave a finished folder."""
+"""The function `prune`: check the arguments, run the loop of the method's class, and write the finished folder."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,8 +26,6 @@ from .removal.loop import RemovalLoop
 from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
 from .session import check_module, check_seed, environment
-
-LOOPS: dict[type[Method], type[Loop]] = {LinearMethod: BlockLoop, GradualMethod: GradualLoop, RemovalMethod: RemovalLoop}
 
 
 def prune(
@@ -50,52 +48,61 @@ def prune(
     report_error: bool = False,
     format: str = DENSE,
 ) -> Report:
-    """Prune the linears of a transformers decoder in place, and report what was done.
+    """Prune the linears of a transformers decoder in place, or remove units of an encoder, and return a report.
 
     Blocks and linears are found from the structure of the model, not from its name. Embeddings and `lm_head` stay dense unless they
-    are asked for. Tied weights stay tied, and every mode and hook of the model is put back.
+    are named. Tied weights stay tied, and every mode and hook of the model is restored.
 
     Args:
-        model: a transformers `PreTrainedModel` (or any module called the same way) on one device, in float32, bfloat16 or float16.
+        model: a transformers `PreTrainedModel` (or any module with the same call) on one device, in float32, bfloat16 or float16.
         method: `"magnitude"`, `"random"`, `"structured"`, `"wanda"`, `"sparsegpt"`, `"alps"`, `"sparsellm"`, `"copal"`, `"gradual"`,
-            `"kprune"` (encoders), a config such as `SparseGPT(damping=0.01)`, or one of your own class.
-        pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object. None is `"2:4"`,
-            and all that `KPrune` takes, whose `remove` is the share of FLOPs (or parameters) to remove.
+            `"kprune"` (encoders), a config such as `SparseGPT(damping=0.01)`, or a config of your own class.
+        pattern: `"N:M"` keeps N of every M consecutive inputs. A float is the share of zeros. Pattern objects are taken too. None is
+            `"2:4"`. `KPrune` takes only None, since its `remove` is the share of FLOPs (or parameters) to remove.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
-            and `attention_mask` (padding is left out of every statistic); or a text that `sparsekern.data.read_documents` takes, such
-            as `"wiki.txt"`, `"hf:NAME"` or `"builtin:python-docs"`. Magnitude needs none.
-        tokenizer: the model's tokenizer, which a text is read with. It is saved to `out` too.
-        samples: of a text, how many windows (None is 128), or for `KPrune` how many sentences (None is 1024).
-        length: tokens in a window of a text, or beyond which a sentence is cut off. None is 2048, or the model's positions where they are
+            and `attention_mask`, whose padding is left out of every statistic. A text that `sparsekern.data.read_documents` takes is
+            given by name, such as `"wiki.txt"`, `"hf:NAME"` or `"builtin:python-docs"`. Magnitude needs none.
+        tokenizer: the model's tokenizer, to read a text. It is also saved to `out`.
+        samples: number of windows of a text (None is 128), or of sentences for `KPrune` (None is 1024).
+        length: tokens in a window of a text, and the most tokens of a sentence. None is 2048, or the model's positions if they are
             fewer.
-        seed: seeds all random numbers; the same seed gives the same result. The global generator is left alone.
-        out: a new or empty folder, which nobody else may write to meanwhile. Each finished block is kept there. At the end it holds the
-            pruned model, the tokenizer, a model card, `report.json` and `report.html`, all at once.
+        seed: seed of all random numbers. The same seed gives the same result. Torch's global generator is unchanged.
+        out: a new or empty folder, which no other program may write to meanwhile. Each finished block is kept there. At the end it
+            holds the pruned model, the tokenizer, a model card, `report.json` and `report.html`, which appear at the same time.
         resume: continue the unfinished run in `out`, if there is one; `model` is the dense model again. The result is the same, bit for
-            bit. A run that is finished is refused: its folder holds the model and the report.
+            bit. A finished run is refused, since its folder holds the model and the report.
         progress: show a progress bar.
-        include: names or globs of linears to prune, such as `"*.mlp.*"`; all linears of the blocks where it is None. A linear outside
-            the blocks is pruned only where its whole name is given, as in `include=["*", "lm_head"]`. A callable
-            `(name, module) -> bool` chooses among the linears of the blocks.
+        include: names or globs of linears to prune, such as `"*.mlp.*"`. None is all linears of the blocks. A linear outside the
+            blocks is pruned only if its whole name is given, as in `include=["*", "lm_head"]`. A callable `(name, module) -> bool`
+            chooses among the linears of the blocks.
         exclude: names or globs of linears to leave dense, or a callable as for `include`.
-        patterns: glob -> pattern, or None to leave dense; the first match wins over `pattern`.
-        batch_size: samples run at once where `calibration` is one tensor; None chooses. It affects speed and memory only.
-        report_error: take a Gram matrix only to report each layer's error, for methods that do without one (Wanda, magnitude).
-            It costs about as much as the forwards. SparseGPT and ALPS always report it, KPrune that of its sub-layers.
-        format: of what is saved to `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model` itself
-            stays dense. One that the patterns are not sure to fit, such as `"2:4"` where they are shares of zeros, is refused.
+        patterns: patterns by glob, where None leaves linears dense. The first match wins over `pattern`.
+        batch_size: number of samples that run at once if `calibration` is one tensor; None chooses. It affects only speed and memory.
+        report_error: take a Gram matrix only to report each layer's error, for methods that need none, such as Wanda and magnitude.
+            It costs about as much as the forwards. SparseGPT and ALPS always report the error, KPrune that of its sub-layers.
+        format: format of the weights in `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model`
+            itself stays dense. A format that the patterns are not sure to fit, such as `"2:4"` for shares of zeros, is refused.
 
     Returns:
-        A `Report`: each layer's pattern, sparsity, error and seconds. `print` it or write it with `to_json`.
+        A `Report` of each layer's pattern, sparsity, error and seconds, or for `KPrune` a `RemovalReport`. `print` it, or write it with
+        `to_json`.
 
     Raises:
-        TypeError: bad arguments, before any work is done.
-        ValueError: bad arguments, and a model that cannot be pruned so, before any work is done; NaN or Inf in an activation, naming
-            the linear and the calibration sample. The current block is then unchanged, earlier ones are pruned (and on disk with
-            `out`). Training (`Gradual`) whose loss or weights do not stay finite leaves the model changed.
-        FileExistsError: `out` holds a finished run, or something else.
-        OSError: no space left in `out`, or no right to write to it, before any work is done; a disk that fails later, which leaves the
-            finished blocks intact.
+        TypeError: bad arguments. They are refused before any work is done.
+        ValueError: bad arguments, or a model that cannot be pruned in this way, before any work is done. Also NaN or Inf in an
+            activation, which the message locates by linear and calibration sample. Then the current block is unchanged, and the
+            earlier ones are pruned (and on disk with `out`). Training (`Gradual`) whose loss or weights do not stay finite leaves
+            the model changed.
+        FileExistsError: `out` holds a finished run or other files.
+        OSError: no space left in `out`, or no right to write to it, before any work is done. Also a disk that fails later, which
+            leaves the finished blocks intact.
+
+    Example:
+        >>> options = {"tokenizer": tokenizer, "samples": 8, "length": 16, "progress": False}
+        >>> report = sparsekern.prune(model, "wanda", "2:4", calibration="text.txt", out="out", **options)
+        >>> report.sparsity
+        0.5
+        >>> pruned = sparsekern.load("out")
     """
     start = time.perf_counter()
     check_module(model)
@@ -148,9 +155,11 @@ def prune(
             folder.write(model, report, dense_bytes=dense_bytes, clock=clock, start=start)
         else:
             report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
-        return report
+        return cast(Report, report)  # a `RemovalReport` for a `RemovalMethod`, which no type can tell from a name
 
 
-def loop_of(method: Method) -> type[Loop]:
-    """Return the loop that runs the methods of a class."""
-    return next(loop for kind, loop in LOOPS.items() if isinstance(method, kind))
+def loop_of(method: Method) -> type[Loop[Any, Any, Any, Any]]:
+    """Return the loop for the class of a method."""
+    if isinstance(method, LinearMethod):
+        return BlockLoop
+    return GradualLoop if isinstance(method, GradualMethod) else RemovalLoop

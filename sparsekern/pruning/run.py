@@ -1,4 +1,4 @@
-"""One pruning run: what a loop is given, what a block comes to, and what all loops share."""
+"""One pruning run: the context of a loop, the result of a block, and the base class of all loops."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
 from ..methods import Method
 from ..models import Linear
-from ..reports.report import LayerReport, Report
+from ..reports import LayerReport, RemovalReport, Report, SubLayerReport
 from .batches import Batch
 from .host_memory import freed_memory_kept
 from .plan import Request
@@ -22,7 +22,7 @@ from .session import prepared
 
 
 class PlanLike(Protocol):
-    """What is to be pruned, every argument being checked."""
+    """The checked plan of what to prune."""
 
     @property
     def steps(self) -> int:
@@ -30,26 +30,26 @@ class PlanLike(Protocol):
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the result depends on besides method, seed, calibration and model; JSON can hold it."""
+        """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What one block comes to.
+    """The result of one block.
 
     Attributes:
         weights: the pruned weights, by linear name.
-        layers: a report of each layer (dataclasses).
-        totals: what adds up over datasets, see `SharedStatistics.totals`; empty where nothing is to be kept.
+        layers: a report of each layer.
+        totals: the sums over datasets, see `SharedStatistics.totals`; empty where none are kept.
     """
 
     weights: Mapping[str, torch.Tensor]
-    layers: Sequence[Any]
+    layers: Sequence[LayerReport] | Sequence[SubLayerReport]
     totals: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Blocks(Protocol):
-    """Where the finished blocks of a run are kept."""
+    """A store of the finished blocks of a run."""
 
     def save(self, index: int, result: BlockResult) -> None:
         """Keep the result of block `index`."""
@@ -61,85 +61,100 @@ class Blocks(Protocol):
         """Return the result of block `index`, or None where it is not finished."""
 
 
+PlanT = TypeVar("PlanT", bound=PlanLike)
+MethodT = TypeVar("MethodT", bound=Method)
+ReportT = TypeVar("ReportT", bound=Report | RemovalReport)
+BlocksT = TypeVar("BlocksT")
+
+
 @dataclass(frozen=True)
-class RunContext:
+class RunContext(Generic[PlanT, MethodT, ReportT, BlocksT]):
     """Everything that a loop is given.
 
     Attributes:
         model: the model, ready to run: in evaluation mode, without gradients.
-        plan: what to prune; its class is that of the loop.
+        plan: what to prune.
         method: the method's config.
-        batches: the calibration data; None for a method without.
-        seed: what all random numbers derive from.
-        checkpoint: where finished blocks are kept; None keeps none.
-        report: takes in what each layer came to.
+        batches: the calibration data; empty for a method without.
+        seed: the seed of all random numbers.
+        checkpoint: the store of finished blocks; None keeps none.
+        report: takes in the report of each layer.
         progress: the bar.
         clock: seconds by phase.
     """
 
     model: nn.Module
-    plan: Any
-    method: Method
-    batches: list[Batch] | None
+    plan: PlanT
+    method: MethodT
+    batches: list[Batch]
     seed: int
-    checkpoint: Any
-    report: Report
+    checkpoint: BlocksT | None
+    report: ReportT
     progress: Progress
     clock: Clock
 
-    def record(self, layers: Sequence[LayerReport]) -> None:
-        """Report layers that are done."""
+    def record(self, layers: Sequence[LayerReport] | Sequence[SubLayerReport]) -> None:
+        """Report layers that are done. They are of the kind that the loop's report holds."""
+        reported = cast("list[LayerReport | SubLayerReport]", self.report.layers)
         for layer in layers:
-            self.report.layers.append(layer)
+            reported.append(layer)
             self.progress.layer_done(layer)
 
 
 @contextmanager
 def running(
     model: nn.Module,
-    plan: PlanLike,
-    method: Method,
+    plan: PlanT,
+    method: MethodT,
     batches: list[Batch] | None,
     *,
     seed: int,
-    checkpoint: Any,
-    report: Report,
+    checkpoint: BlocksT | None,
+    report: ReportT,
     progress: bool,
-) -> Iterator[RunContext]:
-    """Yield the context of one run. Within, the model is ready to run; afterwards its modes are as before.
+) -> Iterator[RunContext[PlanT, MethodT, ReportT, BlocksT]]:
+    """Yield the context of one run. Within, the model is ready to run; afterwards its modes are restored.
 
-    The arguments become the attributes of `RunContext`; `progress` says whether to show the bar.
+    The arguments become the attributes of `RunContext`, except `progress`, which shows the bar.
     """
     bar = Progress(plan.steps, progress)
     clock = Clock(next(model.parameters()).device)
     try:
         with prepared(model, seed), freed_memory_kept():
-            yield RunContext(model, plan, method, batches, seed, checkpoint, report, bar, clock)
+            yield RunContext(model, plan, method, batches or [], seed, checkpoint, report, bar, clock)
     finally:
         bar.close()
 
 
-class Loop(ABC):
-    """Base of the loops: how the methods of one class prune a model."""
+class Loop(ABC, Generic[PlanT, MethodT, ReportT, BlocksT]):
+    """Base of the loops. Each prunes a model by the methods of one class.
 
-    REPORT: ClassVar[type[Report]] = Report
+    Attributes:
+        REPORT: the class of the run's report.
+        context: the run.
+        plan: the context's plan.
+        method: the context's method.
+    """
 
-    def __init__(self, context: RunContext) -> None:
+    REPORT: ClassVar[type[Report] | type[RemovalReport]] = Report
+
+    def __init__(self, context: RunContext[PlanT, MethodT, ReportT, BlocksT]) -> None:
         self.context = context
+        self.plan, self.method = context.plan, context.method
 
     @classmethod
     @abstractmethod
-    def make_plan(cls, model: nn.Module, method: Any, request: Request) -> tuple[Any, list[Batch] | None]:
-        """Check everything, and return what to prune with the calibration batches, if any are needed.
+    def make_plan(cls, model: nn.Module, method: MethodT, request: Request) -> tuple[PlanT, list[Batch] | None]:
+        """Check all arguments. Return the plan, and the calibration batches if any are needed.
 
         Raises:
             TypeError: a bad argument.
-            ValueError: a bad argument, or a model that the method cannot prune so.
+            ValueError: a bad argument, or a model that the method cannot prune in this way.
         """
 
     @classmethod
     def described(cls, request: Request) -> dict[str, object]:
-        """Return what the report says of the request besides the plan's settings."""
+        """Return the entries of the report's settings that describe the request, besides the plan's settings."""
         return {"pattern": str(request.default_pattern)}
 
     @abstractmethod

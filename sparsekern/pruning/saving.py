@@ -1,4 +1,4 @@
-"""The output folder of a run: held and checked before the work, written by one function at its end."""
+"""The output folder of a run. It is locked and checked before the work, and written by one function at the end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ TRAINING_BYTES = 4 + 2 * 4 + 1  # a parameter in float32, its two moments and it
 
 
 class RunFolder:
-    """The folder `out` of one run, which nobody else writes to meanwhile."""
+    """The folder `out` of one run, which no other call writes to meanwhile.
+
+    Attributes:
+        path: the folder.
+    """
 
     def __init__(self, folder: OutputFolder, tokenizer: Any, format: str, remedy: str) -> None:
         self._folder, self._tokenizer, self._format, self._remedy = folder, tokenizer, format, remedy
@@ -46,22 +50,22 @@ class RunFolder:
         resume: bool = False,
         remedy: str,
     ) -> Iterator[RunFolder | None]:
-        """Hold the folder, and check whatever could make the end of the run fail.
+        """Lock the folder within, and check everything that could make the end of the run fail.
 
         Args:
             out: a new or empty folder, or one with an unfinished run. None yields None.
-            model: the model that is going to be pruned and saved.
-            tokenizer: is saved with it; None saves none.
-            format: of the weights, as for `sparsekern.save`.
-            method: the method of a run that keeps its blocks in `out`; None for one that does not.
-            resume: whether an unfinished run in `out` is continued.
-            remedy: ends the message where the pruned model cannot be saved: where it is kept, and how to save it.
+            model: the model to prune and save.
+            tokenizer: saved with the model; None saves none.
+            format: format of the weights, as for `sparsekern.save`.
+            method: the method of a run that keeps its blocks in `out`; None for a run that does not.
+            resume: continue an unfinished run in `out`.
+            remedy: the end of the message if the pruned model cannot be saved: where it is kept, and how to save it.
 
         Raises:
-            FileExistsError: `out` is a file, or holds a finished run or something else.
+            FileExistsError: `out` is a file, or holds a finished run or other files.
             TypeError: a model or a tokenizer without `save_pretrained`.
-            ValueError: an unknown format; a model or a tokenizer that transformers refuses to save; a folder that another run has
-                in use; an unfinished run without `resume`.
+            ValueError: an unknown format; a model or a tokenizer that transformers refuses to save; a folder that another run
+                uses; an unfinished run without `resume`.
             OSError: no space for the weights, or a folder that cannot be written to.
         """
         check_format(format)
@@ -70,7 +74,7 @@ class RunFolder:
             return
         check = partial(check_out, resume=resume) if method else check_output_folder
         with OutputFolder.held(out, check=check) as folder:
-            if is_finished(folder.path):  # and was killed before its checkpoint was gone
+            if is_finished(folder.path):  # and was killed before its checkpoint was removed
                 folder.remove(FOLDER)
                 check(folder.path)
             check_saveable(model, tokenizer, folder)
@@ -79,26 +83,26 @@ class RunFolder:
             yield cls(folder, tokenizer, format, remedy)
 
     def checkpoint(self, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
-        """Return the checkpoint of the run in this folder, begun or continued. Arguments and errors are those of `Checkpoint`."""
+        """Return the checkpoint in this folder, new or continued. Arguments and errors are those of `Checkpoint`."""
         return Checkpoint(self.path, settings, environment, resume=resume)
 
     def write(
         self, model: nn.Module, report: BaseReport, *, dense_bytes: int, clock: Clock | None = None, start: float = 0.0
     ) -> None:
-        """Write everything that a finished folder holds: weights, tokenizer, report.json, report.html and model card.
+        """Write all files of a finished folder: weights, tokenizer, report.json, report.html and model card.
 
-        All of it appears at once, and the checkpoint is removed last, so a run that is killed meanwhile can be resumed.
+        They appear at the same time, and the checkpoint is removed last, so a run that is killed meanwhile can be resumed.
 
         Args:
             model: the pruned model.
-            report: is given the sizes, and written.
-            dense_bytes: of the model's weights in memory, before the run.
-            clock: of a run with phases; gives the report its seconds once the weights are written.
-            start: when the run started, in `time.perf_counter` seconds.
+            report: the report, which gets the sizes and is then written.
+            dense_bytes: size of the model's weights in memory, before the run.
+            clock: the clock of a run with phases, whose seconds go into the report once the weights are written.
+            start: start of the run, in `time.perf_counter` seconds.
 
         Raises:
             ValueError: no linear gets smaller in the format.
-            OSError: the disk refuses; whatever the run kept is intact.
+            OSError: the disk refuses. The checkpoint or state of the run is intact.
         """
         try:
             saved = in_format(model, self._format)
@@ -121,16 +125,16 @@ class RunFolder:
 
 
 def check_out(out: str | os.PathLike, argument: str = "out", *, resume: bool = False) -> None:
-    """Raise unless a run may begin in `out`, or with `resume` continue there. Nothing is written.
+    """Raise unless a run may begin in `out`, or continue there with `resume`. Nothing is written.
 
     Args:
         out: the folder.
-        argument: names `out` in messages.
-        resume: whether an unfinished run is continued.
+        argument: the name of `out` in messages.
+        resume: continue an unfinished run.
 
     Raises:
-        FileExistsError: `out` is a file, or holds a finished run or something else.
-        ValueError: it holds an unfinished run, without `resume`.
+        FileExistsError: `out` is a file, or holds a finished run or other files.
+        ValueError: `out` holds an unfinished run, without `resume`.
     """
     path = checked_path(out, argument)
     unfinished = (path / FOLDER).is_dir()
@@ -150,22 +154,22 @@ def check_out(out: str | os.PathLike, argument: str = "out", *, resume: bool = F
 def rewrite_reports(
     out: str | os.PathLike, model: nn.Module, report: BaseReport, *, format: str = DENSE, settings: Mapping[str, object] = {}
 ) -> dict[str, object]:
-    """Write the reports and the model card of a finished folder again, with what was measured since.
+    """Write the reports and the model card of a finished folder again, with later measurements.
 
     Args:
-        out: the folder that a run has finished.
+        out: the folder of a finished run.
         model: the pruned model.
         report: the report of that run.
-        format: that the folder was saved in.
-        settings: name -> number or text, to add to those in the model card.
+        format: the format that the folder was saved in.
+        settings: additional settings for the model card, numbers or texts by name.
 
     Returns:
-        The results in the model card, name -> number or text.
+        The results in the model card, numbers or texts by name.
 
     Raises:
         FileExistsError: `out` holds no finished run.
-        ValueError: another call has the folder in use.
-        OSError: the disk refuses; the folder is unchanged then.
+        ValueError: another call uses the folder.
+        OSError: the disk refuses. The folder is unchanged then.
     """
     with OutputFolder.held(out, check=_check_finished) as folder, folder.staged() as staging:
         return _write_reports(staging, model, report, format, settings)
@@ -184,7 +188,7 @@ def _write_reports(
 
 
 def _settings_rows(report: BaseReport) -> dict[str, object]:
-    """Return the settings that a model card shows: those that are numbers or texts, and the method in words."""
+    """Return the settings for a model card: numbers, texts, and the method in words."""
     rows: dict[str, object] = {}
     for name, value in report.settings.items():
         if name == "method" and isinstance(value, Mapping):
@@ -211,7 +215,7 @@ def _size_rows(model: nn.Module, report: BaseReport, format: str) -> dict[str, o
 
 
 def _checkpoint_bytes(model: nn.Module, method: Method | None) -> int:
-    """Return how many bytes a run keeps beside the finished model: each block once, or training's state twice while it is replaced."""
+    """Return the bytes that a run keeps beside the finished model: each block once, or training's state twice while replaced."""
     if isinstance(method, GradualMethod):
         return 2 * TRAINING_BYTES * sum(parameter.numel() for parameter in model.parameters()) if method.trains else 0
     return 0 if method is None else weight_bytes(model)
@@ -223,5 +227,5 @@ def _check_finished(path: Path, argument: str) -> None:
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether a run has moved its model to `path`, which began empty and gets its config last."""
+    """Return whether a run has moved its model to `path`. The config is moved last."""
     return (path / CONFIG).exists() and (path / REPORT).exists()

@@ -1,4 +1,4 @@
-"""Random numbers that a resumed run draws again."""
+"""Random numbers that a resumed run reproduces."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .process import PutBack
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """Return a seed of its own for `name`."""
+    """Return a seed that depends on `seed` and `name` alone."""
     return zlib.crc32(f"{seed} {name}".encode())
 
 
 def seeded(seed: int, name: str) -> AbstractContextManager[None]:
-    """Give methods a generator whose numbers depend on `seed` and `name` alone, so that a resumed run draws them again."""
+    """Give methods a generator within whose numbers depend on `seed` and `name` alone, so that a resumed run reproduces them."""
     return drawing_from(torch.Generator().manual_seed(derived_seed(seed, name)))
 
 
 @contextmanager
 def torch_generators_kept(device: torch.device) -> Iterator[None]:
-    """Put torch's own generators of the CPU and of `device` back afterwards, once no other run uses them either."""
+    """Restore torch's own generators of the CPU and of `device` afterwards, once no other run uses them."""
     with ExitStack() as stack:
         for place in _places(device):
             stack.enter_context(_generators.kept(place))
@@ -39,9 +39,9 @@ def seed_torch(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def torch_seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's own generators within, for dropout, which takes no other, and put them back afterwards.
+    """Seed torch's own generators within, for dropout, which uses no others, and restore them afterwards.
 
-    All threads share these generators, so only one at a time is let in.
+    All threads share these generators, so only one thread at a time may enter.
     """
     with _generators.lock:
         before = {place: _generator(place).get_state() for place in _places(device)}

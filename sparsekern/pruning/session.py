@@ -1,4 +1,4 @@
-"""What every pruning run does around its work, whatever it prunes: check and batch its inputs, and ready the model."""
+"""Work that every pruning run does: check its inputs, make batches of them, and prepare the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..methods import Method
 from ..models.evaluation import evaluation_mode
 from ..models.limits import positions, vocabulary
 from ..models.linears import linear_weight
-from ..pattern import NM, Pattern
+from ..pattern import NM, Pattern, parse_pattern
 from ..runtime.formats import format_of
 from ..runtime.packing import PACKED, packable_linears, smallest
 from ..runtime.save import DENSE
@@ -31,12 +31,18 @@ def check_module(model: object) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise `ValueError` unless every generator takes `seed`."""
+    """Raise `ValueError` unless every generator accepts `seed`."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
 def batches_for(model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
+    """Return the calibration data as batches for `model`, and read them first if they are a text.
+
+    Raises:
+        TypeError: see `as_batches`.
+        ValueError: see `as_batches`; also no calibration data, or a text that is too short.
+    """
     if calibration is None:
         raise ValueError(
             f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None"
@@ -47,10 +53,12 @@ def batches_for(model: nn.Module, method: Method, calibration: Calibration | Non
 
 
 def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format: str) -> None:
-    """Raise `ValueError` where no linear can be counted on to get smaller in `format`: before the work rather than after it.
+    """Raise `ValueError` if no linear is sure to get smaller in `format`. This is checked before the work, not after it.
 
     Args:
-        patterns: what is to be pruned, by name.
+        model: the model.
+        patterns: the pattern of each linear that is pruned, by name.
+        format: the format to save in.
     """
     if format == DENSE:
         return
@@ -63,17 +71,20 @@ def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format:
 
 
 def _gets_smaller(weight: torch.Tensor, pattern: Pattern, format: str) -> bool:
-    """Whether a pattern makes room for a format; of a bitmask, but for some padding."""
+    """Return whether weights of a pattern get smaller in a format. The padding of a bitmask is not counted."""
     names = [format] if format != PACKED else ["bitmask", str(pattern)]
     return any(_bytes_when_pruned(weight, pattern, name) < weight.nbytes for name in names)
 
 
 def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> float:
-    shape, kept = tuple(weight.shape), int((1 - pattern.sparsity) * weight.numel())
+    (rows, columns), kept = weight.shape, int((1 - pattern.sparsity) * weight.numel())
+    shape = (rows, columns)
     try:
         layout = format_of(format)
-        if format != "bitmask" and not (isinstance(pattern, NM) and pattern.guarantees(layout.n, layout.m)):
-            return math.inf
+        if format != "bitmask":
+            wanted = parse_pattern(format)
+            if not isinstance(wanted, NM) or not isinstance(pattern, NM) or not pattern.guarantees(wanted.n, wanted.m):
+                return math.inf
         return sum(spec.nbytes for spec in layout.specs(shape, weight.dtype, kept).values())
     except ValueError:  # no such format, or other input features than it takes
         return math.inf
@@ -81,7 +92,7 @@ def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> f
 
 @contextmanager
 def prepared(model: nn.Module, seed: int) -> Iterator[None]:
-    """Ready `model` to run within: evaluation mode, no gradients, seeded generators. All is put back, whatever happens."""
+    """Prepare `model` to run within: evaluation mode, no gradients, seeded generators. Everything is restored afterwards."""
     device = next(model.parameters()).device
     with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model):
         seed_torch(seed, device)
@@ -89,7 +100,7 @@ def prepared(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def environment(model: nn.Module) -> dict[str, object]:
-    """Return what the last bit of a result may depend on besides the settings."""
+    """Return the versions and settings of the process that the last bit of a result may depend on."""
     return {
         "sparsekern": __version__,
         "torch": torch.__version__,

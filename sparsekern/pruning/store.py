@@ -1,4 +1,4 @@
-"""Named entries of tensors with a note: in memory, or in a folder where each is one file."""
+"""Stores of named entries of tensors with a note, in memory or in a folder with one file for each entry."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Store(Protocol):
-    """Tensors and a note of what JSON can hold, under names."""
+    """Named entries of tensors and a note, which is a value that JSON can hold."""
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
-        """Keep an entry, in place of an older one of that name."""
+        """Store an entry, and replace an older one of that name."""
 
     def get(self, name: str, prefix: str = "") -> tuple[Tensors, Any]:
-        """Return the tensors whose names begin with `prefix`, without it, and the note."""
+        """Return the note, and the tensors whose names begin with `prefix`, by name without the prefix."""
 
     def holds(self, name: str) -> bool:
         """Return whether there is an entry of that name."""
@@ -35,11 +35,11 @@ class Store(Protocol):
         """Remove the entries whose names begin with `prefix`."""
 
     def place(self, name: str) -> str:
-        """Return what to call an entry in messages."""
+        """Return the name of an entry for messages."""
 
 
 class InMemory:
-    """Entries in host memory, for a run that leaves no state behind."""
+    """A store in host memory, for a run that leaves no state behind."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Tensors, str]] = {}
@@ -64,18 +64,23 @@ class InMemory:
 
 
 class InFolder:
-    """Entries in a folder, each a safetensors file with the note in its header.
+    """A store in a folder. Each entry is a safetensors file with the note in its header.
 
     Every file appears by an atomic rename. The caller holds the lock of the folder.
+
+    Attributes:
+        folder: the folder.
+        argument: see `__init__`.
+        remedy: see `__init__`.
     """
 
     def __init__(self, folder: Path, argument: str, remedy: str) -> None:
-        """Take the entries of `folder`, and remove what killed calls left in it.
+        """Open the store, and remove leftovers of killed calls.
 
         Args:
             folder: need not exist until the first `put`.
-            argument: the argument that named the folder, with which messages begin.
-            remedy: what to do about a damaged file; messages end with it.
+            argument: the argument that named the folder; messages begin with it.
+            remedy: advice for a damaged file; messages end with it.
         """
         self.folder, self.argument, self.remedy = folder, argument, remedy
         remove_temporary(folder)
@@ -124,23 +129,25 @@ def check_specs(where: str, tensors: Mapping[str, torch.Tensor], linears: Sequen
     """Raise `ValueError` unless `tensors` are weights of `linears`, by name, shape and dtype.
 
     Args:
-        where: names the entry; the message begins with it.
-        tensors: by name of the linear.
-        linears: of one block of the model.
+        where: the name of the entry; the message begins with it.
+        tensors: tensors by name of the linear.
+        linears: the linears of one block of the model.
     """
     expected = {linear.name: (tuple(linear.weight.shape), linear.weight.dtype) for linear in linears}
     if {name: (tuple(weight.shape), weight.dtype) for name, weight in tensors.items()} != expected:
         raise ValueError(f"{where} holds other linears than the model's")
 
 
-def check_pruned(where: str, weights: Mapping[str, torch.Tensor], layers: Sequence[LayerReport], patterns: Mapping) -> None:
-    """Raise `ValueError` unless each weight is finite and pruned as its layer's report and its pattern say.
+def check_pruned(
+    where: str, weights: Mapping[str, torch.Tensor], layers: Sequence[LayerReport], patterns: Mapping[str, object]
+) -> None:
+    """Raise `ValueError` unless each weight is finite, and pruned in agreement with its pattern and its layer's report.
 
     Args:
-        where: names the entry; the messages begin with it.
-        weights: by name of the linear.
-        layers: the report of each.
-        patterns: what the run prunes each linear to, as text, by name.
+        where: the name of the entry; messages begin with it.
+        weights: weights by name of the linear.
+        layers: the report of each linear.
+        patterns: the pattern of each linear as text, by name.
     """
     reports = {layer.name: layer for layer in layers}
     if reports.keys() != weights.keys():
@@ -189,5 +196,5 @@ def check_finite_tensors(where: str, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:
-    """Return a digest of settings that JSON can hold, by which an entry is known to be of a run."""
+    """Return a digest of settings that JSON can hold, which identifies the run of an entry."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -68,7 +68,7 @@ run(COPAL(), "b", state={str(tmp_path / "state")!r}, out={str(tmp_path / "out")!
     subprocess.run([sys.executable, "-c", script], check=True)
     assert same(sparsekern.load(tmp_path / "out"), weights(whole))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert "Time by data set" in (tmp_path / "out" / "report.html").read_text()
+    assert "Time by dataset" in (tmp_path / "out" / "report.html").read_text()
     assert report["results"]["names"] == ["a", "b"] and report["run"]["settings"]["method"]["name"] == "copal"
 
 
@@ -188,9 +188,9 @@ PADDING = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "attention_mask": 
     ("change", "error", "message"),
     [
         ({"model": "smollm2"}, TypeError, "model: expected a transformers model, got str"),
-        ({"calibrations": {}}, ValueError, "calibrations: expected at least one data set, got none"),
+        ({"calibrations": {}}, ValueError, "calibrations: expected at least one dataset, got none"),
         ({"calibrations": IDS["a"]}, TypeError, "calibrations: expected a mapping of names to calibration data, got Tensor"),
-        ({"calibrations": {0: IDS["a"]}}, TypeError, "calibrations: expected names of data sets, got 0"),
+        ({"calibrations": {0: IDS["a"]}}, TypeError, "calibrations: expected names of datasets, got 0"),
         ({"calibrations": {"a": []}}, ValueError, r"calibrations\['a'\]: calibration: expected at least one token, got none"),
         (
             {"calibrations": {"a": [PADDING]}},
@@ -201,10 +201,11 @@ PADDING = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "attention_mask": 
         ({"strategy": "mask"}, ValueError, "strategy: expected one of 'accumulate', 'dense', 'carry', got 'mask'"),
         ({"method": "best"}, ValueError, "method: expected one of"),
         ({"method": Magnitude(scope="global")}, ValueError, "method: Magnitude.scope='global' looks at all linears at once"),
-        ({"method": "sparsellm"}, ValueError, "method: expected one of alps, .* for several data sets, got sparsellm"),
-        ({"evaluate": {"z": IDS["a"]}}, ValueError, r"evaluate: expected names of data sets \(a, b\), got 'z'"),
+        ({"method": "sparsellm"}, ValueError, "method: expected one of alps, .* for several datasets, got sparsellm"),
+        ({"evaluate": {"z": IDS["a"]}}, ValueError, r"evaluate: expected names of datasets \(a, b\), got 'z'"),
         ({"evaluate": IDS["a"]}, TypeError, "evaluate: expected a mapping of names to token ids, got Tensor"),
-        ({"evaluate": {"a": IDS["a"]}}, ValueError, r"evaluate\['a'\]: length: expected at most 64"),
+        ({"evaluate": {"a": IDS["a"]}}, ValueError, r"evaluate\['a'\]: ids: one window of length 64"),
+        ({"evaluate": {"a": IDS["a"]}, "length": 128}, ValueError, "length: expected at most 64"),
         ({"evaluate": {"a": IDS["a"]}, "length": 40}, ValueError, r"evaluate\['a'\]: ids: one window of length 40"),
         ({"resume": True}, ValueError, "resume: expected state, the folder of the run to go on with"),
         ({"abandon": True}, ValueError, "abandon: expected state, the folder of the run to go on with"),

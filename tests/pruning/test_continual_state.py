@@ -1,4 +1,4 @@
-"""The folder that a continual run leaves between data sets: resumed, abandoned, locked, damaged, of another run."""
+"""The folder that a continual run leaves between datasets: resumed, abandoned, locked, damaged, of another run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(method, blocks, tmp_path, monkeypat
     monkeypatch.setattr(StepFiles, "save", save)
     if blocks < 3:
         with pytest.raises(
-            ValueError, match=r"holds an unfinished step, 'b'; pass resume=True \(--resume\) and that data set to go on, or"
+            ValueError, match=r"holds an unfinished step, 'b'; pass resume=True \(--resume\) and that dataset to go on, or"
         ):
             run(method, "bc", **more)
         with pytest.raises(ValueError, match="calibrations: expected 'b' next, unchanged, to finish its step .* abandon=True"):
@@ -140,7 +140,7 @@ def test_step_files_of_another_data_set_are_refused(tmp_path):
         run(COPAL(), name, state=tmp_path / name)
     block = "step-0001-00001.safetensors"
     (tmp_path / "a" / block).write_bytes((tmp_path / "c" / block).read_bytes())
-    with pytest.raises(ValueError, match="state: expected step-0001-00001 to be of 'a', got that of another data set"):
+    with pytest.raises(ValueError, match="state: expected step-0001-00001 to be of 'a', got that of another dataset"):
         run(COPAL(), "b", state=tmp_path / "a")
     (tmp_path / "a" / block).unlink()
     with pytest.raises(ValueError, match="step-0001-00001.safetensors is missing; the state cannot be continued"):
@@ -158,7 +158,7 @@ def test_a_data_set_is_always_evaluated_on_the_same_windows(tmp_path):
 
 
 def test_an_older_state_is_gone_on_with(tmp_path):
-    """It does not know what it was evaluated on, nor its step files their data set."""
+    """It does not know what it was evaluated on, nor its step files their dataset."""
     from safetensors.torch import load_file, save_file
 
     evaluate = {"a": IDS["a"]}

@@ -243,7 +243,9 @@ def test_ctrl_c_stays_ignored_and_other_threads_alone(ctrl_c):
 
 
 def test_a_damaged_file_and_other_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_state.TrainingState, "finish_step", lambda self, step: (self._write(step, {}), 1 / 0))
+    monkeypatch.setattr(
+        training_state.TrainingState, "finish_step", lambda self, step: (self._write(self._checkpoint, step, {}), 1 / 0)
+    )
     with pytest.raises(ZeroDivisionError):
         prune(out=tmp_path / "out")
     with pytest.raises(ValueError, match="belongs to another run, with another method"):

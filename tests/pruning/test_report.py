@@ -339,7 +339,7 @@ MARKUP = "</td></svg><script>alert(1)</script>{{ 7 * 7 }}{% raw %}&\"'"
 
 
 def test_no_text_is_taken_for_markup():
-    """Whatever a report holds from outside: names of layers and data sets, settings, the command line, versions, measurements."""
+    """Whatever a report holds from outside: names of layers and datasets, settings, the command line, versions, measurements."""
     ours = blocks()
     ours.layers = [LayerReport(f"layers.0.{MARKUP}", MARKUP, (4, 4), 8, math.inf, 0.1)] * 2
     ours.settings = {"method": {"name": MARKUP}, "pattern": MARKUP}

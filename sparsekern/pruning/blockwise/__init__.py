@@ -1,1 +1,1 @@
-"""One block at a time: gather statistics of its inputs, solve its linears, go on with what it makes."""
+"""Block-wise pruning: gather statistics of a block's inputs, solve its linears, and run it to make the next block's inputs."""

@@ -1,16 +1,18 @@
-"""Running a model one block at a time: the arguments of each block, and the hidden states on their way through.
+"""A model run one block at a time: the arguments of each block, and the hidden states between the blocks.
 
 A probe of a few tokens first watches one real forward. It checks that the blocks run in order, each on the output of the one before,
-and notes the order in which their linears are called. Then the model is called once for each batch with blocks that return their
+and records the order in which their linears are called. Then the model is called once for each batch with blocks that return their
 input. This runs everything before and between the blocks, and records the arguments of each block (masks may differ between blocks).
 From then on only single blocks run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +21,11 @@ from ...models import Blocks, Linear
 from ..batches import Batch
 
 PROBE_TOKENS = 8
+Inputs = dict[str, list[torch.Tensor]]  # by linear, the tensors that it is called with
 
 
 class _Stop(Exception):
-    """The end of a forward whose remaining work is not needed."""
+    """Raised to end a forward whose remaining work is not needed."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,21 @@ class BlockCall:
         return rest.pop("hidden_states"), cls((), rest, "hidden_states")
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states that `block` makes of `hidden` with these arguments."""
+        """Return the output of `block` for the hidden states `hidden` with these arguments."""
         if self.hidden_name is None:
             return _first(block(hidden, *self.args, **self.kwargs))
         return _first(block(**{self.hidden_name: hidden}, **self.kwargs))
 
 
-OUTSIDE = ""  # where a probe files the calls of linears that are in no block
+OUTSIDE = ""  # the key of linears that are in no block, in the calls of a probe
 
 
 @dataclass
 class Probe:
-    """What a forward of a few tokens showed.
+    """The observations of a forward of a few tokens.
 
     Attributes:
-        returns_tuple: whether a block returns a tuple.
+        returns_tuple: True if a block returns a tuple.
         calls: by block name, the names of its linears in the order in which they are called.
     """
 
@@ -71,15 +74,24 @@ class Probe:
 
 
 def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Batch, *, to_the_end: bool) -> Probe:
-    """Watch a real forward of the first tokens of `batch`, up to the end of the last block or of the model.
+    """Watch a real forward of the first tokens of `batch`.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        linears: the linears whose calls are recorded.
+        batch: supplies the tokens.
+        to_the_end: run the whole model; otherwise stop after the last block.
 
     Raises:
         ValueError: the blocks are not run in order, each once and on the output of the one before.
     """
-    seen, place, hidden, versions = Probe(), OUTSIDE, None, []
+    seen, place = Probe(), OUTSIDE
+    hidden: torch.Tensor | None = None
+    versions: list[int] = []
 
-    def before(index: int):
-        def hook(module, args, kwargs):
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             nonlocal place, hidden
             fed, _ = BlockCall.split(args, kwargs)
             if index != len(versions) or (hidden is not None and fed is not hidden):
@@ -93,14 +105,20 @@ def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Ba
 
         return hook
 
-    def after(index: int):
-        def hook(module, args, output):
+    def after(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
             nonlocal place, hidden
-            if hidden._version != versions[index]:
+            if hidden is not None and hidden._version != versions[index]:
                 raise ValueError(f"model: {place} changes its input in place, which block-by-block pruning cannot follow")
             place, hidden, seen.returns_tuple = OUTSIDE, _first(output), isinstance(output, tuple)
             if index + 1 == len(blocks.modules) and not to_the_end:
                 raise _Stop
+
+        return hook
+
+    def called(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            seen.calls[place].append(name)
 
         return hook
 
@@ -110,8 +128,7 @@ def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Ba
             stack.callback(block.register_forward_hook(after(index)).remove)
         for linear in linears:
             for module in linear.modules:
-                hook = module.register_forward_pre_hook(lambda module, args, name=linear.name: seen.calls[place].append(name))
-                stack.callback(hook.remove)
+                stack.callback(module.register_forward_pre_hook(called(linear.name)).remove)
         _stopped(lambda: model(**batch.beginning(PROBE_TOKENS), use_cache=False))
     if len(versions) < len(blocks.modules):
         raise ValueError(f"model: a forward did not run {blocks.block_name(len(versions))}")
@@ -122,7 +139,14 @@ class Activations:
     """The hidden states of every batch in front of the current block, and the arguments of all blocks."""
 
     def __init__(self, model: nn.Module, blocks: Blocks, batches: list[Batch], returns_tuple: bool) -> None:
-        """Run everything of `model` but its blocks and what follows them, once for each batch."""
+        """Run the part of `model` before and between its blocks, once for each batch.
+
+        Args:
+            model: the model.
+            blocks: its blocks.
+            batches: the calibration data.
+            returns_tuple: True if a block returns a tuple, see `Probe`.
+        """
         self.batches = batches
         self._model, self._blocks, self._returns_tuple = model, blocks, returns_tuple
         self._hidden: list[torch.Tensor] = []
@@ -134,20 +158,22 @@ class Activations:
             self._calls.append([shared.replace_call(call) for call in calls])
             shared.next_batch()
 
-    def inputs_of(self, index: int, linears: list[Linear], order: list[str]) -> Iterator[tuple[Batch, dict[str, list]]]:
-        """Yield, for each batch, the inputs of each of `linears` in block `index` with its current weights, by name.
+    def inputs_of(self, index: int, linears: Sequence[Linear], order: list[str]) -> Iterator[tuple[Batch, Inputs]]:
+        """Yield each batch with the inputs of `linears` in block `index`, for its current weights.
 
         Args:
-            order: their calls as the probe saw them. The forward ends where the last one would multiply.
+            index: the block.
+            linears: linears of the block.
+            order: the names of `linears` in the order of their calls. The forward ends at the input of the last one.
         """
         block = self._blocks.modules[index]
         for batch, hidden, calls in zip(self.batches, self._hidden, self._calls, strict=True):
-            yield batch, _record_inputs(linears, order, lambda h=hidden, c=calls: c[index].run(block, h))
+            yield batch, _record_inputs(linears, order, partial(calls[index].run, block, hidden))
 
-    def inputs_outside(self, linears: list[Linear], order: list[str]) -> Iterator[tuple[Batch, dict[str, list]]]:
-        """Yield the same for linears outside the blocks, once the hidden states have passed all blocks."""
+    def inputs_outside(self, linears: Sequence[Linear], order: list[str]) -> Iterator[tuple[Batch, Inputs]]:
+        """Yield each batch with the inputs of linears outside the blocks, once the hidden states have passed all blocks."""
         for batch, hidden in zip(self.batches, self._hidden, strict=True):
-            yield batch, _record_inputs(linears, order, lambda b=batch, h=hidden: self._run_around_blocks(b, final=h))
+            yield batch, _record_inputs(linears, order, partial(self._run_around_blocks, batch, final=hidden))
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block `index`."""
@@ -157,12 +183,12 @@ class Activations:
     def _run_around_blocks(
         self, batch: Batch, *, calls: list[BlockCall] | None = None, final: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Call the model with blocks that return their input; the last one returns `final`, or ends the call where that is None."""
+        """Call the model with blocks that return their input. The last one returns `final`, or ends the call if that is None."""
         first: list[torch.Tensor] = []
         last = self._blocks.modules[-1]
 
-        def stand_in(block: nn.Module) -> Callable:
-            def forward(*args, **kwargs):
+        def stand_in(block: nn.Module) -> Callable[..., torch.Tensor | tuple[torch.Tensor]]:
+            def forward(*args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor]:
                 hidden, call = BlockCall.split(args, kwargs)
                 first.append(hidden)
                 if calls is not None:
@@ -183,15 +209,15 @@ class Activations:
         return first[0]
 
 
-def _record_inputs(linears: list[Linear], order: list[str], forward: Callable[[], object]) -> dict[str, list[torch.Tensor]]:
-    """Return the tensors that each linear is called with during `forward`, which ends as soon as no linear can follow."""
+def _record_inputs(linears: Sequence[Linear], order: list[str], forward: Callable[[], object]) -> Inputs:
+    """Return the inputs of each linear during `forward`, which ends as soon as no linear can follow."""
     inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in linears}
     versions: list[tuple[str, torch.Tensor, int]] = []
-    # Only where the probe saw all linears called can it be known that none comes after the last (experts may sit out a few tokens).
+    # The last linear is known only if the probe saw calls of all linears: experts may not be called for a few tokens.
     last = order[-1] if set(order) == set(inputs) else None
 
-    def hook(name: str):
-        def record(module, args, kwargs):
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else kwargs["input"]
             inputs[name].append(x)
             versions.append((name, x, x._version))
@@ -212,20 +238,23 @@ def _record_inputs(linears: list[Linear], order: list[str], forward: Callable[[]
 
 
 class _SharedTensors:
-    """One copy of the arguments that are equal in all batches, such as rotary tables and masks."""
+    """A cache that keeps one copy of arguments that are equal in successive batches, such as rotary tables and masks."""
 
     def __init__(self) -> None:
         self._previous: list[torch.Tensor] = []
         self._current: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (the tensor itself, kept alive; its stand-in)
 
     def next_batch(self) -> None:
+        """Begin a new batch, whose tensors are compared with those of the one before."""
         self._previous = [kept for _, kept in self._current.values()]
         self._current = {}
 
     def replace_call(self, call: BlockCall) -> BlockCall:
+        """Return the call with each tensor replaced by an equal one of the batch before."""
         return BlockCall(self._replace(call.args), self._replace(call.kwargs), call.hidden_name)
 
-    def _replace(self, value):
+    def _replace(self, value: Any) -> Any:
+        """Return an argument of any type with its tensors replaced, inside tuples, lists and dictionaries too."""
         if isinstance(value, torch.Tensor):
             if id(value) not in self._current:
                 same = (t for t in self._previous if t.dtype == value.dtype and torch.equal(t, value))
@@ -239,7 +268,8 @@ class _SharedTensors:
 
 
 @contextmanager
-def _replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+def _replaced_forwards(forwards: dict[nn.Module, Callable[..., object]]) -> Iterator[None]:
+    """Call these functions in place of the modules' own `forward` within."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -253,13 +283,11 @@ def _replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
                 module.forward = own
 
 
-def _stopped(forward: Callable[[], object]) -> bool:
-    try:
+def _stopped(forward: Callable[[], object]) -> None:
+    """Call `forward`, which may end with `_Stop`."""
+    with suppress(_Stop):
         forward()
-    except _Stop:
-        return True
-    return False
 
 
-def _first(output):
+def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output

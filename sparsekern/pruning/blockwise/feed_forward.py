@@ -1,35 +1,36 @@
-"""What a `BlockMethod` is given: a block's feed-forward network, found by a probe, and its inputs.
+"""The problem that a `BlockMethod` solves: a block's feed-forward network, found by a probe, and its inputs.
 
-The inputs, and whatever else the method keeps for each token, are stored in nameless files that are mapped into memory. A tile at a
-time is read and written back, the system keeps in memory what fits, and a killed run leaves nothing behind. For one block at a time
-they hold (inputs + outputs + one or two hidden widths) numbers a token, in the model's dtype.
+The inputs, and the numbers that the method keeps for each token, are stored in nameless files that are mapped into memory. They are
+read and written back one tile at a time. The system keeps in memory as much as fits, and a killed run leaves nothing behind. The files
+hold (inputs + outputs + one or two hidden widths) numbers a token for one block at a time, in the model's dtype.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import IO, cast
 
 import torch
 from torch import nn
 
 from ...methods.base import BlockMethod, FeedForwardProblem, FeedForwardSolution, Layer
+from ...methods.statistics import Gram, InputStatistic
 from ...models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
 from ..batches import Batch
 from ..plan import Plan
 from .activations import PROBE_TOKENS
-from .statistics import FeatureNorm, Gram
 
 TILE = 2048  # tokens worked on at once: enough for the matrix products to run at full speed
 
 
 def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: BlockMethod) -> list[FeedForward | None]:
-    """Return, for each block, the feed-forward network among its linears; None where none of them are to be pruned.
+    """Return the feed-forward network of each block; None where none of its linears are pruned.
 
     Raises:
-        ValueError: a block without exactly one network of a known form, or one of which only a part is to be pruned.
+        ValueError: a block without exactly one network of a known form, or a network of which only a part is pruned.
     """
     blocks = plan.blocks
     calls = _watch(model, [find_linears(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules)], batch)
@@ -64,8 +65,8 @@ def _watch(model: nn.Module, blocks: Sequence[Sequence[Linear]], batch: Batch) -
     """Return the inputs and outputs of the linears that a forward of a few tokens calls once, block by block."""
     calls: list[dict[Linear, list[LinearCall]]] = [{linear: [] for linear in linears} for linears in blocks]
 
-    def keep(found: list[LinearCall]):
-        def hook(module, args, kwargs, output):
+    def keep(found: list[LinearCall]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
             found.append(LinearCall(args[0] if args else kwargs["input"], output))
 
         return hook
@@ -80,7 +81,7 @@ def _watch(model: nn.Module, blocks: Sequence[Sequence[Linear]], batch: Batch) -
 
 
 class MappedRows:
-    """`[tokens, width]` of `dtype` in a nameless file; `read` and `write` convert from and to float32 on `device`."""
+    """A matrix `[tokens, width]` of `dtype` in a nameless file. `read` and `write` convert to and from float32 on `device`."""
 
     def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         size = tokens * width * dtype.itemsize
@@ -90,14 +91,16 @@ class MappedRows:
         self._device = device
 
     def read(self, rows: slice) -> torch.Tensor:
+        """Return `rows` in float32."""
         return self._rows[rows].to(self._device).float()
 
     def write(self, rows: slice, values: torch.Tensor) -> None:
+        """Replace `rows` by `values`, rounded to the dtype of the file."""
         self._rows[rows].copy_(values)
 
 
-def _reserve(file, size: int) -> None:
-    """Take the space on disk at once, so that a full disk is an error here rather than a fault later."""
+def _reserve(file: IO, size: int) -> None:
+    """Allocate the space on disk, so that a full disk is an error here rather than a fault later."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
@@ -108,43 +111,49 @@ def _reserve(file, size: int) -> None:
 
 
 class FeedForwardRun:
-    """One block's feed-forward network: its inputs, gathered batch by batch, and its solution by a method."""
+    """The feed-forward network of one block. It gathers the network's inputs batch by batch, and solves it by a method."""
 
-    def __init__(self, network: FeedForward, plan: Plan, tokens: int) -> None:
-        self.network, self._plan, self._tokens, self._seen = network, plan, tokens, 0
+    def __init__(self, network: FeedForward, method: BlockMethod, plan: Plan, tokens: int) -> None:
+        """Make room for the inputs.
+
+        Args:
+            network: the network.
+            method: solves it.
+            plan: gives each linear its pattern.
+            tokens: the number of tokens that `add` will take in.
+        """
+        self.network, self._method, self._plan, self._tokens, self._seen = network, method, plan, tokens, 0
         self._x = self._new_rows(network.up.features)
 
     def add(self, batch: Batch, inputs: Sequence[torch.Tensor]) -> None:
-        """Take in the inputs of the up projection in `batch`; padding is left out."""
+        """Take in the inputs of the up projection in `batch`, without padding."""
         for x in inputs:
             rows, row_mask = batch.flatten(x)
             rows = rows if row_mask is None else rows[row_mask]
             self._x.write(slice(self._seen, self._seen + len(rows)), rows)
             self._seen += len(rows)
 
-    def solve(
-        self, method: BlockMethod, statistics: Mapping[str, FeatureNorm | Gram]
-    ) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
+    def solve(self, statistics: Mapping[str, InputStatistic]) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
         """Return the new weights by name, and the solution.
 
         Args:
-            method: solves the network.
-            statistics: those of each linear's dense inputs, by name.
+            statistics: the statistic of each linear's dense inputs, by name.
         """
         network = self.network
-        layers = [None if linear is None else self._layer(linear) for linear in (network.up, network.gate, network.down)]
         problem = FeedForwardProblem(
-            *layers,
+            self._layer(network.up),
+            None if network.gate is None else self._layer(network.gate),
+            self._layer(network.down),
             network.activation,
-            statistics[network.up.name],
-            statistics[network.down.name],
+            cast(Gram, statistics[network.up.name]),  # a `BlockMethod` needs Gram matrices
+            cast(Gram, statistics[network.down.name]),
             self._x,
             self._new_rows,
             [slice(start, min(start + TILE, self._seen)) for start in range(0, self._seen, TILE)],
         )
-        solution = method.solve_feed_forward(problem)
+        solution = self._method.solve_feed_forward(problem)
         named = ((network.up, solution.up), (network.gate, solution.gate), (network.down, solution.down))
-        return {linear.name: weight for linear, weight in named if linear is not None}, solution
+        return {linear.name: weight for linear, weight in named if linear is not None and weight is not None}, solution
 
     def _layer(self, linear: Linear) -> Layer:
         return Layer(linear.weight, linear.bias, self._plan.patterns[linear.name])

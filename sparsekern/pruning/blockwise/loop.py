@@ -1,7 +1,7 @@
-"""One block at a time: gather statistics of its inputs, solve its linears, run it pruned to make the inputs of the next.
+"""The block-wise loop: gather statistics of a block's inputs, solve its linears, run it pruned to make the next block's inputs.
 
-Each block first runs dense up to the inputs of its last linear, which the statistics are gathered from. Nothing else of the model is
-run, and nothing is run twice.
+Each block first runs dense up to the inputs of its last linear, to gather the statistics. Nothing else of the model is run, and
+nothing is run twice.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ...methods import BlockMethod, Gram, LinearMethod, Solution
 from ...methods.statistics import InputStatistic, Statistic, inputs_of
 from ...models import Linear
 from ...pattern import NM, Pattern
-from ...reports.report import LayerReport
+from ...reports import LayerReport, Report
 from ..batches import Batch
 from ..plan import Plan, Request, plan_linears
 from ..progress import Notices
-from ..run import BlockResult, Loop, RunContext
+from ..run import BlockResult, Blocks, Loop, RunContext
 from ..seeds import seeded
 from ..session import batches_for, prepared
 from ..store import has_zeros_of
@@ -33,36 +33,35 @@ from .statistics import SharedStatistics
 
 
 class Memory(Protocol):
-    """What was learned of earlier datasets."""
+    """The statistics of earlier datasets."""
 
     def totals(self, index: int) -> Mapping[str, torch.Tensor]:
         """Return the totals of block `index`, empty where there are none."""
 
 
-class BlockLoop(Loop):
+class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     """The loop of `LinearMethod` and `BlockMethod`."""
 
-    def __init__(self, context: RunContext, memory: Memory | None = None) -> None:
+    probe: Probe  # both are set by `run` where statistics are gathered
+    activations: Activations
+
+    def __init__(self, context: RunContext[Plan, LinearMethod, Report, Blocks], memory: Memory | None = None) -> None:
         """Make the loop.
 
         Args:
             context: the run.
-            memory: earlier datasets, whose totals are added to the statistics and kept with each block; None for one dataset only.
+            memory: earlier datasets, whose totals are added to the statistics and kept with each block; None for a single dataset.
         """
         super().__init__(context)
-        self.plan: Plan = context.plan
-        self.method: LinearMethod = context.method
         self.memory, self.notices = memory, Notices()
         self.gathers = self.method.needs is not None or self.plan.measure_error
-        self.probe: Probe | None = None
-        self.activations: Activations | None = None
 
     @classmethod
     def make_plan(cls, model: nn.Module, method: LinearMethod, request: Request) -> tuple[Plan, list[Batch] | None]:
         plan = replace(plan_linears(model, method, request), measure_error=request.report_error)
-        batches = None
-        if method.needs_data or request.report_error:
-            batches = batches_for(model, method, request.calibration, request.batch_size)
+        if not method.needs_data and not request.report_error:
+            return plan, None
+        batches = batches_for(model, method, request.calibration, request.batch_size)
         if isinstance(method, BlockMethod):
             with prepared(model, request.seed):
                 plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
@@ -73,7 +72,7 @@ class BlockLoop(Loop):
         planned = [index for index, linears in enumerate(parts) if linears]
         batches = context.batches
         if context.checkpoint and all(map(context.checkpoint.holds, planned)):
-            batches = None  # nothing is left to solve, so no hidden states are needed
+            batches = []  # no block is left to solve, so no hidden states are needed
         if batches:
             with context.clock.phase("capture"):
                 to_the_end = bool(plan.outside_linears)
@@ -107,14 +106,15 @@ class BlockLoop(Loop):
         self.context.record(result.layers)
 
     def solve_block(self, index: int, linears: Sequence[Linear]) -> BlockResult:
-        """Return the pruned weights of block `index`, which is left as it is, or of the linears outside the blocks."""
+        """Return the result of block `index`, or of the linears outside the blocks. The model is unchanged."""
         network = self.plan.network(index)
         together = network.linears if network else ()
         alone = [linear for linear in linears if linear not in together]
         weights: dict[str, torch.Tensor] = {}
         layers: dict[str, LayerReport] = {}
-        run = shared = None
-        if network is None or self.method.attention == "dense":
+        run: FeedForwardRun | None = None
+        shared: SharedStatistics | None = None
+        if network is None or not isinstance(self.method, BlockMethod) or self.method.attention == "dense":
             run = self._start_run(index)
             shared = self._gather(index, linears, run) if self.gathers else None
             self._solve_alone(alone, shared, weights, layers)
@@ -124,14 +124,16 @@ class BlockLoop(Loop):
             with _written_meanwhile(alone, weights):
                 run = self._start_run(index)
                 shared = self._gather(index, together, run)
-        if run is not None:
+        if run is not None and shared is not None:
             self._solve_together(run, shared, weights, layers)
         totals = shared.totals() if shared is not None and self.memory is not None else {}
         return BlockResult(weights, [layers[linear.name] for linear in linears], totals)
 
     def _start_run(self, index: int) -> FeedForwardRun | None:
         network = self.plan.network(index)
-        return network and FeedForwardRun(network, self.plan, sum(batch.tokens for batch in self.context.batches))
+        if network is None or not isinstance(self.method, BlockMethod):
+            return None
+        return FeedForwardRun(network, self.method, self.plan, sum(batch.tokens for batch in self.context.batches))
 
     def _solve_alone(
         self,
@@ -140,12 +142,16 @@ class BlockLoop(Loop):
         weights: dict[str, torch.Tensor],
         layers: dict[str, LayerReport],
     ) -> None:
-        groups = shared.groups if shared else [(linears, None)]
-        for members, inputs in groups:
+        if shared is None:
+            for linear in linears:
+                with self.context.clock.phase("solve"):
+                    weights[linear.name], layers[linear.name] = self._solve(linear, None, None)
+            return
+        for members, inputs in shared.groups:
             for linear in members:
                 if linear in linears:
                     with self.context.clock.phase("solve"):
-                        statistics = shared.of(linear, inputs) if shared else None
+                        statistics = shared.of(linear, inputs)
                         weights[linear.name], layers[linear.name] = self._solve(linear, statistics, inputs)
 
     def _solve(
@@ -157,11 +163,11 @@ class BlockLoop(Loop):
             with warnings_about(linear.name), seeded(self.context.seed, linear.name):
                 solution = self.method.solve(weight, statistics, pattern)
             _check_solution(self.method, solution, weight)
-            zeros, error = _outcome(weight, solution, inputs, pattern)
+            zeros, relative_error = _outcome(weight, solution, inputs, pattern)
         except ValueError as error:
             raise ValueError(f"{linear.name}: {error}") from error
         seconds = self.context.clock.now() - start
-        return solution.weight, LayerReport(linear.name, str(pattern), tuple(weight.shape), zeros, error, seconds)
+        return solution.weight, LayerReport(linear.name, str(pattern), linear.shape, zeros, relative_error, seconds)
 
     def _solve_together(
         self, run: FeedForwardRun, shared: SharedStatistics, weights: dict[str, torch.Tensor], layers: dict[str, LayerReport]
@@ -173,17 +179,17 @@ class BlockLoop(Loop):
         with clock.phase("solve"):
             try:
                 with warnings_about(down), seeded(self.context.seed, down):
-                    solved, solution = run.solve(self.method, inputs)
+                    solved, solution = run.solve(inputs)
             except ValueError as error:
                 raise ValueError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
         weights |= solved
         seconds = (clock.now() - start) / len(linears)
         for linear in linears:
             found = Solution(solved[linear.name])
-            zeros, error = _outcome(linear.weight, found, inputs[linear.name], self.plan.patterns[linear.name])
+            zeros, relative_error = _outcome(linear.weight, found, inputs[linear.name], self.plan.patterns[linear.name])
             whole = (solution.error, solution.alone) if linear.name == down else ()
-            pattern, shape = str(self.plan.patterns[linear.name]), tuple(linear.weight.shape)
-            layers[linear.name] = LayerReport(linear.name, pattern, shape, zeros, error, seconds, *whole)
+            pattern = str(self.plan.patterns[linear.name])
+            layers[linear.name] = LayerReport(linear.name, pattern, linear.shape, zeros, relative_error, seconds, *whole)
 
     def _gather(self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None) -> SharedStatistics:
         shared = SharedStatistics(linears, self.method.needs, self.plan.measure_error)
@@ -222,10 +228,10 @@ class BlockLoop(Loop):
 
 
 def _check_solution(method: LinearMethod, solution: object, weight: torch.Tensor) -> None:
-    """Raise unless `solve`, perhaps of the user's own, returned what it must.
+    """Raise unless `solve`, which may be the user's own, returned a valid solution.
 
     Raises:
-        TypeError: no `Solution`.
+        TypeError: it returned no `Solution`.
         ValueError: a weight of another shape, dtype or device, or a `row_error` of another shape.
     """
     kind = type(method).__name__
@@ -245,7 +251,7 @@ def _check_solution(method: LinearMethod, solution: object, weight: torch.Tensor
 
 @contextmanager
 def _written_meanwhile(linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give `linears` new weights within, and their own ones back afterwards, so that a failure leaves the block unchanged."""
+    """Give `linears` new weights within, and restore their own afterwards, so that a failure leaves the block unchanged."""
     dense = {linear.name: linear.weight.clone() for linear in linears}
     _write(linears, weights)
     try:
@@ -260,7 +266,7 @@ def _write(linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> No
 
 
 def _outcome(weight: torch.Tensor, solution: Solution, inputs: InputStatistic | None, pattern: Pattern) -> tuple[int, float | None]:
-    """Return the number of zeros, and the relative error where it is known, with one read from the device a linear.
+    """Return the number of zeros, and the relative error if it is known. The device is read once for each linear.
 
     Raises:
         ValueError: the solution is not pruned to `pattern`.

@@ -1,7 +1,7 @@
-"""Which linears share a statistic of their inputs.
+"""Statistics of inputs, shared by the linears that have the same inputs.
 
-Linears that are called with the very same tensor (query, key and value; gate and up) need one Gram matrix and one factor between
-them. Which ones these are is observed while the model runs; no table of names could know every model.
+Linears that are called with the very same tensor (query, key and value; gate and up) share one Gram matrix and one factor. They are
+observed while the model runs, since no table of names could cover every model.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ BETWEEN_NAMES = "|"
 class SharedStatistics:
     """One statistic of the inputs for each set of linears that have had the same inputs in every batch so far.
 
-    Linears with equally many features start in one set. A batch that feeds them different tensors splits the set, and each part goes
-    on from a copy of what they had in common. Where the method needs an `Importance`, each linear has its own besides.
+    Linears with equally many features start in one set. A batch that feeds them different tensors splits the set, and each part
+    continues from a copy of the common statistic. If the method needs an `Importance`, each linear also has its own.
+
+    Attributes:
+        groups: the linears of each set, and their statistic.
     """
 
     def __init__(self, linears: Iterable[Linear], needs: type[Statistic] | None, measure_error: bool = False) -> None:
@@ -30,7 +33,7 @@ class SharedStatistics:
         Args:
             linears: the linears to gather statistics of.
             needs: the statistic that the method needs; None only where errors are measured.
-            measure_error: whether the inputs are to have a Gram matrix in any case, which errors follow from.
+            measure_error: take a Gram matrix of the inputs in any case, to measure errors.
         """
         by_features: dict[int, list[Linear]] = {}
         for linear in linears:
@@ -61,7 +64,7 @@ class SharedStatistics:
                     _add_importance(self._own[linear.name], linear.name, *batch.flatten(x))
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return what adds up over datasets, under the names of the linears that it belongs to."""
+        """Return the sums that add up over datasets, by the names of their linears."""
         if self._own:
             return {name: statistic.total for name, statistic in self._own.items()}
         return {BETWEEN_NAMES.join(linear.name for linear in members): statistic.total for members, statistic in self.groups}
@@ -69,8 +72,8 @@ class SharedStatistics:
     def include(self, totals: Mapping[str, torch.Tensor]) -> None:
         """Add the `totals` of earlier datasets."""
         if self._own:
-            for name, statistic in self._own.items():
-                statistic.include(totals[name].to(statistic.weight.device))
+            for name, importance in self._own.items():
+                importance.include(totals[name].to(importance.weight.device))
             return
         owner = {name: names for names in totals for name in names.split(BETWEEN_NAMES)}
         self._split(lambda linear: owner[linear.name])
@@ -79,11 +82,11 @@ class SharedStatistics:
             statistic.include(total.to(members[0].weight.device))
 
     def of(self, linear: Linear, inputs: InputStatistic) -> Statistic:
-        """Return the statistic that the method needs of `linear`, where `inputs` is that of its set."""
+        """Return the statistic of `linear` that the method needs; `inputs` is the statistic of its set."""
         return self._own.get(linear.name, inputs)
 
     def _split(self, key: Callable[[Linear], Hashable]) -> None:
-        """Leave only linears of the same `key` in one set."""
+        """Split each set into sets of linears with the same `key`."""
         refined = []
         for members, statistic in self.groups:
             parts: dict[Hashable, list[Linear]] = {}
@@ -132,5 +135,5 @@ def _named(error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Ten
 
 
 def _identity(x: torch.Tensor) -> tuple:
-    """Return a key that two live tensors share only if they are the same values in the same memory."""
+    """Return a key that two live tensors share only if they have the same values in the same memory."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype

@@ -1,1 +1,1 @@
-"""One data set after another: what is learned of each adds up, and no data are kept."""
+"""Continual pruning: one dataset after another. Statistics add up, and no data are kept."""

@@ -1,4 +1,4 @@
-"""The loop of continual pruning: one dataset after another, each pruned for by the block loop."""
+"""The loop of continual pruning. It runs the block-wise loop for one dataset after another."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from ..batches import Batch, fingerprint
 from ..blockwise.loop import BlockLoop
 from ..checkpoint import differences
 from ..plan import Plan
-from ..run import running
+from ..run import Blocks, running
 from .state import State, StepFiles
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Token ids by dataset, which perplexities are taken on in windows of `length` tokens."""
+    """The tokens that perplexities are taken on.
+
+    Attributes:
+        model: the model.
+        ids: token ids, by dataset.
+        length: tokens in a window.
+    """
 
     model: nn.Module
     ids: Mapping[str, torch.Tensor]
@@ -33,17 +39,21 @@ class Evaluation:
 
     @cached_property
     def digests(self) -> dict[str, list]:
-        """By dataset, the digest of its windows and their length."""
+        """The digest of the windows of each dataset, and their length."""
         return {name: [_digest(evaluation_windows(self.model, ids, self.length)), self.length] for name, ids in self.ids.items()}
 
     def perplexity(self, name: str) -> float:
-        """Return the perplexity of the model as it is now."""
+        """Return the current perplexity of the model on the dataset `name`."""
         return perplexity(self.model, self.ids[name], self.length)
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What the step before knew, or nothing where there was none: the memory of a block loop."""
+    """The memory of a block loop: the totals of the step before, if there was one.
+
+    Attributes:
+        step: the step before; None for the first step.
+    """
 
     step: StepFiles | None
 
@@ -53,7 +63,7 @@ class Earlier:
 
 
 class ContinualLoop:
-    """The loop of `prune_continually`, every argument being checked."""
+    """The loop of `prune_continually`, whose arguments are checked."""
 
     def __init__(
         self,
@@ -72,7 +82,11 @@ class ContinualLoop:
         self.parts = [(i, part) for i, part in enumerate(plan.parts) if part]
 
     def run(self, datasets: Sequence[tuple[str, list[Batch]]]) -> None:
-        """Take in datasets, by name, and leave the model as pruned for all of them."""
+        """Prune the model for each dataset in turn. It ends pruned for all of them.
+
+        Args:
+            datasets: name and batches of each dataset.
+        """
         with torch.no_grad():
             self._evaluate_dense()
             for name, batches in datasets:
@@ -80,7 +94,7 @@ class ContinualLoop:
             self._write_weights(self.state.step(len(self.state.steps)))
 
     def begin(self, settings: dict) -> None:
-        """Store the dense weights, or raise unless the state is of this model and these settings.
+        """Store the dense weights in a new state. Raise unless an old state has this model and these settings.
 
         Raises:
             ValueError: another model or other settings.
@@ -97,11 +111,11 @@ class ContinualLoop:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        """Raise unless the model is the dense one, or as some step left it."""
+        """Raise unless the model is dense, or has the weights of some step."""
         steps = [self.state.step(number) for number in range(1, len(self.state.seen) + 1)]
         for index, linears in self.parts:
-            known = [self.state.dense_weights(index, linears)]
-            known += [step.load(index, linears).weights for step in steps if step.holds(index)]
+            known: list[Mapping[str, torch.Tensor]] = [self.state.dense_weights(index, linears)]
+            known += [step.weights(index, linears) for step in steps if step.holds(index)]
             for linear in linears:
                 if not any(torch.equal(linear.weight.cpu(), weights[linear.name]) for weights in known):
                     raise ValueError(
@@ -110,7 +124,7 @@ class ContinualLoop:
                     )
 
     def check_evaluation(self) -> None:
-        """Raise unless the perplexities of a dataset, which are compared, are all taken on the same windows.
+        """Raise unless all perplexities of a dataset, which are compared, are taken on the same windows.
 
         Raises:
             ValueError: other tokens or another length than before.
@@ -131,7 +145,7 @@ class ContinualLoop:
         self.state.write()
 
     def _take_in(self, name: str, batches: list[Batch]) -> None:
-        """Prune for the dataset `name`, starting from what the state holds."""
+        """Prune for the dataset `name`, starting from the weights in the state."""
         start, state = time.perf_counter(), self.state
         if not state.under_way:
             state.seen.append([name, fingerprint(batches)])
@@ -140,6 +154,7 @@ class ContinualLoop:
         files, before = state.step(number), state.step(number - 1) if number > 1 else None
         self._write_weights(before if self.strategy == "carry" else None)
         needs, report = self.method.needs, Report()
+        blocks: Blocks = files
         memory = Earlier(before) if self.strategy == "accumulate" and needs is not None else None
         with running(
             self.model,
@@ -147,7 +162,7 @@ class ContinualLoop:
             self.method,
             None if needs is None else batches,
             seed=self.seed,
-            checkpoint=files,
+            checkpoint=blocks,
             report=report,
             progress=self.progress,
         ) as context:
@@ -161,7 +176,7 @@ class ContinualLoop:
             state.step(old).drop()
 
     def _write_weights(self, step: StepFiles | None) -> None:
-        """Give the model the weights that `step` left, or the dense ones where it is None."""
+        """Give the model the weights of `step`, or the dense weights if that is None."""
         for index, linears in self.parts:
             weights = step.weights(index, linears) if step else self.state.dense_weights(index, linears)
             for linear in linears:
@@ -185,10 +200,10 @@ def _digest(windows: Sequence[torch.Tensor]) -> str:
 
 
 def _difference(expected: object, got: object) -> str:
-    """Return both values in brief; of mappings, the first entry that differs."""
+    """Return both values, shortened; of two mappings, the first entry that differs."""
     place = ""
     if isinstance(expected, Mapping) and isinstance(got, Mapping):
         values = {key: (expected.get(key, "nothing"), got.get(key, "nothing")) for key in {**expected, **got}}
         key, (expected, got) = next((key, pair) for key, pair in values.items() if pair[0] != pair[1])
         place = f"{key}: "
-    return f"{place}expected {str(expected)[:20]}, got {str(got)[:20]}"  # that much of a digest will do
+    return f"{place}expected {str(expected)[:20]}, got {str(got)[:20]}"  # enough to tell digests apart

@@ -1,4 +1,4 @@
-"""`prune_continually`: a model that meets one calibration data set after another, without keeping any of them."""
+"""The function `prune_continually`: prune a model for one calibration dataset after another, without keeping any of them."""
 
 from __future__ import annotations
 
@@ -52,60 +52,70 @@ def prune_continually(
     batch_size: int | None = None,
     format: str = DENSE,
 ) -> ContinualReport:
-    """Prune a transformers decoder in place for one data set after another; it ends as pruned for all of them.
+    """Prune a transformers decoder in place for one dataset after another. It ends pruned for all of them.
 
-    What is learned of a data set is added to what was learned of those before, and each mask is chosen anew from the dense weights
-    (`strategy="accumulate"`). So a weight that an earlier mask pruned can come back, and a weight that an earlier data set needs is
-    still known to be needed, although no earlier data are kept or read. What adds up is COPAL's importance, Wanda's feature norms and
-    the Gram matrices of SparseGPT and ALPS; magnitude learns nothing. The other strategies are what goes wrong without:
+    The statistics of each dataset are added to those of the earlier ones, and each mask is chosen from the dense weights
+    (`strategy="accumulate"`). So a weight that an earlier mask pruned can return, and a weight that an earlier dataset needs is
+    still known to be needed, although no earlier data are kept or read. COPAL adds up importance, Wanda feature norms, SparseGPT
+    and ALPS Gram matrices; magnitude has no statistics. The other strategies are baselines without this accumulation:
 
-    * `"dense"`: each data set prunes the dense weights by itself alone, and the ones before are forgotten;
-    * `"carry"`: each data set prunes what the one before left. At one sparsity the zeros are the least important weights again, so
-      nothing changes any more (weight stasis): neither for a method that only chooses nor for SparseGPT, which has nothing to make
-      up for.
+    * `"dense"`: each dataset prunes the dense weights by its own statistics alone, and earlier datasets are forgotten;
+    * `"carry"`: each dataset prunes the weights of the step before. At the same sparsity the zeros are again the least important
+      weights, so nothing changes (weight stasis), even with SparseGPT, which has no removal to compensate for.
 
     Args:
-        model: the dense model, or with a `state` that has seen data, also the model as it was left then.
-        calibrations: name -> calibration data as `prune` takes them, texts included, in the order in which the model meets them.
+        model: the dense model. With a `state` that has seen data, the model as it was left then is taken too.
+        calibrations: calibration data by name, as for `prune`, texts included. Their order is the order of the steps.
         method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
-        pattern: `"N:M"` keeps N of every M consecutive inputs; a float is the share of zeros; or a pattern object.
-        tokenizer: the model's tokenizer, which texts in `calibrations` and `evaluate` are read with. It is saved to `out` too.
-        samples: how many windows of each text in `calibrations`; None is 128.
-        length: tokens in a window, of `evaluate` and of texts in `calibrations`. None is 2048, or the model's positions where they are
+        pattern: `"N:M"` keeps N of every M consecutive inputs. A float is the share of zeros. Pattern objects are taken too.
+        tokenizer: the model's tokenizer, to read texts in `calibrations` and `evaluate`. It is also saved to `out`.
+        samples: number of windows of each text in `calibrations`; None is 128.
+        length: tokens in a window, of `evaluate` and of texts in `calibrations`. None is 2048, or the model's positions if they are
             fewer.
-        evaluate: name of a data set -> token ids to take the perplexity on after its step and after every later one, and of the dense
-            model; `[tokens]`, `[rows, tokens]` or a text as `perplexity` takes them. A `state` remembers them by a digest, and takes no others
-            under that name.
-        state: a folder for what is to be known when the next data set comes, in this process or another: dense weights,
-            accumulated tensors and pruned weights of the linears, and the names of the data sets. None keeps it in memory for this
-            call. For COPAL in float32 it is three times the size of the linears; while a step is under way, five times.
-        seed: for whatever draws random numbers on the way.
-        out: a new or empty folder, which nobody else may write to meanwhile. Once all data sets are done, it holds the pruned model, the
+        evaluate: token ids by the name of a dataset, `[tokens]`, `[rows, tokens]` or a text as `perplexity` takes them. Perplexity on
+            them is taken for the dense model, and after the step of the dataset and every later step. A `state` remembers their
+            digest, and takes no others under that name.
+        state: a folder for a later call, in this process or another. It holds the dense weights, the sums of the statistics, the
+            pruned weights of the linears and the names of the datasets. None keeps them in memory for this call. For COPAL in
+            float32 it takes three times the size of the linears, and five times during a step.
+        seed: seed of all random numbers.
+        out: a new or empty folder, which no other program may write to meanwhile. At the end it holds the pruned model, the
             tokenizer, a model card, `report.json` and `report.html`.
-        resume: go on with what `state` holds of a run that was killed: data sets that are done are not done again, and of the one
-            that was under way only the blocks that are missing. The result is the same, bit for bit.
-        progress: show a progress bar for each data set.
-        abandon: drop what `state` holds of a step that was not finished, before `calibrations` are taken in: the way out where its data
-            set is lost or turned out bad. It can then be left out, or come again changed.
+        resume: continue a killed run from `state`. Finished datasets are skipped, and of the unfinished one only the missing blocks
+            are pruned. The result is the same, bit for bit.
+        progress: show a progress bar for each dataset.
+        abandon: drop an unfinished step of `state` before `calibrations` are taken in, because its dataset is lost or turned out bad.
+            The dataset can then be left out, or be given again with changes.
         strategy: `"accumulate"`, `"dense"` or `"carry"`.
-        include, exclude, patterns, batch_size: as for `prune`.
-        format: of what is saved to `out`, as for `prune`.
+        include: as for `prune`.
+        exclude: as for `prune`.
+        patterns: as for `prune`.
+        batch_size: as for `prune`.
+        format: format of the weights in `out`, as for `prune`.
 
     Returns:
-        A `ContinualReport` of every data set that the state has seen: the matrix of perplexities, their average after the last step,
-        and the backward transfer, negative where data sets were forgotten.
+        A `ContinualReport` of every dataset that the state has seen: the matrix of perplexities, their average after the last step,
+        and the backward transfer, which is negative where datasets were forgotten.
 
     Raises:
-        ValueError, TypeError: bad arguments, before any work is done: also a state made with another model, method or pattern, a data
-            set that it has seen already (but with `resume`), an unfinished step (but with `resume` or `abandon`), other tokens or
-            another length to evaluate a data set on than before, and a state that another process is at work on.
-        OSError: no space left in `state` or `out`; what was written before is intact.
+        TypeError: bad arguments. They are refused before any work is done.
+        ValueError: bad arguments, before any work is done. Also a state of another model, method or pattern; a dataset that it has
+            already seen (without `resume`); an unfinished step (without `resume` or `abandon`); other tokens or another length to
+            evaluate a dataset on than before; a state that another process uses.
+        FileExistsError: `out` holds a finished run or other files.
+        OSError: no space left in `state` or `out`. Everything written before is intact.
 
-    Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024; see `COPAL` for what is theirs and what was chosen here.
+    Example:
+        >>> texts = {"first": ids[:2], "second": ids[2:]}
+        >>> report = sparsekern.prune_continually(model, texts, "copal", 0.5, state="state", progress=False)
+        >>> report = sparsekern.prune_continually(model, {"third": ids[:1]}, "copal", 0.5, state="state", progress=False)
+        >>> report.names
+        ['first', 'second', 'third']
+
+    Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024. `COPAL` lists which parts are theirs.
     """
     check_module(model)
-    method = resolve_method(method)
-    check_adds_up(method, strategy)
+    method = check_adds_up(resolve_method(method), strategy)
     check_seed(seed)
     check_isa()
     check_format(format)
@@ -114,7 +124,7 @@ def prune_continually(
         remedy = f"what is pruned is kept in {state}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     with plain_modes(model) as model:
         plan = make_plan(model, pattern, patterns, include, exclude)
-        data_sets = _data_sets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
+        datasets = _datasets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
         length = window_length(model, length)
         if out is not None:
             check_format_fits(model, plan.patterns, format)
@@ -126,7 +136,7 @@ def prune_continually(
             RunFolder.opened(out, model, tokenizer=tokenizer, format=format, remedy=remedy) as folder,
             State.opened(state) as known,
         ):
-            names = {name for name, _ in known.seen} | data_sets.keys()
+            names = {name for name, _ in known.seen} | datasets.keys()
             evaluate = _checked_evaluation(model, evaluate, names, length, tokenizer)
             loop = ContinualLoop(
                 model,
@@ -142,7 +152,7 @@ def prune_continually(
             loop.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
             abandoned = known.abandon() if abandon else None
             loop.check_evaluation()
-            todo = _todo(known, data_sets, resume)
+            todo = _todo(known, datasets, resume)
             if abandoned:
                 abandoned.drop()
                 known.write()
@@ -155,8 +165,8 @@ def prune_continually(
         return report
 
 
-def check_adds_up(method: Method, strategy: str) -> None:
-    """Raise unless what `method` learns adds up over datasets, and `strategy` is known.
+def check_adds_up(method: Method, strategy: str) -> LinearMethod:
+    """Return `method` if its statistics add up over datasets, and `strategy` is known.
 
     Every statistic adds up. Of the methods without statistics only magnitude is taken, as the baseline.
 
@@ -165,12 +175,13 @@ def check_adds_up(method: Method, strategy: str) -> None:
     """
     if method == Magnitude(scope="global"):
         raise ValueError(
-            "method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several data sets"
+            "method: Magnitude.scope='global' looks at all linears at once; expected 'matrix' or 'row' for several datasets"
         )
-    if not _adds_up(method):
+    if not isinstance(method, LinearMethod) or not _adds_up(method):
         names = (name for name, kind in METHODS.items() if _adds_up(kind()))
-        raise ValueError(f"method: expected one of {', '.join(names)} for several data sets, got {method.name}")
+        raise ValueError(f"method: expected one of {', '.join(names)} for several datasets, got {method.name}")
     check_choice("strategy", strategy, STRATEGIES)
+    return method
 
 
 def _adds_up(method: Method) -> bool:
@@ -182,14 +193,14 @@ def _adds_up(method: Method) -> bool:
 def _texts_told(
     calibrations: Mapping[str, Calibration], tokenizer: Any, samples: int | None, length: int | None, seed: int
 ) -> dict[str, Calibration]:
-    """Return the calibration data with each name of a text replaced by the text that is to be read, after checking all names."""
+    """Check all names. Return the calibration data with each source of a text replaced by an unread text."""
     if not isinstance(calibrations, Mapping):
         raise TypeError(f"calibrations: expected a mapping of names to calibration data, got {type(calibrations).__name__}")
     if not calibrations:
-        raise ValueError("calibrations: expected at least one data set, got none")
+        raise ValueError("calibrations: expected at least one dataset, got none")
     for name in calibrations:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"calibrations: expected names of data sets, got {name!r}")
+            raise TypeError(f"calibrations: expected names of datasets, got {name!r}")
     texts = [name for name, calibration in calibrations.items() if is_source(calibration)]
     if samples is not None and not texts:
         raise ValueError(f"samples: expected None, calibrations holds no text to be cut into samples; got {samples!r}")
@@ -197,16 +208,17 @@ def _texts_told(
     return {**calibrations, **{name: as_calibration(calibrations[name], **options) for name in texts}}
 
 
-def _data_sets(
+def _datasets(
     model: nn.Module, method: Method, calibrations: Mapping[str, Calibration], batch_size: int | None
 ) -> dict[str, list[Batch]]:
-    data_sets = {}
+    """Return the batches of each dataset, by name."""
+    datasets = {}
     for name, calibration in calibrations.items():
         try:
-            data_sets[name] = batches_for(model, method, calibration, batch_size)
+            datasets[name] = batches_for(model, method, calibration, batch_size)
         except (ValueError, TypeError) as error:
             raise type(error)(f"calibrations[{name!r}]: {error}") from error
-    return data_sets
+    return datasets
 
 
 def _checked_evaluation(
@@ -216,7 +228,7 @@ def _checked_evaluation(
     length: int,
     tokenizer: Any,
 ) -> Mapping[str, torch.Tensor]:
-    """Return the token ids to evaluate on, those of texts read, every one being checked."""
+    """Return the checked token ids to evaluate on, by dataset. Texts are read."""
     if evaluate is None:
         return {}
     if not isinstance(evaluate, Mapping):
@@ -224,7 +236,7 @@ def _checked_evaluation(
     checked = {}
     for name, ids in evaluate.items():
         if name not in names:
-            raise ValueError(f"evaluate: expected names of data sets ({', '.join(sorted(names))}), got {name!r}")
+            raise ValueError(f"evaluate: expected names of datasets ({', '.join(sorted(names))}), got {name!r}")
         try:
             checked[name] = as_evaluation(ids, tokenizer, length)
             evaluation_windows(model, checked[name], length)
@@ -234,7 +246,7 @@ def _checked_evaluation(
 
 
 def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:
-    weights = [module.weight for linear in plan.linears for module in linear.modules]
+    weights = [module.get_parameter("weight") for linear in plan.linears for module in linear.modules]
     return {
         "method": method.settings(),
         "patterns": {name: str(value) for name, value in plan.patterns.items()},
@@ -242,15 +254,15 @@ def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]
     }
 
 
-def _todo(state: State, data_sets: Mapping[str, list[Batch]], resume: bool) -> list[tuple[str, list[Batch]]]:
-    """The data sets that the state has not taken in yet."""
+def _todo(state: State, datasets: Mapping[str, list[Batch]], resume: bool) -> list[tuple[str, list[Batch]]]:
+    """Return the datasets that the state has not seen yet."""
     if state.under_way and not resume:
         raise ValueError(
-            f"state: {state.folder} holds an unfinished step, {state.seen[-1][0]!r}; pass resume=True (--resume) and that data set to go "
+            f"state: {state.folder} holds an unfinished step, {state.seen[-1][0]!r}; pass resume=True (--resume) and that dataset to go "
             "on, or abandon=True (--abandon) to drop it"
         )
     todo, seen = [], dict(state.seen[: len(state.steps)])
-    for name, batches in data_sets.items():
+    for name, batches in datasets.items():
         if name not in seen:
             todo.append((name, batches))
         elif not resume:

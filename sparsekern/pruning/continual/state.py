@@ -1,9 +1,9 @@
-"""The state of a continual run: the dense weights, what was learned of each dataset and their names. No data.
+"""The state of a continual run: the dense weights, and the names and statistics of each dataset. It holds no data.
 
 `state.json` names the datasets seen and their perplexities. `dense-00003.safetensors` holds the dense weights of block 3.
-`step-0002-00003.safetensors` holds its weights after the second dataset, the totals until then, and the digests of that dataset and of
+`step-0002-00003.safetensors` holds its weights after the second dataset, the totals so far, and the digests of that dataset and of
 the run's settings. Every file appears by an atomic rename and never changes. The files of a step are removed once the next one is in
-`state.json`. A call holds the lock `.lock` while it lasts, so that no other call works on the state.
+`state.json`. A call holds the lock `.lock` throughout, so that no other call works on the state.
 """
 
 from __future__ import annotations
@@ -32,18 +32,28 @@ WEIGHT, MEMORY = "weight/", "memory/"
 
 
 class State:
-    """The steps that are done, the unfinished one if there is one, and the store of their blocks."""
+    """The finished steps, the unfinished step if there is one, and the store of their blocks.
+
+    Attributes:
+        folder: None keeps everything in memory.
+        store: the blocks.
+        settings: settings of the run; empty in a new state.
+        dense: perplexities of the dense model, by dataset.
+        evaluation: by dataset, the digest and the length of the windows that perplexities are taken on.
+        steps: the finished steps.
+        seen: name and digest of each dataset; one more than `steps` while a step is under way.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.store: Store = InMemory() if folder is None else InFolder(folder, "state", REMEDY)
         self.settings: dict[str, object] = {}
         self.dense: dict[str, float] = {}
-        self.evaluation: dict[str, list] = {}  # by data set, digest and window length of what its perplexities are taken on
+        self.evaluation: dict[str, list] = {}
         self.steps: list[ContinualStep] = []
-        self.seen: list[list[str]] = []  # name and digest of each data set; one more than `steps` while a step is under way
+        self.seen: list[list[str]] = []
         if folder is not None and (folder / STATE).exists():
-            self._read()
+            self._read(folder / STATE)
 
     @classmethod
     @contextmanager
@@ -71,27 +81,29 @@ class State:
 
     @property
     def is_new(self) -> bool:
+        """True if no run has used the state."""
         return not self.settings
 
     @property
     def under_way(self) -> bool:
+        """True if there is an unfinished step."""
         return len(self.seen) > len(self.steps)
 
     def write(self) -> None:
+        """Write `state.json`, if there is a folder."""
         if self.folder is not None:
             steps = [asdict(step) for step in self.steps]
             whole = {"format": FORMAT, "settings": self.settings, "dense": self.dense, "evaluation": self.evaluation}
             whole |= {"steps": steps, "seen": self.seen}
             write_atomically(self.folder / STATE, json.dumps(whole, indent=1).encode())
 
-    def _read(self) -> None:
-        path = self.folder / STATE
+    def _read(self, path: Path) -> None:
         try:
             found = json.loads(path.read_bytes())
             version = found["format"]
             if version == FORMAT:
                 self.settings, self.dense = dict(found["settings"]), dict(found["dense"])
-                self.evaluation = dict(found.get("evaluation", {}))  # an older state has none, and takes what it is given next
+                self.evaluation = dict(found.get("evaluation", {}))  # an older state has none
                 self.seen = [[name, digest] for name, digest in found["seen"]]
                 self.steps = [ContinualStep.from_dict(step) for step in found["steps"]]
         except (ValueError, KeyError, TypeError) as error:
@@ -132,25 +144,26 @@ class State:
 
     def step(self, number: int) -> StepFiles:
         """Return the files of step `number`, counted from 1, which may be unfinished."""
-        return StepFiles(self.store, f"step-{number:04d}-", *self.seen[number - 1], self.settings)
+        name, digest = self.seen[number - 1]
+        return StepFiles(self.store, f"step-{number:04d}-", name, digest, self.settings)
 
 
 class StepFiles:
-    """The finished blocks of one step, each with what was learned of it until then."""
+    """The finished blocks of one step, each with its totals so far."""
 
     def __init__(self, store: Store, prefix: str, name: str, digest: str, settings: dict) -> None:
         """Take the blocks of a step from a store.
 
         Args:
-            store: where they are kept.
-            prefix: of their names.
-            name: that of the step's dataset.
-            digest: that of its tokens.
-            settings: those of the run; its `patterns` say what each linear is pruned to.
+            store: holds the blocks.
+            prefix: prefix of their names in the store.
+            name: name of the step's dataset.
+            digest: digest of the dataset's tokens.
+            settings: settings of the run, whose `patterns` are those of each linear.
         """
         self.store, self.prefix, self.name = store, prefix, name
         self.origin = {"data": digest, "run": digest_of(settings)}
-        self.patterns = settings.get("patterns", {})
+        self.patterns: dict[str, str] = settings.get("patterns", {})
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write the result of block `index`."""
@@ -182,7 +195,7 @@ class StepFiles:
         """Return the weights of block `index` of a finished step.
 
         Raises:
-            ValueError: as `load`, and where the file is missing.
+            ValueError: see `load`; also the file is missing.
         """
         found = self.load(index, linears)
         if found is None:
@@ -214,7 +227,7 @@ class StepFiles:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.store.place(name)} is damaged ({error}); {REMEDY}") from error
         if origin.get("data") != self.origin["data"]:
-            raise ValueError(f"state: expected {name} to be of {self.name!r}, got that of another data set")
+            raise ValueError(f"state: expected {name} to be of {self.name!r}, got that of another dataset")
         if origin.get("run", self.origin["run"]) != self.origin["run"]:
             raise ValueError(f"state: expected {name} to be of this run, got that of one with other settings")
         return tensors, layers

@@ -1,1 +1,1 @@
-"""The whole model in steps: prune a little, train, prune more."""
+"""Gradual pruning: the whole model in steps, with training after each."""

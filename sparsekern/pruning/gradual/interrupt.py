@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupt_deferred() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C within only make the yielded function return True; the second interrupts as usual.
+    """Let the first Ctrl-C within only make the yielded function return True. The second interrupts as usual.
 
-    Signals reach only the main thread; in any other one, and where Ctrl-C is ignored (jobs in the background), nothing is changed.
+    Signals reach only the main thread. In any other thread, and in background jobs, which ignore Ctrl-C, nothing is changed.
     """
     asked, before = False, signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

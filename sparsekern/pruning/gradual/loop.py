@@ -1,4 +1,4 @@
-"""The loop of `Gradual`: prune a little, train, prune more; a killed run is resumed with the same numbers."""
+"""The loop of `Gradual`: prune in steps and train after each. A killed run is resumed with the same numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import nn
 
 from ...methods import Gradual
 from ...models import Linear
-from ...reports.report import LayerReport
+from ...pattern import Pattern
+from ...reports import LayerReport, Report
 from ...training.keep_sparsity import SparsityKeeper
 from ..batches import Batch
+from ..checkpoint import Checkpoint
 from ..plan import Plan, Request, plan_linears, planned_blocks
 from ..run import Loop, RunContext
 from ..seeds import derived_seed, seeded, torch_seeded
@@ -24,14 +26,13 @@ from .training_state import TrainingState
 PROBE_TOKENS = 8
 
 
-class GradualLoop(Loop):
+class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
     """The loop of `GradualMethod`."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext[Plan, Gradual, Report, Checkpoint]) -> None:
         super().__init__(context)
-        self.model, self.plan, self.bar = context.model, context.plan, context.progress
-        self.method: Gradual = context.method
-        self.batches = [batch for batch in context.batches or () if _predicted(batch)]
+        self.model, self.bar = context.model, context.progress
+        self.batches = [batch for batch in context.batches if _predicted(batch)]
         self.state = TrainingState(context.checkpoint, context.model)
 
     @classmethod
@@ -63,7 +64,7 @@ class GradualLoop(Loop):
                         self._train(step, keeper, autocast, interrupted)
                     with clock.phase("write"):
                         self.state.finish_step(step)
-                masks = None  # they were those of a step that had begun
+                masks = None  # only the step that had begun has masks to resume with
                 if interrupted():  # outside of training, or while the step was being stored
                     raise KeyboardInterrupt
         if self.method.trains:
@@ -74,7 +75,8 @@ class GradualLoop(Loop):
                 self.bar.layer_done(layer)
 
     def _prune(self, step: int) -> None:
-        criterion, patterns = self.method.criterion, {}
+        criterion = self.method.chooser
+        patterns: dict[str, Pattern] = {}
         for name, pattern in self.plan.patterns.items():
             if (reached := self.method.pattern_after(step, pattern)) is not None:
                 patterns[name] = reached
@@ -137,9 +139,10 @@ class GradualLoop(Loop):
         return float(total)
 
     def _batches_of_steps(self, step: int) -> list[list[int]]:
-        """Return the indices of the batches of each optimizer step of pruning step `step`; an epoch shuffles and ends a step."""
+        """Return the batch indices of each optimizer step of pruning step `step`. Each epoch is shuffled, and its end ends a step."""
         generator = torch.Generator().manual_seed(derived_seed(self.context.seed, f"order {step}"))
-        wanted, steps, epochs = self.method.train_steps, [], 0
+        wanted, epochs = self.method.train_steps, 0
+        steps: list[list[int]] = []
         while len(steps) < wanted if wanted is not None else epochs < self.method.epochs:
             gathered: list[int] = []
             for index in torch.randperm(len(self.batches), generator=generator).tolist():
@@ -154,11 +157,11 @@ class GradualLoop(Loop):
 
     def _layer_report(self, linear: Linear) -> LayerReport:
         zeros = linear.weight.numel() - int(torch.count_nonzero(linear.weight))
-        return LayerReport(linear.name, str(self.plan.patterns[linear.name]), tuple(linear.weight.shape), zeros, None, 0.0)
+        return LayerReport(linear.name, str(self.plan.patterns[linear.name]), linear.shape, zeros, None, 0.0)
 
 
 def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
-    """Raise unless `model` predicts next tokens and can be trained, and `batches` hold something to predict.
+    """Raise unless `model` predicts next tokens and can be trained, and `batches` hold tokens to predict.
 
     Raises:
         ValueError: no parameter requires a gradient, or one that does is not finite; every sample is shorter than two tokens; the
@@ -176,12 +179,12 @@ def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
     ids = batch.inputs["input_ids"][:1, :PROBE_TOKENS]
     other = ids.clone()
     other[:, -1] = (ids[:, -1] == 0).to(ids.dtype)  # token 1 instead of 0, 0 instead of any other
-    logits = [getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other)]
-    if logits[0] is None or logits[0].dim() != 3 or logits[0].shape[:2] != ids.shape:
+    logits, changed = (getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other))
+    if logits is None or changed is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(
             f"model: Gradual trains causal language models, but {type(model).__name__} returns no logits for each token"
         )
-    if not torch.allclose(logits[0][:, :-1], logits[1][:, :-1], rtol=1e-3, atol=1e-4):
+    if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-4):
         raise ValueError(
             f"model: Gradual trains causal language models, but in {type(model).__name__} the logits of a token change with those behind it"
         )
@@ -196,7 +199,7 @@ def _not_finite(model: nn.Module) -> str | None:
 
 
 def _predicted(batch: Batch) -> int:
-    """Return how many tokens of a batch are predicted: real ones behind a real one."""
+    """Return the number of tokens of a batch that are predicted: real tokens behind a real token."""
     mask = _target_mask(batch)
     samples, length = batch.shape
     return samples * max(length - 1, 0) if mask is None else int(mask.sum())
@@ -228,7 +231,7 @@ def _rate_share(index: int, steps: int, warmup: float) -> float:
 
 @contextmanager
 def _float32_masters(model: nn.Module) -> Iterator[torch.autocast]:
-    """Make parameters float32 within and round them back on leaving; yield the autocast under which they compute in bfloat16."""
+    """Make parameters float32 within, and round them back afterwards. Yield an autocast that lets them compute in bfloat16."""
     dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)}
     device = next(model.parameters()).device.type
     for parameter in dtypes:

@@ -16,7 +16,7 @@ NAME = "training"
 WEIGHT, MASK = "weight/", "mask/"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 LEAST_SECONDS = 60.0  # between two writes
-MOST_SHARE = 0.05  # of the time may go to writing
+MOST_SHARE = 0.05  # of the time is spent on writing
 
 
 class TrainingState:
@@ -39,23 +39,25 @@ class TrainingState:
         """Give the model the weights of the checkpoint, where it holds any.
 
         Returns:
-            The number of pruning steps that are done, and the masks of the one in which the run was killed, by linear name (None
-            where it was killed between two).
+            The number of pruning steps that are done, and the masks by linear name of the step in which the run was killed. The
+            masks are None if it was killed between two steps.
 
         Raises:
             ValueError: the file is damaged, of another run, or holds another model's weights, NaN or Inf. The model is unchanged then.
         """
-        found = self._checkpoint.get(NAME) if self._checkpoint else None
-        if found is None:
+        checkpoint = self._checkpoint
+        found = checkpoint.get(NAME) if checkpoint else None
+        if checkpoint is None or found is None:
             return 0, None
         tensors, note = found
-        where = self._checkpoint.store.place(NAME)
+        where = checkpoint.store.place(NAME)
         check_finite_tensors(where, {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)})
         try:
             done, steps_done, curve = note["done"], note["steps_done"], list(note["curve"])
         except (KeyError, TypeError) as error:
-            raise self._checkpoint.damaged(NAME, error) from error
-        self._check_specs(tensors)
+            raise checkpoint.damaged(NAME, error) from error
+        if problem := self._mismatch(tensors):
+            raise checkpoint.damaged(NAME, problem)
         self.steps_done, self.curve = steps_done, curve
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors.pop(WEIGHT + name))
@@ -63,24 +65,25 @@ class TrainingState:
         self._moments = {name: tensor for name, tensor in tensors.items() if not name.startswith(MASK)}
         return done, masks or None
 
-    def _check_specs(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raise `ValueError` unless the tensors are weights, moments and masks of this model."""
+    def _mismatch(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Return why the tensors are not weights, moments and masks of this model, or None if they are."""
         for name in self._parameters:
             if WEIGHT + name not in tensors:
-                raise self._checkpoint.damaged(NAME, f"{WEIGHT}{name} is missing")
+                return f"{WEIGHT}{name} is missing"
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "mask":
                 if tensor.dtype != torch.bool:
-                    raise self._checkpoint.damaged(NAME, f"{key} is no mask")
+                    return f"{key} is no mask"
                 continue
             parameter = self._parameters.get(name)
             if parameter is None or (kind != "step" and tensor.shape != parameter.shape):
-                raise self._checkpoint.damaged(NAME, f"{key} of shape {tuple(tensor.shape)} is not of this model")
+                return f"{key} of shape {tuple(tensor.shape)} is not of this model"
             if kind == "weight" and tensor.dtype != parameter.dtype:
-                raise self._checkpoint.damaged(NAME, f"{key} is {tensor.dtype}, expected {parameter.dtype}")
+                return f"{key} is {tensor.dtype}, expected {parameter.dtype}"
             if kind not in ("weight", *MOMENTS):
-                raise self._checkpoint.damaged(NAME, f"{key} is none of its tensors")
+                return f"{key} is none of its tensors"
+        return None
 
     def restore_optimizer(self, optimizer: torch.optim.AdamW) -> None:
         """Give `optimizer` the moments that `load` found."""
@@ -95,24 +98,33 @@ class TrainingState:
     def save_now_and_then(
         self, step: int, steps_done: int, optimizer: torch.optim.AdamW, keeper: SparsityKeeper, *, now: bool
     ) -> None:
-        """Write everything where the last write is long enough ago for the time that writing takes, or `now`."""
+        """Write everything if the last write was long enough ago for the time that writing takes.
+
+        Args:
+            step: the current pruning step.
+            steps_done: its finished optimizer steps.
+            optimizer: holds the moments.
+            keeper: holds the masks.
+            now: write in any case.
+        """
         self.steps_done = steps_done
-        if self._checkpoint and (now or time.monotonic() - self._written > max(LEAST_SECONDS, self._cost / MOST_SHARE)):
-            names = {parameter: name for name, parameter in self._parameters.items()}
+        checkpoint = self._checkpoint
+        if checkpoint and (now or time.monotonic() - self._written > max(LEAST_SECONDS, self._cost / MOST_SHARE)):
+            names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
             moments = {f"{m}/{names[p]}": state[m] for p, state in optimizer.state.items() for m in MOMENTS}
             masks = {MASK + name: mask for name, mask in keeper.masks.items()}
-            self._write(step - 1, {**moments, **masks})
+            self._write(checkpoint, step - 1, {**moments, **masks})
 
     def finish_step(self, step: int) -> None:
         """Write the weights after pruning step `step`."""
         self.steps_done = 0
         if self._checkpoint:
-            self._write(step, {})
+            self._write(self._checkpoint, step, {})
 
-    def _write(self, done: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _write(self, checkpoint: Checkpoint, done: int, tensors: Mapping[str, torch.Tensor]) -> None:
         start = time.monotonic()
         weights = {WEIGHT + name: parameter for name, parameter in self._parameters.items()}
         note = {"done": done, "steps_done": self.steps_done, "curve": self.curve}
-        self._checkpoint.put(NAME, {**tensors, **weights}, note)
+        checkpoint.put(NAME, {**tensors, **weights}, note)
         self._written = time.monotonic()
         self._cost = self._written - start

@@ -1,1 +1,1 @@
-"""Whole heads and neurons of an encoder: each sub-layer is decided, fitted and left behind."""
+"""Removal of whole heads and neurons of an encoder, one sub-layer after another."""

@@ -1,7 +1,7 @@
-"""The loop of removal: sub-layers bottom to top, each decided, fitted and then left behind.
+"""The loop of removal: the units of each sub-layer are chosen, bottom to top, and its output projection is fitted.
 
-What is in front of the current sub-layer is never run again: its output is stored for every calibration batch, once as the pruned
-model has it and once as the dense model would. The model itself is cut at the very end, so a run that fails leaves it unchanged.
+The sub-layers in front of the current one are never run again. Their output is stored for every calibration batch, once for the
+pruned model and once for the dense model. The model itself is cut at the very end, so a run that fails leaves it unchanged.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ..._warnings import warnings_about
 from ...methods.kprune import KPrune, predictive_knowledge, search, tuned_projection
 from ...models.encoder import Chain, Encoder, SubLayer
 from ...models.units import keep_units, record_units, recorded_units
-from ...reports.removal import RemovalReport, SubLayerReport
+from ...reports import RemovalReport, SubLayerReport
 from ..batches import Batch
+from ..checkpoint import Checkpoint
 from ..plan import Request, check_device, check_finite
 from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext
@@ -31,9 +32,9 @@ def encoder_to_cut(model: nn.Module) -> Encoder:
     """Return the sub-layers of `model`, whose weights are on one device and finite.
 
     Raises:
-        ValueError: a model that is no encoder of the known make, or was cut before.
+        ValueError: the model is no encoder of a known family, or was cut before.
     """
-    if recorded_units(getattr(model, "config", None)):  # of which `Encoder` might not know the blocks again
+    if recorded_units(getattr(model, "config", None)):  # `Encoder` might not recognise its blocks
         raise ValueError(
             "model: expected a model with all its heads and neurons, got one that was cut before; start from the dense one"
         )
@@ -46,17 +47,27 @@ def encoder_to_cut(model: nn.Module) -> Encoder:
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of one head and one neuron, in units of the budget."""
+    """The costs of one head and one neuron, in units of the budget.
+
+    Attributes:
+        heads: the cost of one head.
+        neurons: the cost of one neuron.
+    """
 
     heads: float
     neurons: float
 
     @classmethod
     def of(cls, encoder: Encoder, batches: list[Batch], budget: str) -> Costs:
-        """Return the costs; FLOPs are those of the matrix products, two for a multiplication and an addition, a sample on average.
+        """Return the costs. FLOPs are those of the matrix products of a mean sample, two for a multiplication and an addition.
 
-        A head of `c` channels has four projections between `d` and `c` and two products of `n` queries with `n` keys:
-        `8 d c n + 4 n^2 c`. A neuron has two weights for each of `d`: `4 d n`.
+        A head of `c` channels has four projections between `d` and `c`, and two products of `n` queries with `n` keys:
+        `8 d c n + 4 n^2 c`. A neuron has two weights for each of `d` hidden channels: `4 d n`.
+
+        Args:
+            encoder: the encoder.
+            batches: the calibration data, whose sample lengths are counted.
+            budget: `"flops"` or `"parameters"`.
         """
         head = encoder.sublayers[0]
         hidden, channels = head.out.out_features, head.head_size
@@ -67,19 +78,21 @@ class Costs:
         return cls(8 * hidden * channels * n + 4 * squares * channels, 4 * hidden * n)
 
     def unit(self, sublayer: SubLayer) -> float:
+        """Return the cost of one unit of a sub-layer."""
         return getattr(self, sublayer.kind)
 
     def total(self, encoder: Encoder) -> float:
+        """Return the cost of all units of an encoder."""
         return sum(sublayer.units * self.unit(sublayer) for sublayer in encoder.sublayers)
 
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """What is removed from an encoder.
+    """The plan of a removal.
 
     Attributes:
-        encoder: its sub-layers.
-        costs: what one head and one neuron take of the budget.
+        encoder: the sub-layers of the model.
+        costs: the costs of one head and one neuron.
         remaining: the budget that may be kept.
     """
 
@@ -94,7 +107,7 @@ class RemovalPlan:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the result depends on besides method, seed, calibration and model; JSON can hold it."""
+        """The settings of the result besides method, seed, calibration and model: none."""
         return {}
 
 
@@ -103,9 +116,9 @@ class Cut:
     """The result of one sub-layer.
 
     Attributes:
-        kept: the indices of the units that stay.
-        weight: of the output projection that reads them.
-        bias: of that projection.
+        kept: indices of the units that remain.
+        weight: weight of the output projection that reads them.
+        bias: bias of that projection.
     """
 
     kept: torch.Tensor
@@ -115,7 +128,17 @@ class Cut:
 
 @dataclass
 class _Stored:
-    """A calibration batch in front of the current sub-layer, and the answers of the dense model."""
+    """A calibration batch in front of the current sub-layer, and the answers of the dense model.
+
+    Attributes:
+        batch: the batch.
+        attention_mask: the mask that the blocks are given; None for none.
+        answers: answers of the dense model.
+        probes: random probes at these answers, see `Objective.probes`.
+        student: hidden states of the pruned model.
+        teacher: hidden states of the dense model.
+        target: residual stream of the dense model behind the current sub-layer; None until it is needed.
+    """
 
     batch: Batch
     attention_mask: torch.Tensor | None
@@ -123,22 +146,20 @@ class _Stored:
     probes: Answers
     student: torch.Tensor
     teacher: torch.Tensor
-    target: torch.Tensor | None = None  # the residual stream behind the current sub-layer, as the dense model has it
+    target: torch.Tensor | None = None
 
 
-class RemovalLoop(Loop):
+class RemovalLoop(Loop[RemovalPlan, KPrune, RemovalReport, Checkpoint]):
     """The loop of `RemovalMethod`."""
 
     REPORT = RemovalReport
+    chain: Chain  # both are set by `run`
+    objective: Objective
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext[RemovalPlan, KPrune, RemovalReport, Checkpoint]) -> None:
         super().__init__(context)
-        self.plan: RemovalPlan = context.plan
-        self.method: KPrune = context.method
         self.encoder, self.sublayers, self.costs = self.plan.encoder, self.plan.encoder.sublayers, self.plan.costs
         self.remaining, self.notices = self.plan.remaining, Notices()
-        self.chain: Chain | None = None
-        self.objective: Objective | None = None
         self.stored: list[_Stored] = []
 
     @classmethod
@@ -158,10 +179,14 @@ class RemovalLoop(Loop):
         report, before = self.context.report, self._sizes()
         cuts = self._decide_all()
         _apply(self.encoder, cuts)
-        report.flops, report.parameters, report.model_parameters = zip(before, self._sizes(), strict=True)
+        after = self._sizes()
+        report.flops = before[0], after[0]
+        report.parameters = before[1], after[1]
+        report.model_parameters = before[2], after[2]
 
     def _decide_all(self) -> list[Cut]:
-        cuts, clock = [], self.context.clock
+        cuts: list[Cut] = []
+        clock = self.context.clock
         with self.encoder.opened(self.context.batches[0].inputs) as self.chain:
             with clock.phase("capture"):
                 self._capture()
@@ -185,17 +210,18 @@ class RemovalLoop(Loop):
 
     def _capture(self) -> None:
         generator = torch.Generator().manual_seed(self.context.seed)
-        for batch in self.context.batches:
+        for index, batch in enumerate(self.context.batches):
             output = self.chain.run(batch.inputs)
-            if self.objective is None:
+            if not index:
                 self.objective = Objective.choose(self.method.objective, self.method.temperature, output, self.encoder.model.config)
             answers = self.objective.answers(output, batch)
             probes = self.objective.probes(answers, batch, generator)
             embedded = self.chain.embedded
+            assert embedded is not None  # the run has set it
             self.stored.append(_Stored(batch, self.chain.attention_mask, answers, probes, embedded, embedded))
 
     def _sizes(self) -> tuple[float, int, int]:
-        """Return FLOPs and parameters of the heads and neurons, and all parameters of the model."""
+        """Return the FLOPs and the parameters of the heads and neurons, and the parameters of the model."""
         costs = (Costs.of(self.encoder, self.context.batches, budget) for budget in ("flops", "parameters"))
         flops, parameters = (cost.total(self.encoder) for cost in costs)
         return flops, int(parameters), sum(parameter.numel() for parameter in self.context.model.parameters())
@@ -236,11 +262,11 @@ class RemovalLoop(Loop):
         return scores
 
     def _gradients(self, index: int, stored: _Stored) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """Return the features of all sub-layers from `index` on, and the gradients of the samples' objective by them."""
+        """Return the features of all sub-layers from `index` on, and the objective's gradients with respect to them."""
         found: list[torch.Tensor] = []
 
         def visit(place: int, features: torch.Tensor) -> torch.Tensor:
-            if place == index:  # nothing below it is to be differentiated
+            if place == index:  # the sub-layers below are not differentiated
                 features = features.detach().requires_grad_()
             found.append(features)
             return features
@@ -280,7 +306,7 @@ class RemovalLoop(Loop):
         return Cut(cut.kept, *tuned_projection(cut.weight, cut.bias, gram, cross, self.method.ridge))
 
     def _advance(self, sublayer: SubLayer, cut: Cut) -> float:
-        """Move student and teacher behind the sub-layer; return their relative squared distance before the LayerNorm."""
+        """Move student and teacher behind the sub-layer. Return their relative squared distance before the LayerNorm."""
         error = energy = 0.0
         for stored in self.stored:
             target = self._target(sublayer, stored)
@@ -303,7 +329,7 @@ class RemovalLoop(Loop):
     def _restore(self, index: int) -> tuple[Cut, SubLayerReport] | None:
         checkpoint = self.context.checkpoint
         found = checkpoint.read(index, SubLayerReport.from_dict) if checkpoint else None
-        if found is None:
+        if checkpoint is None or found is None:
             return None
         tensors, layers = found
         sublayer = self.sublayers[index]
@@ -314,9 +340,11 @@ class RemovalLoop(Loop):
 
 
 def _is_cut_of(sublayer: SubLayer, tensors: Mapping[str, torch.Tensor], layer: SubLayerReport) -> bool:
-    """Return whether the tensors of a checkpoint are a `Cut` of this sub-layer, as its report says."""
-    out, kept = sublayer.out, tensors.get("kept")
-    if tensors.keys() != {"kept", "weight", "bias"} or kept.dtype != torch.int64 or kept.dim() != 1:
+    """Return whether the tensors of a checkpoint are a `Cut` of this sub-layer that agrees with its report."""
+    if tensors.keys() != {"kept", "weight", "bias"}:
+        return False
+    out, kept = sublayer.out, tensors["kept"]
+    if kept.dtype != torch.int64 or kept.dim() != 1:
         return False
     if (layer.name, layer.kind, layer.units, layer.kept) != (sublayer.name, sublayer.kind, sublayer.units, len(kept)):
         return False
@@ -354,7 +382,7 @@ def _check_samples(batches: list[Batch]) -> None:
 def _remaining(encoder: Encoder, costs: Costs, share: float) -> float:
     total, dearest = costs.total(encoder), max(costs.heads, costs.neurons)
     remaining = (1 - share) * total
-    if remaining < dearest:  # or else the one that is worth most might be one that cannot be kept
+    if remaining < dearest:  # otherwise the unit of the highest score might not fit
         most = 1 - dearest / total
         raise ValueError(f"KPrune.remove: a share of {share:g} leaves nothing of this model, expected at most {most:.6g}")
     return remaining

@@ -1,8 +1,11 @@
-"""What a pruned encoder is to keep: its answers, compared sample by sample with those of the dense one."""
+"""The objective of a removal: the answers of the pruned encoder, compared sample by sample with those of the dense one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +19,26 @@ Answers = tuple[torch.Tensor, ...]
 class Objective:
     """A distance between the answers of student and teacher.
 
-    `kind` is `"kl"`, `"mse"`, `"cosine"` or `"embedding"`, see `KPrune`; `temperature` is that of the softmaxes of `"kl"`.
+    Attributes:
+        kind: `"kl"`, `"mse"`, `"cosine"` or `"embedding"`, see `KPrune`.
+        temperature: temperature of the softmaxes of `"kl"`.
     """
 
     kind: str
     temperature: float
 
     @classmethod
-    def choose(cls, kind: str, temperature: float, output: object, config) -> Objective:
-        """Return the objective `kind` for a model with such an output; `"auto"` goes by its head, if it has one.
+    def choose(cls, kind: str, temperature: float, output: Any, config: Any) -> Objective:
+        """Return the objective `kind` for a model.
+
+        Args:
+            kind: see `KPrune.objective`; `"auto"` follows the model's head, if it has one.
+            temperature: see `KPrune.temperature`.
+            output: an output of the model, of the class that transformers defines for its head.
+            config: the model's config.
 
         Raises:
-            ValueError: the output does not have what `kind` compares.
+            ValueError: the output lacks the answers that `kind` compares.
         """
         has_logits = bool(_logits(output))
         if kind == "auto":
@@ -42,8 +53,8 @@ class Objective:
             )
         return cls(kind, temperature)
 
-    def answers(self, output: object, batch: Batch) -> Answers:
-        """Return what is compared, float32: logits `[samples, classes]` (or a row a token), or embeddings `[samples, hidden]`."""
+    def answers(self, output: Any, batch: Batch) -> Answers:
+        """Return the answers in float32: logits `[samples, classes]` (or one row a token), or embeddings `[samples, hidden]`."""
         if self.kind in ("cosine", "embedding"):
             pooled = mean_pooled(output.last_hidden_state.float(), batch)
             return (F.normalize(pooled, dim=-1) if self.kind == "cosine" else pooled,)
@@ -53,19 +64,19 @@ class Objective:
         return logits
 
     def loss(self, student: Answers, teacher: Answers, batch: Batch) -> torch.Tensor:
-        """Return the loss of each sample, `[samples]`; several answers are averaged, and so are tokens that each have one."""
-        return sum(self._loss(s, t, batch) for s, t in zip(student, teacher, strict=True)) / len(student)
+        """Return the loss of each sample, `[samples]`. Several answers are averaged, and so are the answers of several tokens."""
+        return _sum(self._loss(s, t, batch) for s, t in zip(student, teacher, strict=True)) / len(student)
 
     def probed(self, student: Answers, probes: Answers) -> torch.Tensor:
         """Return a scalar whose squared gradient estimates the diagonal of the loss Hessian (Hutchinson probe).
 
-        That is: its squared derivative by a parameter has the second derivative of the sample's loss as its expectation, if student
-        and teacher agree.
+        If student and teacher agree, the squared derivative with respect to a parameter has the second derivative of the sample's
+        loss as its expectation.
         """
-        return sum((s * v).sum() for s, v in zip(student, probes, strict=True))
+        return _sum((s * v).sum() for s, v in zip(student, probes, strict=True))
 
     def probes(self, answers: Answers, batch: Batch, generator: torch.Generator) -> Answers:
-        """Return, for each answer `z` of the teacher, a random `v` with `E[v v^T] = d^2 loss / dz^2` at `z`, drawn sample by sample."""
+        """Return a random `v` with `E[v v^T] = d^2 loss / dz^2` for each answer `z` of the teacher, drawn sample by sample."""
         drawn = []
         for value in answers:
             probe = torch.zeros_like(value)
@@ -78,7 +89,7 @@ class Objective:
         return tuple(drawn)
 
     def _loss(self, student: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if student.shape != teacher.shape:  # or one would be broadcast against the other
+        if student.shape != teacher.shape:  # one would be broadcast against the other
             raise ValueError(f"student: expected answers of shape {tuple(teacher.shape)}, got {tuple(student.shape)}")
         if self.kind == "kl":
             own, target = (F.log_softmax(value / self.temperature, -1) for value in (student, teacher))
@@ -90,7 +101,7 @@ class Objective:
         return rows if rows.dim() == 1 else _mean_over_tokens(rows[..., None], batch)[:, 0]
 
     def _probe(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if self.kind == "kl":  # the Fisher information: the score of an answer that the teacher itself draws
+        if self.kind == "kl":  # for the Fisher information: the score of an answer drawn from the teacher
             p = F.softmax(rows / self.temperature, -1)
             threshold = torch.rand(*rows.shape[:-1], 1, generator=generator)
             answer = torch.searchsorted(p.cumsum(-1), threshold).clamp_(max=rows.shape[-1] - 1)
@@ -111,11 +122,15 @@ def _mean_over_tokens(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (values * weight).sum(1) / weight.sum(1)
 
 
+def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.add, values)
+
+
 def _rows(value: torch.Tensor, sample: int, batch: Batch) -> torch.Tensor | slice:
     return batch.token_mask[sample] if value.dim() == 3 and batch.token_mask is not None else slice(None)
 
 
-def _logits(output: object) -> Answers:
+def _logits(output: Any) -> Answers:
     if getattr(output, "start_logits", None) is not None:
         return output.start_logits, output.end_logits
     logits = getattr(output, "logits", None)
