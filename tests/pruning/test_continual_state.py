@@ -184,6 +184,28 @@ def test_a_state_that_is_none(tmp_path):
         run(COPAL(), "a", state=tmp_path / "other" / "notes.txt")
 
 
+def test_a_damaged_block_of_an_unfinished_step_is_done_again(tmp_path, monkeypatch):
+    whole, _ = run(COPAL(), "ab")
+
+    def killing(self, index, result, save=StepFiles.save):
+        save(self, index, result)
+        if (self.name, index) == ("b", 1):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StepFiles, "save", killing)
+        run(COPAL(), "ab", state=tmp_path)
+    block, other = tmp_path / "step-0002-00001.safetensors", tmp_path / "step-0001-00001.safetensors"
+    for content in (block.read_bytes()[:100], other.read_bytes()):
+        block.write_bytes(content)
+        for names, more in (("ab", {"resume": True}), ("c", {"abandon": True})):
+            with pytest.raises(ValueError, match="step-0002-00001.* remove it to do its part of the step again"):
+                run(COPAL(), names, state=tmp_path, **more)
+    block.unlink()
+    model, _ = run(COPAL(), "ab", state=tmp_path, resume=True)
+    assert same(model, weights(whole))
+
+
 def test_damaged_states(tmp_path):
     run(COPAL(), "a", state=tmp_path)
     state, block = tmp_path / "state.json", tmp_path / "step-0001-00001.safetensors"

@@ -28,6 +28,7 @@ from ..store import InFolder, InMemory, Store, check_finite_tensors, check_prune
 STATE, LOCK = "state.json", ".lock"
 FORMAT = 1
 REMEDY = "the state cannot be continued"
+REMEDY_UNFINISHED = "remove it to do its part of the step again"
 WEIGHT, MEMORY = "weight/", "memory/"
 
 
@@ -47,6 +48,7 @@ class State:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.store: Store = InMemory() if folder is None else InFolder(folder, "state", REMEDY)
+        self._unfinished: Store = self.store if folder is None else InFolder(folder, "state", REMEDY_UNFINISHED)
         self.settings: dict[str, object] = {}
         self.dense: dict[str, float] = {}
         self.evaluation: dict[str, list] = {}
@@ -145,13 +147,14 @@ class State:
     def step(self, number: int) -> StepFiles:
         """Return the files of step `number`, counted from 1, which may be unfinished."""
         name, digest = self.seen[number - 1]
-        return StepFiles(self.store, f"step-{number:04d}-", name, digest, self.settings)
+        store, remedy = (self.store, REMEDY) if number <= len(self.steps) else (self._unfinished, REMEDY_UNFINISHED)
+        return StepFiles(store, f"step-{number:04d}-", name, digest, self.settings, remedy)
 
 
 class StepFiles:
     """The finished blocks of one step, each with its totals so far."""
 
-    def __init__(self, store: Store, prefix: str, name: str, digest: str, settings: dict) -> None:
+    def __init__(self, store: Store, prefix: str, name: str, digest: str, settings: dict, remedy: str) -> None:
         """Take the blocks of a step from a store.
 
         Args:
@@ -160,8 +163,9 @@ class StepFiles:
             name: name of the step's dataset.
             digest: digest of the dataset's tokens.
             settings: settings of the run, whose `patterns` are those of each linear.
+            remedy: what to do about a damaged file; messages end with it.
         """
-        self.store, self.prefix, self.name = store, prefix, name
+        self.store, self.prefix, self.name, self.remedy = store, prefix, name, remedy
         self.origin = {"data": digest, "run": digest_of(settings)}
         self.patterns: dict[str, str] = settings.get("patterns", {})
 
@@ -225,11 +229,11 @@ class StepFiles:
             layers = [LayerReport.from_dict(layer) for layer in note["layers"]]
             origin = {key: note[key] for key in self.origin if key in note}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.store.place(name)} is damaged ({error}); {REMEDY}") from error
+            raise ValueError(f"{self.store.place(name)} is damaged ({error}); {self.remedy}") from error
         if origin.get("data") != self.origin["data"]:
-            raise ValueError(f"state: expected {name} to be of {self.name!r}, got that of another dataset")
+            raise ValueError(f"state: expected {name} to be of {self.name!r}, got that of another dataset; {self.remedy}")
         if origin.get("run", self.origin["run"]) != self.origin["run"]:
-            raise ValueError(f"state: expected {name} to be of this run, got that of one with other settings")
+            raise ValueError(f"state: expected {name} to be of this run, got that of one with other settings; {self.remedy}")
         return tensors, layers
 
     def _name(self, index: int) -> str:
