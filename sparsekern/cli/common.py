@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ..data import evaluation_ids, perplexity
-from ..methods import Method
 from ..models.limits import window_length
 from ..models.load import load, load_tokenizer
 from ..pattern import NM
@@ -55,12 +54,6 @@ def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
 def load_tokenizer_of(arguments: argparse.Namespace):
     """Load the tokenizer of the model that the command line names."""
     return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-
-
-def described(method: Method) -> str:
-    """Return a method's name with its settings."""
-    settings = ", ".join(f"{name} {value}" for name, value in method.settings().items() if name != "name" and value is not None)
-    return f"{method.name} ({settings})" if settings else method.name
 
 
 def next_steps(out: Path, packed: bool) -> str:

@@ -13,13 +13,12 @@ from ..methods import Method
 from ..models.limits import window_length
 from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
-from ..pruning.saving import rewrite_reports
+from ..pruning.saving import described, rewrite_reports
 from ..runtime import check_output_folder
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
     HeldOutText,
-    described,
     load_model,
     load_tokenizer_of,
     next_steps,
@@ -85,7 +84,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
     )
     settings = {
         "model": arguments.model,
-        "method": f"{described(method)}, {arguments.strategy}",
+        "method": f"{described(method.settings())}, {arguments.strategy}",
         "pattern": str(pattern),
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration": f"{amount} each of {', '.join(report.names)}, one after another",

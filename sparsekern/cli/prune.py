@@ -17,13 +17,12 @@ from ..models.limits import window_length
 from ..pattern import Pattern
 from ..pruning import prune
 from ..pruning.removal.loop import encoder_to_cut
-from ..pruning.saving import check_out, is_finished, rewrite_reports
+from ..pruning.saving import check_out, described, is_finished, rewrite_reports
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
     DEFAULT_TEXT,
     HeldOutText,
-    described,
     load_model,
     load_tokenizer_of,
     next_steps,
@@ -81,7 +80,7 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
 
     settings = {
         "model": arguments.model,
-        "method": described(method),
+        "method": described(method.settings()),
         **({} if pattern is None else {"pattern": str(pattern)}),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
