@@ -1,7 +1,7 @@
 """The loop of removal: the units of each sub-layer are chosen, bottom to top, and its output projection is fitted.
 
-The sub-layers in front of the current one are never run again. Their output is stored for every calibration batch, once for the
-pruned model and once for the dense model. The model itself is cut at the very end, so a run that fails leaves it unchanged.
+The sub-layers in front of the current one are not run again: their output is stored for every batch, for the pruned and for the dense
+model. The model itself is cut at the very end, so a run that fails leaves it unchanged.
 """
 
 from __future__ import annotations
@@ -180,8 +180,7 @@ class RemovalLoop(Loop[RemovalPlan, KPrune, RemovalReport, Checkpoint]):
         cuts = self._decide_all()
         _apply(self.encoder, cuts)
         after = self._sizes()
-        report.flops = before[0], after[0]
-        report.parameters = before[1], after[1]
+        report.flops, report.parameters = (before[0], after[0]), (before[1], after[1])
         report.model_parameters = before[2], after[2]
 
     def _decide_all(self) -> list[Cut]:
