@@ -1,4 +1,4 @@
-"""The command line: one file a command, all read by `main`."""
+"""The command line: one file for each command, all read by `main`."""
 
 from .main import main
 

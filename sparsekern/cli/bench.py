@@ -1,4 +1,4 @@
-"""`sparsekern bench`: what packing gains in size, memory and speed."""
+"""`sparsekern bench`: size, memory and speed of a packed model compared with the dense one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .common import load_model
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    """Return the work; there is nothing to check before the model is loaded."""
+    """Return the work. Nothing can be checked before the model is loaded."""
     return partial(_compare, arguments)
 
 

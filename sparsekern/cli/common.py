@@ -1,4 +1,4 @@
-"""What the commands share: loading a model, the held-out text, and words about a pruned folder."""
+"""Functions that the commands share: loading, evaluation on held-out text, and messages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,21 +17,24 @@ from ..models.limits import window_length
 from ..models.load import load, load_tokenizer
 from ..pattern import NM
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DEFAULT_TEXT = "builtin:python-docs"
 DEFAULT_PATTERN = NM(2, 4)
 
 
 class HeldOutText:
-    """A text to evaluate on, tokenized once, so that one that is too short is found before any work.
+    """A text to evaluate on, tokenized before any work, so that one that is too short is found early.
 
     Attributes:
         tokens: `[windows, length]` int64.
         length: tokens in a window.
-        description: the text and its windows, for reports.
-        seconds: spent on perplexities so far.
+        description: the text and its windows in words, for reports.
+        seconds: seconds spent on perplexities so far.
     """
 
-    def __init__(self, source: str, model: torch.nn.Module, tokenizer, *, length: int | None, windows: int | None) -> None:
+    def __init__(self, source: str, model: torch.nn.Module, tokenizer: Any, *, length: int | None, windows: int | None) -> None:
         self.length, self.seconds = window_length(model, length), 0.0
         self.tokens = evaluation_ids(source, tokenizer, self.length, windows=windows)
         part = "the held-out part of " if source.startswith("builtin:") else ""
@@ -45,19 +49,19 @@ class HeldOutText:
 
 
 def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
-    """Load the model that the command line names, saying so."""
+    """Print a message and load the model that the command line names."""
     say(f"loading {arguments.model}")
     with _bars_of_tensors_hidden():
         return load(arguments.model, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
 
 
-def load_tokenizer_of(arguments: argparse.Namespace):
+def load_tokenizer_of(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the model that the command line names."""
     return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
 
 
 def next_steps(out: Path, packed: bool) -> str:
-    """Return the lines of Python that load and run the model saved to `out`."""
+    """Return lines of Python that load and run the model in `out`."""
     folder = str(out)
     first = "import sparsekern\n  " if packed else ""
     return f"""
@@ -73,13 +77,13 @@ saved to {folder}; to use it:
 
 
 def say(what: str) -> None:
-    """Print what is going on to standard error."""
+    """Print the current step to standard error."""
     print(f"{what} …", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _bars_of_tensors_hidden() -> Iterator[None]:
-    """Hide transformers' bars of tensors: for good those that it can switch off, meanwhile that of GGUF files."""
+    """Hide transformers' progress bars of tensors: that of GGUF files inside the block, the others from now on."""
     from functools import partial
 
     from transformers import modeling_gguf_pytorch_utils as gguf

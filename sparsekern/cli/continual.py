@@ -1,4 +1,4 @@
-"""`sparsekern prune` with more than one `--calibration`, or with `--state`: one dataset after another."""
+"""`sparsekern prune` with more than one `--calibration` or with `--state`: one dataset after another."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ BUILTIN = "builtin:"
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    """Check a command line as far as that takes no model, and return the work.
+    """Check a command line as far as possible without a model, and return the work.
 
     Raises:
-        ValueError: options that contradict each other, or a method that knows one dataset only.
-        OSError: a folder that cannot be written to.
+        ValueError: options contradict each other, or the method takes a single dataset only.
+        OSError: the output folder cannot be written to.
     """
     method = configured(arguments.method, arguments.set)
     check_adds_up(method, arguments.strategy)
@@ -55,7 +55,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
     out, pattern = arguments.out, arguments.pattern or DEFAULT_PATTERN
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
-    window_length(model, arguments.length)  # for what it refuses, before any text is read
+    window_length(model, arguments.length)  # raises for a bad length before any text is read
     held_out = {
         source: HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) for source, text in texts.items()
     }
@@ -98,21 +98,21 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the text to evaluate each dataset on, none without `--evaluate`."""
+    """Return the evaluation text of each dataset, or none without `--evaluate`."""
     sources = arguments.calibration
     for source in sources:
         if sources.count(source) > 1:
             raise ValueError(f"--calibration: {source} is given twice")
     if arguments.report_error:
-        raise ValueError("--report-error: not with more than one --calibration, nor with --state")
+        raise ValueError("--report-error: expected one --calibration and no --state")
     for name in ("resume", "abandon"):
         if getattr(arguments, name) and not arguments.state:
             raise ValueError(f"--{name}: expected --state, the folder of the run to go on with")
     if arguments.resume and arguments.abandon:
-        raise ValueError("--abandon: expected it without --resume, which goes on with the unfinished step")
+        raise ValueError("--abandon: expected no --resume with it, which continues the unfinished step")
     if not arguments.evaluate:
         return {}
     texts = arguments.text or [source for source in sources if source.startswith(BUILTIN)]
     if len(texts) != len(sources):
-        raise ValueError("--text: expected one for each --calibration, in the same order, to evaluate each dataset on")
+        raise ValueError("--text: expected one for each --calibration, in the same order, to evaluate each dataset")
     return dict(zip(sources, texts, strict=True))

@@ -11,7 +11,7 @@ from .common import HeldOutText, load_model, load_tokenizer_of
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    """Return the work; there is nothing to check before the model is loaded."""
+    """Return the work. Nothing can be checked before the model is loaded."""
     return partial(_evaluate, arguments)
 
 

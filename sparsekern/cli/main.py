@@ -1,4 +1,4 @@
-"""The command line: `sparsekern prune | eval | bench | info`. Exit code 0: done; 1: it failed; 2: it was called wrongly."""
+"""Entry point of `sparsekern prune | eval | bench | info`. Exit codes: 0 success, 1 failure, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -27,18 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        argv: arguments without the program's name; None takes the process's own.
+        argv: arguments without the name of the program. None is those of the process.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = make_parser().parse_args(argv)
     arguments.command_line = ["sparsekern", *argv]
     with warnings.catch_warnings(), _log_shown():
         for about_code in () if arguments.debug else (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
-            warnings.simplefilter("ignore", about_code)  # of other packages' developers, to theirs
+            warnings.simplefilter("ignore", about_code)  # they address developers of other packages
         warnings.simplefilter("always", SparsekernWarning)
         warnings.showwarning = _show_warning
         try:
-            code = 2  # what is wrong before any work is the command line
+            code = 2  # an error before any work is one of usage
             work = _prepared(arguments)
             code = 1
             work()
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"; {_kind_of_prune(arguments).interrupted_hint(arguments)}" if arguments.name == "prune" else ""
             print(f"sparsekern {arguments.name}: interrupted{hint}", file=sys.stderr)
             return INTERRUPTED
-        except Exception as error:  # the boundary of the program: one line for a person instead of a traceback
+        except Exception as error:  # the boundary of the program prints one line instead of a traceback
             return _failed(arguments, error, code)
     return 0
 
@@ -61,8 +63,8 @@ def _prepared(arguments: argparse.Namespace) -> Callable[[], None]:
     return {"eval": evaluate, "bench": bench}[arguments.name].prepare(arguments)
 
 
-def _kind_of_prune(arguments: argparse.Namespace):
-    """Return the module for one text, or the one for several in turn."""
+def _kind_of_prune(arguments: argparse.Namespace) -> ModuleType:
+    """Return the module that prunes with one text, or the one for several texts in turn."""
     return continual if len(arguments.calibration) > 1 or arguments.state is not None else prune
 
 
@@ -72,7 +74,7 @@ def _print_info(as_json: bool) -> None:
 
 
 def _failed(arguments: argparse.Namespace, error: Exception, code: int) -> int:
-    """Say what went wrong, in one line or with `--debug` as a traceback, and return the exit code."""
+    """Print the error in one line, or as a traceback with `--debug`, and return the exit code."""
     if arguments.debug:
         traceback.print_exception(error)
     else:
@@ -99,7 +101,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _log_shown() -> Iterator[None]:
-    """Print what the package logs from warnings upwards."""
+    """Print the log records of the package, warnings and above."""
     logger, handler = logging.getLogger("sparsekern"), _Lines(logging.WARNING)
     logger.addHandler(handler)
     try:
@@ -108,6 +110,13 @@ def _log_shown() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     place = "" if issubclass(category, SparsekernWarning) else f"{filename}:{lineno}: "
     tqdm.write(f"warning: {place}{message}", file=sys.stderr)  # beside a progress bar, not into it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any, NoReturn
 
 from .._version import __version__
 from ..methods import METHODS
@@ -18,9 +19,10 @@ LENGTH = "tokens in a window (2048, or the model's positions)"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that names the option."""
+    """A parser that prints errors in one line that names the option."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
 
 
@@ -30,15 +32,18 @@ class _Help(argparse.HelpFormatter):
 
 
 class _MethodHelp(argparse.Action):
-    """Print a method's settings and exit, whatever else the command line says."""
+    """An action that prints the settings of a method and exits, whatever other options are given."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Print the settings of the method `values`."""
         print(method_help(values))
         parser.exit()
 
 
 def make_parser() -> Parser:
-    """Return the parser of the whole command line; `name` is the command it finds."""
+    """Return the parser of the whole command line. It stores the command as `name`."""
     parser = Parser(prog="sparsekern", description="Prune pretrained transformers, fast.")
     parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | bench | info")
@@ -49,7 +54,7 @@ def make_parser() -> Parser:
 
 
 def _add_command(commands, name: str, help: str, model: bool = False, usage: str = "") -> argparse._ArgumentGroup:
-    """Add a command, and return the group of its options, which begins with those that choose the model."""
+    """Add a command and return the group of its options, with MODEL if the command takes one."""
     usage = " ".join(filter(None, ("sparsekern", name, "MODEL" if model else "", usage, "[options]")))
     options = commands.add_parser(name, help=help, usage=usage, formatter_class=_Help, add_help=False).add_argument_group("options")
     if model:
@@ -63,7 +68,7 @@ def _add_prune(commands) -> argparse._ArgumentGroup:
     options.add_argument(
         "--format", default="dense", type=types.format_to_save, help="dense (default), packed (smaller), bitmask or N:M"
     )
-    options.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, or --state")
+    options.add_argument("--resume", action="store_true", help="continue the unfinished run in --out, or --state")
     _add_loading(options)
     prune = commands.choices["prune"]
     _add_choice_of_weights(prune.add_argument_group("pruning"))
@@ -111,7 +116,7 @@ def _add_calibration(group) -> None:
     group.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
     group.add_argument("--seed", type=types.seed, default=0, metavar="N", help="seed of all random numbers (0)")
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
-    group.add_argument("--state", type=types.path, metavar="DIR", help="folder of what is learned, to add texts later")
+    group.add_argument("--state", type=types.path, metavar="DIR", help="folder for accumulated statistics, to add texts later")
     group.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state first")
     group.add_argument(
         "--strategy",

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,11 +32,11 @@ from .settings import configured
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    """Check a command line as far as that takes no model, and return the work.
+    """Check a command line as far as possible without a model, and return the work.
 
     Raises:
-        ValueError: options that contradict each other, or settings that the method does not accept.
-        OSError: a folder that cannot be written to.
+        ValueError: options contradict each other, or the method does not accept its settings.
+        OSError: the output folder cannot be written to.
     """
     (source,) = arguments.calibration
     text = _only_text(arguments)
@@ -56,11 +57,17 @@ def interrupted_hint(arguments: argparse.Namespace) -> str:
 
 
 def _pattern(arguments: argparse.Namespace, method: Method) -> Pattern | None:
-    """Return the pattern asked for, 2:4 by default; None for a method that takes none, which then must not be given."""
+    """Return the requested pattern, 2:4 by default, or None for a removal method.
+
+    Raises:
+        ValueError: a pattern is given for a removal method.
+    """
     if not isinstance(method, RemovalMethod):
         return arguments.pattern or DEFAULT_PATTERN
     if arguments.pattern is not None:
-        raise ValueError(f"--pattern: expected none, {method.name} removes a share of heads and neurons, which is --set remove=0.5")
+        raise ValueError(
+            f"--pattern: expected none, since {method.name} removes a share of heads and neurons, given by --set remove=0.5"
+        )
     return None
 
 
@@ -69,12 +76,12 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
     if isinstance(method, RemovalMethod):
-        encoder_to_cut(model)  # for what it refuses: text is made sentences only for a model that can be pruned by them
-    window_length(model, arguments.length)  # for what it refuses, before the text is read
+        encoder_to_cut(model)  # raises for a model that cannot be pruned, before the text is split
+    window_length(model, arguments.length)  # raises for a bad length before the text is read
     held_out = HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) if arguments.evaluate else None
     calibration, amount = _calibration(arguments, source, method, model, tokenizer)
     seconds = {"load": time.perf_counter() - start}
-    results: dict[str, object] = {}
+    results: dict[str, float | str] = {}
     if held_out:
         results["perplexity, dense"] = held_out.perplexity(model)
 
@@ -107,12 +114,12 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
         results["perplexity, pruned"] = held_out.perplexity(model)
         results["evaluated on"] = held_out.description
     report.command, report.measured = shlex.join(arguments.command_line), results
-    results = rewrite_reports(out, model, report, format=arguments.format, settings=settings)
+    shown = rewrite_reports(out, model, report, format=arguments.format, settings=settings)
     seconds |= {f"prune: {phase}": taken for phase, taken in report.seconds.items() if phase != "total"}
     if held_out:
         seconds["evaluate"] = held_out.seconds
     seconds["total"] = time.perf_counter() - start
-    print(_summary(settings, results, seconds))
+    print(_summary(settings, shown, seconds))
     if isinstance(method, RemovalMethod):
         print(f"\nsaved to {out}; to use it: sparsekern.load({str(out)!r})\n")
     else:
@@ -121,9 +128,9 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
 
 
 def _calibration(
-    arguments: argparse.Namespace, source: str, method: Method, model: torch.nn.Module, tokenizer
-) -> tuple[object, str]:
-    """Return the calibration data and how much they are: sentences for encoders, windows of running text for decoders."""
+    arguments: argparse.Namespace, source: str, method: Method, model: torch.nn.Module, tokenizer: Any
+) -> tuple[Any, str]:
+    """Return the calibration data and their amount in words: sentences for encoders, windows of text for decoders."""
     sentences = isinstance(method, RemovalMethod)
     if not method.needs_data and not arguments.report_error:
         return None, ""

@@ -1,4 +1,4 @@
-"""A method's settings as a command line gives and lists them, made from the rules that its config declares."""
+"""Settings of methods on the command line, derived from the rules that their configs declare."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..methods import METHODS, Method, settings_of
 
 
 def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
-    """Return the config of the method `name` with these settings.
+    """Return a config of the method `name` with these settings.
 
     Args:
         name: a key of `METHODS`.
-        assignments: setting and text of its value; `solver.damping` is a setting of the method inside.
+        assignments: settings and the texts of their values. `solver.damping` is a setting of the method inside.
 
     Raises:
-        ValueError: the method has no such setting or does not accept the value, or a setting is given twice.
+        ValueError: the method has no such setting or refuses its value, or a setting is given twice.
     """
     kind, rules = METHODS[name], settings_of(METHODS[name])
     part = _part(name)
@@ -37,13 +37,13 @@ def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
             raise ValueError(f"--set: the method {name} has no setting {setting!r}, only {_listed(name)}")
     if not inner:
         return kind(**given)
-    inside = given.get(part, rules[part].default)
+    inside = str(given.get(part, rules[part].default))
     kind(**given)  # raises for an unknown method inside
     return kind(**given | {part: _configured_inside(name, part, inside, inner)})
 
 
 def method_help(name: str) -> str:
-    """Return what a method does and its settings, for `--help-method`."""
+    """Return the text of `--help-method`: the purpose and the settings of a method."""
     lines = [_first_paragraph(METHODS[name]), ""]
     rules, part = settings_of(METHODS[name]), _part(name)
     if not rules:
@@ -60,7 +60,8 @@ def method_help(name: str) -> str:
     return "\n".join(lines)
 
 
-def _configured_inside(name: str, part: str, inside: object, inner: dict[str, str]) -> Method:
+def _configured_inside(name: str, part: str, inside: str, inner: dict[str, str]) -> Method:
+    """Return a config of the method inside another."""
     rules = settings_of(METHODS[inside])
     for setting in inner:
         if setting not in rules:
@@ -70,7 +71,7 @@ def _configured_inside(name: str, part: str, inside: object, inner: dict[str, st
 
 
 def _part(name: str) -> str:
-    """Return the setting that holds another method, empty where there is none."""
+    """Return the setting that holds another method, or an empty text."""
     return next((setting for setting, rule in settings_of(METHODS[name]).items() if rule.is_method), "")
 
 
@@ -80,7 +81,7 @@ def _listed(name: str) -> str:
 
 
 def _first_paragraph(method: type[Method]) -> str:
-    return textwrap.fill(f"{method.name}: {inspect.getdoc(method).partition(chr(10) * 2)[0]}", 79)
+    return textwrap.fill(f"{method.name}: {(inspect.getdoc(method) or '').partition(chr(10) * 2)[0]}", 79)
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Values of options: each reads the text of one argument, as argparse's `type`, or says what was expected."""
+"""Readers of option values, for `type` of argparse: each returns a value or raises with what was expected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 
 def _reads(argument: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
-    """Pass on what a reader's `ValueError` says, which argparse would drop, without the `argument` that the option names already."""
+    """Pass on the message of a reader's `ValueError`, which argparse would drop.
+
+    The option names the argument already, so the `argument` that begins the message is removed.
+    """
 
     def decorate(read: Callable[[str], T]) -> Callable[[str], T]:
         @functools.wraps(read)
@@ -36,7 +39,7 @@ def _reads(argument: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:
-    """Return a reader of one of these words."""
+    """Return a reader that accepts these words only."""
     words = tuple(choices)
 
     def read(text: str) -> str:
@@ -66,7 +69,7 @@ def seed(text: str) -> int:
 
 @_reads("pattern")
 def pattern(text: str) -> Pattern:
-    """Read `N:M`, or the share of zeros."""
+    """Read `N:M` or a share of zeros."""
     return parse_pattern(text)
 
 
@@ -89,7 +92,7 @@ def setting(text: str) -> tuple[str, str]:
 
 @_reads("device")
 def device(text: str) -> torch.device:
-    """Read a device that is available; `auto` is cuda where there is one."""
+    """Read an available device; `auto` is cuda if there is one."""
     return device_of(text)
 
 
@@ -102,7 +105,7 @@ def format_to_save(text: str) -> str:
 
 @_reads("format")
 def format_to_pack(text: str) -> str:
-    """Read a packed format; `packed` leaves the choice to each linear."""
+    """Read a packed format; `packed` is the smallest for each linear."""
     check_packed_format(text)
     return text
 
@@ -118,12 +121,12 @@ def path(text: str) -> Path:
 
 @_reads("")
 def svg_file(text: str) -> Path:
-    """Read the name of an .svg file in a folder that is there."""
+    """Read the name of an .svg file in an existing folder."""
     file = path(text)
     if file.suffix != ".svg":
         raise ValueError(f"expected a file name that ends in .svg, got {text!r}")
     if not file.parent.is_dir():
-        raise ValueError(f"there is no folder {str(file.parent)!r} to put {file.name!r} in")
+        raise ValueError(f"expected an existing folder for {file.name!r}, got {str(file.parent)!r}")
     return file
 
 

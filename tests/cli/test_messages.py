@@ -25,7 +25,7 @@ from tests.cli.conftest import exit_code
         (["--pattern-for", "2:4"], "--pattern-for: expected GLOB=PATTERN, got '2:4'"),
         (["--pattern-for", "*=4:4"], "--pattern-for: expected N:M with 1 <= N < M, which keeps N of every M weights"),
         (["--pattern-for", "=2:4"], "--pattern-for: expected GLOB=PATTERN, got '=2:4'"),
-        (["--method", "kprune", "--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons"),
+        (["--method", "kprune", "--pattern", "0.5"], "--pattern: expected none, since kprune removes a share of heads and neurons"),
         (["--method", "kprune", "--evaluate"], "--evaluate: perplexity is of causal language models, which kprune does not"),
         (["--method", "kprune", "--set", "remove=1"], "KPrune.remove: expected a number of at least 0 and below 1, got 1.0"),
         (["--state", "~nobody-of-this-name/a"], "--state: expected a path, got '~nobody-of-this-name/a', whose home folder is not"),

@@ -341,7 +341,10 @@ def test_on_the_command_line(tmp_path, capsys):
     model = sparsekern.load(tmp_path / "out", device="cpu")
     assert sum(p.numel() for p in model.parameters()) == results["model_parameters"][1]
     for wrong, message in (
-        (["--pattern", "0.5"], "--pattern: expected none, kprune removes a share of heads and neurons, which is --set remove=0.5"),
+        (
+            ["--pattern", "0.5"],
+            "--pattern: expected none, since kprune removes a share of heads and neurons, given by --set remove=0.5",
+        ),
         (["--evaluate"], "perplexity is of causal"),
     ):
         assert main([*command, *wrong, "--out", str(tmp_path / "other")]) == 2

@@ -211,7 +211,7 @@ def test_a_decode_too_short_for_the_clock(monkeypatch):
     [
         (["--tokens", "0"], 2, "--tokens: expected at least 1, got 0"),
         (["--plot", "bench.png"], 2, "--plot: expected a file name that ends in .svg, got 'bench.png'"),
-        (["--plot", "nowhere/bench.svg"], 2, "--plot: there is no folder 'nowhere' to put 'bench.svg' in"),
+        (["--plot", "nowhere/bench.svg"], 2, "--plot: expected an existing folder for 'bench.svg', got 'nowhere'"),
         (["--format", "onnx"], 2, "--format: expected 'packed', 'bitmask' or 'N:M', got 'onnx'"),
         (["--format", "auto"], 2, "--format: expected 'packed', 'bitmask' or 'N:M', got 'auto'"),
         (["--prompt-length", "60"], 1, "prompt_length, tokens: expected at most 63 together"),
