@@ -105,7 +105,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
     in_use = f"{what} is in use by another process or call; wait until it is done"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        flags = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)  # a link would have its target made
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -147,7 +147,8 @@ class OutputFolder:
         (self.path / CONFIG).unlink(missing_ok=True)  # first, so that nobody loads a mixture
         for pattern in REPLACED:
             for path in self.path.glob(pattern):
-                path.unlink()
+                if not path.is_dir():
+                    path.unlink()
 
 
 def check_output_folder(path: str | os.PathLike, argument: str = "out") -> None:

@@ -161,6 +161,23 @@ def test_killed_amid_the_moves_it_is_never_a_mixture(tmp_path, monkeypatch, move
     assert names(out) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 
 
+def test_overwriting_spares_a_folder_that_is_named_like_a_file_of_weights(tmp_path):
+    sparsekern.save(tiny.llama(), tmp_path)
+    (tmp_path / "other.safetensors").mkdir()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nothing")
+    sparsekern.save(tiny.llama(), tmp_path, overwrite=True)
+    assert (tmp_path / "other.safetensors").is_dir() and not (tmp_path / "link.safetensors").is_symlink()
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / output.LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="^.*path: .*out cannot be written to") as caught:
+        sparsekern.save(tiny.llama(), tmp_path / "out")
+    assert caught.value.errno == errno.ELOOP and not (tmp_path / "elsewhere").exists()
+
+
 def test_what_a_killed_save_left_goes(tmp_path):
     for name in (output.STAGING, output.REMOVED):
         (tmp_path / name).mkdir()
