@@ -108,8 +108,9 @@ def _check_model(model: torch.nn.Module) -> None:
 
 
 def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
-        raise TypeError("ids: expected an integer tensor [tokens] or [rows, tokens]")
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() not in (1, 2):
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise TypeError(f"ids: expected an integer tensor [tokens] or [rows, tokens], got {got.removeprefix('torch.')}")
     _check_model(model)
     check_count("length", length)
     if length < 2:

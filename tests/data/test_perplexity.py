@@ -110,8 +110,10 @@ def test_nan_is_named():
             "ids: expected token ids from 0 to 319, got 320; is this the model's own tokenizer",
         ),
         (torch.full((99,), -1), 20, ValueError, "ids: expected token ids from 0 to 319, got -1"),
-        (torch.zeros(99), 20, TypeError, "ids: expected an integer tensor"),
-        ([1, 2, 3], 2, TypeError, "ids: expected an integer tensor"),
+        (torch.zeros(99), 20, TypeError, r"ids: expected an integer tensor .*, got float32 \[99\]"),
+        (torch.zeros(99, dtype=torch.bool), 20, TypeError, r"ids: expected an integer tensor .*, got bool \[99\]"),
+        (torch.zeros(99, dtype=torch.int16), 20, TypeError, r"ids: expected an integer tensor .*, got int16 \[99\]"),
+        ([1, 2, 3], 2, TypeError, "ids: expected an integer tensor .*, got list"),
         (torch.zeros(2, 2, 2, dtype=torch.int64), 2, TypeError, "ids: expected an integer tensor"),
     ],
 )

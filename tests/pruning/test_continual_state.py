@@ -175,6 +175,13 @@ def test_an_older_state_is_gone_on_with(tmp_path):
         run(COPAL(), "c", evaluate={"a": IDS["b"]}, length=32, state=tmp_path)
 
 
+def test_a_state_is_not_mixed_with_the_pruned_model(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    with pytest.raises(ValueError, match="^out: expected another folder than state, got '.*link' for both$"):
+        run(COPAL(), "a", state=tmp_path / "state", out=tmp_path / "link")
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_state_that_is_none(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")

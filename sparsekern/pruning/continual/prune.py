@@ -16,6 +16,7 @@ from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, ch
 from ...models.limits import window_length
 from ...reports.continual import ContinualReport
 from ...runtime import check_format, weight_bytes
+from ...runtime.output import checked_path
 from ...runtime.save import DENSE
 from ..batches import Batch, Calibration, fingerprint
 from ..checkpoint import model_fingerprint
@@ -132,6 +133,8 @@ def prune_continually(
             raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
         if resume and abandon:
             raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
+        if None not in (out, state) and checked_path(out, "out") == checked_path(state, "state"):
+            raise ValueError(f"out: expected another folder than state, got {str(out)!r} for both")
         with (
             RunFolder.opened(out, model, tokenizer=tokenizer, format=format, remedy=remedy) as folder,
             State.opened(state) as known,
