@@ -146,7 +146,7 @@ class SparsityKeeper:
         """Mask the weights before a `transformers.Trainer` evaluates or saves the model."""
         self.apply()
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_"):  # the other events of a TrainerCallback, those of later versions too
             return _nothing
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")

@@ -23,6 +23,21 @@ from tests import encoders
 from tests.cli.conftest import exit_code
 from tests.runtime import packed
 
+REAL_TIMED = comparing._timed
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A quarter of a second for the prompt, an eighth for each token: a real clock says nothing of models this small."""
+    monkeypatch.setattr(comparing, "_timed", lambda model, prompt, tokens: 0.25 + 0.125 * tokens)
+
+
+def test_what_is_timed_is_the_generation_of_so_many_tokens(monkeypatch):
+    asked = []
+    monkeypatch.setattr(comparing, "generate", lambda model, prompt, tokens: asked.append((model, tokens)))
+    assert REAL_TIMED("model", torch.zeros(1, 4), 7) >= 0
+    assert asked == [("model", 7)]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
