@@ -13,7 +13,7 @@ PICTURE = RESULTS / "overview.svg"
 SHOWN = {  # row of the table -> label
     "reverse_cholesky + obs_sweep 4096x4096 0.5": "SparseGPT, a 4096 x 4096 linear to 50 %, vs published algorithm",
     "SmolLM2-135M, SparseGPT 2:4, 32 x 512 tokens: the whole call": "prune SmolLM2-135M to 2:4, vs llm-compressor",
-    "bitmask_linear 50% zeros, 1 token, 4096x4096 bfloat16, against F.linear bf16": "one token, packed 4096 x 4096 bf16 at 50 %, vs F.linear",
+    "bitmask_linear 50% zeros, 1 token, 4096x4096 bfloat16, against F.linear": "one token, packed 4096 x 4096 bf16 at 50 %, vs F.linear",
     "gram_ bfloat16 [16384, 4096]": "Gram matrix, bf16, vs x.float().T @ x.float()",
     "LLaMA-shaped, 1.04 B random weights, 50 %: generate(), one token at a time": "generate(), 1.04 B weights packed, vs dense",
     "SmolLM2-135M, 50 % by SparseGPT: generate(), one token at a time": "generate(), SmolLM2-135M packed, vs dense",
