@@ -133,7 +133,7 @@ def prune_continually(
             raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
         if resume and abandon:
             raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
-        if None not in (out, state) and checked_path(out, "out") == checked_path(state, "state"):
+        if out is not None and state is not None and checked_path(out, "out") == checked_path(state, "state"):
             raise ValueError(f"out: expected another folder than state, got {str(out)!r} for both")
         with (
             RunFolder.opened(out, model, tokenizer=tokenizer, format=format, remedy=remedy) as folder,
