@@ -17,7 +17,7 @@ import sparsekern
 from sparsekern import backends, ops
 from sparsekern.cli.parser import make_parser
 from sparsekern.methods import METHODS, settings_table
-from sparsekern.ops.registry import OPS
+from sparsekern.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["COLUMNS"] = "110"  # the width of argparse's help, whatever the terminal's

@@ -75,7 +75,7 @@ def info() -> Info:
     """
     from .backends import cusparselt_linear
     from .backends.libraries import LIBRARIES
-    from .ops.registry import OPS
+    from .ops import OPS
 
     libraries = {name: "loaded" if library.loaded else library.reason for name, library in LIBRARIES.items()}
     cusparselt = cusparselt_linear.library()

@@ -10,7 +10,7 @@ import torch
 import sparsekern.ops  # noqa: F401  (loads the compiled library, or finds out that there is none)
 from sparsekern.backends import dispatcher, implementations, table
 from sparsekern.backends.libraries import LIBRARIES, Library
-from sparsekern.ops.registry import NAMESPACE, OPS
+from sparsekern.ops._registry import NAMESPACE, OPS
 
 from . import interpreter
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"ops"},
     {"backends"},
     {"triton_kernels", "_C", "_C_cuda"},
-    {"layouts", "pattern", "_files"},
+    {"layouts", "pattern", "_activations", "_checks", "_files"},
     {"_warnings", "_version"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

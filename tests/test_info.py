@@ -8,7 +8,7 @@ import sparsekern
 from sparsekern import _info
 from sparsekern.backends import availability
 from sparsekern.backends.libraries import LIBRARIES, Library
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 from tests.conftest import COMPILED, CPU_ISAS
 
 

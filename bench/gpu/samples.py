@@ -7,7 +7,7 @@ import sys
 import torch
 
 from sparsekern import backends
-from sparsekern.ops.registry import OPS, Op, Sample
+from sparsekern.ops._registry import OPS, Op, Sample
 
 
 def samples(op: Op, implementation: str, device: str = "cuda") -> list[Sample]:

@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .. import ops
+from .._checks import check_finite
 from .._warnings import warn
-from ..ops.checks import check_finite
 from ..pattern import Pattern
 from ._fields import choice, number, whole
 from .base import LinearMethod, Solution

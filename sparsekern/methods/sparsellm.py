@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from .. import ops
-from ..ops.activations import activate
+from .._activations import activate
 from ..pattern import Pattern
 from ._fields import choice, method, number, whole
 from .base import (

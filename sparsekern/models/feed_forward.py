@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.activations import ACTIVATIONS, activate
+from .._activations import ACTIVATIONS, activate
 from .linears import Linear
 
 

@@ -1,6 +1,7 @@
 """Drop-in torch ops, one file per op. The compiled library is loaded after the definitions, so that it can only implement them."""
 
 from ..backends import libraries, serve_environment
+from ._registry import OPS
 from .admm_step import admm_step_
 from .bitmask_linear import bitmask_linear
 from .bitmask_pack import bitmask_pack
@@ -32,6 +33,7 @@ libraries.load()
 serve_environment()
 
 __all__ = [
+    "OPS",
     "admm_step_",
     "bitmask_linear",
     "bitmask_pack",

@@ -6,9 +6,9 @@ import math
 
 import torch
 
+from .._checks import check_tensor
 from ..pattern import NM, Pattern, parse_pattern, pruned_count
-from .checks import check_tensor
-from .registry import define_op, sample
+from ._registry import define_op, sample
 from .topk_mask import SCOPES, keep_largest
 
 SCHEMA = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from .._checks import HALF_OR_FLOAT, check_tensor
 from ..layouts.packed_rows import SLACK, lanes, pack_bitmask_rows, slot_counts, tiles, unpack_bitmask_rows, words, words_to_bits
+from ._registry import define_op, sample
 from ._torch_op import gradients_of_product
-from .checks import HALF_OR_FLOAT, check_tensor
-from .registry import define_op, sample
 
 SCHEMA = "(Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, Tensor? bias=None) -> Tensor"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_tensor
 from ..layouts.packed_rows import SLACK, lanes, pack_bitmask_rows, tiles, words
+from ._registry import define_op, sample
 from .bitmask_linear import sparse_weight
-from .checks import HALF_OR_FLOAT, check_tensor
-from .registry import define_op, sample
 
 SCHEMA = "(Tensor weight) -> (Tensor values, Tensor bitmask, Tensor starts, Tensor order)"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_tensor, check_whole
 from ..layouts.packed_rows import check_bitmask_rows, pack_bitmask_rows, tiles, unpack_bitmask_rows, words
+from ._registry import define_op, sample
 from .bitmask_linear import sparse_weight
-from .checks import HALF_OR_FLOAT, check_tensor, check_whole
-from .registry import define_op, sample
 
 SCHEMA = "(Tensor values, Tensor bitmask, Tensor starts, Tensor order, int features) -> Tensor"
 

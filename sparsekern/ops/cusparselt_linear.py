@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from .registry import define_op
+from ._registry import define_op
 
 SCHEMA = "(Tensor x, Tensor compressed, int out_features, Tensor? bias=None) -> Tensor"
 DTYPES = (torch.bfloat16, torch.float16)

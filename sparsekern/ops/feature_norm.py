@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import HALF_OR_FLOAT, check_finite, check_row_mask, check_tensor
-from .registry import define_op, sample
+from .._checks import HALF_OR_FLOAT, check_finite, check_row_mask, check_tensor
+from ._registry import define_op, sample
 
 SCHEMA = "(Tensor(a!) sum_squares, Tensor x, *, Tensor? row_mask=None, Tensor(b!)? sum=None) -> ()"
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from .activations import activate_with_slope, check_activation
-from .checks import HALF_OR_FLOAT, check_finite_number, check_tensor, check_whole
-from .registry import define_op, sample
+from .._activations import activate_with_slope, check_activation
+from .._checks import HALF_OR_FLOAT, check_finite_number, check_tensor, check_whole
+from ._registry import define_op, sample
 
 SCHEMA = (
     '(Tensor activated, Tensor up, Tensor gate, Tensor start, str activation="silu", float ratio=1.0, int steps=4) '

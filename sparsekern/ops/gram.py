@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_row_mask, check_square, check_tensor
-from .registry import define_op, sample
+from .._checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_row_mask, check_square, check_tensor
+from ._registry import define_op, sample
 
 SCHEMA = "(Tensor(a!) gram, Tensor x, *, Tensor? row_mask=None, float alpha=1.0) -> ()"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_finite_number, check_square
-from .registry import define_op, sample
+from .._checks import check_finite_number, check_square
+from ._registry import define_op, sample
 from .reverse_cholesky import RESOLVED_PIVOT, alive, factorise, report_departure
 
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor inverse, Tensor damping_used)"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_square
-from .registry import define_op, sample
+from .._checks import check_square
+from ._registry import define_op, sample
 
 
 def gram_symmetrize_(gram: torch.Tensor) -> torch.Tensor:

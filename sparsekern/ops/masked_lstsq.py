@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_square, check_tensor, check_whole, value_of
 from .._warnings import warn
-from .checks import HALF_OR_FLOAT, check_finite, check_finite_number, check_square, check_tensor, check_whole, value_of
-from .registry import define_op, sample
+from ._registry import define_op, sample
 
 SCHEMA = (
     "(Tensor weight, Tensor gram, Tensor mask, *, Tensor? start=None, float damping=0.0, float tolerance=1e-4, "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from .._checks import HALF_OR_FLOAT, check_tensor, check_whole
 from ..layouts.packed_rows import MOST_M, code_bits, pack_nm_rows, stored_per_row, unpack_nm_rows
+from ._registry import define_op, sample
 from ._torch_op import gradients_of_product
-from .checks import HALF_OR_FLOAT, check_tensor, check_whole
-from .registry import define_op, sample
 
 SCHEMA = "(Tensor x, Tensor values, Tensor codes, int n, int m, Tensor? bias=None) -> Tensor"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_no_nan, check_tensor
 from ..pattern import NM, parse_pattern
-from .checks import HALF_OR_FLOAT, check_no_nan, check_tensor
-from .registry import define_op, sample
+from ._registry import define_op, sample
 from .topk_mask import keep_largest
 
 SCHEMA = "(Tensor scores, int n, int m) -> Tensor"

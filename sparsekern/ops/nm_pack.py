@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_tensor
 from ..layouts.packed_rows import check_fits, code_bits, pack_nm_rows, stored_per_row
-from .checks import HALF_OR_FLOAT, check_tensor
+from ._registry import define_op, sample
 from .nm_linear import check_pattern, sparse_weight
-from .registry import define_op, sample
 
 SCHEMA = "(Tensor weight, int n, int m) -> (Tensor values, Tensor codes)"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_tensor, check_whole
 from ..layouts.packed_rows import check_nm_rows, code_bits, pack_nm_rows, stored_per_row, unpack_nm_rows
-from .checks import HALF_OR_FLOAT, check_tensor, check_whole
+from ._registry import define_op, sample
 from .nm_linear import check_pattern, sparse_weight
-from .registry import define_op, sample
 
 SCHEMA = "(Tensor values, Tensor codes, int n, int m, int features) -> Tensor"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_finite, check_square, check_tensor, check_whole
 from ..pattern import NM, Pattern, parse_pattern, pruned_count
-from .checks import HALF_OR_FLOAT, check_finite, check_square, check_tensor, check_whole
-from .registry import define_op, sample
+from ._registry import define_op, sample
 
 SCHEMA = (
     '(Tensor weight, Tensor factor, *, int n=0, int m=0, float sparsity=0.0, str scope="block", int block_size=128, '

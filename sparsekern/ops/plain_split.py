@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .activations import activate_with_slope
-from .checks import HALF_OR_FLOAT, check_tensor
+from .._activations import activate_with_slope
+from .._checks import HALF_OR_FLOAT, check_tensor
+from ._registry import define_op, sample
 from .gated_split import Fit, check_split, search
-from .registry import define_op, sample
 
 SCHEMA = '(Tensor activated, Tensor preactivation, Tensor start, str activation="relu", float ratio=1.0, int steps=4) -> Tensor'
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import check_finite, check_finite_number, check_square, value_of
 from .._warnings import warn
-from .checks import check_finite, check_finite_number, check_square, value_of
-from .registry import define_op, sample
+from ._registry import define_op, sample
 
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor factor, Tensor damping_used)"
 SMALLEST_ESCALATION = 1e-6  # smallest damping of an escalation, if none was requested

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import check_no_nan, check_tensor
 from ..layouts.semi_structured import FORMATS, encode, word_offsets
-from .checks import check_no_nan, check_tensor
-from .registry import define_op, sample
+from ._registry import define_op, sample
 
 SCHEMA = "(Tensor weight) -> (Tensor values, Tensor meta)"
 

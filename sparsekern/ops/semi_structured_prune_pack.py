@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_no_nan, check_tensor
 from ..layouts.semi_structured import FORMATS
-from .checks import HALF_OR_FLOAT, check_no_nan, check_tensor
+from ._registry import define_op, sample
 from .nm_mask import reference as mask_of
-from .registry import define_op, sample
 from .semi_structured_pack import check_divides, new_packed
 from .semi_structured_pack import reference as pack
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import check_tensor
 from ..layouts.semi_structured import FORMATS, word_offsets
-from .checks import check_tensor
-from .registry import define_op, sample
+from ._registry import define_op, sample
 from .semi_structured_pack import reference as pack
 from .semi_structured_pack import sparse_weight
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_finite, check_row_mask, check_tensor
 from ..backends.values import values_are_checked
-from .checks import HALF_OR_FLOAT, check_finite, check_row_mask, check_tensor
+from ._registry import define_op, sample
 from .cross_gram import _op as _cross_gram
-from .registry import define_op, sample
 
 SCHEMA = "(Tensor(a!) importance, Tensor weight, Tensor x, *, Tensor? row_mask=None) -> ()"
 # Tokens and output rows at a time. On a CPU the outputs of a tile (8 MB in float32) stay in the caches between the two products. On a

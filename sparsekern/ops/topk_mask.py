@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import HALF_OR_FLOAT, check_no_nan, check_tensor, check_whole
-from .registry import define_op, sample
+from .._checks import HALF_OR_FLOAT, check_no_nan, check_tensor, check_whole
+from ._registry import define_op, sample
 
 SCHEMA = '(Tensor scores, int k, *, str scope="row") -> Tensor'
 SCOPES = ("row", "matrix")

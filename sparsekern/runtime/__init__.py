@@ -1,8 +1,9 @@
 """Packed models: `pack`, `save`, and products with packed and 2:4 weights."""
 
 from .card import model_card, versions
+from .compression import compress, drop_compressed
 from .output import check_output_folder
-from .packing import compress, count_zeros, drop_compressed, is_packed, pack, unpack, weight_bytes
+from .packing import count_zeros, is_packed, pack, unpack, weight_bytes
 from .registration import register_with_transformers
 from .save import check_format, check_space, save
 from .semi_structured import semi_structured_linear, to_semi_structured

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .._checks import HALF_OR_FLOAT, check_tensor
 from ..layouts import packed_rows as rows_layout
+from ..ops import OPS
 from ..ops.bitmask_pack import bitmask_pack
-from ..ops.checks import HALF_OR_FLOAT, check_tensor
 from ..ops.nm_linear import check_pattern
 from ..ops.nm_pack import nm_pack
-from ..ops.registry import OPS
 from ..pattern import NM, parse_pattern
 
 BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].call, OPS["bitmask_unpack"].overload

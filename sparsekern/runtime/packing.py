@@ -66,7 +66,7 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
 
 
 def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs = None, *, keep_hooks: bool) -> nn.Module:
-    _check_module(model)
+    check_module(model)
     check_packed_format(format)
     transformers_side = _transformers_side(model)
     if transformers_side:
@@ -113,7 +113,7 @@ def unpack(model: nn.Module) -> nn.Module:
 
 
 def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
-    _check_module(model)
+    check_module(model)
     found = _places(model, lambda module: isinstance(module, SparseLinear))
     for name, places in found.items():
         _check_not_offloaded(name, _at(places))
@@ -124,76 +124,6 @@ def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
     if transformers_side := _transformers_side(model):
         transformers_side.unmark(model)
     return model
-
-
-def compress(model: nn.Module) -> nn.Module:
-    """Add a compressed copy for cuSPARSELt to each 2:4 weight of a packed model on a CUDA device, in place.
-
-    Prompts and large batches are then multiplied on the sparse tensor cores without unpacking. The copies take as much memory as the
-    packed weights. Layers that cuSPARSELt cannot hold are skipped; `SparseLinear.supports_compressed` gives the reason. The speed has
-    not been measured; see `SparseLinear.compress`.
-
-    Args:
-        model: a packed model.
-
-    Returns:
-        `model`.
-
-    Raises:
-        TypeError: `model` is no module.
-        ValueError: the model has no packed layer, cuSPARSELt can hold none of them, or a weight has a NaN.
-
-    Example:
-        >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
-        >>> sparsekern.runtime.compress(sparsekern.pack(model))  # here on a CPU
-        Traceback (most recent call last):
-        ...
-        ValueError: model: cuSPARSELt can hold none of its 21 packed layers; ...
-    """
-    layers = _packed_layers(model)
-    support = {name: layer.supports_compressed() for name, layer in layers.items()}
-    if not any(found.ok for found in support.values()):
-        name, found = next(iter(support.items()))
-        raise ValueError(
-            f"model: cuSPARSELt can hold none of its {len(layers)} packed layers; {name or 'the model'}: {found.reason}"
-        )
-    for name, layer in layers.items():
-        if support[name].ok:
-            try:
-                layer.compress()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-    return model
-
-
-def drop_compressed(model: nn.Module) -> nn.Module:
-    """Free the compressed copies that `compress` added to a packed model, in place.
-
-    Args:
-        model: a packed model, with or without such copies.
-
-    Returns:
-        `model`.
-
-    Raises:
-        TypeError: `model` is no module.
-        ValueError: the model has no packed layers.
-
-    Example:
-        >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
-        >>> packed = sparsekern.runtime.drop_compressed(sparsekern.pack(model))
-    """
-    for layer in _packed_layers(model).values():
-        layer.drop_compressed()
-    return model
-
-
-def _packed_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    _check_module(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    if not layers:
-        raise ValueError(f"model: expected packed layers, got a {type(model).__name__} without any; sparsekern.pack makes them")
-    return layers
 
 
 def packed_copy(model: nn.Module, format: str = PACKED) -> nn.Module:
@@ -378,7 +308,8 @@ def _packed(name: str, linear: nn.Module, format: str | None) -> nn.Module:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _check_module(model: nn.Module) -> None:
+def check_module(model: nn.Module) -> None:
+    """Raise `TypeError` unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
 

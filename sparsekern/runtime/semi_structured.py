@@ -7,8 +7,8 @@ from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from .. import ops
+from .._checks import check_tensor
 from ..layouts.semi_structured import FORMATS
-from ..ops.checks import check_tensor
 from ..ops.cusparselt_linear import DTYPES, cusparselt_linear
 from ..ops.semi_structured_pack import check_fits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops.checks import HALF_OR_FLOAT, check_finite_number, check_tensor
+from .._checks import HALF_OR_FLOAT, check_finite_number, check_tensor
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsekern.backends import adapters
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TYPES = {

@@ -22,8 +22,8 @@ from sparsekern.backends.obs_sweep import (
     sweep,
     warps_for,
 )
+from sparsekern.ops._registry import OPS
 from sparsekern.ops.obs_sweep import reference
-from sparsekern.ops.registry import OPS
 
 
 @given(count=st.integers(1, 70))

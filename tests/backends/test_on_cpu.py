@@ -15,7 +15,7 @@ import torch
 from sparsekern import backends, ops
 from sparsekern.backends import table
 from sparsekern.backends.libraries import LIBRARIES, Library
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILED = LIBRARIES["_C"].loaded

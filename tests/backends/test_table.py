@@ -166,6 +166,6 @@ def test_status_is_read_only_where_values_are_checked():
 
 def test_every_table_names_known_backends(monkeypatch):
     monkeypatch.undo()
-    for op in sparsekern.ops.registry.OPS:
+    for op in sparsekern.ops._registry.OPS:
         names = [implementation.name for implementation in backends.implementations(op)]
         assert len(set(names)) == len(names) and set(names) <= set(table.AVAILABILITY)

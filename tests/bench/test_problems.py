@@ -17,7 +17,7 @@ from bench.gpu import worker
 from bench.ops import all_cases
 from bench.problem import Case, NotHere, Place, Problem, Turns
 from sparsekern import backends
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [(module, case) for module, cases in all_cases().items() for case in cases]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsekern import backends
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 
 DEVICE = "cuda"
 # Ops whose output sizes and control flow do not depend on values, so that a CUDA graph can capture them.

@@ -7,7 +7,7 @@ import torch
 
 from bench.gpu.samples import on, outcome, samples, tensors
 from sparsekern import backends
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 from tests.ops.test_contracts import assert_bits_equal, assert_same
 
 from .calls import CAPTURABLE, DEVICE, EVERY_CAPTURABLE, EVERY_IMPLEMENTATION, EVERYWHERE

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sparsekern import NM, Magnitude, SparseGPT, SparseLLM, Unstructured
+from sparsekern._activations import activate
 from sparsekern.methods.base import FeedForwardProblem, Layer, Solution
 from sparsekern.methods.sparsellm import Alternation
 from sparsekern.methods.statistics import Gram
-from sparsekern.ops.activations import activate
 
 FORMS = [("relu", False), ("gelu", False), ("silu", True), ("gelu_tanh", True)]
 EVERY_FORM = pytest.mark.parametrize("activation, gated", FORMS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern.ops.registry import NAMESPACE, OPS
+from sparsekern.ops._registry import NAMESPACE, OPS
 from tests.conftest import COMPILED
 from tests.ops.large_samples import LARGE
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 PROGRAM = """
 import copy, ctypes, json, sys, torch
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 from tests.ops.large_samples import LARGE
 
 pool = ctypes.CDLL(sys.argv[1])

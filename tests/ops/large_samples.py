@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from sparsekern import ops
-from sparsekern.ops.registry import Sample, sample
+from sparsekern.ops._registry import Sample, sample
 
 
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from sparsekern import ops
 from sparsekern.backends import implementations
 from sparsekern.backends.libraries import LIBRARIES
-from sparsekern.ops.registry import NAMESPACE, OPS, Op, Sample
+from sparsekern.ops._registry import NAMESPACE, OPS, Op, Sample
 from tests.conftest import COMPILED, ISAS, cpu_has
 
 from .large_samples import LARGE

@@ -16,7 +16,7 @@ from sparsekern import backends, ops
 from sparsekern.backends.libraries import LIBRARIES
 from sparsekern.layouts.packed_rows import pack_bitmask_rows, pack_nm_rows
 from sparsekern.ops._memory import shares_memory
-from sparsekern.ops.registry import OPS
+from sparsekern.ops._registry import OPS
 
 EVERYWHERE = [op for op in OPS.values() if not op.only_on_cuda]
 EVERY_OP = pytest.mark.parametrize("op", EVERYWHERE, ids=lambda op: op.name)
