@@ -1,4 +1,4 @@
-"""The picture at the top of the README: a few rows of a committed table, as bars. `python -m bench.overview` draws it anew."""
+"""The picture at the top of the README: a few rows of a committed table, as bars. `python -m bench.overview` redraws it."""
 
 from __future__ import annotations
 

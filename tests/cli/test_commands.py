@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_interrupted_while_it_is_evaluated_is_finished(prune, text, tmp_path, monkeypatch, capsys):
-    """The folder is complete but for the perplexity, so there is nothing to resume; the hint says so."""
+    """The folder is finished and only the perplexity is missing; the hint names `sparsekern eval`, not a resumed run."""
     evaluation, calls = ("--evaluate", "--text", text, "--windows", "1"), []
 
     def killed(*_, **__):

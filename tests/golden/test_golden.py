@@ -1,7 +1,7 @@
 """The results of every method stay what they are, to the bit: a change has to be wanted, and its commit names it.
 
-`python -m tests.golden.test_golden` computes them anew. Where torch, the vendor or the vector width of the CPU is not that of the
-stored digests, floats round otherwise: there each tensor's zeros and norm are compared, with room for a choice that falls otherwise.
+`python -m tests.golden.test_golden` recomputes them. Where torch, the vendor or the vector width of the CPU is not that of the
+stored digests, floats round differently: there the test compares the zeros and the norm of each tensor, with room for a few other choices.
 """
 
 from __future__ import annotations
