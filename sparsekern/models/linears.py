@@ -1,13 +1,16 @@
-"""One interface to linears: `nn.Linear`, and the `Conv1D` of GPT-2, whose weight is stored transposed."""
+"""One interface to linears: `nn.Linear`, the `Conv1D` of GPT-2, whose weight is stored transposed, and the matrices of fused experts."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
+
+from .experts import ExpertLinear
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -23,7 +26,7 @@ class Linear:
 
     Attributes:
         name: name of the first module in the model.
-        modules: the modules that multiply by it; several where a weight is shared.
+        modules: the modules that multiply by it; several where a weight is shared. That of an expert is an `ExpertLinear`.
     """
 
     name: str
@@ -37,8 +40,28 @@ class Linear:
     @property
     def bias(self) -> torch.Tensor | None:
         """`[out_features]`, or None."""
-        bias = self.modules[0]._parameters["bias"]
-        return None if bias is None else bias.detach()
+        bias = self.modules[0].bias
+        return bias.detach() if isinstance(bias, torch.Tensor) else None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that stores the weight; that of an expert stores the weights of its whole layer."""
+        module = self.modules[0]
+        return module.parameter if isinstance(module, ExpertLinear) else module.get_parameter("weight")
+
+    @property
+    def holders(self) -> tuple[nn.Module, ...]:
+        """The modules of the model that own the parameter."""
+        module = self.modules[0]
+        return module.experts.holders if isinstance(module, ExpertLinear) else self.modules
+
+    @property
+    def key(self) -> Hashable:
+        """The identity of the matrix: two linears with equal keys are one matrix."""
+        module = self.modules[0]
+        if isinstance(module, ExpertLinear):
+            return id(module.parameter), module.expert, module.part
+        return id(self.parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +94,9 @@ def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
-    """Return the weight of an `nn.Linear` or a `Conv1D` as `[out_features, in_features]`, a view of its own storage."""
+    """Return the weight of a linear as `[out_features, in_features]`, a view of the model's own storage."""
+    if isinstance(module, ExpertLinear):
+        return module.weight
     parameter = module.get_parameter("weight")
     weight = parameter.detach()
     return weight.T if is_conv1d(module) else weight

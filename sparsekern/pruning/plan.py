@@ -232,14 +232,15 @@ def _with_weights(linears: list[Linear]) -> list[Linear]:
 
 def _check_ties(model: nn.Module, linears: list[Linear]) -> None:
     """Raise `ValueError` unless each weight is pruned once, and is tied to nothing but the chosen linears."""
-    pruned_modules = {module for linear in linears for module in linear.modules}
-    chosen = {id(linear.modules[0].weight): linear.name for linear in linears}
-    if len(chosen) < len(linears):
-        names = ", ".join(linear.name for linear in linears if chosen[id(linear.modules[0].weight)] != linear.name)
+    keys = {linear.key: linear.name for linear in linears}
+    if len(keys) < len(linears):
+        names = ", ".join(linear.name for linear in linears if keys[linear.key] != linear.name)
         raise ValueError(f"{names}: shares its weight with a linear of another block, which block-by-block pruning cannot do")
+    holders = {module for linear in linears for module in linear.holders}
+    chosen = {id(linear.parameter): linear.name for linear in linears}
     for name, module in model.named_modules():
         for own_name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in chosen and module not in pruned_modules:
+            if parameter is not None and id(parameter) in chosen and module not in holders:
                 raise ValueError(
                     f"{chosen[id(parameter)]}: its weight is tied to {name}.{own_name}, which pruning would change too; "
                     "leave it out, or untie the two first"
@@ -271,7 +272,7 @@ def _say_what_stays_dense(blocks: Blocks) -> None:
 
 def check_finite(linear: Linear) -> None:
     """Raise `ValueError` that names the linear and the first NaN or Inf of its weight, if there is one."""
-    low, high = linear.modules[0].get_parameter("weight").detach().aminmax()
+    low, high = linear.weight.aminmax()
     if not torch.isfinite(high - low):
         where = (~torch.isfinite(linear.weight)).nonzero()
         if len(where):
