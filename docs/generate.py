@@ -1,5 +1,6 @@
 """Write the reference pages that follow from the code: ops from the registry, methods from their fields, commands from the parsers.
 
+The table of models is made from families.json, which `python -m tests.models.zoo` writes from what it finds.
 `python docs/generate.py` writes them; the pages are committed, and a test compares them with the code.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import re
 import sys
@@ -109,7 +111,44 @@ def api_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGES = {"ops.md": ops_page, "methods.md": methods_page, "cli.md": cli_page, "api.md": api_page}
+def models_page() -> str:
+    families = json.loads((ROOT / "docs" / "families.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in sorted(families.values(), key=lambda row: row["class"].lower()):
+        blocks = ", ".join(f"`{name}`" for name in row.get("blocks", ()))
+        pruned = by_owner(row["pruned"]) if "pruned" in row else f"refused: *{row['refused']}*"
+        dense = "; ".join(f"`{name}` ({reason})" for name, reason in row.get("dense", {}).items())
+        rows.append((f"`{row['type']}`", f"`{row['class']}`", blocks, pruned, dense))
+    return (
+        "\n\n".join(
+            [
+                NOTE,
+                "# Models",
+                "Blocks and linears are found by structure, so models that are not in this table work too where they are built like one that is. "
+                "The table is what a test finds: it builds each of these models with random weights, prunes it with Wanda to 2:4, and compares "
+                "each decision with the inputs of that weight in a plain forward of the whole model. It saves the result, loads it with "
+                "`sparsekern.load` and with plain transformers, and compares each tensor.",
+                "Embeddings and heads are outside the blocks and stay dense unless they are named. `*` stands for a number.",
+                table(("model type", "class", "lists of blocks", "pruned in each block", "stays dense, and why"), rows),
+            ]
+        )
+        + "\n"
+    )
+
+
+def by_owner(names: Iterable[str]) -> str:
+    """Return names of linears with those of one module together."""
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        owners.setdefault(owner, []).append(own)
+    return "; ".join(
+        f"`{owner}{'.' if owner else ''}{{{', '.join(own)}}}`" if len(own) > 1 else f"`{owner}{'.' if owner else ''}{own[0]}`"
+        for owner, own in owners.items()
+    )
+
+
+PAGES = {"models.md": models_page, "ops.md": ops_page, "methods.md": methods_page, "cli.md": cli_page, "api.md": api_page}
 
 
 def write_all(folder: Path) -> None:

@@ -15,7 +15,7 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 PROGRAMS = {
     page: "".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)) for page in PAGES
 }
-GENERATED = {"ops.md", "methods.md", "cli.md", "api.md"}
+GENERATED = {"models.md", "ops.md", "methods.md", "cli.md", "api.md"}
 RUN = sorted(page for page, program in PROGRAMS.items() if program and page not in GENERATED)
 
 
