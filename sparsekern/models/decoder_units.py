@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .experts import ExpertLinear
 from .linears import Linear
 
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")  # attributes of an attention that hold the channels of a head
@@ -73,7 +74,8 @@ def find_units(model: nn.Module, linears: Sequence[Linear]) -> list[Units]:
 
 def _units(model: nn.Module, owners: dict[str, list[Linear]]) -> Iterator[Units]:
     for name, linears in owners.items():
-        attention = model.get_submodule(name)
+        own = linears[0].modules[0]
+        attention = own.experts.module if isinstance(own, ExpertLinear) else model.get_submodule(name)
         size = next((size for attribute in HEAD_SIZES if isinstance(size := getattr(attention, attribute, None), int)), 1)
         consumer = _consumer(linears)
         if consumer is None or consumer.features % size:

@@ -109,8 +109,12 @@ class Experts(ABC):
         """Return the parameter that holds `part` of all experts."""
 
     @abstractmethod
+    def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
+        """Return `part` of all experts, `[count, out_features, in_features]`, in a tensor that is laid out as its parameter."""
+
     def stacked(self, part: str) -> torch.Tensor:
         """Return `part` of all experts, `[count, out_features, in_features]`, a view of its parameter."""
+        return self.view(part, self.parameter(part).detach())
 
     def stacked_bias(self, part: str) -> torch.Tensor | None:
         """Return the biases of `part` of all experts, `[count, out_features]`, a view of their parameter; None without biases."""
@@ -192,9 +196,8 @@ class InterfaceExperts(Experts):
     def parameter(self, part: str) -> nn.Parameter:
         return self.module._parameters[self._stored(part)]
 
-    def stacked(self, part: str) -> torch.Tensor:
-        weights = self.parameter(part).detach()
-        return self._rows_of(part, weights.transpose(1, 2) if self.module.is_transposed else weights, 1)
+    def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
+        return self._rows_of(part, stored.transpose(1, 2) if self.module.is_transposed else stored, 1)
 
     def stacked_bias(self, part: str) -> torch.Tensor | None:
         if not self.module.has_bias:
@@ -246,8 +249,8 @@ class Llama4Experts(Experts):
     def parameter(self, part: str) -> nn.Parameter:
         return self.module._parameters[DOWN if part == DOWN else "gate_up_proj"]
 
-    def stacked(self, part: str) -> torch.Tensor:
-        stacked = self.parameter(part).detach().transpose(1, 2)
+    def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
+        stacked = stored.transpose(1, 2)
         return stacked if part == DOWN else stacked.chunk(2, 1)[0 if part == GATE else 1]
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
@@ -283,9 +286,8 @@ class DbrxExperts(Experts):
     def parameter(self, part: str) -> nn.Parameter:
         return self.module.mlp._parameters[{GATE: "w1", UP: "v1", DOWN: "w2"}[part]]
 
-    def stacked(self, part: str) -> torch.Tensor:
-        weights = self.parameter(part).detach()
-        stacked = weights.view(self.count, -1, weights.shape[-1])
+    def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
+        stacked = stored.view(self.count, -1, stored.shape[-1])
         return stacked.transpose(1, 2) if part == DOWN else stacked
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
 
-from .experts import ExpertLinear
+from .experts import ExpertLinear, experts_of
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -63,6 +63,14 @@ class Linear:
             return id(module.parameter), module.expert, module.part
         return id(self.parameter)
 
+    def part_of(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return the entries of `stored`, which is laid out as the parameter, that belong to this matrix.
+
+        Those of a linear of its own are all of them, in the layout of the parameter; those of an expert `[out_features, in_features]`.
+        """
+        module = self.modules[0]
+        return module.experts.view(module.part, stored)[module.expert] if isinstance(module, ExpertLinear) else stored
+
     @property
     def shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`."""
@@ -78,6 +86,8 @@ class Linear:
 def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
     """Return the linears under `root` in the model's order; modules that share one weight are one entry.
 
+    Each matrix of each fused expert is an entry of its own, such as `model.layers.3.mlp.experts.17.down_proj`.
+
     Args:
         root: a model or a part of one.
         prefix: name of `root` in its model, put before each linear's name.
@@ -85,11 +95,16 @@ def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
     Raises:
         ValueError: a weight is no plain float matrix (quantised, parametrised, on the meta device).
     """
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    owners: dict[Hashable, list[tuple[str, nn.Module]]] = {}
     for name, module in root.named_modules(prefix=prefix):
         if isinstance(module, nn.Linear) or is_conv1d(module):
             _check_prunable(name, module)
             owners.setdefault(id(module._parameters["weight"]), []).append((name, module))
+        elif (experts := experts_of(name, module)) is not None:
+            for part in experts.parts:
+                _check_values(f"{name} ({part})", experts.parameter(part), (2, 3))
+            for own_name, linear in experts.linears():
+                owners[own_name] = [(own_name, linear)]
     return [Linear(found[0][0], tuple(module for _, module in found)) for found in owners.values()]
 
 
@@ -123,9 +138,14 @@ def _check_prunable(name: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         raise ValueError(f"{name}: its weight is computed from other tensors (a parametrisation); remove that before pruning")
+    _check_values(name, weight, (2,))
+
+
+def _check_values(name: str, weight: torch.Tensor, dims: Sequence[int]) -> None:
+    """Raise `ValueError` unless a weight has values of a known dtype, and one of these numbers of dimensions."""
     if weight.is_meta:
         raise ValueError(f"{name}: its weight is on the meta device; load the model's weights before pruning")
-    if weight.dim() != 2 or weight.dtype not in DTYPES:
+    if weight.dim() not in dims or weight.dtype not in DTYPES:
         dtype = str(weight.dtype).removeprefix("torch.")
         raise ValueError(
             f"{name}: expected a float32, bfloat16 or float16 matrix, got {dtype} {tuple(weight.shape)}; prune before quantising"

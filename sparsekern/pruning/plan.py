@@ -15,6 +15,7 @@ from ..methods.base import GradualMethod, LinearMethod, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
 from ..models.encoder import is_encoder
+from ..models.gates import find_gates
 from ..models.globs import Globs, as_globs, check_matches, first_match, matches
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
@@ -24,6 +25,7 @@ from .session import check_format_fits
 PatternLike = str | float | Pattern
 Choice = Globs | Callable[[str, nn.Module], bool]
 DEFAULT_PATTERN = NM(2, 4)
+SHOWN = 3  # names in a message that is about many
 
 
 @dataclass(frozen=True)
@@ -127,17 +129,29 @@ def make_plan(
     linears = [linear for part in (*inside, outside) for linear in part]
     included = _chosen("include", include, linears)
     excluded = _chosen("exclude", exclude, linears)
-    # A linear outside the blocks is pruned only where its whole name is given.
-    eligible = in_blocks if callable(include) else in_blocks | set(as_globs("include", include) or ())
     default = parse_pattern(pattern)
     by_glob = {glob: None if value is None else parse_pattern(value) for glob, value in (patterns or {}).items()}
     check_matches("patterns", by_glob, everything)
+    # A linear outside the blocks is pruned only where its whole name is given.
+    eligible = in_blocks if callable(include) else in_blocks | set(as_globs("include", include) or ())
+    gates = {
+        linear.name
+        for index, block in enumerate(blocks.modules)
+        for linear in find_gates(block, inside[index], blocks.block_name(index))
+    }
+    asked = (
+        [included or set()] if callable(include) else [_matching(glob, everything) for glob in as_globs("include", include) or ()]
+    )
+    asked += [_matching(glob, everything) for glob, value in by_glob.items() if value is not None]
+    gates.difference_update(*(names for names in asked if names <= gates))
 
     def chosen(linear: Linear) -> bool:
         name = linear.name
         wanted = name in eligible and (included is None or name in included) and name not in (excluded or ())
         return wanted and first_match(name, by_glob, default) is not None
 
+    spared = [linear.name for linear in linears if linear.name in gates and chosen(linear)]
+    eligible = eligible - gates
     plan = Plan(
         blocks,
         tuple(tuple(filter(chosen, linears)) for linears in inside),
@@ -153,7 +167,14 @@ def make_plan(
     for linear in plan.linears:
         kept[linear.name].check_features(linear.features, linear.name)
         check_finite(linear)
-    _say_what_stays_dense(blocks)
+    _say_what_stays_dense(blocks, inside)
+    if spared:
+        warnings.warn(
+            f"{shortened(spared)}: router gates and other small matrices stay dense; a glob of include or patterns that matches "
+            "nothing else prunes them",
+            SparsekernWarning,
+            stacklevel=3,
+        )
     return plan
 
 
@@ -225,6 +246,16 @@ def _chosen(argument: str, choice: Choice, linears: list[Linear]) -> set[str] | 
     return found
 
 
+def _matching(glob: str, names: list[str]) -> set[str]:
+    """Return those of `names` that a glob matches."""
+    return {name for name in names if matches(name, [glob])}
+
+
+def shortened(names: list[str]) -> str:
+    """Return the first names of a list, and the number of the others."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def _with_weights(linears: list[Linear]) -> list[Linear]:
     """Return the linears that still have weights: removal may have cut all of them."""
     return [linear for linear in linears if linear.weight.numel()]
@@ -254,13 +285,14 @@ def check_device(model: nn.Module) -> None:
         raise ValueError(f"model: expected all weights on one device, got {', '.join(devices)}")
 
 
-def _say_what_stays_dense(blocks: Blocks) -> None:
-    """Warn of fused experts: they are tensors of three dimensions, not linears, so most of such a model stays dense."""
+def _say_what_stays_dense(blocks: Blocks, linears: list[list[Linear]]) -> None:
+    """Warn of parameters of three dimensions that are neither linears nor experts of a known layout."""
+    known = {id(linear.parameter) for part in linears for linear in part}
     stacked = [
         f"{blocks.block_name(index)}.{name}"
         for index, block in enumerate(blocks.modules)
         for name, parameter in block.named_parameters()
-        if parameter.dim() > 2
+        if parameter.dim() > 2 and id(parameter) not in known
     ]
     if stacked:
         warnings.warn(

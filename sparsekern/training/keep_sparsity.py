@@ -74,16 +74,24 @@ def keep_sparsity(model: nn.Module, *, include: Globs = None, exclude: Globs = N
 
 @dataclass(eq=False)
 class _Guard:
-    """One weight and its zeros. The module is referenced weakly, so that guarding it does not keep it alive."""
+    """One parameter and its zeros. Its module is referenced weakly, so that guarding it does not keep it alive.
 
-    name: str
+    Attributes:
+        module: the owner of the parameter.
+        attribute: the parameter's name in the module.
+        zeros: bool, in the layout of the parameter.
+        parts: the zeros of each guarded linear by name, views of `zeros`; those of fused experts share a parameter.
+    """
+
     module: weakref.ref[nn.Module]
-    zeros: torch.Tensor  # bool, in the layout of the parameter
+    attribute: str
+    zeros: torch.Tensor
+    parts: dict[str, torch.Tensor]
 
     @property
     def weight(self) -> torch.Tensor | None:
         module = self.module()
-        return None if module is None else module.get_parameter("weight")
+        return None if module is None else module.get_parameter(self.attribute)
 
     def mask_(self, values: torch.Tensor) -> None:
         if self.zeros.device != values.device:
@@ -106,15 +114,13 @@ class SparsityKeeper:
             linears: what to guard.
             masks: as the property `masks` returns them; None takes the current zeros.
         """
-        self._guards: list[_Guard] = []
+        by_parameter: dict[int, list[Linear]] = {}
         for linear in linears:
-            module = linear.modules[0]
-            weight = module.get_parameter("weight")
-            zeros = weight.detach() == 0 if masks is None else ~masks[linear.name].to(weight.device)
-            self._guards.append(_Guard(linear.name, weakref.ref(module, self._module_gone), zeros))
-        self.names = tuple(guard.name for guard in self._guards)
-        kept = sum(int(guard.zeros.sum()) for guard in self._guards)
-        self.sparsity = kept / sum(guard.zeros.numel() for guard in self._guards)
+            by_parameter.setdefault(id(linear.parameter), []).append(linear)
+        self._guards = [self._guard(sharing, masks) for sharing in by_parameter.values()]
+        self.names = tuple(linear.name for linear in linears)
+        guarded = [part for guard in self._guards for part in guard.parts.values()]
+        self.sparsity = sum(int(zeros.sum()) for zeros in guarded) / sum(zeros.numel() for zeros in guarded)
         self._handles = [register_optimizer_step_post_hook(self._after_step)]
         for guard in self._guards:
             if (parameter := guard.weight) is not None and parameter.requires_grad:
@@ -122,8 +128,11 @@ class SparsityKeeper:
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
-        """By linear name, in the layout of its parameter: bool, True where a weight may be non-zero."""
-        return {guard.name: ~guard.zeros for guard in self._guards}
+        """By linear name: bool, True where a weight may be non-zero.
+
+        A mask is in the layout of its parameter; that of an expert is `[out_features, in_features]`.
+        """
+        return {name: ~zeros for guard in self._guards for name, zeros in guard.parts.items()}
 
     def apply(self) -> None:
         """Set the kept zeros to zero now; needed only after the step of an optimizer that hooks do not reach."""
@@ -152,7 +161,19 @@ class SparsityKeeper:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __repr__(self) -> str:
-        return f"SparsityKeeper({len(self._guards)} linears, {self.sparsity:.2%} of their weights kept at zero)"
+        return f"SparsityKeeper({len(self.names)} linears, {self.sparsity:.2%} of their weights kept at zero)"
+
+    def _guard(self, sharing: list[Linear], masks: Mapping[str, torch.Tensor] | None) -> _Guard:
+        """Return the guard of the parameter that these linears are parts of."""
+        parameter, owner = sharing[0].parameter, sharing[0].holders[0]
+        weights = parameter.detach()
+        zeros = torch.zeros_like(weights, dtype=torch.bool)
+        parts = {linear.name: linear.part_of(zeros) for linear in sharing}
+        for linear in sharing:
+            own = linear.part_of(weights) == 0 if masks is None else ~masks[linear.name].to(weights.device)
+            parts[linear.name].copy_(own)
+        attribute = next(name for name, held in owner._parameters.items() if held is parameter)
+        return _Guard(weakref.ref(owner, self._module_gone), attribute, zeros, parts)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         # Only what this optimizer has changed: another's step may come between a forward and a backward, which forbids writing.
@@ -192,7 +213,7 @@ def _pruned(model: nn.Module, linears: list[Linear]) -> list[Linear]:
             owners.setdefault(id(parameter), set()).add(module)
     found = []
     for linear in linears:
-        if owners[id(linear.modules[0].weight)] <= set(linear.modules):
+        if owners[id(linear.parameter)] <= set(linear.holders):
             kept = int(torch.count_nonzero(linear.weight))
             if 0 < kept < linear.weight.numel():
                 found.append(linear)

@@ -11,6 +11,20 @@ TOP2 = dict(num_experts_per_tok=2)
 MIXTURES = {
     "mixtral": lambda: tf.MixtralConfig(**LLAMA_LIKE, **TOP2, num_local_experts=4),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**LLAMA_LIKE, **TOP2, num_experts=4, moe_intermediate_size=16),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(
+        **{**LLAMA_LIKE, "num_key_value_heads": 4},
+        **TOP2,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
     "gpt_oss": lambda: tf.GptOssConfig(**LLAMA_LIKE, **TOP2, num_local_experts=4, sliding_window=8),
     "llama4": lambda: tf.Llama4TextConfig(
         **LLAMA_LIKE, num_experts_per_tok=1, num_local_experts=4, intermediate_size_mlp=48, interleave_moe_layer_step=1
@@ -55,7 +69,8 @@ def test_outputs_are_those_of_the_models_own_experts(kind):
         model(tiny_ids(2, 8))
     for handle in handles:
         handle.remove()
-    assert len(found) == model.config.num_hidden_layers and set(ours) == set(theirs) == {experts.name for experts in found}
+    dense = getattr(model.config, "first_k_dense_replace", 0)
+    assert len(found) == model.config.num_hidden_layers - dense and set(ours) == set(theirs) == {experts.name for experts in found}
     for name, output in ours.items():
         torch.testing.assert_close(output, theirs[name].reshape(output.shape), rtol=1e-5, atol=1e-6)
 

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from ...models import Blocks, Linear
+from ...models.experts import Experts, ExpertsCall, watched
 from ..batches import Batch
 
 PROBE_TOKENS = 8
 Inputs = dict[str, list[torch.Tensor]]  # by linear, the tensors that it is called with
+ExpertInputs = dict[str, list[ExpertsCall]]  # by fused experts, their calls
 
 
 class _Stop(Exception):
@@ -66,14 +68,22 @@ class Probe:
 
     Attributes:
         returns_tuple: True if a block returns a tuple.
-        calls: by block name, the names of its linears in the order in which they are called.
+        calls: by block name, the names of its linears and fused experts in the order in which they are called.
     """
 
     returns_tuple: bool = False
     calls: dict[str, list[str]] = field(default_factory=lambda: {OUTSIDE: []})
 
 
-def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Batch, *, to_the_end: bool) -> Probe:
+def probe(
+    model: nn.Module,
+    blocks: Blocks,
+    linears: Iterable[Linear],
+    batch: Batch,
+    *,
+    experts: Iterable[Experts] = (),
+    to_the_end: bool,
+) -> Probe:
     """Watch a real forward of the first tokens of `batch`.
 
     Args:
@@ -81,6 +91,7 @@ def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Ba
         blocks: its blocks.
         linears: the linears whose calls are recorded.
         batch: supplies the tokens.
+        experts: the fused experts whose calls are recorded.
         to_the_end: run the whole model; otherwise stop after the last block.
 
     Raises:
@@ -129,6 +140,7 @@ def probe(model: nn.Module, blocks: Blocks, linears: Iterable[Linear], batch: Ba
         for linear in linears:
             for module in linear.modules:
                 stack.callback(module.register_forward_pre_hook(called(linear.name)).remove)
+        stack.enter_context(watched(experts, lambda found, _: seen.calls[place].append(found.name)))
         _stopped(lambda: model(**batch.beginning(PROBE_TOKENS), use_cache=False))
     if len(versions) < len(blocks.modules):
         raise ValueError(f"model: a forward did not run {blocks.block_name(len(versions))}")
@@ -158,22 +170,27 @@ class Activations:
             self._calls.append([shared.replace_call(call) for call in calls])
             shared.next_batch()
 
-    def inputs_of(self, index: int, linears: Sequence[Linear], order: list[str]) -> Iterator[tuple[Batch, Inputs]]:
-        """Yield each batch with the inputs of `linears` in block `index`, for its current weights.
+    def inputs_of(
+        self, index: int, linears: Sequence[Linear], order: list[str], experts: Sequence[Experts] = ()
+    ) -> Iterator[tuple[Batch, Inputs, ExpertInputs]]:
+        """Yield each batch with the inputs of `linears` and `experts` in block `index`, for its current weights.
 
         Args:
             index: the block.
             linears: linears of the block.
-            order: the names of `linears` in the order of their calls. The forward ends at the input of the last one.
+            order: the names of `linears` and `experts` in the order of their calls. The forward ends at the input of the last one.
+            experts: fused experts of the block.
         """
         block = self._blocks.modules[index]
         for batch, hidden, calls in zip(self.batches, self._hidden, self._calls, strict=True):
-            yield batch, _record_inputs(linears, order, partial(calls[index].run, block, hidden))
+            yield batch, *_record_inputs(linears, experts, order, partial(calls[index].run, block, hidden))
 
-    def inputs_outside(self, linears: Sequence[Linear], order: list[str]) -> Iterator[tuple[Batch, Inputs]]:
-        """Yield each batch with the inputs of linears outside the blocks, once the hidden states have passed all blocks."""
+    def inputs_outside(
+        self, linears: Sequence[Linear], order: list[str], experts: Sequence[Experts] = ()
+    ) -> Iterator[tuple[Batch, Inputs, ExpertInputs]]:
+        """Yield each batch with the inputs of linears and experts outside the blocks, once all blocks have run."""
         for batch, hidden in zip(self.batches, self._hidden, strict=True):
-            yield batch, _record_inputs(linears, order, partial(self._run_around_blocks, batch, final=hidden))
+            yield batch, *_record_inputs(linears, experts, order, partial(self._run_around_blocks, batch, final=hidden))
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block `index`."""
@@ -209,32 +226,43 @@ class Activations:
         return first[0]
 
 
-def _record_inputs(linears: Sequence[Linear], order: list[str], forward: Callable[[], object]) -> Inputs:
-    """Return the inputs of each linear during `forward`, which ends as soon as no linear can follow."""
-    inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in linears}
+def _record_inputs(
+    linears: Sequence[Linear], experts: Sequence[Experts], order: list[str], forward: Callable[[], object]
+) -> tuple[Inputs, ExpertInputs]:
+    """Return the inputs of the linears and fused experts during `forward`, which ends as soon as none of them can follow."""
+    inputs: Inputs = {linear.name: [] for linear in linears}
+    calls: ExpertInputs = {found.name: [] for found in experts}
     versions: list[tuple[str, torch.Tensor, int]] = []
-    # The last linear is known only if the probe saw calls of all linears: experts may not be called for a few tokens.
-    last = order[-1] if set(order) == set(inputs) else None
+    # The last one is known only if the probe saw calls of all: experts with linears of their own may not be called for a few tokens.
+    last = order[-1] if set(order) == inputs.keys() | calls.keys() else None
+
+    def read(name: str, x: torch.Tensor, seen: int) -> None:
+        versions.append((name, x, x._version))
+        if name == last and seen == order.count(last):
+            raise _Stop
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else kwargs["input"]
             inputs[name].append(x)
-            versions.append((name, x, x._version))
-            if name == last and len(inputs[name]) == order.count(last):
-                raise _Stop
+            read(name, x, len(inputs[name]))
 
         return record
+
+    def visit(found: Experts, call: ExpertsCall) -> None:
+        calls[found.name].append(call)
+        read(found.name, call.hidden, len(calls[found.name]))
 
     with ExitStack() as stack:
         for linear in linears:
             for module in linear.modules:
                 stack.callback(module.register_forward_pre_hook(hook(linear.name), with_kwargs=True).remove)
+        stack.enter_context(watched(experts, visit))
         _stopped(forward)
     for name, x, version in versions:
         if x._version != version:
             raise ValueError(f"model: the input of {name} is overwritten after its use, which pruning cannot follow")
-    return inputs
+    return inputs, calls
 
 
 class _SharedTensors:

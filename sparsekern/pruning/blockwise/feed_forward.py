@@ -19,6 +19,7 @@ from torch import nn
 from ...methods.base import BlockMethod, FeedForwardProblem, FeedForwardSolution, Layer
 from ...methods.statistics import Gram, InputStatistic
 from ...models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
+from ...models.experts import ExpertLinear
 from ..batches import Batch
 from ..plan import Plan
 from .activations import PROBE_TOKENS
@@ -27,18 +28,20 @@ TILE = 2048  # tokens worked on at once: enough for the matrix products to run a
 
 
 def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: BlockMethod) -> list[FeedForward | None]:
-    """Return the feed-forward network of each block; None where none of its linears are pruned.
+    """Return the feed-forward network of each block; None where none of its linears are pruned, and where all are fused experts.
 
     Raises:
         ValueError: a block without exactly one network of a known form, or a network of which only a part is pruned.
     """
     blocks = plan.blocks
-    calls = _watch(model, [find_linears(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules)], batch)
+    linears = [find_linears(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules)]
+    calls = _watch(model, linears, batch)
     chosen = {linear.name: linear for linear in plan.linears}
     networks: list[FeedForward | None] = []
     for index, block_calls in enumerate(calls):
         found = find_feed_forwards(block_calls) if plan.block_linears[index] else []
-        if plan.block_linears[index] and len(found) != 1:
+        fused = any(isinstance(linear.modules[0], ExpertLinear) for linear in linears[index])
+        if plan.block_linears[index] and len(found) != 1 and not (fused and not found):
             raise ValueError(
                 f"{blocks.block_name(index)}: {type(method).__name__} needs one feed-forward network a block, of the form "
                 "down(act(up(x))) or down(act(gate(x)) * up(x)) with ReLU, SiLU or GELU and a linear for each projection; "
@@ -66,8 +69,9 @@ def _watch(model: nn.Module, blocks: Sequence[Sequence[Linear]], batch: Batch) -
     calls: list[dict[Linear, list[LinearCall]]] = [{linear: [] for linear in linears} for linears in blocks]
 
     def keep(found: list[LinearCall]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-            found.append(LinearCall(args[0] if args else kwargs["input"], output))
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            if isinstance(output, torch.Tensor):  # Llama 4's router, a subclass, returns a tuple
+                found.append(LinearCall(args[0] if args else kwargs["input"], output))
 
         return hook
 

@@ -1,21 +1,21 @@
 """The block-wise loop: gather statistics of a block's inputs, solve its linears, run it pruned to make the next block's inputs.
 
 Each block first runs dense up to the inputs of its last linear, to gather the statistics. Nothing else of the model is run, and
-nothing is run twice.
+nothing is run twice. Fused experts are solved a few at a time, see `experts.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from ..._warnings import warnings_about
-from ...methods import BlockMethod, Gram, LinearMethod, Solution
+from ...methods import BlockMethod, Gram, LinearMethod, Magnitude, Solution
 from ...methods.statistics import InputStatistic, Statistic, inputs_of
 from ...models import Linear
 from ...pattern import NM, Pattern
@@ -28,6 +28,7 @@ from ..seeds import seeded
 from ..session import batches_for, prepared
 from ..store import has_zeros_of
 from .activations import OUTSIDE, Activations, Probe, probe
+from .experts import ExpertStatistics, expert_bytes, experts_in, is_expert
 from .feed_forward import FeedForwardRun, networks_of
 from .statistics import SharedStatistics
 
@@ -37,6 +38,19 @@ class Memory(Protocol):
 
     def totals(self, index: int) -> Mapping[str, torch.Tensor]:
         """Return the totals of block `index`, empty where there are none."""
+
+
+@dataclass
+class _Solved:
+    """What is solved of a block so far; see `BlockResult`."""
+
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    totals: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, linear: Linear, weight: torch.Tensor, layer: LayerReport) -> None:
+        """Keep the result of one linear."""
+        self.weights[linear.name], self.layers[linear.name] = weight, layer
 
 
 class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
@@ -76,7 +90,11 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if batches:
             with context.clock.phase("capture"):
                 to_the_end = bool(plan.outside_linears)
-                self.probe = probe(context.model, plan.blocks, plan.linears, batches[0], to_the_end=to_the_end)
+                plain, experts = _parted(plan.linears)
+                self.probe = probe(
+                    context.model, plan.blocks, plain, batches[0], experts=experts_in(experts), to_the_end=to_the_end
+                )
+                _check_called(experts, self.probe)
                 self.activations = Activations(context.model, plan.blocks, batches, self.probe.returns_tuple)
         resuming = True
         for index, linears in enumerate(parts):
@@ -110,24 +128,24 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         network = self.plan.network(index)
         together = network.linears if network else ()
         alone = [linear for linear in linears if linear not in together]
-        weights: dict[str, torch.Tensor] = {}
-        layers: dict[str, LayerReport] = {}
+        result = _Solved()
         run: FeedForwardRun | None = None
         shared: SharedStatistics | None = None
         if network is None or not isinstance(self.method, BlockMethod) or self.method.attention == "dense":
             run = self._start_run(index)
-            shared = self._gather(index, linears, run) if self.gathers else None
-            self._solve_alone(alone, shared, weights, layers)
+            shared, routed = self._gather(index, linears, run) if self.gathers else (None, None)
+            self._solve_alone(alone, shared, routed, result)
         else:
             if alone:
-                self._solve_alone(alone, self._gather(index, alone), weights, layers)
-            with _written_meanwhile(alone, weights):
+                self._solve_alone(alone, *self._gather(index, alone), result)
+            with _written_meanwhile(alone, result.weights):
                 run = self._start_run(index)
-                shared = self._gather(index, together, run)
+                shared, _ = self._gather(index, together, run)
         if run is not None and shared is not None:
-            self._solve_together(run, shared, weights, layers)
-        totals = shared.totals() if shared is not None and self.memory is not None else {}
-        return BlockResult(weights, [layers[linear.name] for linear in linears], totals)
+            self._solve_together(run, shared, result)
+        if shared is not None and self.memory is not None:
+            result.totals |= shared.totals()
+        return BlockResult(result.weights, [result.layers[linear.name] for linear in linears], result.totals)
 
     def _start_run(self, index: int) -> FeedForwardRun | None:
         network = self.plan.network(index)
@@ -136,42 +154,68 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         return FeedForwardRun(network, self.method, self.plan, sum(batch.tokens for batch in self.context.batches))
 
     def _solve_alone(
-        self,
-        linears: Sequence[Linear],
-        shared: SharedStatistics | None,
-        weights: dict[str, torch.Tensor],
-        layers: dict[str, LayerReport],
+        self, linears: Sequence[Linear], shared: SharedStatistics | None, routed: ExpertStatistics | None, result: _Solved
     ) -> None:
         if shared is None:
             for linear in linears:
                 with self.context.clock.phase("solve"):
-                    weights[linear.name], layers[linear.name] = self._solve(linear, None, None)
+                    result.take(linear, *self._solve(linear, None, None))
             return
+        self._solve_shared(linears, shared, result)
+        if routed is not None:
+            self._solve_experts(routed, result)
+
+    def _solve_shared(self, linears: Sequence[Linear], shared: SharedStatistics, result: _Solved) -> None:
         for members, inputs in shared.groups:
             for linear in members:
                 if linear in linears:
                     with self.context.clock.phase("solve"):
-                        statistics = shared.of(linear, inputs)
-                        weights[linear.name], layers[linear.name] = self._solve(linear, statistics, inputs)
+                        result.take(linear, *self._solve(linear, shared.of(linear, inputs), inputs))
+
+    def _solve_experts(self, routed: ExpertStatistics, result: _Solved) -> None:
+        """Solve the experts of a block, as many at a time as their statistics fit. Their totals are kept as they are solved."""
+        groups = routed.groups(expert_bytes(next(self.context.model.parameters()).device))
+        earlier = self.memory.totals(routed.index) if self.memory is not None else {}
+        while True:
+            with self.context.clock.phase("statistics"):
+                group = next(groups, None)
+            if group is None:
+                break
+            for linears, shared in group:
+                if earlier:
+                    shared.include(earlier)
+                self._solve_expert(linears, shared, result)
+                if self.memory is not None:
+                    result.totals |= shared.totals()
 
     def _solve(
-        self, linear: Linear, statistics: Statistic | None, inputs: InputStatistic | None
+        self, linear: Linear, statistics: Statistic | None, inputs: InputStatistic | None, method: LinearMethod | None = None
     ) -> tuple[torch.Tensor, LayerReport]:
         start = self.context.clock.now()
         weight, pattern = linear.weight, self.plan.patterns[linear.name]
+        method = self.method if method is None else method
         try:
             with warnings_about(linear.name), seeded(self.context.seed, linear.name):
-                solution = self.method.solve(weight, statistics, pattern)
-            _check_solution(self.method, solution, weight)
+                solution = method.solve(weight, statistics, pattern)
+            _check_solution(method, solution, weight)
             zeros, relative_error = _outcome(weight, solution, inputs, pattern)
         except ValueError as error:
             raise ValueError(f"{linear.name}: {error}") from error
         seconds = self.context.clock.now() - start
         return solution.weight, LayerReport(linear.name, str(pattern), linear.shape, zeros, relative_error, seconds)
 
-    def _solve_together(
-        self, run: FeedForwardRun, shared: SharedStatistics, weights: dict[str, torch.Tensor], layers: dict[str, LayerReport]
-    ) -> None:
+    def _solve_expert(self, linears: list[Linear], shared: SharedStatistics, result: _Solved) -> None:
+        if shared.seen():
+            for members, statistic in shared.groups:
+                if statistic.tokens:  # otherwise only earlier datasets reached the expert
+                    self._check_statistic(members, statistic)
+            self._solve_shared(linears, shared, result)
+            return
+        for linear in linears:
+            with self.context.clock.phase("solve"):
+                result.take(linear, *self._solve(linear, None, None, Magnitude()))
+
+    def _solve_together(self, run: FeedForwardRun, shared: SharedStatistics, result: _Solved) -> None:
         linears, down = run.network.linears, run.network.down.name
         inputs = {linear.name: statistic for members, statistic in shared.groups for linear in members}
         clock = self.context.clock
@@ -182,37 +226,47 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                     solved, solution = run.solve(inputs)
             except ValueError as error:
                 raise ValueError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
-        weights |= solved
         seconds = (clock.now() - start) / len(linears)
         for linear in linears:
             found = Solution(solved[linear.name])
             zeros, relative_error = _outcome(linear.weight, found, inputs[linear.name], self.plan.patterns[linear.name])
             whole = (solution.error, solution.alone) if linear.name == down else ()
             pattern = str(self.plan.patterns[linear.name])
-            layers[linear.name] = LayerReport(linear.name, pattern, linear.shape, zeros, relative_error, seconds, *whole)
+            result.take(
+                linear, found.weight, LayerReport(linear.name, pattern, linear.shape, zeros, relative_error, seconds, *whole)
+            )
 
-    def _gather(self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None) -> SharedStatistics:
-        shared = SharedStatistics(linears, self.method.needs, self.plan.measure_error)
-        names = {linear.name for linear in linears}
-        if index < len(self.plan.blocks.modules):
-            order = self.probe.calls[self.plan.blocks.block_name(index)]
-            batches = self.activations.inputs_of(index, linears, [name for name in order if name in names])
+    def _gather(
+        self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None
+    ) -> tuple[SharedStatistics, ExpertStatistics | None]:
+        plain, matrices = _parted(linears)
+        experts, kind = experts_in(matrices), (self.method.needs, self.plan.measure_error)
+        shared = SharedStatistics(plain, *kind)
+        routed = ExpertStatistics(index, matrices, *kind) if matrices else None
+        inside = index < len(self.plan.blocks.modules)
+        names = {linear.name for linear in plain} | {found.name for found in experts}
+        order = [name for name in self.probe.calls[self.plan.blocks.block_name(index) if inside else OUTSIDE] if name in names]
+        if inside:
+            batches = self.activations.inputs_of(index, plain, order, experts)
         else:
-            batches = self.activations.inputs_outside(linears, self.probe.calls[OUTSIDE])
+            batches = self.activations.inputs_outside(plain, order, experts)
         while True:
             with self.context.clock.phase("forward"):
                 step = next(batches, None)
             if step is None:
                 break
             with self.context.clock.phase("statistics"):
-                shared.add(*step)
+                batch, inputs, calls = step
+                shared.add(batch, inputs)
+                if routed is not None:
+                    routed.add(batch, calls)
                 if run is not None:
-                    run.add(step[0], step[1][run.network.up.name])
+                    run.add(batch, inputs[run.network.up.name])
         for members, statistic in shared.groups:
             self._check_statistic(members, statistic)
         if self.memory is not None and (earlier := self.memory.totals(index)):
             shared.include(earlier)
-        return shared
+        return shared, routed
 
     def _check_statistic(self, members: Sequence[Linear], statistic: InputStatistic) -> None:
         name, features = members[0].name, members[0].features
@@ -224,6 +278,22 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self.notices.once(
                 "dead features",
                 f"{name}: {dead} of {features} input features were never active in calibration; their weights are pruned first",
+            )
+
+
+def _parted(linears: Sequence[Linear]) -> tuple[list[Linear], list[Linear]]:
+    """Return the linears with modules of their own, and the matrices of fused experts."""
+    return [linear for linear in linears if not is_expert(linear)], [linear for linear in linears if is_expert(linear)]
+
+
+def _check_called(matrices: Sequence[Linear], probe: Probe) -> None:
+    """Raise `ValueError` unless a forward called the modules of all fused experts, which is how their inputs are seen."""
+    called = {name for names in probe.calls.values() for name in names}
+    for experts in experts_in(matrices):
+        if experts.name not in called:
+            raise ValueError(
+                f"model: a forward did not call {experts.name} ({type(experts.module).__name__}), so the inputs of its experts are "
+                "unknown; leave them out with exclude"
             )
 
 

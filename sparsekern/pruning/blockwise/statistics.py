@@ -7,14 +7,27 @@ observed while the model runs, since no table of names could cover every model.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
 from ...methods.statistics import FeatureNorm, Gram, Importance, InputStatistic, Statistic, inputs_of
 from ...models import Linear
-from ..batches import Batch
 
 BETWEEN_NAMES = "|"
+
+
+class Rows(Protocol):
+    """What statistics ask of a batch: which rows of an activation are real tokens, and of which sample."""
+
+    def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return an activation as `(rows [n, features], row_mask [n] or None)`; the mask is False at padding."""
+
+    def used(self, rows: int) -> int:
+        """Return how many of the `rows` of a flattened activation belong to real tokens."""
+
+    def sample_of_row(self, row: int, rows: int) -> int | None:
+        """Return the number of the sample of row `row` of `rows`, or None where it is not known."""
 
 
 class SharedStatistics:
@@ -46,7 +59,7 @@ class SharedStatistics:
         if needs is not None and issubclass(needs, Importance):
             self._own = {linear.name: needs(linear.weight, statistic) for members, statistic in self.groups for linear in members}
 
-    def add(self, batch: Batch, inputs: Mapping[str, Sequence[torch.Tensor]]) -> None:
+    def add(self, batch: Rows, inputs: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Take in one batch.
 
         Args:
@@ -62,6 +75,10 @@ class SharedStatistics:
                 _add_input(statistic, members[0].name, x, batch)
                 for linear in members if self._own else ():
                     _add_importance(self._own[linear.name], linear.name, *batch.flatten(x))
+
+    def seen(self) -> bool:
+        """Return whether there were tokens, in this dataset or in those included."""
+        return any(statistic.tokens for _, statistic in self.groups) or any(bool(total.any()) for total in self.totals().values())
 
     def totals(self) -> dict[str, torch.Tensor]:
         """Return the sums that add up over datasets, by the names of their linears."""
@@ -100,7 +117,7 @@ class SharedStatistics:
         self.groups = refined
 
 
-def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Batch) -> None:
+def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Rows) -> None:
     try:
         rows, row_mask = batch.flatten(x)
     except ValueError as error:
@@ -118,7 +135,7 @@ def _add_importance(importance: Importance, name: str, rows: torch.Tensor, row_m
         raise ValueError(f"{name}: {error}") from error
 
 
-def _named(error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Tensor | None, batch: Batch) -> ValueError:
+def _named(error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Tensor | None, batch: Rows) -> ValueError:
     bad = ~torch.isfinite(rows).all(1)
     if row_mask is not None:
         bad &= row_mask

@@ -249,7 +249,7 @@ def _checked_evaluation(
 
 
 def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]:
-    weights = [module.get_parameter("weight") for linear in plan.linears for module in linear.modules]
+    weights = [linear.parameter for linear in plan.linears]
     return {
         "method": method.settings(),
         "patterns": {name: str(value) for name, value in plan.patterns.items()},

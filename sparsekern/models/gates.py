@@ -1,0 +1,98 @@
+"""Find the small matrices of a block that route or mix: they hold next to no weights, and pruning them costs the most.
+
+They are found by structure: router gates beside experts, gates with one output (of a shared expert), and matrices that mix a few
+numbers into a few (AltUp), with the gates that make these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from .experts import ExpertLinear, Experts, experts_of
+from .linears import Linear, find_linears
+
+FEW = 16  # inputs: a matrix that mixes has fewer,
+SHARE = 8  # the block is at least so many times as wide,
+POWER = 2  # and it has at most this power of its inputs as outputs (AltUp predicts n x n coefficients from n numbers)
+
+
+def find_gates(block: nn.Module, linears: Sequence[Linear], prefix: str) -> list[Linear]:
+    """Return the linears of a block that are router gates, gates with one output, or small mixing matrices.
+
+    A router gate has one output an expert, and is beside the experts or in a module beside them. A matrix mixes if it has `n < 16`
+    inputs and at most `n * n` outputs, in a block that is at least eight times as wide as `n`. The width is the largest smaller side
+    of its linears. A linear with `n` outputs in the same module makes the numbers that are mixed.
+
+    Args:
+        block: the block.
+        linears: all its linears.
+        prefix: the name of the block, with which the names of `linears` begin.
+    """
+    routers = set(_router_names(block, prefix))
+    plain = [linear for linear in linears if not isinstance(linear.modules[0], ExpertLinear)]
+    width = max((min(linear.shape) for linear in plain), default=0)
+    mixed = {(_owner(linear), linear.features) for linear in plain if _mixes(linear, width)}
+
+    def is_gate(linear: Linear) -> bool:
+        rows, columns = linear.shape
+        return rows == 1 < columns or _mixes(linear, width) or (_owner(linear), rows) in mixed
+
+    return [linear for linear in plain if linear.name in routers or is_gate(linear)]
+
+
+def listed_experts(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Return the lists of experts that have linears of their own, by name.
+
+    Such a list holds modules of one class with linears of equal shapes, and a module beside it holds a matrix with one row an expert.
+    """
+    found = {}
+    for parent_name, parent in block.named_modules(prefix=prefix):
+        for name, child in parent.named_children():
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1 and _are_alike(list(child.children())):
+                others = (other for other in parent.children() if other is not child)
+                own = [*parent.parameters(recurse=False), *(parameter for other in others for parameter in other.parameters())]
+                if any(parameter.dim() == 2 and len(parameter) == len(child) for parameter in own):
+                    found[f"{parent_name}.{name}"] = child
+    return found
+
+
+def _router_names(block: nn.Module, prefix: str) -> Iterator[str]:
+    lists = listed_experts(block, prefix)
+    for parent_name, parent in block.named_modules(prefix=prefix):
+        for name, child in parent.named_children():
+            full = f"{parent_name}.{name}"
+            fused = experts_of(full, child)
+            if fused is not None:
+                counts = _counts(fused)
+            elif full in lists:
+                counts = {len(lists[full])}
+            else:
+                continue
+            for beside_name, beside in parent.named_children():
+                if beside is not child:
+                    linears = find_linears(beside, f"{parent_name}.{beside_name}")
+                    if all(len(linear.weight) in counts for linear in linears):
+                        yield from (linear.name for linear in linears)
+
+
+def _counts(experts: Experts) -> set[int]:
+    """Return the numbers of experts; they differ where some experts have no matrices of some kind (LongCat's)."""
+    return {experts.stacked(part).shape[0] for part in experts.parts}
+
+
+def _mixes(linear: Linear, width: int) -> bool:
+    """Return whether a linear mixes a few numbers into a few."""
+    rows, columns = linear.shape
+    return columns < FEW and columns * SHARE <= width and rows <= columns**POWER
+
+
+def _owner(linear: Linear) -> str:
+    return linear.name.rpartition(".")[0]
+
+
+def _are_alike(modules: Sequence[nn.Module]) -> bool:
+    """Return whether modules are of one class, with linears of the same shapes."""
+    shapes = [[linear.shape for linear in find_linears(module)] for module in modules]
+    return len({type(module) for module in modules}) == 1 and bool(shapes[0]) and all(found == shapes[0] for found in shapes)

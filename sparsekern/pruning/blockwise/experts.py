@@ -1,0 +1,208 @@
+"""Statistics of fused experts: what a block's experts are called with is recorded once, then a few experts at a time are measured.
+
+An expert sees exactly the tokens that are routed to it, without padding. Its gate and up projections share the statistic of these
+tokens. The inputs of its down projection are computed from them while all of its matrices are dense. The recorded calls hold the
+hidden states that the block has anyway, so the memory for statistics depends on `expert_bytes`, not on the number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...methods.statistics import Gram, Importance, Statistic, inputs_of
+from ...models import Linear
+from ...models.experts import DOWN, ExpertLinear, Experts, ExpertsCall
+from ..batches import Batch
+from .statistics import SharedStatistics
+
+EXPERT_BYTES = 1 << 30  # of the statistics held at once on a CPU
+SHARE_OF_DEVICE = 4  # on a GPU, the statistics take at most one part in so many of the memory that is free
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """The rows of one call of fused experts that are routed to one expert; a `Batch` to the statistics, without padding.
+
+    Attributes:
+        batch: the batch that the experts were called for.
+        hidden: `[rows, hidden]`, the expert's inputs.
+        weights: `[rows]`, the routing weights.
+        tokens: `[rows]`, the token of each row among `of`.
+        of: the number of tokens of the call.
+    """
+
+    batch: Batch
+    hidden: torch.Tensor
+    weights: torch.Tensor
+    tokens: torch.Tensor
+    of: int
+
+    def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return rows `[n, features]`, none of which is padding."""
+        return x, None
+
+    def used(self, rows: int) -> int:
+        """Return how many of `rows` belong to real tokens: all."""
+        return rows
+
+    def sample_of_row(self, row: int, rows: int) -> int | None:
+        """Return the number of the calibration sample of a row, or None where the rows do not follow the samples."""
+        return self.batch.sample_of_row(int(self.tokens[row]), self.of)
+
+
+class RecordedCalls:
+    """The calls of the fused experts of one layer, for all batches, sorted by expert.
+
+    Attributes:
+        experts: the experts.
+        tokens: the number of real tokens that each expert was given.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        self.experts = experts
+        self.tokens = [0] * experts.count
+        self._calls: list[tuple[Batch, ExpertsCall, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = []
+
+    def add(self, batch: Batch, call: ExpertsCall) -> None:
+        """Take in one call.
+
+        Raises:
+            ValueError: the batch has padding, and the call does not tell which of its tokens are padding.
+        """
+        rows = torch.arange(len(call.hidden), device=call.hidden.device)
+        try:
+            _, real = batch.flatten(call.hidden[: call.tokens])
+        except ValueError as error:
+            raise ValueError(f"{self.experts.name}: {error}") from None
+        routed = ((call.index >= 0) & (call.index < self.experts.count)).any(1)
+        if real is not None:
+            routed &= real[rows % call.tokens]
+        hidden = call.hidden
+        if not bool(routed.all()):  # keeps only the rows that an expert sees
+            rows = rows[routed]
+            hidden = hidden[rows]
+            call = ExpertsCall(hidden, call.index[rows], call.weights[rows], call.tokens)
+        by_expert = call.by_expert(self.experts.count)
+        for expert, (own, _) in enumerate(by_expert):
+            self.tokens[expert] += len(own)
+        self._calls.append((batch, call, rows % call.tokens, by_expert))
+
+    def of(self, expert: int) -> Iterator[RoutedBatch]:
+        """Yield the inputs of one expert, call by call, without calls that it saw no token in."""
+        for batch, call, tokens, by_expert in self._calls:
+            rows, weights = by_expert[expert]
+            if len(rows):
+                yield RoutedBatch(batch, call.hidden[rows], weights, tokens[rows], call.tokens)
+
+
+class ExpertStatistics:
+    """The recorded calls of all fused experts of one block, and the statistics of a few experts at a time."""
+
+    def __init__(
+        self,
+        index: int,
+        linears: Sequence[Linear],
+        needs: type[Statistic] | None,
+        measure_error: bool,
+        *,
+        routing_weights: bool = False,
+    ) -> None:
+        """Prepare to record.
+
+        Args:
+            index: the number of the block.
+            linears: the matrices of experts to gather statistics of.
+            needs: the statistic that the method needs; None only where errors are measured.
+            measure_error: take Gram matrices in any case, to measure errors.
+            routing_weights: scale each token by its routing weight.
+        """
+        self.index, self._needs, self._measure_error, self._routing_weights = index, needs, measure_error, routing_weights
+        self._calls = {experts.name: RecordedCalls(experts) for experts in experts_in(linears)}
+        self._linears: dict[tuple[str, int], list[Linear]] = {}
+        for linear in linears:
+            module = expert_of(linear)
+            self._linears.setdefault((module.experts.name, module.expert), []).append(linear)
+
+    def add(self, batch: Batch, calls: Mapping[str, Sequence[ExpertsCall]]) -> None:
+        """Take in the calls of one batch, by the name of their experts."""
+        for name, recorded in self._calls.items():
+            for call in calls[name]:
+                recorded.add(batch, call)
+
+    def unseen(self) -> list[Linear]:
+        """Return the matrices of the experts that no token was routed to."""
+        return [
+            linear
+            for (name, expert), linears in self._linears.items()
+            if not self._calls[name].tokens[expert]
+            for linear in linears
+        ]
+
+    def groups(self, most_bytes: int) -> Iterator[list[tuple[list[Linear], SharedStatistics]]]:
+        """Yield the matrices of each expert with their statistics, as many experts of one layer at a time as fit.
+
+        Args:
+            most_bytes: bytes of the statistics of one group, which holds at least one expert.
+        """
+        by_layer: dict[str, list[list[Linear]]] = {}
+        for (name, _), linears in self._linears.items():
+            by_layer.setdefault(name, []).append(linears)
+        for chosen in by_layer.values():
+            most = max(bytes_of(linears, self._needs, self._measure_error) for linears in chosen)
+            size = max(1, most_bytes // max(most, 1))
+            for start in range(0, len(chosen), size):
+                yield [(linears, self._gathered(linears)) for linears in chosen[start : start + size]]
+
+    def _gathered(self, linears: list[Linear]) -> SharedStatistics:
+        """Return the statistics of one expert."""
+        shared = SharedStatistics(linears, self._needs, self._measure_error)
+        module = expert_of(linears[0])
+        by_part = {expert_of(linear).part: linear.name for linear in linears}
+        for routed in self._calls[module.experts.name].of(module.expert):
+            inputs = {name: [routed.hidden] for part, name in by_part.items() if part != DOWN}
+            if DOWN in by_part:
+                inputs[by_part[DOWN]] = [module.experts.down_inputs(module.expert, routed.hidden)]
+            if self._routing_weights:
+                scaled: dict[int, torch.Tensor] = {}
+                for x in (x for (x,) in inputs.values()):
+                    scaled.setdefault(id(x), x.float() * routed.weights[:, None].float())
+                inputs = {name: [scaled[id(x)]] for name, (x,) in inputs.items()}
+            shared.add(routed, inputs)
+        return shared
+
+
+def expert_of(linear: Linear) -> ExpertLinear:
+    """Return the module of an expert's matrix."""
+    module = linear.modules[0]
+    assert isinstance(module, ExpertLinear)
+    return module
+
+
+def is_expert(linear: Linear) -> bool:
+    """Return whether a linear is a matrix of a fused expert."""
+    return isinstance(linear.modules[0], ExpertLinear)
+
+
+def experts_in(linears: Sequence[Linear]) -> list[Experts]:
+    """Return the fused experts that some of `linears` are matrices of, in their order."""
+    return list({expert_of(linear).experts.name: expert_of(linear).experts for linear in linears if is_expert(linear)}.values())
+
+
+def expert_bytes(device: torch.device) -> int:
+    """Return how many bytes the statistics of experts may take at once. Results do not depend on it."""
+    if device.type != "cuda":
+        return EXPERT_BYTES
+    return torch.cuda.mem_get_info(device)[0] // SHARE_OF_DEVICE
+
+
+def bytes_of(linears: Sequence[Linear], needs: type[Statistic] | None, measure_error: bool) -> int:
+    """Return the bytes of the statistics of one expert: those of its inputs with their factors, and importances."""
+    by_features = {linear.features for linear in linears}
+    gram = measure_error or needs is None or inputs_of(needs) is Gram
+    total = sum(2 * 4 * features**2 if gram else 4 * features for features in by_features)
+    if needs is not None and issubclass(needs, Importance):
+        total += sum(4 * linear.weight.numel() for linear in linears)
+    return total
