@@ -117,35 +117,33 @@ def models_page() -> str:
     for row in sorted(families.values(), key=lambda row: row["class"].lower()):
         blocks = ", ".join(f"`{name}`" for name in row.get("blocks", ()))
         pruned = by_owner(row["pruned"]) if "pruned" in row else f"refused: *{row['refused']}*"
-        dense = "; ".join(f"`{name}` ({reason})" for name, reason in row.get("dense", {}).items())
-        rows.append((f"`{row['type']}`", f"`{row['class']}`", blocks, pruned, dense))
-    return (
-        "\n\n".join(
-            [
-                NOTE,
-                "# Models",
-                "Blocks and linears are found by structure, so models that are not in this table work too where they are built like one that is. "
-                "The table is what a test finds: it builds each of these models with random weights, prunes it with Wanda to 2:4, and compares "
-                "each decision with the inputs of that weight in a plain forward of the whole model. It saves the result, loads it with "
-                "`sparsekern.load` and with plain transformers, and compares each tensor.",
-                "Embeddings and heads are outside the blocks and stay dense unless they are named. `*` stands for a number.",
-                table(("model type", "class", "lists of blocks", "pruned in each block", "stays dense, and why"), rows),
-            ]
-        )
-        + "\n"
-    )
+        packed = with_reasons(row["unpacked"]) or "all" if "unpacked" in row else ""
+        rows.append((f"`{row['type']}`", f"`{row['class']}`", blocks, pruned, with_reasons(row.get("dense", {})), packed))
+    head = ("model type", "class", "lists of blocks", "pruned in each block", "stays dense, and why", "packed: all, or all but")
+    parts = [
+        NOTE,
+        "# Models",
+        "Blocks and linears are found by structure, so a model that is not in this table works too if it is built like one that is. "
+        "The table is what a test finds. It builds each model with random weights, prunes it with Wanda to 2:4, and compares each "
+        "decision with the inputs of that weight in a plain forward of the whole model. Then it saves the model, loads it with "
+        "`sparsekern.load` and with plain transformers, and compares each tensor; and it packs the model.",
+        "Embeddings and heads are outside the blocks and stay dense unless they are named. `*` stands for a number.",
+        table(head, rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def with_reasons(names: dict[str, str]) -> str:
+    return "; ".join(f"`{name}` ({reason})" for name, reason in names.items())
 
 
 def by_owner(names: Iterable[str]) -> str:
-    """Return names of linears with those of one module together."""
+    """Return names of linears, with those of one module together."""
     owners: dict[str, list[str]] = {}
     for name in names:
-        owner, _, own = name.rpartition(".")
-        owners.setdefault(owner, []).append(own)
-    return "; ".join(
-        f"`{owner}{'.' if owner else ''}{{{', '.join(own)}}}`" if len(own) > 1 else f"`{owner}{'.' if owner else ''}{own[0]}`"
-        for owner, own in owners.items()
-    )
+        owner, dot, own = name.rpartition(".")
+        owners.setdefault(owner + dot, []).append(own)
+    return "; ".join(f"`{owner}{own[0] if len(own) == 1 else '{' + ', '.join(own) + '}'}`" for owner, own in owners.items())
 
 
 PAGES = {"models.md": models_page, "ops.md": ops_page, "methods.md": methods_page, "cli.md": cli_page, "api.md": api_page}

@@ -46,7 +46,9 @@ def check_family(family: Family, folder: Path) -> dict[str, object]:
     check_folders(folder / "dense", folder / "pruned", sum(zeros.values()))
     check_reloaded(sparsekern.load(folder / "pruned", device="cpu"), model, samples[0])
     check_reloaded(getattr(tf, family.architecture).from_pretrained(folder / "pruned").eval(), model, samples[0])
-    return row | {"blocks": list(family.stacks), "pruned": kinds_of(family, zeros), "dense": dict(family.dense)}
+    unpacked = check_packed(family, model, folder / "packed", set(zeros), samples[0])
+    found = {"blocks": list(family.stacks), "pruned": kinds_of(family, zeros), "dense": family.dense, "unpacked": unpacked}
+    return row | found
 
 
 def check_decisions(family: Family, dense: tf.PreTrainedModel, pruned: tf.PreTrainedModel, names: set[str], samples: list[Sample]):
@@ -153,6 +155,29 @@ def check_reloaded(model: tf.PreTrainedModel, expected: tf.PreTrainedModel, samp
         if isinstance(value, torch.Tensor):
             assert value.isfinite().all(), name
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def check_packed(family: Family, model: tf.PreTrainedModel, folder: Path, names: set[str], sample: Sample):
+    """Raise unless the packed model computes the same, unpacks to the same, and holds all linears packed but those that are named.
+
+    Returns the names that are not packed, and why.
+    """
+    packed = sparsekern.load(sparsekern.save(model, folder, "packed"), device="cpu")
+    with torch.no_grad():
+        found, wanted = packed(**sample), model(**sample)
+    for name, value in wanted.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    modules = dict(packed.named_modules())
+    left = {name for name in names if not isinstance(modules.get(name), sparsekern.SparseLinear)}
+    reasons, experts = set(), {name for name in left if PART.fullmatch(name) and name not in modules}
+    for name in left - experts:
+        ends = [end for end in family.unpacked if name.endswith(f".{end}")]
+        assert ends, f"{name} is not packed, and nobody says why"
+        reasons.update(ends)
+    assert reasons == set(family.unpacked), f"packed all the same: {set(family.unpacked) - reasons}"
+    assert_same_weights(sparsekern.unpack(packed), model)
+    return {**family.unpacked, **({"experts": "in parameters of three dimensions"} if experts else {})}
 
 
 def assert_same_weights(model: tf.PreTrainedModel, expected: tf.PreTrainedModel) -> None:

@@ -76,6 +76,7 @@ class Watch(TorchFunctionMode):
             for expert, rows in enumerate(x.unbind(0)):
                 self._add(name, expert, rows, transposed)
         elif weight.dim() == 2:
+            transposed ^= weight.stride(0) == 1 != weight.stride(1)  # a view of the parameter the other way round
             self._add(name, weight.storage_offset() // weight.numel(), x, transposed)
 
     def _name(self, x: object) -> str | None:
