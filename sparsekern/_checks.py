@@ -42,15 +42,16 @@ def check_tensor(
         raise TypeError(f"{name}: expected a dense tensor, got layout {str(value.layout).removeprefix('torch.')}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
-    if value.dim() != ndim:
-        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
-    if not torch.compiler.is_compiling() and _elements(value.shape) > MOST_ELEMENTS:
-        raise ValueError(f"{name}: expected a shape that memory can hold, got {tuple(value.shape)}")
+    given = value.shape
+    if len(given) != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(given)}")
+    if not torch.compiler.is_compiling() and _elements(value) > MOST_ELEMENTS:
+        raise ValueError(f"{name}: expected a shape that memory can hold, got {tuple(given)}")
     if shape is not None:
-        for axis, size in enumerate(shape):
-            if size is not None and value.shape[axis] != size:
-                expected = tuple("any" if s is None else s for s in shape)
-                raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+        for size, expected in zip(given, shape, strict=True):
+            if expected is not None and size != expected:
+                sizes = tuple("any" if s is None else s for s in shape)
+                raise ValueError(f"{name}: expected shape {sizes}, got {tuple(given)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
@@ -106,9 +107,10 @@ def check_no_nan(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected no NaN, got nan at [{row}, {column}]")
 
 
-def _elements(shape: Sequence[int]) -> int:
-    """Return the number of elements of a shape, counting empty axes, and traced axes without a size, as one."""
-    return math.prod(size for size in shape if type(size) is int and size)
+def _elements(value: torch.Tensor) -> int:
+    """Return the number of elements, counting empty axes, and traced axes without a size, as one."""
+    count = value.numel()
+    return count if type(count) is int and count else math.prod(size for size in value.shape if type(size) is int and size)
 
 
 def value_of(result: torch.Tensor) -> float | None:

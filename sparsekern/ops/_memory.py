@@ -11,12 +11,15 @@ import torch
 
 def check_memory(given: Mapping[str, object], written: Sequence[str]) -> None:
     """Raise `ValueError` if a tensor that is written to shares memory with another argument, or within itself."""
-    tensors = {name: value for name, value in given.items() if _has_memory(value)}
-    for name in (name for name in written if name in tensors):
-        if _overlaps_itself(tensors[name]):
-            raise ValueError(f"{name}: expected elements that do not overlap, got strides {tensors[name].stride()}")
-        for other, value in tensors.items():
-            if other != name and shares_memory(tensors[name], value):
+    spans = {name: _span(value) for name, value in given.items() if _has_memory(value)}
+    for name in written:
+        if name not in spans:
+            continue
+        tensor, (begin, end) = given[name], spans[name]
+        if _overlaps_itself(tensor):
+            raise ValueError(f"{name}: expected elements that do not overlap, got strides {tensor.stride()}")
+        for other, (other_begin, other_end) in spans.items():
+            if other != name and begin < other_end and other_begin < end and shares_memory(tensor, given[other]):
                 raise ValueError(f"{name}, {other}: expected tensors that share no memory, since {name} is written to")
 
 
@@ -35,6 +38,8 @@ def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    if tensor.is_contiguous():
+        return False
     begin, end = _span(tensor)
     if tensor.numel() * tensor.element_size() > end - begin:
         return True
@@ -49,17 +54,19 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _has_memory(value: object) -> TypeGuard[torch.Tensor]:
-    if not isinstance(value, torch.Tensor) or type(value) not in (
-        torch.Tensor,
-        torch.nn.Parameter,
-    ):  # traced tensors are subclasses
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # traced tensors are subclasses
         return False
-    return value.layout == torch.strided and not value.is_meta and value.numel() > 0
+    if value.layout != torch.strided or value.is_meta or torch._is_functional_tensor(value):
+        return False
+    return value.numel() > 0
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the first address of a tensor and the end of its last element."""
-    begin, reach = tensor.data_ptr(), sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    reach = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     return begin, begin + (reach + 1) * tensor.element_size()
 
 

@@ -16,7 +16,7 @@ import torch
 
 from .. import backends
 from ..backends.adapters import signature_of
-from ._torch_op import Gradients, complete, without_autograd
+from ._torch_op import Gradients, complete
 
 NAMESPACE = "sparsekern"
 AS_THE_SCHEMA: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -48,6 +48,8 @@ class Op:
             has it at the position of the first of them.
         only_on_cuda: the reason why the op, its reference included, runs on no other device; empty if it runs on all devices. Such
             an op has no samples.
+        call: the op without checks of its arguments, for its wrapper and for callers that check arguments themselves. It bypasses
+            the autograd kernels, which are in Python, unless gradients are wanted.
     """
 
     name: str
@@ -55,17 +57,13 @@ class Op:
     fake: Callable
     samples: Callable[[torch.Generator], Iterator[Sample]]
     friendly: Mapping[str, tuple[str, ...]]
-    only_on_cuda: str = ""
+    only_on_cuda: str
+    call: Callable
 
     @property
     def overload(self) -> torch._ops.OpOverload:
         """The `torch.ops` overload."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
-
-    @property
-    def call(self) -> Callable:
-        """The op without checks and with positional arguments only, for callers that check arguments themselves."""
-        return without_autograd(self.overload)
 
     @property
     def signature(self) -> inspect.Signature:
@@ -88,7 +86,7 @@ def define_op(
     gradients: Gradients | None = None,
     native: bool = True,
 ) -> Callable:
-    """Define `torch.ops.sparsekern.<name>` and return the function that its wrapper calls.
+    """Define `torch.ops.sparsekern.<name>` and return the function that its wrapper calls: `Op.call`.
 
     The reference serves every device; a compiled kernel registered for a device takes precedence there. On CUDA devices that kernel
     chooses among the op's implementations in `sparsekern.backends`, if there are any.
@@ -112,6 +110,6 @@ def define_op(
     if backends.has_implementations(name):
         torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(name, reference))
     torch.library.register_fake(qualified)(fake)
-    op = Op(name, reference, fake, samples, friendly, only_on_cuda)
-    OPS[name] = op
-    return complete(op.overload, gradients)
+    call = complete(getattr(getattr(torch.ops, NAMESPACE), name).default, gradients)
+    OPS[name] = Op(name, reference, fake, samples, friendly, only_on_cuda, call)
+    return call

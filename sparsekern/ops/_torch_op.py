@@ -32,6 +32,9 @@ class Gradients(NamedTuple):
 def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable:
     """Register autograd, version counters and autocast for `op`, and return the function that its wrapper calls.
 
+    The registered kernels are in Python and take longer than a small product. The returned function does their work itself where no
+    gradient is wanted and nothing is traced.
+
     Without `gradients`, the backward pass through a floating-point result of inputs that require gradients raises, as for torch's ops
     without a derivative. Tensors that an op writes to must not require gradients. Tensors that it only accumulates may; their graph is
     not kept.
@@ -51,7 +54,7 @@ def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable
         LIBRARY.impl(name, without_autocast, key)
     if not written:
         LIBRARY.impl(name, _differentiable(op, gradients, with_names), "Autograd", with_keyset=True)
-        return op
+        return without_autograd(op)
 
     def takes_no_gradients(keyset, *args, **kwargs):
         given = with_names(args, kwargs)
@@ -75,12 +78,16 @@ def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
+    below, increment_version = op._op, torch._C._increment_version
+
     def call(*args, **kwargs):
-        if (
-            not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        ):  # inference mode bypasses the registrations below
-            check_memory(with_names(args, kwargs), written)
-        return op(*args, **kwargs)
+        if _is_traced_or_differentiated(args, kwargs):
+            return op(*args, **kwargs)
+        given = with_names(args, kwargs)
+        check_memory(given, written)
+        increment_version([given[argument] for argument in written if given.get(argument) is not None])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return below(*args, **kwargs)
 
     LIBRARY.impl(name, takes_no_gradients, "Autograd", with_keyset=True)
     LIBRARY.impl(name, counts_versions, "ADInplaceOrView", with_keyset=True)
@@ -156,17 +163,19 @@ def _refuse_tangents(name: str, given: Mapping) -> None:
 
 def without_autograd(op: torch._ops.OpOverload) -> Callable:
     """Return a call of `op` that bypasses the Python autograd kernel unless gradients are wanted: it takes longer than a token."""
-    call, autograd = op._op, torch._C.DispatchKey.AutogradCPU  # the key of any device excludes autograd as a whole
-    exclude, is_excluded = torch._C._dispatch_tls_set_dispatch_key_excluded, torch._C._dispatch_tls_is_dispatch_key_excluded
+    below, exclude_autograd = op._op, torch._C._AutoDispatchBelowAutograd
 
-    def run(*args):
-        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if differentiated or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or is_excluded(autograd):
-            return op(*args)
-        exclude(autograd, True)
-        try:
-            return call(*args)
-        finally:
-            exclude(autograd, False)
+    def call(*args, **kwargs):
+        if _is_traced_or_differentiated(args, kwargs):
+            return op(*args, **kwargs)
+        with exclude_autograd():
+            return below(*args, **kwargs)
 
-    return run
+    return call
+
+
+def _is_traced_or_differentiated(args: tuple, kwargs: dict) -> bool:
+    """Return whether a call has to go through the registered kernels: it is compiled, or its gradients are wanted or refused."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs)

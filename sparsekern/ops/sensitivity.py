@@ -7,7 +7,7 @@ import torch
 from .._checks import HALF_OR_FLOAT, check_finite, check_row_mask, check_tensor
 from ..backends.values import values_are_checked
 from ._registry import define_op, sample
-from .cross_gram import _op as _cross_gram
+from .cross_gram import cross_gram_
 
 SCHEMA = "(Tensor(a!) importance, Tensor weight, Tensor x, *, Tensor? row_mask=None) -> ()"
 # Tokens and output rows at a time. On a CPU the outputs of a tile (8 MB in float32) stay in the caches between the two products. On a
@@ -73,7 +73,7 @@ def reference(importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *
             if checked:
                 _check_outputs(outputs, mask, first, row)
             product = torch.zeros_like(part, dtype=torch.float32, memory_format=torch.contiguous_format)
-            _cross_gram(product, outputs, sizes, row_mask=mask)
+            cross_gram_(product, outputs, sizes, row_mask=mask)
             importance[row : row + rows].addcmul_(part.abs().float(), product)
 
 

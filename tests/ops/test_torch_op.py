@@ -1,8 +1,7 @@
-"""Ops are ordinary ops of torch: gradients or a refusal, version counters, autocast, fake tensors, tensors that share memory."""
+"""Ops are ordinary ops of torch: gradients or a refusal, version counters, autocast, fake tensors."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 
@@ -13,49 +12,24 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from sparsekern import backends, ops
-from sparsekern.backends.libraries import LIBRARIES
 from sparsekern.layouts.packed_rows import pack_bitmask_rows, pack_nm_rows
-from sparsekern.ops._memory import shares_memory
 from sparsekern.ops._registry import OPS
 
-EVERYWHERE = [op for op in OPS.values() if not op.only_on_cuda]
-EVERY_OP = pytest.mark.parametrize("op", EVERYWHERE, ids=lambda op: op.name)
-WRITING = [op for op in OPS.values() if op.name.endswith("_")]
-EVERY_WRITING_OP = pytest.mark.parametrize("op", WRITING, ids=lambda op: op.name)
+from .calls import EVERY_OP, EVERY_WRITING_OP, first_sample, floats, named, tensors_of, written
+
 PRODUCTS = {"bitmask_linear", "nm_linear"}
+# The op as torch dispatches it, and the call that does the work of its autograd kernels itself.
+EITHER_WAY = pytest.mark.parametrize("way", ["overload", "call"])
 
 
-def first_sample(op, place: int = 0):
-    return copy.deepcopy(list(op.samples(torch.Generator().manual_seed(0)))[place])
-
-
-def named(op, sample) -> dict:
-    return {**dict(zip(op.signature.parameters, sample.args, strict=False)), **sample.kwargs}
-
-
-def written(op, given: dict) -> list[str]:
-    arguments = {argument.name: argument.alias_info for argument in op.overload._schema.arguments}
-    return [name for name in given if arguments[name] is not None and arguments[name].is_write]
-
-
-def floats(given: dict) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
-
-
-def tensors_of(result) -> list[torch.Tensor]:
-    """What an op or its wrapper returns, as a list."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [] if result is None else list(result.values()) if isinstance(result, dict) else list(result)
-
-
+@EITHER_WAY
 @EVERY_OP
-def test_a_result_that_requires_a_gradient_gives_it_or_raises(op):
+def test_a_result_that_requires_a_gradient_gives_it_or_raises(op, way):
     given = named(op, first_sample(op))
     for name, value in floats(given).items():
         if name not in written(op, given) and not (op.name in PRODUCTS and name == "values"):
             value.requires_grad_(True)
-    results = [result for result in tensors_of(op.overload(**given)) if result.requires_grad]
+    results = [result for result in tensors_of(getattr(op, way)(**given)) if result.requires_grad]
     assert all(result.is_floating_point() for result in results)
     for result in results:
         if op.name in PRODUCTS:
@@ -77,26 +51,29 @@ def test_gradients_change_no_result(op):
         assert torch.equal(got, want)
 
 
+@EITHER_WAY
 @EVERY_WRITING_OP
 @pytest.mark.parametrize("place", [0, 1])
-def test_writes_count_as_versions(op, place):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_writes_count_as_versions(op, way, place, mode):
     for _ in range(2):
         given = named(op, first_sample(op, place))
         before = {name: given[name]._version for name in written(op, given)}
-        with torch.no_grad():
-            op.overload(**given)
+        with mode():
+            getattr(op, way)(**given)
         assert before and all(given[name]._version > version for name, version in before.items())
 
 
+@EITHER_WAY
 @EVERY_WRITING_OP
-def test_what_backward_needs_and_an_op_overwrites_is_refused_by_torch(op):
+def test_what_backward_needs_and_an_op_overwrites_is_refused_by_torch(op, way):
     given = named(op, first_sample(op))
     for name in written(op, given):
         if given[name].is_floating_point():
             fresh = named(op, first_sample(op))
             factor = torch.ones_like(fresh[name], requires_grad=True)
             product = (factor * fresh[name]).sum()
-            op.overload(**fresh)
+            getattr(op, way)(**fresh)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 product.backward()
 
@@ -119,8 +96,9 @@ def test_compiled_writes_count_too(backend):
         product.backward()
 
 
+@EITHER_WAY
 @EVERY_WRITING_OP
-def test_what_is_written_to_requires_no_gradient(op):
+def test_what_is_written_to_requires_no_gradient(op, way):
     given = named(op, first_sample(op))
     for name in written(op, given):
         if not given[name].is_floating_point():
@@ -128,10 +106,26 @@ def test_what_is_written_to_requires_no_gradient(op):
         fresh = named(op, first_sample(op))
         fresh[name].requires_grad_(True)
         with pytest.raises(ValueError, match=f"^{name}: expected a tensor that requires no gradient, since {op.name} writes to it"):
-            op.overload(**fresh)
+            getattr(op, way)(**fresh)
         with torch.no_grad():
-            op.overload(**fresh)
+            getattr(op, way)(**fresh)
         assert fresh[name].grad_fn is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda x: ops.gram_inverse(x.T @ x)[0].sum(), "gram_inverse: has no gradient, but one was requested"),
+        (lambda x: ops.gram_symmetrize_(x * 2).sum(), "gram: expected a tensor that requires no gradient"),
+    ],
+)
+def test_compiled_ops_without_a_gradient_refuse_it_by_name(backend, step, message):
+    torch._dynamo.reset()
+    x = torch.eye(4, requires_grad=True)
+    with pytest.raises(Exception, match=message):  # the compiler wraps it while it traces
+        torch.compile(step, fullgraph=True, backend=backend)(x).backward()
+    assert x.grad is None
 
 
 @pytest.mark.parametrize("run", ["kernel", "reference"])
@@ -233,14 +227,38 @@ def test_packed_tensors_that_change_before_backward_are_refused(kind):
         y.backward()
 
 
+@EITHER_WAY
 @EVERY_OP
-def test_forward_mode_is_refused(op):
+def test_inference_mode_stays_as_it_was(op, way):
+    """What excludes autograd for the length of a call must not include it afterwards where it was excluded before."""
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            before = str(torch._C._dispatch_tls_local_exclude_set())
+            getattr(op, way)(**named(op, first_sample(op)))
+            assert str(torch._C._dispatch_tls_local_exclude_set()) == before
+
+
+@EVERY_WRITING_OP
+def test_tensors_of_inference_mode_are_written_to(op):
+    """They have no version."""
+    plain = named(op, first_sample(op))
+    op.call(**plain)
+    with torch.inference_mode():
+        given = named(op, first_sample(op))
+        op.call(**given)
+    for name in written(op, given):
+        assert given[name].is_inference() and torch.equal(given[name], plain[name])
+
+
+@EITHER_WAY
+@EVERY_OP
+def test_forward_mode_is_refused(op, way):
     given = named(op, first_sample(op))
     with forward_ad.dual_level():
         name, value = next(iter(floats(given).items()))
         given[name] = forward_ad.make_dual(value, torch.ones_like(value))
         with pytest.raises(RuntimeError, match=f"^{op.name}: has no forward-mode gradient, but an input carries a tangent"):
-            op.overload(**given)
+            getattr(op, way)(**given)
 
 
 @EVERY_OP
@@ -275,145 +293,3 @@ def test_fake_tensors_go_through_the_wrappers_outside_of_compile(op):
     real = getattr(ops, op.name)(**given)
     for got, want in zip(tensors_of(result), tensors_of(real), strict=True):
         assert got.dtype == want.dtype and got.dim() == want.dim()
-
-
-@EVERY_WRITING_OP
-@pytest.mark.parametrize("inference", [False, True])
-def test_arguments_that_share_memory_with_what_is_written_are_refused_by_name(op, inference):
-    wrapper = getattr(ops, op.name)
-    with torch.inference_mode(inference):
-        given = named(op, first_sample(op, 1))
-        tried = 0
-        for target in written(op, given):
-            for other, value in given.items():
-                if other == target or not isinstance(value, torch.Tensor) or not given[target].is_floating_point():
-                    continue
-                fresh = named(op, first_sample(op, 1))
-                memory = torch.zeros(fresh[target].nbytes + fresh[other].nbytes, dtype=torch.uint8)
-                fresh[target] = place_in(memory, 0, fresh[target])
-                begin = fresh[target].nbytes - 4  # one element in common
-                fresh[other] = place_in(memory, begin, fresh[other])
-                if op.friendly:
-                    fresh = {k: v for k, v in fresh.items() if k not in op.friendly["pattern"]} | {"pattern": "2:4"}
-                with pytest.raises(
-                    ValueError, match=f"^({target}, {other}|{other}, {target}): expected tensors that share no memory"
-                ):
-                    wrapper(**fresh)
-                tried += 1
-        assert tried or len(given) == 1
-
-
-def place_in(memory: torch.Tensor, begin: int, like: torch.Tensor) -> torch.Tensor:
-    return memory[begin : begin + like.nbytes].view(like.dtype).view(like.shape).copy_(like)
-
-
-def test_what_is_written_to_has_a_place_for_each_element():
-    for gram in (torch.zeros(1).expand(4, 4), torch.zeros(7).as_strided((4, 4), (1, 1))):
-        with pytest.raises(ValueError, match="^gram: expected elements that do not overlap, got strides"):
-            ops.gram_(gram, torch.randn(3, 4))
-
-
-def test_parts_of_one_tensor_that_do_not_meet_are_taken():
-    x = torch.randn(7, 5)
-    sums = torch.zeros(5, 2)
-    ops.feature_norm_(sums[:, 0], x, sum=sums[:, 1])
-    torch.testing.assert_close(sums, torch.stack((x.square().sum(0), x.sum(0)), 1))
-    both = torch.zeros(4, 8)
-    gram, inputs = both[:, :4], both[:, 4:].copy_(torch.randn(4, 4))
-    ops.gram_(gram, inputs)
-    torch.testing.assert_close(gram.tril(), (inputs.T @ inputs).tril())
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bool, torch.float32)])
-def test_shared_memory_is_told_to_the_byte(dtypes, generator):
-    """Against the marks that every single element leaves."""
-    pool = torch.zeros(96, dtype=torch.uint8)
-
-    def some(dtype):
-        size = dtype.itemsize
-        while True:
-            shape = torch.randint(1, 4, (2,), generator=generator).tolist()
-            strides = torch.randint(0, 6, (2,), generator=generator).tolist()
-            start = int(torch.randint(0, 8, (), generator=generator))
-            reach = start + sum(s * (n - 1) for s, n in zip(strides, shape, strict=True))
-            if (reach + 1) * size <= len(pool):
-                return pool.view(dtype).as_strided(shape, strides, start)
-
-    def touched(tensor):
-        size, base = tensor.element_size(), tensor.data_ptr() - pool.data_ptr()
-        elements = [
-            (i * tensor.stride(0) + j * tensor.stride(1)) * size for i in range(tensor.shape[0]) for j in range(tensor.shape[1])
-        ]
-        return {base + place + byte for place in elements for byte in range(size)}
-
-    answers = set()
-    for _ in range(300):
-        a, b = some(dtypes[0]), some(dtypes[1])
-        answers.add(answer := shares_memory(a, b))
-        assert answer == bool(touched(a) & touched(b)) == shares_memory(b, a)
-    assert answers == {True, False}
-
-
-@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
-def test_other_layouts_are_refused_by_name(convert):
-    for call, name in (
-        (lambda: ops.gram_(torch.zeros(4, 4), convert(torch.eye(4))), "x"),
-        (lambda: ops.nm_mask(convert(torch.eye(4))), "scores"),
-        (lambda: ops.reverse_cholesky(convert(torch.eye(4))), "gram"),
-    ):
-        with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got layout "):
-            call()
-
-
-HUGE = 2**58
-FOUR = torch.zeros(1, device="cpu").expand(2**50, 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("x", lambda: ops.bitmask_linear(torch.empty(HUGE, 0), **pack_bitmask_rows(torch.zeros(0, 0)))),
-        ("x", lambda: ops.bitmask_linear(torch.empty(2**31, 2**31, 0), **pack_bitmask_rows(torch.zeros(0, 0)))),
-        ("x", lambda: ops.nm_linear(torch.empty(HUGE, 0), **pack_nm_rows(torch.zeros(3, 0), 2, 4), n=2, m=4)),
-        ("x", lambda: ops.nm_linear(FOUR, **pack_nm_rows(torch.zeros(3, 4), 2, 4), n=2, m=4)),
-        ("scores", lambda: ops.topk_mask(torch.empty(HUGE, 0), 0)),
-        ("scores", lambda: ops.nm_mask(FOUR, "2:4")),
-        ("x", lambda: ops.gram_(torch.zeros(4, 4), FOUR)),
-        ("x", lambda: ops.cross_gram_(torch.zeros(0, 0), torch.empty(HUGE, 0), torch.empty(HUGE, 0))),
-        ("cross", lambda: ops.gram_solve(torch.zeros(0, 0), torch.empty(HUGE, 0))),
-        ("weight", lambda: ops.head_neuron_scores(torch.zeros(4), FOUR)),
-        ("weight", lambda: ops.obs_sweep(torch.empty(HUGE, 0), torch.zeros(0, 0), "2:4")),
-        ("activated", lambda: ops.plain_split(FOUR, FOUR, FOUR)),
-    ],
-)
-def test_shapes_that_no_memory_holds_are_refused_by_name(name, call):
-    """They would end in a crash, in years of counting, or in torch's message about a call inside a kernel."""
-    with pytest.raises(ValueError, match=f"^{name}: expected a shape that memory can hold, got "):
-        call()
-
-
-@pytest.mark.parametrize("rows", [0, 3])
-def test_packed_products_of_empty_inputs(rows):
-    bitmask, nm = pack_bitmask_rows(torch.zeros(rows, 0)), pack_nm_rows(torch.zeros(rows, 0), 2, 4)
-    for tokens in ((5,), (2, 0), (40, 3)):
-        x = torch.empty(*tokens, 0)
-        for y in (ops.bitmask_linear(x, **bitmask), ops.nm_linear(x, **nm, n=2, m=4)):
-            assert torch.equal(y, torch.zeros(*tokens, rows))
-
-
-COMPILED = LIBRARIES["_C"].loaded
-
-
-@pytest.mark.skipif(not COMPILED, reason="no compiled library")
-def test_calls_past_the_wrappers_stay_in_memory_too():
-    raw, rows = torch.ops.sparsekern, pack_bitmask_rows(torch.zeros(0, 0)).values()
-    assert raw.bitmask_linear(torch.empty(2**39, 0), *rows).shape == (2**39, 0)
-    assert raw.nm_linear(torch.empty(2**39, 0), *pack_nm_rows(torch.zeros(0, 0), 2, 4).values(), 2, 4).shape == (2**39, 0)
-    assert raw.topk_mask(torch.empty(HUGE, 0), 0).shape == (HUGE, 0)
-
-
-@pytest.mark.skipif(not COMPILED, reason="no compiled library")
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions of torch do not give their words")
-def test_torchs_errors_inside_a_kernel_are_in_its_words():
-    with pytest.raises(RuntimeError, match="(?s)^(?!.*API call failed).*allocate"):
-        torch.ops.sparsekern.nm_mask(torch.zeros(1).expand(2**46, 4), 2, 4)
