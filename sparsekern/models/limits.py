@@ -61,7 +61,10 @@ def check_length(argument: str, length: int, limit: int | None) -> None:
 def vocabulary(model: nn.Module) -> int | None:
     """Return how many token ids a model knows, or None where its input embeddings do not tell."""
     find = getattr(model, "get_input_embeddings", None)
-    embeddings = None if find is None else find()
+    try:
+        embeddings = None if find is None else find()
+    except NotImplementedError:  # of transformers, for a model that reads no text, or more than text
+        return None
     return getattr(embeddings, "num_embeddings", None)
 
 

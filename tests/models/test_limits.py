@@ -6,6 +6,7 @@ from torch import nn
 
 from sparsekern.models.limits import check_token_ids, positions, vocabulary, window_length
 from tests import encoders, tiny
+from tests.models.zoo import ZOO
 
 
 @pytest.mark.parametrize(("name", "expected"), [("bert", 64), ("distilbert", 64), ("roberta_tokens", 63)])
@@ -51,6 +52,12 @@ def test_the_default_length_is_the_paper_s_or_what_fits():
 def test_a_length_that_does_not_fit(length, error, message):
     with pytest.raises(error, match=message):
         window_length(tiny.llama(), length)
+
+
+@pytest.mark.parametrize("family", ["clip", "wav2vec2", "vit"])
+def test_models_that_do_not_say_which_ids_they_know(family):
+    """transformers raises for the input embeddings of some, and of others gives a module without a vocabulary."""
+    assert vocabulary(ZOO[family].model()) is None
 
 
 def test_token_ids_are_those_of_the_model():
