@@ -3,6 +3,7 @@
 from ._info import info
 from ._version import __version__
 from ._warnings import SparsekernWarning
+from .conversion import moefy
 from .data import perplexity
 from .methods import ALPS, COPAL, Gradual, KPrune, Magnitude, Method, Random, SparseGPT, SparseLLM, Structured, Wanda
 from .models.load import load, load_tokenizer
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "merge_adapter_",
+    "moefy",
     "pack",
     "perplexity",
     "prune",

@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"", "__main__"},
     {"cli"},
+    {"conversion"},
     {"pruning", "measure"},
     {"reports"},
     {"runtime", "training", "data", "methods", "_info"},
