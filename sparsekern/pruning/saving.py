@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 
 from ..methods import GradualMethod, Method
+from ..models.source import source_of
 from ..reports.base import BaseReport
 from ..runtime import count_zeros, model_card, weight_bytes
+from ..runtime.carry import tensor_bytes
 from ..runtime.output import CONFIG, OutputFolder, check_output_folder, checked_path
 from ..runtime.save import CARD, DENSE, check_format, check_saveable, check_space, in_format, write_model
 from .checkpoint import FOLDER, STATE, Checkpoint
@@ -110,7 +112,7 @@ class RunFolder:
                 with clock.phase("write") if clock else nullcontext():
                     write_model(saved, staging, self._tokenizer)
                 size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
-                report.size = {"dense": dense_bytes, "saved": size}
+                report.size = {"dense": dense_bytes + tensor_bytes(source_of(model)), "saved": size}
                 if clock is not None:
                     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
                 _write_reports(staging, model, report, self._format, {})

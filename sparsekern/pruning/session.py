@@ -13,6 +13,7 @@ from torch import nn
 from .._version import __version__
 from ..data import CalibrationText
 from ..methods import Method
+from ..models.adapters import check_no_adapter
 from ..models.evaluation import evaluation_mode
 from ..models.limits import positions, vocabulary
 from ..models.linears import linear_weight
@@ -25,9 +26,10 @@ from .seeds import seed_torch, torch_generators_kept
 
 
 def check_module(model: object) -> None:
-    """Raise `TypeError` unless `model` is a module."""
+    """Raise `TypeError` unless `model` is a module, `ValueError` if it has adapters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load returns one")
+    check_no_adapter(model)
 
 
 def check_seed(seed: int) -> None:

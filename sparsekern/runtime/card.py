@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from .._version import __version__
+from ..models.source import source_of
 from ..models.units import recorded_units
 
 DENSE = """The zeros are stored like any other weight, so every loader takes this folder:
@@ -85,6 +86,13 @@ def model_card(
         f"# {type(model).__name__}, pruned with sparsekern\n",
         _how_to_load(cut, packed),
     ]
+    source = source_of(model)
+    if source is not None and source.tensors:
+        first = _cell(source.tensors[0])
+        parts.append(
+            f"{len(source.tensors)} tensors of the original checkpoint are not part of a {type(model).__name__}, {first} among them. "
+            "They are unchanged.\n"
+        )
     if command:
         fence = _fence(command)
         parts.append(f"Made with:\n\n{fence}\n{command}\n{fence}\n")

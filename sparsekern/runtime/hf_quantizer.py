@@ -195,8 +195,9 @@ def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
     if not is_plain_linear(linear):
         raise ValueError(f"{where}: expected the name of a linear layer, got that of a {type(linear).__name__}")
     conv1d = is_conv1d(linear)
-    if f"{name}.weight" in model.all_tied_weights_keys:
-        raise ValueError(f"{where}: its weight is tied to {model.all_tied_weights_keys[f'{name}.weight']}, so it cannot be packed")
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a head of its own, whatever `tie_word_embeddings` says
+    if tied := [other for other, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]:
+        raise ValueError(f"{where}: {tied[0]} is tied to its weight, so it cannot be packed")
     shape = tuple(linear.weight.shape)
     if layer.shape != (shape[::-1] if conv1d else shape):
         expected = list(shape[::-1] if conv1d else shape)

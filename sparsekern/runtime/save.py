@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from .._files import disk_errors
-from ..models.units import recorded_units
+from ..models.adapters import check_no_adapter
 from .card import model_card
+from .carry import carried_bytes, carry_files, carry_tensors
+from .config_file import correct_config
 from .formats import format_of
-from .hf_config import METHOD, VERSION
-from .output import CONFIG, OutputFolder, check_model_folder, check_output_folder
+from .output import OutputFolder, check_model_folder, check_output_folder
 from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def save(
 
     `config.json` is written last, so the folder is loadable only once it is complete. The model is not changed.
 
+    Of a model that `sparsekern.load` loaded, whatever else its folder held is saved along, unchanged: tensors that its class does not
+    know, and files that are no weights. See `load`.
+
     Args:
         model: a transformers model, dense or packed by `sparsekern.pack`.
         path: a new or empty folder.
@@ -50,7 +53,7 @@ def save(
     Raises:
         TypeError: `model` or `tokenizer` has no `save_pretrained`.
         ValueError: the format is unknown, no linear gets smaller by packing, transformers refuses to save the model or the tokenizer,
-            or another call is saving to the folder.
+            the model has adapters, the folder that it was loaded from is gone, or another call is saving to the folder.
         FileExistsError: `path` is a file or a folder with other content; with `overwrite`, a folder without a model.
         OSError: no space is left, or the folder cannot be written to. Nothing is left behind then.
 
@@ -62,6 +65,7 @@ def save(
     """
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    check_no_adapter(model)
     check_format(format)
     with OutputFolder.held(path, "path", check_model_folder if overwrite else check_output_folder) as folder:
         model = in_format(model, format)
@@ -73,25 +77,19 @@ def save(
 
 
 def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None) -> None:
-    """Write weights, configs and tokenizer to `folder`.
+    """Write weights, configs and tokenizer to `folder`, and what the model's source held beside them.
 
     Raises:
         TypeError: `tokenizer` has no `save_pretrained`.
-        ValueError: transformers refuses to save the model or the tokenizer.
+        ValueError: transformers refuses to save the model or the tokenizer, or the source has changed.
         OSError: the disk refuses; `errno` gives the reason.
     """
     with disk_errors(folder), _refusals("model"):
         cast("PreTrainedModel", model).save_pretrained(folder)
-    if recorded_units(getattr(model, "config", None)) is not None:
-        _name_the_loader(folder / CONFIG)
     _write_tokenizer(tokenizer, folder)
-
-
-def _name_the_loader(config: Path) -> None:
-    """Mark a cut model as one for sparsekern: other loaders would build it with the wrong sizes."""
-    entries = json.loads(config.read_bytes())
-    entries.setdefault("quantization_config", {"quant_method": METHOD, "version": VERSION, "layers": {}})
-    config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    carry_tensors(model, folder)
+    carry_files(model, folder, tokenizer)
+    correct_config(model, folder)
 
 
 def check_saveable(model: torch.nn.Module, tokenizer: Any, folder: OutputFolder) -> None:
@@ -176,15 +174,18 @@ def check_format(format: str) -> None:
 
 
 def check_space(model: torch.nn.Module, path: str | os.PathLike, *, argument: str = "out", extra: int = 0) -> None:
-    """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights.
+    """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights, and for what is copied from the model's source.
 
     Args:
         model: the model to save.
         path: the folder, which need not exist.
         argument: name of `path` in messages.
         extra: further bytes to write; negative for bytes that are on the disk already.
+
+    Raises:
+        ValueError: something that is to be copied is no longer there.
     """
-    needed = weight_bytes(model) + extra
+    needed = weight_bytes(model) + carried_bytes(model) + extra
     existing = Path(path).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent

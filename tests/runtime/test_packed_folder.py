@@ -334,13 +334,15 @@ def test_layers_that_are_no_linears(damaged, name, message):
         sparsekern.load(damaged.path)
 
 
-def test_a_tied_head_cannot_be_packed(damaged):
+def test_a_packed_head_is_not_tied_whatever_the_config_says(damaged):
     head = SparseLinear.from_linear(packed.prune_linears(nn.Linear(64, 320, bias=False, dtype=torch.bfloat16)), "bitmask")
     damaged.tensors(lambda state: state.update({f"lm_head.{name}": tensor for name, tensor in head.tensors.items()}))
     entry = {"format": "bitmask", "shape": [320, 64], "dtype": "bfloat16", "stored": head.values.numel()}
     damaged.config(lambda config: config["layers"].update({"lm_head": entry}))
-    with pytest.raises(ValueError, match="its weight is tied to model.embed_tokens.weight, so it cannot be packed"):
-        sparsekern.load(damaged.path)
+    for load in (sparsekern.load, AutoModelForCausalLM.from_pretrained):
+        model = load(damaged.path)
+        assert torch.equal(model.lm_head.dense_weight(), head.dense_weight())
+        assert not torch.equal(model.lm_head.dense_weight(), model.get_input_embeddings().weight)
 
 
 def test_a_folder_with_nothing_in_it_and_a_foreign_one(damaged, tmp_path):

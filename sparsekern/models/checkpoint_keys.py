@@ -1,0 +1,84 @@
+"""The tensors of a checkpoint that a model takes, by transformers' own rules of renaming and fusing.
+
+This is the only file that reads transformers' conversion rules, which are half private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INV_FREQ = "rotary_emb.inv_freq"  # once a buffer of each layer, now one of the model
+
+
+def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Return the sorted keys of a checkpoint that no parameter or buffer of `model` takes.
+
+    Buffers that the model computes itself, such as position ids, count as taken.
+
+    Args:
+        model: a model that was loaded from the checkpoint, or that could be.
+        keys: names of the checkpoint's tensors.
+    """
+    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    rotary = any(name.endswith(INV_FREQ) for name in computed)
+    prefix = model.base_model_prefix
+
+    def is_computed(key: str) -> bool:
+        return not computed.isdisjoint((key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")) or (
+            rotary and key.endswith(INV_FREQ)
+        )
+
+    unread = (key for key, names in _names_in(model, keys, _used_transforms(model)).items() if not names)
+    return sorted(key for key in unread if not is_computed(key))
+
+
+def count_unfit(model: PreTrainedModel, keys: Iterable[str]) -> tuple[int, int]:
+    """Return how many tensors of `model` a checkpoint lacks, and how many of the checkpoint's it does not take.
+
+    Args:
+        model: a model that was built from a config, on any device.
+        keys: names of the checkpoint's tensors.
+    """
+    names = _names_in(model, keys, _all_transforms(model))
+    filled = {name for found in names.values() for name in found}
+    for one, other in model.all_tied_weights_keys.items():
+        if filled & {one, other}:
+            filled |= {one, other}
+    return len(model.state_dict().keys() - filled), sum(not found for found in names.values())
+
+
+def _names_in(model: PreTrainedModel, keys: Iterable[str], transforms: Sequence[Any]) -> dict[str, list[str]]:
+    """Return the names in the model of each key, or none, as `convert_and_load_state_dict_in_model` finds them."""
+    from transformers import core_model_loading as rules
+
+    renamings = [entry for entry in transforms if isinstance(entry, rules.WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, rules.WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    held, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, list[str]] = {}
+    for key in sorted(keys, key=getattr(rules, "dot_natural_key", None)):  # some rules depend on the order
+        name, pattern = rules.rename_source_key(key, renamings, converters, prefix, held)
+        if name not in held and key in held:
+            name, pattern = rules.rename_source_key(key, [], [], prefix, held)
+        names = [name]
+        if pattern is not None:
+            first, *_ = targets = by_pattern[pattern].target_patterns
+            names = [name.replace(first, target) for target in targets]
+        found[key] = names if name in held else []
+    return found
+
+
+def _used_transforms(model: PreTrainedModel) -> Sequence[Any]:
+    """Return the rules that loading `model` applied, or those of its class for a model that was not loaded."""
+    used = getattr(model, "_weight_conversions", None)
+    return _all_transforms(model) if used is None else used
+
+
+def _all_transforms(model: PreTrainedModel) -> Sequence[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model) or []

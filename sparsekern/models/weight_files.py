@@ -1,0 +1,86 @@
+"""The safetensors files of a model's folder: which of them transformers loads, and where each tensor's bytes are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_HEADER = 100_000_000  # bytes, the limit of safetensors
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The place of one tensor in a safetensors file.
+
+    Attributes:
+        path: the file.
+        dtype: dtype as the file names it, such as `"BF16"`.
+        shape: shape of the tensor.
+        start: first byte in the file.
+        nbytes: bytes of the tensor.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def weight_files(folder: Path, named: str | None = None, extra: Sequence[str] = ()) -> list[Path]:
+    """Return the safetensors files that transformers loads from a folder, or none if it holds no such checkpoint.
+
+    Args:
+        folder: the folder of a model.
+        named: the file or index that `transformers_weights` in the config names.
+        extra: further files that the class of the config names.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    main = folder / (named or SINGLE)
+    if named is None and not main.is_file():
+        main = folder / INDEX
+    if not main.is_file():
+        return []
+    files = _files_of_index(main) if main.name.endswith(".index.json") else [main]
+    return files + [folder / name for name in extra if (folder / name).is_file()]
+
+
+def tensors_in(files: Iterable[Path]) -> dict[str, Stored]:
+    """Return the place of each tensor by name. Only headers are read.
+
+    Raises:
+        ValueError: a file is damaged.
+        OSError: a file cannot be read.
+    """
+    return {name: stored for path in files for name, stored in _header(path).items()}
+
+
+def _files_of_index(path: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        return [path.parent / name for name in names]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name}: the file is damaged ({error})") from error
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MOST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return {name: _stored(path, 8 + length, entry) for name, entry in entries.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name}: the file is damaged (its header: {error})") from error
+
+
+def _stored(path: Path, offset: int, entry: dict) -> Stored:
+    begin, end = entry["data_offsets"]
+    return Stored(path, entry["dtype"], tuple(entry["shape"]), offset + begin, end - begin)

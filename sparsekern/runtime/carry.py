@@ -1,0 +1,138 @@
+"""Tensors and files that a saved model takes over from the folder that it was loaded from, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.source import Source, source_of
+from ..models.weight_files import INDEX, SINGLE, Stored, tensors_in, weight_files
+
+CHUNK = 8 << 20  # bytes that are in memory at once while a tensor is copied
+# Files that a tokenizer writes, whatever it is. Those of another tokenizer would be mixed with them.
+TOKENIZER = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json"),
+}
+REWRITTEN = {"special_tokens_map.json", "added_tokens.json"}  # which `tokenizer.json` replaces
+OF_QUANTIZATION = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+
+
+def carried_bytes(model: nn.Module) -> int:
+    """Return the bytes that saving a model copies from its source.
+
+    Raises:
+        ValueError: something that would be copied is no longer there.
+    """
+    source = source_of(model)
+    if source is None:
+        return 0
+    return tensor_bytes(source) + sum(path.stat().st_size for path in source.paths().values())
+
+
+def tensor_bytes(source: Source | None) -> int:
+    """Return the bytes of the tensors that are copied."""
+    return sum(stored.nbytes for stored in source.stored().values()) if source else 0
+
+
+def carry_tensors(model: nn.Module, folder: Path) -> None:
+    """Add a weight file with the tensors that the model's class does not know to the weights in `folder`, and an index.
+
+    Raises:
+        ValueError: a tensor is no longer there, or the model has a weight of its name.
+        OSError: the disk refuses.
+    """
+    source = source_of(model)
+    stored = source.stored() if source else {}
+    if not stored:
+        return
+    files = weight_files(folder)
+    held = tensors_in(files)
+    if clash := sorted(held.keys() & stored.keys()):
+        raise ValueError(f"model: {clash[0]} is both a weight of the model and one that it was loaded without")
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(files, 1):
+        name = _shard(number, len(files) + 1)
+        weight_map |= {tensor: name for tensor, entry in held.items() if entry.path == path}
+        path.rename(folder / name)
+    last = _shard(len(files) + 1, len(files) + 1)
+    _write(folder / last, stored)
+    weight_map |= dict.fromkeys(stored, last)
+    size = sum(entry.nbytes for entry in (*held.values(), *stored.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def carry_files(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Copy the files that are no weights from the model's source to `folder`, except those that are there already.
+
+    Args:
+        model: the model.
+        folder: the folder, which holds the config and the files of `tokenizer`.
+        tokenizer: the tokenizer that was saved to `folder`. Files of a tokenizer from elsewhere are not mixed with those of the source.
+
+    Raises:
+        ValueError: a file is no longer there.
+        OSError: the disk refuses.
+    """
+    source = source_of(model)
+    if source is None:
+        return
+    left_out = set() if getattr(model, "hf_quantizer", None) is not None else set(OF_QUANTIZATION)
+    if tokenizer is not None:
+        left_out |= REWRITTEN if _is_of(tokenizer, source) else TOKENIZER
+    for name, path in source.paths().items():
+        target = folder / name
+        if name not in left_out and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _is_of(tokenizer: Any, source: Source) -> bool:
+    """Return whether a tokenizer was loaded from the model's folder."""
+    name = str(getattr(tokenizer, "name_or_path", None) or "")
+    return bool(name) and (name == source.name or Path(name).resolve() == source.folder)
+
+
+def _shard(number: int, count: int) -> str:
+    return f"{SINGLE.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _write(path: Path, stored: Mapping[str, Stored]) -> None:
+    """Write a safetensors file of tensors from other files, a chunk at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    stored = dict(sorted(stored.items(), key=lambda item: (-_bits(item[1].dtype), item[0])))  # so that each is aligned
+    for name, entry in stored.items():
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.nbytes]}
+        end += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in stored.items():
+            _copy(name, entry, output)
+
+
+def _bits(dtype: str) -> int:
+    """Return the bits of a value of a dtype as safetensors names it, such as `"BF16"` or `"F8_E4M3"`."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
+
+
+def _copy(name: str, entry: Stored, output: Any) -> None:
+    left = entry.nbytes
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            if not chunk:
+                raise ValueError(f"{entry.path.name}: {name}: the file is damaged (it ends before the tensor)")
+            output.write(chunk)
+            left -= len(chunk)
