@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/bitmask_rows.h"
 #include "cpu/packed_linear.h"
@@ -118,20 +119,46 @@ SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
   return true;
 }
 
-// The position of each column's value for each byte of bits, with the sign bit set if the column has none.
-struct Places {
-  alignas(32) int32_t of[256][8];
+// For each byte of bits, the places of the bytes of 8 weights in two loads of 4 slots, those of columns 0 to 3 and of columns 4 to 7. A
+// byte with its highest bit set becomes zero. Takes kBytes of a slot, from byte kFirst on, to the upper end of each weight.
+struct Shuffles {
+  alignas(32) uint8_t of[256][32];
 };
 
-constexpr Places make_places() {
-  Places places{};
+template <int kFirst, int kBytes>
+constexpr Shuffles make_shuffles() {
+  Shuffles shuffles{};
   for (int bits = 0; bits < 256; ++bits) {
     int next = 0;
-    for (int column = 0; column < 8; ++column) places.of[bits][column] = bits >> column & 1 ? next++ : INT32_MIN;
+    for (int column = 0; column < 8; ++column) {
+      if (column == 4) next = 0;
+      const bool here = bits >> column & 1;
+      for (int byte = 0; byte < 4; ++byte) {
+        const int from = byte - (4 - kBytes);
+        shuffles.of[bits][4 * column + byte] = static_cast<uint8_t>(here && from >= 0 ? 4 * next + kFirst + from : 0x80);
+      }
+      next += here;
+    }
   }
-  return places;
+  return shuffles;
 }
-constexpr Places kPlaces = make_places();
+
+template <int kFirst, int kBytes>
+constexpr Shuffles kShuffles = make_shuffles<kFirst, kBytes>();
+
+// Returns 8 weights of a row, zeros included, and advances `slot` past their values.
+template <class T>
+SPARSEKERN_AVX2 SPARSEKERN_INLINE __m256 next_weights(const Slot*& slot, uint8_t bits, int row) {
+  const Slot* upper = slot + __builtin_popcount(bits & 15);
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(slot));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(upper));
+  const __m256i slots = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  slot += __builtin_popcount(bits);
+  const Shuffles& shuffles = !std::is_same_v<T, BFloat16> ? kShuffles<0, 4> : row == 0 ? kShuffles<0, 2> : kShuffles<2, 2>;
+  const __m256i spread = _mm256_shuffle_epi8(slots, _mm256_load_si256(reinterpret_cast<const __m256i*>(shuffles.of[bits])));
+  // A bfloat16 in the upper half of a float is that float.
+  return std::is_same_v<T, BFloat16> ? _mm256_castsi256_ps(spread) : floats_of_slots<T>(spread, row);
+}
 
 template <class T, int kTokens>
 SPARSEKERN_AVX2 bool multiply_avx2(const Factors& factors, Group* group) {
@@ -150,11 +177,7 @@ SPARSEKERN_AVX2 bool multiply_avx2(const Factors& factors, Group* group) {
       const float* x = factors.x + word * packed_rows::kWordColumns + part * 8;
       __m256 weight[kSlotValues<T>];
       for (int row = 0; row < kSlotValues<T>; ++row) {
-        const uint8_t bits = reinterpret_cast<const uint8_t*>(group->bits[row] + word)[part];
-        const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits]));
-        const __m256i slots = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(slot[row])), places);
-        weight[row] = floats_of_slots<T>(_mm256_andnot_si256(_mm256_srai_epi32(places, 31), slots), row);
-        slot[row] += __builtin_popcount(bits);
+        weight[row] = next_weights<T>(slot[row], reinterpret_cast<const uint8_t*>(group->bits[row] + word)[part], row);
       }
       for (int token = 0; token < kTokens; ++token) {
         const __m256 features = _mm256_loadu_ps(x + token * factors.x_stride);

@@ -74,6 +74,22 @@ void nm_linear(
     const void* bias,  // null: none
     void* y, const Executor& executor);
 
+// The experts of each token, [tokens, choices]. Packed weights of experts lie one behind the other: those of the first one are given,
+// with its rows; values of a bitmask are shared.
+struct ExpertChoice {
+  const int64_t* ids;
+  int64_t tokens, choices, experts;
+};
+// Write y, [tokens, choices, rows]; throw on an id of no expert.
+void bitmask_experts_linear(
+    const void* x, DType dtype, int64_t columns, const ExpertChoice& choice, const BitmaskRows& packed,
+    const void* bias,  // [experts, rows]; null: none
+    void* y, const Executor& executor);
+void nm_experts_linear(
+    const void* x, DType dtype, int64_t columns, const ExpertChoice& choice, const NmRows& packed,
+    const void* bias,  // [experts, rows]; null: none
+    void* y, const Executor& executor);
+
 // Write the dense weight of tensors that may contradict each other; only what they write is checked.
 void bitmask_expand(const BitmaskRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
 void nm_expand(const NmRows& packed, DType dtype, int64_t columns, void* weight, const Executor& executor);
@@ -148,10 +164,7 @@ struct SweepPattern {
   int64_t block_size;
 };
 
-// Throws if m does not divide the columns, or is above 64.
-void require_whole_groups(const SweepPattern& pattern, int64_t columns);
-
-// Throws as require_whole_groups does. A diagonal entry of the factor with a sign bit marks a dead feature.
+// Throws if m does not divide the columns. A diagonal entry of the factor with a sign bit marks a dead feature.
 void obs_sweep(
     const void* weight, DType dtype, const float* factor,
     const uint8_t* mask,  // null: chosen by the pattern

@@ -26,6 +26,15 @@ SPARSEKERN_INLINE void floats_of(const T* in, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
 }
 
+// A block of tokens as floats.
+struct TokenBlock {
+  const float* x;
+  int64_t x_stride;
+  int64_t tokens;
+
+  TokenBlock part(int64_t first, int64_t count) const { return {x + first * x_stride, x_stride, count}; }
+};
+
 // Activations as floats. Each row is padded with zeros to a whole number of words of columns, and by one more word. Kernels then
 // need no check at the end of a row, and have an element that is zero.
 struct Activations {
@@ -34,6 +43,11 @@ struct Activations {
 
   template <class T>
   Activations(const T* x, int64_t tokens_, int64_t columns_, Isa isa, const Executor& executor)
+      : Activations(x, tokens_, columns_, isa, executor, [](int64_t token) { return token; }) {}
+
+  // Row `token` is row `row_of(token)` of x.
+  template <class T, class RowOf>
+  Activations(const T* x, int64_t tokens_, int64_t columns_, Isa isa, const Executor& executor, const RowOf& row_of)
       : tokens(tokens_),
         columns(columns_),
         stride((packed_rows::words(columns_) + 1) * packed_rows::kWordColumns),
@@ -42,24 +56,17 @@ struct Activations {
     parallel_for(executor, tokens, 1 + 65536 / stride, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         float* row = data.get() + token * stride;
-        convert(x + token * columns, columns, row);
+        convert(x + row_of(token) * columns, columns, row);
         std::fill(row + columns, row + stride, 0.0f);
       }
     });
   }
 
-  const float* row(int64_t token) const { return data.get() + token * stride; }
+  TokenBlock block() const { return {data.get(), stride, tokens}; }
 };
 
 // Sums of up to kTogether tokens for the rows of a tile.
 using TileSums = float[kTogether][packed_rows::kTileRows];
-
-// A block of tokens.
-struct TokenBlock {
-  const float* x;
-  int64_t x_stride;
-  int64_t tokens;
-};
 
 // A kernel for one stream, and for kStreams of them.
 template <class Kernel>
@@ -98,10 +105,14 @@ struct Output {
   T* y;
   int64_t rows;
   const int32_t* order;
-  const T* bias;  // null: none
+  const T* bias;                    // null: none
+  const int64_t* places = nullptr;  // the row of y for each token; null: in order
+
+  T* at(int64_t token) const { return y + (places == nullptr ? token : places[token]) * rows; }
 
   void write(int64_t token, int64_t first, int64_t count, const float* sums) const {
-    for (int64_t i = 0; i < count; ++i) y[token * rows + row_of(first + i)] = from_float<T>(sums[i] + bias_of(first + i));
+    T* out = at(token);
+    for (int64_t i = 0; i < count; ++i) out[row_of(first + i)] = from_float<T>(sums[i] + bias_of(first + i));
   }
 
   // As `write` for all tokens and a panel, but stored row i goes to y[token][i], which is contiguous; `put_in_order` reorders it
@@ -110,7 +121,7 @@ struct Output {
     float added[kLanes] = {};
     for (int64_t i = 0; i < count; ++i) added[i] = bias_of(first + i);
     for (int64_t token = 0; token < tokens; ++token) {
-      T* out = y + token * rows + first;
+      T* out = at(token) + first;
       for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(sums[token * kLanes + i] + added[i]);
     }
   }
@@ -120,8 +131,9 @@ struct Output {
     parallel_for(executor, tokens, 1 + 65536 / (rows + 1), [&](int64_t begin, int64_t end) {
       const auto stored = allocate<T>(rows);
       for (int64_t token = begin; token < end; ++token) {
-        std::copy_n(y + token * rows, rows, stored.get());
-        for (int64_t i = 0; i < rows; ++i) y[token * rows + order[i]] = stored[i];
+        T* out = at(token);
+        std::copy_n(out, rows, stored.get());
+        for (int64_t i = 0; i < rows; ++i) out[order[i]] = stored[i];
       }
     });
   }
@@ -133,10 +145,10 @@ struct Output {
 
 template <class Weight, class T>
 bool multiply_tiles_by_few(
-    const Weight& weight, const int64_t* tiles, int64_t count, const Activations& x, const Output<T>& output) {
+    const Weight& weight, const int64_t* tiles, int64_t count, const TokenBlock& x, const Output<T>& output) {
   for (int64_t token = 0; token < x.tokens; token += kTogether) {
     TileSums sums[kStreams];
-    const TokenBlock block{x.row(token), x.stride, std::min(kTogether, x.tokens - token)};
+    const TokenBlock block = x.part(token, std::min(kTogether, x.tokens - token));
     if (!weight.multiply(tiles, count, block, sums)) return false;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = tiles[i] * packed_rows::kTileRows, rows = std::min(packed_rows::kTileRows, weight.rows - row);
@@ -148,7 +160,7 @@ bool multiply_tiles_by_few(
 
 // Multiplies the tiles of [first, end), one from each half at a time.
 template <class Weight, class T>
-bool multiply_range_by_few(const Weight& weight, int64_t first, int64_t end, const Activations& x, const Output<T>& output) {
+bool multiply_range_by_few(const Weight& weight, int64_t first, int64_t end, const TokenBlock& x, const Output<T>& output) {
   static_assert(kStreams == 2, "of the halves");
   const int64_t half = (end - first + 1) / 2;
   bool sound = true;
@@ -178,26 +190,31 @@ bool multiply_tiles_by_many(
   return true;
 }
 
-// Computes the whole product. Returns false if the packed tensors contradict each other.
+// Computes the product of many tokens. Returns false if the packed tensors contradict each other.
 template <class Weight, class T>
-bool packed_product(const Weight& weight, const Activations& x, const Output<T>& output, const Executor& executor) {
-  const int64_t tiles = packed_rows::tiles(weight.rows);
+bool product_of_many(const Weight& weight, const TokenBlock& x, const Output<T>& output, const Executor& executor) {
   std::atomic<bool> sound{true};
-  if (x.tokens <= kFewTokens) {
-    const int64_t threads = std::max(executor.threads, 1), each = weight.bytes() / (threads * kTaskBytes);
-    const int64_t tasks = std::min(tiles, threads == 1 ? 1 : threads * std::clamp<int64_t>(each, 1, kTasksPerThread));
-    parallel_tasks(executor, tasks, [&](int64_t task) {
-      if (!multiply_range_by_few(weight, weight.first_tile(task, tasks), weight.first_tile(task + 1, tasks), x, output))
-        sound = false;
-    });
-    return sound;
-  }
-  const Multiplier multiplier = load_multiplier_transposed(x.data.get(), x.stride, x.columns, x.tokens, executor);
+  const Multiplier multiplier = load_multiplier_transposed(x.x, x.x_stride, weight.columns, x.tokens, executor);
   const MultiplyAdd multiply_add = choose_multiply_add();
-  for_each_tile(tiles, executor, [&](int64_t first, int64_t count) {
+  for_each_tile(packed_rows::tiles(weight.rows), executor, [&](int64_t first, int64_t count) {
     if (!multiply_tiles_by_many(weight, first, count, multiplier, multiply_add, output)) sound = false;
   });
   output.put_in_order(x.tokens, executor);
+  return sound;
+}
+
+// Computes the whole product. Returns false if the packed tensors contradict each other.
+template <class Weight, class T>
+bool packed_product(const Weight& weight, const TokenBlock& x, const Output<T>& output, const Executor& executor) {
+  if (x.tokens > kFewTokens) return product_of_many(weight, x, output, executor);
+  std::atomic<bool> sound{true};
+  const int64_t threads = std::max(executor.threads, 1), each = weight.bytes() / (threads * kTaskBytes);
+  const int64_t tasks =
+      std::min(packed_rows::tiles(weight.rows), threads == 1 ? 1 : threads * std::clamp<int64_t>(each, 1, kTasksPerThread));
+  parallel_tasks(executor, tasks, [&](int64_t task) {
+    if (!multiply_range_by_few(weight, weight.first_tile(task, tasks), weight.first_tile(task + 1, tasks), x, output))
+      sound = false;
+  });
   return sound;
 }
 

@@ -3,6 +3,7 @@
 from ..backends import libraries, serve_environment
 from ._registry import OPS
 from .admm_step import admm_step_
+from .bitmask_experts_linear import bitmask_experts_linear
 from .bitmask_linear import bitmask_linear
 from .bitmask_pack import bitmask_pack
 from .bitmask_unpack import bitmask_unpack
@@ -16,6 +17,7 @@ from .gram_solve import gram_solve
 from .gram_symmetrize import gram_symmetrize_
 from .head_neuron_scores import head_neuron_scores
 from .masked_lstsq import masked_lstsq
+from .nm_experts_linear import nm_experts_linear
 from .nm_linear import nm_linear
 from .nm_mask import nm_mask
 from .nm_pack import nm_pack
@@ -35,6 +37,7 @@ serve_environment()
 __all__ = [
     "OPS",
     "admm_step_",
+    "bitmask_experts_linear",
     "bitmask_linear",
     "bitmask_pack",
     "bitmask_unpack",
@@ -48,6 +51,7 @@ __all__ = [
     "gram_symmetrize_",
     "head_neuron_scores",
     "masked_lstsq",
+    "nm_experts_linear",
     "nm_linear",
     "nm_mask",
     "nm_pack",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from sparsekern import ops
+from sparsekern.layouts.packed_experts import join_bitmask_experts
 from sparsekern.ops._registry import Sample, sample
 
 
@@ -38,6 +39,25 @@ def bitmask_linear(generator: torch.Generator) -> Sample:
     return sample(randn(generator, 40, 1024, dtype=torch.bfloat16), *ops.bitmask_pack(weight).values())
 
 
+def experts_of(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return inputs, a choice that names one expert for many tokens and the others for few, and the experts."""
+    experts = torch.zeros(48, 1, dtype=torch.int64)
+    experts[:6, 0] = torch.arange(6) % 3
+    return randn(generator, 48, 1024, dtype=torch.bfloat16), experts, [semi_sparse(generator, 96, 1024) for _ in range(3)]
+
+
+def bitmask_experts_linear(generator: torch.Generator) -> Sample:
+    x, experts, weights = experts_of(generator)
+    packed = join_bitmask_experts([ops.bitmask_pack(weight) for weight in weights], (96, 1024), x.dtype)
+    return sample(x, experts, *packed.values())
+
+
+def nm_experts_linear(generator: torch.Generator) -> Sample:
+    x, experts, weights = experts_of(generator)
+    packed = [ops.nm_pack(weight, 2, 4) for weight in weights]
+    return sample(x, experts, *(torch.stack([own[name] for own in packed]) for name in ("values", "codes")), 2, 4)
+
+
 def nm_linear(generator: torch.Generator) -> Sample:
     weight = semi_sparse(generator, 96, 1024)
     return sample(randn(generator, 40, 1024, dtype=torch.bfloat16), *ops.nm_pack(weight, 2, 4).values(), 2, 4)
@@ -63,6 +83,7 @@ def plain_split(generator: torch.Generator) -> Sample:
 
 LARGE: dict[str, Callable[[torch.Generator], Sample]] = {
     "admm_step_": admm_step,
+    "bitmask_experts_linear": bitmask_experts_linear,
     "bitmask_linear": bitmask_linear,
     "bitmask_pack": lambda g: sample(semi_sparse(g, 256, 512)),
     "bitmask_unpack": lambda g: sample(*ops.bitmask_pack(semi_sparse(g, 512, 512)).values(), 512),
@@ -73,6 +94,7 @@ LARGE: dict[str, Callable[[torch.Generator], Sample]] = {
     "gram_solve": lambda g: sample(gram_matrix(g, 200), randn(g, 100, 200)),
     "gram_symmetrize_": lambda g: sample(randn(g, 600, 600)),
     "masked_lstsq": masked_lstsq,
+    "nm_experts_linear": nm_experts_linear,
     "nm_linear": nm_linear,
     "nm_mask": lambda g: sample(randn(g, 256, 512).round(), 2, 4),
     "nm_pack": lambda g: sample(semi_sparse(g, 256, 512), 2, 4),

@@ -17,7 +17,7 @@ from sparsekern.ops._registry import OPS
 
 from .calls import EVERY_OP, EVERY_WRITING_OP, first_sample, floats, named, tensors_of, written
 
-PRODUCTS = {"bitmask_linear", "nm_linear"}
+PRODUCTS = {"bitmask_experts_linear", "bitmask_linear", "nm_experts_linear", "nm_linear"}
 # The op as torch dispatches it, and the call that does the work of its autograd kernels itself.
 EITHER_WAY = pytest.mark.parametrize("way", ["overload", "call"])
 
