@@ -56,11 +56,16 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def check_square(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
-    """Raise `TypeError` or `ValueError` unless `value` is a square matrix of one of `dtypes`."""
-    check_tensor(name, value, ndim=2, dtypes=dtypes)
-    if value.shape[0] != value.shape[1]:
+def check_square(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,), ndim: int = 2) -> None:
+    """Raise `TypeError` or `ValueError` unless `value` is a square matrix of one of `dtypes`, or with `ndim=3` a batch of them."""
+    check_tensor(name, value, ndim=ndim, dtypes=dtypes)
+    if value.shape[-1] != value.shape[-2]:
         raise ValueError(f"{name}: expected a square matrix, got shape {tuple(value.shape)}")
+
+
+def dimensions(value: object, of_one: int) -> int:
+    """Return the dimensions to expect of an argument that may be a batch: one more than `of_one` if `value` has them."""
+    return of_one + 1 if isinstance(value, torch.Tensor) and value.dim() == of_one + 1 else of_one
 
 
 def check_whole(name: str, value: int, least: int | None = None) -> None:
@@ -115,9 +120,15 @@ def _elements(value: torch.Tensor) -> int:
 
 def value_of(result: torch.Tensor) -> float | None:
     """Return the number in a 0-dim result; None if it holds none, because it is compiled, fake or on the meta device."""
+    values = values_of(result)
+    return None if values is None else values[0]
+
+
+def values_of(result: torch.Tensor) -> list[float] | None:
+    """Return all numbers of a result in order; None if it holds none, because it is compiled, fake or on the meta device."""
     if torch.compiler.is_compiling() or result.is_meta or isinstance(result, torch._subclasses.FakeTensor):
         return None
-    return result.detach().item()
+    return result.detach().reshape(-1).tolist()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -164,7 +164,10 @@ struct SweepPattern {
   int64_t block_size;
 };
 
-// Throws if m does not divide the columns. A diagonal entry of the factor with a sign bit marks a dead feature.
+// Throws if m does not divide the columns, or is above 64.
+void require_whole_groups(const SweepPattern& pattern, int64_t columns);
+
+// Throws as require_whole_groups does. A diagonal entry of the factor with a sign bit marks a dead feature.
 void obs_sweep(
     const void* weight, DType dtype, const float* factor,
     const uint8_t* mask,  // null: chosen by the pattern

@@ -307,12 +307,16 @@ void sweep_columns(
 
 }  // namespace
 
-void obs_sweep(
-    const void* weight, DType dtype, const float* factor, const uint8_t* mask, const SweepPattern& pattern, int64_t rows,
-    int64_t columns, void* new_weight, uint8_t* new_mask, float* row_error, const Executor& executor) {
+void require_whole_groups(const SweepPattern& pattern, int64_t columns) {
   if (pattern.n > 0 && (pattern.m > kMaxGroup || columns % pattern.m != 0)) {
     throw std::invalid_argument("m: expected at most 64 and a divisor of the input features");
   }
+}
+
+void obs_sweep(
+    const void* weight, DType dtype, const float* factor, const uint8_t* mask, const SweepPattern& pattern, int64_t rows,
+    int64_t columns, void* new_weight, uint8_t* new_mask, float* row_error, const Executor& executor) {
+  require_whole_groups(pattern, columns);
   std::fill_n(row_error, rows, 0.0f);
   if (rows == 0 || columns == 0) return;
   require_finite("weight", weight, dtype, rows, columns, nullptr, executor);

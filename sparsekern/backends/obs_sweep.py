@@ -5,6 +5,8 @@ columns before it. Computed block by block, that product is long and thin: 128 c
 multiprocessors. It is therefore computed by halves. As soon as the left half of a range of columns is finished, one product adds its effect
 on the whole right half. Each block still waits for one product and its kernel, but three quarters of the arithmetic is in products at least
 1024 columns wide. Pending sums are stored in `delta` itself, in the columns that will overwrite them.
+
+The weights of a batch go through the blocks together: one product for all of them, and for each a launch of its own.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ def by_halves(count: int, run: Callable[[int], None], update: Callable[[int, int
 class Sweep:
     """The tensors of one sweep, contiguous and aligned to 16 bytes. Columns are where `blocks` say.
 
+    All but `status` have a leading dimension more in the sweep of a batch. `Kernels` are given the sweep of one weight.
+
     Attributes:
         blocks: the blocks of columns.
         weight: `[rows, columns]`.
@@ -105,6 +109,19 @@ class Sweep:
     new_weight: torch.Tensor
     row_error: torch.Tensor
     status: torch.Tensor
+
+    def of(self, index: int) -> Sweep:
+        """Return the sweep of one weight of a batch, as views."""
+        return Sweep(
+            self.blocks,
+            self.weight[index],
+            self.factor[index],
+            self.mask[index],
+            self.delta[index],
+            self.new_weight[index],
+            self.row_error[index],
+            self.status,
+        )
 
 
 class Kernels(Protocol):
@@ -126,9 +143,31 @@ class Kernels(Protocol):
         """
 
 
+class EachOf:
+    """The kernels of a batch: those of each of its weights, one launch after another."""
+
+    def __init__(self, make_kernels: Callable[[Sweep], Kernels], state: Sweep) -> None:
+        self._each = [make_kernels(state.of(index)) for index in range(len(state.weight))]
+
+    def check_values(self) -> None:
+        for kernels in self._each:
+            kernels.check_values()
+
+    def prune(self, first: int, last: int, n: int, m: int) -> None:
+        for kernels in self._each:
+            kernels.prune(first, last, n, m)
+
+    def prune_best(self, first: int, last: int, kept: int, scope: str) -> bool:
+        return all([kernels.prune_best(first, last, kept, scope) for kernels in self._each])  # alike, as their shapes are
+
+    def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
+        for index, kernels in enumerate(self._each):
+            kernels.score(first, last, origin, delta[index], scores[index])
+
+
 def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, mask):
     """Run `obs_sweep` with `make_kernels(sweep)`; the other arguments and the results are those of the reference."""
-    rows, columns = weight.shape
+    *_, rows, columns = weight.shape
     if mask is not None:
         n = m = 0
     elif not m and scope == "matrix":
@@ -136,7 +175,7 @@ def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, ma
     competing = mask is None and not m
     state = _allocate(weight, factor, mask, column_blocks(columns, block_size_for(m, block_size, competing), ALIGNMENT))
     if weight.numel():
-        kernels = make_kernels(state)
+        kernels = make_kernels(state) if weight.dim() == 2 else EachOf(make_kernels, state)
         if values_are_checked(weight):
             kernels.check_values()
 
@@ -148,7 +187,7 @@ def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, ma
                 kernels.prune(block.first, block.last, n, m)
 
         borders = [0, *(block.border for block in state.blocks)]
-        state.delta[:, : borders[1]].zero_()
+        state.delta[..., : borders[1]].zero_()
         with full_float32():
             by_halves(len(state.blocks), run, _product(state.delta, state.factor, borders, fresh=True))
         raise_if(state.status)
@@ -163,7 +202,7 @@ def _product(delta: torch.Tensor, factor: torch.Tensor, borders: list[int], fres
         a, b, c = borders[first], borders[middle], borders[last]
         # If nothing is pending yet, updates from the first tile on are the first to write their columns.
         begins = fresh and first == 0
-        add_product(delta[:, b - origin : c - origin], delta[:, a - origin : b - origin], factor[a:b, b:c], begins)
+        add_product(delta[..., b - origin : c - origin], delta[..., a - origin : b - origin], factor[..., a:b, b:c], begins)
 
     return update
 
@@ -177,7 +216,7 @@ def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, spa
         return
     borders = [*range(block.first, block.last, LAUNCH_COLUMNS), block.last]
     tiles = len(borders) - 1
-    delta = state.delta[:, block.first : block.border].contiguous()
+    delta = state.delta[..., block.first : block.border].contiguous()
     scores = torch.empty_like(delta)
     by_halves(
         tiles,
@@ -185,23 +224,26 @@ def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, spa
         _product(delta, state.factor, borders, fresh=False),
     )
     columns = slice(block.first, block.last)
-    state.mask[:, columns] = _keep_best(scores[:, : block.last - block.first], kept, "row" if scope == "row" else "matrix")
+    state.mask[..., columns] = _keep_best(scores[..., : block.last - block.first], kept, "row" if scope == "row" else "matrix")
     by_halves(
         tiles,
         lambda i: kernels.prune(borders[i], borders[i + 1], 0, 0),
-        _product(state.delta[:, columns], state.factor, borders, fresh=False),
+        _product(state.delta[..., columns], state.factor, borders, fresh=False),
     )
 
 
 def _best_of_matrix(weight: torch.Tensor, factor: torch.Tensor, kept: int) -> torch.Tensor:
     """Return the mask of the best weights of the whole matrix, chosen from the initial weights."""
-    diagonal = factor.diagonal()
-    return _keep_best(weight.abs() * torch.where(torch.signbit(diagonal), 0.0, diagonal), kept, "matrix")
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    return _keep_best(weight.abs() * torch.where(torch.signbit(diagonal), 0.0, diagonal).unsqueeze(-2), kept, "matrix")
 
 
 def _keep_best(scores: torch.Tensor, kept: int, scope: str) -> torch.Tensor:
+    shape = scores.shape
+    if len(shape) == 3:  # the matrices of a batch are rows that are selected from one by one
+        scores, scope = scores.flatten(1) if scope == "matrix" else scores.flatten(0, 1), "row"
     with value_checks(False):  # a NaN comes from the weight or the factor, which the status reports
-        return torch.ops.sparsekern.topk_mask(scores, kept, scope=scope)
+        return torch.ops.sparsekern.topk_mask(scores, kept, scope=scope).view(shape)
 
 
 def _positions(blocks: list[Block], device: torch.device) -> torch.Tensor | None:
@@ -218,12 +260,13 @@ def _allocate(weight: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor | N
         chosen = torch.empty_like(weight, dtype=torch.bool) if mask is None else mask.clone(memory_format=torch.contiguous_format)
     else:
         width = blocks[-1].border
-        weight = weight.new_zeros((len(weight), width)).index_copy_(1, columns, weight)
-        dead = torch.diag(factor.new_full((width,), -1.0))
-        factor = dead.index_put_((columns[:, None], columns), factor)
+        weight = weight.new_zeros((*weight.shape[:-1], width)).index_copy_(-1, columns, weight)
+        dead = torch.diag_embed(factor.new_full((*factor.shape[:-2], width), -1.0))
+        dead[..., columns[:, None], columns] = factor
+        factor = dead
         chosen = torch.zeros_like(weight, dtype=torch.bool)
         if mask is not None:
-            chosen.index_copy_(1, columns, mask)
+            chosen.index_copy_(-1, columns, mask)
     return Sweep(
         blocks,
         weight,
@@ -231,7 +274,7 @@ def _allocate(weight: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor | N
         chosen,
         delta=torch.empty_like(weight, dtype=torch.float32),
         new_weight=torch.empty_like(weight),
-        row_error=weight.new_zeros(len(weight), dtype=torch.float32),
+        row_error=weight.new_zeros(weight.shape[:-1], dtype=torch.float32),
         status=weight.new_zeros((), dtype=torch.int32),
     )
 
@@ -245,7 +288,7 @@ def _results(state: Sweep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     columns = _positions(state.blocks, state.weight.device)
     if columns is None:
         return state.new_weight, state.mask, state.row_error
-    return state.new_weight[:, columns], state.mask[:, columns], state.row_error
+    return state.new_weight[..., columns], state.mask[..., columns], state.row_error
 
 
 class CudaKernels:
@@ -318,8 +361,8 @@ def _processors(device: torch.device) -> int:
 def _supports(weight, factor, *, n=0, m=0, mask=None, **options) -> Support:
     if mask is None and m > MAX_GROUP:
         return Support(False, f"m is {m}, more than {MAX_GROUP}")
-    if mask is None and m and weight.shape[1] % m:
-        return Support(False, f"the input features, {weight.shape[1]}, are not divisible by {m}")
+    if mask is None and m and weight.shape[-1] % m:
+        return Support(False, f"the input features, {weight.shape[-1]}, are not divisible by {m}")
     return YES
 
 

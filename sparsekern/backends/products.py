@@ -24,7 +24,10 @@ def full_float32() -> Iterator[None]:
 
 
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, begins: bool) -> None:
-    """Add `left @ right` to `out` with the error of float32; with `begins`, `out` is treated as zeros."""
+    """Add `left @ right`, of matrices or of batches of them, to `out` with the error of float32; `begins` treats `out` as zeros."""
+    if out.dim() == 3:
+        out.baddbmm_(left, right, beta=0.0 if begins else 1.0)
+        return
     if product_for(len(left), *right.shape) == "cublas":
         out.addmm_(left, right, beta=0.0 if begins else 1.0)
         return

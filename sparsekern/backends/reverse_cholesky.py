@@ -1,6 +1,11 @@
-"""`reverse_cholesky` on a CUDA device: one attempt with cuSOLVER; a failed one is left to the reference."""
+"""`reverse_cholesky` on a CUDA device: one attempt with cuSOLVER; a failed one is left to the reference.
+
+A batch is one attempt at all of its matrices.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -15,16 +20,28 @@ from .values import BadValues, LeftToReference
 def _triton(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
     from ..triton_kernels.reverse_cholesky import attempt
 
-    if not len(gram):
+    if not gram.numel():
         raise LeftToReference("an empty matrix")
     found = attempt(gram, damping)
     # Read even if value checks are off: a failed factorisation must not be used.
-    failed, not_finite = torch.stack((found.failed, found.not_finite)).tolist()
-    if not_finite:
+    failed, not_finite = torch.stack((found.failed, found.not_finite)).view(2, -1).tolist()
+    if any(not_finite):
         raise BadValues("gram: expected finite values")
-    if failed:
-        raise LeftToReference("the matrix is indefinite: it needs more damping, or float64")
-    return found.factor, torch.full((), damping, dtype=torch.float64, device=gram.device)
+    damping_used = torch.full(gram.shape[:-2], damping, dtype=torch.float64, device=gram.device)
+    if any(failed):
+        if gram.dim() == 2:
+            raise LeftToReference("the matrix is indefinite: it needs more damping, or float64")
+        _repeat(gram, damping, found.factor, damping_used, [index for index, bad in enumerate(failed) if bad])
+    return found.factor, damping_used
+
+
+def _repeat(gram: torch.Tensor, damping: float, factor: torch.Tensor, used: torch.Tensor, indices: Sequence[int]) -> None:
+    """Factor some matrices of a batch again, each alone, so that the reference mends them."""
+    for index in indices:
+        try:
+            factor[index], used[index] = torch.ops.sparsekern.reverse_cholesky(gram[index], damping)
+        except ValueError as error:
+            raise LeftToReference("the reference names the matrix of the batch") from error
 
 
 IMPLEMENTATIONS = (Implementation("triton", _triton),)

@@ -78,6 +78,8 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         exclude=arguments.exclude,
         patterns=dict(arguments.pattern_for),
         batch_size=arguments.batch_size,
+        weighting=arguments.weighting,
+        unseen=arguments.unseen,
         length=window_length(model),
         out=out,
         format=arguments.format,

@@ -9,6 +9,7 @@ from .._version import __version__
 from ..methods import METHODS
 from ..models.load import DTYPES
 from ..pruning.continual.prune import STRATEGIES
+from ..pruning.mixtures import EQUAL, MAGNITUDE, UNSEEN, WEIGHTINGS
 from . import types
 from .common import DEFAULT_TEXT
 from .settings import method_help
@@ -103,6 +104,13 @@ def _add_choice_of_weights(group) -> None:
     )
     group.add_argument("--include", action="append", metavar="GLOB", help="prune only linears that match")
     group.add_argument("--exclude", action="append", metavar="GLOB", help="leave linears that match dense")
+    group.add_argument(
+        "--unseen",
+        default=MAGNITUDE,
+        type=types.one_of(UNSEEN),
+        metavar="NAME",
+        help="experts no token reached: magnitude, dense or error",
+    )
 
 
 def _add_calibration(group) -> None:
@@ -116,6 +124,13 @@ def _add_calibration(group) -> None:
     group.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
     group.add_argument("--seed", type=types.seed, default=0, metavar="N", help="seed of all random numbers (0)")
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
+    group.add_argument(
+        "--weighting",
+        default=EQUAL,
+        type=types.one_of(WEIGHTINGS),
+        metavar="NAME",
+        help="weight of an expert's tokens: equal or routing",
+    )
     group.add_argument("--state", type=types.path, metavar="DIR", help="folder for accumulated statistics, to add texts later")
     group.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state first")
     group.add_argument(

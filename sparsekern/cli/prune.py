@@ -108,6 +108,8 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
         patterns=dict(arguments.pattern_for),
         batch_size=arguments.batch_size,
         report_error=arguments.report_error,
+        weighting=arguments.weighting,
+        unseen=arguments.unseen,
         format=arguments.format,
     )
     if held_out:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +14,11 @@ from ..pattern import NM, Pattern, pruned_count
 from ._fields import choice, number, whole
 from .base import LinearMethod, Solution
 from .magnitude import Magnitude
-from .statistics import Gram, HasGram
+from .statistics import Gram, HasGram, square_norms
+from .together import energies_together, factor_together, shifts_of, stacked
 from .wanda import Wanda
+
+COPIED_BYTES = 2**28  # of Gram matrices that are copied next to one another for one call
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,61 @@ class SparseGPT(LinearMethod):
 
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         factor = statistics.factor(self.damping)
-        fixed = self._fixed_mask(weight, statistics, pattern)
-        target = {"pattern": pattern} if fixed is None else {"mask": fixed}
-        new_weight, _, damped_error = ops.obs_sweep(weight, factor, **target, scope=self.scope, block_size=self.block_size)
+        new_weight, damped_error = self._sweep(weight, factor, pattern, self._fixed_mask(weight, statistics, pattern))
         delta = new_weight.float() - weight.float()
         if weight.dtype == torch.float32:
-            moved = torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()
-            row_error = damped_error.double() - statistics.shift * moved
+            row_error = damped_error.double() - statistics.shift * square_norms(delta)
         else:  # the sweep's own error does not include the rounding to a half dtype
             row_error = statistics.row_energy(delta)
         return Solution(new_weight, row_error.clamp_(min=0))
+
+    def solve_many(
+        self,
+        weights: Sequence[torch.Tensor],
+        statistics: Sequence[HasGram],
+        pattern: Pattern,
+        about: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    ) -> list[Solution]:
+        """Return what `solve` returns for each weight. Factors and sweeps are one call for many weights.
+
+        Of float32 weights, the errors of `solve` differ in the last bits.
+        """
+        found: dict[int, Solution] = {}
+        try:
+            for indices in _calls(statistics):
+                found |= self._solve_together(indices, weights, statistics, pattern, about)
+        except ValueError:  # the weight that it is about raises it again, in its own context
+            return super().solve_many(weights, statistics, pattern, about)
+        return [found[index] for index in range(len(found))]
+
+    def _solve_together(
+        self,
+        indices: Sequence[int],
+        weights: Sequence[torch.Tensor],
+        statistics: Sequence[HasGram],
+        pattern: Pattern,
+        about: Callable[[int], AbstractContextManager[object]],
+    ) -> dict[int, Solution]:
+        own = [statistics[index] for index in indices]
+        factors = factor_together(own, self.damping, lambda place: about(indices[place]))
+        weight = stacked([weights[index] for index in indices])
+        masks = [self._fixed_mask(*pair, pattern) for pair in zip(weight, own, strict=True)]
+        mask = None if self.mask is None else torch.stack([fixed for fixed in masks if fixed is not None])
+        new_weight, damped_error = self._sweep(weight, factors, pattern, mask)
+        delta = new_weight.float() - weight.float()
+        if weight.dtype == torch.float32:
+            row_error = damped_error.double() - shifts_of(own).to(delta.device) * square_norms(delta)
+        else:
+            row_error = energies_together(own, delta)
+        return {index: Solution(*solved) for index, *solved in zip(indices, new_weight, row_error.clamp_(min=0), strict=True)}
+
+    def _sweep(
+        self, weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, fixed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the new weight and the damped error of each row; all may be batches."""
+        target = {"pattern": pattern} if fixed is None else {"mask": fixed}
+        new_weight, _, damped_error = ops.obs_sweep(weight, factor, **target, scope=self.scope, block_size=self.block_size)
+        return new_weight, damped_error
 
     def _fixed_mask(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> torch.Tensor | None:
         if self.mask is None:
@@ -65,6 +115,20 @@ class SparseGPT(LinearMethod):
         if self.mask == "zeros":
             return _existing_zeros(weight, pattern)
         return Magnitude().mask_of(weight, pattern) if self.mask == "magnitude" else Wanda().mask_of(weight, statistics, pattern)
+
+
+def _calls(statistics: Sequence[HasGram]) -> Iterator[list[int]]:
+    """Yield the indices that are solved together: no statistic twice, and as many as the memory for copies of matrices allows."""
+    turns: dict[int, list[int]] = {}
+    seen: dict[int, int] = {}
+    for index, own in enumerate(statistics):
+        turn = seen.get(id(own), 0)
+        seen[id(own)] = turn + 1
+        turns.setdefault(turn, []).append(index)
+    for indices in turns.values():
+        threads, size = torch.get_num_threads(), statistics[indices[0]].sum_squares.numel() ** 2 * 4
+        most = max(COPIED_BYTES // max(size, 1) // threads, 1) * threads  # each thread solves as many
+        yield from (indices[begin : begin + most] for begin in range(0, len(indices), most))
 
 
 def _existing_zeros(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:

@@ -6,6 +6,7 @@ one weight together with its inputs. Each has a `total`, which adds up over data
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
@@ -13,6 +14,8 @@ import torch
 
 from .. import ops
 from ..ops.reverse_cholesky import alive
+
+ENERGY_COLUMNS = 256  # columns of a factor multiplied at a time by `row_energy`
 
 
 class HasNorms(Protocol):
@@ -151,12 +154,22 @@ class Gram:
 
     def factor(self, damping: float) -> torch.Tensor:
         """Return the reverse Cholesky factor of the damped Gram matrix, which is cached for the next call with this damping."""
-        if self._factor is None or self._damping != damping:
+        if self._factor is None or not self.has_factor(damping):
             self._factor, self._damping = ops.reverse_cholesky(self._gram, damping), damping
             # From the traces of `V V^T = G + shift I`, since the factorisation may have raised the damping.
             trace = torch.linalg.vector_norm(self._factor, dtype=torch.float64) ** 2 - self.sum_squares.double().sum()
             self._shift = max(float(trace) / len(self._gram), 0.0)
         return self._factor
+
+    def has_factor(self, damping: float) -> bool:
+        """Return whether `factor(damping)` has been computed."""
+        return self._factor is not None and self._damping == damping
+
+    def keep_factor(self, factor: torch.Tensor, damping: float, used: float) -> None:
+        """Take `factor` for that of `damping`, computed with damping `used`, in the convention of `ops.reverse_cholesky.reference`."""
+        self._factor, self._damping = factor, damping
+        share = 0.0 if used == -math.inf else abs(used)
+        self._shift = share * float(self.sum_squares.double().mean())
 
     def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
         """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
@@ -171,16 +184,17 @@ class Gram:
     @property
     def shift(self) -> float:
         """The number that `factor` added to the diagonal: `factor factor^T = G + shift I`."""
-        self._any_factor()
+        self.any_factor()
         return self._shift
 
     def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
         """Return `w G w^T` of each row of `weight`, `[out_features]` float64."""
         # `||w V||^2 - shift ||w||^2` is a sum of squares, where `w G w^T` cancels badly once a few features dominate the rest.
-        damped = _square_norms(_product(weight, self._any_factor()))
-        return (damped - self.shift * _square_norms(weight)).clamp_(min=0)
+        damped = damped_energy(weight, self.any_factor())
+        return (damped - self.shift * square_norms(weight)).clamp_(min=0)
 
-    def _any_factor(self) -> torch.Tensor:
+    def any_factor(self) -> torch.Tensor:
+        """Return a factor that has been computed, or that of the usual damping."""
         return self.factor(0.01) if self._factor is None else self._factor
 
 
@@ -285,11 +299,22 @@ def inputs_of(needs: type[Statistic]) -> type[InputStatistic]:
     return needs.INPUTS if issubclass(needs, Importance) else needs
 
 
-def _product(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return `weight @ factor` in float32. On a GPU it is exact to sixteen bits, which suffice for an error and take less time."""
-    if not weight.is_cuda:
-        return weight.float() @ factor
-    return torch.mm(*bf16_pieces(weight, factor), out_dtype=torch.float32)
+def damped_energy(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return `||row factor||^2` of each row, float64; both arguments may be batches. Zeros below the diagonal are left out."""
+    features = factor.shape[-1]
+    found = torch.zeros(rows.shape[:-1], dtype=torch.float64, device=rows.device)
+    rows = rows if rows.is_cuda else rows.float()
+    for begin in range(0, features, ENERGY_COLUMNS):
+        end = min(begin + ENERGY_COLUMNS, features)
+        found += square_norms(_product(rows[..., :end], factor[..., :end, begin:end]))
+    return found
+
+
+def _product(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return `rows @ factor` in float32. On a GPU it is exact to sixteen bits, which suffice for an error and take less time."""
+    if not rows.is_cuda:
+        return rows @ factor
+    return torch.mm(*bf16_pieces(rows, factor), out_dtype=torch.float32)
 
 
 def bf16_pieces(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -310,8 +335,9 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return high, (x - high).bfloat16()
 
 
-def _square_norms(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+def square_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm of each row, float64."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
 
 
 def _rows(x: torch.Tensor, row_mask: torch.Tensor | None) -> int:

@@ -165,6 +165,15 @@ class Experts(ABC):
         gate = self.linear(expert, GATE)(x) if GATE in self.parts else None
         return self.gated(gate, self.linear(expert, UP)(x))
 
+    def combined(self, call: ExpertsCall) -> torch.Tensor:
+        """Return the weighted sum of the experts' outputs, `[rows, hidden]`, which the module returns for this call."""
+        total = torch.zeros_like(call.hidden)
+        for expert, (rows, weights) in enumerate(call.by_expert(self.count)):
+            if len(rows):
+                output = self.output(expert, call.hidden[rows]) * weights[:, None]
+                total.index_add_(0, rows, output.to(total.dtype))
+        return total
+
     def output(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Return an expert's output, `[rows, hidden]`, before the routing weight scales it, for its inputs `x` `[rows, hidden]`."""
         return self.finished(self.linear(expert, DOWN)(self.down_inputs(expert, x)))
@@ -230,6 +239,42 @@ class InterfaceExperts(Experts):
         if self.module.is_concatenated:
             return stacked.chunk(2, dim)[index]
         return stacked[:, index::2]
+
+
+class UndecoratedExperts(InterfaceExperts):
+    """Experts that store and call as the decorated classes do, gate in front of up, and lack the decorator (Step 3.7, LongCat)."""
+
+    parts = (GATE, UP, DOWN)
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        Experts.__init__(self, name, module)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Return whether the module has parameters of these names and shapes, and the arguments of decorated experts."""
+        both, down = (module._parameters.get(name) for name in ("gate_up_proj", DOWN))
+        if both is None or down is None or both.ndim != 3 or down.ndim != 3:
+            return False
+        fitting = both.shape[1:] == (2 * down.shape[2], down.shape[1]) and set(module._parameters) == {"gate_up_proj", DOWN}
+        arguments = list(inspect.signature(module.forward).parameters)
+        return fitting and arguments == ["hidden_states", "top_k_index", "top_k_weights"] and hasattr(module, "act_fn")
+
+    def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored if part == DOWN else stored.chunk(2, 1)[0 if part == GATE else 1]
+
+    def stacked_bias(self, part: str) -> None:
+        return None
+
+    def parameter(self, part: str) -> nn.Parameter:
+        return self.module._parameters[DOWN if part == DOWN else "gate_up_proj"]
+
+    def gated(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        assert gate is not None
+        apply = getattr(self.module, "_apply_gate", None)
+        return self.module.act_fn(gate) * up if apply is None else apply(torch.cat((gate, up), -1))
+
+    def finished(self, output: torch.Tensor) -> torch.Tensor:
+        return output
 
 
 class Llama4Experts(Experts):
@@ -300,7 +345,7 @@ class DbrxExperts(Experts):
         return self.module.mlp.activation_fn(gate) * up
 
 
-KINDS: tuple[Any, ...] = (InterfaceExperts, Llama4Experts, DbrxExperts)
+KINDS: tuple[Any, ...] = (InterfaceExperts, Llama4Experts, DbrxExperts, UndecoratedExperts)
 
 
 def experts_of(name: str, module: nn.Module) -> Experts | None:

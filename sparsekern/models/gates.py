@@ -47,7 +47,7 @@ def listed_experts(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
     Such a list holds modules of one class with linears of equal shapes, and a module beside it holds a matrix with one row an expert.
     """
-    found = {}
+    found: dict[str, nn.Module] = {}
     for parent_name, parent in block.named_modules(prefix=prefix):
         for name, child in parent.named_children():
             if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1 and _are_alike(list(child.children())):
@@ -67,7 +67,7 @@ def _router_names(block: nn.Module, prefix: str) -> Iterator[str]:
             if fused is not None:
                 counts = _counts(fused)
             elif full in lists:
-                counts = {len(lists[full])}
+                counts = {len(list(lists[full].children()))}
             else:
                 continue
             for beside_name, beside in parent.named_children():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import HALF_OR_FLOAT, check_finite, check_square, check_tensor, check_whole
+from .._checks import HALF_OR_FLOAT, check_finite, check_tensor, check_whole, dimensions
 from ..pattern import NM, Pattern, parse_pattern, pruned_count
+from ._batch import one_by_one
 from ._registry import define_op, sample
 
 SCHEMA = (
@@ -29,16 +30,20 @@ def obs_sweep(
     The column errors are `e = (weight - new_weight) @ factor`. The sweep therefore needs neither an inverse nor a running update of the
     weights to the right. When it reaches column `j`, the current value is `weight[:, j] + (e_j without its own term) / factor[j, j]`.
 
+    A batch of weights is swept in one call, each with a factor of its own and as if it were alone. All arguments and results then
+    have the same leading dimension. On a CPU each thread sweeps whole matrices.
+
     Args:
-        weight: `[out_features, in_features]` float32, bfloat16 or float16. Computed in float32, returned in its dtype.
-        factor: `[in_features, in_features]` float32 upper triangular, from `reverse_cholesky`. Features with a negative diagonal
-            entry are dead: their weights are cleared at no cost.
+        weight: `[out_features, in_features]` or `[batch, out_features, in_features]` float32, bfloat16 or float16. Computed in
+            float32, returned in its dtype.
+        factor: `[in_features, in_features]` float32 upper triangular, from `reverse_cholesky`; one for each weight of a batch.
+            Features with a negative diagonal entry are dead: their weights are cleared at no cost.
         pattern: `"N:M"`, or a sparsity (share of zeros). Each N:M group is chosen from the current weights when the sweep reaches it.
         scope: for a sparsity, the part in which the exact number of pruned weights is counted. `"block"`: all rows of each block of
             columns, chosen when the sweep reaches the block. `"row"`: the same for each row separately. `"matrix"`: the whole matrix,
             chosen from the initial weights. Of equal scores the lower index is kept. Ignored for N:M.
         block_size: columns of a block (SparseGPT: 128). It does not change the result for N:M.
-        mask: `[out_features, in_features]` bool, True where kept: a fixed mask instead of `pattern`.
+        mask: bool of the shape of `weight`, True where kept: a fixed mask instead of `pattern`.
 
     Returns:
         `(new_weight, mask, row_error)`: the pruned weights in the dtype of `weight`; bool, True where kept; `[out_features]` float32,
@@ -52,19 +57,20 @@ def obs_sweep(
 
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1; the left-looking form with a reverse Cholesky factor is ours.
     """
-    check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
-    check_square("factor", factor)
-    check_tensor("factor", factor, ndim=2, dtypes=(torch.float32,), shape=(weight.shape[1],) * 2, device=weight.device)
+    ndim = dimensions(weight, 2)
+    check_tensor("weight", weight, ndim=ndim, dtypes=HALF_OR_FLOAT)
+    shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
+    check_tensor("factor", factor, ndim=ndim, dtypes=(torch.float32,), shape=shape, device=weight.device)
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     check_whole("block_size", block_size, 1)
     if mask is not None and pattern is None:
-        check_tensor("mask", mask, ndim=2, dtypes=(torch.bool,), shape=tuple(weight.shape), device=weight.device)
+        check_tensor("mask", mask, ndim=ndim, dtypes=(torch.bool,), shape=tuple(weight.shape), device=weight.device)
         return _op(weight, factor, scope=scope, block_size=block_size, mask=mask)
     if pattern is None or mask is not None:
         raise ValueError("pattern, mask: expected exactly one of them")
     parsed = parse_pattern(pattern)
-    parsed.check_features(weight.shape[1])
+    parsed.check_features(weight.shape[-1])
     if isinstance(parsed, NM):
         return _op(weight, factor, n=parsed.n, m=parsed.m, block_size=block_size)
     return _op(weight, factor, sparsity=parsed.sparsity, scope=scope, block_size=block_size)
@@ -81,6 +87,18 @@ def reference(
     block_size: int = 128,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if weight.dim() == 3:
+        if not len(weight):
+            return _fake(weight, factor)
+
+        def swept(index: int) -> tuple[torch.Tensor, ...]:
+            own = None if mask is None else mask[index]
+            return reference(
+                weight[index], factor[index], n=n, m=m, sparsity=sparsity, scope=scope, block_size=block_size, mask=own
+            )
+
+        new_weight, keep, row_error = one_by_one(swept, len(weight))
+        return new_weight, keep, row_error
     check_finite("weight", weight)
     check_finite("factor", factor)
     rows, columns = weight.shape
@@ -139,9 +157,9 @@ def _keep_best(score: torch.Tensor, kept: int, scope: str) -> torch.Tensor:
 
 
 def _fake(weight, factor, *, n=0, m=0, sparsity=0.0, scope="block", block_size=128, mask=None):
-    torch._check(weight.dim() == 2 and factor.dim() == 2 and factor.shape[0] == factor.shape[1] == weight.shape[1])
+    torch._check(weight.dim() in (2, 3) and factor.shape == (*weight.shape[:-2], weight.shape[-1], weight.shape[-1]))
     new_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return new_weight, torch.empty_like(new_weight, dtype=torch.bool), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    return new_weight, torch.empty_like(new_weight, dtype=torch.bool), weight.new_empty(weight.shape[:-1], dtype=torch.float32)
 
 
 def _samples(generator: torch.Generator):
@@ -154,6 +172,11 @@ def _samples(generator: torch.Generator):
         for scope in SCOPES:
             yield sample(weight, factor, sparsity=0.5, scope=scope, block_size=32)
         yield sample(weight, factor, mask=torch.rand(rows, columns, generator=generator) > 0.4)
+        if rows == 5:
+            weights, factors = torch.stack((weight, weight.flip(0))), torch.stack((factor, 2 * factor))
+            yield sample(weights, factors, n=2, m=4)
+            yield sample(weights, factors, sparsity=0.3, block_size=16)
+            yield sample(weights, factors, mask=weights > 0)
 
 
 _op = define_op(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import check_finite, check_finite_number, check_square, value_of
+from .._checks import check_finite, check_finite_number, check_square, dimensions, values_of
 from .._warnings import warn
+from ._batch import one_by_one
 from ._registry import define_op, sample
 
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor factor, Tensor damping_used)"
@@ -26,12 +27,14 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     If the damped matrix is indefinite in float32, the damping is multiplied by ten, at most three times; then float64 is tried with the
     requested damping. Each change is reported by a `SparsekernWarning`.
 
+    A batch of Gram matrices is factored in one call, each as if it were alone. On a CPU each thread factors whole matrices.
+
     Args:
-        gram: `[features, features]` float32. Only the lower triangle is read.
+        gram: `[features, features]` or `[batch, features, features]` float32. Only the lower triangle is read.
         damping: share of the mean diagonal added to the diagonal, at least 0.
 
     Returns:
-        `V`, `[features, features]` float32, zero below the diagonal.
+        `V`, float32 of the shape of `gram`, zero below the diagonal.
 
     Raises:
         TypeError: a wrong dtype or type.
@@ -40,27 +43,39 @@ def reverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
 
     Source: the reversed-order Cholesky factor, equal to the inverse of the `chol(H^-1)` of Frantar and Alistarh, SparseGPT, 2023.
     """
-    check_square("gram", gram)
-    check_finite_number("damping", damping, 0)
-    factor, damping_used = _op(gram, damping)
+    factor, damping_used = factor_quietly(gram, damping)
     report_departure(damping, damping_used)
     return factor
 
 
+def factor_quietly(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factor and the damping used, as `reference` does, without a warning; `report_departure` gives it."""
+    check_square("gram", gram, ndim=dimensions(gram, 2))
+    check_finite_number("damping", damping, 0)
+    return _op(gram, damping)
+
+
 def report_departure(damping: float, damping_used: torch.Tensor) -> None:
-    """Warn if a factorisation used another damping than requested, or float64."""
-    used = value_of(damping_used)
-    if used is None:
+    """Warn of each factorisation that used another damping than requested, or float64."""
+    values = values_of(damping_used)
+    if values is None:
         return
-    if used < 0:
-        warn(f"gram: not positive definite in float32 with damping {damping:g}; factored in float64", stacklevel=2)
-    elif used != damping:
-        warn(f"gram: not positive definite with damping {damping:g}; used {used:g} instead", stacklevel=2)
+    for index, used in enumerate(values):
+        name = f"gram[{index}]" if damping_used.dim() else "gram"
+        if used < 0:
+            warn(f"{name}: not positive definite in float32 with damping {damping:g}; factored in float64", stacklevel=2)
+        elif used != damping:
+            warn(f"{name}: not positive definite with damping {damping:g}; used {used:g} instead", stacklevel=2)
 
 
 def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factor and the damping used, 0-dim float64; a negative value says that float64 arithmetic was needed."""
-    return factorise(gram, damping, 0.0)
+    """Return the factor and the damping used, float64 and one number a matrix; a negative one says that float64 was needed."""
+    if gram.dim() == 2:
+        return factorise(gram, damping, 0.0)
+    if not len(gram):
+        return _fake(gram, damping)
+    factor, damping_used = one_by_one(lambda index: factorise(gram[index], damping, 0.0), len(gram))
+    return factor, damping_used
 
 
 def factorise(gram: torch.Tensor, damping: float, smallest_pivot: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,8 +130,8 @@ def alive(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fake(gram, damping=0.01):
-    torch._check(gram.dim() == 2 and gram.shape[0] == gram.shape[1])
-    return torch.empty_like(gram, memory_format=torch.contiguous_format), gram.new_empty((), dtype=torch.float64)
+    torch._check(gram.dim() in (2, 3) and gram.shape[-1] == gram.shape[-2])
+    return torch.empty_like(gram, memory_format=torch.contiguous_format), gram.new_empty(gram.shape[:-2], dtype=torch.float64)
 
 
 def _samples(generator: torch.Generator):
@@ -125,6 +140,7 @@ def _samples(generator: torch.Generator):
         x[:, features // 3] = 0
         yield sample(x.T @ x + torch.eye(features) * 1e-3)
         yield sample(x.T @ x, 0.05)
+    yield sample(torch.stack((x.T @ x, torch.eye(features), torch.zeros(features, features))), 0.02)
 
 
 _op = define_op("reverse_cholesky", SCHEMA, reference=reference, fake=_fake, samples=_samples)

@@ -22,6 +22,7 @@ from .._files import is_temporary, write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear
 from ..reports.report import LayerReport
+from .mixtures import DENSE
 from .run import BlockResult
 from .store import InFolder, check_finite_tensors, check_pruned, check_specs, digest_of
 
@@ -38,6 +39,7 @@ class Checkpoint:
     Attributes:
         folder: the folder of the checkpoint.
         patterns: the pattern of each linear as text, by name.
+        dense_allowed: True if experts that no token reached stay dense.
         run: the digest of the run's settings.
         store: the entries.
     """
@@ -58,6 +60,7 @@ class Checkpoint:
         state = {"format": FORMAT, "settings": settings, "environment": environment}
         state = json.loads(json.dumps(state))  # as JSON returns it, with lists for tuples
         self.patterns: dict[str, str] = state["settings"].get("patterns", {})
+        self.dense_allowed = state["settings"].get("unseen") == DENSE
         self.run = digest_of(state["settings"])
         if self.folder.exists() and not resume:
             raise ValueError(f"out: {out} holds an unfinished run; pass resume=True to go on with it, or remove {self.folder}")
@@ -116,7 +119,7 @@ class Checkpoint:
         weights, layers = found
         try:
             check_specs(self.store.place(_name(index)), weights, linears)
-            check_pruned(self.store.place(_name(index)), weights, layers, self.patterns)
+            check_pruned(self.store.place(_name(index)), weights, layers, self.patterns, dense_allowed=self.dense_allowed)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
         return BlockResult(weights, layers)

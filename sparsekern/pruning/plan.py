@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,11 +15,14 @@ from ..methods.base import GradualMethod, LinearMethod, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
 from ..models.encoder import is_encoder
-from ..models.gates import find_gates
+from ..models.expert_checks import unknown_experts
+from ..models.experts import ExpertLinear
+from ..models.gates import find_gates, listed_experts
 from ..models.globs import Globs, as_globs, check_matches, first_match, matches
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
-from .batches import Calibration
+from .batches import Batch, Calibration
+from .mixtures import ROUTING, ExpertRules
 from .session import check_format_fits
 
 PatternLike = str | float | Pattern
@@ -43,6 +46,7 @@ class Request:
         format: see `prune`.
         saves: True if the model is saved.
         seed: see `prune`.
+        rules: `weighting` and `unseen`, see `prune`.
     """
 
     pattern: Pattern | None = None
@@ -55,6 +59,7 @@ class Request:
     format: str = "dense"
     saves: bool = False
     seed: int = 0
+    rules: ExpertRules = field(default_factory=ExpertRules)
 
     @property
     def default_pattern(self) -> Pattern:
@@ -73,6 +78,8 @@ class Plan:
         patterns: the pattern of each linear, by name.
         networks: the feed-forward network of each block if it is solved together; None if no network is.
         measure_error: take a Gram matrix to report errors, even if the method needs none.
+        listed: the names of the linears of experts that are modules of their own.
+        rules: how experts are calibrated; None where there are none, or nothing is calibrated.
     """
 
     blocks: Blocks
@@ -81,6 +88,8 @@ class Plan:
     patterns: dict[str, Pattern]
     networks: tuple[FeedForward | None, ...] | None = None
     measure_error: bool = False
+    listed: frozenset[str] = frozenset()
+    rules: ExpertRules | None = None
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
@@ -101,7 +110,25 @@ class Plan:
     def settings(self) -> dict[str, object]:
         """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
         patterns = {name: str(value) for name, value in self.patterns.items()}
-        return {"patterns": patterns, "report_error": self.measure_error}
+        return {"patterns": patterns, "report_error": self.measure_error, **(asdict(self.rules) if self.rules else {})}
+
+    @property
+    def by_routing(self) -> bool:
+        """True if the tokens of experts are scaled by their routing weights."""
+        return self.rules is not None and self.rules.weighting == ROUTING
+
+    def calibrated(self, rules: ExpertRules) -> Plan:
+        """Return the plan with the rules for its experts, if it has any.
+
+        Raises:
+            ValueError: routing weights are asked for, and there are no experts, or experts whose routing weights are not seen.
+        """
+        fused = any(isinstance(linear.modules[0], ExpertLinear) for linear in self.linears)
+        listed = [linear.name for linear in self.linears if linear.name in self.listed]
+        if rules.weighting == ROUTING and (listed or not fused):
+            found = f"{shortened(listed)}, whose routing weights are not seen" if listed else "no experts to prune"
+            raise ValueError(f"weighting: {ROUTING!r} expected fused experts, found {found}")
+        return replace(self, rules=rules if fused or listed else None)
 
     def network(self, index: int) -> FeedForward | None:
         """Return the feed-forward network of part `index` that is solved together, if there is one."""
@@ -115,12 +142,14 @@ def make_plan(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: no linears; a glob that matches nothing; features not divisible by M; a NaN or Inf weight; a weight that is tied
+        ValueError: no linears; experts of an unknown layout without `include`; a glob that matches nothing; features not divisible by M; a NaN or Inf weight; a weight that is tied
             to another that is not pruned; weights on more than one device.
     """
     if is_packed(model):
         raise ValueError("model: its linears are packed; sparsekern.unpack(model) makes them dense again")
     blocks = find_blocks(model)
+    if include is None:
+        _check_experts(blocks)
     inside = [_with_weights(find_linears(block, blocks.block_name(i))) for i, block in enumerate(blocks.modules)]
     in_blocks = {linear.name for linears in inside for linear in linears}
     outside = [linear for linear in _with_weights(find_linears(model)) if linear.name not in in_blocks]
@@ -161,7 +190,9 @@ def make_plan(
     if not plan.linears:
         raise ValueError("include, exclude, patterns: together they leave no linear to prune")
     kept = {linear.name: plan.patterns[linear.name] for linear in plan.linears}
-    plan = Plan(plan.blocks, plan.block_linears, plan.outside_linears, kept)
+    lists = [name for index, block in enumerate(blocks.modules) for name in listed_experts(block, blocks.block_name(index))]
+    listed = frozenset(name for name in kept if name.startswith(tuple(f"{owner}." for owner in lists)))
+    plan = replace(plan, patterns=kept, listed=listed)
     _check_ties(model, plan.linears)
     check_device(model)
     for linear in plan.linears:
@@ -189,6 +220,15 @@ def plan_linears(model: nn.Module, method: LinearMethod | GradualMethod, request
     if request.saves:
         check_format_fits(model, plan.patterns, request.format)
     return allocated(model, method, plan)
+
+
+def check_padding(plan: Plan, batches: Collection[Batch]) -> None:
+    """Raise `ValueError` if there is padding, and experts that are given rows that do not tell which are padding."""
+    if plan.listed and any(batch.token_mask is not None for batch in batches):
+        raise ValueError(
+            f"calibration: expected samples without padding for {shortened(sorted(plan.listed))}: these experts are called with "
+            "the rows that are routed to them, which do not tell which are padding; give one length a batch, or leave them out"
+        )
 
 
 def allocated(model: nn.Module, method: LinearMethod | GradualMethod, plan: Plan) -> Plan:
@@ -283,6 +323,16 @@ def check_device(model: nn.Module) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"model: expected all weights on one device, got {', '.join(devices)}")
+
+
+def _check_experts(blocks: Blocks) -> None:
+    """Raise `ValueError` if a block holds experts of an unknown layout, which would stay dense."""
+    for index, block in enumerate(blocks.modules):
+        for name, module in unknown_experts(block, blocks.block_name(index)).items():
+            raise ValueError(
+                f"model: {name} ({type(module).__name__}) holds experts in a layout that sparsekern does not know, which would stay "
+                "dense; name what to prune beside them by include"
+            )
 
 
 def _say_what_stays_dense(blocks: Blocks, linears: list[list[Linear]]) -> None:

@@ -20,6 +20,7 @@ from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
 from .checkpoint import model_fingerprint
 from .gradual.loop import GradualLoop
+from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
 from .plan import Choice, PatternLike, Request
 from .removal.loop import RemovalLoop
@@ -46,6 +47,8 @@ def prune(
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
     report_error: bool = False,
+    weighting: str = EQUAL,
+    unseen: str = MAGNITUDE,
     format: str = DENSE,
 ) -> Report:
     """Prune the linears of a transformers decoder in place, or remove units of an encoder, and return a report.
@@ -80,6 +83,10 @@ def prune(
         batch_size: number of samples that run at once if `calibration` is one tensor; None chooses. It affects only speed and memory.
         report_error: take a Gram matrix only to report each layer's error, for methods that need none, such as Wanda and magnitude.
             It costs about as much as the forwards. SparseGPT and ALPS always report the error, KPrune that of its sub-layers.
+        weighting: weight of a token in the statistics of fused experts. `"equal"` counts it once for each expert that it is routed to.
+            `"routing"` scales it by its routing weight there, which makes Wanda the score of MoE-Pruner.
+        unseen: what happens to experts that no calibration token reached: `"magnitude"` prunes them by magnitude, `"dense"` leaves
+            them dense, `"error"` stops in front of their block. Their names are said once, at the end.
         format: format of the weights in `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model`
             itself stays dense. A format that the patterns are not sure to fit, such as `"2:4"` for shares of zeros, is refused.
 
@@ -127,11 +134,14 @@ def prune(
         patterns=patterns,
         batch_size=batch_size,
         report_error=report_error,
+        rules=ExpertRules(weighting, unseen),
         format=format,
         saves=out is not None,
         seed=seed,
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
+    if not isinstance(method, LinearMethod):
+        request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
     with plain_modes(model) as model, RunFolder.opened(out, model, **options) as folder:
         loop = loop_of(method)

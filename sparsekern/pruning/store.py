@@ -17,6 +17,7 @@ from ..pattern import NM, Unstructured, parse_pattern, pruned_count
 from ..reports.report import LayerReport
 
 Tensors = dict[str, torch.Tensor]
+STAYED_DENSE = "dense"  # the pattern in the report of a linear that could not be calibrated
 
 
 class Store(Protocol):
@@ -139,7 +140,12 @@ def check_specs(where: str, tensors: Mapping[str, torch.Tensor], linears: Sequen
 
 
 def check_pruned(
-    where: str, weights: Mapping[str, torch.Tensor], layers: Sequence[LayerReport], patterns: Mapping[str, object]
+    where: str,
+    weights: Mapping[str, torch.Tensor],
+    layers: Sequence[LayerReport],
+    patterns: Mapping[str, object],
+    *,
+    dense_allowed: bool = False,
 ) -> None:
     """Raise `ValueError` unless each weight is finite, and pruned in agreement with its pattern and its layer's report.
 
@@ -148,6 +154,7 @@ def check_pruned(
         weights: weights by name of the linear.
         layers: the report of each linear.
         patterns: the pattern of each linear as text, by name.
+        dense_allowed: True if a linear may have stayed dense, as its report says.
     """
     reports = {layer.name: layer for layer in layers}
     if reports.keys() != weights.keys():
@@ -155,7 +162,7 @@ def check_pruned(
     check_finite_tensors(where, weights)
     for name, weight in weights.items():
         layer, zeros = reports[name], int((weight == 0).sum())
-        pattern = str(patterns[name])
+        pattern = STAYED_DENSE if dense_allowed and layer.pattern == STAYED_DENSE else str(patterns[name])
         if (layer.pattern, tuple(layer.shape)) != (pattern, tuple(weight.shape)):
             found = f"{layer.pattern} of {tuple(layer.shape)}"
             raise ValueError(f"{where}: {name}: expected {pattern} of {tuple(weight.shape)}, got {found}")

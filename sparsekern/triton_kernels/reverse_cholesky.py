@@ -31,6 +31,8 @@ class Factor(NamedTuple):
         factor: `[features, features]` float32, upper triangular.
         failed: int32 scalar on the device, 0 if the factorization succeeded.
         not_finite: int32 scalar on the device, set if the Gram matrix has a NaN or Inf.
+
+    Those of a batch have a leading dimension more.
     """
 
     factor: torch.Tensor
@@ -39,11 +41,14 @@ class Factor(NamedTuple):
 
 
 @triton.jit
-def damp_and_reverse(gram, shift, operand, status, features, stride, TILE: tl.constexpr):
-    """Store one tile of the damped lower triangle, reversed and transposed.
+def damp_and_reverse(gram, shift, operand, status, features, stride, batch_stride, TILE: tl.constexpr):
+    """Store one tile of the damped lower triangle of one matrix of the batch, reversed and transposed.
 
     The diagonal is one for dead features and shifted for all others.
     """
+    matrix = tl.program_id(2).to(tl.int64)
+    gram += matrix * batch_stride
+    operand += matrix * features * features
     # Tile rows are paired, the first with the last, so that every pair has the same number of tiles.
     x, y, tiles = tl.program_id(0), tl.program_id(1), tl.cdiv(features, TILE)
     tile_row = tl.where(x <= y, y, tiles - 1 - y)
@@ -55,8 +60,8 @@ def damp_and_reverse(gram, shift, operand, status, features, stride, TILE: tl.co
         value = tl.load(gram + row.to(tl.int64) * stride + column, mask=inside, other=0.0)
         bad = (tl.abs(value) < float("inf")) == 0  # NaN compares false
         if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
-            tl.store(status, NOT_FINITE)
-        damped = tl.where(value == 0.0, 1.0, value + tl.load(shift))
+            tl.store(status + matrix, NOT_FINITE)
+        damped = tl.where(value == 0.0, 1.0, value + tl.load(shift + matrix))
         value = tl.trans(tl.where(row == column, damped, value))
         row = tile_row * TILE + tl.arange(0, TILE)[None, :]
         column = tile_column * TILE + tl.arange(0, TILE)[:, None]
@@ -65,8 +70,12 @@ def damp_and_reverse(gram, shift, operand, status, features, stride, TILE: tl.co
 
 
 @triton.jit
-def read_backwards(upper, gram, mark, factor, features, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def read_backwards(upper, gram, mark, factor, features, stride, batch_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Store `V`, read from the memory of `U`, with zeros below the diagonal and the mark of dead features on it."""
+    matrix = tl.program_id(2).to(tl.int64)
+    gram += matrix * batch_stride
+    upper += matrix * features * features
+    factor += matrix * features * features
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < features) & (column < features)
@@ -75,46 +84,43 @@ def read_backwards(upper, gram, mark, factor, features, stride, ROWS: tl.constex
     value = tl.load(upper + (last - place), mask=inside & (row <= column), other=0.0)
     on_diagonal = inside & (row == column)
     own = tl.load(gram + row.to(tl.int64) * (stride + 1) + tl.zeros_like(column), mask=on_diagonal, other=1.0)
-    tl.store(factor + place, tl.where(on_diagonal & (own == 0.0), tl.load(mark), value), mask=inside)
+    tl.store(factor + place, tl.where(on_diagonal & (own == 0.0), tl.load(mark + matrix), value), mask=inside)
 
 
 def attempt(gram: torch.Tensor, damping: float) -> Factor:
-    """Factor the damped Gram matrix once.
+    """Factor each damped Gram matrix once.
 
     Args:
-        gram: `[features, features]` float32, of which the lower triangle is read.
+        gram: `[features, features]` float32, or a batch of them, of which the lower triangle is read.
         damping: share of the mean diagonal added to the diagonal.
 
     Raises:
         ValueError: another shape or dtype.
     """
-    features = len(gram)
-    check_operand("gram", gram, gram, (features, features))
-    gram = gram if gram.stride(1) == 1 else gram.contiguous()
-    diagonal = gram.diagonal()
-    shift = damping * diagonal.double().mean()
+    batch, features = gram.shape[:-2], gram.shape[-1]
+    check_operand("gram", gram, gram, (*batch, features, features))
+    gram = gram if gram.stride(-1) == 1 else gram.contiguous()
+    shift = damping * gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
     shift, mark = shift.float(), -shift.sqrt().float()
-    operand, factor = (
-        torch.empty_like(gram, memory_format=torch.contiguous_format),
-        torch.empty_like(gram, memory_format=torch.contiguous_format),
-    )
-    not_finite = torch.zeros((), dtype=torch.int32, device=gram.device)
-    tiles = triton.cdiv(features, TILE)
+    operand, factor = gram.new_empty(gram.shape), gram.new_empty(gram.shape)
+    not_finite = torch.zeros(batch, dtype=torch.int32, device=gram.device)
+    tiles, matrices = triton.cdiv(features, TILE), batch.numel()
+    strides = gram.stride(-2), gram.stride(0) if batch else 0
     with on_device_of(gram):
-        damp_and_reverse[(tiles + 1, triton.cdiv(tiles, 2))](
-            gram, shift, operand, not_finite, features, gram.stride(0), TILE=TILE, num_warps=WARPS
+        damp_and_reverse[(tiles + 1, triton.cdiv(tiles, 2), matrices)](
+            gram, shift, operand, not_finite, features, *strides, TILE=TILE, num_warps=WARPS
         )
         # cuSOLVER takes the rows of `operand` as columns: it reads the stored triangle and copies without transposing.
         upper, failed = torch.linalg.cholesky_ex(operand.mT, upper=True)
-        read_backwards[(triton.cdiv(features, ROWS), triton.cdiv(features, COLUMNS))](
-            upper.mT.contiguous(), gram, mark, factor, features, gram.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        read_backwards[(triton.cdiv(features, ROWS), triton.cdiv(features, COLUMNS), matrices)](
+            upper.mT.contiguous(), gram, mark, factor, features, *strides, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
         )
     return Factor(factor, failed, not_finite)
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     """Yield the shipped configurations, the same for every device."""
-    matrix, number = "*fp32:16", {"features": "i32:16", "stride": "i32:16"}
+    matrix, number = "*fp32:16", {"features": "i32:16", "stride": "i32:16", "batch_stride": "i32:16"}
     yield CompileCase(
         damp_and_reverse,
         {"gram": matrix, "shift": "*fp32", "operand": matrix, "status": "*i32", **number},

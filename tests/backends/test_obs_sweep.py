@@ -119,6 +119,11 @@ def test_a_product_on_the_tensor_cores_is_added_to_what_is_there(monkeypatch, be
     torch.testing.assert_close(sums[0], left @ right + (0 if begins else 1))
 
 
+DEFAULTS = {
+    name: known.default for name, known in OPS["obs_sweep"].signature.parameters.items() if known.default is not known.empty
+}
+
+
 class PlainKernels:
     """One column after the other. Cannot choose the best of more than a group."""
 
@@ -192,11 +197,30 @@ def test_the_loop_around_plain_kernels_is_the_reference(generator, columns, opti
     weight = torch.randn(11, columns, generator=generator)
     if options.get("mask"):
         options = {"mask": torch.rand(11, columns, generator=generator) > 0.5}
-    defaults = {
-        name: known.default for name, known in OPS["obs_sweep"].signature.parameters.items() if known.default is not known.empty
-    }
-    got = sweep(PlainKernels, weight, factor, **{**defaults, **options})
+    got = sweep(PlainKernels, weight, factor, **{**DEFAULTS, **options})
     expected = reference(weight.double(), factor, **options)
     assert torch.equal(got[1], expected[1])
     torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[2], expected[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sparsity": 0.6, "block_size": 33}, {"sparsity": 0.6, "block_size": 33, "scope": "row"}, {"sparsity": 0.5, "scope": "matrix"}, {"n": 2, "m": 3}, {"mask": True}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("columns", [24, 90])
+def test_the_weights_of_a_batch_go_through_the_loop_as_each_would_alone(generator, columns, options):
+    x = torch.randn(3, 2 * columns, columns, generator=generator)
+    factors = torch.linalg.cholesky((x.mT @ x).flip(1, 2)).flip(1, 2).contiguous()
+    factors[1, 5, :], factors[1, :, 5], factors[1, 5, 5] = 0, 0, -1
+    weights = torch.randn(3, 11, columns, generator=generator)
+    if options.get("mask"):
+        options = {"mask": torch.rand(3, 11, columns, generator=generator) > 0.5}
+    got = sweep(PlainKernels, weights, factors, **{**DEFAULTS, **options})
+    for index in range(3):
+        own = {name: value[index] if name == "mask" else value for name, value in options.items()}
+        expected = reference(weights[index].double(), factors[index], **own)
+        assert torch.equal(got[1][index], expected[1])
+        torch.testing.assert_close(got[0][index].double(), expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[2][index], expected[2], rtol=1e-4, atol=1e-5)

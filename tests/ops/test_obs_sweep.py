@@ -11,8 +11,9 @@ from baselines.textbook import textbook_sparsegpt
 from sparsekern.ops import obs_sweep, reverse_cholesky
 from sparsekern.ops.obs_sweep import SCOPES, reference
 from sparsekern.pattern import pruned_count
+from tests.conftest import COMPILED
 
-from .strategies import FLOATS, PROPERTY
+from .strategies import FLOATS, INTERPRETED, PROPERTY
 
 PATTERNS = ("2:4", "1:4", "4:8", "1:2", "3:5", "5:64")
 
@@ -243,3 +244,60 @@ def test_refusals(options, error, message):
     arguments = {"weight": torch.ones(4, 8), "factor": torch.eye(8), **options}
     with pytest.raises(error, match=message):
         obs_sweep(**arguments)
+
+
+SLOW = pytest.mark.skipif(INTERPRETED, reason="the batches among the op's samples are compared with the reference")
+
+
+@SLOW
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    "options", [{"pattern": "2:4"}, {"pattern": 0.6, "block_size": 24}, {"pattern": 0.6, "scope": "matrix"}, {"mask": 0.5}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_weight_of_a_batch_is_swept_as_if_alone(generator, threads, dtype, options, count):
+    layers = [correlated(18, 40, generator) for _ in range(count)]
+    weights, factors = (
+        torch.stack([weight for weight, _ in layers]).to(dtype),
+        reverse_cholesky(torch.stack([gram for _, gram in layers])),
+    )
+    own = [dict(options) for _ in range(count)]
+    if "mask" in options:
+        options = {"mask": torch.rand(count, 18, 40, generator=generator) > 0.5}
+        own = [{"mask": mask} for mask in options["mask"]]
+    alone = [obs_sweep(weight, factor, **given) for weight, factor, given in zip(weights, factors, own, strict=True)]
+    for workers in (1, 3):  # with 3, some weights have a thread each and the rest share all
+        threads(workers)
+        for results, singles in zip(obs_sweep(weights, factors, **options), zip(*alone, strict=True), strict=True):
+            same = torch.equal if COMPILED else torch.allclose
+            assert same(results, torch.stack(singles))
+
+
+@SLOW
+def test_strided_weights_of_a_batch(isa, generator):
+    """As transposed experts and the halves of a fused parameter are."""
+    weight, gram = correlated(12, 16, generator)
+    factors = reverse_cholesky(gram).expand(3, 16, 16)
+    fused = torch.randn(3, 24, 16, generator=generator)
+    for weights in (fused[:, 12:], fused[:, ::2], fused[:, :12].mT.contiguous().mT):
+        for results, dense in zip(
+            obs_sweep(weights, factors, "2:4"), obs_sweep(weights.contiguous(), factors.contiguous(), "2:4"), strict=True
+        ):
+            assert torch.equal(results, dense)
+
+
+@pytest.mark.parametrize("function", [lambda *given: obs_sweep(*given, "2:4"), lambda *given: reference(*given, n=2, m=4)])
+def test_errors_name_the_weight_of_a_batch(isa, generator, function):
+    weights, factors = torch.randn(4, 5, 8, generator=generator), torch.eye(8).repeat(4, 1, 1)
+    factors[3, 0, 1] = math.nan
+    with pytest.raises(ValueError, match=r"^factor\[3\]: expected finite values, got nan at \[0, 1\]"):
+        function(weights, factors)
+    weights[2, 4, 7] = -math.inf
+    with pytest.raises(ValueError, match=r"^weight\[2\]: expected finite values, got -inf at \[4, 7\]"):
+        function(weights, factors)
+
+
+def test_a_batch_of_nothing(isa):
+    for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        new, mask, error = obs_sweep(torch.zeros(shape), torch.zeros(shape[0], shape[2], shape[2]), 0.5)
+        assert new.shape == mask.shape == shape and error.shape == shape[:2]

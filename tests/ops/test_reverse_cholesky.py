@@ -10,6 +10,7 @@ import torch
 from sparsekern._warnings import SparsekernWarning
 from sparsekern.ops import reverse_cholesky
 from sparsekern.ops.reverse_cholesky import reference
+from tests.conftest import COMPILED
 
 SIZES = (1, 2, 15, 16, 17, 95, 96, 97, 130, 193, 300)
 
@@ -128,6 +129,8 @@ def test_values_that_are_not_finite_are_named(isa, function, bad):
         (torch.eye(3), math.inf, ValueError, "damping: expected a finite number, got inf"),
         (torch.eye(3), "0.01", TypeError, "damping: expected a number, got '0.01'"),
         (torch.zeros(2, 3), 0.01, ValueError, r"gram: expected a square matrix, got shape \(2, 3\)"),
+        (torch.zeros(4, 2, 3), 0.01, ValueError, r"gram: expected a square matrix, got shape \(4, 2, 3\)"),
+        (torch.zeros(1, 1, 2, 2), 0.01, ValueError, r"gram: expected 2 dimensions, got shape \(1, 1, 2, 2\)"),
         (torch.eye(3).half(), 0.01, TypeError, "gram: expected dtype float32, got float16"),
     ],
 )
@@ -144,3 +147,51 @@ def test_a_good_matrix_warns_of_nothing(isa, generator):
 
 def test_empty(isa):
     assert reverse_cholesky(torch.zeros(0, 0)).shape == (0, 0)
+
+
+def assert_each_is_as_if_alone(batch: tuple[torch.Tensor, ...], alone: list[tuple[torch.Tensor, ...]]) -> None:
+    """To the bit on a CPU; libraries of a GPU factor a batch by other code."""
+    for results, singles in zip(batch, zip(*alone, strict=True), strict=True):
+        assert torch.equal(results, torch.stack(singles)) if COMPILED else torch.allclose(results, torch.stack(singles))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_each_matrix_of_a_batch_is_factored_as_if_alone(isa, generator, threads, count):
+    grams = torch.stack([gram_of(97, generator) for _ in range(count)])
+    grams[count - 1, :, 5] = grams[count - 1, 5, :] = 0
+    for workers in (1, 3):  # with 3, some matrices have a thread each and the rest share all
+        threads(workers)
+        batch = torch.ops.sparsekern.reverse_cholesky(grams, 0.02)
+        assert_each_is_as_if_alone(batch, [torch.ops.sparsekern.reverse_cholesky(gram, 0.02) for gram in grams])
+    assert torch.signbit(batch[0].diagonal(dim1=1, dim2=2)).nonzero().tolist() == [[count - 1, 5]]
+
+
+def test_matrices_of_a_batch_that_share_memory(isa, generator):
+    gram = gram_of(40, generator)
+    assert torch.equal(reverse_cholesky(gram.expand(3, 40, 40))[2], reverse_cholesky(gram))
+
+
+def test_the_damping_of_a_batch_is_decided_for_each_matrix(isa):
+    grams = torch.stack((torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.02])), 2 * torch.eye(4)))
+    with pytest.warns(SparsekernWarning) as caught:
+        factors = reverse_cholesky(grams, 0.01)
+    assert [str(warning.message) for warning in caught] == ["gram[1]: not positive definite with damping 0.01; used 0.1 instead"]
+    for factor, gram, damping in zip(factors, grams, (0.01, 0.1, 0.01), strict=True):
+        assert residual(factor, damped(gram, damping)) < 1e-6
+
+
+@pytest.mark.parametrize("function", [reverse_cholesky, reference])
+def test_errors_name_the_matrix_of_a_batch(isa, function):
+    grams = torch.eye(40).repeat(5, 1, 1)
+    grams[4, 1, 0] = grams[4, 0, 1] = 50.0
+    with pytest.raises(ValueError, match=r"^gram\[4\]: not positive semi-definite \(damping 0.01"):
+        function(grams)
+    grams[3, 30, 20] = math.inf
+    with pytest.raises(ValueError, match=r"^gram\[3\]: expected finite values, got inf at \[30, 20\]"):
+        function(grams)
+
+
+def test_a_batch_of_nothing(isa):
+    assert reverse_cholesky(torch.zeros(0, 3, 3)).shape == (0, 3, 3)
+    assert reverse_cholesky(torch.zeros(2, 0, 0)).shape == (2, 0, 0)
+    assert torch.ops.sparsekern.reverse_cholesky(torch.zeros(0, 3, 3))[1].shape == (0,)

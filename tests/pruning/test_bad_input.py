@@ -305,14 +305,30 @@ def test_two_devices():
         sparsekern.prune(model, "magnitude", **QUIET)
 
 
-def test_fused_experts_stay_dense_and_it_is_said():
-    class Experts(Block):
+def test_stacked_matrices_stay_dense_and_it_is_said():
+    class Stacked(Block):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.Parameter(torch.randn(2, 8, 8))
+
+    with pytest.warns(SparsekernWarning, match="layers.0.heads and 1 more parameters .* no linear layers and stay dense"):
+        sparsekern.prune(Toy([Stacked(), Stacked()]), "magnitude", **QUIET)
+
+
+def test_experts_of_an_unknown_layout_are_refused_unless_include_names_the_rest():
+    class Unknown(Block):
         def __init__(self):
             super().__init__()
             self.experts = nn.Parameter(torch.randn(2, 8, 8))
 
-    with pytest.warns(SparsekernWarning, match="layers.0.experts and 1 more parameters .* no linear layers and stay dense"):
-        sparsekern.prune(Toy([Experts(), Experts()]), "magnitude", **QUIET)
+    model = Toy([Unknown(), Unknown()])
+    dense = model.layers[0].linear.weight.clone()
+    with pytest.raises(ValueError, match=r"model: layers.0 \(Unknown\) holds experts in a layout .* not know.* by include"):
+        sparsekern.prune(model, "magnitude", **QUIET)
+    assert torch.equal(model.layers[0].linear.weight, dense)
+    with pytest.warns(SparsekernWarning, match="layers.0.experts and 1 more parameters .* stay dense"):
+        sparsekern.prune(model, "magnitude", include="*.linear", **QUIET)
+    assert (model.layers[0].linear.weight == 0).float().mean() == 0.5
 
 
 def test_rows_that_cannot_be_told_from_padding():

@@ -157,3 +157,48 @@ def test_padding_reaches_no_expert(kind):
     report = sparsekern.prune(model, "sparsegpt", "2:4", batches, **QUIET)
     assert report.calibration_tokens == sum(map(len, samples))
     assert_same(model, expected)
+
+
+def few_routed(model, expert: int = 3):
+    """Make the first layer's router never choose one expert, so that no token reaches it."""
+    gate = model.model.layers[0].mlp.gate
+    first = gate.register_forward_hook(lambda module, args, output: (output[0], output[1], output[2] % expert))
+    return first
+
+
+@pytest.mark.parametrize("kind", ("mixtral", "gpt_oss"))
+def test_routing_weights_scale_the_tokens(kind):
+    model, ids = tiny_mixture(kind), tiny_ids(8, 12)
+    expected = copy.deepcopy(model)
+    oracle(expected, [{"input_ids": sample[None]} for sample in ids], wanda, weighting="routing")
+    sparsekern.prune(model, "wanda", "2:4", ids, weighting="routing", **QUIET)
+    assert_same(model, expected)
+    equal = tiny_mixture(kind)
+    sparsekern.prune(equal, "wanda", "2:4", ids, **QUIET)
+    assert any(not torch.equal(a == 0, b == 0) for a, b in zip(equal.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("unseen", ("magnitude", "dense"))
+def test_experts_without_tokens_follow_the_policy_and_are_named_once(unseen):
+    model = tiny_mixture("mixtral")
+    dense = matrix(model.model.layers[0].mlp.experts, 3, "down_proj").clone()
+    few_routed(model)
+    with pytest.warns(sparsekern.SparsekernWarning) as said:
+        report = sparsekern.prune(model, "sparsegpt", "2:4", tiny_ids(), unseen=unseen, **QUIET)
+    (message,) = [str(warning.message) for warning in said if "no calibration token reached" in str(warning.message)]
+    assert "model.layers.0.mlp.experts.3.gate_proj" in message and "(this is said once)" in message
+    found = matrix(model.model.layers[0].mlp.experts, 3, "down_proj")
+    assert torch.equal(found, dense if unseen == "dense" else magnitude(dense))
+    layers = {layer.name: layer for layer in report.layers}
+    assert layers["model.layers.0.mlp.experts.3.down_proj"].pattern == ("dense" if unseen == "dense" else "2:4")
+    assert layers["model.layers.0.mlp.experts.3.down_proj"].error is None
+    assert layers["model.layers.0.mlp.experts.2.down_proj"].error > 0
+
+
+def test_an_expert_without_tokens_can_be_an_error_before_its_block_is_changed():
+    model = tiny_mixture("mixtral")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    few_routed(model)
+    with pytest.raises(ValueError, match=r"unseen: no calibration token reached model.layers.0.mlp.experts.3.gate_proj, .*up_proj"):
+        sparsekern.prune(model, "wanda", "2:4", tiny_ids(), unseen="error", **QUIET)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

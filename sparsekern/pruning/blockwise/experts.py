@@ -16,7 +16,7 @@ from ...methods.statistics import Gram, Importance, Statistic, inputs_of
 from ...models import Linear
 from ...models.experts import DOWN, ExpertLinear, Experts, ExpertsCall
 from ..batches import Batch
-from .statistics import SharedStatistics
+from .statistics import BETWEEN_NAMES, SharedStatistics
 
 EXPERT_BYTES = 1 << 30  # of the statistics held at once on a CPU
 SHARE_OF_DEVICE = 4  # on a GPU, the statistics take at most one part in so many of the memory that is free
@@ -103,7 +103,6 @@ class ExpertStatistics:
 
     def __init__(
         self,
-        index: int,
         linears: Sequence[Linear],
         needs: type[Statistic] | None,
         measure_error: bool,
@@ -113,14 +112,14 @@ class ExpertStatistics:
         """Prepare to record.
 
         Args:
-            index: the number of the block.
             linears: the matrices of experts to gather statistics of.
             needs: the statistic that the method needs; None only where errors are measured.
             measure_error: take Gram matrices in any case, to measure errors.
             routing_weights: scale each token by its routing weight.
         """
-        self.index, self._needs, self._measure_error, self._routing_weights = index, needs, measure_error, routing_weights
+        self._needs, self._measure_error, self._routing_weights = needs, measure_error, routing_weights
         self._calls = {experts.name: RecordedCalls(experts) for experts in experts_in(linears)}
+        self._earlier: Mapping[str, torch.Tensor] = {}
         self._linears: dict[tuple[str, int], list[Linear]] = {}
         for linear in linears:
             module = expert_of(linear)
@@ -132,17 +131,23 @@ class ExpertStatistics:
             for call in calls[name]:
                 recorded.add(batch, call)
 
+    def include(self, totals: Mapping[str, torch.Tensor]) -> None:
+        """Add the `totals` of earlier datasets to the statistics that are made from now on."""
+        self._earlier = totals
+
     def unseen(self) -> list[Linear]:
-        """Return the matrices of the experts that no token was routed to."""
+        """Return the matrices of the experts that no token was routed to, in this dataset or in those included."""
+        earlier = {name for names, total in self._earlier.items() if bool(total.any()) for name in names.split(BETWEEN_NAMES)}
         return [
             linear
             for (name, expert), linears in self._linears.items()
             if not self._calls[name].tokens[expert]
             for linear in linears
+            if linear.name not in earlier
         ]
 
-    def groups(self, most_bytes: int) -> Iterator[list[tuple[list[Linear], SharedStatistics]]]:
-        """Yield the matrices of each expert with their statistics, as many experts of one layer at a time as fit.
+    def groups(self, most_bytes: int) -> Iterator[list[SharedStatistics]]:
+        """Yield the statistics of each expert, as many experts of one layer at a time as fit.
 
         Args:
             most_bytes: bytes of the statistics of one group, which holds at least one expert.
@@ -154,7 +159,7 @@ class ExpertStatistics:
             most = max(bytes_of(linears, self._needs, self._measure_error) for linears in chosen)
             size = max(1, most_bytes // max(most, 1))
             for start in range(0, len(chosen), size):
-                yield [(linears, self._gathered(linears)) for linears in chosen[start : start + size]]
+                yield [self._gathered(linears) for linears in chosen[start : start + size]]
 
     def _gathered(self, linears: list[Linear]) -> SharedStatistics:
         """Return the statistics of one expert."""
@@ -171,6 +176,8 @@ class ExpertStatistics:
                     scaled.setdefault(id(x), x.float() * routed.weights[:, None].float())
                 inputs = {name: [scaled[id(x)]] for name, (x,) in inputs.items()}
             shared.add(routed, inputs)
+        if self._earlier:
+            shared.include(self._earlier)
         return shared
 
 

@@ -76,9 +76,10 @@ class SharedStatistics:
                 for linear in members if self._own else ():
                     _add_importance(self._own[linear.name], linear.name, *batch.flatten(x))
 
-    def seen(self) -> bool:
-        """Return whether there were tokens, in this dataset or in those included."""
-        return any(statistic.tokens for _, statistic in self.groups) or any(bool(total.any()) for total in self.totals().values())
+    def unseen(self) -> list[Linear]:
+        """Return the linears that no token reached, in this dataset or in those included."""
+        found = [linear for members, statistic in self.groups if not statistic.tokens for linear in members]
+        return [linear for linear in found if not self._total_of(linear).any()]
 
     def totals(self) -> dict[str, torch.Tensor]:
         """Return the sums that add up over datasets, by the names of their linears."""
@@ -101,6 +102,10 @@ class SharedStatistics:
     def of(self, linear: Linear, inputs: InputStatistic) -> Statistic:
         """Return the statistic of `linear` that the method needs; `inputs` is the statistic of its set."""
         return self._own.get(linear.name, inputs)
+
+    def _total_of(self, linear: Linear) -> torch.Tensor:
+        own = self._own.get(linear.name)
+        return own.total if own is not None else next(statistic.total for members, statistic in self.groups if linear in members)
 
     def _split(self, key: Callable[[Linear], Hashable]) -> None:
         """Split each set into sets of linears with the same `key`."""

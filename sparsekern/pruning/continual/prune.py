@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from ...runtime.output import checked_path
 from ...runtime.save import DENSE
 from ..batches import Batch, Calibration, fingerprint
 from ..checkpoint import model_fingerprint
+from ..mixtures import EQUAL, MAGNITUDE, ExpertRules
 from ..modes import plain_modes
-from ..plan import Choice, PatternLike, Plan, make_plan
+from ..plan import Choice, PatternLike, Plan, check_padding, make_plan
 from ..saving import DENSE_FITS, RunFolder
 from ..session import batches_for, check_format_fits, check_module, check_seed, environment
 from .loop import ContinualLoop, Evaluation
@@ -51,6 +53,8 @@ def prune_continually(
     exclude: Choice = None,
     patterns: Mapping[str, PatternLike | None] | None = None,
     batch_size: int | None = None,
+    weighting: str = EQUAL,
+    unseen: str = MAGNITUDE,
     format: str = DENSE,
 ) -> ContinualReport:
     """Prune a transformers decoder in place for one dataset after another. It ends pruned for all of them.
@@ -92,6 +96,8 @@ def prune_continually(
         exclude: as for `prune`.
         patterns: as for `prune`.
         batch_size: as for `prune`.
+        weighting: as for `prune`.
+        unseen: as for `prune`, for experts that no token of any dataset so far reached.
         format: format of the weights in `out`, as for `prune`.
 
     Returns:
@@ -124,8 +130,11 @@ def prune_continually(
     if state is not None:
         remedy = f"what is pruned is kept in {state}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     with plain_modes(model) as model:
-        plan = make_plan(model, pattern, patterns, include, exclude)
+        plan = _with_rules(make_plan(model, pattern, patterns, include, exclude), method, ExpertRules(weighting, unseen))
         datasets = _datasets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
+        if method.needs is not None:
+            for batches in datasets.values():
+                check_padding(plan, batches)
         length = window_length(model, length)
         if out is not None:
             check_format_fits(model, plan.patterns, format)
@@ -166,6 +175,13 @@ def prune_continually(
             if folder is not None:
                 folder.write(model, report, dense_bytes=dense_bytes)
         return report
+
+
+def _with_rules(plan: Plan, method: LinearMethod, rules: ExpertRules) -> Plan:
+    if method.needs is None:
+        rules.check_unweighted(method)
+        return plan
+    return plan.calibrated(rules)
 
 
 def check_adds_up(method: Method, strategy: str) -> LinearMethod:
@@ -253,6 +269,7 @@ def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]
     return {
         "method": method.settings(),
         "patterns": {name: str(value) for name, value in plan.patterns.items()},
+        **(asdict(plan.rules) if plan.rules else {}),
         "model": model_fingerprint(model, without=weights),
     }
 

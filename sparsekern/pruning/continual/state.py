@@ -22,6 +22,7 @@ from ...models import Linear
 from ...reports.continual import ContinualStep
 from ...reports.report import LayerReport
 from ...runtime.output import checked_path
+from ..mixtures import DENSE
 from ..run import BlockResult
 from ..store import InFolder, InMemory, Store, check_finite_tensors, check_pruned, check_specs, digest_of
 
@@ -168,6 +169,7 @@ class StepFiles:
         self.store, self.prefix, self.name, self.remedy = store, prefix, name, remedy
         self.origin = {"data": digest, "run": digest_of(settings)}
         self.patterns: dict[str, str] = settings.get("patterns", {})
+        self.dense_allowed = settings.get("unseen") == DENSE
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write the result of block `index`."""
@@ -192,7 +194,7 @@ class StepFiles:
         check_specs(where, weights, linears)
         if layers is None:  # an older state
             return BlockResult(weights, [])
-        check_pruned(where, weights, layers, self.patterns)
+        check_pruned(where, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
         return BlockResult(weights, layers)
 
     def weights(self, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:

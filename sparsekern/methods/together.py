@@ -1,0 +1,61 @@
+"""Statistics of several linears of one shape, such as the experts of a block, used in one call instead of one each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from ..ops.reverse_cholesky import factor_quietly, report_departure
+from .statistics import ENERGY_COLUMNS, Gram, HasGram, damped_energy, square_norms
+
+
+def factor_together(
+    statistics: Sequence[HasGram], damping: float, about: Callable[[int], AbstractContextManager[object]]
+) -> torch.Tensor:
+    """Return the factors of the damped Gram matrices, `[len(statistics), features, features]`, and cache them.
+
+    Args:
+        statistics: Gram matrices of one size, none of them twice.
+        damping: as in `ops.reverse_cholesky`.
+        about: makes the context in which a warning about statistic `i` is given.
+    """
+    missing = {index: own for index, own in enumerate(statistics) if isinstance(own, Gram) and not own.has_factor(damping)}
+    if len(missing) > 1:
+        factors, used = factor_quietly(stacked([own.gram for own in missing.values()]), damping)
+        for (index, own), factor, own_used in zip(missing.items(), factors, used, strict=True):
+            own.keep_factor(factor, damping, float(own_used))
+            with about(index):
+                report_departure(damping, own_used)
+    found = []
+    for index, known in enumerate(statistics):
+        with about(index):
+            found.append(known.factor(damping))
+    return stacked(found)
+
+
+def energies_together(statistics: Sequence[HasGram], rows: torch.Tensor) -> torch.Tensor:
+    """Return what `row_energy(rows[i])` of each statistic `i` returns, `[len(statistics), out_features]` float64."""
+    grams = [own for own in statistics if isinstance(own, Gram)]
+    if rows.is_cuda or rows.shape[-1] > ENERGY_COLUMNS or len(grams) < len(statistics):
+        return torch.stack([own.row_energy(own_rows) for own, own_rows in zip(statistics, rows, strict=True)])
+    energy = damped_energy(rows, stacked([own.any_factor() for own in grams]))
+    return (energy - shifts_of(grams).to(rows.device) * square_norms(rows)).clamp_(min=0)
+
+
+def shifts_of(statistics: Sequence[HasGram]) -> torch.Tensor:
+    """Return the `shift` of each statistic, `[len(statistics), 1]` float64, on the CPU."""
+    return torch.tensor([[own.shift] for own in statistics], dtype=torch.float64)
+
+
+def stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return matrices of one shape and dtype as a batch, without a copy where they follow one another in memory."""
+    first, size = matrices[0], matrices[0].numel()
+    neighbours = all(
+        matrix.is_contiguous()
+        and matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and matrix.storage_offset() == first.storage_offset() + index * size
+        for index, matrix in enumerate(matrices)
+    )
+    return first.as_strided((len(matrices), *first.shape), (size, *first.stride())) if neighbours else torch.stack(list(matrices))

@@ -1,0 +1,56 @@
+"""Checks of fused experts: layouts that are not known, and modules that compute something else than their layout says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from .experts import Experts, ExpertsCall, find_experts, watched
+
+CLOSE = 0.05  # relative difference of two outputs that is taken for rounding
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def unknown_experts(root: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """Return the modules under `root` that stack matrices, are called experts, and have no known layout, by name."""
+    known = {holder for experts in find_experts(root, prefix) for holder in (experts.module, *experts.holders)}
+
+    def is_called_so(name: str, module: nn.Module) -> bool:
+        stacks = [own for own, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 2]
+        stacks = [] if isinstance(module, CONVOLUTIONS) else stacks
+        words = (name.removeprefix(prefix), type(module).__name__, *stacks)
+        return bool(stacks) and any("expert" in word.lower() for word in words)
+
+    found = root.named_modules(prefix=prefix)
+    return {name: module for name, module in found if module not in known and is_called_so(name, module)}
+
+
+@contextmanager
+def verified(found: Iterable[Experts]) -> Iterator[None]:
+    """Compare, at every call of these experts within, the sum of the experts' outputs with the output of their module.
+
+    Raises:
+        ValueError: they differ by more than rounding, so the module computes something else than was read from its layout.
+    """
+    calls: dict[str, ExpertsCall] = {}
+
+    def check(experts: Experts) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            call = calls.pop(experts.name)
+            ours, theirs = experts.combined(call).float(), output.reshape(call.hidden.shape).float()
+            if not float((ours - theirs).norm()) <= CLOSE * float(theirs.norm()) and bool(theirs.isfinite().all()):
+                raise ValueError(
+                    f"model: {experts.name} ({type(module).__name__}) computes something else than its layout says, so the inputs of "
+                    "its down projections are unknown; leave it out with exclude"
+                )
+
+        return after
+
+    with ExitStack() as stack:
+        for experts in found:
+            stack.callback(experts.module.register_forward_hook(check(experts)).remove)
+        stack.enter_context(watched(found, lambda experts, call: calls.update({experts.name: call})))
+        yield

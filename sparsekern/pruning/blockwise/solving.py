@@ -1,0 +1,201 @@
+"""Solve linears by a method, check what it returns, and report the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from ..._warnings import warnings_about
+from ...methods import Gram, LinearMethod, Magnitude, Solution
+from ...methods.statistics import InputStatistic, Statistic, inputs_of
+from ...models import Linear
+from ...pattern import NM, Pattern, Unstructured
+from ...reports import LayerReport
+from ..mixtures import DENSE, ERROR, ExpertRules
+from ..plan import Plan, shortened
+from ..progress import Clock, Notices
+from ..seeds import seeded
+from ..store import STAYED_DENSE, has_zeros_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One linear to solve.
+
+    Attributes:
+        linear: the linear.
+        statistics: what the method needs; None for a method without calibration data.
+        inputs: the statistic of its inputs, to measure the error; None where it is not measured.
+    """
+
+    linear: Linear
+    statistics: Statistic | None = None
+    inputs: InputStatistic | None = None
+
+
+@dataclass
+class Solved:
+    """What is solved of a block so far; see `BlockResult`."""
+
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    totals: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, linear: Linear, weight: torch.Tensor, layer: LayerReport) -> None:
+        """Keep the result of one linear."""
+        self.weights[linear.name], self.layers[linear.name] = weight, layer
+
+
+class Solver:
+    """The method of a run, and all that it needs to solve linears."""
+
+    def __init__(self, method: LinearMethod, plan: Plan, seed: int, clock: Clock) -> None:
+        self.method, self.plan, self.seed, self.clock = method, plan, seed, clock
+        self.notices = Notices()
+        self._unseen: list[str] = []
+
+    def solve(self, jobs: Sequence[Job], result: Solved) -> None:
+        """Solve linears one after another, those of one shape and pattern in one call of the method."""
+        alike: dict[tuple[object, ...], list[Job]] = {}
+        for job in jobs:
+            weight, pattern = job.linear.weight, self.plan.patterns[job.linear.name]
+            known = pattern if isinstance(pattern, (NM, Unstructured)) else id(pattern)
+            alike.setdefault((weight.shape, weight.dtype, known), []).append(job)
+        for group in alike.values():
+            with self.clock.phase("solve"):
+                self._solve_alike(group, self.method, result)
+
+    def solve_unseen(self, linears: Sequence[Linear], result: Solved) -> None:
+        """Deal with experts that no calibration token reached, as the rules of the plan say.
+
+        Raises:
+            ValueError: the rules say that it is an error.
+        """
+        self.refuse_unseen(linears)
+        magnitude = Magnitude()
+        for linear in linears:
+            self._unseen.append(linear.name)
+            known = isinstance(self.plan.patterns[linear.name], (NM, Unstructured))
+            with self.clock.phase("solve"):
+                if self._rules.unseen == DENSE or not known:
+                    zeros = int((linear.weight == 0).sum())
+                    layer = LayerReport(linear.name, STAYED_DENSE, linear.shape, zeros, None, 0.0)
+                    result.take(linear, linear.weight.clone(), layer)
+                else:
+                    self._solve_alike([Job(linear)], magnitude, result)
+
+    def refuse_unseen(self, linears: Sequence[Linear]) -> None:
+        """Raise `ValueError` if the rules say that experts without a token are an error, and there are any."""
+        if linears and self._rules.unseen == ERROR:
+            raise ValueError(
+                f"unseen: no calibration token reached {shortened([linear.name for linear in linears])}; calibrate with more text, or "
+                "choose 'magnitude' or 'dense'. This block is unchanged; the blocks before it are pruned"
+            )
+
+    def say_unseen(self) -> None:
+        """Warn once of all experts that no calibration token reached."""
+        if self._unseen:
+            done = "stay dense" if self._rules.unseen == DENSE else "are pruned by magnitude"
+            self.notices.once("unseen", f"no calibration token reached {shortened(self._unseen)}, which {done}")
+
+    def check_statistic(self, members: Sequence[Linear], statistic: InputStatistic) -> None:
+        """Give notice if the inputs of some linears leave much to the damping."""
+        name, features = members[0].name, members[0].features
+        if self.method.needs is not None and inputs_of(self.method.needs) is Gram:
+            self.notices.few_tokens(name, statistic.tokens, features)
+        if dead := int((statistic.sum_squares == 0).sum()):
+            self.notices.once(
+                "dead features",
+                f"{name}: {dead} of {features} input features were never active in calibration; their weights are pruned first",
+            )
+
+    def outcome(self, linear: Linear, solution: Solution, inputs: InputStatistic | None) -> tuple[int, float | None]:
+        """Return the number of zeros, and the relative error if it is known. The device is read once for each linear.
+
+        Raises:
+            ValueError: the solution is not pruned to the pattern of the linear.
+        """
+        weight, pattern = linear.weight, self.plan.patterns[linear.name]
+        found = [(solution.weight == 0).sum().double(), _groups_over(solution.weight, pattern).double()]
+        if isinstance(inputs, Gram):
+            row_error = solution.row_error
+            if row_error is None:
+                row_error = inputs.row_energy(solution.weight.float() - weight.float())
+            found += [row_error.double().sum(), inputs.row_energy(weight).sum()]
+        zeros, over, *figures = torch.stack(found).tolist()
+        if over or not has_zeros_of(pattern, solution.weight.shape, int(zeros)):
+            raise ValueError(f"expected a solution pruned to {pattern}, got {int(zeros):,} zeros of {weight.numel():,} weights")
+        if not figures:
+            return int(zeros), None
+        error, energy = figures
+        return int(zeros), error / energy if energy else 0.0
+
+    @property
+    def _rules(self) -> ExpertRules:
+        return self.plan.rules or ExpertRules()
+
+    def _solve_alike(self, jobs: Sequence[Job], method: LinearMethod, result: Solved) -> None:
+        start = self.clock.now()
+        pattern = self.plan.patterns[jobs[0].linear.name]
+
+        @contextmanager
+        def about(index: int) -> Iterator[None]:
+            name = jobs[index].linear.name
+            with warnings_about(name), seeded(self.seed, name), named(name):
+                yield
+
+        solutions = method.solve_many([job.linear.weight for job in jobs], [job.statistics for job in jobs], pattern, about)
+        if len(solutions) != len(jobs):
+            raise TypeError(
+                f"method: expected {type(method).__name__}.solve_many to return {len(jobs)} solutions, got {len(solutions)}"
+            )
+        outcomes = []
+        for job, solution in zip(jobs, solutions, strict=True):
+            with named(job.linear.name):
+                check_solution(method, solution, job.linear.weight)
+                outcomes.append(self.outcome(job.linear, solution, job.inputs))
+        seconds = (self.clock.now() - start) / len(jobs)
+        for job, solution, (zeros, error) in zip(jobs, solutions, outcomes, strict=True):
+            linear = job.linear
+            result.take(linear, solution.weight, LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds))
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the name of a linear in front of the message of a `ValueError` within."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_solution(method: LinearMethod, solution: object, weight: torch.Tensor) -> None:
+    """Raise unless `solve`, which may be the user's own, returned a valid solution.
+
+    Raises:
+        TypeError: it returned no `Solution`.
+        ValueError: a weight of another shape, dtype or device, or a `row_error` of another shape.
+    """
+    kind = type(method).__name__
+    if not isinstance(solution, Solution):
+        raise TypeError(f"method: expected {kind}.solve to return a Solution, got {type(solution).__name__}")
+    found = solution.weight
+    for what in ("shape", "dtype", "device"):
+        if getattr(found, what, None) != getattr(weight, what):
+            raise ValueError(
+                f"{kind}.solve: expected a weight of {what} {getattr(weight, what)}, got {getattr(found, what, type(found).__name__)}"
+            )
+    row_error, rows = solution.row_error, len(weight)
+    if row_error is not None and getattr(row_error, "shape", None) != (rows,):
+        got = list(row_error.shape) if isinstance(row_error, torch.Tensor) else type(row_error).__name__
+        raise ValueError(f"{kind}.solve: expected a row_error of shape [{rows}], got {got}")
+
+
+def _groups_over(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Return how many groups of an N:M pattern hold more than N non-zeros, as a tensor on the weight's device."""
+    if not isinstance(pattern, NM):
+        return weight.new_zeros(())
+    return ((weight != 0).reshape(len(weight), -1, pattern.m).sum(-1) > pattern.n).sum()
