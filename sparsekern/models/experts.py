@@ -273,6 +273,12 @@ class UndecoratedExperts(InterfaceExperts):
         apply = getattr(self.module, "_apply_gate", None)
         return self.module.act_fn(gate) * up if apply is None else apply(torch.cat((gate, up), -1))
 
+    def combined(self, call: ExpertsCall) -> torch.Tensor:
+        total = super().combined(call)
+        if hasattr(self.module, "identity_expert"):  # LongCat's experts beyond `count` return their inputs
+            total += call.hidden * (call.weights * (call.index >= self.count)).sum(1, keepdim=True)
+        return total
+
     def finished(self, output: torch.Tensor) -> torch.Tensor:
         return output
 

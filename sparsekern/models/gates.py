@@ -42,19 +42,20 @@ def find_gates(block: nn.Module, linears: Sequence[Linear], prefix: str) -> list
     return [linear for linear in plain if linear.name in routers or is_gate(linear)]
 
 
-def listed_experts(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """Return the lists of experts that have linears of their own, by name.
+def listed_experts(block: nn.Module, prefix: str) -> dict[str, int]:
+    """Return the lists of experts that have linears of their own: the number of experts by name.
 
     Such a list holds modules of one class with linears of equal shapes, and a module beside it holds a matrix with one row an expert.
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, int] = {}
     for parent_name, parent in block.named_modules(prefix=prefix):
         for name, child in parent.named_children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1 and _are_alike(list(child.children())):
+            count = _alike(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else 0
+            if count > 1:
                 others = (other for other in parent.children() if other is not child)
                 own = [*parent.parameters(recurse=False), *(parameter for other in others for parameter in other.parameters())]
-                if any(parameter.dim() == 2 and len(parameter) == len(child) for parameter in own):
-                    found[f"{parent_name}.{name}"] = child
+                if any(parameter.dim() == 2 and len(parameter) == count for parameter in own):
+                    found[f"{parent_name}.{name}"] = count
     return found
 
 
@@ -67,7 +68,7 @@ def _router_names(block: nn.Module, prefix: str) -> Iterator[str]:
             if fused is not None:
                 counts = _counts(fused)
             elif full in lists:
-                counts = {len(list(lists[full].children()))}
+                counts = {lists[full]}
             else:
                 continue
             for beside_name, beside in parent.named_children():
@@ -92,7 +93,8 @@ def _owner(linear: Linear) -> str:
     return linear.name.rpartition(".")[0]
 
 
-def _are_alike(modules: Sequence[nn.Module]) -> bool:
-    """Return whether modules are of one class, with linears of the same shapes."""
-    shapes = [[linear.shape for linear in find_linears(module)] for module in modules]
-    return len({type(module) for module in modules}) == 1 and bool(shapes[0]) and all(found == shapes[0] for found in shapes)
+def _alike(modules: nn.Module) -> int:
+    """Return the number of the modules with linears in a list; 0 unless they are of one class, with linears of the same shapes."""
+    found = [(type(module), [linear.shape for linear in find_linears(module)]) for module in modules.children()]
+    experts = [(kind, shapes) for kind, shapes in found if shapes]
+    return len(experts) if all(expert == experts[0] for expert in experts) else 0
