@@ -16,6 +16,7 @@ from ..data import evaluation_ids, perplexity
 from ..models.limits import window_length
 from ..models.load import load, load_tokenizer
 from ..pattern import NM
+from ..runtime.card import CAUSAL, loader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,10 +61,17 @@ def load_tokenizer_of(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
     return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
 
 
-def next_steps(out: Path, packed: bool) -> str:
-    """Return lines of Python that load and run the model in `out`."""
-    folder = str(out)
+def next_steps(model: torch.nn.Module, out: Path, packed: bool) -> str:
+    """Return lines of Python that load the model in `out`, and run it if it is a causal language model."""
+    folder, loader = str(out), loader_of(model)
     first = "import sparsekern\n  " if packed else ""
+    if loader != CAUSAL:
+        return f"""
+saved to {folder}; to use it:
+
+  {first}from transformers import {loader}
+  model = {loader}.from_pretrained({folder!r})
+"""
     return f"""
 saved to {folder}; to use it:
 

@@ -13,8 +13,7 @@ from ..methods import Method
 from ..models.limits import window_length
 from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
-from ..pruning.saving import described, rewrite_reports
-from ..runtime import check_output_folder
+from ..pruning.saving import check_new_out, described, rewrite_reports
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
@@ -38,7 +37,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     method = configured(arguments.method, arguments.set)
     check_adds_up(method, arguments.strategy)
     texts = _texts_to_evaluate(arguments)
-    check_output_folder(arguments.out, "--out")
+    check_new_out(arguments.out, "--out")
     check_isa()
     return partial(_prune, arguments, method, texts)
 
@@ -96,7 +95,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
     print(f"\n{report}")
     for of in held_out.values():
         print(f"evaluated on {of.description}")
-    print(next_steps(out, packed=arguments.format != DENSE))
+    print(next_steps(model, out, packed=arguments.format != DENSE))
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:
@@ -109,7 +108,7 @@ def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:
         raise ValueError("--report-error: expected one --calibration and no --state")
     for name in ("resume", "abandon"):
         if getattr(arguments, name) and not arguments.state:
-            raise ValueError(f"--{name}: expected --state, the folder of the run to go on with")
+            raise ValueError(f"--{name}: expected --state, the folder of the run to continue")
     if arguments.resume and arguments.abandon:
         raise ValueError("--abandon: expected no --resume with it, which continues the unfinished step")
     if not arguments.evaluate:

@@ -125,7 +125,7 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
     if isinstance(method, RemovalMethod):
         print(f"\nsaved to {out}; to use it: sparsekern.load({str(out)!r})\n")
     else:
-        print(next_steps(out, packed=arguments.format != DENSE))
+        print(next_steps(model, out, packed=arguments.format != DENSE))
     print(f"each layer's result: {out / 'report.html'}")
 
 

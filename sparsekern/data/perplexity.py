@@ -103,7 +103,8 @@ def evaluation_windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -
 def _check_model(model: torch.nn.Module) -> None:
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load returns one")
-    if not getattr(model, "can_generate", lambda: True)():
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if both or not getattr(model, "can_generate", lambda: True)():
         raise TypeError(f"model: expected a causal language model, got {type(model).__name__}, which predicts no next token")
 
 

@@ -63,7 +63,7 @@ class Checkpoint:
         self.dense_allowed = state["settings"].get("unseen") == DENSE
         self.run = digest_of(state["settings"])
         if self.folder.exists() and not resume:
-            raise ValueError(f"out: {out} holds an unfinished run; pass resume=True to go on with it, or remove {self.folder}")
+            raise ValueError(f"out: {out} holds an unfinished run; pass resume=True to continue it, or remove {self.folder}")
         is_new = not (self.folder / STATE).exists()
         if is_new and self.folder.exists() and not all(is_temporary(entry.name) for entry in self.folder.iterdir()):
             raise ValueError(f"out: {self.folder} holds no {STATE}, so it is not a checkpoint of a run; remove it to start over")

@@ -118,7 +118,7 @@ def prune(
     check_isa()
     check_format(format)
     if resume and out is None:
-        raise ValueError("resume: expected out, the folder of the run to go on with")
+        raise ValueError("resume: expected out, the folder of the run to continue")
     request = Request(
         pattern=None if pattern is None else parse_pattern(pattern),
         calibration=as_calibration(

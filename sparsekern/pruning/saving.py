@@ -17,8 +17,8 @@ from ..methods import GradualMethod, Method
 from ..models.source import source_of
 from ..reports.base import BaseReport
 from ..runtime import count_zeros, model_card, weight_bytes
-from ..runtime.carry import tensor_bytes
-from ..runtime.output import CONFIG, OutputFolder, check_output_folder, checked_path
+from ..runtime.carry import carried_bytes, tensor_bytes, warn_of_what_stays_behind
+from ..runtime.output import CONFIG, STAGING, OutputFolder, check_output_folder, checked_path
 from ..runtime.save import CARD, DENSE, check_format, check_saveable, check_space, in_format, write_model
 from .checkpoint import FOLDER, STATE, Checkpoint
 from .progress import Clock
@@ -74,14 +74,15 @@ class RunFolder:
         if out is None:
             yield None
             return
-        check = partial(check_out, resume=resume) if method else check_output_folder
+        warn_of_what_stays_behind(model)
+        check = partial(check_out, resume=resume) if method else check_new_out
         with OutputFolder.held(out, check=check) as folder:
             if is_finished(folder.path):  # and was killed before its checkpoint was removed
                 folder.remove(FOLDER)
                 check(folder.path)
             check_saveable(model, tokenizer, folder)
             written = sum(file.stat().st_size for file in (folder.path / FOLDER).glob("*.safetensors"))
-            check_space(model, folder.path, extra=_checkpoint_bytes(model, method) - written)
+            check_space(model, folder.path, extra=carried_bytes(model) + _checkpoint_bytes(model, method) - written)
             yield cls(folder, tokenizer, format, remedy)
 
     def checkpoint(self, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
@@ -140,17 +141,39 @@ def check_out(out: str | os.PathLike, argument: str = "out", *, resume: bool = F
     """
     path = checked_path(out, argument)
     unfinished = (path / FOLDER).is_dir()
-    if is_finished(path) and not (path / FOLDER / STATE).is_file():
+    if not (path / FOLDER / STATE).is_file():
+        _check_not_finished(path, argument)
+    if unfinished and not resume and not is_finished(path):
+        raise ValueError(
+            f"{argument}: {path} holds an unfinished run; pass resume=True (--resume) to continue it, or remove {path / FOLDER}"
+        )
+    if not unfinished:
+        check_output_folder(path, argument)
+
+
+def check_new_out(out: str | os.PathLike, argument: str = "out") -> None:
+    """Raise unless a run that keeps nothing in `out` may begin there. Nothing is written.
+
+    Args:
+        out: the folder. What a killed run was moving into it is no obstacle: that is finished first.
+        argument: the name of `out` in messages.
+
+    Raises:
+        FileExistsError: `out` is a file, or holds a finished run or other files.
+        ValueError: the path is not UTF-8.
+    """
+    path = checked_path(out, argument)
+    if not (path / STAGING).exists():
+        _check_not_finished(path, argument)
+        check_output_folder(path, argument)
+
+
+def _check_not_finished(path: Path, argument: str) -> None:
+    if is_finished(path):
         raise FileExistsError(
             f"{argument}: {str(path)!r} holds a finished run, so there is nothing to resume: sparsekern.load loads its model, "
             f"{REPORT} is its report; name a new or empty folder to prune again"
         )
-    if unfinished and not resume and not is_finished(path):
-        raise ValueError(
-            f"{argument}: {path} holds an unfinished run; pass resume=True (--resume) to go on with it, or remove {path / FOLDER}"
-        )
-    if not unfinished:
-        check_output_folder(path, argument)
 
 
 def rewrite_reports(

@@ -13,6 +13,7 @@ from .._version import __version__
 from ..models.source import source_of
 from ..models.units import recorded_units
 
+CAUSAL = "AutoModelForCausalLM"
 DENSE = """The zeros are stored like any other weight, so every loader takes this folder:
 
 ```python
@@ -50,6 +51,15 @@ After `import sparsekern`, the `from_pretrained` of transformers loads this fold
 CUT_AND_PACKED = "The remaining zeros take no space: the linear layers are packed. `sparsekern.unpack(model)` makes them dense.\n"
 
 
+def loader_of(model: torch.nn.Module) -> str:
+    """Return the name of the class of transformers that loads a saved model."""
+    import transformers
+
+    name = type(model).__name__
+    causal = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(transformers, name, None) is not type(model)
+    return CAUSAL if causal else name
+
+
 def versions() -> dict[str, str]:
     """Return the versions of this package and of the packages that results depend on."""
     return {
@@ -79,12 +89,12 @@ def model_card(
         results: numbers and texts by name.
         settings: numbers and texts by name.
     """
-    cut = recorded_units(getattr(model, "config", None)) is not None
-    task = "" if cut else "pipeline_tag: text-generation\n"
+    cut, loader = recorded_units(getattr(model, "config", None)) is not None, loader_of(model)
+    task = "" if cut or loader != CAUSAL else "pipeline_tag: text-generation\n"
     parts = [
         f"---\nlibrary_name: transformers\n{task}tags:\n- sparsekern\n- pruned\n---\n",
         f"# {type(model).__name__}, pruned with sparsekern\n",
-        _how_to_load(cut, packed),
+        _how_to_load(cut, packed).replace(CAUSAL, loader),
     ]
     source = source_of(model)
     if source is not None and source.tensors:

@@ -7,12 +7,18 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from ..models.source import Source, source_of
+from .._warnings import warn
+from ..models.checkpoint_keys import unread_keys
+from ..models.source import CONFIG, Source, other_files, source_of
 from ..models.weight_files import INDEX, SINGLE, Stored, tensors_in, weight_files
+from .sparse_linear import SparseLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 8 << 20  # bytes that are in memory at once while a tensor is copied
 # Files that a tokenizer writes, whatever it is. Those of another tokenizer would be mixed with them.
@@ -20,6 +26,7 @@ TOKENIZER = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json"),
 }
+USUAL = {"generation_config.json", "chat_template.jinja"}  # which saving a model or a tokenizer writes
 REWRITTEN = {"special_tokens_map.json", "added_tokens.json"}  # which `tokenizer.json` replaces
 OF_QUANTIZATION = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 
@@ -39,6 +46,29 @@ def carried_bytes(model: nn.Module) -> int:
 def tensor_bytes(source: Source | None) -> int:
     """Return the bytes of the tensors that are copied."""
     return sum(stored.nbytes for stored in source.stored().values()) if source else 0
+
+
+def warn_of_what_stays_behind(model: nn.Module) -> None:
+    """Warn if the folder that another program loaded a model from holds more than is saved.
+
+    Such a model may have been changed since, so nothing is copied. Its name tells the folder.
+    """
+    config = getattr(model, "config", None)
+    folder = Path(getattr(config, "_name_or_path", None) or "")
+    if source_of(model) is not None or folder == Path() or not (folder / CONFIG).is_file():
+        return
+    read = weight_files(folder, getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ()))
+    packed = any(isinstance(module, SparseLinear) for module in model.modules())  # whose tensors have other names
+    tensors = [] if packed else unread_keys(cast("PreTrainedModel", model), tensors_in(read))
+    files = [name for name in other_files(folder, code=False, read=read)[0] if name not in TOKENIZER | USUAL]
+    found = [f"{len(tensors)} tensors that {type(model).__name__} does not know ({tensors[0]})"] if tensors else []
+    found += [f"{len(files)} files ({', '.join(files[:3])}{', …' if len(files) > 3 else ''})"] if files else []
+    if found:
+        warn(
+            f"model: {' and '.join(found)} in {str(folder)!r} are not saved along, since another program loaded the model; "
+            "sparsekern.load takes them along",
+            stacklevel=4,
+        )
 
 
 def carry_tensors(model: nn.Module, folder: Path) -> None:

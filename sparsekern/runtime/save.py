@@ -15,7 +15,7 @@ import torch
 from .._files import disk_errors
 from ..models.adapters import check_no_adapter
 from .card import model_card
-from .carry import carried_bytes, carry_files, carry_tensors
+from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind
 from .config_file import correct_config
 from .formats import format_of
 from .output import OutputFolder, check_model_folder, check_output_folder
@@ -36,7 +36,7 @@ def save(
     `config.json` is written last, so the folder is loadable only once it is complete. The model is not changed.
 
     Of a model that `sparsekern.load` loaded, whatever else its folder held is saved along, unchanged: tensors that its class does not
-    know, and files that are no weights. See `load`.
+    know, and files that are no weights. See `load`. Of a model that another program loaded, a warning names what stays behind.
 
     Args:
         model: a transformers model, dense or packed by `sparsekern.pack`.
@@ -67,9 +67,10 @@ def save(
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     check_no_adapter(model)
     check_format(format)
+    warn_of_what_stays_behind(model)
     with OutputFolder.held(path, "path", check_model_folder if overwrite else check_output_folder) as folder:
         model = in_format(model, format)
-        check_space(model, folder.path, argument="path")
+        check_space(model, folder.path, argument="path", extra=carried_bytes(model))
         with folder.staged(replace=overwrite) as staging:
             write_model(model, staging, tokenizer)
             (staging / CARD).write_text(model_card(model, packed=format != DENSE), encoding="utf-8")
@@ -174,18 +175,15 @@ def check_format(format: str) -> None:
 
 
 def check_space(model: torch.nn.Module, path: str | os.PathLike, *, argument: str = "out", extra: int = 0) -> None:
-    """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights, and for what is copied from the model's source.
+    """Raise `OSError` (ENOSPC) unless the disk of `path` has room for the weights.
 
     Args:
         model: the model to save.
         path: the folder, which need not exist.
         argument: name of `path` in messages.
         extra: further bytes to write; negative for bytes that are on the disk already.
-
-    Raises:
-        ValueError: something that is to be copied is no longer there.
     """
-    needed = weight_bytes(model) + carried_bytes(model) + extra
+    needed = weight_bytes(model) + extra
     existing = Path(path).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent

@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on(prune, tmp_path, monkeypatch, capsys):
         assert prune() == 130
     assert "interrupted; run the same command with --resume to go on" in capsys.readouterr().err
     assert prune() == 2
-    assert "holds an unfinished run; pass resume=True (--resume) to go on with it, or remove" in capsys.readouterr().err
+    assert "holds an unfinished run; pass resume=True (--resume) to continue it, or remove" in capsys.readouterr().err
     assert prune("--resume") == 0
     assert prune(out="unbroken") == 0
     resumed, unbroken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "unbroken"))

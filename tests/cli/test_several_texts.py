@@ -62,9 +62,9 @@ def test_several_texts_packed(prune, text, tmp_path, capsys):
     [
         (["--calibration", "a.txt", "--calibration", "a.txt"], "--calibration: a.txt is given twice"),
         (["--state", "state", "--report-error"], "--report-error: expected one --calibration and no --state"),
-        (["--calibration", "a.txt", "--resume"], "--resume: expected --state, the folder of the run to go on with"),
+        (["--calibration", "a.txt", "--resume"], "--resume: expected --state, the folder of the run to continue"),
         (["--abandon"], "--abandon: expected --state, the folder with the unfinished step"),
-        (["--calibration", "a.txt", "--abandon"], "--abandon: expected --state, the folder of the run to go on with"),
+        (["--calibration", "a.txt", "--abandon"], "--abandon: expected --state, the folder of the run to continue"),
         (["--state", "state", "--abandon", "--resume"], "--abandon: expected no --resume with it"),
         (["--calibration", "a.txt", "--strategy", "x"], "--strategy: expected one of accumulate, dense, carry, got 'x'"),
         (["--calibration", "a.txt", "--method", "kprune"], "method: expected one of alps, copal, "),

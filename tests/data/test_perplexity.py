@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import sparsekern
 from tests import encoders, tiny
@@ -125,6 +126,13 @@ def test_bad_arguments_are_named(ids, length, error, message):
 def test_an_encoder_is_refused():
     with pytest.raises(TypeError, match="model: expected a causal language model, got BertModel, which predicts no next token"):
         sparsekern.perplexity(encoders.tiny("bert"), torch.zeros(99, dtype=torch.int64), 20)
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    sizes = dict(vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    with pytest.raises(TypeError, match="expected a causal language model, got T5ForConditionalGeneration, which predicts no next"):
+        sparsekern.perplexity(model, torch.zeros(99, dtype=torch.int64), 20)
 
 
 def test_a_name_is_no_model():

@@ -159,7 +159,7 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path):
 
 
 def test_an_unfinished_run_is_not_overwritten(unfinished):
-    with pytest.raises(ValueError, match=r"holds an unfinished run; pass resume=True \(--resume\) to go on with it, or remove"):
+    with pytest.raises(ValueError, match=r"holds an unfinished run; pass resume=True \(--resume\) to continue it, or remove"):
         run(unfinished)
     assert (unfinished / "checkpoint" / "block-00001.safetensors").exists()
 

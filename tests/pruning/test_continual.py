@@ -207,8 +207,8 @@ PADDING = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "attention_mask": 
         ({"evaluate": {"a": IDS["a"]}}, ValueError, r"evaluate\['a'\]: ids: one window of length 64"),
         ({"evaluate": {"a": IDS["a"]}, "length": 128}, ValueError, "length: expected at most 64"),
         ({"evaluate": {"a": IDS["a"]}, "length": 40}, ValueError, r"evaluate\['a'\]: ids: one window of length 40"),
-        ({"resume": True}, ValueError, "resume: expected state, the folder of the run to go on with"),
-        ({"abandon": True}, ValueError, "abandon: expected state, the folder of the run to go on with"),
+        ({"resume": True}, ValueError, "resume: expected state, the folder of the run to continue"),
+        ({"abandon": True}, ValueError, "abandon: expected state, the folder of the run to continue"),
         ({"seed": -1}, ValueError, "seed: expected a whole number"),
     ],
 )

@@ -8,10 +8,15 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+import sparsekern
 from sparsekern import COPAL, SparseGPT, Wanda, prune_continually
 from sparsekern import _files as files
 from sparsekern.pruning.continual.state import StepFiles
+from sparsekern.pruning.saving import check_new_out
+from sparsekern.runtime import output
 from tests.pruning.test_continual import IDS, QUIET, run, same, weights
 from tests.tiny import llama
 
@@ -213,6 +218,62 @@ def test_a_damaged_block_of_an_unfinished_step_is_done_again(tmp_path, monkeypat
     assert same(model, weights(whole))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda weight: weight + 1, lambda weight: weight * torch.nan, lambda weight: weight[:1].clone()]
+)
+def test_a_block_that_is_refused_comes_with_what_to_do(tmp_path, monkeypatch, change):
+    """Not pruned, not finite, of another shape."""
+
+    def killing(self, index, result, save=StepFiles.save):
+        save(self, index, result)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StepFiles, "save", killing)
+        run(COPAL(), "a", state=tmp_path)
+    block = tmp_path / "step-0001-00000.safetensors"
+    with safe_open(block, framework="pt") as file:
+        tensors, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({name: change(value) if name.startswith("weight/") else value for name, value in tensors.items()}, block, note)
+    with pytest.raises(ValueError, match="state: .*step-0001-00000.* remove it to do its part of the step again$"):
+        run(COPAL(), "a", state=tmp_path, resume=True)
+
+
+def test_what_is_refused_leaves_no_state(tmp_path):
+    with pytest.raises(ValueError, match="abandon: .* holds no unfinished step"):
+        run(COPAL(), "a", state=tmp_path / "new", abandon=True)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="abandon: .* holds no unfinished step"):
+        run(COPAL(), "a", state=tmp_path / "empty", abandon=True)
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("moved", [0, 3])
+def test_killed_amid_the_moves_of_the_finished_model(tmp_path, monkeypatch, moved):
+    """The next call finishes the moves, and says that the run is finished."""
+    out, move, left = tmp_path / "out", output._replace, [moved]
+
+    def killed(source, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        move(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(output, "_replace", killed)
+        run(COPAL(), "a", state=tmp_path / "state", out=out)
+    assert not (out / "config.json").exists()
+    check_new_out(out)
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="out: .* holds a finished run, so there is nothing to resume: sparsekern.load"):
+            run(COPAL(), "a", state=tmp_path / "state", out=out, resume=True)
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        check_new_out(out)
+    model, _ = run(COPAL(), "a", state=tmp_path / "state", resume=True)
+    assert same(sparsekern.load(out, device="cpu"), weights(model))
+
+
 def test_damaged_states(tmp_path):
     run(COPAL(), "a", state=tmp_path)
     state, block = tmp_path / "state.json", tmp_path / "step-0001-00001.safetensors"
@@ -221,7 +282,9 @@ def test_damaged_states(tmp_path):
     with pytest.raises(ValueError, match="state: .*step-0001-00001.safetensors is damaged"):
         run(COPAL(), "b", state=tmp_path)
     block.write_bytes((tmp_path / "step-0001-00000.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="state: .*step-0001-00001.safetensors holds other linears than the model's"):
+    with pytest.raises(
+        ValueError, match="state: .*step-0001-00001.safetensors holds other linears than the model's; the state cannot"
+    ):
         run(COPAL(), "b", state=tmp_path)
     found = json.loads(state.read_text())
     for text, message in (

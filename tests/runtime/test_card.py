@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from sparsekern.models.source import Source
 from sparsekern.runtime import model_card, versions
-from tests import tiny
+from tests import encoders, tiny
 
 NASTY = [
     "a\n# Heading",
@@ -50,6 +53,25 @@ def test_a_command_does_not_leave_its_block(text):
     block = "\n".join(lines[begin + 1 : end])
     assert set(fence) == {"`"} and block.split() == f"sparsekern prune {text}".split()
     assert "## Results" in lines[end + 1 :] and "| perplexity | 3.142 |" in lines[end + 1 :]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_the_name_of_a_tensor_is_text(text):
+    model = tiny.llama()
+    plain = len(model_card(model).splitlines())
+    model.sparsekern_source = Source(Path("/nowhere"), "nowhere", tensors=(text, "b"))
+    card = model_card(model)
+    assert len(card.splitlines()) == plain + 2
+    (line,) = [line for line in card.splitlines() if line.startswith("2 tensors of the original checkpoint")]
+    assert not [char for before, char in zip(" " + line, line, strict=False) if char in "`*[]<>" and before != "\\"]
+
+
+def test_a_model_of_another_class_is_loaded_by_it():
+    card = model_card(encoders.tiny("bert_classifier"), packed=True)
+    assert (
+        "from transformers import BertForSequenceClassification\n" in card and "Causal" not in card and "pipeline_tag" not in card
+    )
+    assert "AutoModelForCausalLM.from_pretrained" in model_card(tiny.llama()) and "text-generation" in model_card(tiny.llama())
 
 
 def test_what_stands_in_it():

@@ -411,3 +411,28 @@ def test_the_safetensors_file_is_one_that_the_library_reads(source, tmp_path):
     with safe_open(path / "model-00002-of-00002.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == sorted(PREDICTION)
         assert all(torch.equal(file.get_tensor(name).float(), tensor.float()) for name, tensor in PREDICTION.items())
+
+
+def test_of_a_model_that_another_program_loaded_what_stays_behind_is_said(source, encoder, tmp_path):
+    model = tf.AutoModelForCausalLM.from_pretrained(source)
+    said = r"model: 6 tensors that LlamaForCausalLM does not know \(model.mtp.proj.weight\) in '.*source' are not saved along"
+    for call in (
+        lambda: sparsekern.prune(model, "magnitude", "2:4", progress=False, out=tmp_path / "a"),
+        lambda: sparsekern.save(model, tmp_path / "b", "packed"),
+    ):
+        with pytest.warns(sparsekern.SparsekernWarning, match=said):
+            call()
+    assert contents(tmp_path / "a").keys() == contents(source).keys() - PREDICTION.keys()
+    model = tf.BertForSequenceClassification.from_pretrained(encoder)
+    said = r"model: \d+ files \(1_Pooling/config.json, 2_Dense/config.json, .*, …\) in '.*encoder' are not saved along"
+    with pytest.warns(sparsekern.SparsekernWarning, match=said):
+        sparsekern.save(model, tmp_path / "c")
+    assert not (tmp_path / "c" / "modules.json").exists()
+
+
+def test_a_folder_with_nothing_more_is_no_reason_to_warn(tmp_path):
+    """A warning is an error here."""
+    model = tf.AutoModelForCausalLM.from_pretrained(tiny.save_folder(tmp_path / "a"))
+    sparsekern.prune(model, "magnitude", "2:4", progress=False, out=tmp_path / "b")
+    packed = tf.AutoModelForCausalLM.from_pretrained(sparsekern.save(sparsekern.pack(model), tmp_path / "c"))
+    sparsekern.save(packed, tmp_path / "d")

@@ -93,22 +93,26 @@ class ContinualLoop:
                 self._take_in(name, batches)
             self._write_weights(self.state.step(len(self.state.steps)))
 
-    def begin(self, settings: dict) -> None:
-        """Store the dense weights in a new state. Raise unless an old state has this model and these settings.
+    def check(self, settings: dict) -> None:
+        """Raise unless a state that is not new has this model and these settings. Nothing is written.
 
         Raises:
             ValueError: another model or other settings.
         """
         if self.state.is_new:
-            for index, linears in self.parts:
-                self.state.store.put(f"dense-{index:05d}", {linear.name: linear.weight for linear in linears})
-            self.state.settings = settings
-            self.state.write()
             return
         if different := differences(self.state.settings, settings):
             said = ", ".join(f"{name} ({_difference(self.state.settings.get(name), settings.get(name))})" for name in different)
             raise ValueError(f"state: {self.state.folder} was made with another {said}")
         self._check_weights()
+
+    def begin(self, settings: dict) -> None:
+        """Store the dense weights and the settings in a new state."""
+        if self.state.is_new:
+            for index, linears in self.parts:
+                self.state.store.put(f"dense-{index:05d}", {linear.name: linear.weight for linear in linears})
+            self.state.settings = settings
+            self.state.write()
 
     def _check_weights(self) -> None:
         """Raise unless the model is dense, or has the weights of some step."""

@@ -139,7 +139,7 @@ def prune_continually(
         if out is not None:
             check_format_fits(model, plan.patterns, format)
         if state is None and (resume or abandon):
-            raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to go on with")
+            raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to continue")
         if resume and abandon:
             raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
         if out is not None and state is not None and checked_path(out, "out") == checked_path(state, "state"):
@@ -161,10 +161,12 @@ def prune_continually(
                 progress=progress,
             )
             dense_bytes = weight_bytes(model)
-            loop.begin({**_settings(model, plan, method), "strategy": strategy, "seed": seed})
+            settings = {**_settings(model, plan, method), "strategy": strategy, "seed": seed}
+            loop.check(settings)
             abandoned = known.abandon() if abandon else None
             loop.check_evaluation()
             todo = _todo(known, datasets, resume)
+            loop.begin(settings)
             if abandoned:
                 abandoned.drop()
                 known.write()

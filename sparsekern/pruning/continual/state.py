@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,14 +73,20 @@ class State:
         folder = checked_path(folder, "state")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"state: {folder} is no folder")
+        is_new = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(error.errno, f"state: the folder {str(folder)!r} cannot be made ({error.strerror})") from error
         if not (folder / STATE).exists() and any(not entry.name.startswith((".", "dense-")) for entry in folder.iterdir()):
             raise ValueError(f"state: {folder} holds no {STATE}, so it is not a state of prune_continually")
-        with locked(folder / LOCK, f"state: {folder}"):
-            yield cls(folder)
+        try:
+            with locked(folder / LOCK, f"state: {folder}"):
+                yield cls(folder)
+        finally:
+            if is_new:
+                with suppress(OSError):  # it holds a state
+                    folder.rmdir()
 
     @property
     def is_new(self) -> bool:
@@ -141,8 +147,9 @@ class State:
         """
         name = f"dense-{index:05d}"
         weights, where = self.store.get(name)[0], self.store.place(name)
-        check_specs(where, weights, linears)
-        check_finite_tensors(where, weights)
+        with _remedied(REMEDY):
+            check_specs(where, weights, linears)
+            check_finite_tensors(where, weights)
         return weights
 
     def step(self, number: int) -> StepFiles:
@@ -191,10 +198,11 @@ class StepFiles:
             return None
         weights, layers = self._get(index, WEIGHT)
         where = self.store.place(self._name(index))
-        check_specs(where, weights, linears)
-        if layers is None:  # an older state
-            return BlockResult(weights, [])
-        check_pruned(where, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
+        with _remedied(self.remedy):
+            check_specs(where, weights, linears)
+            if layers is None:  # an older state
+                return BlockResult(weights, [])
+            check_pruned(where, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
         return BlockResult(weights, layers)
 
     def weights(self, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
@@ -215,7 +223,8 @@ class StepFiles:
             ValueError: the file is damaged, of another dataset or run, or holds NaN or Inf.
         """
         totals = self._get(index, MEMORY)[0]
-        check_finite_tensors(self.store.place(self._name(index)), totals)
+        with _remedied(self.remedy):
+            check_finite_tensors(self.store.place(self._name(index)), totals)
         return totals
 
     def drop(self) -> None:
@@ -240,3 +249,12 @@ class StepFiles:
 
     def _name(self, index: int) -> str:
         return f"{self.prefix}{index:05d}"
+
+
+@contextmanager
+def _remedied(remedy: str) -> Iterator[None]:
+    """Say in the errors of a refused entry what to do about it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
