@@ -11,7 +11,7 @@ from .. import ops
 from .._checks import check_finite
 from .._warnings import warn
 from ..pattern import Pattern
-from ._fields import choice, number, whole
+from ._fields import choice, flag, number, whole
 from .base import LinearMethod, Solution
 from .selection import keep_mask
 from .statistics import Gram, HasGram
@@ -56,6 +56,9 @@ class ALPS(LinearMethod):
         "whichever are fewer",
     )
     max_iterations: int = whole(300, at_least=1, help="maximum ADMM iterations (paper: 300); warns if the mask has not converged")
+    keep_zeros: bool = flag(
+        True, help="leave zeros of the weight zero, as the first that are pruned; False lets them become weights"
+    )
 
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         check_finite("weight", weight)
@@ -63,9 +66,13 @@ class ALPS(LinearMethod):
         basis = _unit_basis(statistics.gram, self.damping)
         target = weight.float() * basis.scale
         mask = keep_mask(target.abs(), pattern, self.scope)
+        zero = weight == 0
+        held = zero if self.keep_zeros and zero.any() else None
         start = None
         if 0 < int(mask.sum()) < mask.numel():  # otherwise there is nothing to choose
-            start, mask = self._find_support(_Admm(target, mask, basis.gram, pattern, self.scope, self.rho))
+            start, mask = self._find_support(_Admm(target, mask, basis.gram, pattern, self.scope, self.rho, held))
+        if held is not None:
+            mask = mask & ~held  # where a group has fewer weights than the pattern keeps
         found, _ = ops.masked_lstsq(target, basis.gram, mask, start=start)
         new_weight = (found * basis.inverse_scale).to(weight.dtype)
         return Solution(new_weight, statistics.row_energy(new_weight.float() - weight.float()))
@@ -100,8 +107,17 @@ class _Admm:
     """
 
     def __init__(
-        self, target: torch.Tensor, first: torch.Tensor, gram: torch.Tensor, pattern: Pattern, scope: str, rho: float
+        self,
+        target: torch.Tensor,
+        first: torch.Tensor,
+        gram: torch.Tensor,
+        pattern: Pattern,
+        scope: str,
+        rho: float,
+        held: torch.Tensor | None,
     ) -> None:
+        """Begin with the mask `first`. `held` is True at zeros of `target` that the projection leaves zero; None where there are none."""
+        self._held = held
         self._target, self._first, self._gram, self._pattern, self._scope = target, first, gram, pattern, scope
         kept = int(first.sum())
         self._fewer, self._live = min(kept, first.numel() - kept), float(gram.diagonal().mean()) or 1.0
@@ -121,9 +137,22 @@ class _Admm:
         for left in range(iterations, 0, -1):
             self._offset, self._product = torch.mm(self._offset, self._step, out=self._product), self._offset
             mask = before if left == 1 else self.mask  # the last step counts what all steps have changed
-            changed = ops.admm_step_(self._offset, self._dual, mask, self._target, self._pattern, scope=self._scope)
+            changed = self._project(mask)
         self.mask = before
         return int(changed) / self._fewer
+
+    def _project(self, mask: torch.Tensor) -> torch.Tensor:
+        """Take the step of `ops.admm_step_`, in which held zeros are no candidates: all of their value goes to the dual."""
+        dual = None
+        if self._held is not None:
+            dual = (self._offset + self._dual).masked_fill_(~self._held, 0)
+            self._offset.masked_fill_(self._held, 0)
+            self._dual.masked_fill_(self._held, 0)
+        changed = ops.admm_step_(self._offset, self._dual, mask, self._target, self._pattern, scope=self._scope)
+        if dual is not None:
+            self._dual.add_(dual)
+            self._offset.sub_(dual)
+        return changed
 
     def set_penalty(self, rho: float) -> None:
         """Go on with penalty `rho`."""

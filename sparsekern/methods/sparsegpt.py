@@ -11,8 +11,9 @@ import torch
 
 from .. import ops
 from ..pattern import NM, Pattern, pruned_count
-from ._fields import choice, number, whole
+from ._fields import choice, flag, number, whole
 from .base import LinearMethod, Solution
+from .existing_zeros import sweep_keeping_zeros
 from .magnitude import Magnitude
 from .statistics import Gram, HasGram, square_norms
 from .together import energies_together, factor_together, shifts_of, stacked
@@ -49,6 +50,9 @@ class SparseGPT(LinearMethod):
         None,
         (None, "magnitude", "wanda", "zeros"),
         help="mask fixed before the sweep: that of the named method, or the weight's own zeros; None lets the sweep choose",
+    )
+    keep_zeros: bool = flag(
+        True, help="leave zeros of the weight zero, as the first that are pruned; False compensates in them too"
     )
 
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
@@ -105,16 +109,23 @@ class SparseGPT(LinearMethod):
         self, weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, fixed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the new weight and the damped error of each row; all may be batches."""
-        target = {"pattern": pattern} if fixed is None else {"mask": fixed}
-        new_weight, _, damped_error = ops.obs_sweep(weight, factor, **target, scope=self.scope, block_size=self.block_size)
-        return new_weight, damped_error
+        options = {"scope": self.scope, "block_size": self.block_size}
+        if fixed is not None:
+            return ops.obs_sweep(weight, factor, mask=fixed, **options)[::2]
+        if not self.keep_zeros or weight.all():
+            return ops.obs_sweep(weight, factor, pattern, **options)[::2]
+        if weight.dim() == 2:
+            return sweep_keeping_zeros(weight, factor, pattern, **options)
+        swept = [sweep_keeping_zeros(*own, pattern, **options) for own in zip(weight, factor, strict=True)]
+        return torch.stack([new for new, _ in swept]), torch.stack([error for _, error in swept])
 
     def _fixed_mask(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> torch.Tensor | None:
         if self.mask is None:
             return None
         if self.mask == "zeros":
             return _existing_zeros(weight, pattern)
-        return Magnitude().mask_of(weight, pattern) if self.mask == "magnitude" else Wanda().mask_of(weight, statistics, pattern)
+        mask = Magnitude().mask_of(weight, pattern) if self.mask == "magnitude" else Wanda().mask_of(weight, statistics, pattern)
+        return mask & (weight != 0) if self.keep_zeros else mask
 
 
 def _calls(statistics: Sequence[HasGram]) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from .. import ops
 from .._activations import activate
 from ..pattern import Pattern
-from ._fields import choice, method, number, whole
+from ._fields import choice, flag, method, number, whole
 from .base import (
     BlockMethod,
     FeedForwardProblem,
@@ -76,6 +76,10 @@ class SparseLLM(BlockMethod):
     keep: str = choice(
         "best", ("best", "last"), help="round whose weights are kept: the one with the least output error, or the last (paper)"
     )
+    keep_zeros: bool = flag(
+        True,
+        help="leave zeros of the weights zero, as the first that are pruned, where the solver does so too; False fits them too",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,6 +140,7 @@ class Alternation:
         self.config, self.problem = config, problem
         self.firsts = [problem.up] if problem.gate is None else [problem.up, problem.gate]
         self.weights = [layer.weight.float() for layer in (*self.firsts, problem.down)]
+        self.nonzeros = [weight != 0 for weight in self.weights]
         features, outputs = problem.up.weight.shape[0], problem.down.weight.shape[0]
         self.states = [problem.new_rows(features) for _ in self.firsts]
         self.target = problem.new_rows(outputs)  # without the bias, as everywhere here
@@ -193,7 +198,10 @@ class Alternation:
         """Fit dense weights to the auxiliary activations by damped least squares."""
         statistics = [self.problem.inputs] * len(self.firsts) + [self.hidden]
         for i, (statistic, cross) in enumerate(zip(statistics, self.crosses, strict=True)):
-            self.weights[i] = self.weights[i] + statistic.solve(cross, self.config.damping)
+            fitted = self.weights[i] + statistic.solve(cross, self.config.damping)
+            if self.config.keep_zeros and not self.nonzeros[i].all():
+                fitted, _, _ = ops.obs_sweep(fitted, statistic.factor(self.config.damping), mask=self.nonzeros[i])
+            self.weights[i] = fitted
 
     def _tiles(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
         """Yield for each tile its rows, `x`, and the outputs of up (and gate)."""

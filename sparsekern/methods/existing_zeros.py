@@ -1,0 +1,120 @@
+"""SparseGPT's sweep of a weight that has zeros already: they stay zero, and count as pruned before any other weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import ops
+from .._checks import check_finite
+from ..pattern import NM, Pattern, pruned_count
+
+COLUMNS = 128  # of N:M groups that share one product with all columns before them
+
+
+def sweep_keeping_zeros(
+    weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, *, scope: str, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `ops.obs_sweep` returns as new weight and row error, but every zero of `weight` is zero in the new weight.
+
+    An N:M group with more zeros than the pattern prunes keeps them all. A sparsity is reached by the non-zeros in excess of it, which
+    are taken from all blocks of columns in proportion to their non-zeros. A weight with more zeros than the sparsity is unchanged.
+
+    Rows without zeros are swept by the op where rows do not share a count, and so is a weight without zeros.
+
+    Args:
+        weight: as for `ops.obs_sweep`.
+        factor: as for `ops.obs_sweep`.
+        pattern: as for `ops.obs_sweep`.
+        scope: as for `ops.obs_sweep`.
+        block_size: as for `ops.obs_sweep`.
+
+    Raises:
+        ValueError: NaN or Inf in `weight` or `factor`.
+    """
+    options = {"scope": scope, "block_size": block_size}
+    zero = weight == 0
+    affected = zero.any(1)
+    if not affected.any():
+        return ops.obs_sweep(weight, factor, pattern, **options)[::2]
+    check_finite("weight", weight)
+    check_finite("factor", factor)
+    if scope == "matrix" and not isinstance(pattern, NM):
+        (kept,) = _kept_counts(zero, pattern, scope, weight.shape[1])
+        return ops.obs_sweep(weight, factor, mask=_best(_score(weight.float(), factor), zero, kept))[::2]
+    if scope == "block" and not isinstance(pattern, NM):
+        return _sweep(weight, zero, factor, pattern, scope, block_size)
+    new_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    row_error = weight.new_empty(len(weight), dtype=torch.float32)
+    new_weight[affected], row_error[affected] = _sweep(weight[affected], zero[affected], factor, pattern, scope, block_size)
+    if not affected.all():
+        new_weight[~affected], row_error[~affected] = ops.obs_sweep(weight[~affected], factor, pattern, **options)[::2]
+    return new_weight, row_error
+
+
+def _sweep(
+    weight: torch.Tensor, zero: torch.Tensor, factor: torch.Tensor, pattern: Pattern, scope: str, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose part by part of the columns from the current weights, and let the op sweep each part with the chosen mask.
+
+    A part is an N:M group or a block. The op is given the part's current weights, in which the removals before it are compensated. What
+    it adds to them is the same as in a sweep of all columns.
+    """
+    columns = weight.shape[1]
+    part, step = (pattern.m, max(1, COLUMNS // pattern.m) * pattern.m) if isinstance(pattern, NM) else (block_size, block_size)
+    counts = iter(_kept_counts(zero, pattern, scope, part))
+    start, dead = weight.float(), torch.signbit(factor.diagonal())
+    delta, new_weight = torch.zeros_like(start), torch.zeros_like(start)  # delta is start - new_weight
+    row_error = start.new_zeros(len(weight))
+    for first in range(0, columns, step):
+        last = min(first + step, columns)
+        pending = delta[:, :first] @ factor[:first, first:last]
+        for a in range(first, last, part):
+            b = min(a + part, last)
+            error = pending[:, a - first : b - first] + delta[:, first:a] @ factor[first:a, a:b]
+            own = factor[a:b, a:b].contiguous()
+            current = start[:, a:b] + _divided(error, own)
+            mask = _best(_score(current, own), zero[:, a:b], next(counts))
+            new_weight[:, a:b], _, found = ops.obs_sweep(current, own, mask=mask)
+            delta[:, a:b] = (start[:, a:b] - new_weight[:, a:b]).masked_fill(dead[a:b], 0)
+            row_error += found
+    return new_weight.to(weight.dtype), row_error
+
+
+def _divided(error: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return `error @ factor^-1`, with a diagonal of 1 at dead features."""
+    factor = factor.clone()
+    diagonal = factor.diagonal()
+    diagonal.masked_fill_(torch.signbit(diagonal), 1)
+    return torch.linalg.solve_triangular(factor, error, upper=True, left=False)
+
+
+def _score(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return the error of removing each weight, `|w| V_jj`, whose square has the same order; dead features cost nothing."""
+    return weight.abs() * factor.diagonal().clamp(min=0)
+
+
+def _best(scores: torch.Tensor, zero: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return the mask of the highest scores among the non-zeros: `kept` of each row, or of all rows if there is one number."""
+    ranked = scores.masked_fill(zero, -1).reshape(len(kept), -1)
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    best = torch.arange(ranked.shape[1], device=order.device) < kept[:, None]
+    return torch.zeros_like(best).scatter_(1, order, best).view_as(scores)
+
+
+def _kept_counts(zero: torch.Tensor, pattern: Pattern, scope: str, part: int) -> Sequence[torch.Tensor]:
+    """Return for each `part` columns how many non-zeros are kept: of each row, or of all rows together."""
+    alive = torch.stack([(~columns).sum(1) for columns in zero.split(part, dim=1)])  # [parts, rows]
+    if isinstance(pattern, NM):
+        return list(alive.clamp(max=pattern.n))
+    if scope != "row":
+        alive = alive.sum(1, keepdim=True)
+    total = zero.numel() // alive.shape[1]
+    totals = alive.sum(0)
+    excess = (totals - (total - pruned_count(total, pattern.sparsity))).clamp(min=0)
+    until = alive.cumsum(0)
+    # Whole numbers of any size: the product of two counts of a large matrix is beyond 64 bits.
+    gone = [[e * u // max(t, 1) for e, u, t in zip(excess.tolist(), row, totals.tolist(), strict=True)] for row in until.tolist()]
+    removed = torch.tensor(gone, device=zero.device)
+    return list(alive - removed.diff(dim=0, prepend=torch.zeros_like(removed[:1])))
