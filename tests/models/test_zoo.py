@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import sparsekern
-from tests.models.zoo import ZOO, together
+from tests.models.zoo import ZOO
 from tests.models.zoo.checks import check_decisions, check_family
 from tests.models.zoo.table import FILE, read_rows, written
 
@@ -28,7 +28,7 @@ def test_the_check_notices_what_is_wrong():
 
     def pruned(method="wanda", **options):
         model = family.model()
-        report = sparsekern.prune(model, method, "2:4", calibration=[together(samples)], progress=False, **options)
+        report = sparsekern.prune(model, method, "2:4", calibration=family.calibration(), progress=False, **options)
         return model, {layer.name for layer in report.layers}
 
     model, names = pruned()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import sparsekern
 
-from .family import Family, Sample, together
+from .family import Family, Sample
 from .watching import Watch
 
 PART = re.compile(r"(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)")
@@ -28,7 +28,7 @@ def check_family(family: Family, folder: Path) -> dict[str, object]:
     model = sparsekern.load(folder / "dense", device="cpu")
     assert_same_weights(model, dense)
     row: dict[str, object] = {"type": dense.config.model_type, "class": family.architecture}
-    options = {"calibration": [together(samples)], "out": folder / "pruned", "progress": False, **family.options}
+    options = {"calibration": family.calibration(), "out": folder / "pruned", "progress": False, **family.options}
     if family.refused:
         message = ""
         try:

@@ -68,6 +68,7 @@ ENCODERS = {
             **TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, share_att_key=True
         ),
         ("deberta.encoder.layer",),
+        padded=False,
     ),
     "mpnet": Family("MPNetModel", lambda: tf.MPNetConfig(**TEXT), LAYERS),
     "albert": Family("AlbertForMaskedLM", lambda: tf.AlbertConfig(**TEXT, embedding_size=16), refused="more than once"),
@@ -78,9 +79,7 @@ ENCODERS = {
         LAYERS,
         samples=images,
     ),
-    "clip_vision": Family(
-        "CLIPVisionModel", lambda: tf.CLIPVisionConfig(**VISION), ("vision_model.encoder.layers",), samples=images
-    ),
+    "clip_vision": Family("CLIPVisionModel", lambda: tf.CLIPVisionConfig(**VISION), ("encoder.layers",), samples=images),
     "clip": Family("CLIPModel", lambda: tf.CLIPConfig(**CLIP, projection_dim=16), TOWERS, samples=captioned),
     "siglip": Family("SiglipModel", lambda: tf.SiglipConfig(text_config=TEXT, vision_config=VISION), TOWERS, samples=captioned),
     "wav2vec2": Family("Wav2Vec2ForCTC", lambda: tf.Wav2Vec2Config(**SPEECH), ("wav2vec2.encoder.layers",), samples=sound),

@@ -17,6 +17,7 @@ LLAMA = dict(**COMMON, **SIZES, num_key_value_heads=2, head_dim=8)
 Sample = dict[str, torch.Tensor]
 
 ROUTER = "routes tokens to experts"
+MIXING = "mixes a few streams"
 HEADWISE = "one small matrix a head, in a parameter of three dimensions"
 NOT_CALLED = "its weight is read, the module is not called"
 
@@ -38,6 +39,7 @@ class Family:
         dense: by the end of a name in a block, why that matrix stays dense.
         samples: makes the calibration samples, each a batch of one without padding.
         options: further arguments of `prune`.
+        padded: False if samples cannot run together with padding, and calibrate one by one.
         interleaved: True if gate and up rows of its experts alternate.
         refused: the message of a family that `prune` refuses.
         unpacked: by the end of a name, why that linear is not packed.
@@ -49,6 +51,7 @@ class Family:
     dense: Mapping[str, str] = field(default_factory=dict)
     samples: Callable[[], list[Sample]] = words
     options: Mapping[str, Any] = field(default_factory=dict)
+    padded: bool = True
     interleaved: bool = False
     refused: str = ""
     unpacked: Mapping[str, str] = field(default_factory=dict)
@@ -58,8 +61,13 @@ class Family:
         torch.manual_seed(0)
         model = getattr(tf, self.architecture)(self.config()).eval()
         for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter) * 0.02)
+            if parameter.requires_grad:  # tables of sines are made again, not saved
+                parameter.data.add_(torch.randn_like(parameter) * 0.02)
         return model
+
+    def calibration(self) -> list[Sample]:
+        """The batches to calibrate with."""
+        return [together(self.samples())] if self.padded else self.samples()
 
 
 def together(samples: list[Sample]) -> Sample:

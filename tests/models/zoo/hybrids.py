@@ -137,7 +137,7 @@ HYBRIDS = {
     "xlstm": Family(
         "xLSTMForCausalLM",
         lambda: tf.xLSTMConfig(
-            **COMMON, hidden_size=32, embedding_dim=32, num_hidden_layers=2, num_blocks=2, num_heads=2, chunk_size=16
+            **COMMON, hidden_size=128, embedding_dim=128, num_hidden_layers=2, num_blocks=2, num_heads=4, chunk_size=16
         ),
         ("backbone.blocks",),
     ),
