@@ -111,7 +111,7 @@ VISION_LANGUAGE = {
             hidden_size_per_layer_input=16,
             vocab_size_per_layer_input=96,
             num_kv_shared_layers=2,
-            laurel_rank=8,
+            laurel_rank=16,
             altup_num_inputs=2,
             activation_sparsity_pattern=[0.0] * 4,
         ),
