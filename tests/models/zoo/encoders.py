@@ -84,4 +84,11 @@ ENCODERS = {
     "siglip": Family("SiglipModel", lambda: tf.SiglipConfig(text_config=TEXT, vision_config=VISION), TOWERS, samples=captioned),
     "wav2vec2": Family("Wav2Vec2ForCTC", lambda: tf.Wav2Vec2Config(**SPEECH), ("wav2vec2.encoder.layers",), samples=sound),
     "hubert": Family("HubertForCTC", lambda: tf.HubertConfig(**SPEECH), ("hubert.encoder.layers",), samples=sound),
+    "deit": Family("DeiTForImageClassification", lambda: tf.DeiTConfig(**VISION), ("deit.layers",), samples=images),
+    "swin": Family(
+        "SwinForImageClassification",
+        lambda: tf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4),
+        ("swin.encoder.layers",),
+        samples=lambda: images(32),
+    ),
 }

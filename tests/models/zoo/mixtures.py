@@ -81,6 +81,7 @@ MIXTURES = {
             indexer_types=["full", "full"],
         ),
         dense=GATE,
+        padded=False,  # the index counts padding among the tokens to choose from
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
@@ -146,5 +147,50 @@ MIXTURES = {
             layer_types=["conv", "full_attention"],
         ),
         dense={"feed_forward.gate": ROUTER},
+    ),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM",
+        lambda: tf.DeepseekV32Config(
+            **COMMON, **SIZES, **LATENT, **GROUPED, n_shared_experts=1, index_topk=4, index_head_dim=16, index_n_heads=2
+        ),
+        dense=GATE,
+        padded=False,  # the index counts padding among the tokens to choose from
+    ),
+    "flex_olmo": Family(
+        "FlexOlmoForCausalLM",
+        lambda: tf.FlexOlmoConfig(**COMMON, **SIZES, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
+        dense=GATE,
+    ),
+    "longcat_flash": Family(
+        "LongcatFlashForCausalLM",
+        lambda: tf.LongcatFlashConfig(
+            **COMMON,
+            **LATENT,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_layers=2,
+            num_attention_heads=4,
+            head_dim=8,
+            max_position_embeddings=64,
+            n_routed_experts=4,
+            zero_expert_num=2,
+            expert_ffn_hidden_size=16,
+            moe_topk=2,
+        ),
+        dense={"mlp.router.classifier": ROUTER},
+    ),
+    "jetmoe": Family(
+        "JetMoeForCausalLM",
+        lambda: tf.JetMoeConfig(
+            **COMMON,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            kv_channels=8,
+            num_local_experts=4,
+            max_position_embeddings=64,
+        ),
+        refused="(JetMoeParallelExperts) holds experts in a layout that sparsekern does not know",
     ),
 }

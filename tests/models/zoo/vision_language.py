@@ -6,7 +6,7 @@ import torch
 import transformers as tf
 
 from .encoders import IMAGE, VISION, images
-from .family import LLAMA, MIXING, Family, Sample, words
+from .family import LLAMA, MIXING, ROUTER, Family, Sample, words
 
 STACK = ("model.language_model.layers",)
 PICTURE = 90  # the id that stands for a part of an image
@@ -62,6 +62,16 @@ def tiles() -> list[Sample]:
 
 
 QWEN = dict(image_token_id=PICTURE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+QWEN3_VISION = dict(
+    depth=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    patch_size=8,
+    out_hidden_size=32,
+    num_position_embeddings=16,
+    deepstack_visual_indexes=[0],
+)
 TEXT = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 GEMMA3 = dict(**LLAMA, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 
@@ -177,16 +187,7 @@ VISION_LANGUAGE = {
         "Qwen3VLForConditionalGeneration",
         lambda: tf.Qwen3VLConfig(
             text_config=TEXT,
-            vision_config=dict(
-                depth=2,
-                hidden_size=32,
-                intermediate_size=48,
-                num_heads=4,
-                patch_size=8,
-                out_hidden_size=32,
-                num_position_embeddings=16,
-                deepstack_visual_indexes=[0],
-            ),
+            vision_config=QWEN3_VISION,
             **QWEN,
         ),
         STACK,
@@ -228,5 +229,62 @@ VISION_LANGUAGE = {
         ),
         STACK,
         samples=tiles,
+    ),
+    "mistral3": Family(
+        "Mistral3ForConditionalGeneration",
+        lambda: tf.Mistral3Config(
+            text_config=LLAMA | {"model_type": "mistral"},
+            vision_config=VISION | {"model_type": "pixtral", "head_dim": 8, "image_size": 32},
+            image_token_index=PICTURE,
+            spatial_merge_size=2,
+        ),
+        STACK,
+        samples=pictured(pixels=lambda: [each | {"image_sizes": torch.tensor([[32, 32]])} for each in images(32, 4)]),
+    ),
+    "internvl": Family(
+        "InternVLForConditionalGeneration",
+        lambda: tf.InternVLConfig(
+            text_config=LLAMA | {"model_type": "qwen2"},
+            vision_config=VISION | {"image_size": [16, 16], "patch_size": [4, 4]},
+            image_token_id=PICTURE,
+            downsample_ratio=0.5,
+        ),
+        STACK,
+        samples=pictured(),
+    ),
+    "qwen3_vl_moe": Family(
+        "Qwen3VLMoeForConditionalGeneration",
+        lambda: tf.Qwen3VLMoeConfig(
+            text_config=TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            vision_config=QWEN3_VISION,
+            **QWEN,
+        ),
+        STACK,
+        dense={"mlp.gate": ROUTER},
+        samples=pictured(pixels=patches),
+    ),
+    "aria": Family(
+        "AriaForConditionalGeneration",
+        lambda: tf.AriaConfig(
+            text_config=LLAMA | {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+            vision_config=VISION | {"model_type": "idefics3_vision"},
+            image_token_index=PICTURE,
+            projector_patch_to_query_dict={4: 4},
+        ),
+        STACK,
+        dense={"mlp.router": ROUTER},
+        samples=pictured(),
+    ),
+    "blip_2": Family(
+        "Blip2ForConditionalGeneration",
+        lambda: tf.Blip2Config(
+            vision_config=VISION,
+            qformer_config=LLAMA | {"encoder_hidden_size": 32},
+            text_config=LLAMA | {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
+            num_query_tokens=4,
+            image_token_index=PICTURE,
+        ),
+        ("language_model.model.decoder.layers",),
+        samples=pictured(),
     ),
 }
