@@ -16,7 +16,8 @@ from ..models import find_blocks
 from ..models.limits import check_count, positions, vocabulary
 from ..models.linears import Linear, find_linears
 from ..pruning.batches import Batch, Calibration, as_batches
-from ..pruning.blockwise.activations import Activations, probe
+from ..pruning.blockwise.activations import Activations
+from ..pruning.blockwise.observation import course_of
 from ..pruning.modes import plain_modes
 from ..pruning.session import check_module, check_seed, prepared
 from ..runtime import is_packed
@@ -140,8 +141,7 @@ def _inputs(model: nn.Module, batches: list[Batch]) -> Iterator[tuple[nn.Module,
     for index, block in enumerate(blocks.modules):
         name = f"{blocks.block_name(index)}.mlp.{PARTS[0]}"
         gates.append(next(linear for linear in find_linears(block, blocks.block_name(index)) if linear.name == name))
-    seen = probe(model, blocks, gates, batches[0], to_the_end=False)
-    activations = Activations(model, blocks, batches, seen.returns_tuple)
+    activations = Activations(model, batches, course_of(model, blocks, batches, [[gate] for gate in gates]))
     for index, gate in enumerate(gates):
         yield model.get_submodule(f"{blocks.block_name(index)}.mlp"), _rows(activations, index, gate)
         activations.advance(index)
@@ -198,7 +198,7 @@ def _check_same(model: nn.Module, mixture: nn.Module, batch: Batch) -> None:
     """Raise `ValueError` unless the mixture with all its experts computes what the dense model does."""
     routers: list[Any] = [module.gate for module in mixture.modules() if hasattr(module, "gate") and hasattr(module, "experts")]
     top_k = [router.top_k for router in routers]
-    tokens = batch.beginning(64)
+    tokens = batch.first_sample_alone() or batch.inputs
     for router in routers:
         router.top_k = router.num_experts
     try:

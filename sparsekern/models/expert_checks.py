@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .experts import Experts, ExpertsCall, find_experts, watched
+from .unsupported import CannotFollow
 
 CLOSE = 0.05  # relative difference of two outputs that is taken for rounding
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -42,7 +43,7 @@ def verified(found: Iterable[Experts]) -> Iterator[None]:
             call = calls.pop(experts.name)
             ours, theirs = experts.combined(call).float(), output.reshape(call.hidden.shape).float()
             if not float((ours - theirs).norm()) <= CLOSE * float(theirs.norm()) and bool(theirs.isfinite().all()):
-                raise ValueError(
+                raise CannotFollow(
                     f"model: {experts.name} ({type(module).__name__}) computes something else than its layout says, so the inputs of "
                     "its down projections are unknown; leave it out with exclude"
                 )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from ..data import CalibrationText
 from ..models.limits import check_token_ids
+from .values import replaced
 
 # On a CPU: enough rows for the matrix products to run at full speed. With more, the activations no longer fit the caches.
 TOKENS_PER_BATCH = 2048
@@ -20,7 +21,36 @@ TOKENS_PER_BATCH = 2048
 # block take 0.1 MB a token in a model of 7B weights and 0.3 MB in one of 70B.
 MOST_TOKENS_PER_BATCH = 32768
 DEVICE_BYTES_PER_TOKEN = 4 << 20
+SAMPLES_PER_BATCH = 8  # of images or sounds, whose rows are not known beforehand
+IGNORED = -100  # a label that is not predicted
+SEQUENCES = ("input_ids", "inputs_embeds")  # inputs `[samples, length, ...]`, whose padding `attention_mask` tells
 Calibration = torch.Tensor | Iterable[torch.Tensor | Mapping[str, torch.Tensor]] | str | os.PathLike | CalibrationText
+
+
+TOKENS, DECODED = "attention_mask", "decoder_attention_mask"  # the two masks of padding that a batch may have
+FITTING = "fitting"  # `TOKENS` for rows that fit it, no mask for others: values that were made from none of the model's inputs
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """The inputs that a model takes, as far as calibration data depend on them.
+
+    Attributes:
+        main: the input that a bare tensor is.
+        decodes: True for an encoder with a decoder, which takes `decoder_input_ids` too.
+        shifted: makes decoder ids from labels; None where the model has no such function.
+    """
+
+    main: str = "input_ids"
+    decodes: bool = False
+    shifted: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> ModelInputs:
+        """Return the inputs of `model`."""
+        decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        return cls(getattr(model, "main_input_name", "input_ids"), decodes, shifted if decodes else None)
 
 
 @dataclass(frozen=True)
@@ -28,57 +58,91 @@ class Batch:
     """One call of the model.
 
     Attributes:
-        inputs: the keyword arguments, with `input_ids` `[samples, length]`.
+        inputs: the keyword arguments.
         first_sample: the number of the first row among all calibration samples.
-        token_mask: `[samples, length]` bool, True at real tokens; None where there is no padding.
+        token_mask: `[samples, length]` bool, True at real tokens of the model's main sequence; None where there is no padding.
+        decoder_mask: the same for the tokens of a decoder behind an encoder.
+        main: the name of the main input, whose first dimension counts the samples.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     first_sample: int
     token_mask: torch.Tensor | None
+    decoder_mask: torch.Tensor | None = None
+    main: str = "input_ids"
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of samples and their length in tokens."""
-        samples, length = self.inputs["input_ids"].shape
-        return samples, length
+        """The number of samples and their length in tokens, which is 1 where the main input is no sequence of tokens."""
+        samples, *rest = self.inputs[self.main].shape
+        return samples, rest[0] if self.main in SEQUENCES else 1
 
     @cached_property
     def tokens(self) -> int:
         """The number of real tokens. It is counted once, since reading a count waits for the device."""
-        return self.inputs["input_ids"].numel() if self.token_mask is None else int(self.token_mask.sum())
+        samples, length = self.shape
+        return samples * length if self.token_mask is None else int(self.token_mask.sum())
 
-    def beginning(self, tokens: int) -> dict[str, torch.Tensor]:
-        """Return the inputs of the first tokens of the first sample."""
-        return {
-            name: value[:1, :tokens] if isinstance(value, torch.Tensor) and value.shape[:2] == self.shape else value
-            for name, value in self.inputs.items()
-        }
+    @cached_property
+    def _decoded(self) -> int:
+        return 0 if self.decoder_mask is None else int(self.decoder_mask.sum())
 
-    def used(self, rows: int) -> int:
-        """Return how many of the `rows` of a flattened activation belong to real tokens."""
-        return self.tokens * (rows // self.inputs["input_ids"].numel())
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of the inputs that are not None."""
+        return frozenset(name for name, value in self.inputs.items() if value is not None)
 
-    def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The inputs that are tensors."""
+        return {name: value for name, value in self.inputs.items() if isinstance(value, torch.Tensor)}
+
+    def first_sample_alone(self) -> dict[str, Any] | None:
+        """Return the inputs of the first sample, or None where an input is not divided into samples by its first dimension."""
+        samples = self.shape[0]
+        if any(not tensor.dim() or len(tensor) != samples for tensor in self.tensors.values()):
+            return None
+        return {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()}
+
+    def mask(self, name: str | None = TOKENS) -> torch.Tensor | None:
+        """Return the padding mask `name`; None where there is no padding, or no mask of that name."""
+        return {TOKENS: self.token_mask, FITTING: self.token_mask, DECODED: self.decoder_mask}.get(name or "")
+
+    def used(self, rows: int, mask: str | None = TOKENS) -> int:
+        """Return how many of the `rows` of a flattened activation belong to real tokens of the sequence that `mask` is of."""
+        tokens = self.mask(mask)
+        if tokens is None:
+            return rows
+        return (self._decoded if mask == DECODED else self.tokens) * (rows // tokens.numel())
+
+    def flatten(self, x: torch.Tensor, mask: str | None = TOKENS) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return an activation of this batch as `(rows [n, features], row_mask [n] or None)`.
+
+        Args:
+            x: the activation.
+            mask: the padding mask of the sequence that its rows are of; None takes all rows.
 
         Raises:
             ValueError: there is padding, and the shape of `x` does not tell which rows are padding.
         """
-        rows = x.reshape(-1, x.shape[-1])
-        if self.token_mask is None:
+        rows, tokens = x.reshape(-1, x.shape[-1]), self.mask(mask)
+        if tokens is None:
             return rows, None
-        leading, (samples, length) = x.shape[:-1], self.shape
-        if leading[:2] == (samples, length):
-            mask, trailing = self.token_mask, leading[2:]
+        leading, (samples, length) = x.shape[:-1], tokens.shape
+        places = [place for place, size in enumerate(leading) if place and size == length]
+        if leading[:1] == (samples,) and (1 in places or len(places) == 1):
+            place = 1 if 1 in places else places[0]  # behind the heads, where there are several
+            tokens = tokens.view(samples, *[1] * (place - 1), length, *[1] * (len(leading) - place - 1))
         elif leading[:1] == (samples * length,):
-            mask, trailing = self.token_mask.flatten(), leading[1:]
+            tokens = tokens.view(-1, *[1] * (len(leading) - 1))
+        elif mask == FITTING:
+            return rows, None
         else:
             raise ValueError(
                 f"an input of shape {tuple(x.shape)} in a padded batch of {samples} x {length} tokens does not tell which "
                 "rows are padding; calibrate with samples of one length"
             )
-        return rows, mask[(...,) + (None,) * len(trailing)].expand(leading).flatten()
+        return rows, tokens.expand(leading).flatten()
 
     def sample_of_row(self, row: int, rows: int) -> int | None:
         """Return the calibration sample of row `row` of `rows`, or None where the rows do not follow the samples."""
@@ -91,16 +155,18 @@ def as_batches(
     device: torch.device,
     vocabulary: int | None,
     positions: int | None = None,
+    expected: ModelInputs | None = None,
 ) -> list[Batch]:
     """Check calibration data, and return it as batches on `device`.
 
     Args:
-        calibration: LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids` and
-            `attention_mask` (0 at padding).
+        calibration: one tensor of the model's main input, such as token ids, LongTensor `[samples, length]`; or an iterable of
+            batches: such tensors, or mappings of the arguments of the model's forward, with `attention_mask` 0 at padding.
         batch_size: samples in a batch if `calibration` is one tensor; None chooses, see `tokens_per_batch`.
         device: the device of the batches.
         vocabulary: the ids must be below it; None checks nothing.
         positions: the longest sample allowed; None checks nothing.
+        expected: the inputs that the model takes; None is those of a decoder.
 
     Raises:
         TypeError: calibration data of another type, or ids of another dtype.
@@ -108,17 +174,21 @@ def as_batches(
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    expected = expected or ModelInputs()
     if isinstance(calibration, Mapping):
         calibration = [calibration]
     elif isinstance(calibration, torch.Tensor):
-        _check_ids(calibration, vocabulary)
-        size = batch_size or max(1, tokens_per_batch(_memory_of(device)) // max(calibration.shape[1], 1))
+        if expected.main == "input_ids":
+            _check_ids(calibration, vocabulary)
+            size = batch_size or max(1, tokens_per_batch(_memory_of(device)) // max(calibration.shape[1], 1))
+        else:
+            size = batch_size or SAMPLES_PER_BATCH
         calibration = calibration.split(size)
     if not isinstance(calibration, Iterable):
         raise TypeError(f"calibration: expected token ids or an iterable of batches, got {calibration!r}")
     batches, samples = [], 0
     for given in calibration:
-        batch = _as_batch(given, samples, device, vocabulary)
+        batch = _as_batch(given, samples, device, vocabulary, expected)
         samples += batch.shape[0]
         if positions is not None and batch.shape[1] > positions:
             raise ValueError(
@@ -159,24 +229,55 @@ def fingerprint(batches: list[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _as_batch(given: object, first_sample: int, device: torch.device, vocabulary: int | None) -> Batch:
-    inputs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"input_ids": given}
-    if not isinstance(inputs.get("input_ids"), torch.Tensor):
-        raise TypeError(f"calibration: expected token tensors or mappings with 'input_ids', got {type(given).__name__}")
-    ids = inputs["input_ids"]
-    _check_ids(ids, vocabulary)
-    mask = inputs.get("attention_mask")
+def _as_batch(given: object, first_sample: int, device: torch.device, vocabulary: int | None, expected: ModelInputs) -> Batch:
+    inputs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {expected.main: given}
+    if expected.decodes and not isinstance(given, Mapping) and expected.main == "input_ids":
+        inputs["decoder_input_ids"] = given
+    tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()]
+    main = next((name for name in (*SEQUENCES, expected.main, *tensors) if name in tensors), None)
+    if main is None:
+        kind = type(given).__name__
+        raise TypeError(f"calibration: expected token tensors or mappings of the model's inputs with tensors, got {kind}")
+    if "input_ids" in tensors:
+        _check_ids(inputs["input_ids"], vocabulary)
+    elif not inputs[main].numel():
+        raise ValueError(f"calibration: expected at least one sample, got {main} of shape {tuple(inputs[main].shape)}")
+    _check_mask(inputs, TOKENS, main if main in SEQUENCES else None)
+    decoded = next((name for name in ("decoder_input_ids", "decoder_inputs_embeds") if inputs.get(name) is not None), None)
+    _check_mask(inputs, DECODED, decoded)
+    labels = inputs.pop("labels", None)
+    decoder_mask = inputs.get(DECODED)
+    if isinstance(labels, torch.Tensor) and expected.shifted and decoded is None:
+        inputs["decoder_input_ids"] = expected.shifted(labels)
+        decoder_mask = labels != IGNORED if decoder_mask is None else decoder_mask
+    inputs = {name: replaced(value, torch.Tensor, partial(_plain, device=device)) for name, value in inputs.items()}
+    return Batch(inputs, first_sample, _padding(inputs.get(TOKENS), device), _padding(decoder_mask, device), main)
+
+
+def _check_mask(inputs: Mapping[str, Any], name: str, of: str | None) -> None:
+    """Raise unless the mask `name` is a tensor of the length of the sequence `of`; None takes any shape.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape.
+    """
+    mask = inputs.get(name)
+    shape = None if of is None else inputs[of].shape[:2]
     if mask is not None and not isinstance(mask, torch.Tensor):
-        raise TypeError(f"calibration: expected attention_mask as a tensor of shape {tuple(ids.shape)}, got {type(mask).__name__}")
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"calibration: expected attention_mask of shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
-    inputs.pop("labels", None)
-    inputs = {name: _plain(value, device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    mask = inputs.get("attention_mask")
-    return Batch(inputs, first_sample, None if mask is None or bool(mask.all()) else mask.bool())
+        expected = "" if shape is None else f" of shape {tuple(shape)}"
+        raise TypeError(f"calibration: expected {name} as a tensor{expected}, got {type(mask).__name__}")
+    if mask is not None and shape is not None and mask.shape != shape:
+        raise ValueError(f"calibration: expected {name} of shape {tuple(shape)}, got {tuple(mask.shape)}")
 
 
-def _plain(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _padding(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Return a mask of real tokens as bool on `device`; None where all are real, or where it does not tell tokens apart."""
+    if mask is None or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask.to(device).bool()
+
+
+def _plain(value: torch.Tensor, *, device: torch.device) -> torch.Tensor:
     """Return a tensor on `device`. One made in inference mode is copied, since autograd refuses it."""
     value = value.to(device)
     return value.clone() if value.is_inference() else value

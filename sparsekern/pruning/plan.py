@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from ..runtime import is_packed
 from .batches import Batch, Calibration
 from .mixtures import ROUTING, ExpertRules
 from .session import check_format_fits
+
+if TYPE_CHECKING:
+    from .blockwise.course import Course
 
 PatternLike = str | float | Pattern
 Choice = Globs | Callable[[str, nn.Module], bool]
@@ -80,6 +84,7 @@ class Plan:
         measure_error: take a Gram matrix to report errors, even if the method needs none.
         listed: the names of the linears of experts that are modules of their own.
         rules: how experts are calibrated; None where there are none, or nothing is calibrated.
+        course: the course of the model's forwards; None until it is observed.
     """
 
     blocks: Blocks
@@ -90,6 +95,7 @@ class Plan:
     measure_error: bool = False
     listed: frozenset[str] = frozenset()
     rules: ExpertRules | None = None
+    course: Course | None = None
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
@@ -161,8 +167,11 @@ def make_plan(
     default = parse_pattern(pattern)
     by_glob = {glob: None if value is None else parse_pattern(value) for glob, value in (patterns or {}).items()}
     check_matches("patterns", by_glob, everything)
-    # A linear outside the blocks is pruned only where its whole name is given.
-    eligible = in_blocks if callable(include) else in_blocks | set(as_globs("include", include) or ())
+    by_default = {linear.name for linears, chosen in zip(inside, blocks.by_default, strict=True) for linear in linears if chosen}
+    # A linear outside the blocks is pruned only where its whole name is given, a tower beside a language model where it is included.
+    eligible = by_default if include is None else in_blocks
+    if include is not None and not callable(include):
+        eligible = in_blocks | set(as_globs("include", include) or ())
     gates = {
         linear.name
         for index, block in enumerate(blocks.modules)
@@ -206,6 +215,8 @@ def make_plan(
             SparsekernWarning,
             stacklevel=3,
         )
+    if include is None:
+        _say_which_stacks_stay_dense(blocks)
     return plan
 
 
@@ -347,6 +358,18 @@ def _say_what_stays_dense(blocks: Blocks, linears: list[list[Linear]]) -> None:
     if stacked:
         warnings.warn(
             f"{stacked[0]} and {len(stacked) - 1} more parameters of the blocks are no linear layers and stay dense",
+            SparsekernWarning,
+            stacklevel=4,
+        )
+
+
+def _say_which_stacks_stay_dense(blocks: Blocks) -> None:
+    """Warn of towers beside a language model, which only `include` prunes."""
+    towers = [stack.name for stack in blocks.stacks if not stack.by_default]
+    if towers:
+        globs = ", ".join(f"{name}.*" for name in towers)
+        warnings.warn(
+            f"{', '.join(towers)}: dense, since the language model alone is pruned by default (include takes {globs})",
             SparsekernWarning,
             stacklevel=4,
         )

@@ -21,7 +21,7 @@ from ..pattern import NM, Pattern, parse_pattern
 from ..runtime.formats import format_of
 from ..runtime.packing import PACKED, packable_linears, smallest
 from ..runtime.save import DENSE
-from .batches import Batch, Calibration, as_batches
+from .batches import Batch, Calibration, ModelInputs, as_batches
 from .seeds import seed_torch, torch_generators_kept
 
 
@@ -49,9 +49,16 @@ def batches_for(model: nn.Module, method: Method, calibration: Calibration | Non
         raise ValueError(
             f"calibration: expected token ids, which {type(method).__name__} needs (or report_error asks for); got None"
         )
+    expected = ModelInputs.of(model)
     if isinstance(calibration, CalibrationText):
+        if expected.main != "input_ids":
+            raise ValueError(
+                f"calibration: {type(model).__name__} takes {expected.main}, not text; expected batches of its inputs, got "
+                f"{str(calibration.source)!r}"
+            )
         calibration = calibration.read(model)
-    return as_batches(calibration, batch_size, next(model.parameters()).device, vocabulary(model), positions(model))
+    device = next(model.parameters()).device
+    return as_batches(calibration, batch_size, device, vocabulary(model), positions(model), expected)
 
 
 def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format: str) -> None:

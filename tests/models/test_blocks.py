@@ -17,7 +17,7 @@ def test_the_blocks_of_every_family(family):
     assert blocks.block_name(2) == f"{blocks.name}.2"
 
 
-def test_the_heaviest_list_is_taken_and_the_outer_of_equals():
+def test_the_stacks_are_the_outermost_lists_of_modules_with_linears():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -25,10 +25,22 @@ def test_the_heaviest_list_is_taken_and_the_outer_of_equals():
 
     model = nn.Module()
     model.adapters = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
-    model.blocks = nn.ModuleList([Block()])
+    model.blocks = nn.ModuleList([Block(), nn.Identity()])
     model.norms = nn.ModuleList([nn.LayerNorm(1000), nn.LayerNorm(1000)])
-    model.mixed = nn.ModuleList([nn.Linear(100, 100), nn.Sequential(nn.Linear(100, 100))])
-    assert find_blocks(model).name == "blocks"
+    model.nested = nn.ModuleList([nn.ModuleList([Block()]), nn.ModuleList([nn.Identity()])])
+    blocks = find_blocks(model)
+    assert [(stack.name, len(stack.modules)) for stack in blocks.stacks] == [("blocks", 2), ("nested.0", 1)]
+    assert blocks.names == ("blocks.0", "blocks.1", "nested.0.0")
+    assert [len(find_linears(module)) for module in blocks.modules] == [4, 0, 4]
+
+
+def test_without_such_a_list_a_sequence_or_a_list_of_linears_is_taken():
+    model = nn.Module()
+    model.projections = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    assert find_blocks(model).name == "projections"
+    model.layers = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)))
+    assert find_blocks(model).name == "layers"
+    assert len(find_blocks(model).modules) == 2
 
 
 def test_linears_read_as_rows_of_outputs():

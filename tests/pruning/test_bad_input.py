@@ -51,7 +51,7 @@ def model():
         ({"calibration": torch.zeros(8, 0, dtype=torch.long)}, ValueError, r"expected at least one token, got shape \(8, 0\)"),
         ({"calibration": torch.zeros(8, dtype=torch.long)}, ValueError, r"of shape \[samples, length\], got \(8,\)"),
         ({"calibration": torch.zeros(2, 8)}, TypeError, "calibration: expected token ids of dtype int64, got float32"),
-        ({"calibration": ["text"]}, TypeError, "expected token tensors or mappings with 'input_ids', got str"),
+        ({"calibration": ["text"]}, TypeError, "expected token tensors or mappings of the model's inputs with tensors, got str"),
         ({"calibration": torch.full((2, 8), 96)}, ValueError, "token ids from 0 to 95, got 96; is this the model's own tokenizer"),
         ({"calibration": torch.full((2, 8), -1)}, ValueError, "token ids from 0 to 95, got -1"),
         ({"calibration": 5}, TypeError, "calibration: expected token ids or an iterable of batches, got 5"),
@@ -240,19 +240,34 @@ class Block(nn.Module):
 IDS = torch.arange(16).view(2, 8)
 
 
-def test_blocks_run_out_of_order():
-    with pytest.raises(ValueError, match="expected a forward to run layers in order.* layers.1 was run otherwise"):
-        sparsekern.prune(Toy([Block(), Block()], order=[1, 0]), "wanda", calibration=IDS, **QUIET)
+def test_a_block_that_is_not_run_stays_dense_and_it_is_said():
+    model = Toy([Block(), Block()], order=[0])
+    with pytest.warns(sparsekern.SparsekernWarning, match="layers.1: the calibration batches do not run this block"):
+        report = sparsekern.prune(model, "wanda", calibration=IDS, **QUIET)
+    assert [layer.name for layer in report.layers] == ["layers.0.linear"]
 
 
-def test_something_between_the_blocks():
-    with pytest.raises(ValueError, match="layers.1 was run otherwise"):
-        sparsekern.prune(Toy([Block(), Block()], between=lambda x: 2 * x), "wanda", calibration=IDS, **QUIET)
+def test_a_block_that_runs_twice():
+    with pytest.raises(
+        ValueError, match=r"model: a forward runs layers.0 more than once \(2 times\), which block-by-block pruning cannot follow"
+    ):
+        sparsekern.prune(Toy([Block(), Block()], order=[0, 1, 0]), "wanda", calibration=IDS, **QUIET)
 
 
-def test_a_block_that_is_not_run():
-    with pytest.raises(ValueError, match="a forward did not run layers.1"):
-        sparsekern.prune(Toy([Block(), Block()], order=[0]), "wanda", calibration=IDS, **QUIET)
+def test_a_tensor_that_travels_beside_the_arguments():
+    class Writer(Block):
+        def forward(self, x):
+            self.shared[0] = x + self.linear(x)
+            return self.shared[0]
+
+    class Reader(Block):
+        def forward(self, x):
+            return x + self.linear(self.shared[0] * 2)
+
+    blocks = [Writer(), Block(), Reader()]
+    blocks[0].shared = blocks[2].shared = [None]
+    with pytest.raises(ValueError, match="model: layers.2 reads a tensor that layers.0 made and that is not among"):
+        sparsekern.prune(Toy(blocks, between=lambda x: x * 1), "wanda", calibration=IDS, **QUIET)
 
 
 def test_a_block_that_overwrites_its_input():

@@ -15,7 +15,7 @@ import torch
 from ...methods.statistics import Gram, Importance, Statistic, inputs_of
 from ...models import Linear
 from ...models.experts import DOWN, ExpertLinear, Experts, ExpertsCall
-from ..batches import Batch
+from ..batches import TOKENS, Batch
 from .statistics import BETWEEN_NAMES, SharedStatistics
 
 EXPERT_BYTES = 1 << 30  # of the statistics held at once on a CPU
@@ -40,11 +40,11 @@ class RoutedBatch:
     tokens: torch.Tensor
     of: int
 
-    def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def flatten(self, x: torch.Tensor, mask: str | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return rows `[n, features]`, none of which is padding."""
         return x, None
 
-    def used(self, rows: int) -> int:
+    def used(self, rows: int, mask: str | None = None) -> int:
         """Return how many of `rows` belong to real tokens: all."""
         return rows
 
@@ -61,8 +61,14 @@ class RecordedCalls:
         tokens: the number of real tokens that each expert was given.
     """
 
-    def __init__(self, experts: Experts) -> None:
-        self.experts = experts
+    def __init__(self, experts: Experts, mask: str | None = TOKENS) -> None:
+        """Prepare to record.
+
+        Args:
+            experts: the experts.
+            mask: the padding mask that their inputs follow, see `Batch.flatten`.
+        """
+        self.experts, self._mask = experts, mask
         self.tokens = [0] * experts.count
         self._calls: list[tuple[Batch, ExpertsCall, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = []
 
@@ -74,7 +80,7 @@ class RecordedCalls:
         """
         rows = torch.arange(len(call.hidden), device=call.hidden.device)
         try:
-            _, real = batch.flatten(call.hidden[: call.tokens])
+            _, real = batch.flatten(call.hidden[: call.tokens], self._mask)
         except ValueError as error:
             raise ValueError(f"{self.experts.name}: {error}") from None
         routed = ((call.index >= 0) & (call.index < self.experts.count)).any(1)
@@ -108,6 +114,7 @@ class ExpertStatistics:
         measure_error: bool,
         *,
         routing_weights: bool = False,
+        masks: Mapping[str, Sequence[str | None]] | None = None,
     ) -> None:
         """Prepare to record.
 
@@ -116,9 +123,11 @@ class ExpertStatistics:
             needs: the statistic that the method needs; None only where errors are measured.
             measure_error: take Gram matrices in any case, to measure errors.
             routing_weights: scale each token by its routing weight.
+            masks: for each module of experts, the padding masks that its inputs follow, see `Batch.flatten`; None is `TOKENS`.
         """
         self._needs, self._measure_error, self._routing_weights = needs, measure_error, routing_weights
-        self._calls = {experts.name: RecordedCalls(experts) for experts in experts_in(linears)}
+        masks = masks or {}
+        self._calls = {found.name: RecordedCalls(found, masks.get(found.name, (TOKENS,))[0]) for found in experts_in(linears)}
         self._earlier: Mapping[str, torch.Tensor] = {}
         self._linears: dict[tuple[str, int], list[Linear]] = {}
         for linear in linears:
@@ -191,6 +200,11 @@ def expert_of(linear: Linear) -> ExpertLinear:
 def is_expert(linear: Linear) -> bool:
     """Return whether a linear is a matrix of a fused expert."""
     return isinstance(linear.modules[0], ExpertLinear)
+
+
+def parted(linears: Sequence[Linear]) -> tuple[list[Linear], list[Linear]]:
+    """Return the linears with modules of their own, and the matrices of fused experts."""
+    return [linear for linear in linears if not is_expert(linear)], [linear for linear in linears if is_expert(linear)]
 
 
 def experts_in(linears: Sequence[Linear]) -> list[Experts]:

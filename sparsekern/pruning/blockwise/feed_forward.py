@@ -20,10 +20,11 @@ from ...methods.base import BlockMethod, FeedForwardProblem, FeedForwardSolution
 from ...methods.statistics import Gram, InputStatistic
 from ...models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
 from ...models.experts import ExpertLinear
-from ..batches import Batch
+from ..batches import TOKENS, Batch
 from ..plan import Plan
-from .activations import PROBE_TOKENS
+from .trace import forward
 
+PROBE_ROWS = 8
 TILE = 2048  # tokens worked on at once: enough for the matrix products to run at full speed
 
 
@@ -34,13 +35,10 @@ def networks_of(model: nn.Module, plan: Plan, batch: Batch, method: BlockMethod)
         ValueError: a block without exactly one network of a known form, or a network of which only a part is pruned.
     """
     blocks = plan.blocks
-    linears = [find_linears(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules)]
-    calls = _watch(model, linears, batch)
     chosen = {linear.name: linear for linear in plan.linears}
     networks: list[FeedForward | None] = []
-    for index, block_calls in enumerate(calls):
-        found = find_feed_forwards(block_calls) if plan.block_linears[index] else []
-        fused = any(isinstance(linear.modules[0], ExpertLinear) for linear in linears[index])
+    for index, found in enumerate(_watch(model, plan, batch)):
+        fused = any(isinstance(linear.modules[0], ExpertLinear) for linear in find_linears(blocks.modules[index]))
         if plan.block_linears[index] and len(found) != 1 and not (fused and not found):
             raise ValueError(
                 f"{blocks.block_name(index)}: {type(method).__name__} needs one feed-forward network a block, of the form "
@@ -64,24 +62,44 @@ def _with(network: FeedForward, chosen: Mapping[str, Linear]) -> FeedForward:
     return FeedForward(chosen[network.up.name], gate, chosen[network.down.name], network.activation)
 
 
-def _watch(model: nn.Module, blocks: Sequence[Sequence[Linear]], batch: Batch) -> list[dict[Linear, LinearCall]]:
-    """Return the inputs and outputs of the linears that a forward of a few tokens calls once, block by block."""
-    calls: list[dict[Linear, list[LinearCall]]] = [{linear: [] for linear in linears} for linears in blocks]
+def _watch(model: nn.Module, plan: Plan, batch: Batch) -> list[list[FeedForward]]:
+    """Return the feed-forward networks of each block of which linears are pruned, from a forward of one sample.
+
+    Of each call of a linear only the first few rows are compared, and only while their block runs.
+    """
+    networks: list[list[FeedForward]] = [[] for _ in plan.block_linears]
 
     def keep(found: list[LinearCall]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             if isinstance(output, torch.Tensor):  # Llama 4's router, a subclass, returns a tuple
-                found.append(LinearCall(args[0] if args else kwargs["input"], output))
+                found.append(LinearCall(_first_rows(args[0] if args else kwargs["input"]), _first_rows(output)))
+
+        return hook
+
+    def finish(index: int, calls: Mapping[Linear, list[LinearCall]]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            networks[index] = find_feed_forwards({linear: found[0] for linear, found in calls.items() if len(found) == 1})
+            for found in calls.values():
+                found.clear()
 
         return hook
 
     with ExitStack() as stack:
-        for block in calls:
-            for linear, found in block.items():
-                for module in linear.modules:
-                    stack.callback(module.register_forward_hook(keep(found), with_kwargs=True).remove)
-        model(**batch.beginning(PROBE_TOKENS), use_cache=False)
-    return [{linear: found[0] for linear, found in block.items() if len(found) == 1} for block in calls]
+        for index, block in enumerate(plan.blocks.modules):
+            if plan.block_linears[index]:
+                calls: dict[Linear, list[LinearCall]] = {
+                    linear: [] for linear in find_linears(block, plan.blocks.block_name(index))
+                }
+                stack.callback(block.register_forward_hook(finish(index, calls)).remove)
+                for linear, found in calls.items():
+                    for module in linear.modules:
+                        stack.callback(module.register_forward_hook(keep(found), with_kwargs=True).remove)
+        forward(model, batch.first_sample_alone() or batch.inputs)
+    return networks
+
+
+def _first_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])[:PROBE_ROWS]
 
 
 class MappedRows:
@@ -102,6 +120,10 @@ class MappedRows:
         """Replace `rows` by `values`, rounded to the dtype of the file."""
         self._rows[rows].copy_(values)
 
+    def copy_(self, fewer: MappedRows) -> None:
+        """Copy all rows of a smaller matrix to the first rows."""
+        self._rows[: len(fewer._rows)].copy_(fewer._rows)
+
 
 def _reserve(file: IO, size: int) -> None:
     """Allocate the space on disk, so that a full disk is an error here rather than a fault later."""
@@ -117,25 +139,32 @@ def _reserve(file: IO, size: int) -> None:
 class FeedForwardRun:
     """The feed-forward network of one block. It gathers the network's inputs batch by batch, and solves it by a method."""
 
-    def __init__(self, network: FeedForward, method: BlockMethod, plan: Plan, tokens: int) -> None:
+    def __init__(self, network: FeedForward, method: BlockMethod, plan: Plan, tokens: int, mask: str | None = TOKENS) -> None:
         """Make room for the inputs.
 
         Args:
             network: the network.
             method: solves it.
             plan: gives each linear its pattern.
-            tokens: the number of tokens that `add` will take in.
+            tokens: the number of tokens that `add` is expected to take in.
+            mask: the padding mask that the network's inputs follow, see `Batch.flatten`.
         """
         self.network, self._method, self._plan, self._tokens, self._seen = network, method, plan, tokens, 0
+        self._mask = mask
         self._x = self._new_rows(network.up.features)
 
     def add(self, batch: Batch, inputs: Sequence[torch.Tensor]) -> None:
         """Take in the inputs of the up projection in `batch`, without padding."""
         for x in inputs:
-            rows, row_mask = batch.flatten(x)
+            rows, row_mask = batch.flatten(x, self._mask)
             rows = rows if row_mask is None else rows[row_mask]
-            self._x.write(slice(self._seen, self._seen + len(rows)), rows)
-            self._seen += len(rows)
+            seen = self._seen + len(rows)
+            if seen > self._tokens:  # the rows of images and decoders are not known beforehand
+                self._tokens, fewer = max(seen, 2 * self._tokens), self._x
+                self._x = self._new_rows(self.network.up.features)
+                self._x.copy_(fewer)
+            self._x.write(slice(self._seen, seen), rows)
+            self._seen = seen
 
     def solve(self, statistics: Mapping[str, InputStatistic]) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
         """Return the new weights by name, and the solution.

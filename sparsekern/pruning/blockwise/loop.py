@@ -18,16 +18,17 @@ from ..._warnings import warnings_about
 from ...methods import BlockMethod, LinearMethod, Solution
 from ...methods.statistics import InputStatistic
 from ...models import Linear
-from ...models.expert_checks import verified
 from ...reports import LayerReport, Report
-from ..batches import Batch
+from ..batches import TOKENS, Batch
 from ..plan import Plan, Request, check_padding, plan_linears
 from ..run import BlockResult, Blocks, Loop, RunContext
 from ..seeds import seeded
 from ..session import batches_for, prepared
-from .activations import OUTSIDE, Activations, Probe, probe
-from .experts import ExpertStatistics, expert_bytes, experts_in, is_expert
+from .activations import Activations
+from .course import Course
+from .experts import ExpertStatistics, expert_bytes, experts_in, parted
 from .feed_forward import FeedForwardRun, networks_of
+from .observation import observed
 from .solving import Job, Solved, Solver
 from .statistics import SharedStatistics
 
@@ -42,8 +43,7 @@ class Memory(Protocol):
 class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     """The loop of `LinearMethod` and `BlockMethod`."""
 
-    probe: Probe  # both are set by `run` where statistics are gathered
-    activations: Activations
+    activations: Activations  # set by `run` where statistics are gathered
 
     def __init__(self, context: RunContext[Plan, LinearMethod, Report, Blocks], memory: Memory | None = None) -> None:
         """Make the loop.
@@ -66,34 +66,38 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         plan = plan.calibrated(request.rules)
         batches = batches_for(model, method, request.calibration, request.batch_size)
         check_padding(plan, batches)
-        if isinstance(method, BlockMethod):
-            with prepared(model, request.seed):
+        with prepared(model, request.seed):
+            plan = observed(model, plan, batches)
+            if isinstance(method, BlockMethod):
                 plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
         return plan, batches
 
+    @property
+    def course(self) -> Course:
+        """The course of the forwards, which the plan holds where statistics are gathered."""
+        assert self.plan.course is not None
+        return self.plan.course
+
     def run(self) -> None:
-        context, plan, parts = self.context, self.plan, self.plan.parts
-        planned = [index for index, linears in enumerate(parts) if linears]
+        context, parts = self.context, self.plan.parts
+        order = list(range(len(parts)))
         batches = context.batches
-        if context.checkpoint and all(map(context.checkpoint.holds, planned)):
+        if context.checkpoint and all(context.checkpoint.holds(index) for index in order if parts[index]):
             batches = []  # no block is left to solve, so no hidden states are needed
         if batches:
             with context.clock.phase("capture"):
-                to_the_end = bool(plan.outside_linears)
-                plain, experts = _parted(plan.linears)
-                with verified(experts_in(experts)):
-                    self.probe = probe(
-                        context.model, plan.blocks, plain, batches[0], experts=experts_in(experts), to_the_end=to_the_end
-                    )
-                _check_called(experts, self.probe)
-                self.activations = Activations(context.model, plan.blocks, batches, self.probe.returns_tuple)
+                self.activations = Activations(context.model, batches, self.course)
+            order = [*self.course.order, len(parts) - 1]
+        last = [index for index in order if parts[index]][-1]
         resuming = True
-        for index, linears in enumerate(parts):
-            if linears:
+        for index in order:
+            if linears := parts[index]:
                 resuming = resuming and self._restore(index, linears)
                 if not resuming:
                     self._prune_block(index, linears)
-            if batches and index < planned[-1]:
+            if index == last:
+                break
+            if batches:
                 with context.clock.phase("forward"):
                     self.activations.advance(index)
         self.solver.say_unseen()
@@ -144,7 +148,9 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         network = self.plan.network(index)
         if network is None or not isinstance(self.method, BlockMethod):
             return None
-        return FeedForwardRun(network, self.method, self.plan, sum(batch.tokens for batch in self.context.batches))
+        mask = self.course.masks(network.up.name, index)[0]
+        tokens = sum(batch.tokens for batch in self.context.batches) if mask == TOKENS else 0
+        return FeedForwardRun(network, self.method, self.plan, tokens, mask)
 
     def _report_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
         """Say once if weights that were zero before pruning are not zero afterwards."""
@@ -227,14 +233,13 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     def _gather(
         self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None
     ) -> tuple[SharedStatistics, ExpertStatistics | None]:
-        plain, matrices = _parted(linears)
+        plain, matrices = parted(linears)
         experts, kind = experts_in(matrices), (self.method.needs, self.plan.measure_error)
-        shared = SharedStatistics(plain, *kind)
-        routed = ExpertStatistics(matrices, *kind, routing_weights=self.plan.by_routing) if matrices else None
-        inside = index < len(self.plan.blocks.modules)
-        names = {linear.name for linear in plain} | {found.name for found in experts}
-        order = [name for name in self.probe.calls[self.plan.blocks.block_name(index) if inside else OUTSIDE] if name in names]
-        if inside:
+        masks = {name: self.course.masks(name, index) for name in [linear.name for linear in plain] + [e.name for e in experts]}
+        shared = SharedStatistics(plain, *kind, masks)
+        routed = ExpertStatistics(matrices, *kind, routing_weights=self.plan.by_routing, masks=masks) if matrices else None
+        order = [name for name in self.course.calls(index) if name in masks]
+        if index < len(self.plan.blocks.modules):
             batches = self.activations.inputs_of(index, plain, order, experts)
         else:
             batches = self.activations.inputs_outside(plain, order, experts)
@@ -275,22 +280,6 @@ def _jobs(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
         measured = inputs if inputs.tokens or inputs.sum_squares.any() else None
         jobs += [Job(linear, shared.of(linear, inputs), measured) for linear in members if linear not in unseen]
     return jobs, unseen
-
-
-def _parted(linears: Sequence[Linear]) -> tuple[list[Linear], list[Linear]]:
-    """Return the linears with modules of their own, and the matrices of fused experts."""
-    return [linear for linear in linears if not is_expert(linear)], [linear for linear in linears if is_expert(linear)]
-
-
-def _check_called(matrices: Sequence[Linear], probe: Probe) -> None:
-    """Raise `ValueError` unless a forward called the modules of all fused experts, which is how their inputs are seen."""
-    called = {name for names in probe.calls.values() for name in names}
-    for experts in experts_in(matrices):
-        if experts.name not in called:
-            raise ValueError(
-                f"model: a forward did not call {experts.name} ({type(experts.module).__name__}), so the inputs of its experts are "
-                "unknown; leave them out with exclude"
-            )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from ...methods.statistics import FeatureNorm, Gram, Importance, InputStatistic, Statistic, inputs_of
 from ...models import Linear
+from ..batches import TOKENS
 
 BETWEEN_NAMES = "|"
 
@@ -20,10 +21,10 @@ BETWEEN_NAMES = "|"
 class Rows(Protocol):
     """What statistics ask of a batch: which rows of an activation are real tokens, and of which sample."""
 
-    def flatten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def flatten(self, x: torch.Tensor, mask: str | None = TOKENS) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return an activation as `(rows [n, features], row_mask [n] or None)`; the mask is False at padding."""
 
-    def used(self, rows: int) -> int:
+    def used(self, rows: int, mask: str | None = TOKENS) -> int:
         """Return how many of the `rows` of a flattened activation belong to real tokens."""
 
     def sample_of_row(self, row: int, rows: int) -> int | None:
@@ -40,14 +41,23 @@ class SharedStatistics:
         groups: the linears of each set, and their statistic.
     """
 
-    def __init__(self, linears: Iterable[Linear], needs: type[Statistic] | None, measure_error: bool = False) -> None:
+    def __init__(
+        self,
+        linears: Iterable[Linear],
+        needs: type[Statistic] | None,
+        measure_error: bool = False,
+        masks: Mapping[str, Sequence[str | None]] | None = None,
+    ) -> None:
         """Make empty statistics.
 
         Args:
             linears: the linears to gather statistics of.
             needs: the statistic that the method needs; None only where errors are measured.
             measure_error: take a Gram matrix of the inputs in any case, to measure errors.
+            masks: for each linear, the padding masks that the inputs of its calls follow, see `Batch.flatten`; the last is that of
+                all further calls. None is `TOKENS` for all.
         """
+        self._masks = masks or {}
         by_features: dict[int, list[Linear]] = {}
         for linear in linears:
             by_features.setdefault(linear.features, []).append(linear)
@@ -71,10 +81,13 @@ class SharedStatistics:
         """
         self._split(lambda linear: tuple(map(_identity, inputs[linear.name])))
         for members, statistic in self.groups:
-            for x in inputs[members[0].name]:
-                _add_input(statistic, members[0].name, x, batch)
+            name = members[0].name
+            masks = self._masks.get(name, (TOKENS,))
+            for call, x in enumerate(inputs[name]):
+                mask = masks[min(call, len(masks) - 1)]
+                _add_input(statistic, name, x, batch, mask)
                 for linear in members if self._own else ():
-                    _add_importance(self._own[linear.name], linear.name, *batch.flatten(x))
+                    _add_importance(self._own[linear.name], linear.name, *batch.flatten(x, mask))
 
     def unseen(self) -> list[Linear]:
         """Return the linears that no token reached, in this dataset or in those included."""
@@ -122,13 +135,13 @@ class SharedStatistics:
         self.groups = refined
 
 
-def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Rows) -> None:
+def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Rows, mask: str | None) -> None:
     try:
-        rows, row_mask = batch.flatten(x)
+        rows, row_mask = batch.flatten(x, mask)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     try:
-        statistic.add(rows, row_mask, None if row_mask is None else batch.used(len(rows)))
+        statistic.add(rows, row_mask, None if row_mask is None else batch.used(len(rows), mask))
     except ValueError as error:
         raise _named(error, name, rows, row_mask, batch) from error
 

@@ -20,12 +20,13 @@ from ...runtime import check_format, weight_bytes
 from ...runtime.output import checked_path
 from ...runtime.save import DENSE
 from ..batches import Batch, Calibration, fingerprint
+from ..blockwise.observation import check_complete, observed
 from ..checkpoint import model_fingerprint
 from ..mixtures import EQUAL, MAGNITUDE, ExpertRules
 from ..modes import plain_modes
 from ..plan import Choice, PatternLike, Plan, check_padding, make_plan
 from ..saving import DENSE_FITS, RunFolder
-from ..session import batches_for, check_format_fits, check_module, check_seed, environment
+from ..session import batches_for, check_format_fits, check_module, check_seed, environment, prepared
 from .loop import ContinualLoop, Evaluation
 from .state import State
 
@@ -135,6 +136,7 @@ def prune_continually(
         if method.needs is not None:
             for batches in datasets.values():
                 check_padding(plan, batches)
+        plan = _observed(model, plan, method, datasets, seed)
         length = window_length(model, length)
         if out is not None:
             check_format_fits(model, plan.patterns, format)
@@ -240,6 +242,20 @@ def _datasets(
         except (ValueError, TypeError) as error:
             raise type(error)(f"calibrations[{name!r}]: {error}") from error
     return datasets
+
+
+def _observed(model: nn.Module, plan: Plan, method: LinearMethod, datasets: Mapping[str, list[Batch]], seed: int) -> Plan:
+    """Return the plan with the course of the forwards of all datasets, if the method gathers statistics."""
+    if method.needs is None:
+        return plan
+    with prepared(model, seed):
+        plan = observed(model, plan, [batch for batches in datasets.values() for batch in batches])
+    for name, batches in datasets.items():
+        try:
+            check_complete(plan, batches)
+        except ValueError as error:
+            raise ValueError(f"calibrations[{name!r}]: {error}") from error
+    return plan
 
 
 def _checked_evaluation(
