@@ -116,7 +116,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if self.context.checkpoint:
             with self.context.clock.phase("write"):
                 self.context.checkpoint.save(index, result)
-        self._report_lost_zeros(linears, result.weights)
+        self.solver.say_lost_zeros(linears, result.weights)
         _write(linears, result.weights)
         self.context.record(result.layers)
 
@@ -151,17 +151,6 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         mask = self.course.masks(network.up.name, index)[0]
         tokens = sum(batch.tokens for batch in self.context.batches) if mask == TOKENS else 0
         return FeedForwardRun(network, self.method, self.plan, tokens, mask)
-
-    def _report_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
-        """Say once if weights that were zero before pruning are not zero afterwards."""
-        zeros = [linear.weight == 0 for linear in linears]
-        lost = [(zero & (weights[linear.name] != 0)).sum() for zero, linear in zip(zeros, linears, strict=True)]
-        if count := int(torch.stack(lost).sum()):
-            self.notices.once(
-                "lost zeros",
-                f"{linears[0].name} to {linears[-1].name}: {count:,} of {sum(int(zero.sum()) for zero in zeros):,} weights that were zero "
-                f"before pruning are not zero afterwards; methods with keep_zeros=True keep them",
-            )
 
     def _solve_alone(
         self, linears: Sequence[Linear], shared: SharedStatistics | None, routed: ExpertStatistics | None, result: Solved

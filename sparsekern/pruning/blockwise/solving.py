@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -100,6 +100,18 @@ class Solver:
         if self._unseen:
             done = "stay dense" if self._rules.unseen == DENSE else "are pruned by magnitude"
             self.notices.once("unseen", f"no calibration token reached {shortened(self._unseen)}, which {done}")
+
+    def say_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
+        """Warn once if weights that were zero before pruning are not zero afterwards. The model is still unchanged."""
+        zeros = [linear.weight == 0 for linear in linears]
+        lost = [(zero & (weights[linear.name] != 0)).sum() for zero, linear in zip(zeros, linears, strict=True)]
+        if count := int(torch.stack(lost).sum()):
+            before = int(torch.stack([zero.sum() for zero in zeros]).sum())
+            self.notices.once(
+                "lost zeros",
+                f"{linears[0].name} to {linears[-1].name}: {count:,} of {before:,} weights that were zero before pruning are not zero "
+                "afterwards; methods with keep_zeros=True keep them",
+            )
 
     def check_statistic(self, members: Sequence[Linear], statistic: InputStatistic) -> None:
         """Give notice if the inputs of some linears leave much to the damping."""
