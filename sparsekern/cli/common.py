@@ -56,9 +56,20 @@ def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
         return load(arguments.model, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
 
 
-def load_tokenizer_of(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the model that the command line names."""
-    return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+def load_tokenizer_of(arguments: argparse.Namespace, *, needed: bool = True) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of the model that the command line names.
+
+    Args:
+        arguments: the command line.
+        needed: whether a text is read. If not, a model without a tokenizer is no error, and the result is None.
+    """
+    try:
+        return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    except ValueError as error:
+        if needed:
+            raise
+        say(f"going on without a tokenizer, since no text is read ({error})")
+        return None
 
 
 def next_steps(model: torch.nn.Module, out: Path, packed: bool) -> str:

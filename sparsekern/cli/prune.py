@@ -73,7 +73,7 @@ def _pattern(arguments: argparse.Namespace, method: Method) -> Pattern | None:
 
 def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | None, source: str, text: str) -> None:
     start, out = time.perf_counter(), arguments.out
-    tokenizer = load_tokenizer_of(arguments)
+    tokenizer = load_tokenizer_of(arguments, needed=method.needs_data or arguments.report_error or arguments.evaluate)
     model = load_model(arguments)
     if isinstance(method, RemovalMethod):
         encoder_to_cut(model)  # raises for a model that cannot be pruned, before the text is split

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +44,10 @@ def class_to_load(config: PretrainedConfig, source: str, keys: Iterable[str] | N
         trust_remote_code: use the code that the checkpoint brings along, if it names any.
 
     Raises:
-        ValueError: the class is in code that the checkpoint brings along, which `trust_remote_code` does not allow; or
+        ValueError: the names are no list of names; the class is in code that the checkpoint brings along, which `trust_remote_code` does not allow; or
             transformers builds no model from the config.
     """
-    names = tuple(getattr(config, "architectures", None) or ())
+    names = _names(config, source)
     remote = _remote_classes(config)
     if trust_remote_code and remote:
         return _auto_class(next((remote[name] for name in names if name in remote), next(iter(remote.values()))))
@@ -76,6 +76,13 @@ def class_to_load(config: PretrainedConfig, source: str, keys: Iterable[str] | N
     return found
 
 
+def _names(config: PretrainedConfig, source: str) -> list[str]:
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"model: {source!r}: architectures in config.json: expected a list of class names, got {names!r}")
+    return names
+
+
 def is_encoder_config(config: PretrainedConfig) -> bool:
     """Return whether a config is of a model type with a masked-LM form, and not for a decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -85,8 +92,9 @@ def is_encoder_config(config: PretrainedConfig) -> bool:
 
 def _remote_classes(config: PretrainedConfig) -> dict[str, str]:
     """Return the auto class by the name of each model class that the checkpoint brings along, causal language models first."""
-    auto_map = getattr(config, "auto_map", None) or {}
-    entries = {auto: place for auto, place in auto_map.items() if auto.startswith("AutoModel") and isinstance(place, str)}
+    auto_map = getattr(config, "auto_map", None)
+    places = auto_map.items() if isinstance(auto_map, Mapping) else ()
+    entries = {auto: place for auto, place in places if auto.startswith("AutoModel") and isinstance(place, str)}
     ordered = sorted(entries, key=lambda auto: auto != "AutoModelForCausalLM")
     return {entries[auto].rpartition(".")[2]: auto for auto in ordered}
 
@@ -101,11 +109,13 @@ def _class_named(name: str) -> type[PreTrainedModel] | None:
     """Return the model class of that name, of transformers or registered with its auto classes, or None."""
     import transformers
 
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    found = getattr(transformers, name, None)
     if found is None:
         registered = (auto._model_mapping._extra_content for auto in map(_auto_class, AUTO_CLASSES))
         found = next((kind for extra in registered for kind in extra.values() if kind.__name__ == name), None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    return None if found.forward is torch.nn.Module.forward else found  # a base of classes
 
 
 def _config_for(kind: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig | None:

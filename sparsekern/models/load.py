@@ -187,9 +187,10 @@ def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tup
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, source, place, None, {"trust_remote_code": trust_remote_code})
-    files = weight_files(Path(place), getattr(config, "transformers_weights", None)) if Path(place).is_dir() else []
-    with _named(source):
-        keys = tensors_in(files).keys() if files else None
+    keys = None
+    if Path(place).is_dir():
+        with _named(source):
+            keys = tensors_in(weight_files(Path(place), getattr(config, "transformers_weights", None))).keys() or None
     kind = class_to_load(config, str(source), keys, trust_remote_code=trust_remote_code)
     if recorded_units(config) is None or not is_encoder_config(config):
         return kind, False
@@ -228,8 +229,8 @@ def _remember_source(
     if behind:
         shown = ", ".join(behind[:3]) + (", …" if len(behind) > 3 else "")
         warn(
-            f"model: {str(source)!r}: {shown}: weights that the model does not read, or links out of its folder; they are not saved "
-            "with the model",
+            f"model: {str(source)!r}: {shown}: weights that the model does not read, links out of its folder or what may not be read; "
+            "they are not saved with the model",
             stacklevel=3,
         )
 
@@ -261,7 +262,10 @@ def _from_pretrained(kind: Any, source: str | Path, place: str, gguf: Path | Non
         if gguf:
             options |= {"gguf_file": gguf.name, "config": copy.deepcopy(_gguf_config(gguf))}
         return kind.from_pretrained(place, **options)
-    except (OSError, ValueError, LookupError, struct.error, SafetensorError) as error:  # the latter three: a damaged file
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error, SafetensorError) as error:
+        # All but the first two: a damaged file, or a config that the code of the model stumbles over.
         reason = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error):
             reason += " (trust_remote_code=True or --trust-remote-code allows it)"

@@ -98,7 +98,7 @@ class Source:
     def _gone(self, what: str, why: str | None) -> ValueError:
         return ValueError(
             f"model: expected {what} in {str(self.folder)!r}, the folder that the model was loaded from, to save it along; it {why}; "
-            f"bring the folder back, or `del model.{ATTRIBUTE}` to save without what was in it"
+            f"bring the folder back, or set `model.{ATTRIBUTE} = None` to save without what was in it"
         )
 
 
@@ -154,7 +154,7 @@ def other_files(folder: Path, *, code: bool, read: Sequence[Path] = ()) -> tuple
         name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path in loaded or name in REPLACED or name.endswith(INDEXES) or (suffix in CODE and not code):
             continue
-        if path.is_dir() or not path.resolve().is_relative_to(root):
+        if not path.is_file() or not os.access(path, os.R_OK) or not path.resolve().is_relative_to(root):
             behind.append(name)
         elif suffix in WEIGHTS and path.name not in NO_WEIGHTS and modules.isdisjoint(path.parents):
             if not COPIES.fullmatch(path.name):
@@ -165,11 +165,11 @@ def other_files(folder: Path, *, code: bool, read: Sequence[Path] = ()) -> tuple
 
 
 def _walk(folder: Path, modules: set[Path]) -> Iterator[Path]:
-    """Yield the files in a folder and those below it, and linked folders without what is in them."""
+    """Yield the files in a folder and those below it, and folders that are links or may not be read without what is in them."""
     for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.name == "__pycache__":
+        if entry.name.startswith(".") or entry.name in ("__pycache__", "lost+found"):
             continue
-        if entry.is_dir() and not entry.is_symlink():
+        if entry.is_dir() and not entry.is_symlink() and os.access(entry, os.R_OK | os.X_OK):
             if entry in modules or not _is_another_model(entry):
                 yield from _walk(entry, modules)
         elif entry.exists():

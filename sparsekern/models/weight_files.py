@@ -39,7 +39,7 @@ def weight_files(folder: Path, named: str | None = None, extra: Sequence[str] = 
         extra: further files that the class of the config names.
 
     Raises:
-        ValueError: the index is damaged.
+        ValueError: the index is damaged, or names a file that is missing.
     """
     main = folder / (named or SINGLE)
     if named is None and not main.is_file():
@@ -63,9 +63,13 @@ def tensors_in(files: Iterable[Path]) -> dict[str, Stored]:
 def _files_of_index(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        return [path.parent / name for name in names]
+        files = [path.parent / name for name in names]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name}: the file is damaged ({error})") from error
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{path.name} names {file.name}, which is missing")
+    return files
 
 
 def _header(path: Path) -> dict[str, Stored]:

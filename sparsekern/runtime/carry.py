@@ -13,7 +13,7 @@ from torch import nn
 
 from .._warnings import warn
 from ..models.checkpoint_keys import unread_keys
-from ..models.source import CONFIG, Source, other_files, source_of
+from ..models.source import ATTRIBUTE, CONFIG, Source, other_files, source_of
 from ..models.weight_files import INDEX, SINGLE, Stored, tensors_in, weight_files
 from .sparse_linear import SparseLinear
 
@@ -55,7 +55,7 @@ def warn_of_what_stays_behind(model: nn.Module) -> None:
     """
     config = getattr(model, "config", None)
     folder = Path(getattr(config, "_name_or_path", None) or "")
-    if source_of(model) is not None or folder == Path() or not (folder / CONFIG).is_file():
+    if hasattr(model, ATTRIBUTE) or folder == Path() or not (folder / CONFIG).is_file():
         return
     read = weight_files(folder, getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ()))
     packed = any(isinstance(module, SparseLinear) for module in model.modules())  # whose tensors have other names

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
 
 import sparsekern
 from sparsekern.cli import common, main
@@ -273,3 +273,18 @@ def test_the_real_model(tmp_path):
     assert report["results"]["sparsity"] == pytest.approx(0.5, abs=1e-6)  # a kept weight may be zero too
     dense, pruned = report["results"]["measured"]["perplexity, dense"], report["results"]["measured"]["perplexity, pruned"]
     assert 11 < dense < 12.5 and dense < pruned < 1.2 * dense
+
+
+def test_a_model_without_a_tokenizer_is_pruned_by_a_method_without_data(tmp_path, capsys):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+    ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text("{}")
+    command = ["prune", str(tmp_path / "vit"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*command, "--method", "wanda"]) == 1
+    assert "no tokenizer can be loaded from" in capsys.readouterr().err
+    assert main([*command, "--method", "magnitude"]) == 0
+    said = capsys.readouterr()
+    assert "going on without a tokenizer, since no text is read" in said.err
+    assert f"model = ViTForImageClassification.from_pretrained({str(tmp_path / 'out')!r})" in said.out
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert type(sparsekern.load(tmp_path / "out", device="cpu")) is ViTForImageClassification

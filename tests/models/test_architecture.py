@@ -96,7 +96,9 @@ def test_of_several_names_the_first_that_fits_the_weights_is_taken(folder, tmp_p
     assert type(model) is tf.LlamaForCausalLM
 
 
-@pytest.mark.parametrize("name", ["FooForCausalLM", "BertModel", "LlamaConfig", "AutoTokenizer", "__doc__"])
+@pytest.mark.parametrize(
+    "name", ["FooForCausalLM", "BertModel", "LlamaConfig", "AutoTokenizer", "PreTrainedModel", "LlamaPreTrainedModel"]
+)
 def test_a_name_that_is_no_class_for_the_model_type_is_said_and_saved(folder, tmp_path, name):
     said = f"its config.json names {name}, which transformers does not know for 'llama'; it is loaded as LlamaForCausalLM"
     with pytest.warns(sparsekern.SparsekernWarning, match=said):
@@ -114,6 +116,25 @@ def test_without_a_name_the_weights_decide(tmp_path, name):
         assert type(sparsekern.load(named(tmp_path / "a", tmp_path / "b"), device="cpu")) is type(model)
 
 
+@pytest.mark.parametrize("names", ["LlamaForCausalLM", [None], [""], {"LlamaForCausalLM": 1}, 5])
+def test_names_that_are_none_are_refused(folder, tmp_path, names):
+    with pytest.raises(
+        ValueError, match="architectures in config.json: expected a list of class names, got|no model can be loaded"
+    ):
+        sparsekern.load(named(folder, tmp_path / "a", "LlamaForCausalLM", architectures=names), device="cpu")
+
+
+@pytest.mark.parametrize("auto_map", ["own.Own", 3, ["own.Own"], {"AutoModelForCausalLM": ["own.Own", None]}, {"AutoConfig": 3}])
+def test_an_odd_map_of_code_is_not_followed(folder, tmp_path, auto_map):
+    odd = named(folder, tmp_path / "a", "LlamaForCausalLM", auto_map=auto_map)
+    try:
+        path = sparsekern.save(sparsekern.load(odd, device="cpu"), tmp_path / "b")
+    except ValueError as error:
+        assert "no model can be loaded from" in str(error)
+    else:
+        assert type(sparsekern.load(path, device="cpu")) is tf.LlamaForCausalLM
+
+
 def test_weights_of_another_class_are_refused_by_name(folder, tmp_path):
     with pytest.raises(ValueError, match="lacks 1 weights of a LlamaForSequenceClassification, score.weight among them"):
         sparsekern.load(named(folder, tmp_path / "a", "LlamaForSequenceClassification", num_labels=2), device="cpu")
@@ -123,6 +144,37 @@ def test_weights_of_another_shape_are_refused_by_name(folder, tmp_path):
     wider = named(folder, tmp_path / "a", "LlamaForCausalLM", intermediate_size=64)
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.down_proj.weight: expected \[32, 64\], .*, got \[32, 48\]"):
         sparsekern.load(wider, device="cpu")
+
+
+def test_experts_of_another_number_or_shape_are_refused_by_name(tmp_path):
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(**LLAMA, num_local_experts=4)
+    tf.MixtralForCausalLM(config).save_pretrained(tmp_path / "a")
+    for name, changes in (
+        ("fewer", {"num_local_experts": 2}),
+        ("more", {"num_local_experts": 6}),
+        ("wider", {"intermediate_size": 96}),
+    ):
+        other = named(tmp_path / "a", tmp_path / name, "MixtralForCausalLM", **changes)
+        with pytest.raises(ValueError, match=r"layers.0.mlp.(experts|gate).*: expected \[.*\], .*, got \["):
+            sparsekern.load(other, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "model.safetensors.index.json: the file is damaged"),
+        ("[", "model.safetensors.index.json: the file is damaged"),
+        ('{"weight_map": {"a": 3}}', "model.safetensors.index.json: the file is damaged"),
+        ('{"weight_map": {"a": "b.safetensors"}}', "model.safetensors.index.json names b.safetensors, which is missing"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(folder, tmp_path, text, message):
+    copy = named(folder, tmp_path / "a", "LlamaForCausalLM")
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=f"model: no model can be loaded from '.*a': {message}"):
+        sparsekern.load(copy, device="cpu")
 
 
 def test_a_config_that_builds_no_model_is_refused(tmp_path):
