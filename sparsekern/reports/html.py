@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .experts import INDEX, starred
 from .plots import LARGEST, Bar, Point, bars, lines
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 BEFORE = "var(--before, #9aa4ae)"
-INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 class Section(NamedTuple):
@@ -131,16 +130,22 @@ def lines_section(title: str, series: Mapping[str, Sequence[Point]], *, x_label:
 
 
 def by_block(layers: Iterable[tuple[str, float | None]], form: str) -> dict[str, list[Point]]:
-    """Return one series for all layers whose names are equal behind the index of their block.
+    """Return one series for all layers whose names are equal behind the index of their block. Of many experts it is the mean.
 
     Args:
         layers: name and value of each layer. A layer with the value None has no point.
         form: the format of the values.
     """
+    known = [(position, name, value) for position, (name, value) in enumerate(layers) if value is not None]
+    stars = starred(name for _, name, _ in known)
+    alike: dict[tuple[int, str], list[float]] = {}
+    first: dict[str, int] = {}
+    for position, name, value in known:
+        place = position if stars[name] == name else first.setdefault(stars[name], position)
+        alike.setdefault((place, stars[name]), []).append(value)
     series: dict[str, list[Point]] = {}
-    for position, (name, value) in enumerate(layers):
-        if value is None:
-            continue
+    for (position, name), found in alike.items():
+        value = sum(found) / len(found)
         index = INDEX.search(name)
         label = name[index.end() :] if index else name
         x = int(index[1]) if index else position

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from . import schema
 from .base import BaseReport, error_text, phases
+from .experts import starred
 from .html import Page, Section, by_block, lines_section, perplexity_section, seconds_section, shown, size_section, table
 from .schema import Fields
 
@@ -188,14 +189,19 @@ class Report(BaseReport):
         }
 
     def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=5)
-        lines = [f"{'layer':<{width}}  {'shape':>13}  {'pattern':>7}  {'zeros':>7}  {'error':>9}  {'seconds':>7}"]
+        shown_as = starred(layer.name for layer in self.layers)
+        rows: dict[tuple[str, str, tuple[int, int]], list[LayerReport]] = {}
         for layer in self.layers:
-            shape = f"{layer.shape[0]} x {layer.shape[1]}"
-            lines.append(
-                f"{layer.name:<{width}}  {shape:>13}  {layer.pattern:>7}  {layer.sparsity:>7.2%}  {error_text(layer.error):>9}"
-                f"  {layer.seconds:>7.2f}"
-            )
+            rows.setdefault((shown_as[layer.name], layer.pattern, layer.shape), []).append(layer)
+        width = max((len(name) for name, *_ in rows), default=5)
+        lines = [f"{'layer':<{width}}  {'shape':>13}  {'pattern':>7}  {'zeros':>7}  {'error':>9}  {'seconds':>7}"]
+        for (name, pattern, shape), layers in rows.items():
+            known = [layer.error for layer in layers if layer.error is not None]
+            sparsity = sum(layer.sparsity for layer in layers) / len(layers)
+            error, seconds = error_text(sum(known) / len(known) if known else None), sum(layer.seconds for layer in layers)
+            size = f"{shape[0]} x {shape[1]}"
+            row = f"{name:<{width}}  {size:>13}  {pattern:>7}  {sparsity:>7.2%}  {error:>9}  {seconds:>7.2f}"
+            lines.append(row if len(layers) == 1 else f"{row}  ({len(layers)} experts, means)")
         errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
         if errors:
             alone = [layer.output_error_alone for layer in self.layers if layer.output_error_alone is not None]

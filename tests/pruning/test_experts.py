@@ -122,16 +122,17 @@ def test_the_budget_bounds_the_statistics_and_changes_no_bit(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Gram, "__init__", counted)
             patch.setattr(blockwise_experts, "EXPERT_BYTES", budget)
-            sparsekern.prune(model, "sparsegpt", "2:4", tiny_ids(4, 8), **QUIET)
-        return model, peak[0]
+            report = sparsekern.prune(model, "sparsegpt", "2:4", tiny_ids(4, 8), **QUIET)
+        return model, peak[0], [layer.error for layer in report.layers]
 
     expert = 2 * 4 * (32**2 + 48**2)
     attention = 2 * 4 * 3 * 32**2  # two sets of linears, and a copy while they are told apart
-    small, at_small = run(32, 3 * expert)
-    large, at_large = run(32, 100 * expert)
-    _, of_few = run(8, 3 * expert)
+    small, at_small, errors = run(32, 3 * expert)
+    large, at_large, at_once = run(32, 100 * expert)
+    _, of_few, _ = run(8, 3 * expert)
     assert at_small == of_few <= 3 * expert + attention
     assert at_large >= 30 * expert
+    assert errors == at_once
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), large.parameters(), strict=True))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekern.reports import ContinualReport, ContinualStep, LayerReport, RemovalReport, Report, SubLayerReport
-from sparsekern.reports.html import render
+from sparsekern.reports.html import by_block, render
 from sparsekern.reports.plots import Bar, Point, bars, lines
 
 TITLE = "{http://www.w3.org/2000/svg}title"
@@ -371,3 +371,17 @@ def test_any_numbers_can_be_drawn(values, log):
             assert all(math.isfinite(float(place)) for place in places if place is not None)
     if drawn:
         assert len(list(ElementTree.fromstring(drawn).iter(TITLE))) == expected
+
+
+def test_many_experts_are_one_line_and_one_series():
+    names = [f"model.layers.{block}.mlp.experts.{expert}.down_proj" for block in (0, 1) for expert in range(9)]
+    few = [f"model.layers.0.mlp.{index}.weight" for index in range(8)]  # no more than are shown one by one
+    layers = [LayerReport(name, "2:4", (4, 8), 16, float(number), 1.0) for number, name in enumerate([*names, *few])]
+    text = str(Report(layers=layers)).splitlines()
+    rows = [line.split()[0] for line in text[1:-1]]
+    assert rows == ["model.layers.0.mlp.experts.*.down_proj", "model.layers.1.mlp.experts.*.down_proj", *few]
+    assert "4.000e+00" in text[1] and "9.00" in text[1] and text[1].endswith("(9 experts, means)")
+    series = by_block(((layer.name, layer.error) for layer in layers), ".1f")
+    points = series["mlp.experts.*.down_proj"]
+    assert [(point.x, point.y) for point in points] == [(0, 4.0), (1, 13.0)]
+    assert len(series) == 9 and all(len(points) == 1 for label, points in series.items() if "*" not in label)

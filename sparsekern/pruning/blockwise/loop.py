@@ -157,12 +157,12 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     ) -> None:
         if shared is None:
             for linear in linears:
-                self.solver.solve([Job(linear)], result)
+                self.solver.solve(Job(linear), result)
             return
         jobs, unseen = _jobs(shared)
         for job in jobs:
             if job.linear in linears:
-                self.solver.solve([job], result)
+                self.solver.solve(job, result)
         self._solve_unseen([linear for linear in unseen if linear in linears], result)
         if routed is not None:
             self._solve_experts(routed, result)
@@ -189,14 +189,14 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self._solve_unseen(unseen, result)
             if self.memory is not None:
                 result.totals |= shared.totals()
-        self.solver.solve(jobs, result)
+        self.solver.solve_many(jobs, result)
 
     def _solve_unseen(self, linears: Sequence[Linear], result: Solved) -> None:
         if self.method.needs is not None:
             self.solver.solve_unseen(linears, result)
         else:
             for linear in linears:  # only their errors are not known
-                self.solver.solve([Job(linear)], result)
+                self.solver.solve(Job(linear), result)
 
     def _solve_together(self, run: FeedForwardRun, shared: SharedStatistics, result: Solved) -> None:
         linears, down = run.network.linears, run.network.down.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -57,8 +57,13 @@ class Solver:
         self.notices = Notices()
         self._unseen: list[str] = []
 
-    def solve(self, jobs: Sequence[Job], result: Solved) -> None:
-        """Solve linears one after another, those of one shape and pattern in one call of the method."""
+    def solve(self, job: Job, result: Solved) -> None:
+        """Solve one linear."""
+        with self.clock.phase("solve"):
+            self._solve_alike([job], self.method, LinearMethod.solve_many, result)
+
+    def solve_many(self, jobs: Sequence[Job], result: Solved) -> None:
+        """Solve several linears, those of one shape and pattern in one call of the method."""
         alike: dict[tuple[object, ...], list[Job]] = {}
         for job in jobs:
             weight, pattern = job.linear.weight, self.plan.patterns[job.linear.name]
@@ -66,7 +71,7 @@ class Solver:
             alike.setdefault((weight.shape, weight.dtype, known), []).append(job)
         for group in alike.values():
             with self.clock.phase("solve"):
-                self._solve_alike(group, self.method, result)
+                self._solve_alike(group, self.method, type(self.method).solve_many, result)
 
     def solve_unseen(self, linears: Sequence[Linear], result: Solved) -> None:
         """Deal with experts that no calibration token reached, as the rules of the plan say.
@@ -85,7 +90,7 @@ class Solver:
                     layer = LayerReport(linear.name, STAYED_DENSE, linear.shape, zeros, None, 0.0)
                     result.take(linear, linear.weight.clone(), layer)
                 else:
-                    self._solve_alike([Job(linear)], magnitude, result)
+                    self._solve_alike([Job(linear)], magnitude, LinearMethod.solve_many, result)
 
     def refuse_unseen(self, linears: Sequence[Linear]) -> None:
         """Raise `ValueError` if the rules say that experts without a token are an error, and there are any."""
@@ -149,7 +154,9 @@ class Solver:
     def _rules(self) -> ExpertRules:
         return self.plan.rules or ExpertRules()
 
-    def _solve_alike(self, jobs: Sequence[Job], method: LinearMethod, result: Solved) -> None:
+    def _solve_alike(
+        self, jobs: Sequence[Job], method: LinearMethod, solve_many: Callable[..., list[Solution]], result: Solved
+    ) -> None:
         start = self.clock.now()
         pattern = self.plan.patterns[jobs[0].linear.name]
 
@@ -159,7 +166,8 @@ class Solver:
             with warnings_about(name), seeded(self.seed, name), named(name):
                 yield
 
-        solutions = method.solve_many([job.linear.weight for job in jobs], [job.statistics for job in jobs], pattern, about)
+        weights, statistics = [job.linear.weight for job in jobs], [job.statistics for job in jobs]
+        solutions = solve_many(method, weights, statistics, pattern, about)
         if len(solutions) != len(jobs):
             raise TypeError(
                 f"method: expected {type(method).__name__}.solve_many to return {len(jobs)} solutions, got {len(solutions)}"
