@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+RULES = "sparsekern_loading_rules"
 INV_FREQ = "rotary_emb.inv_freq"  # once a buffer of each layer, now one of the model
 
 
@@ -34,6 +35,16 @@ def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
 
     unread = (key for key, names in _names_in(model, keys, _used_transforms(model)).items() if not names)
     return sorted(key for key in unread if not is_computed(key))
+
+
+def recording(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return a subclass whose models keep the rules that loading applied. transformers forgets those of a dequantised model."""
+
+    def adjust(self: Any, loading_info: Any) -> None:
+        setattr(self, RULES, getattr(self, "_weight_conversions", None))
+        kind._adjust_missing_and_unexpected_keys(self, loading_info)
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "_adjust_missing_and_unexpected_keys": adjust})
 
 
 def count_unfit(model: PreTrainedModel, keys: Iterable[str]) -> tuple[int, int]:
@@ -74,7 +85,7 @@ def _names_in(model: PreTrainedModel, keys: Iterable[str], transforms: Sequence[
 
 def _used_transforms(model: PreTrainedModel) -> Sequence[Any]:
     """Return the rules that loading `model` applied, or those of its class for a model that was not loaded."""
-    used = getattr(model, "_weight_conversions", None)
+    used = getattr(model, RULES, None) or getattr(model, "_weight_conversions", None)
     return _all_transforms(model) if used is None else used
 
 

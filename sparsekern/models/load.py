@@ -18,6 +18,7 @@ import torch
 from .._warnings import warn
 from .adapters import MERGE
 from .architecture import class_to_load, is_encoder_config
+from .checkpoint_keys import recording
 from .source import WEIGHTS, module_folders, remember, source_of
 from .units import check_units, recorded_units, sized
 from .weight_files import tensors_in, weight_files
@@ -75,14 +76,15 @@ def load(
     place, gguf = _locate(source)
     options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if gguf:
-        kind, was_cut = _causal_class(), False
+        kind, was_cut, was_quantized = _causal_class(), False, False
         options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
     else:
-        kind, was_cut = _model_class(source, place, trust_remote_code)
+        kind, was_cut, was_quantized = _model_class(source, place, trust_remote_code)
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
-    model, loading = _from_pretrained(sized(kind) if was_cut else kind, source, place, gguf, options)
-    if was_cut:
-        model.__class__ = kind  # only the building differed
+    built = sized(kind) if was_cut else recording(kind) if was_quantized else kind
+    model, loading = _from_pretrained(built, source, place, gguf, options)
+    if built is not kind:
+        model.__class__ = kind  # only the loading differed
     _check_complete(model, loading, str(source))
     if gguf:
         _forget_quantization(model)
@@ -182,9 +184,9 @@ def _causal_class() -> Any:
     return AutoModelForCausalLM
 
 
-def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tuple[Any, bool]:
-    """Return the class to load with, and whether it has fewer heads and neurons."""
-    from transformers import AutoConfig
+def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tuple[Any, bool, bool]:
+    """Return the class to load with, and whether units were cut, and whether another program quantised the weights."""
+    from transformers import AutoConfig, PreTrainedModel
 
     config = _from_pretrained(AutoConfig, source, place, None, {"trust_remote_code": trust_remote_code})
     keys = None
@@ -192,10 +194,12 @@ def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tup
         with _named(source):
             keys = tensors_in(weight_files(Path(place), getattr(config, "transformers_weights", None))).keys() or None
     kind = class_to_load(config, str(source), keys, trust_remote_code=trust_remote_code)
-    if recorded_units(config) is None or not is_encoder_config(config):
-        return kind, False
-    check_units(config, str(source))
-    return kind, True
+    if recorded_units(config) is not None and is_encoder_config(config):
+        check_units(config, str(source))
+        return kind, True, False
+    quantization = getattr(config, "quantization_config", None)
+    foreign = isinstance(quantization, dict) and quantization.get("quant_method") != "sparsekern"
+    return kind, False, foreign and isinstance(kind, type) and issubclass(kind, PreTrainedModel)
 
 
 def _check_complete(model: torch.nn.Module, loading: dict[str, Any], source: str) -> None:

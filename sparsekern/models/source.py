@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint_keys import unread_keys
+from .checkpoint_keys import RULES, unread_keys
 from .weight_files import Stored, tensors_in, weight_files
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def remember(model: PreTrainedModel, folder: Path, name: str, *, code: bool) -> 
     source = Source(folder.resolve(), name, unread, kinds, tuple(files), architectures, named, extra)
     anything: Any = model  # nn.Module types every attribute that is set here as a tensor or a module
     setattr(anything, ATTRIBUTE, source)
+    vars(model).pop(RULES, None)
     return behind
 
 

@@ -169,6 +169,32 @@ def test_unknown_tensors_are_told_from_renamed_fused_and_tied_ones(tmp_path, nam
     assert_carried(tmp_path / "a", sparsekern.save(loaded(with_tensors(tmp_path / "a", extra), 1), tmp_path / "c"), extra)
 
 
+def test_scales_of_a_quantisation_that_loading_undoes_are_no_unknown_tensors(tmp_path):
+    """Those of layers that the class does not know are, with their weights."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**SIZES, num_key_value_heads=2, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    model = tf.LlamaForCausalLM(config)
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("proj.weight"):
+            scale = value.abs().max() / 448
+            weights[name], weights[f"{name}_scale_inv"] = (value / scale).to(torch.float8_e4m3fn), scale.reshape(1, 1)
+        else:
+            weights[name] = value.bfloat16()
+    behind = {name.replace("layers.1.", "layers.2."): value.clone() for name, value in weights.items() if ".1.mlp" in name}
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config.save_pretrained(tmp_path / "a")
+    save_file(weights | behind, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    again = loaded(tmp_path / "a", len(behind))
+    assert type(again) is tf.LlamaForCausalLM and again.sparsekern_source.tensors == tuple(sorted(behind))
+    torch.testing.assert_close(
+        again.model.layers[0].mlp.up_proj.weight.float(), model.model.layers[0].mlp.up_proj.weight, atol=3e-3, rtol=0.1
+    )
+    path = sparsekern.save(again, tmp_path / "b")
+    assert_carried(tmp_path / "a", path, behind)
+    assert "quantization_config" not in json.loads((path / "config.json").read_text())
+
+
 def test_the_source_may_be_overwritten(source, tmp_path):
     """Its weight files get other names then, and are looked up again."""
     folder = shutil.copytree(source, tmp_path / "a")
