@@ -6,7 +6,7 @@ multiprocessors. It is therefore computed by halves. As soon as the left half of
 on the whole right half. Each block still waits for one product and its kernel, but three quarters of the arithmetic is in products at least
 1024 columns wide. Pending sums are stored in `delta` itself, in the columns that will overwrite them.
 
-The weights of a batch go through the blocks together: one product for all of them, and for each a launch of its own.
+The weights of a batch go through the blocks together: each product and each launch is one for all of them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def by_halves(count: int, run: Callable[[int], None], update: Callable[[int, int
 class Sweep:
     """The tensors of one sweep, contiguous and aligned to 16 bytes. Columns are where `blocks` say.
 
-    All but `status` have a leading dimension more in the sweep of a batch. `Kernels` are given the sweep of one weight.
+    All but `status` have a leading dimension more in the sweep of a batch.
 
     Attributes:
         blocks: the blocks of columns.
@@ -110,19 +110,6 @@ class Sweep:
     row_error: torch.Tensor
     status: torch.Tensor
 
-    def of(self, index: int) -> Sweep:
-        """Return the sweep of one weight of a batch, as views."""
-        return Sweep(
-            self.blocks,
-            self.weight[index],
-            self.factor[index],
-            self.mask[index],
-            self.delta[index],
-            self.new_weight[index],
-            self.row_error[index],
-            self.status,
-        )
-
 
 class Kernels(Protocol):
     """The kernels of a sweep: each call is one launch for at most `LAUNCH_COLUMNS` columns `[first, last)` of a block."""
@@ -143,28 +130,6 @@ class Kernels(Protocol):
         """
 
 
-class EachOf:
-    """The kernels of a batch: those of each of its weights, one launch after another."""
-
-    def __init__(self, make_kernels: Callable[[Sweep], Kernels], state: Sweep) -> None:
-        self._each = [make_kernels(state.of(index)) for index in range(len(state.weight))]
-
-    def check_values(self) -> None:
-        for kernels in self._each:
-            kernels.check_values()
-
-    def prune(self, first: int, last: int, n: int, m: int) -> None:
-        for kernels in self._each:
-            kernels.prune(first, last, n, m)
-
-    def prune_best(self, first: int, last: int, kept: int, scope: str) -> bool:
-        return all([kernels.prune_best(first, last, kept, scope) for kernels in self._each])  # alike, as their shapes are
-
-    def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
-        for index, kernels in enumerate(self._each):
-            kernels.score(first, last, origin, delta[index], scores[index])
-
-
 def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, mask):
     """Run `obs_sweep` with `make_kernels(sweep)`; the other arguments and the results are those of the reference."""
     *_, rows, columns = weight.shape
@@ -175,7 +140,7 @@ def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, ma
     competing = mask is None and not m
     state = _allocate(weight, factor, mask, column_blocks(columns, block_size_for(m, block_size, competing), ALIGNMENT))
     if weight.numel():
-        kernels = make_kernels(state) if weight.dim() == 2 else EachOf(make_kernels, state)
+        kernels = make_kernels(state)
         if values_are_checked(weight):
             kernels.check_values()
 
@@ -376,4 +341,10 @@ def _triton(weight, factor, *, n=0, m=0, sparsity=0.0, scope="block", block_size
     return sweep(TritonKernels, weight, factor, n=n, m=m, sparsity=sparsity, scope=scope, block_size=block_size, mask=mask)
 
 
-IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports), Implementation("triton", _triton, _supports))
+def _supports_one(weight, factor, **options) -> Support:
+    if weight.dim() == 3:
+        return Support(False, "the weights of a batch share launches in triton alone")
+    return _supports(weight, factor, **options)
+
+
+IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports_one), Implementation("triton", _triton, _supports))

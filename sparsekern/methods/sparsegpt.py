@@ -19,7 +19,7 @@ from .statistics import Gram, HasGram, square_norms
 from .together import energies_together, factor_together, shifts_of, stacked
 from .wanda import Wanda
 
-COPIED_BYTES = 2**28  # of Gram matrices that are copied next to one another for one call
+COPIED_BYTES = 2**29  # of Gram matrices that are copied next to one another for one call
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,9 @@ def _calls(statistics: Sequence[HasGram]) -> Iterator[list[int]]:
         seen[id(own)] = turn + 1
         turns.setdefault(turn, []).append(index)
     for indices in turns.values():
-        threads, size = torch.get_num_threads(), statistics[indices[0]].sum_squares.numel() ** 2 * 4
-        most = max(COPIED_BYTES // max(size, 1) // threads, 1) * threads  # each thread solves as many
+        most = max(COPIED_BYTES // max(4 * statistics[indices[0]].sum_squares.numel() ** 2, 1), 1)
+        if most > (threads := torch.get_num_threads()):
+            most -= most % threads  # each thread solves as many
         yield from (indices[begin : begin + most] for begin in range(0, len(indices), most))
 
 

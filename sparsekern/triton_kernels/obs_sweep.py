@@ -16,6 +16,7 @@ column j and all columns to its left unchanged. A column therefore costs one mas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -75,12 +76,13 @@ def find_not_finite(x, status, elements, SCAN: tl.constexpr):
 
 @triton.jit
 def prepare_triangles(factor, triangles, columns, border, block, last, parts, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """Store `R`, `[SIZE, SIZE]`, and one more row, `diag(V_ss)`, for each of the `parts` sub-blocks of each block.
+    """Store `R`, `[SIZE, SIZE]`, and one more row, `diag(V_ss)`, for each of the `parts` sub-blocks of each block of each factor.
 
     Dead columns and padding have a zero in `diag(V_ss)`. A block begins at each multiple of `border` and has `block` columns; the last
     block ends at column `last`.
     """
-    index = tl.program_id(0)
+    index, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    factor += matrix * columns * columns
     origin = index // parts * border
     first = (origin + index % parts * WIDTH).to(tl.int64)
     lane = tl.arange(0, SIZE)
@@ -94,7 +96,7 @@ def prepare_triangles(factor, triangles, columns, border, block, last, parts, WI
         row /= tl.where(alive, diagonal, 1.0)
         found = -row - tl.sum(row[:, None] * triangle, axis=0)
         triangle = tl.where(lane[:, None] == i, found[None, :], triangle)
-    out = triangles + index.to(tl.int64) * ((SIZE + 1) * SIZE)
+    out = triangles + (matrix * tl.num_programs(0) + index) * ((SIZE + 1) * SIZE)
     tl.store(out + lane[:, None] * SIZE + lane[None, :], triangle)
     tl.store(out + SIZE * SIZE + lane, tl.where(alive, diagonal, 0.0))
 
@@ -111,11 +113,11 @@ def choose_group(score, kept, lane, group, N: tl.constexpr, M: tl.constexpr, UNR
 
 @triton.jit
 def sweep_block(
-    weight, mask, factor, triangle, delta, scores, new_weight, row_error, rows, columns, delta_stride, width,
+    weight, mask, factor, triangle, delta, scores, new_weight, row_error, rows, columns, delta_stride, triangle_stride, width,
     SCORE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     PART: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sweep `width` columns of some rows; all pointers point at the first of these columns.
+    """Sweep `width` columns of some rows of one weight of the batch; all pointers point at the first of these columns.
 
     With `M`, keeps `N` of every `M` columns, chosen from the current weights when the sweep reaches the group, and writes `mask`;
     otherwise reads `mask`. With `SCORE`, prunes nothing and stores in `scores` the cost of removing each weight. `delta` holds the
@@ -128,7 +130,17 @@ def sweep_block(
     row, lane, chunk = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :], tl.arange(0, CHUNK)
     in_rows = row0 + row < rows
     unit = tl.arange(0, SIZE)[:, None]
-    if not SCORE:
+    matrix = tl.program_id(1).to(tl.int64)
+    weight += matrix * rows * columns
+    factor += matrix * columns * columns
+    triangle += matrix * triangle_stride
+    delta += matrix * rows * delta_stride
+    row_error += matrix * rows
+    if SCORE:
+        scores += matrix * rows * delta_stride
+    else:
+        mask += matrix * rows * columns
+        new_weight += matrix * rows * columns
         delta_stride = columns  # the same offsets, in fewer registers
     tile = row * columns + lane
     delta_tile = row * delta_stride + lane
@@ -231,7 +243,7 @@ class Triangles(NamedTuple):
     Attributes:
         tiles: the shape of the programs that they are prepared for.
         parts: sub-blocks per block.
-        values: `[blocks * parts, size + 1, size]` float32.
+        values: `[blocks * parts, size + 1, size]` float32, with the leading dimension of a batch.
     """
 
     tiles: Config
@@ -240,7 +252,7 @@ class Triangles(NamedTuple):
 
 
 class TritonKernels:
-    """The kernels of one sweep; see `sparsekern.backends.obs_sweep.Kernels`."""
+    """The kernels of one sweep; see `sparsekern.backends.obs_sweep.Kernels`. A launch serves all weights of a batch."""
 
     def __init__(self, state: Sweep) -> None:
         self._state, self._mask = state, state.mask.view(torch.uint8)
@@ -254,7 +266,7 @@ class TritonKernels:
 
     def prune(self, first: int, last: int, n: int, m: int) -> None:
         """Prune columns `[first, last)` to the mask of the sweep, or with `m` to N of every M columns."""
-        self._run(first, last, self._state.delta[:, first:], None, n, m)
+        self._run(first, last, self._state.delta[..., first:], None, n, m)
 
     def prune_best(self, first: int, last: int, kept: int, scope: str) -> bool:
         """Return False: the best weights are chosen by the caller, from their scores."""
@@ -262,19 +274,20 @@ class TritonKernels:
 
     def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
         """Store the cost of removing each weight of columns `[first, last)`; `delta` and `scores` begin with column `origin`."""
-        self._run(first, last, delta[:, first - origin :], scores[:, first - origin :], 0, 0)
+        self._run(first, last, delta[..., first - origin :], scores[..., first - origin :], 0, 0)
 
     def _run(self, first: int, last: int, delta: torch.Tensor, scores: torch.Tensor | None, n: int, m: int) -> None:
         state = self._state
-        rows, columns = state.weight.shape
+        *batch, rows, columns = state.weight.shape
         with on_device_of(delta):
             if self._prepared is None:
                 self._prepared = self._prepare(m)
             tiles = self._prepared.tiles
-            mask, new_weight = (None, None) if scores is not None else (self._mask[:, first:], state.new_weight[:, first:])
-            sweep_block[(triton.cdiv(rows, ROWS),)](
-                state.weight[:, first:], mask, state.factor[first:, first:], self._triangle(self._prepared, first), delta, scores, new_weight,
-                state.row_error, rows, columns, delta.stride(0), last - first, **_constants(tiles, scores is not None, n, m),
+            mask, new_weight = (None, None) if scores is not None else (self._mask[..., first:], state.new_weight[..., first:])
+            sweep_block[(triton.cdiv(rows, ROWS), math.prod(batch))](
+                state.weight[..., first:], mask, state.factor[..., first:, first:], self._triangle(self._prepared, first), delta, scores,
+                new_weight, state.row_error, rows, columns, delta.stride(-2), math.prod(self._prepared.values.shape[-3:]),
+                last - first, **_constants(tiles, scores is not None, n, m),
                 num_warps=tiles.num_warps, num_stages=1,
             )  # fmt: skip
 
@@ -282,9 +295,10 @@ class TritonKernels:
         blocks, factor = self._state.blocks, self._state.factor
         tiles = config(blocks[0].last, m, device_of(factor).capability)
         parts = triton.cdiv(blocks[0].last, tiles.width)
-        triangles = factor.new_empty((len(blocks) * parts, tiles.size + 1, tiles.size))
-        prepare_triangles[(len(triangles),)](
-            factor, triangles, len(factor), blocks[0].border, blocks[0].last, blocks[-1].last, parts,
+        batch, all_parts = factor.shape[:-2], len(blocks) * parts
+        triangles = factor.new_empty((*batch, all_parts, tiles.size + 1, tiles.size))
+        prepare_triangles[(all_parts, batch.numel())](
+            factor, triangles, factor.shape[-1], blocks[0].border, blocks[0].last, blocks[-1].last, parts,
             WIDTH=tiles.width, SIZE=tiles.size,
         )  # fmt: skip
         return Triangles(tiles, parts, triangles)
@@ -292,7 +306,7 @@ class TritonKernels:
     def _triangle(self, triangles: Triangles, first: int) -> torch.Tensor:
         """Return the triangle of the sub-block that begins at column `first`; those of the next sub-blocks follow it in memory."""
         block, inside = divmod(first, self._state.blocks[0].border)
-        return triangles.values[block * triangles.parts + inside // triangles.tiles.width]
+        return triangles.values[..., block * triangles.parts + inside // triangles.tiles.width, :, :]
 
 
 def _constants(tiles: Config, score: bool, n: int, m: int) -> dict[str, object]:
@@ -334,7 +348,7 @@ def _case(dtype: str, score: bool, n: int, m: int, capability: tuple[int, int]) 
     return CompileCase(
         sweep_block,
         {name: f"*{kind}:16" for name, kind in pointers.items()}
-        | dict.fromkeys(("rows", "columns", "delta_stride", "width"), "i32:16"),
+        | dict.fromkeys(("rows", "columns", "delta_stride", "triangle_stride", "width"), "i32:16"),
         {**dict.fromkeys(absent), **_constants(tiles, score, n, m)},
         tiles.num_warps,
         1,
