@@ -69,7 +69,7 @@ def check_decisions(family: Family, dense: tf.PreTrainedModel, pruned: tf.PreTra
         mine = {name for name in names if name.startswith(prefix)}
         for name in mine:
             parameter, expert, part = place(name, parameters)
-            experts = 1 + max(number for other, number in watch.seen if other == parameter)
+            experts = 1 + max((number for other, number in watch.seen if other == parameter), default=0)
             transposed = any(found.transposed for (other, _), found in watch.seen.items() if other == parameter)
             before, after = (
                 matrix_of(values[parameter].data, expert, experts, transposed, parameter, part, family.interleaved)
@@ -110,7 +110,7 @@ def matrix_of(
     stored: torch.Tensor, expert: int, experts: int, transposed: bool, parameter: str, part: str, interleaved: bool
 ) -> torch.Tensor:
     """`[out_features, in_features]`, a view of a parameter."""
-    matrix = stored.view(experts, -1, stored.shape[-1])[expert]
+    matrix = (stored if stored.dim() == 3 else stored.view(experts, -1, stored.shape[-1]))[expert]
     matrix = matrix.T if transposed else matrix
     if not parameter.endswith("gate_up_proj") or not part:
         return matrix
@@ -168,9 +168,9 @@ def check_packed(family: Family, model: tf.PreTrainedModel, folder: Path, names:
     for name, value in wanted.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
-    modules = dict(packed.named_modules())
-    left = {name for name in names if not isinstance(modules.get(name), sparsekern.SparseLinear)}
-    reasons, experts = set(), {name for name in left if PART.fullmatch(name) and name not in modules}
+    dense, still = dict(model.named_parameters()), {name for name, _ in packed.named_parameters()}
+    left = {name for name in names if place(name, dense)[0] in still}
+    reasons, experts = set(), {name for name in left if place(name, dense)[2]}
     for name in left - experts:
         ends = [end for end in family.unpacked if name.endswith(f".{end}")]
         assert ends, f"{name} is not packed, and nobody says why"
