@@ -235,7 +235,7 @@ def plan_linears(model: nn.Module, method: LinearMethod | GradualMethod, request
 
 def check_padding(plan: Plan, batches: Collection[Batch]) -> None:
     """Raise `ValueError` if there is padding, and experts that are given rows that do not tell which are padding."""
-    if plan.listed and any(batch.token_mask is not None for batch in batches):
+    if plan.listed and any(batch.token_mask is not None or batch.decoder_mask is not None for batch in batches):
         raise ValueError(
             f"calibration: expected samples without padding for {shortened(sorted(plan.listed))}: these experts are called with "
             "the rows that are routed to them, which do not tell which are padding; give one length a batch, or leave them out"

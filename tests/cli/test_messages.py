@@ -28,6 +28,8 @@ from tests.cli.conftest import exit_code
         (["--method", "kprune", "--pattern", "0.5"], "--pattern: expected none, since kprune removes a share of heads and neurons"),
         (["--method", "kprune", "--evaluate"], "--evaluate: perplexity is of causal language models, which kprune does not"),
         (["--method", "kprune", "--set", "remove=1"], "KPrune.remove: expected a number of at least 0 and below 1, got 1.0"),
+        (["--weighting", "gate"], "--weighting: expected one of equal, routing, got 'gate'"),
+        (["--unseen", "drop"], "--unseen: expected one of magnitude, dense, error, got 'drop'"),
         (["--state", "~nobody-of-this-name/a"], "--state: expected a path, got '~nobody-of-this-name/a', whose home folder is not"),
         (["--set", "damping"], "--set: expected NAME=VALUE, got 'damping'"),
         (["--set", "=3"], "--set: expected NAME=VALUE, got '=3'"),

@@ -1,8 +1,9 @@
-"""Every method on a tiny Llama, GPT-2 and BERT, and a packed model: what of each is kept as golden results."""
+"""Every method on a tiny Llama, GPT-2 and BERT, two on a mixture, and a packed model: what of each is kept as golden results."""
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,6 +12,7 @@ import transformers as tf
 import sparsekern
 
 from .. import encoders, tiny
+from ..models.test_experts import tiny_mixture
 
 SEED = 0
 DECODERS = {
@@ -59,6 +61,14 @@ def _continually() -> Mapping[str, torch.Tensor]:
     return model.state_dict()
 
 
+def _mixture(method: str, weighting: str) -> Mapping[str, torch.Tensor]:
+    model, (config, pattern) = tiny_mixture("qwen3_moe"), METHODS[method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sparsekern.SparsekernWarning)  # experts with few tokens
+        sparsekern.prune(model, config, pattern, calibration(), seed=SEED, progress=False, weighting=weighting)
+    return model.state_dict()
+
+
 def _kprune() -> Mapping[str, torch.Tensor]:
     model = encoders.tiny("bert_classifier")
     batches = encoders.one_by_one(encoders.padded_ids())
@@ -80,6 +90,8 @@ CASES: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {
         for method in METHODS
     },
     **{f"bert: {method}": lambda method=method: _pruned(lambda: encoders.tiny("bert_classifier"), method) for method in ON_BERT},
+    "mixture: sparsegpt": lambda: _mixture("sparsegpt", "equal"),
+    "mixture: wanda by routing": lambda: _mixture("wanda", "routing"),
     "bert: kprune": _kprune,
     "llama: copal, two texts": _continually,
     "llama: packed, float32": lambda: _packed(torch.float32),
