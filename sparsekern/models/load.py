@@ -88,6 +88,7 @@ def load(
     _check_complete(model, loading, str(source))
     if gguf:
         _forget_quantization(model)
+        _say_what_is_lost(model, loading, str(source))
     else:
         _remember_source(model, loading, source, place, trust_remote_code)
     return model.eval().to(device)
@@ -235,6 +236,17 @@ def _remember_source(
         warn(
             f"model: {str(source)!r}: {shown}: weights that the model does not read, links out of its folder or what may not be read; "
             "they are not saved with the model",
+            stacklevel=3,
+        )
+
+
+def _say_what_is_lost(model: torch.nn.Module, loading: dict[str, Any], source: str) -> None:
+    """Warn of tensors in a GGUF file that its class does not know. Their blocks have no form in which they could be saved along."""
+    lost = sorted(name for name in loading["unexpected_keys"] if "rope_f" not in name)  # rope_freqs and the like are in the config
+    if lost:
+        warn(
+            f"model: {source!r} holds {len(lost)} tensors that {type(model).__name__} does not know, {lost[0]} among them; "
+            "they are not loaded, and are not saved",
             stacklevel=3,
         )
 

@@ -57,9 +57,12 @@ def warn_of_what_stays_behind(model: nn.Module) -> None:
     folder = Path(getattr(config, "_name_or_path", None) or "")
     if hasattr(model, ATTRIBUTE) or folder == Path() or not (folder / CONFIG).is_file():
         return
-    read = weight_files(folder, getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ()))
     packed = any(isinstance(module, SparseLinear) for module in model.modules())  # whose tensors have other names
-    tensors = [] if packed else unread_keys(cast("PreTrainedModel", model), tensors_in(read))
+    try:
+        read = weight_files(folder, getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ()))
+        tensors = [] if packed else unread_keys(cast("PreTrainedModel", model), tensors_in(read))
+    except (OSError, ValueError):  # the folder holds another model by now, and this one needs nothing of it
+        return
     files = [name for name in other_files(folder, code=False, read=read)[0] if name not in TOKENIZER | USUAL]
     found = [f"{len(tensors)} tensors that {type(model).__name__} does not know ({tensors[0]})"] if tensors else []
     found += [f"{len(files)} files ({', '.join(files[:3])}{', …' if len(files) > 3 else ''})"] if files else []

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsekern
-from sparsekern.models.load import BUILTIN, builtin_gguf, device_of, load_tokenizer
+from sparsekern.models.load import BUILTIN, _say_what_is_lost, builtin_gguf, device_of, load_tokenizer
 from tests import tiny
 
 
@@ -169,6 +169,16 @@ def test_missing_gguf_reader_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gguf and accelerate needed to read a.gguf: pip install 'sparsekern\[gguf\]'"):
         sparsekern.load(tmp_path / "a.gguf", device="cpu")
+
+
+def test_tensors_of_a_gguf_file_that_are_lost_are_named():
+    with pytest.warns(
+        sparsekern.SparsekernWarning, match="'a.gguf' holds 2 tensors that Linear does not know, blk.9.nextn.a among"
+    ):
+        _say_what_is_lost(
+            torch.nn.Linear(1, 1), {"unexpected_keys": {"blk.9.nextn.b", "blk.9.nextn.a", "rope_freqs.weight"}}, "a.gguf"
+        )
+    _say_what_is_lost(torch.nn.Linear(1, 1), {"unexpected_keys": {"rope_freqs.weight"}}, "a.gguf")
 
 
 @pytest.mark.slow

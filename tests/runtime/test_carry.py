@@ -460,3 +460,5 @@ def test_a_folder_with_nothing_more_is_no_reason_to_warn(tmp_path):
     sparsekern.prune(model, "magnitude", "2:4", progress=False, out=tmp_path / "b")
     packed = tf.AutoModelForCausalLM.from_pretrained(sparsekern.save(sparsekern.pack(model), tmp_path / "c"))
     sparsekern.save(packed, tmp_path / "d")
+    (tmp_path / "a" / "model.safetensors").write_text("another model, half written")
+    sparsekern.save(model, tmp_path / "e")
