@@ -45,6 +45,12 @@ def with_tensors(folder, tensors):
     return folder
 
 
+def replace(path, data):
+    """Put another file in the place of one that a model may have mapped, whose pages must stay."""
+    path.unlink()
+    path.write_bytes(data)
+
+
 def loaded(folder, count, **options):
     """Load a folder of which so many tensors are not known."""
     with pytest.warns(sparsekern.SparsekernWarning, match=f"holds {count} tensors that .* does not know, .* are saved unchanged"):
@@ -423,8 +429,7 @@ def test_the_space_that_they_take_is_counted(source, tmp_path, monkeypatch):
 def test_a_weight_file_that_is_cut_off_is_named(source, tmp_path):
     folder = shutil.copytree(source, tmp_path / "a")
     model = loaded(folder, 6)
-    with open(folder / "model.safetensors", "r+b") as file:
-        file.truncate((folder / "model.safetensors").stat().st_size - 16)
+    replace(folder / "model.safetensors", (folder / "model.safetensors").read_bytes()[:-16])
     with pytest.raises(ValueError, match=r"model.safetensors: .*: the file is damaged \(it ends before the tensor\)"):
         sparsekern.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -460,5 +465,5 @@ def test_a_folder_with_nothing_more_is_no_reason_to_warn(tmp_path):
     sparsekern.prune(model, "magnitude", "2:4", progress=False, out=tmp_path / "b")
     packed = tf.AutoModelForCausalLM.from_pretrained(sparsekern.save(sparsekern.pack(model), tmp_path / "c"))
     sparsekern.save(packed, tmp_path / "d")
-    (tmp_path / "a" / "model.safetensors").write_text("another model, half written")
+    replace(tmp_path / "a" / "model.safetensors", b"another model, half written")
     sparsekern.save(model, tmp_path / "e")
