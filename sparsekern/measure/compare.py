@@ -149,7 +149,8 @@ def compare(
         RuntimeError: the process whose memory is measured failed.
     """
     can_generate = getattr(dense, "can_generate", None)
-    if not (callable(can_generate) and can_generate()):
+    both = getattr(getattr(dense, "config", None), "is_encoder_decoder", False)  # whose prompt would be read, not continued
+    if both or not (callable(can_generate) and can_generate()):
         raise ValueError(f"dense: expected a causal language model of transformers, got {type(dense).__name__}")
     for name, value in (("prompt_length", prompt_length), ("tokens", tokens), ("rounds", rounds)):
         if value < 1:

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CannotFollow(ValueError):
-    """A forward that block-by-block pruning cannot follow, told apart from errors of the model's own."""
+    """Raised by a hook in a forward that block-by-block pruning cannot follow, to be told apart from the model's own errors."""

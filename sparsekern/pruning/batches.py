@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -128,25 +128,43 @@ class Batch:
         rows, tokens = x.reshape(-1, x.shape[-1]), self.mask(mask)
         if tokens is None:
             return rows, None
-        leading, (samples, length) = x.shape[:-1], tokens.shape
-        places = [place for place, size in enumerate(leading) if place and size == length]
-        if leading[:1] == (samples,) and (1 in places or len(places) == 1):
-            place = 1 if 1 in places else places[0]  # behind the heads, where there are several
-            tokens = tokens.view(samples, *[1] * (place - 1), length, *[1] * (len(leading) - place - 1))
-        elif leading[:1] == (samples * length,):
-            tokens = tokens.view(-1, *[1] * (len(leading) - 1))
-        elif mask == FITTING:
+        view = fitted(x.shape, tokens.shape)
+        if view is None and mask == FITTING:
             return rows, None
-        else:
-            raise ValueError(
-                f"an input of shape {tuple(x.shape)} in a padded batch of {samples} x {length} tokens does not tell which "
-                "rows are padding; calibrate with samples of one length"
-            )
-        return rows, tokens.expand(leading).flatten()
+        if view is None:
+            raise ValueError(unclear(x.shape, tokens.shape))
+        return rows, tokens.view(view).expand(x.shape[:-1]).flatten()
 
     def sample_of_row(self, row: int, rows: int) -> int | None:
         """Return the calibration sample of row `row` of `rows`, or None where the rows do not follow the samples."""
         return None if rows % self.shape[0] else self.first_sample + row // (rows // self.shape[0])
+
+
+def fitted(shape: Sequence[int], mask: Sequence[int]) -> list[int] | None:
+    """Return the shape in which a mask broadcasts to the leading dimensions of an activation; None where no dimension tells.
+
+    Args:
+        shape: `[samples, length, ...]`, `[samples, heads, length, ...]` or `[samples * length, ...]`, features last.
+        mask: `[samples, length]`.
+    """
+    leading, (samples, length) = shape[:-1], mask
+    places = [place for place, size in enumerate(leading) if place and size == length]
+    view = [1] * len(leading)
+    if list(leading[:1]) == [samples] and (1 in places or len(places) == 1):
+        view[0], view[1 if 1 in places else places[0]] = samples, length
+    elif list(leading[:1]) == [samples * length]:
+        view[0] = samples * length
+    else:
+        return None
+    return view
+
+
+def unclear(shape: Sequence[int], mask: Sequence[int]) -> str:
+    """Return the message for an activation whose shape does not tell which rows are padding."""
+    return (
+        f"an input of shape {tuple(shape)} in a padded batch of {mask[0]} x {mask[1]} tokens does not tell which rows are padding; "
+        "calibrate with samples of one length"
+    )
 
 
 def as_batches(

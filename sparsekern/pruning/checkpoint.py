@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -73,6 +74,11 @@ class Checkpoint:
             write_atomically(self.folder / STATE, json.dumps(state, indent=1).encode())
         else:
             self._check_state(state)
+
+    def drop_unused(self) -> None:
+        """Remove the checkpoint from its output folder unless it holds a finished block."""
+        if not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder)
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: dict[str, Any]) -> None:
         """Write an entry of this run."""

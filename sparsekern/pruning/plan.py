@@ -177,6 +177,9 @@ def make_plan(
         for index, block in enumerate(blocks.modules)
         for linear in find_gates(block, inside[index], blocks.block_name(index))
     }
+    # Fewer inputs than a group has: the step of a state-space mixer is such a matrix.
+    patterned = ((linear, first_match(linear.name, by_glob, default)) for part in inside for linear in part)
+    gates |= {linear.name for linear, found in patterned if isinstance(found, NM) and linear.features < found.m}
     asked = (
         [included or set()] if callable(include) else [_matching(glob, everything) for glob in as_globs("include", include) or ()]
     )

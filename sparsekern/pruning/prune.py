@@ -51,10 +51,11 @@ def prune(
     unseen: str = MAGNITUDE,
     format: str = DENSE,
 ) -> Report:
-    """Prune the linears of a transformers decoder in place, or remove units of an encoder, and return a report.
+    """Prune the linears of a transformers model in place, or remove units of an encoder, and return a report.
 
-    Blocks and linears are found from the structure of the model, not from its name. Embeddings and `lm_head` stay dense unless they
-    are named. Tied weights stay tied, and every mode and hook of the model is restored.
+    Blocks and linears are found from the structure of the model, not from its name, and how a forward runs them is observed. An encoder
+    and its decoder are both pruned; of a language model with towers for images or sound, the language model is. Embeddings and
+    `lm_head` stay dense unless they are named. Tied weights stay tied, and every mode and hook of the model is restored.
 
     Args:
         model: a transformers `PreTrainedModel` (or any module with the same call) on one device, in float32, bfloat16 or float16.
@@ -62,8 +63,10 @@ def prune(
             `"kprune"` (encoders), a config such as `SparseGPT(damping=0.01)`, or a config of your own class.
         pattern: `"N:M"` keeps N of every M consecutive inputs. A float is the share of zeros. Pattern objects are taken too. None is
             `"2:4"`. `KPrune` takes only None, since its `remove` is the share of FLOPs (or parameters) to remove.
-        calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings with `input_ids`
-            and `attention_mask`, whose padding is left out of every statistic. A text that `sparsekern.data.read_documents` takes is
+        calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings of whatever the
+            model's forward takes, such as `input_ids`, `pixel_values` or `decoder_input_ids`. Padding by `attention_mask` and
+            `decoder_attention_mask` is left out of every statistic, and `labels` only give decoder ids. An encoder with a decoder takes
+            ids alone on both sides. A model of images or sound takes a tensor of its main input. A text that `sparsekern.data.read_documents` takes is
             given by name, such as `"wiki.txt"`, `"hf:NAME"` or `"builtin:python-docs"`. Magnitude needs none.
         tokenizer: the model's tokenizer, to read a text. It is also saved to `out`.
         samples: number of windows of a text (None is 128), or of sentences for `KPrune` (None is 1024).
@@ -75,8 +78,8 @@ def prune(
         resume: continue the unfinished run in `out`, if there is one; `model` is the dense model again. The result is the same, bit for
             bit. A finished run is refused, since its folder holds the model and the report.
         progress: show a progress bar.
-        include: names or globs of linears to prune, such as `"*.mlp.*"`. None is all linears of the blocks. A linear outside the
-            blocks is pruned only if its whole name is given, as in `include=["*", "lm_head"]`. A callable `(name, module) -> bool`
+        include: names or globs of linears to prune, such as `"*.mlp.*"`. None is all linears of the blocks, except towers beside a
+            language model. A linear outside the blocks is pruned only if its whole name is given, as in `include=["*", "lm_head"]`. A callable `(name, module) -> bool`
             chooses among the linears of the blocks.
         exclude: names or globs of linears to leave dense, or a callable as for `include`.
         patterns: patterns by glob, where None leaves linears dense. The first match wins over `pattern`.
@@ -159,7 +162,12 @@ def prune(
         )
         dense_bytes = weight_bytes(model)
         with running(model, plan, method, batches, seed=seed, checkpoint=checkpoint, report=report, progress=progress) as context:
-            loop(context).run()
+            try:
+                loop(context).run()
+            except (TypeError, ValueError):
+                if checkpoint is not None:
+                    checkpoint.drop_unused()
+                raise
         clock = context.clock
         if folder is not None:
             folder.write(model, report, dense_bytes=dense_bytes, clock=clock, start=start)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...models.unsupported import CannotFollow
 from ..batches import Batch
 from .course import Course
 from .stand_ins import SharedTensors, replaced_forwards
@@ -70,7 +69,7 @@ class Chain:
                     raise
                 raise refused(model, number, error) from error
             if tuple(ran) != course.order:
-                raise CannotFollow(f"calibration: batch {number} runs other blocks than earlier batches with the same inputs")
+                raise ValueError(f"calibration: batch {number} runs other blocks than earlier batches with the same inputs")
             self._calls.append(
                 [BlockCall(shared.replace(call.args), shared.replace(call.kwargs), call.hidden_name) for call in calls]
             )

@@ -8,7 +8,6 @@ from dataclasses import replace
 from torch import nn
 
 from ...models import Blocks, Linear
-from ...models.unsupported import CannotFollow
 from ..batches import Batch
 from ..plan import Plan, shortened
 from ..progress import Notices
@@ -31,10 +30,14 @@ def observed(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Plan:
     """
     traces = _traces(model, plan.blocks, plan.linears, batches, to_the_end=bool(plan.outside_linears))
     plan = _without_unseen(plan, list(traces.values()))
+    for batch in batches:
+        for linear in plan.linears:
+            if linear.name in traces[batch.given].unclear and (batch.token_mask is not None or batch.decoder_mask is not None):
+                raise ValueError(f"{linear.name}: {traces[batch.given].unclear[linear.name]}")
     called = {name for trace in traces.values() for names in trace.calls.values() for name in names}
     for experts in experts_in(plan.linears):
         if experts.name not in called:
-            raise CannotFollow(
+            raise ValueError(
                 f"model: a forward did not call {experts.name} ({type(experts.module).__name__}), so the inputs of its experts are "
                 "unknown; leave them out with exclude"
             )
@@ -130,7 +133,7 @@ def _course(blocks: Blocks, planned: set[int], traces: dict[frozenset[str], Trac
     for trace in found:
         for first, second in trace.hidden:
             if first in followed and second in followed:
-                raise CannotFollow(
+                raise ValueError(
                     f"model: {blocks.block_name(second)} reads a tensor that {blocks.block_name(first)} made and that is not "
                     "among its arguments, which block-by-block pruning cannot follow"
                 )
@@ -150,11 +153,11 @@ def _check_runs(blocks: Blocks, trace: Trace, stack: Sequence[int]) -> None:
             continue
         name, times = blocks.block_name(index), trace.order.count(index)
         if times > 1:
-            raise CannotFollow(
+            raise ValueError(
                 f"model: a forward runs {name} more than once ({times} times), which block-by-block pruning cannot follow"
             )
         if Element(index, ARGUMENT) in trace.overwritten:
-            raise CannotFollow(f"model: {name} changes its input in place, which block-by-block pruning cannot follow")
+            raise ValueError(f"model: {name} changes its input in place, which block-by-block pruning cannot follow")
 
 
 def _is_chain(trace: Trace, stack: set[int]) -> bool:
@@ -191,5 +194,5 @@ def _merged(orders: list[list[int]]) -> tuple[int, ...]:
                 place += 1
     for order in orders:
         if [index for index in merged if index in order] != order:
-            raise CannotFollow("model: calibration batches run the blocks in different orders, which pruning cannot follow")
+            raise ValueError("model: calibration batches run the blocks in different orders, which pruning cannot follow")
     return tuple(merged)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.unsupported import CannotFollow
 from ..batches import Batch
 from ..values import Changes, replaced, set_entries, tensors_in
 from .course import Course
@@ -165,7 +164,7 @@ class Replay:
             ran = self._really_run(number)
         places = [self._places[index] for index in ran]
         if places != sorted(set(places)):
-            raise CannotFollow(f"calibration: batch {number} runs the blocks in another order than earlier batches")
+            raise ValueError(f"calibration: batch {number} runs the blocks in another order than earlier batches")
 
     def _really_run(self, number: int) -> list[int]:
         ran: list[int] = []

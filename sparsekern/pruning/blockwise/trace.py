@@ -19,7 +19,7 @@ from ...models import Blocks, Linear
 from ...models.expert_checks import verified
 from ...models.experts import watched
 from ...models.unsupported import CannotFollow
-from ..batches import DECODED, FITTING, TOKENS, Batch
+from ..batches import DECODED, FITTING, TOKENS, Batch, fitted, unclear
 from ..values import Changes, replaced, tensors_in
 from .experts import experts_in, parted
 from .lineage import ARGUMENT, Element, Lineage, Origin
@@ -90,6 +90,7 @@ class Trace:
         calls: by block name, the names of its linears and fused experts in the order in which they are called.
         masks: for each linear and each module of fused experts, the padding masks that the inputs of its calls follow, one after
             another; None where no padding is known.
+        unclear: for each linear whose inputs do not tell which of their rows would be padding, why.
         read: the linears whose weights are read although they are not called.
         users: for each element, the blocks that read it.
         hidden: pairs of blocks of which the second reads a tensor of the first that it was not given.
@@ -101,6 +102,7 @@ class Trace:
     runs: list[Run] = field(default_factory=list)
     calls: dict[str, list[str]] = field(default_factory=lambda: {OUTSIDE: []})
     masks: dict[str, list[str | None]] = field(default_factory=dict)
+    unclear: dict[str, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     users: dict[Element, set[int]] = field(default_factory=dict)
     hidden: list[tuple[int, int]] = field(default_factory=list)
@@ -150,17 +152,15 @@ def observe(
         ValueError: the forward refuses the batch, or does what cannot be followed.
     """
     linears = list(linears)
-    if (alone := batch.first_sample_alone()) is not None:
-        try:
-            return _Observer(model, blocks, linears, alone, to_the_end).trace
-        except (CannotFollow, torch.OutOfMemoryError):
-            raise
-        except Exception:  # images of all samples may lie one behind the other, as many as there are samples by chance
-            if batch.shape[0] == 1:
-                alone = None
+    alone = batch.first_sample_alone()
     try:
+        if alone is not None and batch.shape[0] > 1:
+            with suppress(Exception):  # images of all samples may lie one behind the other, as many as there are samples by chance
+                return _Observer(model, blocks, linears, alone, to_the_end).trace
         return _Observer(model, blocks, linears, batch.inputs, to_the_end).trace
-    except (CannotFollow, torch.OutOfMemoryError):
+    except CannotFollow as error:
+        raise ValueError(str(error)) from error
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise refused(model, number, error) from error
@@ -176,6 +176,7 @@ class _Observer:
         sources = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         plain, matrices = parted(linears)
         self.trace, self._blocks = Trace(), blocks
+        self._masks = {name: value for name in (TOKENS, DECODED) if (value := sources.get(name)) is not None and value.dim() == 2}
         self._lineage = Lineage(sources, {linear.name: linear.weight for linear in plain})
         self._open: Any = None  # of the block that is running: its arguments, their versions, and the containers among them
         self._last: tuple[int, list[torch.Tensor], list[int]] | None = None
@@ -239,7 +240,10 @@ class _Observer:
     def _call(self, name: str, x: torch.Tensor) -> None:
         """Note a call of a linear, or of fused experts."""
         origin, place = self._lineage.of(x), self._lineage.block
-        self.trace.masks.setdefault(name, []).append(_mask_of(origin))
+        mask = _mask_of(origin)
+        self.trace.masks.setdefault(name, []).append(mask)
+        if mask in self._masks and fitted(x.shape, self._masks[mask].shape) is None:
+            self.trace.unclear[name] = unclear(x.shape, self._masks[mask].shape)
         self.trace.calls[OUTSIDE if place is None else self._blocks.block_name(place)].append(name)
         if place is None:
             self.trace.outside |= origin.elements

@@ -58,7 +58,7 @@ def prune_continually(
     unseen: str = MAGNITUDE,
     format: str = DENSE,
 ) -> ContinualReport:
-    """Prune a transformers decoder in place for one dataset after another. It ends pruned for all of them.
+    """Prune a transformers model in place for one dataset after another. It ends pruned for all of them.
 
     The statistics of each dataset are added to those of the earlier ones, and each mask is chosen from the dense weights
     (`strategy="accumulate"`). So a weight that an earlier mask pruned can return, and a weight that an earlier dataset needs is

@@ -171,6 +171,12 @@ def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
         raise ValueError("model: Gradual trains it, but none of its parameters requires a gradient (requires_grad_())")
     if found := _not_finite(model):
         raise ValueError(f"model: expected finite weights to train, got {found}")
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if decodes or any(batch.main != "input_ids" for batch in batches):
+        found = (
+            type(model).__name__ if decodes else f"batches of {next(batch.main for batch in batches if batch.main != 'input_ids')}"
+        )
+        raise ValueError(f"model: Gradual trains causal language models on token ids, got {found}")
     batch = next(filter(_predicted, batches), None)
     if batch is None:
         raise ValueError(

@@ -164,8 +164,8 @@ class RemovalLoop(Loop[RemovalPlan, KPrune, RemovalReport, Checkpoint]):
 
     @classmethod
     def make_plan(cls, model: nn.Module, method: KPrune, request: Request) -> tuple[RemovalPlan, list[Batch]]:
-        _refuse_choice_of_linears(method, request)
         encoder = encoder_to_cut(model)
+        _refuse_choice_of_linears(method, request)
         batches = batches_for(model, method, request.calibration, request.batch_size)
         _check_samples(batches)
         costs = Costs.of(encoder, batches, method.budget)

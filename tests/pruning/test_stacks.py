@@ -1,0 +1,481 @@
+"""Forwards that are no plain chain of blocks, against statistics from hooks on whole forwards, block after block."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import sparsekern
+from sparsekern.models import find_blocks, find_linears
+from sparsekern.pruning.checkpoint import Checkpoint
+from tests.models.zoo import ZOO
+
+QUIET = {"progress": False}
+WIDTH = 8
+NAMES = ("encoder", "layers")
+
+
+def mix() -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = mix(), mix()
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Other(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = mix()
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.gate(x))
+
+
+class Biased(Plain):
+    """The first one makes a bias, which all return."""
+
+    def forward(self, x, bias=None):
+        made = torch.tanh(self.up(x))
+        bias = made if bias is None else bias
+        return x + self.down(made + bias), None, bias
+
+
+class Writing(Plain):
+    """Writes to a container that later blocks read."""
+
+    def __init__(self, key, reads=None):
+        super().__init__()
+        self.key, self.reads = key, reads
+
+    def forward(self, hidden_states, shared):
+        made = torch.tanh(self.up(hidden_states))
+        if isinstance(shared, list):
+            shared.append(made)
+        else:
+            shared[self.key] = (made, 1)
+        if self.reads is not None:
+            made = made + (shared[self.reads] if isinstance(shared, list) else shared[self.reads][0])
+        return hidden_states + self.down(made)
+
+
+class Crossing(Plain):
+    def __init__(self):
+        super().__init__()
+        self.cross = mix()
+
+    def forward(self, x, states):
+        return x + self.down(torch.tanh(self.up(x)) + self.cross(states).mean(1, keepdim=True))
+
+
+@dataclass
+class Output:
+    first: torch.Tensor
+    names: tuple
+
+
+class Wrapped(Plain):
+    def forward(self, x):
+        return Output(super().forward(x), ("a",))
+
+
+class Model(nn.Module):
+    """Called like a transformers model; `way` says how it runs its blocks."""
+
+    def __init__(self, way: str, blocks: list[nn.Module], encoder: list[nn.Module] = ()):
+        super().__init__()
+        self.way, self.embed = way, nn.Embedding(16, WIDTH)
+        if encoder:
+            self.encoder = nn.ModuleList(encoder)
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, input_ids, flag=None, use_cache=None):
+        x = self.embed(input_ids)
+        return getattr(self, self.way)(x)
+
+    def chain(self, x):
+        for block in self.layers:
+            x = block(x)
+        return x
+
+    def doubled(self, x):
+        for block in self.layers:
+            x = block(x) * 1.5
+        return x
+
+    def in_place(self, x):
+        for block in self.layers:
+            x = block(x).mul_(1.5)
+        return x
+
+    def backwards(self, x):
+        for block in reversed(self.layers):
+            x = block(x)
+        return x
+
+    def sliced(self, x):
+        for block in self.layers:
+            x = block(x)[:, -6:]
+        return x
+
+    def biased(self, x):
+        bias = None
+        for block in self.layers:
+            x, _, bias = block(x, bias=bias)
+        return x
+
+    def mapping(self, x):
+        shared = {}
+        for block in self.layers:
+            x = block(hidden_states=x, shared=shared)
+        return x
+
+    def listed(self, x):
+        shared = []
+        for block in self.layers:
+            x = block(x, shared)
+        return x
+
+    def skipping(self, x):
+        states = []
+        for block in self.layers:
+            x = block(x if len(states) < 2 else x + states[0])
+            states.append(x)
+        return x
+
+    def wrapped(self, x):
+        for block in self.layers:
+            x = block(x).first
+        return x
+
+    def named(self, x):
+        for block in self.layers:
+            x = block(x=x)
+        return x
+
+    def crossing(self, x):
+        states = x * 0.5
+        for block in self.encoder:
+            states = block(states)
+        states = torch.tanh(states)
+        for block in self.layers:
+            x = block(x, states)
+        return x
+
+
+def plain(count=3):
+    return [Plain() for _ in range(count)]
+
+
+WAYS = {
+    "chain": lambda: ([Plain(), nn.Identity(), Other(), Plain()],),
+    "doubled": lambda: (plain(),),
+    "in_place": lambda: (plain(),),
+    "backwards": lambda: (plain(),),
+    "sliced": lambda: (plain(),),
+    "biased": lambda: ([Biased() for _ in range(4)],),
+    "mapping": lambda: ([Writing(0), Writing(1), Writing(2, reads=0), Writing(3, reads=1)],),
+    "listed": lambda: ([Writing(0), Writing(1), Writing(2, reads=0), Writing(3, reads=1)],),
+    "skipping": lambda: (plain(4),),
+    "wrapped": lambda: ([Wrapped() for _ in range(3)],),
+    "named": lambda: (plain(),),
+    "crossing": lambda: ([Crossing() for _ in range(2)], [Plain(), Other()]),
+}
+
+
+def toy(way: str) -> Model:
+    torch.manual_seed(0)
+    return Model(way, *WAYS[way]()).eval()
+
+
+def calls(lengths=(8, 7, 8)) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(16, (2, length), generator=generator)} for length in lengths]
+
+
+def oracle(model, samples, blocks: list[str], mask_of=lambda name, call: None) -> None:
+    """Prune 2:4 by Wanda, in place: for every block whole forwards, whose linears are watched one by one."""
+    for name in blocks:
+        linears = {linear.name: linear for linear in find_linears(model.get_submodule(name), name)}
+        squares = {linear: torch.zeros(found.features, dtype=torch.float64) for linear, found in linears.items()}
+        for call in samples:
+            handles = []
+            for linear, found in linears.items():
+                mask = mask_of(linear, call)
+
+                def watch(module, args, total=squares[linear], mask=mask):
+                    rows = args[0].double().flatten(0, -2)
+                    total += (rows if mask is None else rows[mask.flatten().bool()]).square().sum(0)
+
+                handles.append(found.modules[0].register_forward_pre_hook(watch))
+            with torch.no_grad():
+                model(**call)
+            for handle in handles:
+                handle.remove()
+        for linear, found in linears.items():
+            scores = (found.weight.double().abs() * squares[linear].sqrt()).unflatten(1, (-1, 4))
+            kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(2, dim=2).indices, True)
+            found.weight[~kept.flatten(1)] = 0
+
+
+def assert_equal(model: nn.Module, expected: nn.Module) -> None:
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_to_run_blocks(way):
+    model = toy(way)
+    expected = copy.deepcopy(model)
+    order = [f"{name}.{i}" for name in NAMES if hasattr(model, name) for i in range(len(getattr(model, name)))]
+    oracle(expected, calls(), list(reversed(order)) if way == "backwards" else order)
+    report = sparsekern.prune(model, "wanda", "2:4", calls(), **QUIET)
+    assert_equal(model, expected)
+    assert {layer.name for layer in report.layers} == {linear.name for linear in find_linears(model)}
+
+
+def test_tensors_are_kept_only_while_a_block_still_reads_them(monkeypatch):
+    from sparsekern.pruning.blockwise.replay import Replay
+
+    most = []
+    advance = Replay.advance
+
+    def spy(self, batch, index):
+        advance(self, batch, index)
+        most.append(sum(len(done.kept) for done in self._done[batch].values()))
+
+    monkeypatch.setattr(Replay, "advance", spy)
+    sparsekern.prune(toy("doubled"), "wanda", "2:4", calls(), **QUIET)
+    assert set(most) == {0}
+    most.clear()
+    sparsekern.prune(toy("skipping"), "wanda", "2:4", calls()[:1], **QUIET)
+    assert most == [1, 1, 0]  # the first output, until the last block that it is added to has its arguments
+
+
+BART = dict(
+    vocab_size=32,
+    d_model=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+)
+BART_BLOCKS = [f"model.{stack}.layers.{index}" for stack in ("encoder", "decoder") for index in range(2)]
+
+
+@pytest.fixture
+def bart():
+    torch.manual_seed(0)
+    return tf.BartForConditionalGeneration(tf.BartConfig(**BART)).eval()
+
+
+def pair(length=8) -> dict[str, torch.Tensor]:
+    """Questions and answers of one length, of which other tokens are padding."""
+    generator = torch.Generator().manual_seed(2)
+    ids = {name: torch.randint(3, 32, (2, length), generator=generator) for name in ("input_ids", "decoder_input_ids")}
+    return {
+        **ids,
+        "attention_mask": (torch.arange(length) < torch.tensor([[5], [8]])).long(),
+        "decoder_attention_mask": (torch.arange(length) < torch.tensor([[8], [3]])).long(),
+    }
+
+
+def bart_mask(name: str, call) -> torch.Tensor | None:
+    reads_encoder = ".encoder." in name or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+    return call.get("attention_mask" if reads_encoder else "decoder_attention_mask")
+
+
+@pytest.mark.parametrize("masks", [("attention_mask", "decoder_attention_mask"), ("attention_mask",), ("decoder_attention_mask",)])
+def test_padding_belongs_to_the_side_that_it_is_of(bart, masks):
+    call = {name: value for name, value in pair().items() if "mask" not in name or name in masks}
+    expected = copy.deepcopy(bart)
+    oracle(expected, [call], BART_BLOCKS, bart_mask)
+    sparsekern.prune(bart, "wanda", "2:4", [call], **QUIET)
+    assert_equal(bart, expected)
+
+
+def test_ids_alone_go_to_both_sides(bart):
+    expected = copy.deepcopy(bart)
+    ids = pair()["input_ids"]
+    sparsekern.prune(bart, "wanda", "2:4", ids, **QUIET)
+    sparsekern.prune(expected, "wanda", "2:4", [{"input_ids": ids, "decoder_input_ids": ids}], **QUIET)
+    assert_equal(bart, expected)
+
+
+def test_labels_give_the_decoder_its_ids(bart):
+    expected, call = copy.deepcopy(bart), pair()
+    labels = call["decoder_input_ids"].masked_fill(call["decoder_attention_mask"] == 0, -100)
+    shifted = bart.prepare_decoder_input_ids_from_labels(labels)
+    sparsekern.prune(bart, "wanda", "2:4", [{"input_ids": call["input_ids"], "labels": labels}], **QUIET)
+    given = {"input_ids": call["input_ids"], "decoder_input_ids": shifted}
+    decoded = {"decoder_attention_mask": call["decoder_attention_mask"]}
+    oracle(expected, [given], BART_BLOCKS, lambda name, _: bart_mask(name, decoded))
+    assert_equal(bart, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*few|.*tokens for:sparsekern.SparsekernWarning")
+@pytest.mark.parametrize("method", ["sparsellm", "copal"])
+def test_methods_of_other_kinds_prune_both_sides(bart, method):
+    report = sparsekern.prune(bart, method, "2:4", [pair()], **QUIET)
+    assert {layer.name.split(".")[1] for layer in report.layers} == {"encoder", "decoder"}
+    assert report.sparsity == 0.5
+
+
+@pytest.mark.parametrize("finished", [1, 3])
+def test_a_killed_run_is_resumed_with_the_same_result(bart, finished, tmp_path, monkeypatch):
+    unbroken, again = copy.deepcopy(bart), copy.deepcopy(bart)
+    sparsekern.prune(unbroken, "wanda", "2:4", [pair(), pair(6)], **QUIET)
+    save, saved = Checkpoint.save, []
+
+    def killed(self, index, result):
+        if len(saved) == finished:
+            raise KeyboardInterrupt
+        saved.append(index)
+        save(self, index, result)
+
+    monkeypatch.setattr(Checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sparsekern.prune(bart, "wanda", "2:4", [pair(), pair(6)], out=tmp_path / "out", **QUIET)
+    monkeypatch.undo()
+    report = sparsekern.prune(again, "wanda", "2:4", [pair(), pair(6)], out=tmp_path / "out", resume=True, **QUIET)
+    assert report.resumed_blocks == finished
+    assert_equal(again, unbroken)
+
+
+def test_continual_runs_prune_both_sides(bart):
+    report = sparsekern.prune_continually(bart, {"a": [pair()], "b": [pair(6)]}, "wanda", "2:4", **QUIET)
+    assert [step.sparsity for step in report.steps] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda model: sparsekern.prune(model, "gradual", 0.5, pair()["input_ids"], **QUIET),
+            "Gradual trains causal language models",
+        ),
+        (lambda model: sparsekern.perplexity(model, pair()["input_ids"], 8), "expected a causal language model"),
+    ],
+)
+def test_what_needs_a_decoder_alone_refuses_by_name(bart, call, message):
+    with pytest.raises((ValueError, TypeError), match=f"model: .*{message}|{message}.*got BartForConditionalGeneration"):
+        call(bart)
+
+
+def test_towers_are_pruned_where_they_are_included():
+    family = ZOO["llava"]
+    model = family.model()
+    blocks = find_blocks(model)
+    assert {stack.name: stack.by_default for stack in blocks.stacks} == {
+        "model.vision_tower.encoder.layers": False,
+        "model.language_model.layers": True,
+    }
+    expected = copy.deepcopy(model)
+    report = sparsekern.prune(model, "wanda", "2:4", family.samples(), include=["*.vision_tower.*", "*.self_attn.q_proj"], **QUIET)
+    found = {layer.name.split(".")[1] for layer in report.layers}
+    assert found == {"vision_tower", "language_model"}
+    with pytest.warns(sparsekern.SparsekernWarning, match=r"model.vision_tower.encoder.layers: dense"):
+        report = sparsekern.prune(expected, "magnitude", "2:4", **QUIET)
+    assert {layer.name.split(".")[1] for layer in report.layers} == {"language_model"}
+
+
+def test_a_batch_that_the_forward_refuses(bart, tmp_path):
+    before = copy.deepcopy(bart)
+    bad = {"input_ids": pair()["input_ids"], "inputs_embeds": torch.zeros(2, 8, 16)}
+    for batches, number in (([bad], 0), ([pair(), bad], 1)):
+        with pytest.raises(
+            ValueError, match=f"the forward of BartForConditionalGeneration refuses batch {number}: ValueError: You"
+        ):
+            sparsekern.prune(bart, "wanda", "2:4", batches, out=tmp_path / "out", **QUIET)
+    long = dict(pair(), decoder_attention_mask=torch.ones(2, 8, 8, 8, 8))
+    with pytest.raises(ValueError, match="calibration: expected decoder_attention_mask of shape"):
+        sparsekern.prune(bart, "wanda", "2:4", [long], **QUIET)
+    assert_equal(bart, before)
+    sparsekern.prune(bart, "wanda", "2:4", [pair()], out=tmp_path / "out", **QUIET)
+
+
+def test_a_later_batch_of_the_same_inputs_that_the_forward_refuses(tmp_path):
+    model = toy("crossing")
+    model.forward = refusing(model.forward)
+    with pytest.raises(ValueError, match="calibration: the forward of Model refuses batch 2: RuntimeError: no sevens"):
+        sparsekern.prune(model, "wanda", "2:4", [*calls((8, 6)), *calls((7,))], **QUIET)
+    model = toy("chain")
+    model.forward = refusing(model.forward)
+    with pytest.raises(ValueError, match="calibration: the forward of Model refuses batch 1: RuntimeError: no sevens"):
+        sparsekern.prune(model, "wanda", "2:4", calls(), **QUIET)
+
+
+def refusing(forward):
+    def checked(input_ids, use_cache=None):
+        if input_ids.shape[1] == 7:
+            raise RuntimeError("no sevens")
+        return forward(input_ids)
+
+    return checked
+
+
+def test_padding_that_the_rows_do_not_tell_is_refused_before_any_work():
+    class Sorting(Plain):
+        def forward(self, x):
+            rows = x.flatten(0, 1)
+            rows = rows[rows[:, 0] > 0]
+            return x + self.down(torch.tanh(self.up(rows))).mean()
+
+    class Masked(Model):
+        def forward(self, input_ids, attention_mask):
+            return self.chain(self.embed(input_ids))
+
+    torch.manual_seed(0)
+    model, (call, *_) = Masked("chain", [Plain(), Sorting()]), calls()
+    before, mask = copy.deepcopy(model), torch.ones_like(call["input_ids"])
+    sparsekern.prune(copy.deepcopy(model), "wanda", "2:4", [call | {"attention_mask": mask}], **QUIET)
+    mask[0, 5:] = 0
+    with pytest.raises(ValueError, match=r"layers.1.up: an input of shape .* does not tell which rows are padding"):
+        sparsekern.prune(model, "wanda", "2:4", [call | {"attention_mask": mask}], **QUIET)
+    assert_equal(model, before)
+
+
+def test_none_is_an_input_like_any_other():
+    llama = {"attention_mask": None, "position_ids": None}
+    model, ids = ZOO["llama"].model(), torch.arange(3, 19).view(2, 8)
+    expected = copy.deepcopy(model)
+    sparsekern.prune(model, "wanda", "2:4", [{"input_ids": ids, **llama}], **QUIET)
+    sparsekern.prune(expected, "wanda", "2:4", ids, **QUIET)
+    assert_equal(model, expected)
+
+
+def test_images_are_given_as_they_are():
+    family = ZOO["vit"]
+    model, pixels = family.model(), torch.cat([sample["pixel_values"] for sample in family.samples()])
+    expected = copy.deepcopy(model)
+    sparsekern.prune(model, "wanda", "2:4", pixels, **QUIET)
+    sparsekern.prune(expected, "wanda", "2:4", [{"pixel_values": pixels}], **QUIET)
+    assert_equal(model, expected)
+    with pytest.raises(ValueError, match="calibration: ViTForImageClassification takes pixel_values, not text"):
+        sparsekern.prune(family.model(), "wanda", "2:4", "text.txt", tokenizer=str, **QUIET)
+
+
+@pytest.mark.filterwarnings("ignore:.*conv1d:sparsekern.SparsekernWarning")
+def test_a_weight_that_is_read_and_never_called_stays_dense():
+    model = ZOO["mamba"].model()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(sparsekern.SparsekernWarning, match=r"mixer.dt_proj.*reads this weight without calling the layer"):
+        report = sparsekern.prune(model, "wanda", "2:4", ZOO["mamba"].samples(), **QUIET)
+    assert not any("dt_proj" in layer.name for layer in report.layers)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, dense[name]) == ("_proj" not in name or "dt_proj" in name)
