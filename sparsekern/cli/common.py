@@ -53,7 +53,13 @@ def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
     """Print a message and load the model that the command line names."""
     say(f"loading {arguments.model}")
     with _bars_of_tensors_hidden():
-        return load(arguments.model, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
+        return load(
+            arguments.model,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+            stream=getattr(arguments, "stream", False),
+        )
 
 
 def load_tokenizer_of(arguments: argparse.Namespace, *, needed: bool = True) -> PreTrainedTokenizerBase | None:

@@ -71,6 +71,7 @@ def _add_prune(commands) -> argparse._ArgumentGroup:
     )
     options.add_argument("--resume", action="store_true", help="continue the unfinished run in --out, or --state")
     _add_loading(options)
+    _add_stream(options)
     prune = commands.choices["prune"]
     _add_choice_of_weights(prune.add_argument_group("pruning"))
     _add_calibration(prune.add_argument_group("calibration"))
@@ -148,6 +149,7 @@ def _add_eval(commands) -> argparse._ArgumentGroup:
     _add_windows(options)
     options.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
     _add_loading(options)
+    _add_stream(options)
     return options
 
 
@@ -177,6 +179,10 @@ def _add_loading(options) -> None:
     options.add_argument("--dtype", default="auto", type=dtypes, help="auto (the checkpoint's), float32, bfloat16, float16")
     options.add_argument("--device", default="auto", type=types.device, help="auto (cuda where there is one), cpu, cuda, cuda:1")
     options.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings along")
+
+
+def _add_stream(options) -> None:
+    options.add_argument("--stream", action="store_true", help="read the blocks from MODEL one at a time, to save memory")
 
 
 def _add_windows(group) -> None:

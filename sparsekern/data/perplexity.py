@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..models.evaluation import evaluation_mode
+from ..models.in_step import in_step
 from ..models.limits import check_count, check_length, check_token_ids, positions, vocabulary, window_length
 from .calibration import check_tokenizer, evaluation_ids, is_source
 
@@ -66,8 +69,8 @@ def perplexity(
     windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
     with evaluation_mode(model):
         total = 0.0
-        for index, window in enumerate(tqdm(windows, desc="perplexity", disable=not progress, leave=False)):
-            loss = _window_loss(model, window[None])
+        losses = in_step(model, [partial(_window_loss, model, window[None]) for window in windows])
+        for index, loss in enumerate(tqdm(losses, total=len(windows), desc="perplexity", disable=not progress, leave=False)):
             if not math.isfinite(loss):
                 raise ValueError(f"perplexity: the model's output for window {index} holds NaN or Inf")
             total += loss
@@ -125,6 +128,7 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
         yield from row[: len(row) // length * length].view(-1, length)
 
 
+@torch.no_grad()
 def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
     """Return the summed negative log-likelihood of `window` `[1, length]`.
 
@@ -140,14 +144,19 @@ def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
     hidden: list[torch.Tensor] = []
     last: list[torch.Tensor] = []
 
-    def keep_last_position(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    own = threading.get_ident()  # forwards of a streamed model take turns, and see each other's hooks
+
+    def keep_last_position(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if threading.get_ident() != own:
+            return None
         hidden.append(args[0])
         return (args[0][:, -1:], *args[1:])
 
-    hooks = [
-        head.register_forward_pre_hook(keep_last_position),
-        head.register_forward_hook(lambda module, args, output: last.append(output)),
-    ]
+    def keep_output(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if threading.get_ident() == own:
+            last.append(output)
+
+    hooks = [head.register_forward_pre_hook(keep_last_position), head.register_forward_hook(keep_output)]
     try:
         logits = model(input_ids=window, use_cache=False).logits
     finally:

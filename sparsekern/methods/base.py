@@ -92,6 +92,11 @@ class LinearMethod(Method):
     def needs_data(self) -> bool:
         return self.needs is not None
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """True if `allocate` reads weights, so that the whole model has to be in memory. An override is taken to read them."""
+        return type(self).allocate is not LinearMethod.allocate
+
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         """Return the pattern of each linear by name. A method that decides over several linears at once overrides it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def sweep_keeping_zeros(
     Raises:
         ValueError: NaN or Inf in `weight` or `factor`.
     """
-    options = {"scope": scope, "block_size": block_size}
+    options: dict[str, Any] = {"scope": scope, "block_size": block_size}
     zero = weight == 0
     affected = zero.any(1)
     if not affected.any():

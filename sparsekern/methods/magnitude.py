@@ -39,6 +39,10 @@ class Magnitude(LinearMethod):
         help="where a sparsity is counted: over each matrix (the usual baseline), each row or all linears together",
     )
 
+    @property
+    def needs_whole_model(self) -> bool:
+        return self.scope == "global"
+
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         arranged = dict(patterns)
         if self.scope != "global":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -109,7 +109,7 @@ class SparseGPT(LinearMethod):
         self, weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, fixed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the new weight and the damped error of each row; all may be batches."""
-        options = {"scope": self.scope, "block_size": self.block_size}
+        options: dict[str, Any] = {"scope": self.scope, "block_size": self.block_size}
         if fixed is not None:
             return ops.obs_sweep(weight, factor, mask=fixed, **options)[::2]
         if not self.keep_zeros or weight.all():

@@ -103,6 +103,10 @@ class SparseLLM(BlockMethod):
     def settings(self) -> dict[str, object]:
         return {"name": self.name, **asdict(self), "solver": self.local.settings()}
 
+    @property
+    def needs_whole_model(self) -> bool:
+        return self.local.needs_whole_model
+
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         return self.local.allocate(blocks, patterns)
 

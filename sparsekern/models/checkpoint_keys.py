@@ -1,6 +1,6 @@
 """The tensors of a checkpoint that a model takes, by transformers' own rules of renaming and fusing.
 
-This is the only file that reads transformers' conversion rules, which are half private.
+Only this file and `streaming.py` use transformers' conversion rules, which are half private.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
             rotary and key.endswith(INV_FREQ)
         )
 
-    unread = (key for key, names in _names_in(model, keys, _used_transforms(model)).items() if not names)
+    unread = (key for key, names in names_in(model, keys, _used_transforms(model)).items() if not names)
     return sorted(key for key in unread if not is_computed(key))
 
 
@@ -54,7 +54,7 @@ def count_unfit(model: PreTrainedModel, keys: Iterable[str]) -> tuple[int, int]:
         model: a model that was built from a config, on any device.
         keys: names of the checkpoint's tensors.
     """
-    names = _names_in(model, keys, _all_transforms(model))
+    names = names_in(model, keys, _all_transforms(model))
     filled = {name for found in names.values() for name in found}
     for one, other in model.all_tied_weights_keys.items():
         if filled & {one, other}:
@@ -62,8 +62,14 @@ def count_unfit(model: PreTrainedModel, keys: Iterable[str]) -> tuple[int, int]:
     return len(model.state_dict().keys() - filled), sum(not found for found in names.values())
 
 
-def _names_in(model: PreTrainedModel, keys: Iterable[str], transforms: Sequence[Any]) -> dict[str, list[str]]:
-    """Return the names in the model of each key, or none, as `convert_and_load_state_dict_in_model` finds them."""
+def names_in(model: PreTrainedModel, keys: Iterable[str], transforms: Sequence[Any]) -> dict[str, list[str]]:
+    """Return the names in the model of each key, or none, as `convert_and_load_state_dict_in_model` finds them.
+
+    Args:
+        model: a model, on any device.
+        keys: names of the checkpoint's tensors.
+        transforms: transformers' rules for the model.
+    """
     from transformers import core_model_loading as rules
 
     renamings = [entry for entry in transforms if isinstance(entry, rules.WeightRenaming)]

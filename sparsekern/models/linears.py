@@ -108,6 +108,16 @@ def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
     return [Linear(found[0][0], tuple(module for _, module in found)) for found in owners.values()]
 
 
+def mark_unread(weight: torch.Tensor) -> None:
+    """Mark a weight without values that a streamed model reads when it is needed."""
+    weight.sparsekern_unread = True  # type: ignore[attr-defined]
+
+
+def is_unread(weight: torch.Tensor) -> bool:
+    """Return whether a weight has no values because it is of a streamed model, which reads it when it is needed."""
+    return weight.is_meta and getattr(weight, "sparsekern_unread", False)
+
+
 def linear_weight(module: nn.Module) -> torch.Tensor:
     """Return the weight of a linear as `[out_features, in_features]`, a view of the model's own storage."""
     if isinstance(module, ExpertLinear):
@@ -143,7 +153,7 @@ def _check_prunable(name: str, module: nn.Module) -> None:
 
 def _check_values(name: str, weight: torch.Tensor, dims: Sequence[int]) -> None:
     """Raise `ValueError` unless a weight has values of a known dtype, and one of these numbers of dimensions."""
-    if weight.is_meta:
+    if weight.is_meta and not is_unread(weight):
         raise ValueError(f"{name}: its weight is on the meta device; load the model's weights before pruning")
     if weight.dim() not in dims or weight.dtype not in DTYPES:
         dtype = str(weight.dtype).removeprefix("torch.")

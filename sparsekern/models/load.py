@@ -18,8 +18,10 @@ import torch
 from .._warnings import warn
 from .adapters import MERGE
 from .architecture import class_to_load, is_encoder_config
+from .blocks import find_blocks
 from .checkpoint_keys import recording
 from .source import WEIGHTS, module_folders, remember, source_of
+from .streaming import streamed
 from .units import check_units, recorded_units, sized
 from .weight_files import tensors_in, weight_files
 
@@ -39,6 +41,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    stream: bool = False,
 ) -> torch.nn.Module:
     """Load a model for pruning or evaluation, as the class that `architectures` in its config names.
 
@@ -56,6 +59,8 @@ def load(
             `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype.
         device: of the weights: `"auto"` (cuda where there is one), or a device of torch or its name.
         trust_remote_code: run model code that the source brings along. Off unless asked for.
+        stream: leave the blocks in the folder. Each is read when a forward comes to it and released afterwards, so the model needs the
+            memory of its embeddings and two blocks. `prune` takes such a model with `out=`.
 
     Returns:
         A transformers model in evaluation mode.
@@ -74,14 +79,22 @@ def load(
     """
     device = device_of(device)
     place, gguf = _locate(source)
-    options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    if stream and (gguf or not Path(place).is_dir()):
+        raise ValueError(
+            f"stream: expected a local folder with safetensors files, which can be read block by block, got {str(source)!r}"
+        )
+    options: dict[str, Any] = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if gguf:
         kind, was_cut, was_quantized = _causal_class(), False, False
         options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
     else:
         kind, was_cut, was_quantized = _model_class(source, place, trust_remote_code)
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
-    built = sized(kind) if was_cut else recording(kind) if was_quantized else kind
+    if stream and was_cut:
+        raise ValueError(f"stream: expected a decoder, got {str(source)!r}, an encoder whose units were cut")
+    if stream and device.type != "cpu":
+        options["device_map"] = {"": device}
+    built = streamed(kind, _block_names) if stream else sized(kind) if was_cut else recording(kind) if was_quantized else kind
     model, loading = _from_pretrained(built, source, place, gguf, options)
     if built is not kind:
         model.__class__ = kind  # only the loading differed
@@ -91,7 +104,7 @@ def load(
         _say_what_is_lost(model, loading, str(source))
     else:
         _remember_source(model, loading, source, place, trust_remote_code)
-    return model.eval().to(device)
+    return model.eval() if stream else model.eval().to(device)
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -177,6 +190,11 @@ def _locate(source: str | Path) -> tuple[str, Path | None]:
     if path.suffix == ".gguf" or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"model: no file or folder {name!r} (expected {MODELS})")
     return name, None
+
+
+def _block_names(model: torch.nn.Module) -> tuple[str, ...]:
+    blocks = find_blocks(model)
+    return tuple(blocks.block_name(index) for index in range(len(blocks.modules)))
 
 
 def _causal_class() -> Any:

@@ -11,15 +11,16 @@ import torch
 
 def check_memory(given: Mapping[str, object], written: Sequence[str]) -> None:
     """Raise `ValueError` if a tensor that is written to shares memory with another argument, or within itself."""
-    spans = {name: _span(value) for name, value in given.items() if _has_memory(value)}
+    tensors = {name: value for name, value in given.items() if _has_memory(value)}
+    spans = {name: _span(tensor) for name, tensor in tensors.items()}
     for name in written:
         if name not in spans:
             continue
-        tensor, (begin, end) = given[name], spans[name]
+        tensor, (begin, end) = tensors[name], spans[name]
         if _overlaps_itself(tensor):
             raise ValueError(f"{name}: expected elements that do not overlap, got strides {tensor.stride()}")
         for other, (other_begin, other_end) in spans.items():
-            if other != name and begin < other_end and other_begin < end and shares_memory(tensor, given[other]):
+            if other != name and begin < other_end and other_begin < end and shares_memory(tensor, tensors[other]):
                 raise ValueError(f"{name}, {other}: expected tensors that share no memory, since {name} is written to")
 
 
@@ -54,7 +55,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _has_memory(value: object) -> TypeGuard[torch.Tensor]:
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # traced tensors are subclasses
+    if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):  # traced ones are subclasses
         return False
     if value.layout != torch.strided or value.is_meta or torch._is_functional_tensor(value):
         return False

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from torch import nn
 
 from .._files import is_temporary, write_atomically
 from .._warnings import SparsekernWarning
-from ..models import Linear
+from ..models import Linear, find_linears
+from ..models.streaming import Stream, stream_of
 from ..reports.report import LayerReport
 from .mixtures import DENSE
 from .run import BlockResult
@@ -30,6 +31,7 @@ from .store import InFolder, check_finite_tensors, check_pruned, check_specs, di
 FOLDER = "checkpoint"
 STATE = "state.json"
 FORMAT = 2
+NO_TENSOR = "\0"  # a prefix that no name has
 REMEDY = "remove it to do its part of the run again"
 ReportLike = TypeVar("ReportLike")
 
@@ -93,11 +95,14 @@ class Checkpoint:
         if not self.store.holds(name):
             return None
         tensors, note = self.store.get(name)
+        self._check_note(name, note)
+        return tensors, note
+
+    def _check_note(self, name: str, note: Any) -> None:
         if not isinstance(note, dict) or "run" not in note:
             raise self.damaged(name, "its note is not that of a run")
         if note["run"] != self.run:
             raise ValueError(f"{self.store.place(name)} is of a run with other settings; {REMEDY}")
-        return tensors, note
 
     def damaged(self, name: str | int, reason: object) -> ValueError:
         """Return the error for a damaged entry, which is given by name or by the index of its block."""
@@ -177,6 +182,76 @@ class Checkpoint:
             )
 
 
+class StreamedCheckpoint(Checkpoint):
+    """The checkpoint of a streamed run. It holds each finished block whole, as the output will hold it.
+
+    The model reads finished blocks from here.
+    """
+
+    def __init__(self, model: nn.Module, stream: Stream, out: Path, settings: dict, environment: dict, *, resume: bool) -> None:
+        """Start or continue a checkpoint. The arguments and errors are those of `Checkpoint`.
+
+        Args:
+            model: the streamed model.
+            stream: its stream.
+            out: see `Checkpoint`.
+            settings: see `Checkpoint`.
+            environment: see `Checkpoint`.
+            resume: see `Checkpoint`.
+        """
+        super().__init__(out, settings, environment, resume=resume)
+        self._model, self._stream = model, stream
+        for index, names in enumerate(stream.names):
+            if self.holds(index):
+                self._layers(index, LayerReport.from_dict)
+                self._take(index, names)
+
+    def save(self, index: int, result: BlockResult) -> None:
+        """Write block `index`, which is in memory, with the weights of `result`, or linears outside the blocks."""
+        linears = {linear.name: linear for linear in find_linears(self._model)}
+        for name, weight in result.weights.items():
+            linears[name].weight.copy_(weight)
+        if index < len(self._stream.blocks):
+            tensors = self._stream.as_stored(self._model, index)
+        else:
+            state = {f"{name}.weight": linears[name].parameter.detach() for name in result.weights}
+            tensors = self._stream.named_as_stored(self._model, state)
+        self.put(_name(index), tensors, {"layers": [asdict(layer) for layer in result.layers]})
+        self._take(index, tensors)
+
+    def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
+        """Return the result of block `index`, which is in memory, or None where it is not finished. See `Checkpoint.load`."""
+        if not self.holds(index):
+            return None
+        layers = self._layers(index, LayerReport.from_dict)
+        if index >= len(self._stream.blocks):
+            tensors, _ = self.store.get(_name(index))
+            self._stream.put(self._model, tensors)
+            self._take(index, tensors)
+        weights = {linear.name: linear.weight for linear in linears}
+        try:
+            check_pruned(self.store.place(_name(index)), weights, layers, self.patterns)
+        except ValueError as error:
+            raise ValueError(f"{error}; {REMEDY}") from error
+        return BlockResult(weights, layers)
+
+    def _layers(self, index: int, make_report: Callable[[dict], ReportLike]) -> list[ReportLike]:
+        """Return the reports of block `index`. Its tensors are not read."""
+        name = _name(index)
+        _, note = self.store.get(name, prefix=NO_TENSOR)
+        self._check_note(name, note)
+        try:
+            return [make_report(layer) for layer in note["layers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.damaged(name, error) from error
+
+    def _take(self, index: int, names: Iterable[str]) -> None:
+        try:
+            self._stream.take(self.store.path(_name(index)), names)
+        except ValueError as error:
+            raise self.damaged(index, error) from error
+
+
 def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) -> str:
     """Return a digest of the names, shapes and dtypes of a model's parameters, the sum of their bits and a sample of values.
 
@@ -184,6 +259,8 @@ def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) ->
         model: the model.
         without: parameters to leave out.
     """
+    if (stream := stream_of(model)) is not None:
+        return stream.fingerprint()
     digest = hashlib.sha256(type(model).__name__.encode())
     left_out = set(map(id, without))
     for name, parameter in model.named_parameters():

@@ -26,7 +26,7 @@ from .plan import Choice, PatternLike, Request
 from .removal.loop import RemovalLoop
 from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
-from .session import check_module, check_seed, environment
+from .session import check_module, check_seed, check_streamed, environment
 
 
 def prune(
@@ -146,6 +146,7 @@ def prune(
     if not isinstance(method, LinearMethod):
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
+    check_streamed(model, method, out, format)
     with plain_modes(model) as model, RunFolder.opened(out, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
@@ -154,7 +155,7 @@ def prune(
         checkpoint = None
         if folder is not None:
             settings["model"] = model_fingerprint(model)
-            checkpoint = folder.checkpoint(settings, environment(model), resume=resume)
+            checkpoint = folder.checkpoint(model, settings, environment(model), resume=resume)
         report = loop.REPORT(
             settings={**loop.described(request), **settings},
             versions=environment(model),

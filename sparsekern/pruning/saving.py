@@ -15,12 +15,14 @@ from torch import nn
 
 from ..methods import GradualMethod, Method
 from ..models.source import source_of
+from ..models.streaming import stream_of
+from ..models.weight_files import weight_files
 from ..reports.base import BaseReport
 from ..runtime import count_zeros, model_card, weight_bytes
 from ..runtime.carry import carried_bytes, tensor_bytes, warn_of_what_stays_behind
 from ..runtime.output import CONFIG, STAGING, OutputFolder, check_output_folder, checked_path
 from ..runtime.save import CARD, DENSE, check_format, check_saveable, check_space, in_format, write_model
-from .checkpoint import FOLDER, STATE, Checkpoint
+from .checkpoint import FOLDER, STATE, Checkpoint, StreamedCheckpoint
 from .progress import Clock
 
 REPORT, PAGE = "report.json", "report.html"
@@ -85,8 +87,10 @@ class RunFolder:
             check_space(model, folder.path, extra=carried_bytes(model) + _checkpoint_bytes(model, method) - written)
             yield cls(folder, tokenizer, format, remedy)
 
-    def checkpoint(self, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
-        """Return the checkpoint in this folder, new or continued. Arguments and errors are those of `Checkpoint`."""
+    def checkpoint(self, model: nn.Module, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
+        """Return the checkpoint of `model` in this folder, new or continued. See `Checkpoint` for the arguments and errors."""
+        if (stream := stream_of(model)) is not None:
+            return StreamedCheckpoint(model, stream, self.path, settings, environment, resume=resume)
         return Checkpoint(self.path, settings, environment, resume=resume)
 
     def write(
@@ -123,6 +127,8 @@ class RunFolder:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
             raise OSError(error.errno, f"{what}; {self._remedy}", str(self.path)) from error
+        if (stream := stream_of(model)) is not None:
+            stream.take_all(weight_files(self.path))
         if (self.path / FOLDER).exists():
             self._folder.remove(FOLDER)
 
@@ -243,7 +249,7 @@ def _checkpoint_bytes(model: nn.Module, method: Method | None) -> int:
     """Return the bytes that a run keeps beside the finished model: each block once, or training's state twice while replaced."""
     if isinstance(method, GradualMethod):
         return 2 * TRAINING_BYTES * sum(parameter.numel() for parameter in model.parameters()) if method.trains else 0
-    return 0 if method is None else weight_bytes(model)
+    return 0 if method is None or stream_of(model) is not None else weight_bytes(model)
 
 
 def _check_finished(path: Path, argument: str) -> None:

@@ -12,11 +12,12 @@ from torch import nn
 
 from .._version import __version__
 from ..data import CalibrationText
-from ..methods import Method
+from ..methods import LinearMethod, Method
 from ..models.adapters import check_no_adapter
 from ..models.evaluation import evaluation_mode
 from ..models.limits import positions, vocabulary
 from ..models.linears import linear_weight
+from ..models.streaming import stream_of
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime.formats import format_of
 from ..runtime.packing import PACKED, packable_linears, smallest
@@ -30,6 +31,18 @@ def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load returns one")
     check_no_adapter(model)
+
+
+def check_streamed(model: nn.Module, method: Method, out: object, format: str) -> None:
+    """Raise `ValueError` if `model` is streamed and the method needs more than a block of it, or has nowhere to write to."""
+    if stream_of(model) is None:
+        return
+    if not isinstance(method, LinearMethod) or method.needs_whole_model:
+        raise ValueError(f"method: expected one that works block by block for a streamed model, got {type(method).__name__}")
+    if out is None:
+        raise ValueError("out: expected a folder, which holds the pruned blocks of a streamed model; got None")
+    if format != DENSE:
+        raise ValueError(f"format: expected {DENSE!r} for a streamed model, got {format!r}")
 
 
 def check_seed(seed: int) -> None:

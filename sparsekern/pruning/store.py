@@ -91,7 +91,7 @@ class InFolder:
 
         whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in whole.values())
-        metadata = {"note": json.dumps(note)}
+        metadata = {"format": "pt", "note": json.dumps(note)}  # transformers refuses a file without a format
 
         def write(path: Path) -> None:
             with disk_errors(path):

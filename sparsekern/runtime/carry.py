@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -98,8 +99,31 @@ def carry_tensors(model: nn.Module, folder: Path) -> None:
     _write(folder / last, stored)
     weight_map |= dict.fromkeys(stored, last)
     size = sum(entry.nbytes for entry in (*held.values(), *stored.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_index(folder, weight_map, size)
+
+
+def write_stored_tensors(stored: Mapping[str, Stored], folder: Path) -> None:
+    """Write weight files with tensors of other files, and an index. A file all of whose tensors are wanted is linked, if that is possible.
+
+    Args:
+        stored: the place of each tensor, by name.
+        folder: the folder to write to.
+
+    Raises:
+        ValueError: a file is damaged.
+        OSError: the disk refuses.
+    """
+    by_path: dict[Path, dict[str, Stored]] = {}
+    for tensor, entry in stored.items():
+        by_path.setdefault(entry.path, {})[tensor] = entry
+    weight_map: dict[str, str] = {}
+    for number, (path, entries) in enumerate(sorted(by_path.items()), 1):
+        name = _shard(number, len(by_path))
+        weight_map |= dict.fromkeys(entries, name)
+        if tensors_in([path]).keys() != entries.keys() or not _linked(path, folder / name):
+            _write(folder / name, entries)
+    size = sum(entry.nbytes for entry in stored.values())
+    _write_index(folder, weight_map, size)
 
 
 def carry_files(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
@@ -131,6 +155,22 @@ def _is_of(tokenizer: Any, source: Source) -> bool:
     """Return whether a tokenizer was loaded from the model's folder."""
     name = str(getattr(tokenizer, "name_or_path", None) or "")
     return bool(name) and (name == source.name or Path(name).resolve() == source.folder)
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str], size: int) -> None:
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _linked(path: Path, target: Path) -> bool:
+    """Give a file of an unfinished run a second name, and return whether that worked. Files of the user are copied."""
+    if path.parent.parent != target.parent.parent:
+        return False
+    try:
+        os.link(path, target)
+    except OSError:  # the file system has no links
+        return False
+    return True
 
 
 def _shard(number: int, count: int) -> str:

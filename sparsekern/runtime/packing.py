@@ -14,6 +14,7 @@ from torch import nn
 
 from ..models.globs import Globs, as_globs, check_matches, matches
 from ..models.linears import is_conv1d, is_plain_linear, linear_weight
+from ..models.streaming import every_parameter, stream_of
 from .formats import format_of
 from .sparse_linear import DTYPES, SparseLinear
 
@@ -151,7 +152,12 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers in memory. Shared storage counts once."""
+    """Return the bytes of a model's parameters and buffers in memory, or of a streamed model's checkpoint.
+
+    Shared storage counts once.
+    """
+    if (stream := stream_of(model)) is not None:
+        return stream.size()
     storages = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -159,7 +165,7 @@ def weight_bytes(model: nn.Module) -> int:
 def count_zeros(model: nn.Module) -> tuple[int, int]:
     """Return the number of zeros and of all weights of a model, packed ones included."""
     zeros = total = 0
-    for tensor in model.parameters():  # a packed weight counts its stored values here
+    for tensor in every_parameter(model):  # a packed weight counts its stored values here
         total += tensor.numel()
         zeros += tensor.numel() - int(torch.count_nonzero(tensor))
     for layer in model.modules():

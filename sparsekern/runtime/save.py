@@ -14,8 +14,9 @@ import torch
 
 from .._files import disk_errors
 from ..models.adapters import check_no_adapter
+from ..models.streaming import stream_of
 from .card import model_card
-from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind
+from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind, write_stored_tensors
 from .config_file import correct_config
 from .formats import format_of
 from .output import OutputFolder, check_model_folder, check_output_folder
@@ -85,10 +86,15 @@ def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None) -> 
         ValueError: transformers refuses to save the model or the tokenizer, or the source has changed.
         OSError: the disk refuses; `errno` gives the reason.
     """
+    stream = stream_of(model)
+    only_configs: dict[str, Any] = {} if stream is None else {"state_dict": {}}
     with disk_errors(folder), _refusals("model"):
-        cast("PreTrainedModel", model).save_pretrained(folder)
+        cast("PreTrainedModel", model).save_pretrained(folder, **only_configs)
     _write_tokenizer(tokenizer, folder)
-    carry_tensors(model, folder)
+    if stream is None:
+        carry_tensors(model, folder)
+    else:
+        write_stored_tensors(stream.stored, folder)
     carry_files(model, folder, tokenizer)
     correct_config(model, folder)
 

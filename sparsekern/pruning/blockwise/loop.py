@@ -18,9 +18,10 @@ from ..._warnings import warnings_about
 from ...methods import BlockMethod, LinearMethod, Solution
 from ...methods.statistics import InputStatistic
 from ...models import Linear
+from ...models.streaming import in_memory, stream_of
 from ...reports import LayerReport, Report
 from ..batches import TOKENS, Batch
-from ..plan import Plan, Request, check_padding, plan_linears
+from ..plan import Plan, Request, check_finite, check_padding, plan_linears
 from ..run import BlockResult, Blocks, Loop, RunContext
 from ..seeds import seeded
 from ..session import batches_for, prepared
@@ -91,15 +92,18 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         last = [index for index in order if parts[index]][-1]
         resuming = True
         for index in order:
-            if linears := parts[index]:
-                resuming = resuming and self._restore(index, linears)
-                if not resuming:
-                    self._prune_block(index, linears)
-            if index == last:
-                break
-            if batches:
-                with context.clock.phase("forward"):
-                    self.activations.advance(index)
+            if not parts[index] and not batches:
+                continue
+            with in_memory(context.model, index):
+                if linears := parts[index]:
+                    resuming = resuming and self._restore(index, linears)
+                    if not resuming:
+                        self._prune_block(index, linears)
+                if index == last:
+                    break
+                if batches:
+                    with context.clock.phase("forward"):
+                        self.activations.advance(index)
         self.solver.say_unseen()
 
     def _restore(self, index: int, linears: Sequence[Linear]) -> bool:
@@ -112,6 +116,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         return True
 
     def _prune_block(self, index: int, linears: Sequence[Linear]) -> None:
+        for linear in linears if stream_of(self.context.model) else ():
+            check_finite(linear)
         result = self.solve_block(index, linears)
         if self.context.checkpoint:
             with self.context.clock.phase("write"):

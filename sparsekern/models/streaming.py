@@ -1,0 +1,323 @@
+"""A model whose blocks are read from its checkpoint when they are needed, and released afterwards.
+
+The model is built by its own `from_pretrained`. Only the step that fills in the weights differs: tensors of blocks are converted on the
+meta device, which checks all names and shapes without reading a value. The conversion of one block is repeated with its values
+whenever the block is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .checkpoint_keys import names_in
+from .linears import is_unread, mark_unread
+from .weight_files import Stored, tensors_in
+
+META = torch.device("meta")
+SAMPLE = 64  # bytes of each tensor that a fingerprint reads
+Tensors = dict[str, torch.Tensor]
+_streams: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """Return the stream of a streamed model, or None for any other model."""
+    return _streams.get(model)
+
+
+@contextmanager
+def in_memory(model: nn.Module, index: int) -> Iterator[None]:
+    """Keep block `index` of a streamed model in memory within, and read the next block ahead. Other models are left alone."""
+    stream = stream_of(model)
+    if stream is None or index >= len(stream.blocks):
+        yield
+        return
+    with stream.held(model, index):
+        stream.read_ahead(index + 1)
+        yield
+
+
+def every_parameter(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a model once each. Those of a streamed model's blocks have values only until the next one is asked for."""
+    stream = stream_of(model)
+    if stream is None:
+        yield from model.parameters()
+        return
+    yield from (parameter for parameter in model.parameters() if not is_unread(parameter))
+    for index, name in enumerate(stream.blocks):
+        with in_memory(model, index):
+            yield from model.get_submodule(name).parameters()
+
+
+class Stream:
+    """The checkpoint of a model, from which its blocks are read.
+
+    Attributes:
+        blocks: the names of the blocks.
+        stored: by the name of a tensor in the checkpoint, where it is.
+        names: the checkpoint's tensors of each block, in the order of `blocks`.
+        outside: the checkpoint's tensors that belong to no block, those that the model does not know among them.
+    """
+
+    def __init__(self, model: Any, files: Sequence[str], settings: Any, blocks: Sequence[str]) -> None:
+        """Look at a checkpoint. Only headers are read.
+
+        Args:
+            model: a transformers model on the meta device.
+            files: its safetensors files.
+            settings: the `LoadStateDictConfig` that transformers made for them.
+            blocks: the names of the blocks.
+
+        Raises:
+            ValueError: a file is damaged, or a tensor of the checkpoint becomes a part of two blocks.
+            OSError: a file cannot be read.
+        """
+        self.blocks, self._settings = tuple(blocks), settings
+        self.stored: dict[str, Stored] = tensors_in(Path(file) for file in files)
+        self._stamps = {path: _stamp(path) for path in {stored.path for stored in self.stored.values()}}
+        for name, stored in self.stored.items():
+            if stored.start + stored.nbytes > self._stamps[stored.path][0]:
+                raise ValueError(f"model: {stored.path} is damaged: it ends before {name}")
+        self.names: tuple[list[str], ...] = tuple([] for _ in self.blocks)
+        self.outside: list[str] = []
+        self._known: list[str] = []  # those of `outside` that the model reads
+        for name, targets in names_in(model, self.stored, settings.weight_mapping or []).items():
+            places = {self._block_of(target) for target in targets}
+            if len(places) > 1:
+                raise ValueError(f"model: {name} of the checkpoint belongs to several blocks, so they cannot be read one at a time")
+            index = places.pop() if places else None
+            if index is not None:
+                self.names[index].append(name)
+                continue
+            self.outside.append(name)
+            if targets:
+                self._known.append(name)
+        self._ahead: dict[int, Future[Tensors]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+        self._holders = [0] * len(self.blocks)
+        self._wait: Callable[[int], None] | None = None
+
+    def fill(self, model: Any) -> Any:
+        """Read what belongs to no block, put tensors without values in the place of the rest, and return transformers' loading info."""
+        empty = {name: torch.empty(stored.shape, dtype=_dtype(stored), device=META) for name, stored in self.stored.items()}
+        info = _convert(model, empty, dataclasses.replace(self._settings, device_map={"": META}))
+        self._convert(model, self._load(self._known))
+        for index in range(len(self.blocks)):
+            self.release(model, index)
+        return info
+
+    def attach(self, model: Any) -> None:
+        """Make every forward of a block read the block, where it is not held, and release it afterwards."""
+        _streams[model] = self
+        for index, name in enumerate(self.blocks):
+            block = model.get_submodule(name)
+            block.forward = self._reading(weakref.ref(model), index, block.forward)
+
+    @contextmanager
+    def held(self, model: Any, index: int) -> Iterator[None]:
+        """Keep block `index` in memory within."""
+        if not self._holders[index]:
+            self._read(model, index)
+        self._holders[index] += 1
+        try:
+            yield
+        finally:
+            self._holders[index] -= 1
+            if not self._holders[index]:
+                self.release(model, index)
+
+    @contextmanager
+    def stopping(self, wait: Callable[[int], None]) -> Iterator[None]:
+        """Call `wait` with the number of a block in front of every run of the block within."""
+        self._wait = wait
+        try:
+            yield
+        finally:
+            self._wait = None
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to read block `index` in another thread."""
+        if index < len(self.blocks) and index not in self._ahead and not self._holders[index]:
+            self._reader = self._reader or ThreadPoolExecutor(1, "sparsekern-read")
+            self._ahead[index] = self._reader.submit(self._load, self.names[index])
+
+    def release(self, model: Any, index: int) -> None:
+        """Free the weights of block `index`."""
+        for module in model.get_submodule(self.blocks[index]).modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.detach().to(META), parameter.requires_grad)
+                    mark_unread(module._parameters[name])
+
+    def as_stored(self, model: Any, index: int) -> Tensors:
+        """Return the weights of block `index`, which is held, under the names and in the shapes of the checkpoint."""
+        name = self.blocks[index]
+        state = {f"{name}.{key}": tensor for key, tensor in model.get_submodule(name).state_dict().items()}
+        return self.named_as_stored(model, state)
+
+    def named_as_stored(self, model: Any, state: Mapping[str, torch.Tensor]) -> Tensors:
+        """Return weights of the model under the names and in the shapes of the checkpoint."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(model, dict(state))
+
+    def put(self, model: Any, tensors: Tensors) -> None:
+        """Fill in weights of the model from tensors under the names of the checkpoint.
+
+        Raises:
+            ValueError: they cannot be converted.
+        """
+        self._convert(model, tensors)
+
+    def take(self, path: Path, names: Iterable[str]) -> None:
+        """Read tensors from another file from now on, which holds them under the same names.
+
+        Raises:
+            ValueError: the file is damaged, or lacks one of them.
+            OSError: the file cannot be read.
+        """
+        held = tensors_in([path])
+        self._stamps[path] = _stamp(path)
+        for name in names:
+            if name not in held:
+                raise ValueError(f"{path.name}: the file is damaged ({name} is not there)")
+            self.stored[name] = held[name]
+
+    def take_all(self, paths: Iterable[Path]) -> None:
+        """Read all tensors from other files from now on.
+
+        Raises:
+            ValueError: a file is damaged.
+            OSError: a file cannot be read.
+        """
+        for path in paths:
+            self.take(path, tensors_in([path]).keys() & self.stored.keys())
+
+    def size(self, index: int | None = None) -> int:
+        """Return the bytes of block `index` in the checkpoint, or of all its tensors."""
+        names: Iterable[str] = self.stored if index is None else self.names[index]
+        return sum(self.stored[name].nbytes for name in names)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the names, shapes and dtypes of the checkpoint's tensors, and of a few bytes of each."""
+        digest = hashlib.sha256()
+        for name, stored in sorted(self.stored.items()):
+            digest.update(f"{name} {stored.dtype} {stored.shape};".encode())
+            with stored.path.open("rb") as file:
+                for part in range(2):
+                    file.seek(stored.start + part * max(0, stored.nbytes - SAMPLE))
+                    digest.update(file.read(min(SAMPLE, stored.nbytes)))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._reader = None
+        self._ahead.clear()
+
+    def _block_of(self, target: str) -> int | None:
+        return next((index for index, block in enumerate(self.blocks) if target.startswith(f"{block}.")), None)
+
+    def _reading(self, model: weakref.ref, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._wait is not None:
+                self._wait(index)
+            with self.held(model(), index):
+                return forward(*args, **kwargs)
+
+        return run
+
+    def _read(self, model: Any, index: int) -> None:
+        """Fill in the weights of block `index`.
+
+        Raises:
+            ValueError: the checkpoint has changed since it was opened, or does not hold all of the block's tensors.
+        """
+        ahead = self._ahead.pop(index, None)
+        tensors = self._load(self.names[index]) if ahead is None else ahead.result()
+        self._convert(model, tensors)
+        block = model.get_submodule(self.blocks[index])
+        if empty := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
+            raise ValueError(f"model: the checkpoint holds no values for {self.blocks[index]}.{empty[0]}")
+
+    def _load(self, names: Iterable[str]) -> Tensors:
+        """Return tensors of the checkpoint in memory of their own. A mapped file would count as memory until it is closed."""
+        from safetensors import SafetensorError, safe_open
+
+        by_path: dict[Path, list[str]] = {}
+        for name in names:
+            by_path.setdefault(self.stored[name].path, []).append(name)
+        found = {}
+        for path, own in by_path.items():
+            if not path.exists() or _stamp(path) != self._stamps[path]:
+                raise ValueError(f"model: {path} has changed since it was opened")
+            try:
+                with safe_open(path, framework="pt", backend="pread") as opened:
+                    for name in own:
+                        found[name] = opened.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"model: {path} can no longer be read: {error}") from error
+        return found
+
+    def _convert(self, model: Any, tensors: Tensors) -> None:
+        conversions = getattr(model, "_weight_conversions", None)
+        info = _convert(model, tensors, self._settings)
+        model._weight_conversions = conversions  # of the whole checkpoint, not only of these tensors
+        if failed := next(iter(info.conversion_errors), None):
+            raise ValueError(f"model: {failed} of the checkpoint cannot be loaded: {info.conversion_errors[failed]}")
+
+
+def streamed(kind: type, blocks_of: Callable[[nn.Module], Sequence[str]]) -> type:
+    """Return a subclass of a transformers class whose `from_pretrained` returns a streamed model of that class.
+
+    Args:
+        kind: the class.
+        blocks_of: returns the names of the blocks of a model on the meta device.
+    """
+
+    def load(model: Any, state: Any, files: Any, settings: Any, expected_keys: Any = None) -> tuple[Any, None]:
+        if settings.hf_quantizer is not None:
+            raise ValueError("model: expected a dense checkpoint to stream, got a packed or quantised one")
+        for parameter in model.parameters():
+            mark_unread(parameter)
+        stream = Stream(model, files, settings, blocks_of(model))
+        info = stream.fill(model)
+        stream.attach(model)
+        model.__class__ = kind  # only the loading differs
+        return info, None
+
+    return type(kind.__name__, (kind,), {"_load_pretrained_model": staticmethod(load), "__module__": kind.__module__})
+
+
+def _convert(model: Any, tensors: Tensors, settings: Any) -> Any:
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # there would be one for each block
+    try:
+        return convert_and_load_state_dict_in_model(model, tensors, settings)[0]
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _dtype(stored: Stored) -> torch.dtype:
+    from safetensors.torch import _TYPES
+
+    return cast("dict[str, torch.dtype]", _TYPES)[stored.dtype]
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
