@@ -5,7 +5,7 @@ Only this file and `streaming.py` use transformers' conversion rules, which are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +35,23 @@ def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
 
     unread = (key for key, names in names_in(model, keys, _used_transforms(model)).items() if not names)
     return sorted(key for key in unread if not is_computed(key))
+
+
+def check_floating(model: PreTrainedModel, dtypes: Mapping[str, str]) -> None:
+    """Raise `ValueError` if a weight in floating point was read from whole numbers, as of a quantisation that the config does not name.
+
+    Args:
+        model: a model that was loaded from the checkpoint.
+        dtypes: dtype of each of the checkpoint's tensors by name, as safetensors names them.
+    """
+    whole = [key for key, dtype in dtypes.items() if dtype[0] in "IU"]
+    if not whole or getattr(model, RULES, None) is not None:
+        return
+    held = model.state_dict()
+    for key, names in _names_in(model, whole, _used_transforms(model)).items():
+        for name in names:
+            if name in held and held[name].is_floating_point():
+                raise ValueError(f"{key}: expected weights in floating point, got {dtypes[key]}, and no quantization_config")
 
 
 def recording(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:

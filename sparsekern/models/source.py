@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint_keys import RULES, unread_keys
+from .checkpoint_keys import RULES, check_floating, unread_keys
 from .weight_files import Stored, tensors_in, weight_files
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def remember(model: PreTrainedModel, folder: Path, name: str, *, code: bool) -> 
         code: whether to take over code that the folder holds.
 
     Raises:
-        ValueError: a weight file is damaged.
+        ValueError: a weight file is damaged, or holds whole numbers in the place of weights.
     """
     config = model.config
     named, extra = getattr(config, "transformers_weights", None), tuple(getattr(type(config), "extra_files", ()))
@@ -126,6 +126,7 @@ def remember(model: PreTrainedModel, folder: Path, name: str, *, code: bool) -> 
     files, behind = other_files(folder, code=code, read=read)
     architectures = tuple(_config_entries(folder).get("architectures") or ())
     held = tensors_in(read)
+    check_floating(model, {key: stored.dtype for key, stored in held.items()})
     unread = tuple(unread_keys(model, held))
     kinds = tuple((held[key].dtype, held[key].shape) for key in unread)
     source = Source(folder.resolve(), name, unread, kinds, tuple(files), architectures, named, extra)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 import sparsekern
 from tests import tiny
@@ -158,6 +159,17 @@ def test_experts_of_another_number_or_shape_are_refused_by_name(tmp_path):
         other = named(tmp_path / "a", tmp_path / name, "MixtralForCausalLM", **changes)
         with pytest.raises(ValueError, match=r"layers.0.mlp.(experts|gate).*: expected \[.*\], .*, got \["):
             sparsekern.load(other, device="cpu")
+
+
+def test_whole_numbers_in_the_place_of_weights_are_refused_by_name(folder, tmp_path):
+    """As of a quantisation whose description is gone: their scales would be left out."""
+    copy = named(folder, tmp_path / "a", "LlamaForCausalLM")
+    weights = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = (weights[name] * 100).to(torch.int8)
+    save_file(weights | {f"{name}_scale": torch.ones(1)}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"model: no model .*a': {name}: expected weights in floating point, got I8"):
+        sparsekern.load(copy, device="cpu")
 
 
 @pytest.mark.parametrize(
