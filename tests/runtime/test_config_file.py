@@ -67,6 +67,7 @@ def test_a_tied_head_stays_tied(tmp_path, name):
     assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
+@pytest.mark.filterwarnings("ignore:model.vision_tower.encoder.layers")  # it stays dense
 @pytest.mark.parametrize("format", ["dense", "2:4"])
 def test_a_quantisation_that_is_no_more_is_not_saved(tmp_path, format):
     """Neither that of the model nor of a part of it; the description of packed layers is."""
