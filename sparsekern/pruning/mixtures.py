@@ -18,7 +18,7 @@ class ExpertRules:
 
     Attributes:
         weighting: `"equal"` counts each token once in the statistics of its experts; `"routing"` scales it by its routing weight.
-        unseen: what happens to experts that no calibration token reached: `"magnitude"`, `"dense"` or `"error"`.
+        unseen: what happens to linears that no calibration token reached, such as those of experts: `"magnitude"`, `"dense"` or `"error"`.
     """
 
     weighting: str = EQUAL

@@ -16,7 +16,6 @@ from ..methods.base import GradualMethod, LinearMethod, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
 from ..models.encoder import is_encoder
-from ..models.expert_checks import unknown_experts
 from ..models.experts import ExpertLinear
 from ..models.gates import find_gates, listed_experts
 from ..models.globs import Globs, as_globs, check_matches, first_match, matches
@@ -24,6 +23,7 @@ from ..models.linears import is_unread
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
 from .batches import Batch, Calibration
+from .left_dense import check_experts, say_what_stays_dense, say_which_stacks_stay_dense, shortened
 from .mixtures import ROUTING, ExpertRules
 from .session import check_format_fits
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 PatternLike = str | float | Pattern
 Choice = Globs | Callable[[str, nn.Module], bool]
 DEFAULT_PATTERN = NM(2, 4)
-SHOWN = 3  # names in a message that is about many
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Plan:
         networks: the feed-forward network of each block if it is solved together; None if no network is.
         measure_error: take a Gram matrix to report errors, even if the method needs none.
         listed: the names of the linears of experts that are modules of their own.
-        rules: how experts are calibrated; None where there are none, or nothing is calibrated.
+        rules: how experts are calibrated.
         course: the course of the model's forwards; None until it is observed.
     """
 
@@ -95,7 +94,7 @@ class Plan:
     networks: tuple[FeedForward | None, ...] | None = None
     measure_error: bool = False
     listed: frozenset[str] = frozenset()
-    rules: ExpertRules | None = None
+    rules: ExpertRules = field(default_factory=ExpertRules)
     course: Course | None = None
 
     @property
@@ -117,25 +116,34 @@ class Plan:
     def settings(self) -> dict[str, object]:
         """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
         patterns = {name: str(value) for name, value in self.patterns.items()}
-        return {"patterns": patterns, "report_error": self.measure_error, **(asdict(self.rules) if self.rules else {})}
+        return {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts}
+
+    @property
+    def settings_of_experts(self) -> dict[str, object]:
+        """The settings of `rules` where they matter: there are experts, or other rules than the default are asked for."""
+        return asdict(self.rules) if self.has_experts or self.rules != ExpertRules() else {}
+
+    @property
+    def has_experts(self) -> bool:
+        """True if experts are pruned, fused or not."""
+        return bool(self.listed) or any(isinstance(linear.modules[0], ExpertLinear) for linear in self.linears)
 
     @property
     def by_routing(self) -> bool:
         """True if the tokens of experts are scaled by their routing weights."""
-        return self.rules is not None and self.rules.weighting == ROUTING
+        return self.rules.weighting == ROUTING
 
     def calibrated(self, rules: ExpertRules) -> Plan:
-        """Return the plan with the rules for its experts, if it has any.
+        """Return the plan with the rules for its experts.
 
         Raises:
             ValueError: routing weights are asked for, and there are no experts, or experts whose routing weights are not seen.
         """
-        fused = any(isinstance(linear.modules[0], ExpertLinear) for linear in self.linears)
         listed = [linear.name for linear in self.linears if linear.name in self.listed]
-        if rules.weighting == ROUTING and (listed or not fused):
+        if rules.weighting == ROUTING and (listed or not self.has_experts):
             found = f"{shortened(listed)}, whose routing weights are not seen" if listed else "no experts to prune"
             raise ValueError(f"weighting: {ROUTING!r} expected fused experts, found {found}")
-        return replace(self, rules=rules if fused or listed else None)
+        return replace(self, rules=rules)
 
     def network(self, index: int) -> FeedForward | None:
         """Return the feed-forward network of part `index` that is solved together, if there is one."""
@@ -156,7 +164,7 @@ def make_plan(
         raise ValueError("model: its linears are packed; sparsekern.unpack(model) makes them dense again")
     blocks = find_blocks(model)
     if include is None:
-        _check_experts(blocks)
+        check_experts(blocks)
     inside = [_with_weights(find_linears(block, blocks.block_name(i))) for i, block in enumerate(blocks.modules)]
     in_blocks = {linear.name for linears in inside for linear in linears}
     outside = [linear for linear in _with_weights(find_linears(model)) if linear.name not in in_blocks]
@@ -211,7 +219,7 @@ def make_plan(
     for linear in plan.linears:
         kept[linear.name].check_features(linear.features, linear.name)
         check_finite(linear)
-    _say_what_stays_dense(blocks, inside)
+    say_what_stays_dense(blocks, inside)
     if spared:
         warnings.warn(
             f"{shortened(spared)}: router gates and other small matrices stay dense; a glob of include or patterns that matches "
@@ -220,7 +228,7 @@ def make_plan(
             stacklevel=3,
         )
     if include is None:
-        _say_which_stacks_stay_dense(blocks)
+        say_which_stacks_stay_dense(blocks)
     return plan
 
 
@@ -306,11 +314,6 @@ def _matching(glob: str, names: list[str]) -> set[str]:
     return {name for name in names if matches(name, [glob])}
 
 
-def shortened(names: list[str]) -> str:
-    """Return the first names of a list, and the number of the others."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def _with_weights(linears: list[Linear]) -> list[Linear]:
     """Return the linears that still have weights: removal may have cut all of them."""
     return [linear for linear in linears if linear.weight.numel()]
@@ -338,45 +341,6 @@ def check_device(model: nn.Module) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters() if not is_unread(parameter)})
     if len(devices) > 1:
         raise ValueError(f"model: expected all weights on one device, got {', '.join(devices)}")
-
-
-def _check_experts(blocks: Blocks) -> None:
-    """Raise `ValueError` if a block holds experts of an unknown layout, which would stay dense."""
-    for index, block in enumerate(blocks.modules):
-        for name, module in unknown_experts(block, blocks.block_name(index)).items():
-            raise ValueError(
-                f"model: {name} ({type(module).__name__}) holds experts in a layout that sparsekern does not know, which would stay "
-                "dense; name what to prune beside them by include"
-            )
-
-
-def _say_what_stays_dense(blocks: Blocks, linears: list[list[Linear]]) -> None:
-    """Warn of parameters of three dimensions that are neither linears nor experts of a known layout."""
-    known = {id(linear.parameter) for part in linears for linear in part}
-    stacked = [
-        f"{blocks.block_name(index)}.{name}"
-        for index, block in enumerate(blocks.modules)
-        for name, parameter in block.named_parameters()
-        if parameter.dim() > 2 and id(parameter) not in known
-    ]
-    if stacked:
-        warnings.warn(
-            f"{stacked[0]} and {len(stacked) - 1} more parameters of the blocks are no linear layers and stay dense",
-            SparsekernWarning,
-            stacklevel=4,
-        )
-
-
-def _say_which_stacks_stay_dense(blocks: Blocks) -> None:
-    """Warn of towers beside a language model, which only `include` prunes."""
-    towers = [stack.name for stack in blocks.stacks if not stack.by_default]
-    if towers:
-        globs = ", ".join(f"{name}.*" for name in towers)
-        warnings.warn(
-            f"{', '.join(towers)}: dense, since the language model alone is pruned by default (include takes {globs})",
-            SparsekernWarning,
-            stacklevel=4,
-        )
 
 
 def check_finite(linear: Linear) -> None:

@@ -309,8 +309,15 @@ def test_a_linear_that_no_token_reaches():
             super().__init__()
             self.unused = nn.Linear(4, 4)
 
-    with pytest.raises(ValueError, match="layers.0.unused: no calibration token reached it"):
-        sparsekern.prune(Toy([Lazy(), Lazy()]), "wanda", calibration=IDS, **QUIET)
+    model = Toy([Lazy(), Lazy()])
+    dense = model.layers[1].unused.weight.clone()
+    with pytest.raises(ValueError, match="unseen: no calibration token reached layers.0.unused; .* This block is unchanged"):
+        sparsekern.prune(model, "wanda", calibration=IDS, unseen="error", **QUIET)
+    with pytest.warns(
+        SparsekernWarning, match="no calibration token reached layers.0.unused, layers.1.unused, which are pruned by magn"
+    ):
+        sparsekern.prune(model, "wanda", calibration=IDS, **QUIET)
+    assert torch.equal(model.layers[1].unused.weight, sparsekern.Magnitude().solve(dense, None, sparsekern.NM(2, 4)).weight)
 
 
 def test_two_devices():
@@ -356,7 +363,7 @@ def test_rows_that_cannot_be_told_from_padding():
             return super().forward(input_ids)
 
     batch = {"input_ids": IDS, "attention_mask": (IDS > 3).long()}
-    with pytest.raises(ValueError, match=r"layers.0.linear: an input of shape \(5, 8\) in a padded batch of 2 x 8 tokens"):
+    with pytest.raises(ValueError, match=r"layers.0.linear: an input of shape \(5, 8\) in a padded batch of 1 x 8 tokens"):
         sparsekern.prune(Masked([Routed(), Routed()]), "wanda", calibration=[batch], **QUIET)
 
 

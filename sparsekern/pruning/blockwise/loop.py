@@ -16,7 +16,6 @@ from torch import nn
 
 from ..._warnings import warnings_about
 from ...methods import BlockMethod, LinearMethod, Solution
-from ...methods.statistics import InputStatistic
 from ...models import Linear
 from ...models.streaming import in_memory, stream_of
 from ...reports import LayerReport, Report
@@ -251,20 +250,18 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 if run is not None:
                     run.add(batch, inputs[run.network.up.name])
         for members, statistic in shared.groups:
-            self._check_statistic(members, statistic)
+            if statistic.tokens:
+                self.solver.check_statistic(members, statistic)
         if self.memory is not None and (earlier := self.memory.totals(index)):
             shared.include(earlier)
             if routed is not None:
                 routed.include(earlier)
-        if self.method.needs is not None:
-            self.solver.refuse_unseen([*shared.unseen(), *(routed.unseen() if routed else [])])
-        return shared, routed
-
-    def _check_statistic(self, members: Sequence[Linear], statistic: InputStatistic) -> None:
-        if statistic.tokens:
-            self.solver.check_statistic(members, statistic)
-        elif missed := [linear.name for linear in members if linear.name not in self.plan.listed]:
+        unseen = shared.unseen()
+        if run is not None and (missed := [linear.name for linear in unseen if linear in run.network.linears]):
             raise ValueError(f"{missed[0]}: no calibration token reached it; calibrate with more text or leave it out with exclude")
+        if self.method.needs is not None:
+            self.solver.refuse_unseen([*unseen, *(routed.unseen() if routed else [])])
+        return shared, routed
 
 
 def _jobs(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:

@@ -14,7 +14,7 @@ from ...methods.statistics import InputStatistic, Statistic, inputs_of
 from ...models import Linear
 from ...pattern import NM, Pattern, Unstructured
 from ...reports import LayerReport
-from ..mixtures import DENSE, ERROR, ExpertRules
+from ..mixtures import DENSE, ERROR
 from ..plan import Plan, shortened
 from ..progress import Clock, Notices
 from ..seeds import seeded
@@ -74,7 +74,7 @@ class Solver:
                 self._solve_alike(group, self.method, type(self.method).solve_many, result)
 
     def solve_unseen(self, linears: Sequence[Linear], result: Solved) -> None:
-        """Deal with experts that no calibration token reached, as the rules of the plan say.
+        """Deal with linears that no calibration token reached, as the rules of the plan say.
 
         Raises:
             ValueError: the rules say that it is an error.
@@ -85,7 +85,7 @@ class Solver:
             self._unseen.append(linear.name)
             known = isinstance(self.plan.patterns[linear.name], (NM, Unstructured))
             with self.clock.phase("solve"):
-                if self._rules.unseen == DENSE or not known:
+                if self.plan.rules.unseen == DENSE or not known:
                     zeros = int((linear.weight == 0).sum())
                     layer = LayerReport(linear.name, STAYED_DENSE, linear.shape, zeros, None, 0.0)
                     result.take(linear, linear.weight.clone(), layer)
@@ -93,17 +93,17 @@ class Solver:
                     self._solve_alike([Job(linear)], magnitude, LinearMethod.solve_many, result)
 
     def refuse_unseen(self, linears: Sequence[Linear]) -> None:
-        """Raise `ValueError` if the rules say that experts without a token are an error, and there are any."""
-        if linears and self._rules.unseen == ERROR:
+        """Raise `ValueError` if the rules say that linears without a token are an error, and there are any."""
+        if linears and self.plan.rules.unseen == ERROR:
             raise ValueError(
                 f"unseen: no calibration token reached {shortened([linear.name for linear in linears])}; calibrate with more text, or "
                 "choose 'magnitude' or 'dense'. This block is unchanged; the blocks before it are pruned"
             )
 
     def say_unseen(self) -> None:
-        """Warn once of all experts that no calibration token reached."""
+        """Warn once of all linears that no calibration token reached."""
         if self._unseen:
-            done = "stay dense" if self._rules.unseen == DENSE else "are pruned by magnitude"
+            done = "stay dense" if self.plan.rules.unseen == DENSE else "are pruned by magnitude"
             self.notices.once("unseen", f"no calibration token reached {shortened(self._unseen)}, which {done}")
 
     def say_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
@@ -149,10 +149,6 @@ class Solver:
             return int(zeros), None
         error, energy = figures
         return int(zeros), error / energy if energy else 0.0
-
-    @property
-    def _rules(self) -> ExpertRules:
-        return self.plan.rules or ExpertRules()
 
     def _solve_alike(
         self, jobs: Sequence[Job], method: LinearMethod, solve_many: Callable[..., list[Solution]], result: Solved

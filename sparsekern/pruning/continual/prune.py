@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ def prune_continually(
         patterns: as for `prune`.
         batch_size: as for `prune`.
         weighting: as for `prune`.
-        unseen: as for `prune`, for experts that no token of any dataset so far reached.
+        unseen: as for `prune`, for linears that no token of any dataset so far reached.
         format: format of the weights in `out`, as for `prune`.
 
     Returns:
@@ -287,7 +286,7 @@ def _settings(model: nn.Module, plan: Plan, method: Method) -> dict[str, object]
     return {
         "method": method.settings(),
         "patterns": {name: str(value) for name, value in plan.patterns.items()},
-        **(asdict(plan.rules) if plan.rules else {}),
+        **plan.settings_of_experts,
         "model": model_fingerprint(model, without=weights),
     }
 
