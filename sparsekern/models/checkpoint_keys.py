@@ -48,7 +48,7 @@ def check_floating(model: PreTrainedModel, dtypes: Mapping[str, str]) -> None:
     if not whole or getattr(model, RULES, None) is not None:
         return
     held = model.state_dict()
-    for key, names in _names_in(model, whole, _used_transforms(model)).items():
+    for key, names in names_in(model, whole, _used_transforms(model)).items():
         for name in names:
             if name in held and held[name].is_floating_point():
                 raise ValueError(f"{key}: expected weights in floating point, got {dtypes[key]}, and no quantization_config")
