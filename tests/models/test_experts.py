@@ -1,9 +1,12 @@
 """Fused experts of every layout: their matrices are views, and their outputs are those of the model's own forward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
 
+from sparsekern.models.expert_checks import unknown_experts, verified
 from sparsekern.models.experts import DOWN, GATE, UP, find_experts, watched
 from tests.models.families import COMMON, LLAMA_LIKE, tiny_ids
 
@@ -107,3 +110,39 @@ def test_a_number_that_is_no_expert_routes_nowhere():
     weights = torch.tensor([[0.5, 9.0], [0.25, 0.75], [9.0, 1.0]])
     routed = ExpertsCall(torch.zeros(3, 2), index, weights, 3).by_expert(3)
     assert [(rows.tolist(), own.tolist()) for rows, own in routed] == [([1, 2], [0.25, 1.0]), ([0, 1], [0.5, 0.75]), ([], [])]
+
+
+@pytest.mark.parametrize("limit", (None, 0.2))
+def test_experts_without_the_decorator_are_read_as_they_compute(limit):
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    sizes = SimpleNamespace(
+        hidden_size=8, hidden_act="silu", expert_ffn_hidden_size=4, moe_intermediate_size=4, n_routed_experts=3, num_local_experts=3
+    )
+    sizes.zero_expert_num = 2
+    step, longcat = Step3p7Experts(sizes, swiglu_limit=limit), LongcatFlashExperts(sizes)
+    generator = torch.Generator().manual_seed(0)
+    for module, experts in ((step, 3), (longcat, 5)):  # the last two of LongCat return their inputs
+        for parameter in module.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        found = find_experts(torch.nn.ModuleDict({"experts": module}), "mlp")
+        assert [experts.name for experts in found] == ["mlp.experts"] and found[0].count == 3
+        index = torch.randint(0, experts, (16, 2), generator=generator)
+        calls = torch.randn(16, 8, generator=generator), index, torch.rand(16, 2, generator=generator)
+        with torch.no_grad(), verified(found):
+            module(*calls)
+        module.act_fn = torch.nn.ReLU()  # read at each call, so still the same function
+        with torch.no_grad(), verified(found):
+            module(*calls)
+        module.register_forward_hook(lambda module, args, output: (output, None))
+        with torch.no_grad(), verified(found), pytest.raises(ValueError, match="model: mlp.experts .* computes something else"):
+            module(*calls)
+
+
+def test_unknown_experts_are_told_from_convolutions_and_known_ones():
+    from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+
+    block = torch.nn.ModuleDict({"mlp": JetMoeParallelExperts(2, 4, 4), "experts": torch.nn.ModuleList([torch.nn.Conv1d(4, 4, 3)])})
+    block["moe"] = find_experts(tiny_mixture("dbrx"))[0].module
+    assert list(unknown_experts(block, "layers.0")) == ["layers.0.mlp"]
