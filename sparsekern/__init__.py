@@ -5,11 +5,11 @@ from ._version import __version__
 from ._warnings import SparsekernWarning
 from .conversion import moefy
 from .data import perplexity
-from .methods import ALPS, COPAL, Gradual, KPrune, Magnitude, Method, Random, SparseGPT, SparseLLM, Structured, Wanda
+from .methods import ALPS, COPAL, ExpertPruning, Gradual, KPrune, Magnitude, Method, Random, SparseGPT, SparseLLM, Structured, Wanda
 from .models.load import load, load_tokenizer
 from .pattern import NM, Unstructured
 from .pruning import prune, prune_continually
-from .reports import ContinualReport, RemovalReport, Report
+from .reports import ContinualReport, ExpertReport, RemovalReport, Report
 from .runtime import SparseLinear, pack, save, unpack
 from .training import keep_sparsity, merge_adapter_
 
@@ -19,6 +19,8 @@ __all__ = [
     "Gradual",
     "NM",
     "ContinualReport",
+    "ExpertPruning",
+    "ExpertReport",
     "KPrune",
     "Magnitude",
     "Method",

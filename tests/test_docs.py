@@ -24,6 +24,7 @@ def workplace(tmp_path, monkeypatch):
     """A folder with the model, the encoder and the pruned folder that the pages speak of."""
     tiny.save_folder(tmp_path / "model")
     encoders.save_folder(tmp_path / "encoder")
+    tiny.save_mixture(tmp_path / "mixture")
     sparsekern.prune(model := tiny.llama(), "magnitude", 0.5, progress=False)
     sparsekern.save(model, tmp_path / "pruned")
     (tmp_path / "text.txt").write_text(tiny.TEXT, encoding="utf-8")
@@ -34,6 +35,7 @@ def shortened(program: str) -> str:
     program = (
         program.replace("path/or/hub-id", "model")
         .replace("path/to/encoder", "encoder")
+        .replace("path/to/mixture", "mixture")
         .replace('"builtin:python-docs"', '"text.txt"')
     )
     program = program.replace("experts=16", "experts=12")  # of the tiny model's 48 neurons

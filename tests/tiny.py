@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 POSITIONS = 64
 TEXT = "the quick brown fox jumps over the lazy dog and runs far away from every other animal of the wood " * 40
@@ -40,5 +40,15 @@ def llama(vocabulary: int = 320, **changes) -> LlamaForCausalLM:
 def save_folder(path: Path, **changes) -> Path:
     words = tokenizer()
     llama(len(words), **changes).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+def save_mixture(path: Path, experts: int = 8) -> Path:
+    """Save a tiny random Mixtral of the same shape, with the tokenizer."""
+    words = tokenizer()
+    torch.manual_seed(0)
+    config = MixtralConfig(**llama(len(words)).config.to_diff_dict(), num_local_experts=experts)
+    MixtralForCausalLM(config).save_pretrained(path)
     words.save_pretrained(path)
     return path

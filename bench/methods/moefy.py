@@ -20,8 +20,8 @@ from . import Unavailable, gradual, shown, store
 
 NAME = "moefy"
 EXPERTS = 16
-SAMPLES, LENGTH = 32, 256
-WINDOWS, WINDOW = 4, 1024
+SAMPLES, LENGTH = 16, 256
+WINDOWS, WINDOW = 4, 512
 SHARES = (4, 8, 12, 16)  # active parts of the 16
 ROUTERS = ("learned", "best", "random")
 SHARED = (1, 0)
@@ -40,8 +40,8 @@ def run(wikitext: Path | None, quick: bool) -> str:
                 with_router(mixture, router, active - shared)
                 perplexity = sparsekern.perplexity(mixture, evaluation, WINDOW)
                 figures[f"{shared} shared, {active} active, {router}"] = perplexity
-    if not quick:
-        store(NAME, figures)
+                if not quick:
+                    store(NAME, figures)
     return section(figures)
 
 

@@ -22,7 +22,7 @@ from .common import (
     load_tokenizer_of,
     next_steps,
 )
-from .settings import configured
+from .settings import methods_of
 
 BUILTIN = "builtin:"
 
@@ -34,7 +34,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         ValueError: options contradict each other, or the method takes a single dataset only.
         OSError: the output folder cannot be written to.
     """
-    method = configured(arguments.method, arguments.set)
+    method, _ = methods_of(arguments)  # of those that add up, none takes another one behind it
     check_adds_up(method, arguments.strategy)
     texts = _texts_to_evaluate(arguments)
     check_new_out(arguments.out, "--out")

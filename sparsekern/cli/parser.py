@@ -94,6 +94,13 @@ def _add_choice_of_weights(group) -> None:
     )
     group.add_argument("--set", action="append", default=[], type=types.setting, metavar="NAME=VALUE", help="setting of the method")
     group.add_argument("--help-method", action=_MethodHelp, type=methods, metavar="NAME", help="list a method's settings and exit")
+    group.add_argument("--remove", type=types.share, metavar="SHARE", help="share to remove (experts 0.25, kprune 0.5)")
+    group.add_argument(
+        "--then",
+        type=methods,
+        metavar="NAME",
+        help="method for what experts leaves (--set then.NAME=VALUE)",
+    )
     group.add_argument("--pattern", type=types.pattern, help="N:M keeps N of M (2:4); 0.5 is the share of zeros")
     group.add_argument(
         "--pattern-for",

@@ -13,7 +13,7 @@ import torch
 
 from ..backends.libraries import check_isa
 from ..data import as_calibration, describe_calibration
-from ..methods import Method, RemovalMethod
+from ..methods import ExpertMethod, Method, RemovalMethod
 from ..models.limits import window_length
 from ..pattern import Pattern
 from ..pruning import prune
@@ -28,7 +28,7 @@ from .common import (
     load_tokenizer_of,
     next_steps,
 )
-from .settings import configured
+from .settings import methods_of
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -40,13 +40,13 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """
     (source,) = arguments.calibration
     text = _only_text(arguments)
-    method = configured(arguments.method, arguments.set)
-    pattern = _pattern(arguments, method)
+    method, then = methods_of(arguments)
+    pattern = _pattern(arguments, method, then)
     if isinstance(method, RemovalMethod) and arguments.evaluate:
         raise ValueError(f"--evaluate: perplexity is of causal language models, which {method.name} does not prune")
     check_out(arguments.out, "--out", resume=arguments.resume)
     check_isa()
-    return partial(_prune, arguments, method, pattern, source, text)
+    return partial(_prune, arguments, method, then, pattern, source, text)
 
 
 def interrupted_hint(arguments: argparse.Namespace) -> str:
@@ -56,22 +56,25 @@ def interrupted_hint(arguments: argparse.Namespace) -> str:
     return "run the same command with --resume to go on"
 
 
-def _pattern(arguments: argparse.Namespace, method: Method) -> Pattern | None:
-    """Return the requested pattern, 2:4 by default, or None for a removal method.
+def _pattern(arguments: argparse.Namespace, method: Method, then: Method | None) -> Pattern | None:
+    """Return the requested pattern, 2:4 by default, or None where only heads, neurons or experts are removed.
 
     Raises:
-        ValueError: a pattern is given for a removal method.
+        ValueError: a pattern is given for such a method.
     """
-    if not isinstance(method, RemovalMethod):
+    if then is not None or not isinstance(method, (RemovalMethod, ExpertMethod)):
         return arguments.pattern or DEFAULT_PATTERN
     if arguments.pattern is not None:
-        raise ValueError(
-            f"--pattern: expected none, since {method.name} removes a share of heads and neurons, given by --set remove=0.5"
+        what, more = (
+            ("experts", ", unless --then names another method") if isinstance(method, ExpertMethod) else ("heads and neurons", "")
         )
+        raise ValueError(f"--pattern: expected none, since {method.name} removes a share of {what}, given by --remove{more}")
     return None
 
 
-def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | None, source: str, text: str) -> None:
+def _prune(
+    arguments: argparse.Namespace, method: Method, then: Method | None, pattern: Pattern | None, source: str, text: str
+) -> None:
     start, out = time.perf_counter(), arguments.out
     tokenizer = load_tokenizer_of(arguments, needed=method.needs_data or arguments.report_error or arguments.evaluate)
     model = load_model(arguments)
@@ -88,6 +91,7 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
     settings = {
         "model": arguments.model,
         "method": described(method.settings()),
+        **({} if then is None else {"then": described(then.settings())}),
         **({} if pattern is None else {"pattern": str(pattern)}),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -111,6 +115,7 @@ def _prune(arguments: argparse.Namespace, method: Method, pattern: Pattern | Non
         weighting=arguments.weighting,
         unseen=arguments.unseen,
         format=arguments.format,
+        then=then,
     )
     if held_out:
         results["perplexity, pruned"] = held_out.perplexity(model)

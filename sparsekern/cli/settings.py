@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import textwrap
 from collections.abc import Sequence
 
-from ..methods import METHODS, Method, settings_of
+from ..methods import METHODS, ExpertMethod, Method, settings_of
 
 
 def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
@@ -40,6 +41,30 @@ def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
     inside = str(given.get(part, rules[part].default))
     kind(**given)  # raises for an unknown method inside
     return kind(**given | {part: _configured_inside(name, part, inside, inner)})
+
+
+def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:
+    """Return the method of a command line, and the one of `--then` if there is one.
+
+    Raises:
+        ValueError: `--then` without a method that removes experts, or a setting that a method does not accept.
+    """
+    assignments = list(arguments.set)
+    if arguments.remove is not None:
+        if "remove" not in settings_of(METHODS[arguments.method]):
+            raise ValueError(f"--remove: expected --method experts or kprune, got {arguments.method}, which makes weights zero")
+        assignments.append(("remove", repr(arguments.remove)))
+    prefix = "then."
+    own = [(name, value) for name, value in assignments if not name.startswith(prefix)]
+    later = [(name.removeprefix(prefix), value) for name, value in assignments if name.startswith(prefix)]
+    method = configured(arguments.method, own)
+    if arguments.then is None:
+        if later:
+            raise ValueError(f"--set: expected --then, the method of the setting {prefix}{later[0][0]}")
+        return method, None
+    if not isinstance(method, ExpertMethod):
+        raise ValueError(f"--then: expected --method experts in front of it, got {method.name}")
+    return method, configured(arguments.then, later)
 
 
 def method_help(name: str) -> str:

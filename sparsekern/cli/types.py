@@ -111,6 +111,15 @@ def format_to_pack(text: str) -> str:
 
 
 @_reads("")
+def share(text: str) -> float:
+    """Read a number; the method that it belongs to checks its limits."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"expected a share such as 0.25, got {text!r}") from error
+
+
+@_reads("")
 def path(text: str) -> Path:
     """Read a path; `~` is the home folder."""
     try:

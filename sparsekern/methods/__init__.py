@@ -4,6 +4,7 @@ from ._fields import Setting, check_choice, settings_of, settings_table
 from .alps import ALPS
 from .base import (
     BlockMethod,
+    ExpertMethod,
     GradualMethod,
     LinearMethod,
     Method,
@@ -12,6 +13,7 @@ from .base import (
     check_method,
 )
 from .copal import COPAL
+from .experts import ExpertPruning
 from .gradual import Gradual
 from .kprune import KPrune
 from .magnitude import Magnitude
@@ -19,12 +21,13 @@ from .random import Random
 from .random_numbers import generator
 from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
-from .statistics import FeatureNorm, Gram, GramImportance, HasGram, HasImportance, HasNorms, SampleImportance
+from .statistics import ExpertSums, FeatureNorm, Gram, GramImportance, HasGram, HasImportance, HasNorms, SampleImportance
 from .structured import Structured
 from .wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ALPS, COPAL, Gradual, KPrune, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda)
+    method.name: method
+    for method in (ALPS, COPAL, ExpertPruning, Gradual, KPrune, Magnitude, Random, SparseGPT, SparseLLM, Structured, Wanda)
 }
 
 
@@ -50,6 +53,9 @@ __all__ = [
     "COPAL",
     "METHODS",
     "BlockMethod",
+    "ExpertMethod",
+    "ExpertPruning",
+    "ExpertSums",
     "FeatureNorm",
     "Gradual",
     "GradualMethod",

@@ -1,7 +1,8 @@
-"""Base classes of the pruning methods. A method is a frozen config of one of four classes, which decides the loop that runs it.
+"""Base classes of the pruning methods. A method is a frozen config of one of five classes, which decides the loop that runs it.
 
 `LinearMethod` solves one linear at a time, `BlockMethod` the feed-forward network of each block together, `GradualMethod` prunes the
-whole model in steps and trains it, `RemovalMethod` removes attention heads and FFN neurons of an encoder.
+whole model in steps and trains it, `RemovalMethod` removes attention heads and FFN neurons of an encoder, `ExpertMethod` removes
+experts of a mixture.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..models import Linear
 from ..models.decoder_units import Units
 from ..pattern import Pattern
 from ._fields import Settings
-from .statistics import FeatureNorm, Gram, HasGram, Importance, Statistic
+from .statistics import ExpertSums, FeatureNorm, Gram, HasGram, Importance, Statistic
 
 
 class Solution(NamedTuple):
@@ -38,7 +39,8 @@ class Solution(NamedTuple):
 class Method(Settings, ABC):
     """Base of the method configs, which are frozen dataclasses.
 
-    A method of your own derives from `LinearMethod`, `BlockMethod`, `GradualMethod` or `RemovalMethod` of `sparsekern.methods`.
+    A method of your own derives from `LinearMethod`, `BlockMethod`, `GradualMethod`, `RemovalMethod` or `ExpertMethod` of
+    `sparsekern.methods`.
 
     Attributes:
         name: the method's name in reports, checkpoints and on the command line.
@@ -256,16 +258,63 @@ class RemovalMethod(Method):
         return True
 
 
+class ExpertMethod(Method):
+    """Base of the methods that remove whole experts of a mixture, the same number in every layer.
+
+    Attributes:
+        remove: the share of each layer's experts to remove.
+    """
+
+    remove: float
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    @abstractmethod
+    def scores(self, sums: ExpertSums) -> torch.Tensor:
+        """Return the score of each expert of a layer, `[experts]` float64; the lowest are removed."""
+
+    def left(self, experts: int, groups: int = 1) -> int:
+        """Return how many of a layer's experts stay, a multiple of `groups`.
+
+        Raises:
+            ValueError: `remove` is so small that no expert goes, or so large that none stays.
+        """
+        in_group = experts // groups
+        gone = int(self.remove * in_group + 0.5)
+        among = f"{in_group} experts" + (f" in each of {groups} groups" if groups > 1 else "")
+        if not 0 < gone < in_group:
+            what = "none" if not gone else "all"
+            raise ValueError(
+                f"{type(self).__name__}.remove: expected a share that removes some of {among}, got {self.remove}, which removes {what}"
+            )
+        return (in_group - gone) * groups
+
+    def kept(self, scores: torch.Tensor, left: int, groups: int = 1) -> torch.Tensor:
+        """Return the numbers of the experts that stay, ascending, `[left]` int64. Of equal scores the first stays.
+
+        Args:
+            scores: `[experts]`.
+            left: number of experts that stay, a multiple of `groups`.
+            groups: number of groups of consecutive experts, which keep equally many.
+        """
+        by_group = scores.view(groups, -1)
+        order = by_group.argsort(dim=1, descending=True, stable=True)[:, : left // groups].sort(dim=1).values
+        offsets = torch.arange(groups, device=scores.device)[:, None] * by_group.shape[1]
+        return (order + offsets).flatten()
+
+
 def check_method(method: Method) -> None:
     """Raise unless the class of `method`, which may be the user's own, is complete.
 
     Raises:
-        TypeError: the class derives from none of the four, is no dataclass, has no name, or needs an unknown statistic.
+        TypeError: the class derives from none of the five, is no dataclass, has no name, or needs an unknown statistic.
     """
     kind = type(method)
-    if not isinstance(method, (LinearMethod, GradualMethod, RemovalMethod)):
+    if not isinstance(method, (LinearMethod, GradualMethod, RemovalMethod, ExpertMethod)):
         raise TypeError(
-            f"method: expected a LinearMethod, BlockMethod, GradualMethod or RemovalMethod, got {kind.__name__}, which is none of them"
+            f"method: expected a LinearMethod, BlockMethod, GradualMethod, RemovalMethod or ExpertMethod, got {kind.__name__}, which is none of them"
         )
     if not is_dataclass(method):
         raise TypeError(f"method: expected a dataclass, whose fields are its settings; got {kind.__name__} without @dataclass")

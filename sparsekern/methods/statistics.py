@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -342,3 +343,40 @@ def square_norms(rows: torch.Tensor) -> torch.Tensor:
 
 def _rows(x: torch.Tensor, row_mask: torch.Tensor | None) -> int:
     return len(x) if row_mask is None else int(row_mask.sum())
+
+
+@dataclass(frozen=True)
+class ExpertSums:
+    """Sums over the tokens that are routed to each expert of a layer.
+
+    Attributes:
+        tokens: their number, `[experts]` int64.
+        weighted: sum of the routing weight times the norm of the output, `[experts]` float64.
+        norms: sum of the norm of the output, `[experts]` float64.
+        squares: sum of the squared norm of the output, `[experts]` float64.
+    """
+
+    tokens: torch.Tensor
+    weighted: torch.Tensor
+    norms: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def zeros(cls, experts: int, device: torch.device) -> ExpertSums:
+        """Return sums over no tokens."""
+        floats = torch.zeros(3, experts, dtype=torch.float64, device=device)
+        return cls(torch.zeros(experts, dtype=torch.int64, device=device), *floats)
+
+    def add(self, expert: int, outputs: torch.Tensor, weights: torch.Tensor) -> None:
+        """Take in tokens routed to an expert.
+
+        Args:
+            expert: the number of the expert.
+            outputs: its outputs, `[tokens, hidden]`, before the routing weights scale them.
+            weights: the routing weights, `[tokens]`.
+        """
+        norms = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float64)
+        self.tokens[expert] += len(norms)
+        self.weighted[expert] += (norms * weights.double()).sum()
+        self.norms[expert] += norms.sum()
+        self.squares[expert] += norms.square().sum()

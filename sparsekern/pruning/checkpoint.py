@@ -7,6 +7,7 @@ and recomputes only the hidden states behind them, so it continues with the same
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -45,7 +46,10 @@ class Checkpoint:
         dense_allowed: True if experts that no token reached stay dense.
         run: the digest of the run's settings.
         store: the entries.
+        stage: a prefix of the entries' names, for a run of two methods one after the other; empty for the first.
     """
+
+    stage = ""
 
     def __init__(self, out: Path, settings: dict, environment: dict, *, resume: bool) -> None:
         """Start a checkpoint, or with `resume` continue the one in `out`, if there is one.
@@ -82,6 +86,12 @@ class Checkpoint:
         if not any(self.folder.glob("*.safetensors")):
             shutil.rmtree(self.folder)
 
+    def for_stage(self, stage: str) -> Checkpoint:
+        """Return the same checkpoint with entries of its own, for a method that runs after the first one."""
+        other = copy.copy(self)
+        other.stage = f"{stage}-"
+        return other
+
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: dict[str, Any]) -> None:
         """Write an entry of this run."""
         self.store.put(name, tensors, {"run": self.run, **note})
@@ -106,16 +116,16 @@ class Checkpoint:
 
     def damaged(self, name: str | int, reason: object) -> ValueError:
         """Return the error for a damaged entry, which is given by name or by the index of its block."""
-        name = _name(name) if isinstance(name, int) else name
+        name = self._name(name) if isinstance(name, int) else name
         return ValueError(f"{self.store.place(name)} is damaged ({reason}); {REMEDY}")
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write the result of block `index`."""
-        self.put(_name(index), result.weights, {"layers": [asdict(layer) for layer in result.layers]})
+        self.put(self._name(index), result.weights, {"layers": [asdict(layer) for layer in result.layers]})
 
     def holds(self, index: int) -> bool:
         """Return whether block `index` is finished."""
-        return self.store.holds(_name(index))
+        return self.store.holds(self._name(index))
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
         """Return the result of block `index`, or None where it is not finished.
@@ -129,8 +139,9 @@ class Checkpoint:
             return None
         weights, layers = found
         try:
-            check_specs(self.store.place(_name(index)), weights, linears)
-            check_pruned(self.store.place(_name(index)), weights, layers, self.patterns, dense_allowed=self.dense_allowed)
+            place = self.store.place(self._name(index))
+            check_specs(place, weights, linears)
+            check_pruned(place, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
         return BlockResult(weights, layers)
@@ -147,18 +158,21 @@ class Checkpoint:
         Raises:
             ValueError: the file is damaged or of another run, or holds NaN or Inf.
         """
-        found = self.get(_name(index))
+        found = self.get(self._name(index))
         if found is None:
             return None
         tensors, note = found
         try:
-            check_finite_tensors(self.store.place(_name(index)), tensors)
+            check_finite_tensors(self.store.place(self._name(index)), tensors)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
         try:
             return tensors, [make_report(layer) for layer in note["layers"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise self.damaged(_name(index), error) from error
+            raise self.damaged(self._name(index), error) from error
+
+    def _name(self, index: int) -> str:
+        return f"{self.stage}block-{index:05d}"
 
     def _check_state(self, state: dict) -> None:
         path = self.folder / STATE
@@ -277,7 +291,3 @@ def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) ->
 def differences(found: dict, expected: dict) -> list[str]:
     """Return the sorted keys whose values differ or that one mapping lacks."""
     return sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-
-
-def _name(index: int) -> str:
-    return f"block-{index:05d}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._warnings import SparsekernWarning
-from ..methods.base import GradualMethod, LinearMethod, PlannedBlock
+from ..methods.base import GradualMethod, LinearMethod, Method, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
 from ..models.encoder import is_encoder
@@ -51,6 +51,7 @@ class Request:
         saves: True if the model is saved.
         seed: see `prune`.
         rules: `weighting` and `unseen`, see `prune`.
+        then: see `prune`.
     """
 
     pattern: Pattern | None = None
@@ -64,6 +65,7 @@ class Request:
     saves: bool = False
     seed: int = 0
     rules: ExpertRules = field(default_factory=ExpertRules)
+    then: Method | None = None
 
     @property
     def default_pattern(self) -> Pattern:

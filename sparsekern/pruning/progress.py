@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from .._warnings import SparsekernWarning
-from ..reports import LayerReport, SubLayerReport
+from ..reports import LayerReport, MixtureReport, SubLayerReport
 
 Mark = float | torch.cuda.Event  # a point in time: in seconds, or on a GPU
 
@@ -68,7 +68,11 @@ def _seconds_between(start: Mark, end: Mark) -> float:
 
 
 class Progress:
-    """A bar over the layers, labelled with the name, error and time of the last layer."""
+    """A bar over the layers, labelled with the name, error and time of the last layer.
+
+    Attributes:
+        enabled: True if the bar is shown.
+    """
 
     def __init__(self, layers: int, enabled: bool) -> None:
         """Show a bar.
@@ -79,9 +83,10 @@ class Progress:
         """
         from tqdm import tqdm
 
+        self.enabled = enabled
         self._bar = tqdm(total=layers, disable=not enabled, unit="layer", desc="pruning", dynamic_ncols=True)
 
-    def layer_done(self, layer: LayerReport | SubLayerReport) -> None:
+    def layer_done(self, layer: LayerReport | SubLayerReport | MixtureReport) -> None:
         """Advance by one layer."""
         error = "" if layer.error is None else f" error {layer.error:.2e}"
         self._bar.set_postfix_str(f"{layer.name}{error} {layer.seconds:.2f}s", refresh=False)

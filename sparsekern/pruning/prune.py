@@ -11,7 +11,7 @@ from torch import nn
 
 from ..backends.libraries import check_isa
 from ..data import as_calibration
-from ..methods import GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
+from ..methods import ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
 from ..pattern import parse_pattern
 from ..reports.report import Report
 from ..runtime import weight_bytes
@@ -19,6 +19,7 @@ from ..runtime.save import DENSE, check_format
 from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
 from .checkpoint import model_fingerprint
+from .experts.loop import ExpertLoop
 from .gradual.loop import GradualLoop
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
@@ -50,8 +51,9 @@ def prune(
     weighting: str = EQUAL,
     unseen: str = MAGNITUDE,
     format: str = DENSE,
+    then: str | Method | None = None,
 ) -> Report:
-    """Prune the linears of a transformers model in place, or remove units of an encoder, and return a report.
+    """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
     Blocks and linears are found from the structure of the model, not from its name, and how a forward runs them is observed. An encoder
     and its decoder are both pruned; of a language model with towers for images or sound, the language model is. Embeddings and
@@ -60,9 +62,9 @@ def prune(
     Args:
         model: a transformers `PreTrainedModel` (or any module with the same call) on one device, in float32, bfloat16 or float16.
         method: `"magnitude"`, `"random"`, `"structured"`, `"wanda"`, `"sparsegpt"`, `"alps"`, `"sparsellm"`, `"copal"`, `"gradual"`,
-            `"kprune"` (encoders), a config such as `SparseGPT(damping=0.01)`, or a config of your own class.
+            `"kprune"` (encoders), `"experts"` (mixtures), a config such as `SparseGPT(damping=0.01)`, or a config of your own class.
         pattern: `"N:M"` keeps N of every M consecutive inputs. A float is the share of zeros. Pattern objects are taken too. None is
-            `"2:4"`. `KPrune` takes only None, since its `remove` is the share of FLOPs (or parameters) to remove.
+            `"2:4"`. `KPrune` and `ExpertPruning` take only None, since their `remove` is the share to remove.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings of whatever the
             model's forward takes, such as `input_ids`, `pixel_values` or `decoder_input_ids`. Padding by `attention_mask` and
             `decoder_attention_mask` is left out of every statistic, and `labels` only give decoder ids. An encoder with a decoder takes
@@ -92,10 +94,12 @@ def prune(
             magnitude, `"dense"` leaves them dense, `"error"` stops in front of their block. Their names are said once, at the end.
         format: format of the weights in `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model`
             itself stays dense. A format that the patterns are not sure to fit, such as `"2:4"` for shares of zeros, is refused.
+        then: with `ExpertPruning`, the method that prunes the experts that stay, and all else, once the others are removed. `pattern`,
+            `include`, `exclude`, `patterns` and `report_error` are its arguments then.
 
     Returns:
-        A `Report` of each layer's pattern, sparsity, error and seconds, or for `KPrune` a `RemovalReport`. `print` it, or write it with
-        `to_json`.
+        A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
+        `ExpertReport`. `print` it, or write it with `to_json`.
 
     Raises:
         TypeError: bad arguments. They are refused before any work is done.
@@ -120,6 +124,8 @@ def prune(
     check_seed(seed)
     check_isa()
     check_format(format)
+    if then is not None and not isinstance(method, ExpertMethod):
+        raise ValueError(f"then: expected None unless method removes experts, got {then!r} after {method.name!r}")
     if resume and out is None:
         raise ValueError("resume: expected out, the folder of the run to continue")
     request = Request(
@@ -141,9 +147,10 @@ def prune(
         format=format,
         saves=out is not None,
         seed=seed,
+        then=None if then is None else resolve_method(then),
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
-    if not isinstance(method, LinearMethod):
+    if not isinstance(request.then or method, LinearMethod):
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
     check_streamed(model, method, out, format)
@@ -181,4 +188,6 @@ def loop_of(method: Method) -> type[Loop[Any, Any, Any, Any]]:
     """Return the loop for the class of a method."""
     if isinstance(method, LinearMethod):
         return BlockLoop
+    if isinstance(method, ExpertMethod):
+        return ExpertLoop
     return GradualLoop if isinstance(method, GradualMethod) else RemovalLoop

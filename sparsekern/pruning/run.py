@@ -13,7 +13,7 @@ from torch import nn
 
 from ..methods import Method
 from ..models import Linear
-from ..reports import LayerReport, RemovalReport, Report, SubLayerReport
+from ..reports import ExpertReport, LayerReport, MixtureReport, RemovalReport, Report, SubLayerReport
 from .batches import Batch
 from .host_memory import freed_memory_kept
 from .plan import Request
@@ -44,7 +44,7 @@ class BlockResult:
     """
 
     weights: Mapping[str, torch.Tensor]
-    layers: Sequence[LayerReport] | Sequence[SubLayerReport]
+    layers: Sequence[LayerReport] | Sequence[SubLayerReport] | Sequence[MixtureReport]
     totals: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -63,7 +63,7 @@ class Blocks(Protocol):
 
 PlanT = TypeVar("PlanT", bound=PlanLike)
 MethodT = TypeVar("MethodT", bound=Method)
-ReportT = TypeVar("ReportT", bound=Report | RemovalReport)
+ReportT = TypeVar("ReportT", bound=Report | RemovalReport | ExpertReport)
 BlocksT = TypeVar("BlocksT")
 
 
@@ -93,9 +93,9 @@ class RunContext(Generic[PlanT, MethodT, ReportT, BlocksT]):
     progress: Progress
     clock: Clock
 
-    def record(self, layers: Sequence[LayerReport] | Sequence[SubLayerReport]) -> None:
+    def record(self, layers: Sequence[LayerReport] | Sequence[SubLayerReport] | Sequence[MixtureReport]) -> None:
         """Report layers that are done. They are of the kind that the loop's report holds."""
-        reported = cast("list[LayerReport | SubLayerReport]", self.report.layers)
+        reported = cast("list[LayerReport | SubLayerReport | MixtureReport]", self.report.layers)
         for layer in layers:
             reported.append(layer)
             self.progress.layer_done(layer)
@@ -136,7 +136,7 @@ class Loop(ABC, Generic[PlanT, MethodT, ReportT, BlocksT]):
         method: the context's method.
     """
 
-    REPORT: ClassVar[type[Report] | type[RemovalReport]] = Report
+    REPORT: ClassVar[type[Report] | type[RemovalReport] | type[ExpertReport]] = Report
 
     def __init__(self, context: RunContext[PlanT, MethodT, ReportT, BlocksT]) -> None:
         self.context = context

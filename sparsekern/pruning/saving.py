@@ -222,7 +222,7 @@ def _settings_rows(report: BaseReport) -> dict[str, object]:
     """Return the settings for a model card: numbers, texts, and the method in words."""
     rows: dict[str, object] = {}
     for name, value in report.settings.items():
-        if name == "method" and isinstance(value, Mapping):
+        if name in ("method", "then") and isinstance(value, Mapping):
             rows[name] = described(value)
         elif name not in ("model", "calibration") and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             rows[name] = value

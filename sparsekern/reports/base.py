@@ -54,7 +54,15 @@ class BaseReport(ABC):
             ValueError: the file is not JSON or no report, or has a newer schema, an unknown kind, or an unknown, missing or bad
                 field, which the message names.
         """
-        fields = schema.loads(Path(path))
+        return BaseReport.read(schema.loads(Path(path)))
+
+    @staticmethod
+    def read(fields: Fields) -> BaseReport:
+        """Return the report of any kind with these fields, which are those of `to_dict` without `schema`.
+
+        Raises:
+            ValueError: an unknown kind, or an unknown, missing or bad field.
+        """
         kind = fields.take("kind", schema.text)
         if kind not in CLASSES:
             fields.refuse("kind", f"one of {', '.join(sorted(CLASSES))}", kind)

@@ -52,6 +52,7 @@ class Page(NamedTuple):
         table: the table below them.
         command: the command line that started the run; None where Python called it.
         versions: versions of the packages, and the device and threads.
+        more: further tables.
     """
 
     facts: Sequence[tuple[str, str]]
@@ -59,6 +60,7 @@ class Page(NamedTuple):
     table: Table
     command: str | None
     versions: Mapping[str, object]
+    more: list[Table] = []
 
 
 @functools.cache

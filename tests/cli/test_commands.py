@@ -288,3 +288,33 @@ def test_a_model_without_a_tokenizer_is_pruned_by_a_method_without_data(tmp_path
     assert f"model = ViTForImageClassification.from_pretrained({str(tmp_path / 'out')!r})" in said.out
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
     assert type(sparsekern.load(tmp_path / "out", device="cpu")) is ViTForImageClassification
+
+
+def test_experts_are_removed_and_the_others_pruned_in_one_command(tmp_path, capsys):
+    model, out = tiny.save_mixture(tmp_path / "mixture"), tmp_path / "out"
+    (tmp_path / "text.txt").write_text(tiny.TEXT, encoding="utf-8")
+    command = [
+        "prune",
+        str(model),
+        "--method",
+        "experts",
+        "--remove",
+        "0.25",
+        "--set",
+        "score=man",
+        "--then",
+        "wanda",
+        "--pattern",
+        "0.5",
+    ]
+    text = ["--calibration", str(tmp_path / "text.txt"), "--samples", "4", "--length", "16"]
+    assert main([*command, *text, "--set", "then.scope=matrix", "--out", str(out)]) == 2  # Wanda has no such setting
+    assert main([*command, *text, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "6 of 8 kept in 3 layers" in shown and "AutoModelForCausalLM.from_pretrained" in shown
+    assert json.loads((out / "config.json").read_text())["num_local_experts"] == 6
+    report = sparsekern.Report.from_json(out / "report.json")
+    assert report.settings["method"] == {"name": "experts", "score": "man", "remove": 0.25}
+    assert report.then.sparsity == pytest.approx(0.5, abs=0.01)
+    card = (out / "README.md").read_text()
+    assert "experts (score man, remove 0.25)" in card and "| then | wanda" in card

@@ -141,7 +141,10 @@ class UnknownNeeds(NoisyWanda):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Bare(), "method: expected a LinearMethod, BlockMethod, GradualMethod or RemovalMethod, got Bare, which is none of them"),
+        (
+            Bare(),
+            "method: expected a LinearMethod, BlockMethod, GradualMethod, RemovalMethod or ExpertMethod, got Bare, which is none of them",
+        ),
         (NoDataclass(), "method: expected a dataclass, whose fields are its settings; got NoDataclass without @dataclass"),
         (NoName(), "method: expected NoName.name to be a word that reports call it by, got None"),
         (UnknownNeeds(), "method: expected UnknownNeeds.needs to be FeatureNorm, Gram, .* or None, got 'gram'"),

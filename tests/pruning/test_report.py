@@ -186,7 +186,7 @@ del_ = object()
         (blocks, ("schema", True), "schema: expected a whole number of at least 1, got True"),
         (blocks, ("schema", "1"), "schema: expected a whole number of at least 1, got '1'"),
         (blocks, ("schema", del_), r"it has no 'schema' \(sparsekern 0.1 wrote reports without one\)"),
-        (blocks, ("kind", "experts"), "kind: expected one of blocks, continual, removal, got 'experts'"),
+        (blocks, ("kind", "nothing"), "kind: expected one of blocks, continual, experts, removal, got 'nothing'"),
         (blocks, ("kind", ["blocks"]), "kind: expected text, got a list"),
         (removal, ("kind", "blocks"), r"layers\[0\]: expected a field 'pattern', found none"),
         (blocks, ("extra", 1), "unknown field 'extra'; schema 1 has none of that name"),

@@ -343,7 +343,7 @@ def test_on_the_command_line(tmp_path, capsys):
     for wrong, message in (
         (
             ["--pattern", "0.5"],
-            "--pattern: expected none, since kprune removes a share of heads and neurons, given by --set remove=0.5",
+            "--pattern: expected none, since kprune removes a share of heads and neurons, given by --remove",
         ),
         (["--evaluate"], "perplexity is of causal"),
     ):

@@ -1,0 +1,223 @@
+"""Cut experts out of a mixture, so that what is left is an ordinary, smaller model.
+
+What depends on the number of experts is not looked up by name. The model's own class is built without weights from a config with fewer
+experts. Each tensor and each number that then differs is what has to be cut: experts, router rows, correction biases, counters. So a
+plain `from_pretrained` fits the result, and what the class does in an unknown way is refused before any weight is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .experts import DbrxExperts, Experts, find_experts
+
+COUNTED = re.compile(r"(^|_)experts?($|_)")  # in names of config settings
+NOT_COUNTED = re.compile(r"per_tok|top|shared|active|layer|size|dim")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture of one layer.
+
+    Attributes:
+        experts: the experts.
+        owner: name of the module that holds experts and router.
+        groups: number of groups of consecutive experts, of which a token's router chooses some; 1 for no groups.
+        chosen_groups: number of groups that a token's experts may come from.
+    """
+
+    experts: Experts
+    owner: str
+    groups: int = 1
+    chosen_groups: int = 1
+
+
+@dataclass
+class Cut:
+    """What changes in a model when its mixtures have fewer experts.
+
+    Attributes:
+        mixtures: the mixtures, each of which keeps `left` experts.
+        left: number of experts that stay in each.
+        tensors: owner of the tensor, its name there, the dimension along which it is cut, and its mixture.
+        numbers: module or config, name and new value.
+    """
+
+    mixtures: list[Mixture]
+    left: int
+    tensors: list[tuple[nn.Module, str, int, Mixture]] = field(default_factory=list)
+    numbers: list[tuple[Any, str, int]] = field(default_factory=list)
+
+    def apply(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Cut the model in place.
+
+        Args:
+            kept: ascending numbers of the experts that stay, `[left]` int64, by the name of the experts.
+        """
+        for module, name, dim, mixture in self.tensors:
+            tensor = _tensor(module, name)
+            rows = kept[mixture.experts.name].to(tensor.device)
+            _put(module, name, tensor.detach().index_select(dim, rows))
+        for owner, name, value in self.numbers:
+            setattr(owner, name, value)
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """Keep the first experts of each mixture within, by views that take no memory, and restore the model afterwards."""
+        tensors = [_tensor(module, name) for module, name, _, _ in self.tensors]
+        numbers = [getattr(owner, name) for owner, name, _ in self.numbers]
+        try:
+            for (module, name, dim, _), tensor in zip(self.tensors, tensors, strict=True):
+                _put(module, name, tensor.detach().narrow(dim, 0, self.left))
+            for owner, name, value in self.numbers:
+                setattr(owner, name, value)
+            yield
+        finally:
+            for (module, name, _, _), tensor in zip(self.tensors, tensors, strict=True):
+                _put(module, name, tensor)
+            for (owner, name, _), value in zip(self.numbers, numbers, strict=True):
+                setattr(owner, name, value)
+
+
+def find_mixtures(model: nn.Module) -> list[Mixture]:
+    """Return the mixtures of a model, whose layers all have equally many experts.
+
+    Raises:
+        ValueError: no fused experts, experts of an unknown layout, or layers of different numbers of experts.
+    """
+    found = []
+    for experts in find_experts(model):
+        if isinstance(experts, DbrxExperts):
+            raise ValueError(f"model: {experts.name} stores its experts one below the other, so they cannot be cut out")
+        owner = experts.name.rpartition(".")[0]
+        groups, chosen = (_number_in(model.get_submodule(owner), name) for name in ("num_group", "topk_group"))
+        found.append(Mixture(experts, owner, groups, chosen))
+    if not found:
+        raise ValueError(
+            f"model: expected a mixture of experts in parameters of three dimensions, got {type(model).__name__}, where none was found"
+        )
+    for mixture in found:
+        if mixture.experts.count != found[0].experts.count:
+            raise ValueError(
+                f"model: expected equally many experts in each layer, since the config has one number; got "
+                f"{found[0].experts.count} in {found[0].experts.name} and {mixture.experts.count} in {mixture.experts.name}"
+            )
+    return found
+
+
+def plan_cut(model: nn.Module, mixtures: list[Mixture], left: int) -> Cut:
+    """Return what has to be cut so that each mixture keeps `left` experts. The model is unchanged.
+
+    Raises:
+        ValueError: no number in the config decides how many experts there are, or something that depends on it is not understood.
+    """
+    count, config = mixtures[0].experts.count, getattr(model, "config", None)
+    names = {f"{mixture.experts.name}": mixture for mixture in mixtures}
+    settings = [path for path in _counts(config, count) if _decides(model, path, left, names)]
+    if not settings:
+        raise ValueError(f"model: found no number in the config of {type(model).__name__} that makes {count} experts {left}")
+    smaller = _built(model, settings, left)
+    cut = Cut(mixtures, left)
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        other = smaller.get_submodule(module_name)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor):
+                _compare(cut, module_name, module, name, tensor, _tensor(other, name), count)
+        for name, value in vars(module).items():
+            if type(value) is int and type(wanted := getattr(other, name, None)) is int and value != wanted:
+                cut.numbers.append((module, name, wanted))
+    _refuse_tables(model, cut)
+    cut.numbers += [(_config_at(config, path), path[-1], left) for path in settings]
+    return cut
+
+
+def _compare(cut: Cut, module_name: str, module: nn.Module, name: str, tensor: Any, other: Any, count: int) -> None:
+    """Note that a tensor has to be cut if it is smaller with fewer experts."""
+    if other is None or tensor.shape == other.shape:
+        return
+    whole = f"{module_name}.{name}".strip(".")
+    owners = [mixture for mixture in cut.mixtures if whole.startswith(f"{mixture.owner}.") or not mixture.owner]
+    different = [dim for dim, sizes in enumerate(zip(tensor.shape, other.shape, strict=False)) if sizes[0] != sizes[1]]
+    sizes = [(tensor.shape[dim], other.shape[dim]) for dim in different]
+    if tensor.dim() != other.dim() or sizes != [(count, cut.left)] or not owners:
+        raise ValueError(
+            f"model: {whole} depends on the number of experts in an unknown way: {tuple(tensor.shape)} becomes {tuple(other.shape)}"
+        )
+    cut.tensors.append((module, name, different[0], max(owners, key=lambda mixture: len(mixture.owner))))
+
+
+def _refuse_tables(model: nn.Module, cut: Cut) -> None:
+    """Raise `ValueError` if a router may hold numbers of experts, which would be others afterwards."""
+    for mixture in cut.mixtures:
+        for name, tensor in (*(owner := model.get_submodule(mixture.owner)).named_parameters(), *owner.named_buffers()):
+            if not tensor.is_floating_point() and tensor.numel() > 1:
+                raise ValueError(
+                    f"model: {mixture.owner}.{name} may hold numbers of experts, which removal does not know how to change"
+                )
+
+
+def _number_in(module: nn.Module, name: str) -> int:
+    """Return an attribute of a module or of one inside it; 1 where none has it."""
+    found = (vars(inner).get(name) for inner in module.modules())
+    return next((value for value in found if type(value) is int and value > 0), 1)
+
+
+def _counts(config: Any, count: int) -> Iterator[tuple[str, ...]]:
+    """Yield the path of each setting in a config and the configs inside it that may be the number of experts."""
+    for name, value in vars(config).items() if config is not None else ():
+        if type(value) is int and value == count and COUNTED.search(name) and not NOT_COUNTED.search(name):
+            yield (name,)
+        elif hasattr(value, "to_dict"):
+            yield from ((name, *path) for path in _counts(value, count))
+
+
+def _config_at(config: Any, path: tuple[str, ...]) -> Any:
+    for name in path[:-1]:
+        config = getattr(config, name)
+    return config
+
+
+def _decides(model: nn.Module, path: tuple[str, ...], left: int, names: Mapping[str, Mixture]) -> bool:
+    """Return whether a setting changes the number of any experts."""
+    smaller = _built(model, [path], left)
+    return any(found.count == left for found in find_experts(smaller) if found.name in names)
+
+
+def _built(model: nn.Module, paths: list[tuple[str, ...]], left: int) -> nn.Module:
+    """Return a model of the same class without weights, with `left` for these settings."""
+    config = copy.deepcopy(model.config)
+    for path in paths:
+        setattr(_config_at(config, path), path[-1], left)
+    make: Any = type(model)
+    try:
+        with torch.device("meta"):
+            return make(config)
+    except Exception as error:
+        raise ValueError(f"model: {type(model).__name__} cannot be built with {left} experts: {error}") from error
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of another of the same kind."""
+    if name not in module._parameters:
+        module._buffers[name] = tensor
+        return
+    old = module._parameters[name]
+    new = (
+        tensor
+        if isinstance(tensor, nn.Parameter)
+        else nn.Parameter(tensor, requires_grad=bool(old is not None and old.requires_grad))
+    )
+    module._parameters[name] = new

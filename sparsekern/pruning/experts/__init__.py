@@ -1,0 +1,1 @@
+"""The loop that removes experts of a mixture."""

@@ -1,0 +1,77 @@
+"""Sums over the tokens of each expert, gathered while the blocks of a dense model run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from ...methods import ExpertSums
+from ...models.experts import Experts, ExpertsCall
+from ..batches import Batch
+
+
+class ExpertScores:
+    """Sums of the experts of one block. `visit` takes in one call of fused experts, batch after batch.
+
+    Attributes:
+        sums: the sums, by the name of the experts.
+    """
+
+    def __init__(self, found: Iterable[Experts], batches: Sequence[Batch], masks: Mapping[str, str | None]) -> None:
+        """Make empty sums.
+
+        Args:
+            found: the experts of the block.
+            batches: the batches that run the block, in order.
+            masks: the name of the padding mask that the tokens of the experts follow, by the name of the experts.
+        """
+        self.batches, self._masks = batches, masks
+        self.sums = {experts.name: ExpertSums.zeros(experts.count, experts.stacked("down_proj").device) for experts in found}
+        self._calls = dict.fromkeys(self.sums, 0)
+
+    def visit(self, experts: Experts, call: ExpertsCall) -> None:
+        """Take in a call of `experts`, whose tokens are those of the next batch; padding is left out.
+
+        Raises:
+            ValueError: the experts are called more than once for a batch, or on other tokens than the batch's; or an output is NaN
+                or infinite.
+        """
+        number = self._calls[experts.name]
+        if number == len(self.batches):
+            raise ValueError(f"model: {experts.name} is called more than once in a forward, which scores of experts cannot follow")
+        self._calls[experts.name] += 1
+        batch = self.batches[number]
+        mask = batch.mask(self._masks[experts.name])
+        if mask is not None and mask.numel() != call.tokens:
+            raise ValueError(
+                f"{experts.name}: called with {call.tokens} tokens for a padded batch of {mask.numel()}, which does not tell which are "
+                "padding; calibrate with samples of one length"
+            )
+        sums = self.sums[experts.name]
+        for expert, (rows, weights) in enumerate(call.by_expert(experts.count)):
+            if mask is not None:
+                real = mask.flatten()[rows % call.tokens]
+                rows, weights = rows[real], weights[real]
+            if len(rows):
+                outputs = experts.output(expert, call.hidden[rows])
+                sums.add(expert, outputs, weights)
+                if not torch.isfinite(sums.squares[expert]):
+                    raise _not_finite(experts, expert, outputs, rows % call.tokens, call.tokens, batch)
+
+    def check_complete(self) -> None:
+        """Raise `ValueError` unless every batch has called all experts."""
+        for name, calls in self._calls.items():
+            if calls != len(self.batches):
+                raise ValueError(f"model: {name} was called for {calls} of {len(self.batches)} batches, expected once for each")
+
+
+def _not_finite(experts: Experts, expert: int, outputs: torch.Tensor, tokens: torch.Tensor, count: int, batch: Batch) -> ValueError:
+    """Return the error for NaN or Inf in an expert's output, or in the square of its norm."""
+    bad = (~torch.isfinite(outputs.double().square().sum(1))).nonzero()
+    sample = batch.sample_of_row(int(tokens[bad[0, 0]]), count) if len(bad) else None
+    where = "an unknown calibration sample" if sample is None else f"calibration sample {sample}"
+    return ValueError(
+        f"{experts.name}.{expert}: its output is not finite in {where}; leave that sample out, or run the model in float32 or bfloat16 "
+        "if float16 overflowed"
+    )
