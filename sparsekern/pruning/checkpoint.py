@@ -230,7 +230,7 @@ class StreamedCheckpoint(Checkpoint):
         else:
             state = {f"{name}.weight": linears[name].parameter.detach() for name in result.weights}
             tensors = self._stream.named_as_stored(self._model, state)
-        self.put(_name(index), tensors, {"layers": [asdict(layer) for layer in result.layers]})
+        self.put(self._name(index), tensors, {"layers": [asdict(layer) for layer in result.layers]})
         self._take(index, tensors)
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
@@ -239,19 +239,19 @@ class StreamedCheckpoint(Checkpoint):
             return None
         layers = self._layers(index, LayerReport.from_dict)
         if index >= len(self._stream.blocks):
-            tensors, _ = self.store.get(_name(index))
+            tensors, _ = self.store.get(self._name(index))
             self._stream.put(self._model, tensors)
             self._take(index, tensors)
         weights = {linear.name: linear.weight for linear in linears}
         try:
-            check_pruned(self.store.place(_name(index)), weights, layers, self.patterns)
+            check_pruned(self.store.place(self._name(index)), weights, layers, self.patterns)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
         return BlockResult(weights, layers)
 
     def _layers(self, index: int, make_report: Callable[[dict], ReportLike]) -> list[ReportLike]:
         """Return the reports of block `index`. Its tensors are not read."""
-        name = _name(index)
+        name = self._name(index)
         _, note = self.store.get(name, prefix=NO_TENSOR)
         self._check_note(name, note)
         try:
@@ -261,7 +261,7 @@ class StreamedCheckpoint(Checkpoint):
 
     def _take(self, index: int, names: Iterable[str]) -> None:
         try:
-            self._stream.take(self.store.path(_name(index)), names)
+            self._stream.take(self.store.path(self._name(index)), names)
         except ValueError as error:
             raise self.damaged(index, error) from error
 
