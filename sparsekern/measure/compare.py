@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from ..models.limits import positions
-from ..models.linears import linear_weight
 from ..reports.plots import Bar, bars
+from ..runtime.packable import find_packables
 from ..runtime.packing import weight_bytes
-from ..runtime.sparse_linear import SparseLinear
 from .generate import generate, random_prompt
 from .resident import resident_of, why_unknown
 
@@ -203,8 +202,9 @@ def _check_weights(dense: nn.Module, packed: nn.Module) -> None:
 
     Logits are no substitute: rounding can change them as much as a wrong layer does.
     """
-    for name, layer in packed.named_modules():
-        if isinstance(layer, SparseLinear) and not torch.equal(layer.dense_weight(), linear_weight(dense.get_submodule(name))):
+    of_dense = find_packables(dense)
+    for name, known in find_packables(packed, only_packed=True).items():
+        if not torch.equal(known.dense, of_dense[name].dense):
             raise ValueError(f"packed: the weight of {name} differs from that of the dense model")
 
 

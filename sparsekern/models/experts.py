@@ -109,6 +109,14 @@ class Experts(ABC):
         """Return the parameter that holds `part` of all experts."""
 
     @abstractmethod
+    def stored_name(self, part: str) -> str:
+        """Return the name that the parameter of `part` has in its holder."""
+
+    @abstractmethod
+    def is_transposed(self, part: str) -> bool:
+        """Return whether the parameter of `part` holds each matrix as `[in_features, out_features]`."""
+
+    @abstractmethod
     def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
         """Return `part` of all experts, `[count, out_features, in_features]`, in a tensor that is laid out as its parameter."""
 
@@ -203,7 +211,7 @@ class InterfaceExperts(Experts):
         return (self.module,)
 
     def parameter(self, part: str) -> nn.Parameter:
-        return self.module._parameters[self._stored(part)]
+        return self.module._parameters[self.stored_name(part)]
 
     def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
         return self._rows_of(part, stored.transpose(1, 2) if self.module.is_transposed else stored, 1)
@@ -211,7 +219,7 @@ class InterfaceExperts(Experts):
     def stacked_bias(self, part: str) -> torch.Tensor | None:
         if not self.module.has_bias:
             return None
-        return self._rows_of(part, self.module._parameters[f"{self._stored(part)}_bias"].detach(), 1)
+        return self._rows_of(part, self.module._parameters[f"{self.stored_name(part)}_bias"].detach(), 1)
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
         given = inspect.signature(self.module.forward).bind(*args, **kwargs).arguments.values()
@@ -228,8 +236,11 @@ class InterfaceExperts(Experts):
     def finished(self, output: torch.Tensor) -> torch.Tensor:
         return self.module.post_expert_norm(output) if getattr(self.module, "has_post_expert_norm", False) else output
 
-    def _stored(self, part: str) -> str:
+    def stored_name(self, part: str) -> str:
         return "gate_up_proj" if part != DOWN and self.module.has_gate else part
+
+    def is_transposed(self, part: str) -> bool:
+        return bool(self.module.is_transposed)
 
     def _rows_of(self, part: str, stacked: torch.Tensor, dim: int) -> torch.Tensor:
         """Return the rows of `part` in what is stored for gate and up together."""
@@ -265,8 +276,14 @@ class UndecoratedExperts(InterfaceExperts):
     def stacked_bias(self, part: str) -> None:
         return None
 
+    def stored_name(self, part: str) -> str:
+        return DOWN if part == DOWN else "gate_up_proj"
+
+    def is_transposed(self, part: str) -> bool:
+        return True
+
     def parameter(self, part: str) -> nn.Parameter:
-        return self.module._parameters[DOWN if part == DOWN else "gate_up_proj"]
+        return self.module._parameters[self.stored_name(part)]
 
     def gated(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         assert gate is not None
@@ -297,8 +314,14 @@ class Llama4Experts(Experts):
     def holders(self) -> tuple[nn.Module, ...]:
         return (self.module,)
 
+    def stored_name(self, part: str) -> str:
+        return DOWN if part == DOWN else "gate_up_proj"
+
+    def is_transposed(self, part: str) -> bool:
+        return True
+
     def parameter(self, part: str) -> nn.Parameter:
-        return self.module._parameters[DOWN if part == DOWN else "gate_up_proj"]
+        return self.module._parameters[self.stored_name(part)]
 
     def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
         stacked = stored.transpose(1, 2)
@@ -334,8 +357,14 @@ class DbrxExperts(Experts):
     def holders(self) -> tuple[nn.Module, ...]:
         return (self.module.mlp,)
 
+    def stored_name(self, part: str) -> str:
+        return {GATE: "w1", UP: "v1", DOWN: "w2"}[part]
+
+    def is_transposed(self, part: str) -> bool:
+        return part == DOWN
+
     def parameter(self, part: str) -> nn.Parameter:
-        return self.module.mlp._parameters[{GATE: "w1", UP: "v1", DOWN: "w2"}[part]]
+        return self.module.mlp._parameters[self.stored_name(part)]
 
     def view(self, part: str, stored: torch.Tensor) -> torch.Tensor:
         stacked = stored.view(self.count, -1, stored.shape[-1])

@@ -16,11 +16,11 @@ from ..methods import LinearMethod, Method
 from ..models.adapters import check_no_adapter
 from ..models.evaluation import evaluation_mode
 from ..models.limits import positions, vocabulary
-from ..models.linears import linear_weight
 from ..models.streaming import stream_of
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime.formats import format_of
-from ..runtime.packing import PACKED, packable_linears, smallest
+from ..runtime.packable import Packable, chosen_packables
+from ..runtime.packing import PACKED, smallest
 from ..runtime.save import DENSE
 from .batches import Batch, Calibration, ModelInputs, as_batches
 from .seeds import seed_torch, torch_generators_kept
@@ -84,12 +84,22 @@ def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format:
     """
     if format == DENSE:
         return
-    weights = {name: linear_weight(linear) for name, linear in packable_linears(model).items()}
-    pruned = (_gets_smaller(weight, patterns[name], format) for name, weight in weights.items() if name in patterns)
-    if any(pruned) or any(smallest(weight, format) for weight in weights.values()):
+    packables = chosen_packables(model, None, None).values()
+    if any(_is_sure_to_shrink(known, patterns, format) for known in packables):
+        return
+    if any(smallest(known.dense, format) for known in packables):
         return
     shown = ", ".join(sorted(set(map(str, patterns.values()))))
-    raise ValueError(f"format: by pattern {shown}, none of {len(weights)} linear layers is sure to get smaller with {format!r}")
+    raise ValueError(f"format: by pattern {shown}, none of {len(packables)} linear layers is sure to get smaller with {format!r}")
+
+
+def _is_sure_to_shrink(known: Packable, patterns: Mapping[str, Pattern], format: str) -> bool:
+    """Return whether a weight gets smaller by the patterns of all its matrices."""
+    names = known.matrices
+    if any(name not in patterns for name in names):
+        return False
+    weight = known.dense if known.dense.dim() == 2 else known.dense[0]
+    return all(_gets_smaller(weight, pattern, format) for pattern in {patterns[name] for name in names})
 
 
 def _gets_smaller(weight: torch.Tensor, pattern: Pattern, format: str) -> bool:

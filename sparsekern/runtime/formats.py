@@ -23,7 +23,7 @@ BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].call, OPS["bitmask_unpack
 NM_LINEAR, NM_UNPACK = OPS["nm_linear"].call, OPS["nm_unpack"].overload
 
 Tensors = Mapping[str, torch.Tensor]
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Spec:
 
 
 class Format:
-    """A packed format. In all methods, `shape` is `(out_features, in_features)` of the weight and `dtype` its dtype.
+    """A packed format. In all methods, `shape` is that of the weight, `(out_features, in_features)` here, and `dtype` its dtype.
 
     Attributes:
         tensor_names: names of the packed tensors, which are arguments of the format's op.
@@ -126,13 +126,17 @@ class Format:
         Everything that a kernel relies on is checked. Tensors from a file, which may be damaged or hostile, need this once.
         """
         self.check_names(tensors)
-        check_shape(shape)
+        self.check_shape(shape)
         self._check_sizes(tensors, shape, dtype)
         device = tensors[self.tensor_names[0]].device
         for name in self.tensor_names:
             if not tensors[name].is_contiguous() or tensors[name].device != device:
                 raise ValueError(f"{name}: expected a contiguous tensor on {device}, got one on {tensors[name].device}")
         self._check_contents(tensors, shape)
+
+    def check_shape(self, shape: Shape) -> Shape:
+        """Return `shape` as a tuple; raise `ValueError` unless it is one of the weights that this format packs."""
+        return check_shape(shape)
 
     def check_names(self, tensors: Tensors) -> None:
         """Raise `ValueError` unless the names are exactly those of the format."""
@@ -250,7 +254,7 @@ class NMPacked(Format):
         rows_layout.check_nm_rows(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
 
-def check_shape(shape: Shape) -> Shape:
+def check_shape(shape: Shape) -> tuple[int, int]:
     """Return `shape` as a tuple; raise `ValueError` unless it is two whole numbers of at least 0."""
     whole = isinstance(shape, (tuple, list)) and all(
         isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape

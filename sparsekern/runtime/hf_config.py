@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .formats import Spec, check_shape, format_of
-from .sparse_linear import DTYPES, SparseLinear
+from .expert_formats import layout_of
+from .formats import Shape, Spec, check_shape
+from .packed_weight import DTYPES, PackedWeight
+from .sparse_experts import SparseExperts
+from .sparse_linear import SparseLinear
 
 METHOD = "sparsekern"  # quantization_config.quant_method
 VERSION = 1  # of the layouts and of these entries
@@ -34,20 +37,20 @@ class PackedLayer:
 
     Attributes:
         format: name of the packed format.
-        shape: `(out_features, in_features)`.
+        shape: `(out_features, in_features)`, or `(experts, out_features, in_features)`.
         dtype: dtype of the weight.
         stored: number of stored values of a bitmask; None for N:M, whose shape determines it.
     """
 
     format: str
-    shape: tuple[int, int]
+    shape: Shape
     dtype: torch.dtype
     stored: int | None = None
 
     @classmethod
-    def of(cls, layer: SparseLinear) -> PackedLayer:
+    def of(cls, layer: PackedWeight) -> PackedLayer:
         """Describe a packed layer."""
-        return cls(layer.format, layer.shape, layer.dtype, format_of(layer.format).stored(layer.tensors))
+        return cls(layer.format, layer.shape, layer.dtype, layer.layout.stored(layer.tensors))
 
     @classmethod
     def from_dict(cls, name: str, entry: object) -> PackedLayer:
@@ -67,7 +70,8 @@ class PackedLayer:
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPE_OF_NAME:
             raise ValueError(f"{where}.dtype: expected one of {', '.join(DTYPE_OF_NAME)}, got {entry['dtype']!r}")
         try:
-            layer = cls(entry["format"], check_shape(entry["shape"]), DTYPE_OF_NAME[entry["dtype"]], entry.get("stored"))
+            shape = layout_of(entry["format"], entry["shape"]).check_shape(entry["shape"])
+            layer = cls(entry["format"], shape, DTYPE_OF_NAME[entry["dtype"]], entry.get("stored"))
             layer.tensors()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
@@ -81,17 +85,25 @@ class PackedLayer:
 
     def tensors(self) -> dict[str, Spec]:
         """Return the shape and dtype of each packed tensor."""
-        return format_of(self.format).specs(self.shape, self.dtype, self.stored)
+        return layout_of(self.format, self.shape).specs(self.shape, self.dtype, self.stored)
 
     def empty(self, bias: nn.Parameter | None, *, conv1d: bool) -> SparseLinear:
         """Return a layer on the meta device to load into."""
-        tensors = format_of(self.format).empty(self.shape, self.dtype, self.stored, device="meta")
-        return SparseLinear(self.format, self.shape, tensors, bias, conv1d=conv1d)
+        return SparseLinear(self.format, check_shape(self.shape), self._tensors_on_meta(), bias, conv1d=conv1d)
+
+    def empty_experts(self, stored: torch.Size, *, transposed: bool) -> SparseExperts:
+        """Return the weights of experts on the meta device to load into; see `SparseExperts` for the arguments."""
+        count, rows, columns = self.shape
+        shape, tensors = (count, rows, columns), self._tensors_on_meta()
+        return SparseExperts(self.format, shape, tensors, stored=stored, transposed=transposed)
+
+    def _tensors_on_meta(self) -> dict[str, torch.Tensor]:
+        return layout_of(self.format, self.shape).empty(self.shape, self.dtype, self.stored, device="meta")
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, object]]:
     """Return `quantization_config.layers` of a packed model."""
-    return {name: PackedLayer.of(layer).to_dict() for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+    return {name: PackedLayer.of(layer).to_dict() for name, layer in model.named_modules() if isinstance(layer, PackedWeight)}
 
 
 def parse_layers(layers: object) -> dict[str, PackedLayer]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -16,7 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..models.linears import is_conv1d, is_plain_linear
 from ..models.units import check_units, cut_to_size, is_sized, recorded_units
 from .hf_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
-from .sparse_linear import DTYPES, SparseLinear
+from .packable import Packable, PackableExperts, find_packables
+from .packed_weight import DTYPES, PackedWeight
+from .sparse_experts import PREFIX, SparseExperts, pack_experts
 
 if TYPE_CHECKING:  # transformers imports this module before it defines the class
     from transformers import PreTrainedModel
@@ -93,14 +95,17 @@ class SparsekernQuantizer(HfQuantizer):
         if (units := recorded_units(model.config)) is not None and not is_sized(model):
             check_units(model.config, getattr(model.config, "name_or_path", "") or "config.json")
             cut_to_size(model, units)
+        known = find_packables(model)
         for name, layer in layers.items():
-            _make_place(model, name, layer)
+            if len(layer.shape) == 2:
+                _make_place(model, name, layer)
+            else:
+                _make_place_of_experts(model, name, layer, known)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in model.named_modules():
-            if isinstance(layer, SparseLinear):
-                del layer.weight
+            if isinstance(layer, PackedWeight):
                 if layer.device.type == "meta":
                     raise ValueError(
                         f"device_map: expected one without offloading, which packed models do not support, got one that offloads {name}"
@@ -110,11 +115,12 @@ class SparsekernQuantizer(HfQuantizer):
                 layer.freeze()
                 if self.dtype is not None:
                     layer.to(self.dtype)
+        _keep_conversions(model)
         if not self.quantization_config.layers:  # a model that was only cut to size is an ordinary model
             self.remove_quantization_config(model)
         return model
 
-    def _check_loaded(self, name: str, layer: SparseLinear) -> None:
+    def _check_loaded(self, name: str, layer: PackedWeight) -> None:
         """Raise `ValueError` if a tensor was not read from a file but only allocated by transformers.
 
         If tensors may be renamed, the headers do not reveal missing ones.
@@ -124,7 +130,7 @@ class SparsekernQuantizer(HfQuantizer):
             files = ", ".join(sorted(set(self.files.values()))) or "state_dict"
             raise ValueError(f"{files}: {name}.{missing[0]}: is missing")
 
-    def _check(self, model: PreTrainedModel, name: str, layer: SparseLinear) -> None:
+    def _check(self, model: PreTrainedModel, name: str, layer: PackedWeight) -> None:
         try:
             layer.check()
         except (TypeError, ValueError) as error:
@@ -154,6 +160,22 @@ class SparsekernQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether `torch.compile` takes packed models."""
         return True
+
+
+def _keep_conversions(model: PreTrainedModel) -> None:
+    """Keep transformers' conversions of experts that were not used since the experts are packed: an unpacked model is saved by them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    dense = [name.replace(f".{PREFIX}", ".") for name, layer in model.named_modules() if isinstance(layer, SparseExperts)]
+    if not dense or not hasattr(model, "_weight_conversions"):
+        return
+    for conversion in get_model_conversion_mapping(model, add_legacy=False):
+        patterns = [known.source_patterns for known in model._weight_conversions]
+        if conversion.source_patterns in patterns or not hasattr(conversion, "operations"):
+            continue
+        back = conversion.reverse_transform()
+        if any(back.rename_source_key(name)[1] is not None for name in dense):
+            model._weight_conversions.append(conversion)
 
 
 def mark(model: PreTrainedModel) -> None:
@@ -202,11 +224,34 @@ def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
     if layer.shape != (shape[::-1] if conv1d else shape):
         expected = list(shape[::-1] if conv1d else shape)
         raise ValueError(f"{where}.shape: expected that of the model's layer, {expected}, got {list(layer.shape)}")
-    place = layer.empty(linear.bias, conv1d=conv1d)
-    # Some models (GPT-2) initialise their children's weights by name, unless these are marked as initialised.
-    place.weight = torch.empty(layer.shape, device="meta")
-    place.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # the mark that transformers looks for
-    parent._modules[child] = place
+    parent._modules[child] = layer.empty(linear.bias, conv1d=conv1d)
+
+
+def _make_place_of_experts(model: PreTrainedModel, name: str, layer: PackedLayer, known: Mapping[str, Packable]) -> None:
+    """Replace a parameter of experts by an empty packed one.
+
+    Args:
+        model: the model.
+        name: name of the packed weights.
+        layer: their description.
+        known: what the dense model has that can be packed, by name.
+
+    Raises:
+        ValueError: the model has no such parameter, or it has another shape.
+    """
+    where = f"config.json: quantization_config.layers[{name!r}]"
+    split = (candidate.rpartition(".") for candidate in names_of(name, model.base_model_prefix))
+    names = [f"{path}{dot}{child.removeprefix(PREFIX)}" for path, dot, child in split if child.startswith(PREFIX)]
+    found = next((one for name in names if isinstance(one := known.get(name), PackableExperts)), None)
+    if found is None:
+        if type(model).__name__ in (model.config.architectures or ()):
+            raise ValueError(f"{where}: {type(model).__name__} has no such experts")
+        return  # another class of the family, without this layer
+    shape = tuple(found.dense.shape)
+    if layer.shape != shape:
+        raise ValueError(f"{where}.shape: expected that of the model's experts, {list(shape)}, got {list(layer.shape)}")
+    stored = found.holder.get_parameter(found.child).shape
+    pack_experts(found.experts, found.holder, found.child, layer.empty_experts(stored, transposed=found.transposed))
 
 
 def _submodule(model: PreTrainedModel, name: str) -> tuple[nn.Module, str, nn.Module] | None:

@@ -1,38 +1,31 @@
-"""`pack` and `unpack`: replace the linears of a model by `SparseLinear` where that saves memory, and back."""
+"""`pack` and `unpack`: replace the linears and experts of a model by packed ones where that saves memory, and back."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from ..models.globs import Globs, as_globs, check_matches, matches
-from ..models.linears import is_conv1d, is_plain_linear, linear_weight
+from ..models.globs import Globs
 from ..models.streaming import every_parameter, stream_of
+from .expert_formats import layout_of
 from .formats import format_of
-from .sparse_linear import DTYPES, SparseLinear
+from .packable import Packable, check_no_hooks, check_not_offloaded, chosen_packables, find_packables
+from .packed_weight import PackedWeight
 
 PACKED = "packed"  # the smallest fitting format of each weight
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclude: Globs = None) -> nn.Module:
-    """Replace each linear that gets smaller by a `SparseLinear`, in place.
+    """Replace each linear that gets smaller by a `SparseLinear`, in place, and the weights of fused experts likewise.
+
+    A parameter that holds a matrix of all experts of a layer is packed as a whole. The module of experts stays, and multiplies by the
+    packed weights of the experts that tokens are routed to. Globs may name the parameter, as `*.experts.down_proj`, or its matrices.
 
     Three kinds of linears are left dense: those that share their weight with another module, such as an `lm_head` tied to the
     embeddings; those of other dtypes than float32, bfloat16 and float16; and unknown subclasses of `nn.Linear`.
@@ -72,27 +65,27 @@ def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs =
     transformers_side = _transformers_side(model)
     if transformers_side:
         transformers_side.check_unmarked(model)
-    places = _linears(model, include, exclude)
-    todo = {name: found for name, found in places.items() if not _is_packed_so(_at(found), format)}
-    chosen = {name: smallest(_dense_weight(_at(found)), format) for name, found in todo.items()}
-    if len(todo) == len(places) and not any(chosen.values()):
+    found = chosen_packables(model, include, exclude)
+    todo = {name: known for name, known in found.items() if not known.is_packed_as(format)}
+    chosen = {name: smallest(known.dense, format) for name, known in todo.items()}
+    if len(todo) == len(found) and not any(chosen.values()):
         raise ValueError(
-            f"model: none of its {len(places)} linear layers gets smaller with format={format!r}; "
-            f"{_share_of_zeros(places):.1%} of their weights are zero"
+            f"model: none of its {len(found)} linear layers gets smaller with format={format!r}; "
+            f"{_share_of_zeros(found.values()):.1%} of their weights are zero"
         )
-    changed = {name: best for name, best in chosen.items() if best is not None or isinstance(_at(places[name]), SparseLinear)}
+    changed = {name: best for name, best in chosen.items() if best is not None or todo[name].packed is not None}
     if keep_hooks:
         for name in changed:
-            _check_no_hooks(name, _at(places[name]), "packing")
+            check_no_hooks(todo[name], "packing")
     for name, best in changed.items():
-        _put(places[name], _packed(name, _at(places[name]), best))
+        todo[name].put(best)
     if transformers_side:
         transformers_side.mark(model)
     return model
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Replace each `SparseLinear` by a dense layer, in place.
+    """Replace each `SparseLinear` by a dense layer and packed experts by dense ones, in place.
 
     Args:
         model: a packed model, or any module. One without packed layers is left unchanged.
@@ -115,13 +108,13 @@ def unpack(model: nn.Module) -> nn.Module:
 
 def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
     check_module(model)
-    found = _places(model, lambda module: isinstance(module, SparseLinear))
-    for name, places in found.items():
-        _check_not_offloaded(name, _at(places))
+    found = find_packables(model, only_packed=True)
+    for known in found.values():
+        check_not_offloaded(known)
         if keep_hooks:
-            _check_no_hooks(name, _at(places), "unpacking")
-    for name, places in found.items():
-        _put(places, _packed(name, _at(places), None))
+            check_no_hooks(known, "unpacking")
+    for known in found.values():
+        known.put(None)
     if transformers_side := _transformers_side(model):
         transformers_side.unmark(model)
     return model
@@ -148,7 +141,7 @@ def check_packed_format(format: str) -> None:
 
 def is_packed(model: nn.Module) -> bool:
     """Return whether a model has packed layers."""
-    return any(isinstance(module, SparseLinear) for module in model.modules())
+    return any(isinstance(module, PackedWeight) for module in model.modules())
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -169,34 +162,23 @@ def count_zeros(model: nn.Module) -> tuple[int, int]:
         total += tensor.numel()
         zeros += tensor.numel() - int(torch.count_nonzero(tensor))
     for layer in model.modules():
-        if isinstance(layer, SparseLinear):
-            left_out = layer.out_features * layer.in_features - sum(
-                t.numel() for t in layer.tensors.values() if t.is_floating_point()
-            )
+        if isinstance(layer, PackedWeight):
+            left_out = torch.Size(layer.shape).numel() - layer.stored_values
             total, zeros = total + left_out, zeros + left_out
     return zeros, total
-
-
-def packable_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linears that `pack` considers by name.
-
-    Raises:
-        ValueError: there are none, or they are offloaded.
-    """
-    return {name: _at(places) for name, places in _linears(model, None, None).items()}
 
 
 def smallest(weight: torch.Tensor, format: str = PACKED) -> str | None:
     """Return the smallest format that fits `weight`, or None if dense is smaller.
 
     Args:
-        weight: `[out_features, in_features]`, dense.
+        weight: `[out_features, in_features]`, or `[experts, out_features, in_features]`, dense.
         format: `"packed"` considers all formats, another name only that format.
     """
     best, fewest = None, weight.numel() * weight.element_size()
     for name in _fitting(weight) if format == PACKED else [format]:
         try:
-            packed = format_of(name).packed_bytes(weight)
+            packed = layout_of(name, tuple(weight.shape)).packed_bytes(weight)
         except ValueError:  # it does not fit
             continue
         if packed < fewest:
@@ -205,131 +187,27 @@ def smallest(weight: torch.Tensor, format: str = PACKED) -> str | None:
 
 
 def _fitting(weight: torch.Tensor) -> Iterator[str]:
-    rows, columns = weight.shape
+    matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
     for m in (4, 8, 16):
-        if columns % m == 0 and weight.numel():
-            n = max(1, int((weight.reshape(rows, -1, m) != 0).sum(-1).max()))
+        if weight.shape[-1] % m == 0 and weight.numel():
+            n = max(1, max(int((own.reshape(own.shape[0], -1, m) != 0).sum(-1).max()) for own in matrices))
             if n < m:
                 yield f"{n}:{m}"
     yield "bitmask"
 
 
-Places = list[tuple[nn.Module, str]]  # all parents of one module, and its name in each
-
-
-def _linears(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, Places]:
-    include, exclude = as_globs("include", include), as_globs("exclude", exclude)
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    found = _places(model, _is_linear)
-    why_not = {name: _why_not(_at(places), owners) for name, places in found.items()}
-    packable = {name: places for name, places in found.items() if why_not[name] is None}
-    if not packable:
-        raise ValueError(_nothing_to_pack(model, Counter(reason for reason in why_not.values() if reason is not None)))
-    check_matches("include", include, list(packable))
-    check_matches("exclude", exclude, list(packable))
-    chosen = {
-        name: places
-        for name, places in packable.items()
-        if (include is None or matches(name, include)) and not matches(name, exclude)
-    }
-    if not chosen:
-        raise ValueError(f"include, exclude: together they leave none of the {len(packable)} linear layers to pack")
-    for name, places in chosen.items():
-        _check_not_offloaded(name, _at(places))
-    return chosen
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, SparseLinear)) or is_conv1d(module)
-
-
-def _why_not(linear: nn.Module, owners: Mapping[int, int]) -> str | None:
-    """Return the reason why a linear cannot be packed, or None if it can be or is packed."""
-    if isinstance(linear, SparseLinear):
-        return None
-    weight = linear._parameters.get("weight")
-    if weight is None:
-        return "the weight is computed from other tensors"
-    if not is_plain_linear(linear):
-        return f"{type(linear).__name__} may do more than multiply"
-    if weight.dtype not in DTYPES:
-        return f"the weight is {str(weight.dtype).removeprefix('torch.')}, expected float32, bfloat16 or float16"
-    return "the weight is shared with another module" if owners[id(weight)] > 1 else None
-
-
-def _nothing_to_pack(model: nn.Module, reasons: Mapping[str, int]) -> str:
-    if not reasons:
-        hint = "; SparseLinear.from_linear packs one layer" if _is_linear(model) else ""
-        return f"model: expected linear layers, got a {type(model).__name__} without any{hint}"
-    counted = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
-    return f"model: none of its {sum(reasons.values())} linear layers can be packed ({counted})"
-
-
-def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, Places]:
-    """Return the places of the wanted modules by the first name of each."""
-    found: dict[int, tuple[str, Places]] = {}
-    for parent_name, parent in model.named_modules():
-        for child, module in parent._modules.items():
-            if module is not None and wanted(module):
-                name = f"{parent_name}.{child}" if parent_name else child
-                found.setdefault(id(module), (name, []))[1].append((parent, child))
-    return dict(found.values())
-
-
-def _at(places: Places) -> nn.Module:
-    parent, child = places[0]
-    return parent.get_submodule(child)
-
-
-def _put(places: Places, module: nn.Module) -> None:
-    for parent, child in places:
-        parent._modules[child] = module
-
-
-def _is_packed_so(module: nn.Module, format: str) -> bool:
-    return isinstance(module, SparseLinear) and format in (PACKED, module.format)
-
-
-def _dense_weight(module: nn.Module) -> torch.Tensor:
-    return module.dense_weight() if isinstance(module, SparseLinear) else linear_weight(module)
-
-
-def _share_of_zeros(found: Mapping[str, Places]) -> float:
+def _share_of_zeros(found: Iterable[Packable]) -> float:
     zeros = total = 0
-    for places in found.values():
-        weight = _dense_weight(_at(places))
+    for known in found:
+        weight = known.dense
         zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
     return zeros / max(1, total)
-
-
-def _packed(name: str, linear: nn.Module, format: str | None) -> nn.Module:
-    """Return the layer in `format`, repacked if necessary; None is dense."""
-    if isinstance(linear, SparseLinear):
-        linear = linear.to_linear()
-    if format is None:
-        return linear
-    try:
-        return SparseLinear.from_linear(linear, format)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def check_module(model: nn.Module) -> None:
     """Raise `TypeError` unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
-
-
-def _check_no_hooks(name: str, linear: nn.Module, change: str) -> None:
-    """Raise `ValueError` for a layer with hooks. accelerate's are hidden in a forward of the instance."""
-    if any(getattr(linear, hooks) for hooks in HOOKS) or "forward" in vars(linear):
-        hint = ", or leave it out with exclude" if change == "packing" else ""
-        raise ValueError(f"{name}: expected no hooks, since {change} would lose them; remove them first{hint}")
-
-
-def _check_not_offloaded(name: str, linear: nn.Module) -> None:
-    if (linear.device.type if isinstance(linear, SparseLinear) else linear.weight.device.type) == "meta":
-        raise ValueError(f"{name}: expected a weight in memory, got an offloaded one, which is not supported")
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,26 +13,24 @@ from ..models.linears import is_conv1d, linear_weight
 from ..ops import cusparselt_linear
 from .cusparselt import FEWEST_TOKENS, State, compress, supports_on
 from .formats import check_shape, format_of
+from .lazy_weight import LazyWeight
+from .packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-class SparseLinear(nn.Module):
+class SparseLinear(PackedWeight):
     """A linear layer `x @ weight.T + bias` that stores its weight `[out_features, in_features]` in a packed format.
 
-    The packed tensors are named, so they are in `state_dict()` and move with `.to(device)`. Tensors of floating point are frozen
-    parameters, the others buffers. Gradients flow to the input and the bias, not to the weight. `.to(dtype)` takes float32, bfloat16
-    and float16. On a CUDA device, a 2:4 layer can add a compressed copy of its weight for cuSPARSELt; see `compress`.
+    Gradients flow to the input and the bias, not to the weight. On a CUDA device, a 2:4 layer can add a compressed copy of its weight
+    for cuSPARSELt; see `compress`.
 
     Attributes:
         format: name of the packed format, such as `"bitmask"`.
         shape: `(out_features, in_features)`.
         bias: `[out_features]` parameter, or None.
         conv1d: whether the layer replaces a `Conv1D` of GPT-2, which `to_linear` then returns.
-        trainable: whether the dense weight took gradients, as that of `to_linear` then does.
         keeps_compressed: whether `compress` has requested a compressed copy.
         compressed: the compressed copy, a buffer outside `state_dict()`, or None.
 
@@ -71,17 +69,9 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: the format is unknown, has other tensors, or `shape` is no shape of a matrix.
         """
-        super().__init__()
-        self._layout = format_of(format)
-        self._layout.check_names(tensors)
-        self.format, self.shape, self.conv1d, self.trainable = format, check_shape(shape), conv1d, trainable
-        self._names = tuple(tensors)
-        self._values = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            else:
-                self.register_buffer(name, tensor)
+        check_shape(shape)
+        super().__init__(format, shape, tensors, trainable=trainable)
+        self.conv1d = conv1d
         self.register_parameter("bias", bias)
         self.keeps_compressed, self._compressed_from = False, None
         self.register_buffer("compressed", None, persistent=False)
@@ -114,27 +104,19 @@ class SparseLinear(nn.Module):
 
     def to_linear(self) -> nn.Module:
         """Return a dense `nn.Linear`, or a `Conv1D`, that shares the bias."""
-        weight = self.dense_weight()
+        weight = self.as_stored()
         linear: nn.Linear | Conv1D
         if self.conv1d:
             from transformers.pytorch_utils import Conv1D
 
             with torch.device("meta"):
                 linear = Conv1D(self.out_features, self.in_features)
-            linear.weight = nn.Parameter(weight.T.contiguous(), requires_grad=self.trainable)
+            linear.weight = nn.Parameter(weight, requires_grad=self.trainable)
         else:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=self.trainable)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
-
-    def dense_weight(self) -> torch.Tensor:
-        """Unpack the weight, `[out_features, in_features]`."""
-        return self._layout.unpack(self.tensors, self.shape, self.dtype)
-
-    def check(self) -> None:
-        """Raise `ValueError` unless the sizes, counts and offsets of the packed tensors are those of the format."""
-        self._layout.check(self.tensors, self.shape, self.dtype)
 
     def compress(self) -> None:
         """Add a compressed copy of the weight for products of at least `cusparselt.FEWEST_TOKENS` tokens by cuSPARSELt.
@@ -168,19 +150,21 @@ class SparseLinear(nn.Module):
 
     def supports_compressed(self) -> Support:
         """Return whether `compress` works on the current device, with the reason if not."""
-        return supports_on(self.device, self.format, self.shape, self.dtype)
-
-    def freeze(self) -> None:
-        """Make the packed tensors take no gradients."""
-        for name in self._names:
-            if (parameter := self._parameters.get(name)) is not None:
-                parameter.requires_grad_(False)
+        return supports_on(self.device, self.format, (self.out_features, self.in_features), self.dtype)
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Packed tensors by name."""
-        held = self._held()
-        return {name: held[name] for name in self._names}
+    def weight(self) -> torch.Tensor:
+        """The weight as the dense layer stores it, for models that read it; each operation on it unpacks it."""
+        return LazyWeight.of(self)
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """`(out_features, in_features)`, the reverse for a `Conv1D`."""
+        return torch.Size(self.shape[::-1] if self.conv1d else self.shape)
+
+    def as_stored(self) -> torch.Tensor:
+        """Unpack the weight, `[out_features, in_features]`, transposed for a `Conv1D`."""
+        return self.dense_weight().T.contiguous() if self.conv1d else self.dense_weight()
 
     @property
     def out_features(self) -> int:
@@ -191,22 +175,6 @@ class SparseLinear(nn.Module):
     def in_features(self) -> int:
         """Columns of the weight."""
         return self.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weight."""
-        return self._held()[self._values].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weight."""
-        return self._held()[self._values].device
-
-    @property
-    def density(self) -> float:
-        """Share of the weight that is stored: the non-zeros and the padding of the format."""
-        stored = sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())
-        return stored / max(1, self.out_features * self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute `x @ weight.T + bias`.
@@ -224,23 +192,17 @@ class SparseLinear(nn.Module):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         tensors = self._held()
-        bias, dtype = tensors["bias"], tensors[self._values].dtype
-        if x.dtype != dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(dtype)
+        bias, x = tensors["bias"], self.cast(x)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)
         return self._product(x, tensors, bias)
-
-    def _held(self) -> dict[str, torch.Tensor]:
-        """Return all tensors of the layer without `Module.__getattr__`, whose cost one token of a small layer notices."""
-        return self._buffers | self._parameters  # type: ignore[operator]  # only bias and compressed may be None
 
     def _product(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
         many = tensors["compressed"] is not None and x.shape[:-1].numel() >= FEWEST_TOKENS
         compressed = self._current_compressed() if many else None
         if compressed is None:
-            return self._layout.linear(x, tensors, self.shape, bias)
-        self._layout.check_input(x, tensors, self.shape)
+            return self.layout.linear(x, tensors, self.shape, bias)
+        self.layout.check_input(x, tensors, self.shape)
         product = cusparselt_linear(x.reshape(-1, self.in_features), compressed, self.out_features, bias)
         return product.view(*x.shape[:-1], self.out_features)
 
@@ -274,57 +236,14 @@ class SparseLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
-        before = self.dtype
-        after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
-        self._check_move(before, after)
-        self._forget_compressed()  # it is made for one device, and its bits cannot be converted
-        if after.itemsize == before.itemsize:
-            super()._apply(fn, recurse)
-        else:  # half values share a slot of four bytes, so float32 has another layout
-            self._repack(fn, recurse)
+        super()._apply(fn, recurse)
         self._remake_compressed()
         return self
 
-    def _check_move(self, before: torch.dtype, after: torch.dtype) -> None:
-        if after not in DTYPES:
-            raise TypeError(
-                f"SparseLinear: expected float32, bfloat16 or float16, got {str(after).removeprefix('torch.')}; "
-                "sparsekern.unpack makes dense layers, which take any dtype"
-            )
-        if self.device.type == "meta" and after.itemsize != before.itemsize:
-            raise NotImplementedError(
-                f"SparseLinear: a layer without data cannot be converted to {str(after).removeprefix('torch.')}"
-            )
+    def _before_move(self) -> None:
+        self._forget_compressed()  # it is made for one device, and its bits cannot be converted
 
-    def _repack(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool) -> None:
-        """Convert the weight to a dtype of another size."""
-        dense = fn(self.dense_weight())
-        super()._apply(fn, recurse)
-        for name, tensor in self._layout.pack(dense).items():
-            if name in self._parameters:
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                self._buffers[name] = tensor
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        held = self.tensors
-        given = {name: tensor for name in self._names if isinstance(tensor := state_dict.get(prefix + name), torch.Tensor)}
-        if set(given) == set(held) and all(tensor.shape == held[name].shape for name, tensor in given.items()):
-            try:  # before they replace tensors that the kernels trust
-                self._layout.check(given, self.shape, self.dtype)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def _after_load(self, prefix: str, error_msgs: list[str]) -> None:
         try:
             self._remake_compressed()
         except ValueError as error:  # a NaN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import sparsekern
+from sparsekern.runtime.packable import find_packables
+from sparsekern.runtime.packing import smallest
 
 from .family import Family, Sample
 from .watching import Watch
@@ -170,14 +173,18 @@ def check_packed(family: Family, model: tf.PreTrainedModel, folder: Path, names:
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
     dense, still = dict(model.named_parameters()), {name for name, _ in packed.named_parameters()}
     left = {name for name in names if place(name, dense)[0] in still}
-    reasons, experts = set(), {name for name in left if place(name, dense)[2]}
-    for name in left - experts:
+    experts = {place(name, dense)[0] for name in left if place(name, dense)[2]}
+    packables = find_packables(model)
+    why = {packables[name].why_not(Counter()) for name in experts if smallest(packables[name].dense) is not None}
+    assert None not in why, f"some of {experts} would get smaller"
+    reasons = set()
+    for name in (name for name in left if not place(name, dense)[2]):
         ends = [end for end in family.unpacked if name.endswith(f".{end}")]
         assert ends, f"{name} is not packed, and nobody says why"
         reasons.update(ends)
     assert reasons == set(family.unpacked), f"packed all the same: {set(family.unpacked) - reasons}"
     assert_same_weights(sparsekern.unpack(packed), model)
-    return {**family.unpacked, **({"experts": "in parameters of three dimensions"} if experts else {})}
+    return {**family.unpacked, **dict.fromkeys(["experts"] if why else [], "; ".join(sorted(filter(None, why))))}
 
 
 def assert_same_weights(model: tf.PreTrainedModel, expected: tf.PreTrainedModel) -> None:
