@@ -263,13 +263,23 @@ def _as_batch(given: object, first_sample: int, device: torch.device, vocabulary
     _check_mask(inputs, TOKENS, main if main in SEQUENCES else None)
     decoded = next((name for name in ("decoder_input_ids", "decoder_inputs_embeds") if inputs.get(name) is not None), None)
     _check_mask(inputs, DECODED, decoded)
-    labels = inputs.pop("labels", None)
+    labels = inputs.get("labels")
     decoder_mask = inputs.get(DECODED)
-    if isinstance(labels, torch.Tensor) and expected.shifted and decoded is None:
-        inputs["decoder_input_ids"] = expected.shifted(labels)
+    if isinstance(labels, torch.Tensor) and expected.decodes and decoded is None:
         decoder_mask = labels != IGNORED if decoder_mask is None else decoder_mask
+        if expected.shifted is not None:
+            inputs["decoder_input_ids"] = _shifted(expected.shifted, labels)
+    if not expected.decodes or "decoder_input_ids" in inputs or decoded is not None:
+        inputs.pop("labels", None)  # they would only cost a loss
     inputs = {name: replaced(value, torch.Tensor, partial(_plain, device=device)) for name, value in inputs.items()}
     return Batch(inputs, first_sample, _padding(inputs.get(TOKENS), device), _padding(decoder_mask, device), main)
+
+
+def _shifted(function: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    try:
+        return function(labels)
+    except Exception as error:
+        raise ValueError(f"calibration: the model makes no decoder_input_ids of labels ({error}); give both") from error
 
 
 def _check_mask(inputs: Mapping[str, Any], name: str, of: str | None) -> None:

@@ -9,8 +9,10 @@ import transformers as tf
 from torch import nn
 
 import sparsekern
+from sparsekern.data import calibration_ids
 from sparsekern.models import find_blocks, find_linears
 from sparsekern.pruning.checkpoint import Checkpoint
+from tests import tiny
 from tests.models.zoo import ZOO
 
 QUIET = {"progress": False}
@@ -317,6 +319,44 @@ def test_ids_alone_go_to_both_sides(bart):
     assert_equal(bart, expected)
 
 
+def test_a_text_goes_to_both_sides(tmp_path):
+    words = tiny.tokenizer()
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    torch.manual_seed(0)
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**BART | {"vocab_size": len(words)})).eval()
+    expected = copy.deepcopy(model)
+    text = {"calibration": tmp_path / "text.txt", "tokenizer": words, "samples": 4, "length": 8}
+    report = sparsekern.prune(model, "wanda", "2:4", **text, **QUIET)
+    assert report.calibration_tokens == 32
+    sparsekern.prune(expected, "wanda", "2:4", calibration_ids(tmp_path / "text.txt", words, samples=4, length=8), **QUIET)
+    assert_equal(model, expected)
+
+
+def test_tables_that_blocks_share_are_no_values_of_a_block():
+    class Sharing(Plain):
+        tables: list = []
+
+        def forward(self, x, positions):
+            if not self.tables:
+                self.tables.append(positions.cos())
+            return super().forward(x + self.tables[0][..., None])
+
+    class Positioned(Model):
+        def forward(self, input_ids, use_cache=None):
+            positions, x = torch.arange(input_ids.shape[1]), self.embed(input_ids)
+            for block in self.layers:
+                x = block(x, positions)
+            return x
+
+    torch.manual_seed(0)
+    model, samples = Positioned("", [Sharing() for _ in range(3)]), calls((8, 8))
+    expected = copy.deepcopy(model)
+    oracle(expected, samples, [f"layers.{index}" for index in range(3)])
+    Sharing.tables.clear()
+    sparsekern.prune(model, "wanda", "2:4", samples, **QUIET)
+    assert_equal(model, expected)
+
+
 def test_labels_give_the_decoder_its_ids(bart):
     expected, call = copy.deepcopy(bart), pair()
     labels = call["decoder_input_ids"].masked_fill(call["decoder_attention_mask"] == 0, -100)
@@ -326,6 +366,18 @@ def test_labels_give_the_decoder_its_ids(bart):
     decoded = {"decoder_attention_mask": call["decoder_attention_mask"]}
     oracle(expected, [given], BART_BLOCKS, lambda name, _: bart_mask(name, decoded))
     assert_equal(bart, expected)
+
+
+def test_what_a_decoder_lacks_is_said():
+    ids = torch.arange(3, 27).view(2, 12)
+    with pytest.raises(
+        ValueError, match="refuses batch 0: ValueError: .*; an encoder-decoder may need decoder_input_ids or labels"
+    ):
+        sparsekern.prune(ZOO["t5"].model(), "wanda", "2:4", [{"input_ids": ids}], **QUIET)
+    model = ZOO["t5"].model()
+    model.prepare_decoder_input_ids_from_labels = lambda labels: labels.unknown
+    with pytest.raises(ValueError, match="calibration: the model makes no decoder_input_ids of labels .*; give both"):
+        sparsekern.prune(model, "wanda", "2:4", [{"input_ids": ids, "labels": ids}], **QUIET)
 
 
 @pytest.mark.filterwarnings("ignore:.*few|.*tokens for:sparsekern.SparsekernWarning")

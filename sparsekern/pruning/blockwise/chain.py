@@ -67,7 +67,7 @@ class Chain:
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                raise refused(model, number, error) from error
+                raise refused(model, batch, number, error) from error
             if tuple(ran) != course.order:
                 raise ValueError(f"calibration: batch {number} runs other blocks than earlier batches with the same inputs")
             self._calls.append(

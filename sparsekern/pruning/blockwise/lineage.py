@@ -55,6 +55,8 @@ class Lineage(TorchDispatchMode):
         block: the block that is running; None between the blocks.
     """
 
+    supports_higher_order_operators = True  # such as flex_attention
+
     def __init__(self, sources: Mapping[str, torch.Tensor], watched: Mapping[str, torch.Tensor]) -> None:
         """Begin.
 
@@ -84,16 +86,18 @@ class Lineage(TorchDispatchMode):
 
         Args:
             block: the block.
-            used: its arguments, all of which count as used.
+            used: its arguments, hidden states first. All of them count as used.
             given: all tensors that it is given, of which those that it reads count as used.
         """
         self.block, self._inside, self._made = block, {}, set()
         self._given = set(map(self._storages.key, given))
-        for tensor in used:
+        for place, tensor in enumerate(used):
             key = self._storages.key(tensor)
             origin = self._outside.get(key, NOTHING)
             self.used(origin, block)
-            self._inside[key] = origin | Origin(frozenset({Element(block, ARGUMENT)}))
+            # What is made of positions alone, such as a rotary table that blocks share, is the same for all blocks.
+            changing = place == 0 or bool(origin.elements)
+            self._inside[key] = origin | Origin(frozenset({Element(block, ARGUMENT)})) if changing else origin
 
     def leave(self, returned: Iterable[torch.Tensor]) -> None:
         """End the run of a block that has returned these tensors."""

@@ -177,7 +177,7 @@ class Replay:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise refused(self._model, number, error) from error
+            raise refused(self._model, self._batches[number], number, error) from error
         finally:
             for handle in handles:
                 handle.remove()

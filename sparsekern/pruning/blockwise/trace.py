@@ -7,8 +7,9 @@ which padding mask the inputs of each linear follow. A model that cannot be prun
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,9 +131,12 @@ def forward(model: nn.Module, inputs: dict[str, Any]) -> object:
     return model(**{**inputs, **_uncached(model)})
 
 
-def refused(model: nn.Module, number: int, error: Exception) -> ValueError:
+def refused(model: nn.Module, batch: Batch, number: int, error: Exception) -> ValueError:
     """Return the error for a batch that the model's forward refuses."""
-    return ValueError(f"calibration: the forward of {type(model).__name__} refuses batch {number}: {type(error).__name__}: {error}")
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    hint = "; an encoder-decoder may need decoder_input_ids or labels" if decodes and not batch.given & DECODER_INPUTS else ""
+    name = type(model).__name__
+    return ValueError(f"calibration: the forward of {name} refuses batch {number}: {type(error).__name__}: {error}{hint}")
 
 
 def observe(
@@ -163,7 +167,7 @@ def observe(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise refused(model, number, error) from error
+        raise refused(model, batch, number, error) from error
 
 
 class _Observer:
@@ -191,7 +195,7 @@ class _Observer:
             stack.enter_context(watched(experts_in(matrices), lambda found, call: self._call(found.name, call.hidden)))
             if not to_the_end and (head := _head(model)) is not None:
                 stack.callback(head.register_forward_pre_hook(_stop).remove)
-            with self._lineage:
+            with _uncompiled(model), self._lineage:
                 stopped(lambda: forward(model, inputs))
         self._check_overwritten()
         self.trace.users, self.trace.hidden = self._lineage.users, self._lineage.hidden
@@ -293,6 +297,14 @@ def _head(model: nn.Module) -> nn.Module | None:
         return None if find is None else find()
     except NotImplementedError:
         return None
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which functions that the model has compiled, such as flex attention, run op by op, so that they are seen."""
+    compiles = "flex" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    if not compiles and "torch._dynamo" not in sys.modules:  # whose import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _stop(module: nn.Module, args: tuple) -> None:
