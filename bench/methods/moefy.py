@@ -90,6 +90,8 @@ def section(figures: dict[str, object]) -> str:
     ]
     for shared in SHARED:
         for router in ROUTERS:
+            if not any(name.startswith(f"{shared} shared") for name in figures):
+                continue
             cells = [figures.get(f"{shared} shared, {active} active, {router}") for active in SHARES]
             values = [shown(value, ".2f" if value is None or value < 1e4 else ".1e") for value in cells]
             values = [
