@@ -16,10 +16,11 @@ from .base import LinearMethod, Solution
 from .existing_zeros import sweep_keeping_zeros
 from .magnitude import Magnitude
 from .statistics import Gram, HasGram, square_norms
-from .together import energies_together, factor_together, shifts_of, stacked
+from .together import Staging, energies_together, factor_together, shifts_of, stacked
 from .wanda import Wanda
 
-COPIED_BYTES = 2**29  # of Gram matrices that are copied next to one another for one call
+COPIED_BYTES = 2**27  # of Gram matrices that are copied next to one another for one call
+MOST_COPIED_BYTES = 2**29  # the same, where fewer matrices would leave threads without one
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ class SparseGPT(LinearMethod):
         Of float32 weights, the errors of `solve` differ in the last bits.
         """
         found: dict[int, Solution] = {}
+        staging = Staging()
         try:
             for indices in _calls(statistics):
-                found |= self._solve_together(indices, weights, statistics, pattern, about)
+                found |= self._solve_together(indices, weights, statistics, pattern, about, staging)
         except ValueError:  # the weight that it is about raises it again, in its own context
             return super().solve_many(weights, statistics, pattern, about)
         return [found[index] for index in range(len(found))]
@@ -91,9 +93,10 @@ class SparseGPT(LinearMethod):
         statistics: Sequence[HasGram],
         pattern: Pattern,
         about: Callable[[int], AbstractContextManager[object]],
+        staging: Staging,
     ) -> dict[int, Solution]:
         own = [statistics[index] for index in indices]
-        factors = factor_together(own, self.damping, lambda place: about(indices[place]))
+        factors = factor_together(own, self.damping, lambda place: about(indices[place]), staging)
         weight = stacked([weights[index] for index in indices])
         masks = [self._fixed_mask(*pair, pattern) for pair in zip(weight, own, strict=True)]
         mask = None if self.mask is None else torch.stack([fixed for fixed in masks if fixed is not None])
@@ -137,8 +140,9 @@ def _calls(statistics: Sequence[HasGram]) -> Iterator[list[int]]:
         seen[id(own)] = turn + 1
         turns.setdefault(turn, []).append(index)
     for indices in turns.values():
-        most = max(COPIED_BYTES // max(4 * statistics[indices[0]].sum_squares.numel() ** 2, 1), 1)
-        if most > (threads := torch.get_num_threads()):
+        size, threads = max(4 * statistics[indices[0]].sum_squares.numel() ** 2, 1), torch.get_num_threads()
+        most = max(COPIED_BYTES // size, min(threads, MOST_COPIED_BYTES // size), 1)
+        if most > threads:
             most -= most % threads  # each thread solves as many
         yield from (indices[begin : begin + most] for begin in range(0, len(indices), most))
 

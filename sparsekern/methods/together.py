@@ -12,7 +12,7 @@ from .statistics import ENERGY_COLUMNS, Gram, HasGram, damped_energy, square_nor
 
 
 def factor_together(
-    statistics: Sequence[HasGram], damping: float, about: Callable[[int], AbstractContextManager[object]]
+    statistics: Sequence[HasGram], damping: float, about: Callable[[int], AbstractContextManager[object]], staging: Staging
 ) -> torch.Tensor:
     """Return the factors of the damped Gram matrices, `[len(statistics), features, features]`, and cache them.
 
@@ -20,10 +20,11 @@ def factor_together(
         statistics: Gram matrices of one size, none of them twice.
         damping: as in `ops.reverse_cholesky`.
         about: makes the context in which a warning about statistic `i` is given.
+        staging: memory for copies of the Gram matrices.
     """
     missing = {index: own for index, own in enumerate(statistics) if isinstance(own, Gram) and not own.has_factor(damping)}
     if len(missing) > 1:
-        factors, used = factor_quietly(stacked([own.gram for own in missing.values()]), damping)
+        factors, used = factor_quietly(staging.stacked([own.gram for own in missing.values()]), damping)
         for (index, own), factor, own_used in zip(missing.items(), factors, used, strict=True):
             own.keep_factor(factor, damping, float(own_used))
             with about(index):
@@ -49,13 +50,35 @@ def shifts_of(statistics: Sequence[HasGram]) -> torch.Tensor:
     return torch.tensor([[own.shift] for own in statistics], dtype=torch.float64)
 
 
+class Staging:
+    """Memory in which matrices are put next to one another, which each call uses again: new memory costs as much as the copy."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def stacked(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return what `stacked` returns; a copy is valid until the next call."""
+        found = _neighbours(matrices)
+        if found is not None:
+            return found
+        if self._memory is None or len(self._memory) < len(matrices):
+            self._memory = matrices[0].new_empty((len(matrices), *matrices[0].shape))
+        return torch.stack(list(matrices), out=self._memory[: len(matrices)])
+
+
 def stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return matrices of one shape and dtype as a batch, without a copy where they follow one another in memory."""
+    found = _neighbours(matrices)
+    return torch.stack(list(matrices)) if found is None else found
+
+
+def _neighbours(matrices: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return matrices that follow one another in memory as a batch, or None if they do not."""
     first, size = matrices[0], matrices[0].numel()
-    neighbours = all(
+    follow = all(
         matrix.is_contiguous()
         and matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         and matrix.storage_offset() == first.storage_offset() + index * size
         for index, matrix in enumerate(matrices)
     )
-    return first.as_strided((len(matrices), *first.shape), (size, *first.stride())) if neighbours else torch.stack(list(matrices))
+    return first.as_strided((len(matrices), *first.shape), (size, *first.stride())) if follow else None

@@ -13,7 +13,7 @@ import torch
 from sparsekern import NM, Magnitude, SparseGPT, Unstructured
 from sparsekern.methods import LinearMethod, Random, Solution, sparsegpt
 from sparsekern.methods.random_numbers import drawing_from
-from sparsekern.methods.together import stacked
+from sparsekern.methods.together import Staging, stacked
 from sparsekern.pattern import Pattern
 
 from .conftest import Layer, make_layer
@@ -109,9 +109,12 @@ def test_as_many_at_once_as_copies_fit(monkeypatch):
     factor = torch.ops.sparsekern.reverse_cholesky
     monkeypatch.setattr(reverse_cholesky, "_op", lambda gram, damping: calls.append(len(gram)) or factor(gram, damping))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(sparsegpt, "COPIED_BYTES", 3 * 64 * 64 * 4)
-    assert_as_alone(SparseGPT(), layers[:4], NM(2, 4))
-    assert calls[:2] == [2, 2]
+    for least, most, expected in ((3, 5, [2, 2]), (1, 5, [2, 2]), (1, 1, []), (4, 0, [4])):
+        monkeypatch.setattr(sparsegpt, "COPIED_BYTES", least * 64 * 64 * 4)
+        monkeypatch.setattr(sparsegpt, "MOST_COPIED_BYTES", most * 64 * 64 * 4)
+        calls.clear()
+        assert_as_alone(SparseGPT(), layers[:4], NM(2, 4))
+        assert [count for count in calls if count < 64] == expected  # 64: a Gram matrix by itself
 
 
 @contextmanager
@@ -155,3 +158,12 @@ def test_neighbours_in_memory_are_stacked_without_a_copy():
     ):
         copied = stacked(apart)
         assert all(torch.equal(*pair) for pair in zip(copied, apart, strict=True)) and copied.data_ptr() != apart[0].data_ptr()
+
+
+def test_copies_are_put_into_the_same_memory():
+    staging, matrices = Staging(), [torch.randn(3, 5) for _ in range(5)]
+    first = staging.stacked(matrices[:3])
+    again = staging.stacked(matrices[3:])
+    assert torch.equal(again, torch.stack(matrices[3:])) and again.data_ptr() == first.data_ptr()
+    assert torch.equal(staging.stacked(matrices), torch.stack(matrices))
+    assert staging.stacked([again[0], again[1]]).data_ptr() == again.data_ptr()

@@ -150,9 +150,11 @@ def test_empty(isa):
 
 
 def assert_each_is_as_if_alone(batch: tuple[torch.Tensor, ...], alone: list[tuple[torch.Tensor, ...]]) -> None:
-    """To the bit on a CPU; libraries of a GPU factor a batch by other code."""
+    """To the bit with the CPU kernel; libraries may factor a batch by other code."""
     for results, singles in zip(batch, zip(*alone, strict=True), strict=True):
-        assert torch.equal(results, torch.stack(singles)) if COMPILED else torch.allclose(results, torch.stack(singles))
+        expected = torch.stack(singles)
+        relative = 0.0 if COMPILED else 1e-5
+        torch.testing.assert_close(results, expected, rtol=relative, atol=relative * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("count", [1, 4])
