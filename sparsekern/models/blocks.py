@@ -92,6 +92,9 @@ def _lists(model: nn.Module, is_stack: Callable[[nn.Module], bool]) -> dict[str,
     found: dict[str, tuple[nn.Module, ...]] = {}
     seen: set[nn.Module] = set()
 
+    def entries(stack: nn.Module) -> tuple[nn.Module, ...]:
+        return tuple(stack.children()) if isinstance(stack, nn.Sequential) else tuple(cast(nn.ModuleList, stack))
+
     def search(module: nn.Module, prefix: str) -> None:
         for child_name, child in module.named_children():
             name = f"{prefix}.{child_name}" if prefix else child_name
@@ -99,10 +102,12 @@ def _lists(model: nn.Module, is_stack: Callable[[nn.Module], bool]) -> dict[str,
                 continue
             seen.add(child)
             if is_stack(child):
-                found[name] = tuple(child.children()) if isinstance(child, nn.Sequential) else tuple(cast(nn.ModuleList, child))
+                found[name] = entries(child)
             else:
                 search(child, name)
 
+    if is_stack(model):
+        return {"": entries(model)}
     search(model, "")
     return found
 

@@ -34,10 +34,12 @@ def find_gates(block: nn.Module, linears: Sequence[Linear], prefix: str) -> list
     plain = [linear for linear in linears if not isinstance(linear.modules[0], ExpertLinear)]
     width = max((min(linear.shape) for linear in plain), default=0)
     mixed = {(_owner(linear), linear.features) for linear in plain if _mixes(linear, width)}
+    fed_by_one = {_owner(linear) for linear in plain if linear.features == 1}  # a network with one neuron left is no gate
 
     def is_gate(linear: Linear) -> bool:
         rows, columns = linear.shape
-        return rows == 1 < columns or _mixes(linear, width) or (_owner(linear), rows) in mixed
+        is_single = rows == 1 < columns and _owner(linear) not in fed_by_one
+        return is_single or _mixes(linear, width) or (_owner(linear), rows) in mixed
 
     return [linear for linear in plain if linear.name in routers or is_gate(linear)]
 

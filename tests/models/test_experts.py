@@ -146,3 +146,20 @@ def test_unknown_experts_are_told_from_convolutions_and_known_ones():
     block = torch.nn.ModuleDict({"mlp": JetMoeParallelExperts(2, 4, 4), "experts": torch.nn.ModuleList([torch.nn.Conv1d(4, 4, 3)])})
     block["moe"] = find_experts(tiny_mixture("dbrx"))[0].module
     assert list(unknown_experts(block, "layers.0")) == ["layers.0.mlp"]
+
+
+def test_a_network_with_one_neuron_left_is_no_gate():
+    from sparsekern.models import find_linears
+    from sparsekern.models.gates import find_gates
+
+    block = torch.nn.ModuleDict(
+        {
+            "q": torch.nn.Linear(32, 32),
+            "ffn": torch.nn.Sequential(torch.nn.Linear(32, 1), torch.nn.Linear(1, 32)),
+            "shared_gate": torch.nn.Linear(32, 1),
+            "mix": torch.nn.ModuleDict({"router": torch.nn.Linear(32, 4), "predict": torch.nn.Linear(4, 16)}),
+            "heads": torch.nn.Linear(32, 4),
+        }
+    )
+    found = find_gates(block, find_linears(block, "layers.0"), "layers.0")
+    assert [linear.name for linear in found] == ["layers.0.shared_gate", "layers.0.mix.router", "layers.0.mix.predict"]
