@@ -22,7 +22,7 @@ HEADWISE = "one small matrix a head, in a parameter of three dimensions"
 NOT_CALLED = "its weight is read, the module is not called"
 
 
-def words(lengths: tuple[int, ...] = (12, 9, 12, 7), seed: int = 1) -> list[Sample]:
+def words(lengths: tuple[int, ...] = (12, 9, 10, 7), seed: int = 1) -> list[Sample]:
     """Samples of token ids."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, VOCABULARY, (1, length), generator=generator)} for length in lengths]
@@ -66,8 +66,9 @@ class Family:
         return model
 
     def calibration(self) -> list[Sample]:
-        """The batches to calibrate with."""
-        return [together(self.samples())] if self.padded else self.samples()
+        """The batches to calibrate with: two with padding, of other lengths, or one a sample."""
+        samples = self.samples()
+        return [together(samples[:2]), together(samples[2:])] if self.padded else samples
 
 
 def together(samples: list[Sample]) -> Sample:

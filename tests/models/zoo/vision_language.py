@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import transformers as tf
 
@@ -12,7 +14,7 @@ STACK = ("model.language_model.layers",)
 PICTURE = 90  # the id that stands for a part of an image
 
 
-LENGTHS = (8, 5, 8, 6)
+LENGTHS = (8, 5, 7, 6)
 
 
 def pictured(tokens: int = 4, lengths: tuple[int, ...] = LENGTHS, pixels=None):
@@ -40,7 +42,7 @@ def patches() -> list[Sample]:
             "image_grid_thw": torch.tensor([[1, 4, 4]]),
             "mm_token_type_ids": torch.tensor([[1] * 4 + [0] * (length - 4)]),
         }
-        for length in (12, 9, 12, 10)
+        for length in (12, 9, 11, 10)
     ]
 
 
@@ -288,3 +290,24 @@ VISION_LANGUAGE = {
         samples=pictured(),
     ),
 }
+
+TOWERS = {
+    "llava_tower": replace(
+        VISION_LANGUAGE["llava"], stacks=("model.vision_tower.encoder.layers",), options={"include": "*.vision_tower.encoder.*"}
+    ),
+    "qwen2_5_vl_all": replace(
+        VISION_LANGUAGE["qwen2_5_vl"],
+        stacks=("model.visual.blocks", "model.language_model.layers"),
+        options={"include": ["model.visual.blocks.*", "*.layers.*"]},
+    ),
+    "mllama_all": replace(
+        VISION_LANGUAGE["mllama"],
+        stacks=(
+            "model.vision_model.transformer.layers",
+            "model.vision_model.global_transformer.layers",
+            "model.language_model.layers",
+        ),
+        options={"include": "*.layers.*"},
+    ),
+}
+VISION_LANGUAGE |= TOWERS
