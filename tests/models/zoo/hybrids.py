@@ -127,10 +127,16 @@ HYBRIDS = {
         ),
         dense={"rg_lru.input_gate_weight": HEADWISE, "rg_lru.recurrent_gate_weight": HEADWISE},
     ),
-    "rwkv": Family(
+    "rwkv": Family(  # packed, it cannot rescale its weights in place, as rescale_every asks
         "RwkvForCausalLM",
         lambda: tf.RwkvConfig(
-            **COMMON, context_length=64, hidden_size=32, attention_hidden_size=32, intermediate_size=48, num_hidden_layers=2
+            **COMMON,
+            context_length=64,
+            rescale_every=0,
+            hidden_size=32,
+            attention_hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
         ),
         ("rwkv.blocks",),
     ),
