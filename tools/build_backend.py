@@ -10,7 +10,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 (a build backend is the hooks that its module holds)
 
 # torch warns at its import where NumPy is absent.
-NATIVE = ["torch>=2.10", "numpy", "ninja"]
+NATIVE = ["torch>=2.11", "numpy", "ninja"]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -22,8 +22,10 @@ struct TargetEntries<kBaseline, kAvx2, kAvx512> {
 #endif
 
   static Function choose([[maybe_unused]] Isa isa = current_isa()) {
-#if SPARSEKERN_X86
+#if SPARSEKERN_X86 && !defined(SPARSEKERN_WITHOUT_AVX512)  // a sanitized build for a CPU that could not run them
     if (isa >= Isa::avx512) return &avx512;
+#endif
+#if SPARSEKERN_X86
     if (isa >= Isa::avx2) return &avx2;
 #endif
     return &scalar;

@@ -5,11 +5,11 @@ The kernels' own files and their torch wrappers are compiled as they are, and ev
 
 from __future__ import annotations
 
-import functools
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,7 +27,9 @@ def package(tmp_path_factory) -> Path:
     return sanitizers.copy_package(tmp_path_factory.mktemp("simt"))
 
 
-ORDERS = ("forward", "reversed")
+# In reversed order, a thread reads what another should have written before: looked for where threads share their work.
+SHARING = ("contracts", "obs_sweep", "topk_mask", "nm_mask", "semi_structured_prune_pack", "gram_symmetrize")
+ORDERS = {"forward": ("tests/ops",), "reversed": tuple(f"tests/ops/test_{name}.py" for name in SHARING)}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def op_tests(package) -> dict[str, subprocess.CompletedProcess]:
 
     def run(order: str) -> subprocess.CompletedProcess:
         options = ("--kernels=cuda", f"--simt-library={library}")
-        return sanitizers.run_op_tests(package, *options, SPARSEKERN_SIMT_ORDER=order)
+        return sanitizers.run_op_tests(package, *options, tests=ORDERS[order], SPARSEKERN_SIMT_ORDER=order)
 
     with ThreadPoolExecutor(len(ORDERS)) as pool:
         return dict(zip(ORDERS, pool.map(run, ORDERS), strict=True))
@@ -68,53 +70,107 @@ assert torch.equal(mask, expected), "wrong mask"
 SYMMETRIZE, TOPK = "gram_symmetrize.cu", "topk_mask.cu"
 PROGRAMS = {SYMMETRIZE: MIRROR, TOPK: SELECT}
 INLINED = {TOPK: "select.cuh"}  # the header that holds the kernel's barriers and sums, so that faults can be planted there
+PLANTED = """#include <cstdlib>
+namespace {
+bool planted(int fault) {
+  static const int chosen = std::atoi(std::getenv("PLANTED_FAULT"));
+  return chosen == fault;
+}
+}
+"""
 BARRIER = "  __syncthreads();\n"
-CLEARED = "  bins.clear();\n"
+CLEARED = "  bins.clear();\n" + BARRIER
 SCAN = "  Count before = block_scan<kThreads>(sum, scratch.scan).before;\n"
 
 
-@pytest.fixture
-def planted(sanitized_python, tmp_path):
-    """A function that runs a kernel with a fault planted into it."""
-    return functools.partial(run_planted, sanitized_python, tmp_path)
+class Fault(NamedTuple):
+    """A fault in a kernel. One build holds them all, planted in this order: those that keep the text of their place come first.
+
+    Attributes:
+        kernel: the file that is compiled.
+        whole: the text of the place, which must be there once.
+        broken: the text instead, with the fault where `FAULT` holds.
+        noticed: what a run with the fault says.
+    """
+
+    kernel: str
+    whole: str
+    broken: str
+    noticed: str
 
 
-def run_planted(
-    sanitized_python: sanitizers.Interpreter, folder: Path, kernel: str, whole: str, broken: str
-) -> subprocess.CompletedProcess:
+FAULTS = {
+    "out of bounds": Fault(
+        SYMMETRIZE,
+        "column < features && row < column",
+        "(FAULT || column < features) && row < column",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "divergent barrier": Fault(
+        SYMMETRIZE,
+        "features && column <= row)",
+        "features && column <= row && (!FAULT || (__syncthreads(), true)))",
+        "while others wait",
+    ),
+    "missing lane": Fault(
+        SYMMETRIZE, BARRIER, BARRIER + "  if (FAULT && threadIdx.x < 31) __shfl_sync(~0u, 1, 0);\n", "has left the kernel"
+    ),
+    "warp against block": Fault(
+        SYMMETRIZE,
+        BARRIER,
+        BARRIER + "  if (FAULT) { if (threadIdx.x < 31) __syncwarp(); else __syncthreads(); }\n",
+        "deadlock",
+    ),
+    "race: missing barrier": Fault(SYMMETRIZE, BARRIER, "  if (!FAULT) __syncthreads();\n", "wrong at"),
+    "race over shared memory": Fault(TOPK, CLEARED, "  bins.clear();\n  if (!FAULT) __syncthreads();\n", "wrong mask"),
+    "a thread leaves a sum": Fault(TOPK, SCAN, "  if (FAULT && threadIdx.x == 77) return {};\n" + SCAN, "has left the kernel"),
+    "a sum over too few": Fault(
+        TOPK,
+        SCAN,
+        SCAN.replace("= block_scan", "= FAULT ? Count(warp_inclusive_scan(sum) - sum) : block_scan"),
+        "wrong mask",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory) -> Path:
+    """A library with every fault, of which `PLANTED_FAULT` chooses one by its number, and 0 none."""
+    folder = tmp_path_factory.mktemp("faulty")
+    return simt.build_library(folder / "_C_simt.so", {kernel: with_faults(kernel, folder) for kernel in PROGRAMS})
+
+
+def with_faults(kernel: str, folder: Path) -> Path:
     source = (simt.CSRC / "cuda" / kernel).read_text()
     if header := INLINED.get(kernel):
         text = (simt.CSRC / "cuda" / header).read_text().replace("#pragma once\n", "")
         source = source.replace(f'#include "cuda/{header}"\n', text)
-    assert source.count(whole) == 1
-    (folder / kernel).write_text(source.replace(whole, broken))
-    library = simt.build_library(folder / "_C_simt.so", {kernel: folder / kernel})
-    return sanitized_python.run(folder, f"import torch\ntorch.ops.load_library({str(library)!r})\n{PROGRAMS[kernel]}")
+    for number, fault in enumerate(FAULTS.values(), 1):
+        if fault.kernel == kernel:
+            assert source.count(fault.whole) == 1
+            source = source.replace(fault.whole, fault.broken.replace("FAULT", f"planted({number})"))
+    (folder / kernel).write_text(PLANTED + source)
+    return folder / kernel
+
+
+@pytest.fixture
+def planted(sanitized_python, faulty):
+    """A function that runs a kernel's program with one of the faults, or with fault 0, which is none."""
+
+    def run(kernel: str, fault: int) -> subprocess.CompletedProcess:
+        program = f"import torch\ntorch.ops.load_library({str(faulty)!r})\n{PROGRAMS[kernel]}"
+        return sanitized_python.run(faulty.parent, program, PLANTED_FAULT=str(fault))
+
+    return run
 
 
 @pytest.mark.parametrize("kernel", PROGRAMS)
 def test_the_unbroken_kernel_passes_where_faults_are_planted(planted, kernel):
-    done = planted(kernel, "namespace {\n", "namespace {\n")
+    done = planted(kernel, 0)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "kernel, whole, broken, noticed",
-    [
-        (SYMMETRIZE, BARRIER, "", "wrong at"),
-        (SYMMETRIZE, "column < features && row < column", "row < column", "AddressSanitizer: heap-buffer-overflow"),
-        (SYMMETRIZE, "features && column <= row)", "features && column <= row && (__syncthreads(), true))", "while others wait"),
-        (SYMMETRIZE, BARRIER, BARRIER + "  if (threadIdx.x < 31) __shfl_sync(~0u, 1, 0);\n", "has left the kernel"),
-        (SYMMETRIZE, BARRIER, BARRIER + "  if (threadIdx.x < 31) __syncwarp(); else __syncthreads();\n", "deadlock"),
-        (TOPK, CLEARED + BARRIER, CLEARED, "wrong mask"),
-        (TOPK, SCAN, "  if (threadIdx.x == 77) return {};\n" + SCAN, "has left the kernel"),
-        (TOPK, SCAN, "  Count before = warp_inclusive_scan(sum) - sum;\n", "wrong mask"),
-    ],
-    ids=[
-        *("race: missing barrier", "out of bounds", "divergent barrier", "missing lane", "warp against block"),
-        *("race over shared memory", "a thread leaves a sum", "a sum over too few"),
-    ],
-)
-def test_a_planted_fault_is_found(planted, kernel, whole, broken, noticed):
-    done = planted(kernel, whole, broken)
-    assert done.returncode != 0 and noticed in done.stderr, done.stderr
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(planted, fault):
+    done = planted(FAULTS[fault].kernel, list(FAULTS).index(fault) + 1)
+    assert done.returncode != 0 and FAULTS[fault].noticed in done.stderr, done.stderr

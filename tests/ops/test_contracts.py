@@ -118,7 +118,8 @@ def test_kernel_equals_reference(op, isa, poisoned):
 
 @EVERY_OP
 def test_strides_do_not_change_the_result(op, isa, poisoned):
-    for sample in samples(op):
+    every = samples(op)
+    for sample in every[::4] if INTERPRETED and len(every) > 12 else every:
         moved = Sample(tuple(map(strided, sample.args)), {k: strided(v) for k, v in sample.kwargs.items()})
         assert_same(op, call(op.overload, moved), call(op.overload, sample))
 

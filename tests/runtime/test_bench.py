@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import sparsekern
+from sparsekern._files import locked
 from sparsekern.cli import main
 from sparsekern.measure import compare as comparing
 from sparsekern.measure import resident
@@ -153,6 +154,20 @@ def test_a_signal_leaves_no_process_and_no_copy_of_the_model(tmp_path, name):
     assert not list((tmp_path / "temporary").iterdir())
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_copies_of_killed_measurements_are_removed_by_the_next(tmp_path, monkeypatch):
+    """Only those whose lock nobody holds."""
+    monkeypatch.setattr(resident.tempfile, "tempdir", str(tmp_path))
+    for name in ("killed", "running", "unlocked"):
+        (tmp_path / f"{resident.PREFIX}{name}").mkdir()
+    (tmp_path / "another").mkdir()
+    for name in ("killed", "running"):
+        (tmp_path / f"{resident.PREFIX}{name}" / resident.LOCK).touch()
+    with locked(tmp_path / f"{resident.PREFIX}running" / resident.LOCK, "it"):
+        resident._remove_leftovers()
+        left = {path.name.removeprefix(resident.PREFIX) for path in tmp_path.iterdir()}
+    assert left == {"running", "unlocked", "another"}
 
 
 def test_signals_that_are_ignored_or_handled_stay_so():
