@@ -17,7 +17,7 @@ from torch import nn
 
 from ..models.limits import check_count, window_length
 from .sentences import SENTENCES, sentence_batches
-from .sources import read_documents
+from .sources import check_source, read_documents
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -61,6 +61,7 @@ class CalibrationText:
         for name, value in (("samples", self.samples), ("length", self.length)):
             if value is not None:
                 check_count(name, value)
+        check_source(self.source)  # also where nothing reads it
 
     def read(self, model: nn.Module) -> torch.Tensor | list[dict[str, torch.Tensor]]:
         """Read the samples, none longer than the positions of `model`.

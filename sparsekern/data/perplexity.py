@@ -123,7 +123,8 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
     check_token_ids("ids", ids, vocabulary(model))
     rows = ids if ids.dim() == 2 else ids[None]
     if rows.shape[1] < length or not len(rows):
-        raise ValueError(f"ids: one window of length {length} needs {length} tokens, got {rows.numel()}")
+        got = f"{rows.shape[1]}" if ids.dim() == 1 else f"{len(rows)} rows of {rows.shape[1]}"
+        raise ValueError(f"ids: one window of length {length} needs {length} tokens, got {got}")
     for row in rows:
         yield from row[: len(row) // length * length].view(-1, length)
 

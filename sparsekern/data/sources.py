@@ -49,12 +49,11 @@ def read_documents(source: str | os.PathLike, part: str = "calibration") -> list
     """
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
+    check_source(source)
     name = os.fsdecode(source)
     documents: Iterable[str]
     if name in BUILTINS:
         documents = _builtin_documents(BUILTINS[name](), part)
-    elif name.startswith("builtin:"):
-        raise ValueError(f"text: expected one of the built-in texts {', '.join(BUILTINS)}, got {name!r}")
     elif name.startswith("hf:"):
         documents = _hub_documents(name.removeprefix("hf:"))
     else:
@@ -65,6 +64,20 @@ def read_documents(source: str | os.PathLike, part: str = "calibration") -> list
     return held
 
 
+def check_source(source: str | os.PathLike) -> None:
+    """Raise what `read_documents` raises for an unknown built-in text, and for a file that is not there, without reading anything."""
+    name = os.fsdecode(source)
+    if name in BUILTINS or name.startswith("hf:"):
+        return
+    if name.startswith("builtin:"):
+        raise ValueError(f"text: expected one of the built-in texts {', '.join(BUILTINS)}, got {name!r}")
+    path = _path(name)
+    if path.is_dir():
+        raise ValueError(f"text: {path} is a folder (expected {SOURCES})")
+    if not path.is_file():
+        raise FileNotFoundError(f"text: no file {str(path)!r} (expected {SOURCES})")
+
+
 def _path(name: str) -> Path:
     try:
         return Path(name).expanduser()
@@ -73,10 +86,6 @@ def _path(name: str) -> Path:
 
 
 def _file_documents(path: Path) -> Iterator[str]:
-    if path.is_dir():
-        raise ValueError(f"text: {path} is a folder (expected {SOURCES})")
-    if not path.is_file():
-        raise FileNotFoundError(f"text: no file {str(path)!r} (expected {SOURCES})")
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json"):
         return _jsonl_documents(path)

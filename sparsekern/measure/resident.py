@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import nn
 
+from .._files import locked
 from ..runtime.save import check_space
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 # Linux only. Its peak starts at zero; that of getrusage starts at the peak of the parent process.
 STATUS = Path("/proc/self/status")
+PREFIX, LOCK = "sparsekern-bench-", ".lock"  # of the folder that holds a copy of the model; the lock is held while it is needed
 
 
 class Resident(NamedTuple):
@@ -54,7 +57,7 @@ def why_unknown() -> str:
 def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remote_code: bool = False) -> Resident:
     """Measure a process that loads a temporary copy of `model` and generates, on the model's device.
 
-    During the measurement, SIGTERM and SIGHUP end that process, remove the copy and exit.
+    During the measurement, SIGTERM and SIGHUP end that process, remove the copy and exit. Copies of killed measurements are removed.
 
     Args:
         model: a transformers causal language model.
@@ -69,7 +72,8 @@ def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remo
         OSError: no space is left for temporary files.
         RuntimeError: the process failed. The message ends with its last line of output.
     """
-    with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
+    _remove_leftovers()
+    with _signals_as_exit(), tempfile.TemporaryDirectory(prefix=PREFIX) as folder, locked(Path(folder) / LOCK, folder):
         check_space(model, folder)
         of = cast("PreTrainedModel", model)
         of.save_pretrained(folder)
@@ -80,6 +84,15 @@ def resident_of(model: nn.Module, *, prompt_length: int, tokens: int, trust_remo
     if done.returncode:
         raise RuntimeError(f"resident memory: the process that loaded the model {_how_it_ended(done)}; --no-rss skips it")
     return Resident(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _remove_leftovers() -> None:
+    """Remove the copies of killed measurements: those whose lock nobody holds any more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        if (folder / LOCK).exists():
+            with suppress(ValueError, OSError):  # in use, or another user's
+                with locked(folder / LOCK, str(folder)):
+                    shutil.rmtree(folder)
 
 
 @contextmanager

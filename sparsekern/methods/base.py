@@ -228,7 +228,15 @@ class BlockMethod(LinearMethod):
 
 
 class GradualMethod(Method):
-    """Base of the methods that prune the whole model in steps and train it after each."""
+    """Base of the methods that prune the whole model in steps and train it after each.
+
+    Attributes:
+        LOOP_READS: what the loop reads of a method beside `trains` and `allocate`; fields and methods of `Gradual`.
+    """
+
+    LOOP_READS: ClassVar[tuple[str, ...]] = (
+        "steps", "chooser", "pattern_after", "epochs", "train_steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip",
+    )  # fmt: skip
 
     @property
     @abstractmethod
@@ -248,8 +256,13 @@ class RemovalMethod(Method):
     """Base of the methods that remove attention heads and FFN neurons of an encoder, which changes its shapes.
 
     Attributes:
+        LOOP_READS: what the loop reads of a method; fields of `KPrune`.
         remove: the share of the method's budget to remove.
     """
+
+    LOOP_READS: ClassVar[tuple[str, ...]] = (
+        "remove", "budget", "objective", "temperature", "tuning", "scores", "curvature", "tune_bias", "ridge",
+    )  # fmt: skip
 
     remove: float
 
@@ -309,7 +322,12 @@ def check_method(method: Method) -> None:
     """Raise unless the class of `method`, which may be the user's own, is complete.
 
     Raises:
+<<<<<<< HEAD
         TypeError: the class derives from none of the five, is no dataclass, has no name, or needs an unknown statistic.
+=======
+        TypeError: the class derives from none of the four, is no dataclass, has no name, needs an unknown statistic, or lacks what the
+            loop of its base class reads.
+>>>>>>> fc7b4c8 (Small faults: fingerprints, leftovers of bench, texts that are not there, methods of one's own)
     """
     kind = type(method)
     if not isinstance(method, (LinearMethod, GradualMethod, RemovalMethod, ExpertMethod)):
@@ -328,3 +346,7 @@ def check_method(method: Method) -> None:
                 f"method: expected {kind.__name__}.needs to be FeatureNorm, Gram, SampleImportance, GramImportance or None, "
                 f"got {needs!r}"
             )
+        if isinstance(method, BlockMethod) and (needs is None or not issubclass(needs, Gram)):
+            raise TypeError(f"method: expected {kind.__name__}.needs to be Gram, which solve_feed_forward is given, got {needs!r}")
+    elif missing := [name for name in method.LOOP_READS if not hasattr(method, name)]:
+        raise TypeError(f"method: expected {kind.__name__} to have {', '.join(missing)}, which the loop of its base class reads")

@@ -101,7 +101,8 @@ def test_nan_is_named():
     "ids, length, error, message",
     [
         (torch.zeros(19, dtype=torch.int64), 20, ValueError, "ids: one window of length 20 needs 20 tokens, got 19"),
-        (torch.zeros(0, 20, dtype=torch.int64), 20, ValueError, "ids: one window of length 20 needs 20 tokens, got 0"),
+        (torch.zeros(0, 20, dtype=torch.int64), 20, ValueError, "ids: one window of length 20 needs 20 tokens, got 0 rows of 20"),
+        (torch.zeros(5, 19, dtype=torch.int64), 20, ValueError, "ids: one window of length 20 needs 20 tokens, got 5 rows of 19"),
         (torch.zeros(99, dtype=torch.int64), 1, ValueError, "length: expected at least 2, got 1"),
         (torch.zeros(99, dtype=torch.int64), 65, ValueError, "length: expected at most 64, the positions of this model, got 65"),
         (

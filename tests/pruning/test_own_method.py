@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,11 +13,14 @@ import torch
 
 import sparsekern
 from sparsekern.methods import (
+    BlockMethod,
     FeatureNorm,
+    GradualMethod,
     Gram,
     GramImportance,
     LinearMethod,
     Method,
+    RemovalMethod,
     SampleImportance,
     Solution,
     generator,
@@ -138,13 +143,54 @@ class UnknownNeeds(NoisyWanda):
     needs: ClassVar = "gram"
 
 
+@dataclass(frozen=True)
+class NormsTogether(BlockMethod):
+    name: ClassVar[str] = "together"
+    needs: ClassVar = FeatureNorm
+    attention: str = "dense"
+
+    def solve(self, weight, statistics, pattern):
+        return Solution(weight)
+
+    def solve_feed_forward(self, problem):
+        raise AssertionError("it is refused before any work")
+
+
+@dataclass(frozen=True)
+class Untrained(GradualMethod):
+    name: ClassVar[str] = "untrained"
+    trains: ClassVar[bool] = False
+    steps: int = 2
+
+    def allocate(self, blocks, patterns):
+        return dict(patterns)
+
+
+@dataclass(frozen=True)
+class Remover(RemovalMethod):
+    name: ClassVar[str] = "remover"
+    remove: float = 0.5
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
         (
+<<<<<<< HEAD
             Bare(),
             "method: expected a LinearMethod, BlockMethod, GradualMethod, RemovalMethod or ExpertMethod, got Bare, which is none of them",
         ),
+=======
+            NormsTogether(),
+            "method: expected NormsTogether.needs to be Gram, which solve_feed_forward is given, got <class .*FeatureNorm",
+        ),
+        (
+            Untrained(),
+            "method: expected Untrained to have chooser, pattern_after, epochs, .* which the loop of its base class reads",
+        ),
+        (Remover(), "method: expected Remover to have budget, objective, .* which the loop of its base class reads"),
+        (Bare(), "method: expected a LinearMethod, BlockMethod, GradualMethod or RemovalMethod, got Bare, which is none of them"),
+>>>>>>> fc7b4c8 (Small faults: fingerprints, leftovers of bench, texts that are not there, methods of one's own)
         (NoDataclass(), "method: expected a dataclass, whose fields are its settings; got NoDataclass without @dataclass"),
         (NoName(), "method: expected NoName.name to be a word that reports call it by, got None"),
         (UnknownNeeds(), "method: expected UnknownNeeds.needs to be FeatureNorm, Gram, .* or None, got 'gram'"),
@@ -185,6 +231,14 @@ def test_a_wrong_result_names_the_method_and_changes_nothing(returned, error, me
     with pytest.raises(error, match=message):
         pruned(Returns(), model)
     assert same(model.state_dict(), llama().state_dict())
+
+
+@pytest.mark.parametrize(("base", "loop"), [(GradualMethod, "gradual"), (RemovalMethod, "removal")])
+def test_what_a_loop_reads_of_a_method_is_listed(base, loop):
+    source = (Path(sparsekern.__file__).parent / "pruning" / loop / "loop.py").read_text()
+    read = set(re.findall(r"\bmethod\.(\w+)", source))
+    assert read - {"trains", "needs_data", "allocate"} <= set(base.LOOP_READS)
+    assert all(re.search(rf"\b{name}\b", source) for name in base.LOOP_READS)
 
 
 def test_callables_choose_linears():

@@ -72,8 +72,9 @@ def test_several_texts_one_after_another(texts, words):
     assert report.matrix == other.matrix and report.dense == other.dense
 
 
-def test_a_text_that_is_not_needed_is_not_read(words):
-    report = prune(tiny.llama(), "magnitude", "2:4", "no such file.txt", tokenizer=words, **QUIET)
+def test_a_text_that_is_not_needed_is_not_read(words, tmp_path):
+    (tmp_path / "unreadable.txt").write_bytes(b"\xff\xfe\x00")
+    report = prune(tiny.llama(), "magnitude", "2:4", tmp_path / "unreadable.txt", tokenizer=words, **QUIET)
     assert report.sparsity == 0.5
 
 
@@ -91,19 +92,27 @@ IDS = torch.zeros(1, 8, dtype=torch.int64)
             "tokenizer: expected the model's tokenizer to read calibration='a.txt' with, got None",
         ),
         ("magnitude", "a.txt", {}, ValueError, "tokenizer: expected the model's tokenizer to read calibration='a.txt'"),
-        ("wanda", "a.txt", {"tokenizer": 3}, TypeError, "tokenizer: expected a transformers tokenizer, got int"),
+        ("wanda", "builtin:python-docs", {"tokenizer": 3}, TypeError, "tokenizer: expected a transformers tokenizer, got int"),
         ("wanda", IDS, {"samples": 4}, ValueError, "samples: expected None unless calibration is a text, got 4"),
         ("wanda", None, {"length": 4}, ValueError, "length: expected None unless calibration is a text, got 4"),
-        ("wanda", "a.txt", {"samples": 0, "tokenizer": len}, ValueError, "samples: expected at least 1, got 0"),
-        ("wanda", "a.txt", {"length": 2.5, "tokenizer": len}, TypeError, "length: expected a whole number of at least 1, got 2.5"),
+        ("wanda", "builtin:python-docs", {"samples": 0, "tokenizer": len}, ValueError, "samples: expected at least 1, got 0"),
         (
             "wanda",
-            "a.txt",
+            "builtin:python-docs",
+            {"length": 2.5, "tokenizer": len},
+            TypeError,
+            "length: expected a whole number of at least 1, got 2.5",
+        ),
+        (
+            "wanda",
+            "builtin:python-docs",
             {"length": 65, "tokenizer": len},
             ValueError,
             "length: expected at most 64, the positions of this model",
         ),
         ("wanda", "no such file.txt", {"tokenizer": len}, FileNotFoundError, "text: no file 'no such file.txt'"),
+        ("magnitude", "no such file.txt", {"tokenizer": len}, FileNotFoundError, "text: no file 'no such file.txt'"),
+        ("magnitude", "builtin:nothing", {"tokenizer": len}, ValueError, "text: expected one of the built-in texts"),
         ("wanda", "builtin:nothing", {"tokenizer": len}, ValueError, "text: expected one of the built-in texts"),
     ],
 )
@@ -120,7 +129,11 @@ def test_bad_texts_are_refused_before_the_work(method, calibration, options, err
         ({}, "tokenizer: expected the model's tokenizer to read calibration='builtin:python-docs' with, got None"),
         (
             {"calibrations": {"a": IDS}, "samples": 4},
-            "samples: expected None, calibrations holds no text to be cut into samples; got 4",
+            "samples: expected None unless calibrations holds a text, got 4",
+        ),
+        (
+            {"calibrations": {"a": IDS}, "length": 8},
+            "length: expected None unless calibrations or evaluate holds something to cut, got 8",
         ),
         ({"calibrations": {"a": IDS}, "evaluate": {"a": "b.txt"}}, r"evaluate\['a'\]: tokenizer: expected the model's tokenizer"),
     ],

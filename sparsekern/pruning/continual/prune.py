@@ -136,6 +136,8 @@ def prune_continually(
             for batches in datasets.values():
                 check_padding(plan, batches)
         plan = _observed(model, plan, method, datasets, seed)
+        if length is not None and not evaluate and not any(map(is_source, calibrations.values())):
+            raise ValueError(f"length: expected None unless calibrations or evaluate holds something to cut, got {length!r}")
         length = window_length(model, length)
         if out is not None:
             check_format_fits(model, plan.patterns, format)
@@ -225,7 +227,7 @@ def _texts_told(
             raise TypeError(f"calibrations: expected names of datasets, got {name!r}")
     texts = [name for name, calibration in calibrations.items() if is_source(calibration)]
     if samples is not None and not texts:
-        raise ValueError(f"samples: expected None, calibrations holds no text to be cut into samples; got {samples!r}")
+        raise ValueError(f"samples: expected None unless calibrations holds a text, got {samples!r}")
     options = {"tokenizer": tokenizer, "samples": samples, "length": length, "seed": seed}
     return {**calibrations, **{name: as_calibration(calibrations[name], **options) for name in texts}}
 
