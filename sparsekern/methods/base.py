@@ -322,12 +322,8 @@ def check_method(method: Method) -> None:
     """Raise unless the class of `method`, which may be the user's own, is complete.
 
     Raises:
-<<<<<<< HEAD
-        TypeError: the class derives from none of the five, is no dataclass, has no name, or needs an unknown statistic.
-=======
-        TypeError: the class derives from none of the four, is no dataclass, has no name, needs an unknown statistic, or lacks what the
+        TypeError: the class derives from none of the five, is no dataclass, has no name, needs an unknown statistic, or lacks what the
             loop of its base class reads.
->>>>>>> fc7b4c8 (Small faults: fingerprints, leftovers of bench, texts that are not there, methods of one's own)
     """
     kind = type(method)
     if not isinstance(method, (LinearMethod, GradualMethod, RemovalMethod, ExpertMethod)):
@@ -348,5 +344,8 @@ def check_method(method: Method) -> None:
             )
         if isinstance(method, BlockMethod) and (needs is None or not issubclass(needs, Gram)):
             raise TypeError(f"method: expected {kind.__name__}.needs to be Gram, which solve_feed_forward is given, got {needs!r}")
-    elif missing := [name for name in method.LOOP_READS if not hasattr(method, name)]:
-        raise TypeError(f"method: expected {kind.__name__} to have {', '.join(missing)}, which the loop of its base class reads")
+    elif isinstance(method, (GradualMethod, RemovalMethod)):
+        if missing := [read for read in method.LOOP_READS if not hasattr(method, read)]:
+            raise TypeError(
+                f"method: expected {kind.__name__} to have {', '.join(missing)}, which the loop of its base class reads"
+            )

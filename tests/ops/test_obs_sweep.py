@@ -13,7 +13,7 @@ from sparsekern.ops.obs_sweep import SCOPES, reference
 from sparsekern.pattern import pruned_count
 from tests.conftest import COMPILED
 
-from .strategies import FLOATS, PROPERTY
+from .strategies import FLOATS, INTERPRETED, PROPERTY
 
 PATTERNS = ("2:4", "1:4", "4:8", "1:2", "3:5", "5:64")
 # In Triton's interpreter a program, of up to 16 rows, takes as long as all rows take elsewhere. Columns are those of two launches at least.

@@ -176,11 +176,10 @@ class Remover(RemovalMethod):
     ("method", "message"),
     [
         (
-<<<<<<< HEAD
             Bare(),
             "method: expected a LinearMethod, BlockMethod, GradualMethod, RemovalMethod or ExpertMethod, got Bare, which is none of them",
         ),
-=======
+        (
             NormsTogether(),
             "method: expected NormsTogether.needs to be Gram, which solve_feed_forward is given, got <class .*FeatureNorm",
         ),
@@ -189,8 +188,6 @@ class Remover(RemovalMethod):
             "method: expected Untrained to have chooser, pattern_after, epochs, .* which the loop of its base class reads",
         ),
         (Remover(), "method: expected Remover to have budget, objective, .* which the loop of its base class reads"),
-        (Bare(), "method: expected a LinearMethod, BlockMethod, GradualMethod or RemovalMethod, got Bare, which is none of them"),
->>>>>>> fc7b4c8 (Small faults: fingerprints, leftovers of bench, texts that are not there, methods of one's own)
         (NoDataclass(), "method: expected a dataclass, whose fields are its settings; got NoDataclass without @dataclass"),
         (NoName(), "method: expected NoName.name to be a word that reports call it by, got None"),
         (UnknownNeeds(), "method: expected UnknownNeeds.needs to be FeatureNorm, Gram, .* or None, got 'gram'"),
