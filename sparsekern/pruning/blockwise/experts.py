@@ -19,7 +19,7 @@ from ..batches import TOKENS, Batch
 from .statistics import BETWEEN_NAMES, SharedStatistics
 
 EXPERT_BYTES = 1 << 30  # of the statistics held at once on a CPU
-SHARE_OF_DEVICE = 4  # on a GPU, the statistics take at most one part in so many of the memory that is free
+SHARE_OF_DEVICE = 8  # on a GPU, the statistics take at most one part in so many of its memory
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,14 @@ def experts_in(linears: Sequence[Linear]) -> list[Experts]:
 
 
 def expert_bytes(device: torch.device) -> int:
-    """Return how many bytes the statistics of experts may take at once. Results do not depend on it."""
+    """Return how many bytes the statistics of experts may take at once.
+
+    On a CPU, results do not depend on it. A GPU may factor a batch of another size with other rounding, so the number depends on the
+    device alone and not on what is free, and a resumed run makes the same batches.
+    """
     if device.type != "cuda":
         return EXPERT_BYTES
-    return torch.cuda.mem_get_info(device)[0] // SHARE_OF_DEVICE
+    return torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE
 
 
 def bytes_of(linears: Sequence[Linear], needs: type[Statistic] | None, measure_error: bool) -> int:
