@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
 import sparsekern
 from tests.models.zoo import ZOO
@@ -14,10 +15,13 @@ ROWS = read_rows()
 
 @pytest.mark.parametrize("name", ROWS)
 def test_family_is_as_its_row_says(name, tmp_path):
+    if not hasattr(transformers, ZOO[name].architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {ZOO[name].architecture}")
     assert check_family(ZOO[name], tmp_path) == ROWS[name], "python -m tests.models.zoo writes the rows"
 
 
-def test_rows_are_written_as_the_program_writes_them():
+def test_every_family_has_a_row_as_the_program_writes_it():
+    assert list(ROWS) == list(ZOO)
     assert FILE.read_text(encoding="utf-8") == written(ROWS)
 
 

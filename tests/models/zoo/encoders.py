@@ -71,7 +71,11 @@ ENCODERS = {
         padded=False,
     ),
     "mpnet": Family("MPNetModel", lambda: tf.MPNetConfig(**TEXT), LAYERS),
-    "albert": Family("AlbertForMaskedLM", lambda: tf.AlbertConfig(**TEXT, embedding_size=16), refused="more than once"),
+    "albert": Family(
+        "AlbertForMaskedLM",
+        lambda: tf.AlbertConfig(**TEXT, embedding_size=16),
+        refused="more than once (2 times), which block-by-block pruning cannot follow",
+    ),
     "vit": Family("ViTForImageClassification", lambda: tf.ViTConfig(**VISION), ("vit.layers",), samples=images),
     "dinov2": Family(
         "Dinov2Model",

@@ -172,5 +172,9 @@ HYBRIDS = {
         ),
         dense={"mlp.gate": ROUTER},
     ),
-    "hrm_text": Family("HrmTextForCausalLM", lambda: tf.HrmTextConfig(**LLAMA), refused="more than once"),
+    "hrm_text": Family(
+        "HrmTextForCausalLM",
+        lambda: tf.HrmTextConfig(**LLAMA),
+        refused="more than once (6 times), which block-by-block pruning cannot follow",
+    ),
 }

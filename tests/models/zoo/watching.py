@@ -22,7 +22,8 @@ PRODUCTS = {
     torch.Tensor.mm: "transposed",
     torch.Tensor.bmm: "transposed",
 }
-UNREADABLE = (torch.einsum, torch._grouped_mm, torch.nn.functional.grouped_mm)  # no family may use them unnoticed
+GROUPED = [getattr(owner, name, None) for owner, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))]
+UNREADABLE = (torch.einsum, *GROUPED)  # no family may use them unnoticed
 
 
 @dataclass
