@@ -79,7 +79,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         batch_size=arguments.batch_size,
         weighting=arguments.weighting,
         unseen=arguments.unseen,
-        length=window_length(model),
+        length=window_length(model) if held_out else None,
         out=out,
         format=arguments.format,
     )

@@ -82,6 +82,7 @@ def test_patterns_includes_and_method_settings(prune, tmp_path):
         "block_size": 16,
         "scope": "row",
         "mask": None,
+        "keep_zeros": True,
     }
 
 
@@ -270,7 +271,9 @@ def test_the_real_model(tmp_path):
     assert main(["prune", "builtin:smollm2-135m", *layers, *evaluation, "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["layers"]) == 14
-    assert report["results"]["sparsity"] == pytest.approx(0.5, abs=1e-6)  # a kept weight may be zero too
+    assert report["results"]["sparsity"] == pytest.approx(
+        0.5, abs=1e-5
+    )  # a group of four may hold three zeros before, which are kept
     dense, pruned = report["results"]["measured"]["perplexity, dense"], report["results"]["measured"]["perplexity, pruned"]
     assert 11 < dense < 12.5 and dense < pruned < 1.2 * dense
 
