@@ -282,14 +282,15 @@ def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) ->
         model: the model.
         without: parameters to leave out.
     """
-    if (stream := stream_of(model)) is not None:
-        return stream.fingerprint()
     digest = hashlib.sha256(type(model).__name__.encode())
     left_out = set(map(id, without))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         known = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPUTED}
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    if (stream := stream_of(model)) is not None:
+        digest.update(stream.fingerprint().encode())
+        return digest.hexdigest()
     for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         if id(parameter) in left_out:
             continue

@@ -167,15 +167,16 @@ def _keep_conversions(model: PreTrainedModel) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     dense = [name.replace(f".{PREFIX}", ".") for name, layer in model.named_modules() if isinstance(layer, SparseExperts)]
-    if not dense or not hasattr(model, "_weight_conversions"):
+    known: list[Any] | None = vars(model).get("_weight_conversions")
+    if not dense or known is None:
         return
     for conversion in get_model_conversion_mapping(model, add_legacy=False):
-        patterns = [known.source_patterns for known in model._weight_conversions]
+        patterns = [entry.source_patterns for entry in known]
         if conversion.source_patterns in patterns or not hasattr(conversion, "operations"):
             continue
         back = conversion.reverse_transform()
         if any(back.rename_source_key(name)[1] is not None for name in dense):
-            model._weight_conversions.append(conversion)
+            known.append(conversion)
 
 
 def mark(model: PreTrainedModel) -> None:

@@ -30,7 +30,9 @@ class LazyWeight(torch.Tensor):
         return lazy
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has no classmethod here
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run an operation on the dense weight."""
         if func._schema.is_mutable:
             raise ValueError(
