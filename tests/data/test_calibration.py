@@ -197,8 +197,8 @@ def test_the_default_samples_and_length(monkeypatch, words):
 
     asked = []
     monkeypatch.setattr(calibration, "calibration_ids", lambda source, tokenizer, **options: asked.append(options))
-    as_calibration("a.txt", tokenizer=words).read(tiny.llama(max_position_embeddings=4096))
-    as_calibration("a.txt", tokenizer=words, seed=7).read(torch.nn.Linear(1, 1))
+    as_calibration("builtin:python-docs", tokenizer=words).read(tiny.llama(max_position_embeddings=4096))
+    as_calibration("builtin:python-docs", tokenizer=words, seed=7).read(torch.nn.Linear(1, 1))
     assert asked == [{"samples": 128, "length": 2048, "seed": 0}, {"samples": 128, "length": 2048, "seed": 7}]
 
 
