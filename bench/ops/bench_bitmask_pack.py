@@ -32,7 +32,7 @@ def pack(place: Place, size: int, zeros: float, dtype: torch.dtype) -> Problem:
 def case(zeros: float, dtype: torch.dtype) -> Case:
     sizes = {"size": 4096, "zeros": zeros, "dtype": dtype}
     name = f"bitmask_pack {zeros:.0%} zeros, 4096x4096 {short(dtype)}"
-    return Case(name, pack, sizes, {"size": 128}, op="bitmask_pack", cpu={INDEXING: 5.0}, cuda={}, rounds=5)
+    return Case(name, pack, sizes, {"size": 128}, op="bitmask_pack", cpu={INDEXING: 5.0}, rounds=5)
 
 
 CASES = [case(0.5, torch.bfloat16), case(0.7, torch.bfloat16), case(0.5, torch.float32)]

@@ -23,13 +23,13 @@ def unpack(place: Place, size: int, zeros: float, dtype: torch.dtype) -> Problem
     )
 
 
-def case(dtype: torch.dtype) -> Case:
+def case(dtype: torch.dtype, cuda: dict | None = None) -> Case:
     sizes = {"size": 4096, "zeros": 0.5, "dtype": dtype}
     name = f"bitmask_unpack 50% zeros, 4096x4096 {short(dtype)}"
-    return Case(name, unpack, sizes, {"size": 128}, op="bitmask_unpack", cpu={INDEXING: 5.0}, cuda={}, rounds=5)
+    return Case(name, unpack, sizes, {"size": 128}, op="bitmask_unpack", cpu={INDEXING: 5.0}, cuda=cuda, rounds=5)
 
 
-CASES = [case(torch.bfloat16), case(torch.float32)]
+CASES = [case(torch.bfloat16, {}), case(torch.float32)]
 
 
 def test_bitmask_unpack(timed, case):

@@ -110,11 +110,11 @@ def case(make: Callable[..., Problem], name: str, experts: int, rows: int, colum
     return Case(f"{experts} experts of {rows}x{columns} {pattern}, {name}", make, sizes, toy, rounds=3, **where)
 
 
-OPS, ON_DEVICE = "factor and sweep", {LOOP: None}
+OPS = "factor and sweep"
 CASES = [
     *(
-        case(ops, OPS, 64, 768, 2048, pattern, cpu={LOOP: 3.0}, cuda=ON_DEVICE, likely_seconds=20)
-        for pattern in ("2:4", 0.5)
+        case(ops, OPS, 64, 768, 2048, pattern, cpu={LOOP: 3.0}, cuda=cuda, likely_seconds=20)
+        for pattern, cuda in (("2:4", {LOOP: None}), (0.5, None))
     ),
     *(case(ops, OPS, 8, 768, 2048, pattern, cpu={TEXTBOOK: 3.0}) for pattern in ("2:4", 0.5)),
     *(

@@ -29,7 +29,7 @@ def pack(place: Place, size: int, n: int, m: int) -> Problem:
 def case(n: int, m: int) -> Case:
     sizes = {"size": 4096, "n": n, "m": m}
     name = f"nm_pack {n}:{m}, 4096x4096 bfloat16"
-    return Case(name, pack, sizes, {"size": 128}, op="nm_pack", cpu={INDEXING: 5.0}, cuda={}, rounds=5)
+    return Case(name, pack, sizes, {"size": 128}, op="nm_pack", cpu={INDEXING: 5.0}, rounds=5)
 
 
 CASES = [case(2, 4), case(4, 8)]

@@ -22,13 +22,13 @@ def unpack(place: Place, size: int, n: int, m: int) -> Problem:
     )
 
 
-def case(n: int, m: int) -> Case:
+def case(n: int, m: int, cuda: dict | None = None) -> Case:
     sizes = {"size": 4096, "n": n, "m": m}
     name = f"nm_unpack {n}:{m}, 4096x4096 bfloat16"
-    return Case(name, unpack, sizes, {"size": 128}, op="nm_unpack", cpu={INDEXING: 5.0}, cuda={}, rounds=5)
+    return Case(name, unpack, sizes, {"size": 128}, op="nm_unpack", cpu={INDEXING: 5.0}, cuda=cuda, rounds=5)
 
 
-CASES = [case(2, 4), case(4, 8)]
+CASES = [case(2, 4, {}), case(4, 8)]
 
 
 def test_nm_unpack(timed, case):

@@ -4,9 +4,11 @@
 // by all of them, one after another. Either way a problem has the bits that it has alone.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <initializer_list>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,17 +39,35 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Throws the error of problem `index`, with the index after the argument's name.
-[[noreturn]] inline void rethrow_of(int64_t index, const std::exception_ptr& error) {
-  try {
-    std::rethrow_exception(error);
-  } catch (const std::invalid_argument& refused) {
-    std::string text = refused.what();
-    const size_t colon = text.find(':');
-    if (colon != std::string::npos) text.insert(colon, "[" + std::to_string(index) + "]");
-    throw std::invalid_argument(text);
+// The error of one problem. An exception cannot leave its thread, and std::exception_ptr has symbols without a version in libstdc++.
+struct ProblemError {
+  enum class Kind { none, argument, memory, other } kind = Kind::none;
+  std::string text;
+
+  // Remembers the exception that is being handled.
+  void take() {
+    try {
+      throw;
+    } catch (const std::invalid_argument& refused) {
+      kind = Kind::argument, text = refused.what();
+    } catch (const std::bad_alloc&) {
+      kind = Kind::memory;
+    } catch (const std::exception& error) {
+      kind = Kind::other, text = error.what();
+    }
   }
-}
+
+  // Throws the error of problem `index`, if there is one, with the index after the argument's name.
+  void raise(int64_t index) const {
+    if (kind == Kind::memory) throw std::bad_alloc();
+    if (kind == Kind::other) throw std::runtime_error(text);
+    if (kind == Kind::argument) {
+      const size_t colon = std::min(text.find(':'), text.size());
+      const std::string place = colon < text.size() ? "[" + std::to_string(index) + "]" : "";
+      throw std::invalid_argument(text.substr(0, colon) + place + text.substr(colon));
+    }
+  }
+};
 
 // Calls f(i, executor) once for each problem i, with the threads that it may use. Of several that throw, the first one's error is
 // thrown.
@@ -57,14 +77,14 @@ void for_each_problem(const Batch& batch, const Executor& executor, const F& f) 
     f(int64_t{0}, executor);
     return;
   }
-  std::vector<std::exception_ptr> errors(static_cast<size_t>(batch.count));
+  std::vector<ProblemError> errors(static_cast<size_t>(batch.count));
   std::atomic<bool> failed{false};
   const auto solve = [&](int64_t i, const Executor& threads) {
     if (failed.load(std::memory_order_relaxed)) return;  // every problem before the one that failed has been started
     try {
       f(i, threads);
     } catch (...) {
-      errors[static_cast<size_t>(i)] = std::current_exception();
+      errors[static_cast<size_t>(i)].take();
       failed.store(true, std::memory_order_relaxed);
     }
   };
@@ -73,9 +93,7 @@ void for_each_problem(const Batch& batch, const Executor& executor, const F& f) 
   const int64_t one_each = threads > 1 ? batch.count / threads * threads : 0;
   parallel_tasks(executor, one_each, [&](int64_t i) { solve(i, alone); });
   for (int64_t i = one_each; i < batch.count; ++i) solve(i, executor);
-  for (int64_t i = 0; i < batch.count; ++i) {
-    if (errors[static_cast<size_t>(i)]) rethrow_of(i, errors[static_cast<size_t>(i)]);
-  }
+  for (int64_t i = 0; i < batch.count; ++i) errors[static_cast<size_t>(i)].raise(i);
 }
 
 }  // namespace sparsekern::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,9 +29,9 @@ class ExpertsFormat(Format):
             raise ValueError(f"shape: expected (experts, out_features, in_features), got {shape!r}")
         return tuple(shape)
 
+    @abstractmethod
     def multiply(self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply each row of `x` by its experts: `[tokens, choices, out_features]`, from tensors that passed `check`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

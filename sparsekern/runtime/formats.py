@@ -6,6 +6,7 @@ format, the shape and dtype of the weight, and for a bitmask `stored`. These det
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Spec:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-class Format:
+class Format(ABC):
     """A packed format. In all methods, `shape` is that of the weight, `(out_features, in_features)` here, and `dtype` its dtype.
 
     Attributes:
@@ -54,10 +55,11 @@ class Format:
     tensor_names: tuple[str, ...]
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Name of the format, such as `"2:4"`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pack a weight into contiguous tensors on its device. `-0.0` counts as zero.
 
@@ -65,15 +67,14 @@ class Format:
             TypeError: the weight has a dtype that cannot be packed.
             ValueError: the weight is no matrix, or does not fit the format.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """Return the dense weight of packed tensors.
 
         Raises:
             ValueError: `check` refuses the tensors.
         """
-        raise NotImplementedError
 
     def linear(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Compute `x W^T + b` from tensors that passed `check`.
@@ -94,6 +95,7 @@ class Format:
         if x.dim() == 0 or x.shape[-1] != shape[1]:
             raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1] if x.dim() else 'a scalar'}")
 
+    @abstractmethod
     def packed_bytes(self, weight: torch.Tensor) -> int:
         """Return the bytes of the packed weight without packing it.
 
@@ -101,15 +103,14 @@ class Format:
             TypeError: as in `pack`.
             ValueError: as in `pack`.
         """
-        raise NotImplementedError
 
     def stored(self, tensors: Tensors) -> int | None:
         """Return the number of stored values if `specs` needs it beside shape and dtype, else None."""
         return None
 
+    @abstractmethod
     def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
         """Return the shape and dtype of each packed tensor."""
-        raise NotImplementedError
 
     def empty(
         self, shape: Shape, dtype: torch.dtype, stored: int | None = None, device: torch.device | str | None = None
@@ -143,8 +144,9 @@ class Format:
         if set(tensors) != set(self.tensor_names):
             raise ValueError(f"tensors: expected {', '.join(self.tensor_names)}, got {', '.join(sorted(tensors)) or 'none'}")
 
+    @abstractmethod
     def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-        raise NotImplementedError
+        """Return `x W^T + b` from tensors that passed `check`."""
 
     def _check_sizes(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
         for name, spec in self.specs(shape, dtype, self.stored(tensors)).items():
@@ -152,8 +154,9 @@ class Format:
             if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
                 raise ValueError(f"{name}: expected {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
 
+    @abstractmethod
     def _check_contents(self, tensors: Tensors, shape: Shape) -> None:
-        raise NotImplementedError
+        """Raise `ValueError` unless the tensors hold what packing makes."""
 
 
 @dataclass(frozen=True)

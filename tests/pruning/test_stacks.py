@@ -352,7 +352,7 @@ def test_images_are_given_as_they_are():
     sparsekern.prune(expected, "wanda", "2:4", [{"pixel_values": pixels}], **QUIET)
     assert_equal(model, expected)
     with pytest.raises(ValueError, match="calibration: ViTForImageClassification takes pixel_values, not text"):
-        sparsekern.prune(family.model(), "wanda", "2:4", "text.txt", tokenizer=str, **QUIET)
+        sparsekern.prune(family.model(), "wanda", "2:4", "builtin:python-docs", tokenizer=str, **QUIET)
 
 
 @pytest.mark.filterwarnings("ignore:.*conv1d:sparsekern.SparsekernWarning")
