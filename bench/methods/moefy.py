@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import sparsekern
-from sparsekern.models.experts import Experts, find_experts
+from sparsekern.models.expert_layouts import find_experts
+from sparsekern.models.experts import Experts
 
 from .. import smollm2
 from . import Unavailable, gradual, shown, store

@@ -10,7 +10,7 @@ import torch
 
 import sparsekern
 from sparsekern.measure.generate import generate
-from sparsekern.models.experts import find_experts
+from sparsekern.models.expert_layouts import find_experts
 from sparsekern.models.linears import find_linears
 from sparsekern.runtime.packing import weight_bytes
 

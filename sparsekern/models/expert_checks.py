@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from .experts import Experts, ExpertsCall, find_experts, watched
+from .expert_layouts import find_experts
+from .experts import Experts, ExpertsCall, watched
 from .unsupported import CannotFollow
 
 CLOSE = 0.05  # relative difference of two outputs that is taken for rounding

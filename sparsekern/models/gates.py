@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from .experts import ExpertLinear, Experts, experts_of
+from .expert_layouts import experts_of
+from .experts import ExpertLinear, Experts
 from .linears import Linear, find_linears
 
 FEW = 16  # inputs: a matrix that mixes has fewer,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import nn
 
-from .experts import ExpertLinear, experts_of
+from .expert_layouts import experts_of
+from .experts import ExpertLinear
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .experts import DbrxExperts, Experts, find_experts
+from .expert_layouts import DbrxExperts, find_experts
+from .experts import Experts
 
 COUNTED = re.compile(r"(^|_)experts?($|_)")  # in names of config settings
 NOT_COUNTED = re.compile(r"per_tok|top|shared|active|layer|size|dim")

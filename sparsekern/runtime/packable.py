@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..models.experts import Experts, experts_of
+from ..models.expert_layouts import experts_of
+from ..models.experts import Experts
 from ..models.globs import Globs, as_globs, check_matches, matches
 from ..models.linears import is_conv1d, is_plain_linear, linear_weight
 from .packed_weight import DTYPES, PackedWeight

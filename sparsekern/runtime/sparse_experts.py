@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ..models.experts import DbrxExperts, Experts, InterfaceExperts, Llama4Experts
+from ..models.expert_layouts import DbrxExperts, InterfaceExperts, Llama4Experts
+from ..models.experts import Experts
 from .expert_formats import ExpertsFormat, experts_format_of
 from .lazy_weight import LazyWeight
 from .packed_weight import PackedWeight

@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 
 from sparsekern.models.expert_checks import unknown_experts, verified
-from sparsekern.models.experts import DOWN, GATE, UP, find_experts, watched
+from sparsekern.models.expert_layouts import find_experts
+from sparsekern.models.experts import DOWN, GATE, UP, watched
 from tests.models.families import COMMON, LLAMA_LIKE, tiny_ids
 
 TOP2 = dict(num_experts_per_tok=2)

@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import sparsekern
 from sparsekern.cli.main import main
-from sparsekern.models.load import load_tokenizer
-from tests import encoders, tiny
+from tests import tiny
+from tests.runtime.source_folders import PREDICTION, with_tensors
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 DEEPSEEK = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1)
@@ -38,13 +37,6 @@ def contents(folder) -> dict[str, tuple[str, list[int], bytes]]:
     return found
 
 
-def with_tensors(folder, tensors):
-    """Add tensors to the single weight file of a folder."""
-    path = folder / "model.safetensors"
-    save_file(load_file(path) | tensors, path, {"format": "pt"})
-    return folder
-
-
 def replace(path, data):
     """Put another file in the place of one that a model may have mapped, whose pages must stay."""
     path.unlink()
@@ -63,22 +55,6 @@ def assert_carried(source, saved, names):
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == after.keys()
     assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in after.values())
-
-
-PREDICTION = {
-    "model.mtp.proj.weight": torch.randn(8, 8).bfloat16(),
-    "mtp.layers.0.mlp.experts.0.up_proj.weight": torch.randn(4, 8),
-    "visual.scale": torch.tensor(3.5, dtype=torch.float64),
-    "visual.codes": torch.arange(7, dtype=torch.uint8),
-    "visual.fp8": torch.randn(5, 3).to(torch.float8_e4m3fn),
-    "visual.none": torch.zeros(0, 4),
-}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A tiny Llama with a tokenizer and tensors that a Llama does not have."""
-    return with_tensors(tiny.save_folder(tmp_path_factory.mktemp("carry") / "source"), PREDICTION)
 
 
 @pytest.mark.parametrize("format", ["dense", "packed", "bitmask", "2:4"])
@@ -236,143 +212,6 @@ def test_memory_does_not_grow_with_what_is_carried(tmp_path):
 
 
 # Other files
-
-
-MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
-]
-KEPT = {
-    "modules.json": json.dumps(MODULES),
-    "sentence_bert_config.json": "{}",
-    "1_Pooling/config.json": "{}",
-    "2_Dense/config.json": "{}",
-    "2_Dense/model.safetensors": "weights of a module behind the model",
-    "preprocessor_config.json": "{}",
-    "processor_config.json": "{}",
-    "chat_template.jinja": "{{ messages }}",
-    "additional_chat_templates/tool.jinja": "{{ tools }}",
-    "vocab.txt": "a",
-    "generation_config.json": "{}",
-    "LICENSE": "free",
-    "spk_dict.pt": "voices",
-    "a name with spaces.txt": "é",
-}
-LEFT = {
-    "README.md": "the old card",
-    "report.json": "old",
-    "report.html": "old",
-    "pytorch_model.bin": "weights",
-    "model-00001-of-00002.safetensors": "weights",
-    "pytorch_model.bin.index.json": "{}",
-    "onnx/model.onnx": "weights",
-    "optimizer.pt": "state",
-    "own.py": "code",
-    ".git/config": "hidden",
-    ".gitattributes": "hidden",
-    ".cache/huggingface/x.json": "hidden",
-    "__pycache__/own.pyc": "cache",
-    "checkpoint/state.json": "an unfinished run",
-    "checkpoint/block-00000.safetensors": "weights",
-    "pruned/config.json": "{}",
-    "pruned/model.safetensors": "another model",
-}
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = encoders.save_folder(tmp_path_factory.mktemp("carry") / "encoder")
-    for name, text in (KEPT | LEFT).items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return folder
-
-
-def files_in(folder) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-OWN = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
-
-
-def test_files_that_are_no_weights_are_saved_along(encoder, tmp_path):
-    path = sparsekern.save(sparsekern.load(encoder, device="cpu"), tmp_path / "out")
-    assert files_in(path) == KEPT.keys() | OWN
-    assert all((path / name).read_text(encoding="utf-8") == text for name, text in KEPT.items())
-    assert all((path / name).read_bytes() == (encoder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json"))
-    assert "the old card" not in (path / "README.md").read_text()
-
-
-def test_a_tokenizer_that_is_given_replaces_that_of_the_source(encoder, tmp_path):
-    """A part of another one is not mixed with it; what the source's own writes no more is kept."""
-    model = sparsekern.load(encoder, device="cpu")
-    path = sparsekern.save(model, tmp_path / "own", tokenizer=load_tokenizer(encoder))
-    assert files_in(path) == KEPT.keys() | OWN
-    other = tiny.tokenizer()
-    other.add_tokens(["another"])
-    path = sparsekern.save(model, tmp_path / "other", tokenizer=other)
-    assert files_in(path) == KEPT.keys() - {"vocab.txt"} | OWN
-    assert (path / "tokenizer.json").read_bytes() != (encoder / "tokenizer.json").read_bytes()
-
-
-@pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
-def test_links_that_lead_out_of_the_folder_are_not_followed(encoder, tmp_path):
-    folder = shutil.copytree(encoder, tmp_path / "a", symlinks=True)
-    (tmp_path / "secret.json").write_text("key")
-    (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets" / "more.json").write_text("key")
-    (folder / "within.json").symlink_to(folder / "vocab.txt")
-    (folder / "leak.json").symlink_to(tmp_path / "secret.json")
-    (folder / "leaks").symlink_to(tmp_path / "secrets")
-    (folder / "broken.json").symlink_to(tmp_path / "nothing")
-    with pytest.warns(
-        sparsekern.SparsekernWarning, match="leak.json, leaks: weights that .*, links out of its folder or .*; they are not"
-    ):
-        model = sparsekern.load(folder, device="cpu")
-    path = sparsekern.save(model, tmp_path / "out")
-    assert files_in(path) == KEPT.keys() | OWN | {"within.json"}
-    assert (path / "within.json").read_text() == "a" and not (path / "within.json").is_symlink()
-
-
-@pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
-def test_the_links_of_the_hubs_cache_are_followed(encoder, tmp_path):
-    cache = tmp_path / "models--x--y"
-    blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc"
-    shutil.copytree(encoder, blobs)
-    for name in files_in(blobs):
-        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-        (snapshot / name).symlink_to(blobs / name)
-    path = sparsekern.save(sparsekern.load(snapshot, device="cpu"), tmp_path / "out")
-    assert files_in(path) == KEPT.keys() | OWN
-
-
-def test_weights_that_nobody_reads_are_named(encoder, tmp_path):
-    folder = shutil.copytree(encoder, tmp_path / "a")
-    (folder / "mtp.safetensors").write_text("x")
-    with pytest.warns(sparsekern.SparsekernWarning, match="mtp.safetensors: weights that the model does not read"):
-        sparsekern.load(folder, device="cpu")
-
-
-def test_a_hub_id_takes_the_files_of_its_repository(encoder, tmp_path, monkeypatch):
-    """All but its weights are fetched, and those of the modules behind the model."""
-    import huggingface_hub
-
-    asked = []
-
-    def snapshot_download(name, **patterns):
-        asked.append(patterns)
-        return str(encoder)
-
-    local = tf.BertForSequenceClassification.from_pretrained
-    kind = type("Hub", (), {"from_pretrained": staticmethod(lambda name, **options: local(encoder, **options))})
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", lambda name, **options: tf.BertConfig.from_pretrained(encoder))
-    monkeypatch.setattr(tf.BertForSequenceClassification, "from_pretrained", kind.from_pretrained)
-    model = sparsekern.load("some/model", device="cpu")
-    assert "*.safetensors" in asked[0]["ignore_patterns"] and asked[1] == {"allow_patterns": ["1_Pooling/*", "2_Dense/*"]}
-    assert files_in(sparsekern.save(model, tmp_path / "out")) == KEPT.keys() | OWN
 
 
 # What makes a save fail is found before the work

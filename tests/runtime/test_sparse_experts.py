@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsekern
-from sparsekern.models.experts import find_experts
+from sparsekern.models.expert_layouts import find_experts
 from sparsekern.runtime.sparse_experts import PackedExperts, SparseExperts
 from tests.models.test_experts import MIXTURES, tiny_ids, tiny_mixture
 
