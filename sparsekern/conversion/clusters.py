@@ -11,7 +11,7 @@ ITERATIONS = 10  # the assignment changes little afterwards
 def balanced_clusters(features: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tensor:
     """Divide points into clusters of equal size by the cosine of their features.
 
-    The clusters begin at random points. Each iteration fills them anew, see `filled`, and moves each centre to the mean of its points.
+    The clusters begin at random points. Each iteration fills them again, see `filled`, and moves each centre to the mean of its points.
 
     Args:
         features: `[points, features]` float; a row of zeros belongs nowhere, and fills what is left.

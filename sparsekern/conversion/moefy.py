@@ -15,6 +15,7 @@ from ..data import CalibrationText, as_calibration, is_source
 from ..models import find_blocks
 from ..models.limits import check_count, positions, vocabulary
 from ..models.linears import Linear, find_linears
+from ..models.streaming import refuse_streamed
 from ..pruning.batches import Batch, Calibration, as_batches
 from ..pruning.blockwise.activations import Activations
 from ..pruning.blockwise.observation import course_of
@@ -91,6 +92,7 @@ def moefy(
     clusters come from a graph partition, and the router is a network with a hidden layer.
     """
     check_module(model)
+    refuse_streamed(model, "of which no mixture can be made")
     check_seed(seed)
     check_isa()
     _check_counts(experts, top_k, shared)

@@ -34,6 +34,12 @@ def stream_of(model: nn.Module) -> Stream | None:
     return _streams.get(model)
 
 
+def refuse_streamed(model: nn.Module, why: str) -> None:
+    """Raise `ValueError` if `model` is streamed. The message ends with `why`."""
+    if stream_of(model) is not None:
+        raise ValueError(f"model: expected one in memory, got a streamed one, {why}; load it without stream=True (--stream)")
+
+
 @contextmanager
 def in_memory(model: nn.Module, index: int) -> Iterator[None]:
     """Keep block `index` of a streamed model in memory within, and read the next block ahead. Other models are left alone."""
@@ -186,6 +192,7 @@ class Stream:
             OSError: the file cannot be read.
         """
         held = tensors_in([path])
+        self._ahead.clear()  # what was read from the file before
         self._stamps[path] = _stamp(path)
         for name in names:
             if name not in held:

@@ -223,15 +223,17 @@ class StreamedCheckpoint(Checkpoint):
         self._model, self._stream = model, stream
         for index, names in enumerate(stream.names):
             if self.holds(index):
-                self._layers(index, LayerReport.from_dict)
+                self._layers(index)
                 self._take(index, names)
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write block `index`, which is in memory, with the weights of `result`, or linears outside the blocks."""
-        linears = {linear.name: linear for linear in find_linears(self._model)}
+        inside = index < len(self._stream.blocks)
+        name = self._stream.blocks[index] if inside else ""
+        linears = {linear.name: linear for linear in find_linears(self._model.get_submodule(name), name)}
         for name, weight in result.weights.items():
             linears[name].weight.copy_(weight)
-        if index < len(self._stream.blocks):
+        if inside:
             tensors = self._stream.as_stored(self._model, index)
         else:
             state = {f"{name}.weight": linears[name].parameter.detach() for name in result.weights}
@@ -243,7 +245,7 @@ class StreamedCheckpoint(Checkpoint):
         """Return the result of block `index`, which is in memory, or None where it is not finished. See `Checkpoint.load`."""
         if not self.holds(index):
             return None
-        layers = self._layers(index, LayerReport.from_dict)
+        layers = self._layers(index)
         if index >= len(self._stream.blocks):
             tensors, _ = self.store.get(self._name(index))
             self._stream.put(self._model, tensors)
@@ -255,13 +257,13 @@ class StreamedCheckpoint(Checkpoint):
             raise ValueError(f"{error}; {REMEDY}") from error
         return BlockResult(weights, layers)
 
-    def _layers(self, index: int, make_report: Callable[[dict], ReportLike]) -> list[ReportLike]:
+    def _layers(self, index: int) -> list[LayerReport]:
         """Return the reports of block `index`. Its tensors are not read."""
         name = self._name(index)
         _, note = self.store.get(name, prefix=NO_TENSOR)
         self._check_note(name, note)
         try:
-            return [make_report(layer) for layer in note["layers"]]
+            return [LayerReport.from_dict(layer) for layer in note["layers"]]
         except (KeyError, TypeError, ValueError) as error:
             raise self.damaged(name, error) from error
 

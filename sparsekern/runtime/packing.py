@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..models.globs import Globs
-from ..models.streaming import every_parameter, stream_of
+from ..models.streaming import every_parameter, refuse_streamed, stream_of
 from .expert_formats import layout_of
 from .formats import format_of
 from .packable import Packable, check_no_hooks, check_not_offloaded, chosen_packables, find_packables
@@ -61,6 +61,7 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
 
 def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs = None, *, keep_hooks: bool) -> nn.Module:
     check_module(model)
+    refuse_streamed(model, "whose weights are in its folder")
     check_packed_format(format)
     transformers_side = _transformers_side(model)
     if transformers_side:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..models import Linear, find_linears
 from ..models.globs import Globs, as_globs, check_matches, matches
+from ..models.streaming import refuse_streamed
 
 
 def keep_sparsity(model: nn.Module, *, include: Globs = None, exclude: Globs = None) -> SparsityKeeper:
@@ -61,6 +62,7 @@ def keep_sparsity(model: nn.Module, *, include: Globs = None, exclude: Globs = N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module with pruned linears, got {type(model).__name__}")
+    refuse_streamed(model, "whose weights are not kept")
     linears = find_linears(model)
     include, exclude = as_globs("include", include), as_globs("exclude", exclude)
     for argument, globs in (("include", include), ("exclude", exclude)):

@@ -132,3 +132,18 @@ def test_a_packed_folder_is_not_streamed(tmp_path):
     sparsekern.save(model, tmp_path / "packed", format="packed")
     with pytest.raises(ValueError, match="expected a dense checkpoint to stream"):
         sparsekern.load(tmp_path / "packed", device="cpu", stream=True)
+
+
+def test_what_was_read_ahead_is_dropped_when_a_block_moves_to_another_file(tmp_path):
+    folder = folder_of("llama", tmp_path / "model")
+    model = sparsekern.load(folder, device="cpu", stream=True)
+    stream = stream_of(model)
+    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if ".layers.1." in name}
+    stream.read_ahead(1)
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, tmp_path / "other.safetensors", {"format": "pt"}
+    )
+    stream.take(tmp_path / "other.safetensors", tensors)
+    with in_memory(model, 1):
+        assert not any(parameter.any() for parameter in model.model.layers[1].parameters())
+    stream.close()

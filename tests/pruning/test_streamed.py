@@ -1,9 +1,14 @@
 """Runs of streamed models: the same files and bits as those of a model in memory, however often they are killed."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 
 import sparsekern
@@ -127,3 +132,40 @@ def test_the_model_reads_from_its_output_afterwards(tmp_path):
     folder = folder_of("llama", tmp_path / "model")
     model, _ = pruned(folder, tmp_path / "out", stream=True)
     assert {stored.path.parent for stored in stream_of(model).stored.values()} == {tmp_path / "out"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: sparsekern.prune_continually(model, {"a": tiny_ids()}, "wanda", "2:4", progress=False),
+        lambda model: sparsekern.moefy(model, experts=4, top_k=2, calibration=tiny_ids()),
+        sparsekern.keep_sparsity,
+        sparsekern.pack,
+    ],
+    ids=["prune_continually", "moefy", "keep_sparsity", "pack"],
+)
+def test_what_needs_the_weights_in_memory_says_so(call, tmp_path):
+    model = sparsekern.load(folder_of("llama", tmp_path / "model"), device="cpu", stream=True)
+    with pytest.raises(ValueError, match="model: expected one in memory, got a streamed one, .* load it without stream=True"):
+        call(model)
+
+
+def test_the_peak_of_memory_follows_the_blocks_and_not_the_model(tmp_path):
+    """A model of 24 blocks of 8 MB in a process of its own, which counts what it ever had in memory."""
+    config = tf.LlamaConfig(vocab_size=96, hidden_size=512, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=8)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    program = """
+import resource, sys, torch, sparsekern
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model, ids = sparsekern.load("model", device="cpu", stream=True), torch.arange(32).view(2, 16)
+sparsekern.perplexity(model, ids, length=16)
+before = peak()
+sparsekern.prune(model, "wanda", "2:4", ids, out="out", progress=False)
+print(peak() - before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(sparsekern.__file__).parents[1])}
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    weights = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert weights > 240e6 and int(told.stdout) < weights / 3

@@ -14,6 +14,7 @@ from ...data import as_calibration, is_source
 from ...data.perplexity import as_evaluation, evaluation_windows
 from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
 from ...models.limits import window_length
+from ...models.streaming import refuse_streamed
 from ...reports.continual import ContinualReport
 from ...runtime import check_format, weight_bytes
 from ...runtime.output import checked_path
@@ -122,6 +123,7 @@ def prune_continually(
     Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024. `COPAL` lists which parts are theirs.
     """
     check_module(model)
+    refuse_streamed(model, "which several datasets cannot be run through yet")
     method = check_adds_up(resolve_method(method), strategy)
     check_seed(seed)
     check_isa()

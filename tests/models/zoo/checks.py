@@ -134,7 +134,7 @@ def check_matrix(name: str, before: torch.Tensor, after: torch.Tensor, scores: t
 
 
 def check_folders(dense: Path, pruned: Path, zeros: int) -> None:
-    """Raise unless every tensor of the source is in the result, unchanged but for the zeros that were reported."""
+    """Raise unless every tensor of the source is in the result, unchanged except for the zeros that were reported."""
     before, after = tensors(dense), tensors(pruned)
     shapes = [{name: (value.dtype, value.shape) for name, value in values.items()} for values in (before, after)]
     assert shapes[0] == shapes[1]
