@@ -15,7 +15,7 @@ from sparsekern.pruning.checkpoint import Checkpoint
 from tests.models.families import LLAMA_LIKE, tiny_ids
 from tests.models.test_experts import tiny_mixture
 from tests.pruning.expert_oracle import fused_modules, magnitude, matrix, oracle, sparsegpt, wanda
-from tests.pruning.test_bad_input import Toy
+from tests.pruning.test_blocks_that_cannot_be_followed import Toy
 from tests.pruning.test_families import padded_batch
 
 QUIET = {"progress": False}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparsekern
+from sparsekern.pruning.blockwise.trace import uncompiled
 from sparsekern.pruning.checkpoint import Checkpoint
 from tests import encoders
 from tests.tiny import llama
@@ -295,3 +296,18 @@ def test_runs_that_overlap_put_back_what_the_first_found():
     assert setting["a"] == 2
     second.__exit__(None, None, None)
     assert setting["a"] == 1
+
+
+def test_runs_that_overlap_leave_compilation_as_it_was():
+    model, graphs = llama(), []
+    first, second = uncompiled(model), uncompiled(model)
+    doubled = torch.compile(lambda x: 2 * x, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    with second:
+        first.__enter__()
+        doubled(torch.ones(2))
+        assert not graphs
+    doubled(torch.ones(2))
+    assert not graphs  # the first run is still under way
+    first.__exit__(None, None, None)
+    doubled(torch.ones(2))
+    assert len(graphs) == 1

@@ -21,6 +21,7 @@ from ...models.expert_checks import verified
 from ...models.experts import watched
 from ...models.unsupported import CannotFollow
 from ..batches import DECODED, FITTING, TOKENS, Batch, fitted, unclear
+from ..process import PutBack
 from ..values import Changes, replaced, tensors_in
 from .experts import experts_in, parted
 from .lineage import ARGUMENT, Element, Lineage, Origin
@@ -195,7 +196,7 @@ class _Observer:
             stack.enter_context(watched(experts_in(matrices), lambda found, call: self._call(found.name, call.hidden)))
             if not to_the_end and (head := _head(model)) is not None:
                 stack.callback(head.register_forward_pre_hook(_stop).remove)
-            with _uncompiled(model), self._lineage:
+            with uncompiled(model), self._lineage:
                 stopped(lambda: forward(model, inputs))
         self._check_overwritten()
         self.trace.users, self.trace.hidden = self._lineage.users, self._lineage.hidden
@@ -299,12 +300,17 @@ def _head(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+_compilation: PutBack[None, Any] = PutBack(  # making the stance sets it, for all threads, and leaving it restores the one before
+    lambda _: torch.compiler.set_stance("force_eager"), lambda _, stance: stance.__exit__(None, None, None)
+)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     """Return a context in which functions that the model has compiled, such as flex attention, run op by op, so that they are seen."""
     compiles = "flex" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
     if not compiles and "torch._dynamo" not in sys.modules:  # whose import takes seconds
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return _compilation.kept(None)
 
 
 def _stop(module: nn.Module, args: tuple) -> None:

@@ -25,6 +25,7 @@ from ..blockwise.activations import Activations
 from ..blockwise.course import Course
 from ..blockwise.loop import BlockLoop
 from ..blockwise.observation import course_of
+from ..blockwise.trace import forward
 from ..checkpoint import Checkpoint
 from ..plan import Plan, Request, check_device
 from ..progress import Notices
@@ -257,7 +258,7 @@ def _check_routing(model: nn.Module, cut: Cut, batch: Batch, kind: str) -> None:
     with watched(
         [mixture.experts for mixture in cut.mixtures], lambda experts, call: chosen.update({experts.name: _most(experts, call)})
     ):
-        model(**_few(batch), use_cache=False)
+        forward(model, _few(batch))
     for mixture in cut.mixtures:
         top_k, in_group = chosen.get(mixture.experts.name, 1), cut.left // mixture.groups
         reachable = min(cut.left, in_group * mixture.chosen_groups)
@@ -280,7 +281,7 @@ def _most(experts: Experts, call: ExpertsCall) -> int:
 def _check_forward(model: nn.Module, batch: Batch) -> None:
     """Raise `ValueError` unless a model with fewer experts runs."""
     try:
-        model(**_few(batch), use_cache=False)
+        forward(model, _few(batch))
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"model: {type(model).__name__} does not run with fewer experts: {error}") from error
 
