@@ -21,6 +21,7 @@ from .wanda import Wanda
 
 COPIED_BYTES = 2**27  # of Gram matrices that are copied next to one another for one call
 MOST_COPIED_BYTES = 2**29  # the same, where fewer matrices would leave threads without one
+WIDEST_SHARED = 768  # features: all threads of a CPU solve wider matrices one after another, since one for each leaves the caches
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class SparseGPT(LinearMethod):
 
         Of float32 weights, the errors of `solve` differ in the last bits.
         """
+        first = weights[0] if len(weights) else None
+        if first is not None and not first.is_cuda and first.shape[1] > WIDEST_SHARED:
+            return super().solve_many(weights, statistics, pattern, about)
         found: dict[int, Solution] = {}
         staging = Staging()
         try:

@@ -117,6 +117,17 @@ def test_as_many_at_once_as_copies_fit(monkeypatch):
         assert [count for count in calls if count < 64] == expected  # 64: a Gram matrix by itself
 
 
+def test_matrices_that_leave_the_caches_are_solved_one_after_another(monkeypatch):
+    calls, factor = [], torch.ops.sparsekern.reverse_cholesky
+    monkeypatch.setattr(reverse_cholesky, "_op", lambda gram, damping: calls.append(gram.dim()) or factor(gram, damping))
+    for widest, expected in ((64, [3]), (63, [2, 2, 2])):
+        monkeypatch.setattr(sparsegpt, "WIDEST_SHARED", widest)
+        calls.clear()
+        layers = experts(3)
+        SparseGPT().solve_many([layer.weight for layer in layers], [layer.statistics() for layer in layers], NM(2, 4))
+        assert calls == expected
+
+
 @contextmanager
 def named(index: int) -> Iterator[None]:
     try:
