@@ -210,9 +210,8 @@ def test_a_damaged_block_of_an_unfinished_step_is_done_again(tmp_path, monkeypat
     block, other = tmp_path / "step-0002-00001.safetensors", tmp_path / "step-0001-00001.safetensors"
     for content in (block.read_bytes()[:100], other.read_bytes()):
         block.write_bytes(content)
-        for names, more in (("ab", {"resume": True}), ("c", {"abandon": True})):
-            with pytest.raises(ValueError, match="step-0002-00001.* remove it to do its part of the step again"):
-                run(COPAL(), names, state=tmp_path, **more)
+        with pytest.raises(ValueError, match="step-0002-00001.* remove it to do its part of the step again"):
+            run(COPAL(), "ab", state=tmp_path, resume=True)
     block.unlink()
     model, _ = run(COPAL(), "ab", state=tmp_path, resume=True)
     assert same(model, weights(whole))
@@ -237,6 +236,46 @@ def test_a_block_that_is_refused_comes_with_what_to_do(tmp_path, monkeypatch, ch
     save_file({name: change(value) if name.startswith("weight/") else value for name, value in tensors.items()}, block, note)
     with pytest.raises(ValueError, match="state: .*step-0001-00000.* remove it to do its part of the step again$"):
         run(COPAL(), "a", state=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", "cut", "of another step"])
+def test_a_step_with_a_damaged_block_can_be_abandoned(tmp_path, monkeypatch, content):
+    whole, _ = run(COPAL(), "ac")
+    run(COPAL(), "a", state=tmp_path)
+
+    def killing(self, index, result, save=StepFiles.save):
+        save(self, index, result)
+        if index == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StepFiles, "save", killing)
+        run(COPAL(), "b", state=tmp_path)
+    block, other = tmp_path / "step-0002-00001.safetensors", tmp_path / "step-0001-00001.safetensors"
+    damaged = {"cut": block.read_bytes()[:-1], "of another step": other.read_bytes()}
+    block.write_bytes(damaged.get(content, content))
+    foreign = llama()
+    with torch.no_grad():
+        foreign.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="is of another model: model.layers.1.mlp.up_proj"):
+        prune_continually(foreign, {"c": IDS["c"]}, COPAL(), 0.5, state=tmp_path, abandon=True, **QUIET)
+    assert block.exists()
+    model, report = run(COPAL(), "c", state=tmp_path, abandon=True)
+    assert same(model, weights(whole)) and report.names == ["a", "c"]
+
+
+def test_a_damaged_block_of_a_finished_step_cannot_be_abandoned(tmp_path, monkeypatch):
+    run(COPAL(), "a", state=tmp_path)
+
+    def killing(self, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StepFiles, "save", killing)
+        run(COPAL(), "b", state=tmp_path)
+    (tmp_path / "step-0001-00001.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="step-0001-00001.* is damaged .*; the state cannot be continued"):
+        run(COPAL(), "c", state=tmp_path, abandon=True)
 
 
 def test_what_is_refused_leaves_no_state(tmp_path):

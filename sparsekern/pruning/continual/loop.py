@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,8 +94,12 @@ class ContinualLoop:
                 self._take_in(name, batches)
             self._write_weights(self.state.step(len(self.state.steps)))
 
-    def check(self, settings: dict) -> None:
+    def check(self, settings: dict, *, abandon: bool = False) -> None:
         """Raise unless a state that is not new has this model and these settings. Nothing is written.
+
+        Args:
+            settings: settings of this call.
+            abandon: the unfinished step will be dropped, so its blocks may be damaged.
 
         Raises:
             ValueError: another model or other settings.
@@ -104,7 +109,7 @@ class ContinualLoop:
         if different := differences(self.state.settings, settings):
             said = ", ".join(f"{name} ({_difference(self.state.settings.get(name), settings.get(name))})" for name in different)
             raise ValueError(f"state: {self.state.folder} was made with another {said}")
-        self._check_weights()
+        self._check_weights(abandon)
 
     def begin(self, settings: dict) -> None:
         """Store the dense weights and the settings in a new state."""
@@ -114,12 +119,16 @@ class ContinualLoop:
             self.state.settings = settings
             self.state.write()
 
-    def _check_weights(self) -> None:
+    def _check_weights(self, abandon: bool) -> None:
         """Raise unless the model is dense, or has the weights of some step."""
-        steps = [self.state.step(number) for number in range(1, len(self.state.seen) + 1)]
+        steps = [self.state.step(number) for number in range(1, len(self.state.steps) + 1)]
+        unfinished = self.state.step(len(self.state.seen)) if self.state.under_way else None
         for index, linears in self.parts:
             known: list[Mapping[str, torch.Tensor]] = [self.state.dense_weights(index, linears)]
             known += [step.weights(index, linears) for step in steps if step.holds(index)]
+            if unfinished is not None and unfinished.holds(index):
+                with suppress(ValueError) if abandon else nullcontext():
+                    known.append(unfinished.weights(index, linears))
             for linear in linears:
                 if not any(torch.equal(linear.weight.cpu(), weights[linear.name]) for weights in known):
                     raise ValueError(

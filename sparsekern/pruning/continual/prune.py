@@ -167,7 +167,7 @@ def prune_continually(
             )
             dense_bytes = weight_bytes(model)
             settings = {**_settings(model, plan, method), "strategy": strategy, "seed": seed}
-            loop.check(settings)
+            loop.check(settings, abandon=abandon)
             abandoned = known.abandon() if abandon else None
             loop.check_evaluation()
             todo = _todo(known, datasets, resume)
