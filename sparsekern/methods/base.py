@@ -108,6 +108,16 @@ class LinearMethod(Method):
         """
         return dict(patterns)
 
+    def solves_rows_alone(self, pattern: Pattern) -> bool:
+        """Return whether each row of a solution follows from the statistics and that row of the weight alone.
+
+        Then parts of the rows may be solved in calls of their own, by several processes. False is safe.
+
+        Args:
+            pattern: the pattern to prune to.
+        """
+        return False
+
     @abstractmethod
     def solve(self, weight: torch.Tensor, statistics: Any, pattern: Pattern) -> Solution:
         """Return `weight` pruned to `pattern`, without changing anything in place.

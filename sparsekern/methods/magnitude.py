@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..models import Linear
-from ..pattern import Pattern, Unstructured
+from ..pattern import NM, Pattern, Unstructured
 from ._fields import choice
 from .base import LinearMethod, PlannedBlock, Solution
 from .selection import global_kept_counts, keep_mask
@@ -55,6 +55,9 @@ class Magnitude(LinearMethod):
         for pattern, linears in by_pattern.items():
             arranged |= _shares(linears, pattern)
         return arranged
+
+    def solves_rows_alone(self, pattern: Pattern) -> bool:
+        return isinstance(pattern, NM) or self.scope == "row"
 
     def solve(self, weight: torch.Tensor, statistics: object, pattern: Pattern) -> Solution:
         return Solution(weight.masked_fill(~self.mask_of(weight, pattern), 0))

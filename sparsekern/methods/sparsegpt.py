@@ -57,6 +57,11 @@ class SparseGPT(LinearMethod):
         True, help="leave zeros of the weight zero, as the first that are pruned; False compensates in them too"
     )
 
+    def solves_rows_alone(self, pattern: Pattern) -> bool:
+        if isinstance(pattern, NM) or self.mask == "wanda":
+            return True
+        return self.mask is None and self.scope == "row"
+
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         factor = statistics.factor(self.damping)
         new_weight, damped_error = self._sweep(weight, factor, pattern, self._fixed_mask(weight, statistics, pattern))

@@ -110,6 +110,9 @@ class SparseLLM(BlockMethod):
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         return self.local.allocate(blocks, patterns)
 
+    def solves_rows_alone(self, pattern: Pattern) -> bool:
+        return self.local.solves_rows_alone(pattern)
+
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         needs = self.local.needs
         own = needs(weight, statistics) if needs is not None and issubclass(needs, Importance) else statistics

@@ -30,6 +30,9 @@ class Wanda(LinearMethod):
     name: ClassVar[str] = "wanda"
     needs: ClassVar = FeatureNorm
 
+    def solves_rows_alone(self, pattern: Pattern) -> bool:
+        return True
+
     def solve(self, weight: torch.Tensor, statistics: HasNorms, pattern: Pattern) -> Solution:
         return Solution(weight.masked_fill(~self.mask_of(weight, statistics, pattern), 0))
 
