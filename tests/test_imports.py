@@ -19,6 +19,7 @@ LAYERS = [
     {"reports"},
     {"runtime", "training", "data", "methods", "_info"},
     {"models"},
+    {"ranks"},
     {"ops"},
     {"backends"},
     {"triton_kernels", "_C", "_C_cuda"},

@@ -1,0 +1,240 @@
+"""The processes of one run, as `torchrun` or the caller started them.
+
+Every exchange begins with a short message of each rank to rank 0 and back, which says what the rank is about to do, or that it failed.
+So a failure on one rank, wherever it happens, is the same exception on all ranks at their next exchange. Ranks wait for one another
+only there: data are sent once all are known to be ready, so that no timeout of a collective depends on how long a rank works or writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from .failures import as_text, lost, shared
+
+PATIENCE = timedelta(hours=24)  # for a rank that works; one that ended is noticed at once
+_worlds: list[tuple[object, World]] = []  # of the default process group that was used last
+
+
+class World:
+    """The processes that prune together. A single process is a world of size 1, in which everything here does nothing.
+
+    Attributes:
+        rank: the number of this process.
+        size: the number of processes.
+        sent: bytes of tensors that this process has sent.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        """Make a world.
+
+        Args:
+            rank: the number of this process.
+            size: the number of processes.
+            group: a gloo group of all of them; None for a single process.
+        """
+        self.rank, self.size, self._group = rank, size, group
+        self.sent = 0
+        self._failed = False
+
+    @classmethod
+    def current(cls) -> World:
+        """Return the world of the default process group of `torch.distributed`, or that of a single process where there is none.
+
+        The first call for a group is a collective of all its ranks.
+        """
+        from torch import distributed
+
+        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return cls()
+        default = distributed.group.WORLD
+        if not _worlds or _worlds[0][0] is not default:
+            group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            _worlds[:] = [(default, cls(distributed.get_rank(), distributed.get_world_size(), group))]
+        return _worlds[0][1]
+
+    @property
+    def leads(self) -> bool:
+        """True on rank 0, which alone writes files."""
+        return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Turn an exception of any rank within into the same exception on all ranks, which names the rank.
+
+        The other ranks raise it at their next exchange, at the latest at the end of the block.
+        """
+        if self.size == 1:
+            yield
+            return
+        self._failed = False
+        try:
+            yield
+            self.agree("end")
+        except Exception as error:
+            if self._failed:
+                raise
+            self._exchange("", None, as_text(error), error)
+
+    def agree(self, at: str) -> None:
+        """Wait until all ranks are here, and raise the same exception on all of them if one has failed instead.
+
+        Args:
+            at: names the place; the same on all ranks.
+        """
+        self.gather(at, None)
+
+    def gather(self, at: str, value: Any) -> list[Any]:
+        """Return the values of all ranks by rank, which JSON can hold.
+
+        Args:
+            at: names the place; the same on all ranks.
+            value: the value of this rank.
+        """
+        return [value] if self.size == 1 else self._exchange(at, value, None, None)
+
+    def from_first(self, at: str, value: Any = None) -> Any:
+        """Return the value of rank 0 on all ranks. JSON can hold it."""
+        return self.gather(at, value if self.leads else None)[0]
+
+    def check_alike(self, values: Mapping[str, Any]) -> None:
+        """Raise `ValueError` on all ranks if a value differs between them. The message names it and the ranks."""
+        found = self.gather("arguments", dict(values))
+        for name in sorted({name for own in found for name in own}):
+            others = [rank for rank, own in enumerate(found) if own.get(name) != found[0].get(name)]
+            if others:
+                raise ValueError(
+                    f"{name}: expected the same on all ranks, got another on rank {others[0]} than on rank 0"
+                    f"{_shown(found[others[0]].get(name), found[0].get(name))}"
+                )
+
+    def swap(self, tensor: torch.Tensor, rank: int, into: torch.Tensor) -> None:
+        """Send a tensor to another rank, and receive one from it. Both ranks call this.
+
+        Args:
+            tensor: contiguous.
+            rank: the other rank.
+            into: takes what comes.
+        """
+        from torch import distributed
+
+        self.sent += tensor.nbytes
+        group, send, receive = self._channel(tensor), self._staged(tensor), self._staged(into)
+        operations = []
+        if tensor.numel():
+            operations.append(distributed.P2POp(distributed.isend, send, rank, group))
+        if into.numel():
+            operations.append(distributed.P2POp(distributed.irecv, receive, rank, group))
+        try:
+            for work in distributed.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+        except RuntimeError as error:
+            raise self._lost(rank, error) from error
+        if receive is not into:
+            into.copy_(receive)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Replace a contiguous tensor by that of the rank `source`. The caller has made sure that all ranks are there."""
+        from torch import distributed
+
+        if self.size == 1:
+            return
+        if self.rank == source:
+            self.sent += tensor.nbytes
+        staged = self._staged(tensor)
+        try:
+            distributed.broadcast(staged, source, self._channel(tensor))
+        except RuntimeError as error:
+            raise self._lost(source, error) from error
+        if staged is not tensor:
+            tensor.copy_(staged)
+
+    def _channel(self, tensor: torch.Tensor) -> Any:
+        return None if _has_nccl(tensor) else self._group
+
+    def _staged(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that its group can send: itself, or a copy in host memory."""
+        return tensor if tensor.device.type == "cpu" or _has_nccl(tensor) else tensor.cpu()
+
+    def _lost(self, rank: int, error: BaseException) -> OSError:
+        self._failed = True
+        return lost(rank, error)
+
+    def _exchange(self, at: str, value: Any, failure: dict[str, Any] | None, cause: BaseException | None) -> list[Any]:
+        """Return the values of all ranks, or raise the exception of those that failed."""
+        own = json.dumps({"at": at, "value": value, "failure": failure}).encode()
+        answer = json.loads(self._collect(own) if self.leads else self._report(own))
+        if answer["lost"] is not None:
+            self._failed = True
+            raise ConnectionError(*answer["lost"])
+        found = [json.loads(text) for text in answer["found"]]
+        failures = [one["failure"] for one in found]
+        if any(failures):
+            self._failed = True
+            error = shared(failures)
+            if failures[self.rank] is not None and all(other == failures[self.rank] for other in failures) and cause is not None:
+                raise cause
+            raise error from cause
+        if {one["at"] for one in found} != {at}:
+            self._failed = True
+            places = ", ".join(f"rank {rank} at {one['at']!r}" for rank, one in enumerate(found))
+            raise RuntimeError(f"ranks: expected all at one place, got {places}")
+        return [one["value"] for one in found]
+
+    def _collect(self, own: bytes) -> bytes:
+        """Receive the messages of all ranks, and answer each with all of them."""
+        found, gone = [own], None
+        for rank in range(1, self.size):
+            try:
+                found.append(self._receive(rank))
+            except RuntimeError as error:
+                gone = gone or (rank, error)
+        missing = None if gone is None else list(lost(*gone).args)
+        answer = json.dumps({"found": [text.decode() for text in found], "lost": missing}).encode()
+        for rank in range(1, self.size):
+            try:
+                self._send(answer, rank)
+            except RuntimeError as error:
+                if gone is None:
+                    raise self._lost(rank, error) from error
+        return answer
+
+    def _report(self, own: bytes) -> bytes:
+        try:
+            self._send(own, 0)
+            return self._receive(0)
+        except RuntimeError as error:
+            raise self._lost(0, error) from error
+
+    def _send(self, message: bytes, rank: int) -> None:
+        from torch import distributed
+
+        distributed.send(torch.tensor([len(message)]), rank, self._group)
+        distributed.send(torch.frombuffer(bytearray(message), dtype=torch.uint8), rank, self._group)
+
+    def _receive(self, rank: int) -> bytes:
+        from torch import distributed
+
+        length = torch.zeros(1, dtype=torch.int64)
+        distributed.recv(length, rank, self._group)
+        message = torch.empty(int(length), dtype=torch.uint8)
+        distributed.recv(message, rank, self._group)
+        return message.numpy().tobytes()
+
+
+def _has_nccl(tensor: torch.Tensor) -> bool:
+    """Return whether the default group sends tensors of this device itself."""
+    from torch import distributed
+
+    return tensor.is_cuda and "nccl" in str(distributed.get_backend_config())
+
+
+def _shown(value: Any, first: Any) -> str:
+    """Return two values for a message if they are short."""
+    texts = str(value), str(first)
+    return f" ({texts[0]} and {texts[1]})" if max(map(len, texts)) <= 80 else ""

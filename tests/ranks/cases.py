@@ -1,0 +1,57 @@
+"""What the ranks of a pool run."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsekern.ranks import TreeSum, World
+from sparsekern.ranks.sums import add_over_ranks
+
+
+def leaf_of(number: int, shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number)) * 10.0 ** (number % 5)
+
+
+def summed(rank: int, shape, leaves: int, lower: bool):
+    """The sum over this world, and the bytes sent for it."""
+    world = World.current()
+    own = leaves // world.size
+    tree = TreeSum(torch.add)
+    for leaf in range(world.rank * own, (world.rank + 1) * own):
+        tree.put(leaf_of(leaf, shape))
+    found, before = tree.result(), world.sent
+    with world.together():
+        add_over_ranks(world, found, lower=lower)
+    return (found.tril() if lower else found), world.sent - before
+
+
+def gathered(rank: int):
+    world = World.current()
+    with world.together():
+        values = world.gather("here", {"rank": rank})
+        first = world.from_first("first", "zero" if rank == 0 else "other")
+        tensor = torch.full((3,), float(rank))
+        world.broadcast(tensor, 1)
+    return values, first, tensor.tolist()
+
+
+def failing(rank: int, where: dict):
+    """Ranks fail before the exchange as `where` says: by rank, the exception."""
+    world = World.current()
+    with world.together():
+        if rank in where:
+            raise where[rank]
+        world.agree("after")
+        raise AssertionError("an exchange ended although a rank had failed")
+
+
+def out_of_step(rank: int):
+    world = World.current()
+    with world.together():
+        world.agree("here" if rank else "there")
+
+
+def unlike(rank: int, values):
+    world = World.current()
+    with world.together():
+        world.check_alike(values[rank])
