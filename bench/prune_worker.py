@@ -26,9 +26,10 @@ def main() -> None:
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = sparsekern.load(arguments.model, dtype="float32", device="cpu")
+    model = sparsekern.load(arguments.model, dtype=arguments.dtype, device="cpu")
     ids = load_file(arguments.ids)["ids"]
     loaded = peak_bytes()
     start = time.perf_counter()
