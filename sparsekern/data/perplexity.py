@@ -6,7 +6,8 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..models.evaluation import evaluation_mode
-from ..models.float32_products import float32_products
 from ..models.in_step import in_step
 from ..models.limits import check_count, check_length, check_token_ids, positions, vocabulary, window_length
+from ..ranks import World, leaf_sizes
 from .calibration import check_tokenizer, evaluation_ids, is_source
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def perplexity(
     """Return the perplexity of `model` on `ids`.
 
     It is `exp` of the mean negative log-likelihood of all tokens but the first of each window.
+
+    Where a process group of `torch.distributed` is initialised, as under `torchrun`, its processes share the windows. All of them call this
+    function with the same arguments, and get the same figure, which does not depend on their number.
 
     Args:
         model: a transformers causal language model. It runs in its own dtype; the likelihoods are computed in float32.
@@ -65,18 +69,30 @@ def perplexity(
 
     Source: the protocol of the GPTQ and SparseGPT papers (raw text joined, windows of 2048).
     """
-    _check_model(model)
-    length = window_length(model, length)
-    windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
-    with evaluation_mode(model):
-        total = 0.0
-        losses = in_step(model, [partial(_window_loss, model, window[None]) for window in windows])
-        for index, loss in enumerate(tqdm(losses, total=len(windows), desc="perplexity", disable=not progress, leave=False)):
-            if not math.isfinite(loss):
-                raise ValueError(f"perplexity: the model's output for window {index} holds NaN or Inf")
-            total += loss
-    mean = total / (len(windows) * (length - 1))
+    world = World.current()
+    with world.together():
+        _check_model(model)
+        length = window_length(model, length)
+        windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
+        with evaluation_mode(model):
+            own = _losses(model, windows, world, progress=progress)
+        losses = [loss for found in world.gather("perplexity", own) for loss in found]
+    mean = reduce(add, losses) / (len(windows) * (length - 1))  # one after another, whoever computed them
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def _losses(model: torch.nn.Module, windows: list[torch.Tensor], world: World, *, progress: bool) -> list[float]:
+    """Return the losses of the windows of this process, which follow one another."""
+    counts = leaf_sizes(len(windows), world.size)
+    begin = sum(counts[: world.rank])
+    own = windows[begin : begin + counts[world.rank]]
+    losses = in_step(model, [partial(_window_loss, model, window[None]) for window in own])
+    found: list[float] = []
+    for loss in tqdm(losses, total=len(own), desc="perplexity", disable=not (progress and world.leads), leave=False):
+        if not math.isfinite(loss):
+            raise ValueError(f"perplexity: the model's output for window {begin + len(found)} holds NaN or Inf")
+        found.append(loss)
+    return found
 
 
 def as_evaluation(ids: torch.Tensor | str | os.PathLike, tokenizer: Any, length: int) -> torch.Tensor:
@@ -130,7 +146,6 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
         yield from row[: len(row) // length * length].view(-1, length)
 
 
-@float32_products()
 @torch.no_grad()
 def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
     """Return the summed negative log-likelihood of `window` `[1, length]`.

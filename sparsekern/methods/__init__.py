@@ -10,6 +10,7 @@ from .base import (
     Method,
     RemovalMethod,
     Solution,
+    Work,
     check_method,
 )
 from .copal import COPAL
@@ -77,6 +78,7 @@ __all__ = [
     "SparseLLM",
     "Structured",
     "Wanda",
+    "Work",
     "check_choice",
     "generator",
     "resolve_method",

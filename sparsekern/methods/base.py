@@ -19,7 +19,7 @@ from ..models import Linear
 from ..models.decoder_units import Units
 from ..pattern import Pattern
 from ._fields import Settings
-from .statistics import ExpertSums, FeatureNorm, Gram, HasGram, Importance, Statistic
+from .statistics import ExpertSums, FeatureNorm, Gram, HasGram, Importance, Statistic, inputs_of
 
 
 class Solution(NamedTuple):
@@ -34,6 +34,18 @@ class Solution(NamedTuple):
 
     weight: torch.Tensor
     row_error: torch.Tensor | None = None
+
+
+class Work(NamedTuple):
+    """An amount of work, in multiply-adds.
+
+    Attributes:
+        shared: the part that is done once for all linears with the same inputs.
+        own: the part of one linear, in proportion to its rows where they are solved alone.
+    """
+
+    shared: float
+    own: float
 
 
 class Method(Settings, ABC):
@@ -117,6 +129,12 @@ class LinearMethod(Method):
             pattern: the pattern to prune to.
         """
         return False
+
+    def work(self, rows: int, features: int) -> Work:
+        """Return about how much work a linear of `[rows, features]` is. Several processes divide the linears of a block by it."""
+        if self.needs is None or inputs_of(self.needs) is not Gram:
+            return Work(0.0, float(rows * features))
+        return Work(features**3 / 6, rows * features**2 / 2)
 
     @abstractmethod
     def solve(self, weight: torch.Tensor, statistics: Any, pattern: Pattern) -> Solution:

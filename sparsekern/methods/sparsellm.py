@@ -21,6 +21,7 @@ from .base import (
     LinearMethod,
     PlannedBlock,
     Solution,
+    Work,
 )
 from .statistics import Gram, HasGram, Importance
 
@@ -109,6 +110,9 @@ class SparseLLM(BlockMethod):
 
     def allocate(self, blocks: Sequence[PlannedBlock], patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
         return self.local.allocate(blocks, patterns)
+
+    def work(self, rows: int, features: int) -> Work:
+        return self.local.work(rows, features)
 
     def solves_rows_alone(self, pattern: Pattern) -> bool:
         return self.local.solves_rows_alone(pattern)

@@ -172,6 +172,15 @@ class Gram:
         share = 0.0 if used == -math.inf else abs(used)
         self._shift = share * float(self.sum_squares.double().mean())
 
+    @property
+    def damping(self) -> float:
+        """The damping of the factor that was computed last."""
+        return self._damping
+
+    def take_factor(self, factor: torch.Tensor, damping: float, shift: float) -> None:
+        """Take the factor of another process, with its `damping` and `shift`, for one that `factor` has computed."""
+        self._factor, self._damping, self._shift = factor, damping, shift
+
     def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
         """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
         factor, dead = alive(self.factor(damping))

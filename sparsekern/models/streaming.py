@@ -21,11 +21,11 @@ from torch import nn
 
 from .checkpoint_keys import names_in
 from .linears import is_unread, mark_unread
-from .stored_files import Part, Tensors
 from .weight_files import Stored, tensors_in
 
 META = torch.device("meta")
 SAMPLE = 64  # bytes of each tensor that a fingerprint reads
+Tensors = dict[str, torch.Tensor]
 _streams: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
 
 
@@ -72,7 +72,6 @@ class Stream:
         stored: by the name of a tensor in the checkpoint, where it is.
         names: the checkpoint's tensors of each block, in the order of `blocks`.
         outside: the checkpoint's tensors that belong to no block, those that the model does not know among them.
-        parts: by block, what was taken from another file.
     """
 
     def __init__(self, model: Any, files: Sequence[str], settings: Any, blocks: Sequence[str]) -> None:
@@ -112,8 +111,6 @@ class Stream:
         self._reader: ThreadPoolExecutor | None = None
         self._holders = [0] * len(self.blocks)
         self._wait: Callable[[int], None] | None = None
-        self.parts: dict[int, Part] = {}
-        self._edits: dict[int, tuple[Callable[[int], object], list[tuple[nn.Module, str, nn.Parameter]]]] = {}
 
     def fill(self, model: Any) -> Any:
         """Read what belongs to no block, put tensors without values in the place of the rest, and return transformers' loading info."""
@@ -167,20 +164,6 @@ class Stream:
                     module._parameters[name] = nn.Parameter(parameter.detach().to(META), parameter.requires_grad)
                     mark_unread(module._parameters[name])
 
-    def edit(self, model: Any, index: int, change: Callable[[int], object] | None) -> None:
-        """Call `change` with `index` whenever the block has been read, until it is taken from another file; None ends that.
-
-        The block is not in memory. Its parameters have the shapes that the checkpoint gives them.
-        """
-        self._edits.pop(index, None)
-        if change is not None:
-            modules = model.get_submodule(self.blocks[index]).modules()
-            self._edits[index] = change, [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-
-    def is_edited(self, index: int) -> bool:
-        """Return whether a block is changed whenever it has been read."""
-        return index in self._edits
-
     def as_stored(self, model: Any, index: int) -> Tensors:
         """Return the weights of block `index`, which is held, under the names and in the shapes of the checkpoint."""
         name = self.blocks[index]
@@ -193,76 +176,38 @@ class Stream:
 
         return revert_weight_conversion(model, dict(state))
 
-    def differing(self, tensors: Tensors) -> set[str]:
-        """Return the names of those tensors whose dtype or shape is another than in the checkpoint."""
-        held = {name: self.stored[name] for name in tensors.keys() & self.stored.keys()}
-        return {
-            name
-            for name, stored in held.items()
-            if (tensors[name].dtype, tuple(tensors[name].shape)) != (_dtype(stored), stored.shape)
-        }
-
-    def put(self, model: Any, tensors: Tensors, part: Part) -> None:
-        """Fill in weights of the model from the tensors of a part.
+    def put(self, model: Any, tensors: Tensors) -> None:
+        """Fill in weights of the model from tensors under the names of the checkpoint.
 
         Raises:
             ValueError: they cannot be converted.
         """
-        self._fill(model, tensors, part)
+        self._convert(model, tensors)
 
-    def take(self, path: Path, part: Part) -> None:
-        """Read a block, or tensors outside the blocks, from another file from now on.
+    def take(self, path: Path, names: Iterable[str]) -> None:
+        """Read tensors from another file from now on, which holds them under the same names.
 
         Raises:
-            ValueError: the file is damaged, or lacks a tensor.
+            ValueError: the file is damaged, or lacks one of them.
             OSError: the file cannot be read.
         """
         held = tensors_in([path])
-        for name in part.names:
+        self._ahead.clear()  # what was read from the file before
+        self._stamps[path] = _stamp(path)
+        for name in names:
             if name not in held:
                 raise ValueError(f"{path.name}: the file is damaged ({name} is not there)")
-        self._stamps[path] = _stamp(path)
-        self._replace(part, {name: held[name] for name in part.names})
+            self.stored[name] = held[name]
 
-    def take_all(self, paths: Iterable[Path], parts: Iterable[Part] = ()) -> None:
+    def take_all(self, paths: Iterable[Path]) -> None:
         """Read all tensors from other files from now on.
-
-        Args:
-            paths: the files.
-            parts: what they hold in another form than before.
 
         Raises:
             ValueError: a file is damaged.
             OSError: a file cannot be read.
         """
-        held = tensors_in(paths := list(paths))
-        self._stamps |= {path: _stamp(path) for path in paths}
-        for part in parts:
-            self._replace(part, {name: held[name] for name in part.names})
-        self.stored |= {name: held[name] for name in self.stored.keys() & held.keys()}
-        self._ahead.clear()  # what was read from the files before
-
-    def _replace(self, part: Part, held: Mapping[str, Stored]) -> None:
-        self._ahead.clear()
-        inside = part.index < len(self.blocks)
-        replaced = self.names[part.index] if inside else part.replaced
-        for name in replaced:
-            del self.stored[name]
-        self.stored |= held
-        if inside:
-            self.names[part.index][:] = part.names
-        else:
-            self.outside = sorted({*self.outside, *part.names}.difference(replaced))
-            before = self.parts.get(part.index)
-            part = dataclasses.replace(part, packed={**(before.packed if before else {}), **part.packed})
-        self.parts[part.index] = part
-        self._edits.pop(part.index, None)
-
-    def check_unchanged(self) -> None:
-        """Raise `ValueError` if a file of the checkpoint has changed since it was opened."""
-        for path in {stored.path for stored in self.stored.values()}:
-            if not path.exists() or _stamp(path) != self._stamps[path]:
-                raise ValueError(f"model: {path} has changed since it was opened")
+        for path in paths:
+            self.take(path, tensors_in([path]).keys() & self.stored.keys())
 
     def size(self, index: int | None = None) -> int:
         """Return the bytes of block `index` in the checkpoint, or of all its tensors."""
@@ -307,12 +252,7 @@ class Stream:
         """
         ahead = self._ahead.pop(index, None)
         tensors = self._load(self.names[index]) if ahead is None else ahead.result()
-        change, empty = self._edits.get(index, (None, []))
-        for module, own, parameter in empty:
-            module._parameters[own] = parameter  # in the shape that the checkpoint gives it
-        self._fill(model, tensors, self.parts.get(index))
-        if change is not None:
-            change(index)
+        self._convert(model, tensors)
         block = model.get_submodule(self.blocks[index])
         if empty := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
             raise ValueError(f"model: the checkpoint holds no values for {self.blocks[index]}.{empty[0]}")
@@ -336,27 +276,34 @@ class Stream:
                 raise ValueError(f"model: {path} can no longer be read: {error}") from error
         return found
 
-    def _fill(self, model: Any, tensors: Tensors, part: Part | None) -> None:
-        unpacked: Tensors = {}
-        if part is not None and part.decode is not None:
-            tensors, unpacked = part.decode(tensors)
-        self._convert(model, tensors)
-        for name, tensor in unpacked.items():
-            owner, _, own = name.rpartition(".")
-            module = model.get_submodule(owner)
-            old = module._parameters[own]
-            module._parameters[own] = nn.Parameter(tensor.to(self._device), requires_grad=old.requires_grad)
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device(next(iter((self._settings.device_map or {"": "cpu"}).values())))
-
     def _convert(self, model: Any, tensors: Tensors) -> None:
         conversions = getattr(model, "_weight_conversions", None)
         info = _convert(model, tensors, self._settings)
         model._weight_conversions = conversions  # of the whole checkpoint, not only of these tensors
         if failed := next(iter(info.conversion_errors), None):
             raise ValueError(f"model: {failed} of the checkpoint cannot be loaded: {info.conversion_errors[failed]}")
+
+
+def streamed(kind: type, blocks_of: Callable[[nn.Module], Sequence[str]]) -> type:
+    """Return a subclass of a transformers class whose `from_pretrained` returns a streamed model of that class.
+
+    Args:
+        kind: the class.
+        blocks_of: returns the names of the blocks of a model on the meta device.
+    """
+
+    def load(model: Any, state: Any, files: Any, settings: Any, expected_keys: Any = None) -> tuple[Any, None]:
+        if settings.hf_quantizer is not None:
+            raise ValueError("model: expected a dense checkpoint to stream, got a packed or quantised one")
+        for parameter in model.parameters():
+            mark_unread(parameter)
+        stream = Stream(model, files, settings, blocks_of(model))
+        info = stream.fill(model)
+        stream.attach(model)
+        model.__class__ = kind  # only the loading differs
+        return info, None
+
+    return type(kind.__name__, (kind,), {"_load_pretrained_model": staticmethod(load), "__module__": kind.__module__})
 
 
 def _convert(model: Any, tensors: Tensors, settings: Any) -> Any:

@@ -13,7 +13,7 @@ import itertools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +24,8 @@ from torch import nn
 from .._files import is_temporary, write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear, find_linears
-from ..models.stored_files import Part
 from ..models.streaming import Stream, stream_of
 from ..reports.report import LayerReport
-from ..runtime.streamed import made_part, stored_part
 from .mixtures import DENSE
 from .run import BlockResult
 from .store import InFolder, check_finite_tensors, check_pruned, check_specs, digest_of
@@ -210,23 +208,23 @@ class StreamedCheckpoint(Checkpoint):
     The model reads finished blocks from here.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, stream: Stream, format: str) -> None:
-        """Let the model read the finished blocks.
+    def __init__(self, model: nn.Module, stream: Stream, out: Path, settings: dict, environment: dict, *, resume: bool) -> None:
+        """Start or continue a checkpoint. The arguments and errors are those of `Checkpoint`.
 
         Args:
-            checkpoint: the same checkpoint, or a stage of it.
             model: the streamed model.
             stream: its stream.
-            format: the format that the blocks are written in.
-
-        Raises:
-            ValueError: a finished block is damaged or of another run.
+            out: see `Checkpoint`.
+            settings: see `Checkpoint`.
+            environment: see `Checkpoint`.
+            resume: see `Checkpoint`.
         """
-        vars(self).update(vars(checkpoint))
-        self._model, self._stream, self._format = model, stream, format
-        for index in range(len(stream.blocks)):
+        super().__init__(out, settings, environment, resume=resume)
+        self._model, self._stream = model, stream
+        for index, names in enumerate(stream.names):
             if self.holds(index):
-                self._take(index, self._read_note(index)[1])
+                self._layers(index)
+                self._take(index, names)
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write block `index`, which is in memory, with the weights of `result`, or linears outside the blocks."""
@@ -235,43 +233,43 @@ class StreamedCheckpoint(Checkpoint):
         linears = {linear.name: linear for linear in find_linears(self._model.get_submodule(name), name)}
         for name, weight in result.weights.items():
             linears[name].weight.copy_(weight)
-        names = None if inside else [f"{name}.weight" for name in result.weights]
-        tensors, part = stored_part(self._model, self._stream, index, self._format, names)
-        note = {"names": part.names, "format": part.format, "packed": part.packed, "replaced": part.replaced}
-        self.put(self._name(index), tensors, {"layers": [asdict(layer) for layer in result.layers], **note})
-        self._take(index, part)
+        if inside:
+            tensors = self._stream.as_stored(self._model, index)
+        else:
+            state = {f"{name}.weight": linears[name].parameter.detach() for name in result.weights}
+            tensors = self._stream.named_as_stored(self._model, state)
+        self.put(self._name(index), tensors, {"layers": [asdict(layer) for layer in result.layers]})
+        self._take(index, tensors)
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
         """Return the result of block `index`, which is in memory, or None where it is not finished. See `Checkpoint.load`."""
         if not self.holds(index):
             return None
-        layers, part = self._read_note(index)
+        layers = self._layers(index)
         if index >= len(self._stream.blocks):
             tensors, _ = self.store.get(self._name(index))
-            self._stream.put(self._model, tensors, part)
-            self._take(index, part)
+            self._stream.put(self._model, tensors)
+            self._take(index, tensors)
         weights = {linear.name: linear.weight for linear in linears}
         try:
-            place = self.store.place(self._name(index))
-            check_pruned(place, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
+            check_pruned(self.store.place(self._name(index)), weights, layers, self.patterns)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
         return BlockResult(weights, layers)
 
-    def _read_note(self, index: int) -> tuple[list[LayerReport], Part]:
-        """Return the reports of block `index` and what its file holds. Its tensors are not read."""
+    def _layers(self, index: int) -> list[LayerReport]:
+        """Return the reports of block `index`. Its tensors are not read."""
         name = self._name(index)
         _, note = self.store.get(name, prefix=NO_TENSOR)
         self._check_note(name, note)
         try:
-            part = made_part(index, note["names"], note["format"], note["packed"], note["replaced"])
-            return [LayerReport.from_dict(layer) for layer in note["layers"]], part
+            return [LayerReport.from_dict(layer) for layer in note["layers"]]
         except (KeyError, TypeError, ValueError) as error:
             raise self.damaged(name, error) from error
 
-    def _take(self, index: int, part: Part) -> None:
+    def _take(self, index: int, names: Iterable[str]) -> None:
         try:
-            self._stream.take(self.store.path(self._name(index)), part)
+            self._stream.take(self.store.path(self._name(index)), names)
         except ValueError as error:
             raise self.damaged(index, error) from error
 

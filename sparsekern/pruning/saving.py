@@ -89,9 +89,9 @@ class RunFolder:
 
     def checkpoint(self, model: nn.Module, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
         """Return the checkpoint of `model` in this folder, new or continued. See `Checkpoint` for the arguments and errors."""
-        checkpoint = Checkpoint(self.path, settings, environment, resume=resume)
-        stream = stream_of(model)
-        return checkpoint if stream is None else StreamedCheckpoint(checkpoint, model, stream, self._format)
+        if (stream := stream_of(model)) is not None:
+            return StreamedCheckpoint(model, stream, self.path, settings, environment, resume=resume)
+        return Checkpoint(self.path, settings, environment, resume=resume)
 
     def write(
         self, model: nn.Module, report: BaseReport, *, dense_bytes: int, clock: Clock | None = None, start: float = 0.0
@@ -115,10 +115,9 @@ class RunFolder:
             saved = in_format(model, self._format)
             with self._folder.staged() as staging:
                 with clock.phase("write") if clock else nullcontext():
-                    parts = write_model(saved, staging, self._tokenizer, self._format)
+                    write_model(saved, staging, self._tokenizer)
                 size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
-                carried = 0 if stream_of(model) is not None else tensor_bytes(source_of(model))  # a stream counts all tensors
-                report.size = {"dense": dense_bytes + carried, "saved": size}
+                report.size = {"dense": dense_bytes + tensor_bytes(source_of(model)), "saved": size}
                 if clock is not None:
                     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
                 _write_reports(staging, model, report, self._format, {})
@@ -129,7 +128,7 @@ class RunFolder:
             what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
             raise OSError(error.errno, f"{what}; {self._remedy}", str(self.path)) from error
         if (stream := stream_of(model)) is not None:
-            stream.take_all(weight_files(self.path), parts)
+            stream.take_all(weight_files(self.path))
         if (self.path / FOLDER).exists():
             self._folder.remove(FOLDER)
 

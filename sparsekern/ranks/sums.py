@@ -50,7 +50,7 @@ def add_over_ranks(world: World, tensor: torch.Tensor, *, lower: bool = False) -
     """
     if world.size == 1:
         return
-    flat = _packed(tensor) if lower else tensor.reshape(-1).contiguous()
+    flat = packed_lower(tensor) if lower else tensor.reshape(-1).contiguous()
     buffer = flat.new_empty((len(flat) + 1) // 2)
     world.agree("sum")  # nothing can fail between here and the last swap but the other rank
     spans = [(0, len(flat))]
@@ -72,7 +72,7 @@ def add_over_ranks(world: World, tensor: torch.Tensor, *, lower: bool = False) -
         taken = (kept[1], end) if kept[0] == begin else (begin, kept[0])
         world.swap(flat[slice(*kept)], other, flat[slice(*taken)])
     if lower:
-        _unpack(flat, tensor)
+        unpack_lower(flat, tensor)
     else:
         tensor.copy_(flat.view(tensor.shape))
 
@@ -89,11 +89,13 @@ def _panels(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
         yield matrix[begin:end, :end]
 
 
-def _packed(matrix: torch.Tensor) -> torch.Tensor:
+def packed_lower(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the lower triangle of a square matrix, row by row, with a little above the diagonal."""
     return torch.cat([panel.reshape(-1) for panel in _panels(matrix)])
 
 
-def _unpack(flat: torch.Tensor, matrix: torch.Tensor) -> None:
+def unpack_lower(flat: torch.Tensor, matrix: torch.Tensor) -> None:
+    """Replace the lower triangle of a square matrix by what `packed_lower` returned."""
     begin = 0
     for panel in _panels(matrix):
         panel.copy_(flat[begin : begin + panel.numel()].view(panel.shape))

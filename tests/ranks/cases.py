@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import sparsekern
 from sparsekern.ranks import TreeSum, World
 from sparsekern.ranks.sums import add_over_ranks
 
@@ -55,3 +56,10 @@ def unlike(rank: int, values):
     world = World.current()
     with world.together():
         world.check_alike(values[rank])
+
+
+def perplexed(rank: int, folder: str, ids: torch.Tensor, length: int, stream: bool, nan_on: tuple[int, ...] = ()):
+    model = sparsekern.load(folder, stream=stream)
+    if rank in nan_on:
+        model.get_input_embeddings().weight.data.fill_(float("nan"))
+    return sparsekern.perplexity(model, ids, length)

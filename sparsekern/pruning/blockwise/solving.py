@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,18 @@ class Job:
     linear: Linear
     statistics: Statistic | None = None
     inputs: InputStatistic | None = None
+
+
+class RowFigures(NamedTuple):
+    """Figures of the rows of a solution, `[rows]` float64 each.
+
+    Attributes:
+        error: the squared output error.
+        energy: the squared output of the dense row.
+    """
+
+    error: torch.Tensor
+    energy: torch.Tensor
 
 
 @dataclass
@@ -135,19 +148,43 @@ class Solver:
         Raises:
             ValueError: the solution is not pruned to the pattern of the linear.
         """
-        weight, pattern = linear.weight, self.plan.patterns[linear.name]
-        found = [(solution.weight == 0).sum().double(), _groups_over(solution.weight, pattern).double()]
-        if isinstance(inputs, Gram):
-            row_error = solution.row_error
-            if row_error is None:
-                row_error = inputs.row_energy(solution.weight.float() - weight.float())
-            found += [row_error.double().sum(), inputs.row_energy(weight).sum()]
-        zeros, over, *figures = torch.stack(found).tolist()
-        if over or not has_zeros_of(pattern, solution.weight.shape, int(zeros)):
+        return self._judged(linear, solution.weight, self.row_figures(linear.weight, solution, inputs))
+
+    def row_figures(self, weight: torch.Tensor, solution: Solution, inputs: InputStatistic | None) -> RowFigures | None:
+        """Return the figures of each row of a solution; None where they are not measured.
+
+        Args:
+            weight: the weight, or some of its rows.
+            solution: its solution.
+            inputs: the statistic of its inputs.
+        """
+        if not isinstance(inputs, Gram):
+            return None
+        error = solution.row_error
+        if error is None:
+            error = inputs.row_energy(solution.weight.float() - weight.float())
+        return RowFigures(error.double(), inputs.row_energy(weight))
+
+    def take(self, job: Job, weight: torch.Tensor, figures: RowFigures | None, seconds: float, result: Solved) -> None:
+        """Check a new weight, and keep it with its report.
+
+        Raises:
+            ValueError: the weight is not pruned to the pattern of the linear.
+        """
+        linear = job.linear
+        zeros, error = self._judged(linear, weight, figures)
+        pattern = str(self.plan.patterns[linear.name])
+        result.take(linear, weight, LayerReport(linear.name, pattern, linear.shape, zeros, error, seconds))
+
+    def _judged(self, linear: Linear, weight: torch.Tensor, figures: RowFigures | None) -> tuple[int, float | None]:
+        pattern = self.plan.patterns[linear.name]
+        found = [(weight == 0).sum().double(), _groups_over(weight, pattern).double(), *(own.sum() for own in figures or ())]
+        zeros, over, *sums = torch.stack(found).tolist()
+        if over or not has_zeros_of(pattern, weight.shape, int(zeros)):
             raise ValueError(f"expected a solution pruned to {pattern}, got {int(zeros):,} zeros of {weight.numel():,} weights")
-        if not figures:
+        if not sums:
             return int(zeros), None
-        error, energy = figures
+        error, energy = sums
         return int(zeros), error / energy if energy else 0.0
 
     def _solve_alike(

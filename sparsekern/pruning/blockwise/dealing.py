@@ -1,0 +1,124 @@
+"""Which of several processes solves which part of a block.
+
+Linears with the same inputs share a factor, which one process computes. Their rows are solved in pieces: tiles of rows where the method
+solves rows alone, whole linears otherwise. Tiles depend on the number of rows only, so that results are the same for any number of
+processes.
+
+There are two turns. In the first, each process computes its factors, each with the first piece that needs it. Those that are done before
+the longest factor solve pieces that need no factor of another process. Then the factors are passed on, and in the second turn any process
+solves any piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_TILES = 16  # of one linear: twice as many as the largest number of processes, to even out the pieces
+FEWEST_ROWS = 64  # of a tile: with fewer, a factor is read too often for what is computed with it
+ROWS_TOGETHER = 16  # that kernels take at once
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """The work on linears with the same inputs, in multiply-adds.
+
+    Attributes:
+        factor: what one process does before the pieces can be solved; 0 if they need nothing in common.
+        pieces: what each piece takes.
+    """
+
+    factor: float
+    pieces: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """All of the work."""
+        return self.factor + sum(self.pieces)
+
+
+@dataclass(frozen=True)
+class Place:
+    """When and where a piece is solved.
+
+    Attributes:
+        turn: 0 before the factors are passed on, 1 afterwards.
+        rank: the process.
+    """
+
+    turn: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """The rank of each part of the work.
+
+    Attributes:
+        owners: for each set of linears with the same inputs, the rank that computes the factor; any rank where they need none.
+        places: for each set, the place of each piece.
+        longest: what the busiest rank of each turn does, summed over both, in multiply-adds.
+    """
+
+    owners: tuple[int, ...]
+    places: tuple[tuple[Place, ...], ...]
+    longest: float
+
+    def passed_on(self, index: int) -> bool:
+        """Return whether the factor of a set is needed by other ranks than its owner."""
+        return any(place.turn == 1 for place in self.places[index])
+
+
+def tiles_of(rows: int) -> list[slice]:
+    """Return the tiles of a linear with so many rows."""
+    height = max(FEWEST_ROWS, -(-rows // MOST_TILES))
+    height = -(-height // ROWS_TOGETHER) * ROWS_TOGETHER
+    return [slice(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
+
+
+def deal(works: Sequence[SharedWork], size: int) -> Dealt:
+    """Deal work to `size` ranks: the longest part first, to the rank with the least so far.
+
+    The result depends on the arguments alone, so that all ranks agree.
+    """
+    loads, owners = [0.0] * size, [0] * len(works)
+    places: dict[tuple[int, int], Place] = {}
+
+    def take(cost: float) -> int:
+        rank = min(range(size), key=lambda rank: (loads[rank], rank))
+        loads[rank] += cost
+        return rank
+
+    factors = [(work.factor + work.pieces[0], index, 0) for index, work in enumerate(works) if work.factor]
+    for cost, index, number in _longest_first([*factors, *_pieces(works, with_factor=False)]):
+        owners[index] = take(cost)
+        places[index, number] = Place(0, owners[index])
+    end, later = max(loads), []
+    for cost, index, number in _longest_first(_pieces(works, with_factor=True)):
+        owner = owners[index]
+        if size == 1 or loads[owner] + cost <= end:
+            loads[owner] += cost
+            places[index, number] = Place(0, owner)
+        else:
+            later.append((cost, index, number))
+    if later:
+        loads = [max(loads)] * size
+    for cost, index, number in later:
+        places[index, number] = Place(1, take(cost))
+    by_set = tuple(tuple(places[index, number] for number in range(len(work.pieces))) for index, work in enumerate(works))
+    return Dealt(tuple(owners), by_set, max(loads))
+
+
+def _pieces(works: Sequence[SharedWork], *, with_factor: bool) -> list[tuple[float, int, int]]:
+    """Return the pieces that follow a factor and its first piece, or those that need none, as cost, set and number."""
+    return [
+        (cost, index, number)
+        for index, work in enumerate(works)
+        if bool(work.factor) == with_factor
+        for number, cost in enumerate(work.pieces)
+        if number or not with_factor
+    ]
+
+
+def _longest_first(parts: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    return sorted(parts, key=lambda part: (-part[0], *part[1:]))
