@@ -14,7 +14,7 @@ def _triton(
     from ..triton_kernels import feature_norm
 
     found = feature_norm.partial_sums(x, row_mask=row_mask, both=sum is not None)
-    # A NaN or Inf makes its sum not finite. So do values whose squares overflow, which are no error.
+    # A NaN or Inf makes its sum not finite. So do values whose squares overflow, which are not errors.
     if values_are_checked(x) and int(found.suspect):
         refuse_not_finite(x, row_mask)
     feature_norm.add_(sum_squares, found.sums[:, 0])

@@ -13,7 +13,7 @@ def _triton(sum_squares: torch.Tensor, weight: torch.Tensor, head_size: int = 1)
 
     found = feature_norm.partial_sums(weight, row_mask=None, both=False)
     scores = head_neuron_scores.score(sum_squares, found.sums[:, 0], len(weight), head_size)
-    # A NaN or Inf makes its sum not finite. So do weights whose squares overflow, which are no error.
+    # A NaN or Inf makes its sum not finite. So do weights whose squares overflow, which are not errors.
     if values_are_checked(weight) and int(found.suspect):
         refuse_not_finite(weight, None)
     return scores

@@ -343,7 +343,7 @@ def _triton(weight, factor, *, n=0, m=0, sparsity=0.0, scope="block", block_size
 
 def _supports_one(weight, factor, **options) -> Support:
     if weight.dim() == 3:
-        return Support(False, "the weights of a batch share launches in triton alone")
+        return Support(False, "only the triton implementation takes a batch of weights")
     return _supports(weight, factor, **options)
 
 

@@ -17,7 +17,7 @@ def _triton(importance: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, *, 
     refused, suspect = status.tolist()
     if refused:
         raise BadValues("weight, x: expected finite values")
-    if suspect:  # an output overflowed, or a sum did, which is no error
+    if suspect:  # an output overflowed, or a sum did, which is not an error
         for part in sensitivity.outputs_of(weight.detach(), x.detach()):
             refuse_not_finite(part.values, None if row_mask is None else row_mask[part.tokens])
 

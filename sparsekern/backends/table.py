@@ -61,7 +61,7 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     module = f"{__package__}.{op.rstrip('_')}"
     if importlib.util.find_spec(module) is None:
         return adapted(op)
-    return getattr(importlib.import_module(module), "IMPLEMENTATIONS", ())  # such as `devices`, which is no op
+    return getattr(importlib.import_module(module), "IMPLEMENTATIONS", ())  # such as `devices`, which is not an op
 
 
 class _Known(NamedTuple):

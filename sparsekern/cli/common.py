@@ -67,7 +67,7 @@ def load_tokenizer_of(arguments: argparse.Namespace, *, needed: bool = True) -> 
 
     Args:
         arguments: the command line.
-        needed: whether a text is read. If not, a model without a tokenizer is no error, and the result is None.
+        needed: whether a text is read. If not, a model without a tokenizer is not an error, and the result is None.
     """
     try:
         return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)

@@ -185,7 +185,7 @@ def _add_loading(options) -> None:
     dtypes = types.one_of(("auto", *DTYPES))
     options.add_argument("--dtype", default="auto", type=dtypes, help="auto (the checkpoint's), float32, bfloat16, float16")
     options.add_argument("--device", default="auto", type=types.device, help="auto (cuda where there is one), cpu, cuda, cuda:1")
-    options.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings along")
+    options.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint contains")
 
 
 def _add_stream(options) -> None:

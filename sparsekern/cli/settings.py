@@ -63,7 +63,7 @@ def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:
             raise ValueError(f"--set: expected --then, the method of the setting {prefix}{later[0][0]}")
         return method, None
     if not isinstance(method, ExpertMethod):
-        raise ValueError(f"--then: expected --method experts in front of it, got {method.name}")
+        raise ValueError(f"--then: expected --method experts, got {method.name}")
     return method, configured(arguments.then, later)
 
 

@@ -14,7 +14,7 @@ def balanced_clusters(features: torch.Tensor, count: int, *, seed: int = 0) -> t
     The clusters begin at random points. Each iteration fills them again, see `filled`, and moves each centre to the mean of its points.
 
     Args:
-        features: `[points, features]` float; a row of zeros belongs nowhere, and fills what is left.
+        features: `[points, features]` float; a row of zeros belongs nowhere, and fills the remaining places.
         count: the number of clusters, a divisor of `points`.
         seed: seed of the first centres.
 

@@ -56,7 +56,7 @@ def perplexity(
         The perplexity, or `inf` if it exceeds the range of a float.
 
     Raises:
-        TypeError: `ids` is neither an integer tensor nor a text, or `model` is no causal language model.
+        TypeError: `ids` is neither an integer tensor nor a text, or `model` is not a causal language model.
         ValueError: there are fewer tokens than one window needs, `length` exceeds the model's positions, an id is not in its
             vocabulary, a text comes without `tokenizer` or cannot be read, or the model's output holds NaN or Inf.
         FileNotFoundError: the text is a file that does not exist.
@@ -114,7 +114,7 @@ def evaluation_windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -
     """Return the windows that `perplexity` cuts from a tensor.
 
     Raises:
-        TypeError: `ids` is no integer tensor, or `model` is no causal language model.
+        TypeError: `ids` is not an integer tensor, or `model` is not a causal language model.
         ValueError: as in `perplexity`.
     """
     return list(_windows(model, ids, length))

@@ -200,7 +200,7 @@ def saved_bytes(model: nn.Module) -> int:
 def _check_weights(dense: nn.Module, packed: nn.Module) -> None:
     """Raise `ValueError` unless each packed weight equals the dense one.
 
-    Logits are no substitute: rounding can change them as much as a wrong layer does.
+    Logits are not a substitute: rounding can change them as much as a wrong layer does.
     """
     of_dense = find_packables(dense)
     for name, known in find_packables(packed, only_packed=True).items():

@@ -25,7 +25,7 @@ class Setting:
         help: one line on the setting's effect, with its unit and the paper's value.
         expected: the accepted values, in the words of errors and tables.
         store: returns the value to store; raises `ValueError`, `TypeError` or `OverflowError` for one that is not accepted.
-        read: parses the text of a command line; raises `ValueError` or `KeyError` for text that is no value.
+        read: parses the text of a command line; raises `ValueError` or `KeyError` for text that is not a value.
         optional: True if None is accepted too.
         is_method: True if the value is a method, by name or as a config, with settings of its own.
     """

@@ -146,7 +146,7 @@ class _Admm:
         return int(changed) / self._fewer
 
     def _project(self, mask: torch.Tensor) -> torch.Tensor:
-        """Take the step of `ops.admm_step_`, in which held zeros are no candidates: all of their value goes to the dual."""
+        """Take the step of `ops.admm_step_`, in which held zeros are not candidates: all of their value goes to the dual."""
         dual = None
         if self._held is not None:
             dual = (self._offset + self._dual).masked_fill_(~self._held, 0)

@@ -350,7 +350,7 @@ def check_method(method: Method) -> None:
     """Raise unless the class of `method`, which may be the user's own, is complete.
 
     Raises:
-        TypeError: the class derives from none of the five, is no dataclass, has no name, needs an unknown statistic, or lacks what the
+        TypeError: the class derives from none of the five, is not a dataclass, has no name, needs an unknown statistic, or lacks what the
             loop of its base class reads.
     """
     kind = type(method)

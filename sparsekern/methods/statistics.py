@@ -52,7 +52,7 @@ class HasGram(HasNorms, Protocol):
         """Return statistics of the same width that have seen no token."""
 
     def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
-        """Take in the rows of `x` `[tokens, in_features]` where `row_mask` is True, or all where it is None."""
+        """Add the rows of `x` `[tokens, in_features]` where `row_mask` is True, or all where it is None."""
 
     def row_energy(self, weight: torch.Tensor) -> torch.Tensor:
         """Return `w G w^T` of each row, `[out_features]` float64: its squared output over the calibration tokens."""
@@ -74,7 +74,7 @@ class FeatureNorm:
         self.sum_squares = torch.zeros(features, dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor, row_mask: torch.Tensor | None, used: int | None = None) -> None:
-        """Take in the rows of `x` `[tokens, features]`.
+        """Add the rows of `x` `[tokens, features]`.
 
         Args:
             x: inputs of the linear.
@@ -113,7 +113,7 @@ class Gram:
         self._damping = self._shift = 0.0
 
     def add(self, x: torch.Tensor, row_mask: torch.Tensor | None, used: int | None = None) -> None:
-        """Take in the rows of `x` `[tokens, features]`.
+        """Add the rows of `x` `[tokens, features]`.
 
         Args:
             x: inputs of the linear.
@@ -246,7 +246,7 @@ class Importance(ABC):
 
     @abstractmethod
     def add(self, x: torch.Tensor, row_mask: torch.Tensor | None) -> None:
-        """Take in the rows of `x` `[tokens, features]` where `row_mask` is True, or all where it is None."""
+        """Add the rows of `x` `[tokens, features]` where `row_mask` is True, or all where it is None."""
 
     @abstractmethod
     def include(self, total: torch.Tensor) -> None:
@@ -377,7 +377,7 @@ class ExpertSums:
         return cls(torch.zeros(experts, dtype=torch.int64, device=device), *floats)
 
     def add(self, expert: int, outputs: torch.Tensor, weights: torch.Tensor) -> None:
-        """Take in tokens routed to an expert.
+        """Add tokens routed to an expert.
 
         Args:
             expert: the number of the expert.

@@ -41,10 +41,10 @@ def class_to_load(config: PretrainedConfig, source: str, keys: Iterable[str] | N
         config: the config of the checkpoint.
         source: names the checkpoint in messages.
         keys: names of the checkpoint's tensors, if they are known before it is loaded.
-        trust_remote_code: use the code that the checkpoint brings along, if it names any.
+        trust_remote_code: use the code that the checkpoint contains, if it names any.
 
     Raises:
-        ValueError: the names are no list of names; the class is in code that the checkpoint brings along, which `trust_remote_code` does not allow; or
+        ValueError: the names are not a list of names; the class is in code that the checkpoint contains, which `trust_remote_code` does not allow; or
             transformers builds no model from the config.
     """
     names = _names(config, source)
@@ -61,7 +61,7 @@ def class_to_load(config: PretrainedConfig, source: str, keys: Iterable[str] | N
         return _best(built, keys) or first
     if brought := [name for name in names if name in remote]:
         raise ValueError(
-            f"model: {source!r}: {brought[0]} is code that the model brings along, which is not run unless asked for "
+            f"model: {source!r}: {brought[0]} is code that comes with the model, which is not run by default "
             "(trust_remote_code=True or --trust-remote-code allows it)"
         )
     found = _best(_classes_for(config, first_only=keys is None), keys)
@@ -91,7 +91,7 @@ def is_encoder_config(config: PretrainedConfig) -> bool:
 
 
 def _remote_classes(config: PretrainedConfig) -> dict[str, str]:
-    """Return the auto class by the name of each model class that the checkpoint brings along, causal language models first."""
+    """Return the auto class by the name of each model class that the checkpoint contains, causal language models first."""
     auto_map = getattr(config, "auto_map", None)
     places = auto_map.items() if isinstance(auto_map, Mapping) else ()
     entries = {auto: place for auto, place in places if auto.startswith("AutoModel") and isinstance(place, str)}
@@ -133,7 +133,7 @@ def _on_meta(kind: Any, config: PretrainedConfig) -> PreTrainedModel | None:
         with torch.device("meta"):
             return kind(copy.deepcopy(config))
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError):
-        return None  # as its own code does not take the config, it is no candidate
+        return None  # as its own code does not take the config, it is not a candidate
 
 
 def _classes_for(config: PretrainedConfig, *, first_only: bool) -> Iterator[tuple[type, PreTrainedModel | None]]:

@@ -104,7 +104,7 @@ class Encoder:
         """The linears of all sub-layers.
 
         Raises:
-            ValueError: a weight is no plain matrix of a known dtype.
+            ValueError: a weight is not a plain matrix of a known dtype.
         """
         return find_linears(self._list.module, self._name)
 

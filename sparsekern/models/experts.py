@@ -61,7 +61,7 @@ class ExpertsCall:
 
     Attributes:
         hidden: `[rows, hidden]`. Row `r` is token `r % tokens` of the call.
-        index: `[rows, k]` int64, the experts that each row is routed to; a number outside `0 .. count - 1` is no expert.
+        index: `[rows, k]` int64, the experts that each row is routed to; a number outside `0 .. count - 1` is not an expert.
         weights: `[rows, k]`, the routing weights, which scale the experts' outputs.
         tokens: the number of tokens.
     """

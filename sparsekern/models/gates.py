@@ -35,7 +35,7 @@ def find_gates(block: nn.Module, linears: Sequence[Linear], prefix: str) -> list
     plain = [linear for linear in linears if not isinstance(linear.modules[0], ExpertLinear)]
     width = max((min(linear.shape) for linear in plain), default=0)
     mixed = {(_owner(linear), linear.features) for linear in plain if _mixes(linear, width)}
-    fed_by_one = {_owner(linear) for linear in plain if linear.features == 1}  # a network with one neuron left is no gate
+    fed_by_one = {_owner(linear) for linear in plain if linear.features == 1}  # a network with one neuron left is not a gate
 
     def is_gate(linear: Linear) -> bool:
         rows, columns = linear.shape

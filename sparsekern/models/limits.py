@@ -43,7 +43,7 @@ def check_count(argument: str, value: object) -> None:
     """Raise unless `value` is a whole number of at least 1.
 
     Raises:
-        TypeError: it is no whole number.
+        TypeError: it is not a whole number.
         ValueError: it is below 1.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):

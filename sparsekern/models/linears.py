@@ -94,7 +94,7 @@ def find_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
         prefix: name of `root` in its model, put before each linear's name.
 
     Raises:
-        ValueError: a weight is no plain float matrix (quantised, parametrised, on the meta device).
+        ValueError: a weight is not a plain float matrix (quantised, parametrised, on the meta device).
     """
     owners: dict[Hashable, list[tuple[str, nn.Module]]] = {}
     for name, module in root.named_modules(prefix=prefix):

@@ -47,7 +47,7 @@ def load(
 
     If it names none that transformers knows, a warning says which class is taken. Tensors of the checkpoint that the class does not
     know, such as layers for multi-token prediction, are not loaded, and a warning names them. The model remembers its folder: `save` and
-    `prune(out=)` copy these tensors from it unchanged, and the files that are no weights, such as processors. Hidden files, other
+    `prune(out=)` copy these tensors from it unchanged, and the files other than weights, such as processors. Hidden files, other
     models in folders below and links that lead out of the folder stay behind; code does, unless `trust_remote_code` is given.
 
     An encoder whose heads and neurons were cut (`KPrune`) is built with the sizes that its config records.
@@ -58,7 +58,7 @@ def load(
         dtype: `"auto"` (the checkpoint's own; float32 for GGUF, whose weights are stored in blocks of 4 to 8 bits),
             `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype.
         device: of the weights: `"auto"` (cuda where there is one), or a device of torch or its name.
-        trust_remote_code: run model code that the source brings along. Off unless asked for.
+        trust_remote_code: run model code that the source contains. Off by default.
         stream: leave the blocks in the folder. Each is read when a forward comes to it and released afterwards, so the model needs the
             memory of its embeddings and two blocks. `prune` takes such a model with `out=`.
 
@@ -112,7 +112,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
 
     Args:
         source: anything that `load` takes.
-        trust_remote_code: run tokenizer code that the source brings along. Off unless asked for.
+        trust_remote_code: run tokenizer code that the source contains. Off by default.
 
     Returns:
         A transformers tokenizer.
@@ -241,7 +241,7 @@ def _remember_source(
     tensors = found.tensors if found else ()
     if not tensors and (unexpected := sorted(loading["unexpected_keys"])):
         raise ValueError(
-            f"model: {str(source)!r} holds {unexpected[0]}, which {type(model).__name__} does not know and which is lost"
+            f"model: {str(source)!r} holds {unexpected[0]}, which {type(model).__name__} does not know; it would be lost"
         )
     if tensors:
         warn(
@@ -252,25 +252,25 @@ def _remember_source(
     if behind:
         shown = ", ".join(behind[:3]) + (", …" if len(behind) > 3 else "")
         warn(
-            f"model: {str(source)!r}: {shown}: weights that the model does not read, links out of its folder or what may not be read; "
-            "they are not saved with the model",
+            f"model: {str(source)!r}: {shown} will not be saved with the model (weights that it does not read, links out of "
+            "its folder, or files without read permission)",
             stacklevel=3,
         )
 
 
 def _say_what_is_lost(model: torch.nn.Module, loading: dict[str, Any], source: str) -> None:
-    """Warn of tensors in a GGUF file that its class does not know. Their blocks have no form in which they could be saved along."""
+    """Warn of tensors in a GGUF file that its class does not know. Their blocks have no form in which they could be saved."""
     lost = sorted(name for name in loading["unexpected_keys"] if "rope_f" not in name)  # rope_freqs and the like are in the config
     if lost:
         warn(
             f"model: {source!r} holds {len(lost)} tensors that {type(model).__name__} does not know, {lost[0]} among them; "
-            "they are not loaded, and are not saved",
+            "they are neither loaded nor saved",
             stacklevel=3,
         )
 
 
 def _hub_folder(name: str) -> Path:
-    """Return the folder in the hub's cache of a model that was loaded from it, with the files that are no weights."""
+    """Return the folder in the hub's cache of a model that was loaded from it, with the files other than weights."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(name, ignore_patterns=[f"*{suffix}" for suffix in sorted(WEIGHTS)]))
@@ -306,7 +306,7 @@ def _from_pretrained(kind: Any, source: str | Path, place: str, gguf: Path | Non
         if gguf or Path(place).is_dir():
             what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
             raise ValueError(f"model: no {what} can be loaded from {str(source)!r}: {reason}") from error
-        raise OSError(f"model: {place!r} is no local folder, and as a hub id it cannot be loaded: {reason}") from error
+        raise OSError(f"model: {place!r} is not a local folder, and cannot be loaded as a hub id: {reason}") from error
 
 
 def _gguf_place(path: Path) -> tuple[str, Path]:

@@ -1,4 +1,4 @@
-"""Cut experts out of a mixture, so that what is left is an ordinary, smaller model.
+"""Cut experts out of a mixture, so that the rest is an ordinary, smaller model.
 
 What depends on the number of experts is not looked up by name. The model's own class is built without weights from a config with fewer
 experts. Each tensor and each number that then differs is what has to be cut: experts, router rows, correction biases, counters. So a
@@ -97,7 +97,7 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
     found = []
     for experts in find_experts(model):
         if isinstance(experts, DbrxExperts):
-            raise ValueError(f"model: {experts.name} stores its experts one below the other, so they cannot be cut out")
+            raise ValueError(f"model: {experts.name} stores all its experts in one matrix, so they cannot be removed")
         owner = experts.name.rpartition(".")[0]
         groups, chosen = (_number_in(model.get_submodule(owner), name) for name in ("num_group", "topk_group"))
         found.append(Mixture(experts, owner, groups, chosen))
@@ -156,13 +156,11 @@ def _compare(cut: Cut, module_name: str, module: nn.Module, name: str, tensor: A
 
 
 def _refuse_tables(model: nn.Module, cut: Cut) -> None:
-    """Raise `ValueError` if a router may hold numbers of experts, which would be others afterwards."""
+    """Raise `ValueError` if a router may hold indices of experts, which removal would change."""
     for mixture in cut.mixtures:
         for name, tensor in (*(owner := model.get_submodule(mixture.owner)).named_parameters(), *owner.named_buffers()):
             if not tensor.is_floating_point() and tensor.numel() > 1:
-                raise ValueError(
-                    f"model: {mixture.owner}.{name} may hold numbers of experts, which removal does not know how to change"
-                )
+                raise ValueError(f"model: {mixture.owner}.{name} may hold indices of experts, which removal cannot renumber")
 
 
 def _number_in(module: nn.Module, name: str) -> int:

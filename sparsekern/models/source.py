@@ -1,6 +1,6 @@
 """What a saved model takes over from the folder that it was loaded from, beside the weights of its class.
 
-That is the tensors that the class does not know, such as multi-token-prediction layers, and the files that are no weights, such as
+That is the tensors that the class does not know, such as multi-token-prediction layers, and the files other than weights, such as
 processors. The model remembers their names, not their bytes.
 """
 
@@ -47,7 +47,7 @@ class Source:
         name: the name that transformers loaded the model by, a path or a hub id.
         tensors: names of the checkpoint's tensors that the model's class does not know.
         kinds: dtype, as the file names it, and shape of each of `tensors`.
-        files: paths relative to the folder, with `/`, of the files that are no weights of the model.
+        files: paths relative to the folder, with `/`, of the files other than weights of the model.
         architectures: the classes that the folder's config names.
         named: the weight file or index that the config names, None for the usual one.
         extra: further weight files that the class of the config names.
@@ -97,8 +97,8 @@ class Source:
 
     def _gone(self, what: str, why: str | None) -> ValueError:
         return ValueError(
-            f"model: expected {what} in {str(self.folder)!r}, the folder that the model was loaded from, to save it along; it {why}; "
-            f"bring the folder back, or set `model.{ATTRIBUTE} = None` to save without what was in it"
+            f"model: expected {what} in {str(self.folder)!r}, the folder that the model was loaded from, to save it with the model; it {why}; "
+            f"restore the folder, or set `model.{ATTRIBUTE} = None` to save without its other content"
         )
 
 
@@ -137,7 +137,7 @@ def remember(model: PreTrainedModel, folder: Path, name: str, *, code: bool) -> 
 
 
 def other_files(folder: Path, *, code: bool, read: Sequence[Path] = ()) -> tuple[list[str], list[str]]:
-    """Return the files of a folder that belong to its model and are no weights of it, and the weights and links that stay behind.
+    """Return the files of a folder that belong to its model and are not weights of it, and the weights and links that stay behind.
 
     Hidden files, caches, the card and the reports of an earlier run are in neither list, nor are other models in folders below.
 

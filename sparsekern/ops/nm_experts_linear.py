@@ -44,7 +44,7 @@ def nm_experts_linear(
         `[tokens, choices, out_features]` of the dtype of `x`.
 
     Raises:
-        TypeError: a wrong dtype; `n` or `m` is no whole number.
+        TypeError: a wrong dtype; `n` or `m` is not a whole number.
         ValueError: wrong shapes or devices; a pattern without a layout; an id of no expert.
     """
     check_choice(x, experts)

@@ -35,7 +35,7 @@ def nm_linear(
         `[..., out_features]` of the dtype of `x`.
 
     Raises:
-        TypeError: a wrong dtype; `n` or `m` is no whole number.
+        TypeError: a wrong dtype; `n` or `m` is not a whole number.
         ValueError: wrong shapes or devices; a pattern without a layout.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:

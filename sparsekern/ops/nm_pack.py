@@ -28,7 +28,7 @@ def nm_pack(weight: torch.Tensor, n: int, m: int) -> dict[str, torch.Tensor]:
         `weight`. `codes`: `[out_features, stored * bits / 32]` int32, with 2 bits per position for `m` up to 4, otherwise 4.
 
     Raises:
-        TypeError: a wrong dtype; `n` or `m` is no whole number.
+        TypeError: a wrong dtype; `n` or `m` is not a whole number.
         ValueError: a weight that is not 2-D, or whose features `m` does not divide; a pattern without a layout; a group with more
             than `n` non-zeros, named by its row and columns.
     """

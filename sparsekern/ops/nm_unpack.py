@@ -28,7 +28,7 @@ def nm_unpack(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, feature
         `[out_features, features]` of the dtype of `values`, `+0.0` where nothing is stored.
 
     Raises:
-        TypeError: a wrong dtype; `n`, `m` or `features` is no whole number.
+        TypeError: a wrong dtype; `n`, `m` or `features` is not a whole number.
         ValueError: wrong shapes or devices; a pattern without a layout; positions that do not ascend, or are not below `m`, named by
             their row and group; a non-zero after the last value of a row.
     """

@@ -22,7 +22,7 @@ def sensitivity_(
 
     This is the elementwise sum over tokens of `|W * (y x^T)|`: the gradient of `||y||^2 / 2` with respect to the weight, times the weight.
     The identity is exact because `y x^T` has rank one. (The absolute value after the sum over tokens would be `|W * (W G)|` with the Gram
-    matrix `G` of `gram_`, which needs no op.) Sums too large for float32 are no error: they leave Inf in
+    matrix `G` of `gram_`, which needs no op.) Sums too large for float32 are not an error: they leave Inf in
     `importance`, or NaN if the weight is zero.
 
     The op makes two matrix products, `4 * tokens * out_features * in_features` operations, one tile of the outputs at a time. On a CPU

@@ -73,7 +73,7 @@ class Batch:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of samples and their length in tokens, which is 1 where the main input is no sequence of tokens."""
+        """The number of samples and their length in tokens, which is 1 where the main input is not a sequence of tokens."""
         samples, *rest = self.inputs[self.main].shape
         return samples, rest[0] if self.main in SEQUENCES else 1
 
@@ -286,7 +286,7 @@ def _check_mask(inputs: Mapping[str, Any], name: str, of: str | None) -> None:
     """Raise unless the mask `name` is a tensor of the length of the sequence `of`; None takes any shape.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is not a tensor.
         ValueError: it has another shape.
     """
     mask = inputs.get(name)

@@ -34,7 +34,7 @@ FOLDER = "checkpoint"
 STATE = "state.json"
 FORMAT = 2
 NO_TENSOR = "\0"  # a prefix that no name has
-REMEDY = "remove it to do its part of the run again"
+REMEDY = "remove it to redo its part of the run"
 # Settings of a config that change no result: where the model came from, and what a forward returns beside it.
 NOT_COMPUTED = {
     "_name_or_path", "architectures", "dtype", "output_attentions", "output_hidden_states", "return_dict", "transformers_version",

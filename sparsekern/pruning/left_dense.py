@@ -17,7 +17,7 @@ def check_experts(blocks: Blocks) -> None:
         for name, module in unknown_experts(block, blocks.block_name(index)).items():
             raise ValueError(
                 f"model: {name} ({type(module).__name__}) holds experts in a layout that sparsekern does not know, which would stay "
-                "dense; name what to prune beside them by include"
+                "dense; include names the other linears to prune"
             )
 
 
@@ -32,7 +32,7 @@ def say_what_stays_dense(blocks: Blocks, linears: list[list[Linear]]) -> None:
     ]
     if stacked:
         warnings.warn(
-            f"{stacked[0]} and {len(stacked) - 1} more parameters of the blocks are no linear layers and stay dense",
+            f"{stacked[0]} and {len(stacked) - 1} more parameters of the blocks are not linear layers and stay dense",
             SparsekernWarning,
             stacklevel=4,
         )
@@ -44,7 +44,7 @@ def say_which_stacks_stay_dense(blocks: Blocks) -> None:
     if towers:
         globs = ", ".join(f"{name}.*" for name in towers)
         warnings.warn(
-            f"{', '.join(towers)}: dense, since the language model alone is pruned by default (include takes {globs})",
+            f"{', '.join(towers)}: stay dense, since only the language model is pruned by default; include={globs} prunes them",
             SparsekernWarning,
             stacklevel=4,
         )

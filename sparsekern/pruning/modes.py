@@ -58,7 +58,7 @@ def _refuse_tracers() -> None:
     elif torch._guards.detect_fake_mode() is not None:
         found = "FakeTensorMode"
     if found:
-        raise ValueError(f"model: expected a call outside of {found}, which has no values to prune by")
+        raise ValueError(f"model: expected a call outside of {found}, whose tensors hold no values")
 
 
 def _check_weights(model: nn.Module) -> None:

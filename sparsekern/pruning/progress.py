@@ -122,7 +122,7 @@ class Notices:
         """Give the warning `message`, unless a warning of this kind was given."""
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"{message} (this is said once)", SparsekernWarning, stacklevel=4)
+            warnings.warn(f"{message} (shown once)", SparsekernWarning, stacklevel=4)
 
     def few_tokens(self, name: str, tokens: int, features: int) -> None:
         """Warn if there are fewer tokens than features."""

@@ -91,7 +91,7 @@ def prune(
         weighting: weight of a token in the statistics of fused experts. `"equal"` counts it once for each expert that it is routed to.
             `"routing"` scales it by its routing weight there, which makes Wanda the score of MoE-Pruner.
         unseen: what happens to linears that no calibration token reached, such as those of an expert: `"magnitude"` prunes them by
-            magnitude, `"dense"` leaves them dense, `"error"` stops in front of their block. Their names are said once, at the end.
+            magnitude, `"dense"` leaves them dense, `"error"` stops in front of their block. One warning names them at the end.
         format: format of the weights in `out`, as for `sparsekern.save`: `"dense"`, `"packed"`, `"bitmask"` or `"N:M"`. `model`
             itself stays dense. A format that the patterns are not sure to fit, such as `"2:4"` for shares of zeros, is refused.
         then: with `ExpertPruning`, the method that prunes the experts that stay, and all else, once the others are removed. `pattern`,

@@ -78,7 +78,7 @@ class RunContext(Generic[PlanT, MethodT, ReportT, BlocksT]):
         batches: the calibration data; empty for a method without.
         seed: the seed of all random numbers.
         checkpoint: the store of finished blocks; None keeps none.
-        report: takes in the report of each layer.
+        report: collects the report of each layer.
         progress: the bar.
         clock: seconds by phase.
     """

@@ -161,7 +161,7 @@ def check_new_out(out: str | os.PathLike, argument: str = "out") -> None:
     """Raise unless a run that keeps nothing in `out` may begin there. Nothing is written.
 
     Args:
-        out: the folder. What a killed run was moving into it is no obstacle: that is finished first.
+        out: the folder. What a killed run was moving into it is not in the way: it is finished first.
         argument: the name of `out` in messages.
 
     Raises:

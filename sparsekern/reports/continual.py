@@ -133,7 +133,7 @@ class ContinualReport(BaseReport):
                 lines_section(
                     "Perplexity of each dataset, step by step",
                     series,
-                    x_label="datasets taken in",
+                    x_label="datasets so far",
                     note="The scale is logarithmic; lower is better.",
                     log=True,
                 ),

@@ -69,8 +69,8 @@ def warn_of_what_stays_behind(model: nn.Module) -> None:
     found += [f"{len(files)} files ({', '.join(files[:3])}{', …' if len(files) > 3 else ''})"] if files else []
     if found:
         warn(
-            f"model: {' and '.join(found)} in {str(folder)!r} are not saved along, since another program loaded the model; "
-            "sparsekern.load takes them along",
+            f"model: {' and '.join(found)} in {str(folder)!r} are not saved, since another program loaded the model; "
+            "sparsekern.load keeps them",
             stacklevel=4,
         )
 
@@ -127,7 +127,7 @@ def write_stored_tensors(stored: Mapping[str, Stored], folder: Path) -> None:
 
 
 def carry_files(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
-    """Copy the files that are no weights from the model's source to `folder`, except those that are there already.
+    """Copy the files other than weights from the model's source to `folder`, except those that are there already.
 
     Args:
         model: the model.

@@ -22,7 +22,7 @@ def compress(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: the model has no packed layer, cuSPARSELt can hold none of them, or a weight has a NaN.
 
     Example:
@@ -58,7 +58,7 @@ def drop_compressed(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: the model has no packed layers.
 
     Example:

@@ -65,7 +65,7 @@ class Format(ABC):
 
         Raises:
             TypeError: the weight has a dtype that cannot be packed.
-            ValueError: the weight is no matrix, or does not fit the format.
+            ValueError: the weight is not a matrix, or does not fit the format.
         """
 
     @abstractmethod

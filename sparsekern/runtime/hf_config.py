@@ -127,7 +127,7 @@ def check_headers(
         files: safetensors files.
         layers: the packed layers by name.
         prefix: name of the model's base. Layers may be named with it in the files and without it in `layers`, or vice versa.
-        renamed: whether tensors may have other names in the files, so that a missing one is no error yet.
+        renamed: whether tensors may have other names in the files, so that a missing one is not yet an error.
 
     Returns:
         The file name of each tensor that was found.

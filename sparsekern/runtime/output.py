@@ -197,7 +197,7 @@ def checked_path(path: str | os.PathLike, argument: str) -> Path:
     """Return `path` with `~` expanded and links resolved.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         ValueError: `path` is empty, or not UTF-8, which tokenizers and reports need.
         OSError: `path` is too long, or in a folder that may not be searched.
     """

@@ -46,7 +46,7 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
         `model`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: the format is unknown, a glob matches nothing, a layer has hooks that would be lost, the model is offloaded or
             quantised by another program, or no linear can be packed or gets smaller.
 
@@ -95,7 +95,7 @@ def unpack(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: a layer has hooks that would be lost, or the model is offloaded.
 
     Example:

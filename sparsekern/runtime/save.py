@@ -36,8 +36,8 @@ def save(
 
     `config.json` is written last, so the folder is loadable only once it is complete. The model is not changed.
 
-    Of a model that `sparsekern.load` loaded, whatever else its folder held is saved along, unchanged: tensors that its class does not
-    know, and files that are no weights. See `load`. Of a model that another program loaded, a warning names what stays behind.
+    Of a model that `sparsekern.load` loaded, whatever else its folder held is saved too, unchanged: tensors that its class does not
+    know, and files other than weights. See `load`. Of a model that another program loaded, a warning names what stays behind.
 
     Args:
         model: a transformers model, dense or packed by `sparsekern.pack`.

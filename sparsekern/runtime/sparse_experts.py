@@ -44,7 +44,7 @@ class SparseExperts(PackedWeight):
         """Make it from packed tensors, whose contents only `check` checks; `of` packs a parameter.
 
         Raises:
-            ValueError: the format is unknown, has other tensors, or `shape` is no shape of experts.
+            ValueError: the format is unknown, has other tensors, or `shape` is not that of experts.
         """
         experts_format_of(format).check_shape(shape)
         super().__init__(format, shape, tensors, trainable=trainable)

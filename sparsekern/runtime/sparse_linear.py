@@ -67,7 +67,7 @@ class SparseLinear(PackedWeight):
             trainable: whether the dense weight of `to_linear` takes gradients.
 
         Raises:
-            ValueError: the format is unknown, has other tensors, or `shape` is no shape of a matrix.
+            ValueError: the format is unknown, has other tensors, or `shape` is not that of a matrix.
         """
         check_shape(shape)
         super().__init__(format, shape, tensors, trainable=trainable)
@@ -186,7 +186,7 @@ class SparseLinear(PackedWeight):
             `[..., out_features]`.
 
         Raises:
-            TypeError: `x` is no tensor, or has another dtype.
+            TypeError: `x` is not a tensor, or has another dtype.
             ValueError: `x` has other features.
         """
         if not isinstance(x, torch.Tensor):

@@ -21,7 +21,7 @@ def merge_adapter_(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, s
         scale: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` for rank-stabilised adapters.
 
     Raises:
-        TypeError: an argument is no tensor of these dtypes.
+        TypeError: an argument is not a tensor of these dtypes.
         ValueError: shapes or devices differ, `scale` is not finite, or the sum is not finite. `weight` is then unchanged.
 
     Example:

@@ -48,7 +48,7 @@ def keep_sparsity(model: nn.Module, *, include: Globs = None, exclude: Globs = N
         each weight of the guarded linears.
 
     Raises:
-        TypeError: `model` is no module, or `include` or `exclude` holds something else than names.
+        TypeError: `model` is not a module, or `include` or `exclude` holds something other than names.
         ValueError: no linear has a zero, or a glob matches no linear.
 
     Example:

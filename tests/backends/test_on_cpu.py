@@ -1,4 +1,4 @@
-"""What runs on CPU tensors: `use` and the environment are obeyed there too, and a reference in a kernel's place is said once."""
+"""What runs on CPU tensors: `use` and the environment are obeyed there too, and a reference in a kernel's place is logged once."""
 
 from __future__ import annotations
 

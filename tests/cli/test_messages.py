@@ -38,7 +38,7 @@ from tests.cli.conftest import exit_code
             ["--method", "experts", "--pattern", "2:4"],
             "--pattern: expected none, since experts removes a share of experts, given by",
         ),
-        (["--then", "wanda"], "--then: expected --method experts in front of it, got sparsegpt"),
+        (["--then", "wanda"], "--then: expected --method experts, got sparsegpt"),
         (["--method", "experts", "--set", "then.damping=1"], "--set: expected --then, the method of the setting then.damping"),
         (["--method", "experts", "--then", "wanda", "--set", "then.a=1"], "--set: the method wanda has no setting 'a', only none"),
         (["--state", "~nobody-of-this-name/a"], "--state: expected a path, got '~nobody-of-this-name/a', whose home folder is not"),

@@ -43,7 +43,7 @@ def test_several_texts_one_after_another(model, text, tmp_path, capsys):
     once, later = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ac")
     assert all(torch.equal(p, q) for p, q in zip(once.parameters(), later.parameters(), strict=True))
     assert main([*given, "--calibration", text, *state, "--out", str(tmp_path / "d")]) == 1
-    assert "was taken in already" in capsys.readouterr().err
+    assert "was used already" in capsys.readouterr().err
     assert main([*given, "--calibration", text, *state, "--abandon", "--out", str(tmp_path / "d")]) == 1
     assert "holds no unfinished step" in capsys.readouterr().err
 

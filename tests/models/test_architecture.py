@@ -205,10 +205,10 @@ class Own(transformers.LlamaForCausalLM):
 
 
 def test_code_of_the_folder_is_run_only_if_asked_for(folder, tmp_path):
-    """Then it is saved along; without it, a class of transformers is loaded and the code stays behind."""
+    """Then it is saved too; without it, a class of transformers is loaded and the code stays behind."""
     own = named(folder, tmp_path / "own", "Own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     (own / "modeling_own.py").write_text(CODE)
-    with pytest.raises(ValueError, match="Own is code that the model brings along, .*trust_remote_code=True"):
+    with pytest.raises(ValueError, match="Own is code that comes with the model, .*trust_remote_code=True"):
         sparsekern.load(own, device="cpu")
     model = sparsekern.load(own, device="cpu", trust_remote_code=True)
     assert type(model).__name__ == "Own"

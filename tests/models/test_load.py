@@ -148,7 +148,7 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
 
     for part in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
         monkeypatch.setattr(part, "from_pretrained", fails)
-    with pytest.raises(OSError, match="'some/model' is no local folder, and as a hub id it cannot be loaded: no connection$"):
+    with pytest.raises(OSError, match="'some/model' is not a local folder, and cannot be loaded as a hub id: no connection$"):
         sparsekern.load("some/model", device="cpu")
 
 

@@ -126,7 +126,7 @@ def test_a_config_inside_another_is_found():
     ("model", "message"),
     [
         (lambda: tiny_model("llama"), "expected a mixture of experts in parameters of three dimensions, got LlamaForCausalLM"),
-        (ZOO["dbrx"].model, "transformer.blocks.0.ffn.experts stores its experts one below the other, so they cannot be cut out"),
+        (ZOO["dbrx"].model, "transformer.blocks.0.ffn.experts stores all its experts in one matrix, so they cannot be removed"),
     ],
 )
 def test_what_cannot_be_cut(model, message):
@@ -166,5 +166,5 @@ def test_what_depends_on_the_number_in_an_unknown_way():
 def test_a_table_of_experts_is_refused():
     model = dense("mixtral")
     model.model.layers[1].mlp.register_buffer("table", torch.arange(8))
-    with pytest.raises(ValueError, match="model.layers.1.mlp.table may hold numbers of experts"):
+    with pytest.raises(ValueError, match="model.layers.1.mlp.table may hold indices of experts"):
         plan_cut(model, find_mixtures(model), 6)

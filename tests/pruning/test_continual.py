@@ -175,9 +175,9 @@ def test_average_and_backward_transfer():
 
 def test_data_sets_that_were_seen(tmp_path):
     run(COPAL(), "a", state=tmp_path)
-    with pytest.raises(ValueError, match="'a' was taken in already; leave it out"):
+    with pytest.raises(ValueError, match="'a' was used already; leave it out"):
         run(COPAL(), "ab", state=tmp_path)
-    with pytest.raises(ValueError, match="calibrations: 'a' is not what was taken in under that name"):
+    with pytest.raises(ValueError, match="calibrations: 'a' differs from the data used before under that name"):
         prune_continually(llama(), {"a": IDS["b"]}, COPAL(), 0.5, state=tmp_path, resume=True, **QUIET)
 
 

@@ -74,7 +74,7 @@ def test_a_bad_data_set_can_be_abandoned(tmp_path):
             go_on("c", **more)
     with pytest.raises(ValueError, match="abandon: expected resume=False, since resume=True goes on with the unfinished step"):
         go_on("c", resume=True, abandon=True)
-    with pytest.raises(ValueError, match="'a' was taken in already"):
+    with pytest.raises(ValueError, match="'a' was used already"):
         go_on("a", abandon=True)
     with pytest.raises(ValueError, match="holds an unfinished step"):  # a call that is refused abandons nothing
         go_on("b")
@@ -192,7 +192,7 @@ def test_a_state_that_is_none(tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="other holds no state.json, so it is not a state of prune_continually"):
         run(COPAL(), "a", state=tmp_path / "other")
-    with pytest.raises(ValueError, match="notes.txt is no folder"):
+    with pytest.raises(ValueError, match="notes.txt is not a folder"):
         run(COPAL(), "a", state=tmp_path / "other" / "notes.txt")
 
 
@@ -210,7 +210,7 @@ def test_a_damaged_block_of_an_unfinished_step_is_done_again(tmp_path, monkeypat
     block, other = tmp_path / "step-0002-00001.safetensors", tmp_path / "step-0001-00001.safetensors"
     for content in (block.read_bytes()[:100], other.read_bytes()):
         block.write_bytes(content)
-        with pytest.raises(ValueError, match="step-0002-00001.* remove it to do its part of the step again"):
+        with pytest.raises(ValueError, match="step-0002-00001.* remove it to redo its part of the step"):
             run(COPAL(), "ab", state=tmp_path, resume=True)
     block.unlink()
     model, _ = run(COPAL(), "ab", state=tmp_path, resume=True)
@@ -234,7 +234,7 @@ def test_a_block_that_is_refused_comes_with_what_to_do(tmp_path, monkeypatch, ch
     with safe_open(block, framework="pt") as file:
         tensors, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     save_file({name: change(value) if name.startswith("weight/") else value for name, value in tensors.items()}, block, note)
-    with pytest.raises(ValueError, match="state: .*step-0001-00000.* remove it to do its part of the step again$"):
+    with pytest.raises(ValueError, match="state: .*step-0001-00000.* remove it to redo its part of the step$"):
         run(COPAL(), "a", state=tmp_path, resume=True)
 
 
@@ -327,8 +327,8 @@ def test_damaged_states(tmp_path):
         run(COPAL(), "b", state=tmp_path)
     found = json.loads(state.read_text())
     for text, message in (
-        ("{", "state.json is not the state of a prune_continually"),
-        ("[]", "state.json is not the state of a prune_continually"),
+        ("{", "state.json is not a state of prune_continually"),
+        ("[]", "state.json is not a state of prune_continually"),
         (json.dumps({**found, "format": 9}), "state.json has format 9, this version reads 1"),
     ):
         state.write_text(text)
@@ -351,7 +351,9 @@ def test_a_state_of_something_else(tmp_path):
     with torch.no_grad():
         foreign.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     call = {"calibrations": {"b": IDS["b"]}, "method": COPAL(), "pattern": 0.5, "state": tmp_path, **QUIET}
-    with pytest.raises(ValueError, match="is of another model: model.layers.1.mlp.up_proj is neither the dense weight"):
+    with pytest.raises(
+        ValueError, match="is of another model: model.layers.1.mlp.up_proj is neither its dense nor its pruned weight"
+    ):
         prune_continually(foreign, **call)
     with torch.no_grad():
         foreign.model.norm.weight[0] += 1

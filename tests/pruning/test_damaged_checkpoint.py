@@ -15,7 +15,7 @@ from .unfinished import Interrupted, interrupted_run, run
 def test_a_truncated_block_is_refused(unfinished):
     path = unfinished / "checkpoint" / "block-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"block-00001.safetensors is damaged \(.*\); remove it to do its part of the run again"):
+    with pytest.raises(ValueError, match=r"block-00001.safetensors is damaged \(.*\); remove it to redo its part of the run"):
         run(unfinished, resume=True)
     path.unlink()
     model, report = run(unfinished, resume=True)
@@ -112,7 +112,7 @@ def with_a_strange_report(tensors, note):
 def test_a_block_that_this_run_did_not_write_is_refused(unfinished, change, message):
     path = unfinished / "checkpoint" / "block-00000.safetensors"
     rewrite(path, change)
-    with pytest.raises(ValueError, match=f"out: .*block-00000.safetensors.*{message}.*; remove it to do its part of the run again"):
+    with pytest.raises(ValueError, match=f"out: .*block-00000.safetensors.*{message}.*; remove it to redo its part of the run"):
         run(unfinished, resume=True)
     path.unlink()
     _, report = run(unfinished, resume=True)

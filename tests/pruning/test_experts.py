@@ -84,7 +84,7 @@ def test_experts_without_tokens_follow_the_policy_and_are_named_once(unseen):
     with pytest.warns(sparsekern.SparsekernWarning) as said:
         report = sparsekern.prune(model, "sparsegpt", "2:4", tiny_ids(), unseen=unseen, **QUIET)
     (message,) = [str(warning.message) for warning in said if "no calibration token reached" in str(warning.message)]
-    assert "model.layers.0.mlp.experts.3.gate_proj" in message and "(this is said once)" in message
+    assert "model.layers.0.mlp.experts.3.gate_proj" in message and "(shown once)" in message
     found = matrix(model.model.layers[0].mlp.experts, 3, "down_proj")
     assert torch.equal(found, dense if unseen == "dense" else magnitude(dense))
     layers = {layer.name: layer for layer in report.layers}

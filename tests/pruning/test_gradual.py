@@ -251,7 +251,7 @@ def test_a_damaged_file_and_other_settings(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="belongs to another run, with another method"):
         prune(method=Gradual(steps=3), out=tmp_path / "out", resume=True)
     (tmp_path / "out" / "checkpoint" / "training.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="training.safetensors is damaged .*; remove it to do its part of the run again"):
+    with pytest.raises(ValueError, match="training.safetensors is damaged .*; remove it to redo its part of the run"):
         prune(out=tmp_path / "out", resume=True)
 
 

@@ -90,7 +90,7 @@ WEIGHT = "weight/model.layers.0.mlp.up_proj.weight"
         (put("weight/other", torch.ones(1)), "is not of this model"),
         (put("exp_avg/lm_head.weight", torch.ones(1)), "is not of this model"),
         (put("anything", torch.ones(1)), "is not of this model"),
-        (put("mask/model.layers.0.mlp.up_proj", torch.ones(2)), "is no mask"),
+        (put("mask/model.layers.0.mlp.up_proj", torch.ones(2)), "is not a mask"),
         (noted(run="0"), "is of a run with other settings"),
         (noted(curve=None), "is damaged"),
         (lambda tensors, note: note.pop("done"), "is damaged"),

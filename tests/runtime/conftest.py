@@ -22,7 +22,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A tiny encoder with files that are no weights."""
+    """A tiny encoder with files other than weights."""
     return with_files(encoders.save_folder(tmp_path_factory.mktemp("carry") / "encoder"))
 
 

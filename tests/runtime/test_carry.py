@@ -251,7 +251,7 @@ def test_a_file_that_is_gone_is_refused_before_the_work(encoder, tmp_path):
     folder = shutil.copytree(encoder, tmp_path / "a")
     model = sparsekern.load(folder, device="cpu")
     (folder / "modules.json").unlink()
-    with pytest.raises(ValueError, match=r"model: expected modules.json in '.*a', .*; it is not there; bring the folder back"):
+    with pytest.raises(ValueError, match=r"model: expected modules.json in '.*a', .*; it is not there; restore the folder"):
         sparsekern.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -283,7 +283,7 @@ def test_the_safetensors_file_is_one_that_the_library_reads(source, tmp_path):
 
 def test_of_a_model_that_another_program_loaded_what_stays_behind_is_said(source, encoder, tmp_path):
     model = tf.AutoModelForCausalLM.from_pretrained(source)
-    said = r"model: 6 tensors that LlamaForCausalLM does not know \(model.mtp.proj.weight\) in '.*source' are not saved along"
+    said = r"model: 6 tensors that LlamaForCausalLM does not know \(model.mtp.proj.weight\) in '.*source' are not saved, since"
     for call in (
         lambda: sparsekern.prune(model, "magnitude", "2:4", progress=False, out=tmp_path / "a"),
         lambda: sparsekern.save(model, tmp_path / "b", "packed"),
@@ -292,7 +292,7 @@ def test_of_a_model_that_another_program_loaded_what_stays_behind_is_said(source
             call()
     assert contents(tmp_path / "a").keys() == contents(source).keys() - PREDICTION.keys()
     model = tf.BertForSequenceClassification.from_pretrained(encoder)
-    said = r"model: \d+ files \(1_Pooling/config.json, 2_Dense/config.json, .*, …\) in '.*encoder' are not saved along"
+    said = r"model: \d+ files \(1_Pooling/config.json, 2_Dense/config.json, .*, …\) in '.*encoder' are not saved, since"
     with pytest.warns(sparsekern.SparsekernWarning, match=said):
         sparsekern.save(model, tmp_path / "c")
     assert not (tmp_path / "c" / "modules.json").exists()

@@ -73,7 +73,7 @@ class RecordedCalls:
         self._calls: list[tuple[Batch, ExpertsCall, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = []
 
     def add(self, batch: Batch, call: ExpertsCall) -> None:
-        """Take in one call.
+        """Add one call.
 
         Raises:
             ValueError: the batch has padding, and the call does not tell which of its tokens are padding.
@@ -135,7 +135,7 @@ class ExpertStatistics:
             self._linears.setdefault((module.experts.name, module.expert), []).append(linear)
 
     def add(self, batch: Batch, calls: Mapping[str, Sequence[ExpertsCall]]) -> None:
-        """Take in the calls of one batch, by the name of their experts."""
+        """Add the calls of one batch, by the name of their experts."""
         for name, recorded in self._calls.items():
             for call in calls[name]:
                 recorded.add(batch, call)

@@ -146,7 +146,7 @@ class FeedForwardRun:
             network: the network.
             method: solves it.
             plan: gives each linear its pattern.
-            tokens: the number of tokens that `add` is expected to take in.
+            tokens: the number of tokens that `add` is expected to get.
             mask: the padding mask that the network's inputs follow, see `Batch.flatten`.
         """
         self.network, self._method, self._plan, self._tokens, self._seen = network, method, plan, tokens, 0
@@ -154,7 +154,7 @@ class FeedForwardRun:
         self._x = self._new_rows(network.up.features)
 
     def add(self, batch: Batch, inputs: Sequence[torch.Tensor]) -> None:
-        """Take in the inputs of the up projection in `batch`, without padding."""
+        """Add the inputs of the up projection in `batch`, without padding."""
         for x in inputs:
             rows, row_mask = batch.flatten(x, self._mask)
             rows = rows if row_mask is None else rows[row_mask]

@@ -70,7 +70,7 @@ class SharedStatistics:
             self._own = {linear.name: needs(linear.weight, statistic) for members, statistic in self.groups for linear in members}
 
     def add(self, batch: Rows, inputs: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Take in one batch.
+        """Add one batch.
 
         Args:
             batch: the batch.

@@ -160,7 +160,8 @@ def observe(
     alone = batch.first_sample_alone()
     try:
         if alone is not None and batch.shape[0] > 1:
-            with suppress(Exception):  # images of all samples may lie one behind the other, as many as there are samples by chance
+            # Images of all samples may be stored one after another, by chance as many as there are samples.
+            with suppress(Exception):
                 return _Observer(model, blocks, linears, alone, to_the_end).trace
         return _Observer(model, blocks, linears, batch.inputs, to_the_end).trace
     except CannotFollow as error:

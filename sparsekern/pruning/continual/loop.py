@@ -132,8 +132,7 @@ class ContinualLoop:
             for linear in linears:
                 if not any(torch.equal(linear.weight.cpu(), weights[linear.name]) for weights in known):
                     raise ValueError(
-                        f"state: {self.state.folder} is of another model: {linear.name} is neither the dense weight it began with "
-                        "nor the pruned one it came to"
+                        f"state: {self.state.folder} is of another model: {linear.name} is neither its dense nor its pruned weight"
                     )
 
     def check_evaluation(self) -> None:

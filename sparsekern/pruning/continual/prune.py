@@ -90,7 +90,7 @@ def prune_continually(
         resume: continue a killed run from `state`. Finished datasets are skipped, and of the unfinished one only the missing blocks
             are pruned. The result is the same, bit for bit.
         progress: show a progress bar for each dataset.
-        abandon: drop an unfinished step of `state` before `calibrations` are taken in, because its dataset is lost or turned out bad.
+        abandon: drop an unfinished step of `state` before `calibrations` are used, because its dataset is lost or bad.
             The dataset can then be left out, or be given again with changes.
         strategy: `"accumulate"`, `"dense"` or `"carry"`.
         include: as for `prune`.
@@ -308,11 +308,11 @@ def _todo(state: State, datasets: Mapping[str, list[Batch]], resume: bool) -> li
             todo.append((name, batches))
         elif not resume:
             raise ValueError(
-                f"calibrations: {name!r} was taken in already; leave it out (it is not read again), give new data another name, or "
+                f"calibrations: {name!r} was used already; leave it out (it is not read again), give new data another name, or "
                 "pass resume=True to skip it"
             )
         elif seen[name] != fingerprint(batches):
-            raise ValueError(f"calibrations: {name!r} is not what was taken in under that name")
+            raise ValueError(f"calibrations: {name!r} differs from the data used before under that name")
     if state.under_way and (not todo or state.seen[-1] != [todo[0][0], fingerprint(todo[0][1])]):
         raise ValueError(
             f"calibrations: expected {state.seen[-1][0]!r} next, unchanged, to finish its step in {state.folder}; pass abandon=True "

@@ -29,7 +29,7 @@ from ..store import InFolder, InMemory, Store, check_finite_tensors, check_prune
 STATE, LOCK = "state.json", ".lock"
 FORMAT = 1
 REMEDY = "the state cannot be continued"
-REMEDY_UNFINISHED = "remove it to do its part of the step again"
+REMEDY_UNFINISHED = "remove it to redo its part of the step"
 WEIGHT, MEMORY = "weight/", "memory/"
 
 
@@ -72,7 +72,7 @@ class State:
             return
         folder = checked_path(folder, "state")
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"state: {folder} is no folder")
+            raise ValueError(f"state: {folder} is not a folder")
         is_new = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -116,12 +116,12 @@ class State:
                 self.seen = [[name, digest] for name, digest in found["seen"]]
                 self.steps = [ContinualStep.from_dict(step) for step in found["steps"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"state: {path} is not the state of a prune_continually ({error})") from error
+            raise ValueError(f"state: {path} is not a state of prune_continually ({error})") from error
         if version != FORMAT:
             raise ValueError(f"state: {path} has format {version}, this version reads {FORMAT}")
 
     def abandon(self) -> StepFiles:
-        """Forget the unfinished step and the perplexities of datasets that were not taken in. Nothing changes on disk yet.
+        """Drop the unfinished step and the perplexities of datasets that were not used. Nothing changes on disk yet.
 
         Returns:
             The files of the step. Drop them before the state is written: a recorded step without files is recoverable, files without

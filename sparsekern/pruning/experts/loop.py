@@ -287,13 +287,13 @@ def _check_forward(model: nn.Module, batch: Batch) -> None:
 
 
 def _refuse_carried_experts(model: nn.Module) -> None:
-    """Raise `ValueError` if experts that the model's class does not know would be saved along, as many as before."""
+    """Raise `ValueError` if experts that the model's class does not know would be saved unchanged."""
     source = source_of(model)
     for name in source.tensors if source else ():
         if EXPERT.search(name):
             raise ValueError(
-                f"model: {source.name if source else ''} holds {name}, which {type(model).__name__} does not know; its experts would stay "
-                "as many as before, beside a config with fewer. A model that transformers' from_pretrained loads is saved without them"
+                f"model: {source.name if source else ''} holds {name}, which {type(model).__name__} does not know; its number "
+                "of experts would no longer agree with the config. Load the model by from_pretrained of transformers to save it without them"
             )
 
 

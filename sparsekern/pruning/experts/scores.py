@@ -12,7 +12,7 @@ from ..batches import Batch
 
 
 class ExpertScores:
-    """Sums of the experts of one block. `visit` takes in one call of fused experts, batch after batch.
+    """Sums of the experts of one block. `visit` adds one call of fused experts, batch after batch.
 
     Attributes:
         sums: the sums, by the name of the experts.
@@ -31,7 +31,7 @@ class ExpertScores:
         self._calls = dict.fromkeys(self.sums, 0)
 
     def visit(self, experts: Experts, call: ExpertsCall) -> None:
-        """Take in a call of `experts`, whose tokens are those of the next batch; padding is left out.
+        """Add a call of `experts`, whose tokens are those of the next batch; padding is left out.
 
         Raises:
             ValueError: the experts are called more than once for a batch, or on other tokens than the batch's; or an output is NaN

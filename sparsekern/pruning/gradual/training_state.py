@@ -74,7 +74,7 @@ class TrainingState:
             kind, _, name = key.partition("/")
             if kind == "mask":
                 if tensor.dtype != torch.bool:
-                    return f"{key} is no mask"
+                    return f"{key} is not a mask"
                 continue
             parameter = self._parameters.get(name)
             if parameter is None or (kind != "step" and tensor.shape != parameter.shape):

@@ -32,7 +32,7 @@ def encoder_to_cut(model: nn.Module) -> Encoder:
     """Return the sub-layers of `model`, whose weights are on one device and finite.
 
     Raises:
-        ValueError: the model is no encoder of a known family, or was cut before.
+        ValueError: the model is not an encoder of a known family, or was cut before.
     """
     if recorded_units(getattr(model, "config", None)):  # `Encoder` might not recognise its blocks
         raise ValueError(
@@ -333,7 +333,7 @@ class RemovalLoop(Loop[RemovalPlan, KPrune, RemovalReport, Checkpoint]):
         tensors, layers = found
         sublayer = self.sublayers[index]
         if len(layers) != 1 or not _is_cut_of(sublayer, tensors, layers[0]):
-            raise checkpoint.damaged(index, f"it is no cut of the {sublayer.kind} of {sublayer.name}")
+            raise checkpoint.damaged(index, f"it is not a cut of the {sublayer.kind} of {sublayer.name}")
         device = sublayer.out.weight.device
         return Cut(*(tensors[name].to(device) for name in ("kept", "weight", "bias"))), layers[0]
 

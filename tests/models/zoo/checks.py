@@ -103,7 +103,7 @@ def place(name: str, parameters: dict[str, torch.nn.Parameter]) -> tuple[str, in
     if f"{name}.weight" in parameters:
         return f"{name}.weight", 0, ""
     found = PART.fullmatch(name)
-    assert found, f"{name} is no linear"
+    assert found, f"{name} is not a linear"
     base, expert, part = found.groups()
     stored = (f"{base}.{part}", f"{base}.gate_up_proj", f"{base}.mlp.{DBRX[part]}")
     return next(each for each in stored if each in parameters), int(expert), part
