@@ -66,8 +66,8 @@ void check_starts(const BitmaskRows& packed, const std::vector<int64_t>& counts,
   }
   if (wrong >= 0) {
     throw std::invalid_argument(
-        "starts: expected where the bits set before each tile end, got " + std::to_string(packed.starts[wrong]) + " for tile " +
-        std::to_string(wrong));
+        "starts: expected the first slot after the values of earlier tiles, got " + std::to_string(packed.starts[wrong]) +
+        " for tile " + std::to_string(wrong));
   }
 }
 

@@ -177,7 +177,7 @@ inline void check_places(const BitmaskRows& packed, DType dtype) {
   for (int64_t tile = 0; tile <= tiles; ++tile) {
     if (packed.starts[tile] < (tile == 0 ? 0 : packed.starts[tile - 1]) || packed.starts[tile] > slots) {
       throw std::invalid_argument(
-          "starts: expected ascending places of the " + std::to_string(slots) + " slots, got " +
+          "starts: expected ascending offsets of at most " + std::to_string(slots) + " slots, got " +
           std::to_string(packed.starts[tile]));
     }
   }
@@ -191,7 +191,7 @@ inline void check_places(const BitmaskRows& packed, DType dtype) {
 }
 
 inline void check_bits(bool sound) {
-  if (!sound) throw std::invalid_argument("bitmask: expected bits for the values there are, got more");
+  if (!sound) throw std::invalid_argument("bitmask: expected no more set bits than there are values");
 }
 
 }  // namespace sparsekern::cpu

@@ -54,7 +54,7 @@ struct BitmaskExperts {
     check(order.scalar_type() == ScalarType::Int, "order: expected int32 [experts, rows]");
     check(
         values.dim() == 1 && values.size(0) % lanes == 0 && values.size(0) / lanes >= packed_rows::kSlack,
-        "values: expected whole slots, 64 of them to spare");
+        "values: expected a whole number of slots, 64 of them spare");
     check(
         bitmask.dim() == 3 && bitmask.scalar_type() == ScalarType::Long && bitmask.size(0) == experts && bitmask.size(1) == rows &&
             bitmask.size(2) == packed_rows::words(columns),
@@ -77,11 +77,11 @@ struct NmExperts {
     NmTensors::check_nm(n, m);
     const int64_t stored = packed_rows::stored_per_row(columns, n, m, size_of(dtype));
     check(columns % m == 0, "n, m: expected columns divisible by m");
-    check(values.size(2) == stored, "values: expected as many in a row as the columns take");
+    check(values.size(2) == stored, "values: expected in each row the number stored for its columns");
     check(
         codes.dim() == 3 && codes.scalar_type() == ScalarType::Int && codes.size(0) == values.size(0) &&
             codes.size(1) == values.size(1) && codes.size(2) == stored * packed_rows::code_bits(m) / 32,
-        "codes: expected int32 of the shape that goes with values");
+        "codes: expected int32 in the shape that values requires");
     first = {values.const_data_ptr(), data_of<uint32_t>(codes), values.size(1), n, m};
   }
 };

@@ -28,7 +28,8 @@ Isa requested(const std::string& name) {
     const Isa needed = isa == Isa::avx512_bf16_emulated ? Isa::avx512 : isa;
     if (needed > detected_isa()) {
       throw std::invalid_argument(
-          "SPARSEKERN_CPU_ISA: asked for " + name + ", but this CPU has at most " + isa_name(detected_isa()));
+          "SPARSEKERN_CPU_ISA: expected at most " + std::string(isa_name(detected_isa())) + ", which this CPU supports, got '" +
+          name + "'");
     }
     return isa;
   }

@@ -74,7 +74,7 @@ void nm_linear(
     const void* bias,  // null: none
     void* y, const Executor& executor);
 
-// The experts of each token, [tokens, choices]. Packed weights of experts lie one behind the other: those of the first one are given,
+// The experts of each token, [tokens, choices]. Packed weights of experts are stored one after another: those of the first one are given,
 // with its rows; values of a bitmask are shared.
 struct ExpertChoice {
   const int64_t* ids;

@@ -153,7 +153,7 @@ SPARSEKERN_AVX512 void multiply_any_avx512(const Factors& factors, const Row* ro
 }
 
 // Expands the rows of a tile, at most 16, to panel[16 * column + row], block by block, so that the output stays in L1. Uses
-// `stored` values per row. Returns false if a position lies past the last column.
+// `stored` values per row. Returns false if a position is past the last column.
 template <class T, bool kWide>
 SPARSEKERN_AVX512 bool expand_panel_avx512(
     const Factors& factors, const Row* rows, int count, int64_t stored, int64_t columns, float* panel) {

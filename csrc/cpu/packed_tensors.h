@@ -25,7 +25,7 @@ struct BitmaskTensors {
     const int64_t count = order.size(0), lanes = packed_rows::lanes(size_of(dtype));
     check(
         values.dim() == 1 && values.size(0) % lanes == 0 && values.size(0) / lanes >= packed_rows::kSlack,
-        "values: expected whole slots, 64 of them to spare");
+        "values: expected a whole number of slots, 64 of them spare");
     check(
         bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Long && bitmask.size(0) == count &&
             bitmask.size(1) == packed_rows::words(columns),
@@ -48,11 +48,11 @@ struct NmTensors {
     check(values.dim() == 2 && codes.dim() == 2, "values, codes: expected 2 dimensions");
     const int64_t stored = packed_rows::stored_per_row(columns, n, m, size_of(dtype));
     check(columns % m == 0, "n, m: expected columns divisible by m");
-    check(values.size(1) == stored, "values: expected as many in a row as the columns take");
+    check(values.size(1) == stored, "values: expected in each row the number stored for its columns");
     check(
         codes.scalar_type() == ScalarType::Int && codes.size(0) == values.size(0) &&
             codes.size(1) == stored * packed_rows::code_bits(m) / 32,
-        "codes: expected int32 of the shape that goes with values");
+        "codes: expected int32 in the shape that values requires");
     rows = {values.const_data_ptr(), data_of<uint32_t>(codes), values.size(0), n, m};
   }
 

@@ -31,7 +31,9 @@ struct Packed {
 // Allocates the packed form of a weight.
 inline Packed new_packed(const Tensor& weight) {
   const Format format = format_of(weight);
-  check(weight.dim() == 2 && divides(format, weight.size(0), weight.size(1)), "weight: expected a shape that the layout divides");
+  check(
+      weight.dim() == 2 && divides(format, weight.size(0), weight.size(1)),
+      "weight: expected a shape divisible into tiles of the layout");
   const int64_t rows = weight.size(0), columns = weight.size(1);
   return {
       torch::stable::new_empty(weight, {rows, columns / 2}),
@@ -43,7 +45,7 @@ inline void check_packed(const Tensor& values, const Tensor& meta) {
   const Format format = format_of(values);
   check(values.dim() == 2 && meta.dim() == 2, "values, meta: expected 2 dimensions");
   const int64_t rows = values.size(0), columns = 2 * values.size(1);
-  check(divides(format, rows, columns), "values: expected a shape that the layout divides");
+  check(divides(format, rows, columns), "values: expected a shape divisible into tiles of the layout");
   check(
       meta.scalar_type() == word_type(format) && meta.size(0) == rows && meta.size(1) == columns / format.columns_per_word(),
       "meta: expected the dtype and shape that go with values");

@@ -139,7 +139,9 @@ def check_bitmask_rows(
     wrong = starts != tile_starts(slots, values.dtype)
     if wrong.any():
         tile = int(wrong.nonzero()[0])
-        raise ValueError(f"starts: expected where the bits set before each tile end, got {int(starts[tile])} for tile {tile}")
+        raise ValueError(
+            f"starts: expected the first slot after the values of earlier tiles, got {int(starts[tile])} for tile {tile}"
+        )
     if not torch.equal(order.sort().values, torch.arange(rows, dtype=torch.int32, device=order.device)):
         raise ValueError(f"order: expected each row from 0 to {rows - 1} once")
 

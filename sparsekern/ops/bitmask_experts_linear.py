@@ -54,7 +54,7 @@ def bitmask_experts_linear(
     check_tensor("bitmask", bitmask, ndim=3, dtypes=(torch.int64,), shape=(count, rows, words(x.shape[-1])), device=x.device)
     check_tensor("starts", starts, ndim=2, dtypes=(torch.int64,), shape=(count, tiles(rows) + 1), device=x.device)
     if values.shape[0] % lanes(x.dtype) or values.shape[0] < SLACK * lanes(x.dtype):
-        raise ValueError(f"values: expected whole slots, including {SLACK} spare ones, got {values.shape[0]} values")
+        raise ValueError(f"values: expected a whole number of slots, {SLACK} of them spare, got {values.shape[0]} values")
     check_bias(bias, count, rows, x)
     return _op(x, experts, values, bitmask, starts, order, bias)
 

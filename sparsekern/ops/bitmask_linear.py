@@ -54,7 +54,7 @@ def bitmask_linear(
     check_tensor("bitmask", bitmask, ndim=2, dtypes=(torch.int64,), shape=(rows, words(x.shape[-1])), device=x.device)
     check_tensor("starts", starts, ndim=1, dtypes=(torch.int64,), shape=(tiles(rows) + 1,), device=x.device)
     if values.shape[0] % lanes(x.dtype) or values.shape[0] < SLACK * lanes(x.dtype):
-        raise ValueError(f"values: expected whole slots, including {SLACK} spare ones, got {values.shape[0]} values")
+        raise ValueError(f"values: expected a whole number of slots, {SLACK} of them spare, got {values.shape[0]} values")
     if bias is not None:
         check_tensor("bias", bias, ndim=1, dtypes=(x.dtype,), shape=(rows,), device=x.device)
     return _op(x, values, bitmask, starts, order, bias)
@@ -65,12 +65,12 @@ def check_places(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tens
     rows, slots = len(order), len(values) // lanes(values.dtype) - SLACK
     wrong = (torch.cat((starts.new_zeros(1), starts)).diff() < 0) | (starts > slots)
     if wrong.any():
-        raise ValueError(f"starts: expected ascending places of the {slots} slots, got {int(starts[wrong][0])}")
+        raise ValueError(f"starts: expected ascending offsets of at most {slots} slots, got {int(starts[wrong][0])}")
     outside = (order < 0) | (order >= rows)
     if outside.any():
         raise ValueError(f"order: expected rows from 0 to {rows - 1}, got {int(order[outside][0])}")
     if slot_counts(words_to_bits(bitmask).sum(1), values.dtype).sum() > slots:
-        raise ValueError("bitmask: expected bits for the values there are, got more")
+        raise ValueError("bitmask: expected no more set bits than there are values")
 
 
 def reference(x, values, bitmask, starts, order, bias=None) -> torch.Tensor:

@@ -90,12 +90,12 @@ def test_contradicting_tensors_cannot_lead_the_kernel_out_of_them(isa, generator
     wrong_bits = bitmask.clone()
     wrong_bits[1, 39] = -1
     wrong_bits[1, :5] = -1
-    with pytest.raises(ValueError, match="bitmask: expected bits for the values there are, got more"):
+    with pytest.raises(ValueError, match="bitmask: expected no more set bits than there are values"):
         bitmask_experts_linear(x, experts, values, wrong_bits, starts, order)
     for wrong in (-1, 2**62, int(starts[1, -1]) + 1):
         moved = starts.clone()
         moved[1, 1] = wrong
-        with pytest.raises(ValueError, match="starts: expected ascending places"):
+        with pytest.raises(ValueError, match="starts: expected ascending offsets of at most"):
             torch.ops.sparsekern.bitmask_experts_linear(x, experts, values, bitmask, moved, order)
     for wrong in (-1, 40):
         moved = order.clone()
@@ -119,7 +119,7 @@ def test_what_is_refused(generator):
         ((x[:, :64], experts, values, bitmask, starts, order), r"bitmask: expected shape \(3, 20, 1\), got \(3, 20, 2\)"),
         (
             (x, experts, values[: SLACK - 1], bitmask, starts, order),
-            "values: expected whole slots, including 64 spare ones, got 63",
+            "values: expected a whole number of slots, 64 of them spare, got 63",
         ),
         ((x, experts, values, bitmask, starts[1:], order), r"starts: expected shape \(3, 3\), got \(2, 3\)"),
         ((x, experts, values, bitmask, starts, order.long()), "order: expected dtype int32, got int64"),
@@ -136,7 +136,7 @@ def test_what_is_refused(generator):
     [
         ("starts", (1, 0), "starts: expected expert 1 to begin at slot"),
         ("starts", (2, -1), "starts: expected the values to end at slot"),
-        ("starts", (2, 1), r"starts: expected where the bits set before each tile end, .* \(expert 2\)"),
+        ("starts", (2, 1), r"starts: expected the first slot after the values of earlier tiles, .* \(expert 2\)"),
         ("order", (2, 0), r"order: expected each row from 0 to 19 once \(expert 2\)"),
         ("bitmask", (0, 3, 1), r"(?s).*\(expert 0\)"),
     ],

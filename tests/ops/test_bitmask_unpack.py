@@ -60,7 +60,9 @@ def test_a_set_bit_past_the_last_column(isa, unpack):
 def test_starts_that_are_not_those_of_the_bits(isa, unpack, dtype, tile, wrong):
     packed = packed_ones(40, 30, dtype)
     packed["starts"][tile] = wrong
-    with pytest.raises(ValueError, match=f"^starts: expected where the bits set before each tile end, got {wrong} for tile {tile}"):
+    with pytest.raises(
+        ValueError, match=f"^starts: expected the first slot after the values of earlier tiles, got {wrong} for tile {tile}"
+    ):
         unpack(**packed, features=30)
 
 

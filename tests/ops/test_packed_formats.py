@@ -121,7 +121,9 @@ def test_messages_name_the_tensor(generator, dtype):
     refused(r"bitmask: expected torch.int64 \(40, 3\), got torch.int64 \(40, 2\)", bitmask=sound["bitmask"][:, :2])
     refused("bitmask: expected a contiguous tensor", bitmask=sound["bitmask"].T.contiguous().T)
     refused(r"values: expected \d+ values for the bits set in bitmask", bitmask=torch.zeros_like(bitmask))
-    refused(r"starts: expected where the bits set before each tile end, got -1 for tile 1", starts=torch.tensor([0, -1, 2, 3]))
+    refused(
+        r"starts: expected the first slot after the values of earlier tiles, got -1 for tile 1", starts=torch.tensor([0, -1, 2, 3])
+    )
     refused("order: expected each row from 0 to 39 once", order=torch.zeros_like(sound["order"]))
     refused("tensors: expected values, bitmask, starts, order, got .*more", more=bitmask)
     refused("shape: expected .*got", shape=(40, -1))

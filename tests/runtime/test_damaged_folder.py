@@ -25,7 +25,7 @@ def _set(name: str, value):
         (_set("values", lambda t: t.half()), f"model.safetensors: {UP}.values: expected BF16 .* got F16"),
         (
             _set("starts", lambda t: t + (1 << 40)),
-            f"model.safetensors: {UP}.starts: expected where the bits set before each tile end",
+            f"model.safetensors: {UP}.starts: expected the first slot after the values of earlier tiles",
         ),
         (_set("bitmask", lambda t: torch.full_like(t, -1)), f"model.safetensors: {UP}.values: expected .* values for the bits set"),
         (_set("order", torch.zeros_like), f"model.safetensors: {UP}.order: expected each row from 0 to 95 once"),

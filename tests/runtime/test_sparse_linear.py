@@ -71,7 +71,7 @@ def test_state_dict_round_trip(format):
     "name, damage, message",
     [
         ("bitmask", lambda t: t.fill_(-1), "values: expected 5248 values for the bits set in bitmask"),
-        ("starts", lambda t: t.add_(1 << 40), "starts: expected where the bits set before each tile end"),
+        ("starts", lambda t: t.add_(1 << 40), "starts: expected the first slot after the values of earlier tiles"),
         ("order", lambda t: t.fill_(7), "order: expected each row from 0 to 39 once"),
     ],
 )
