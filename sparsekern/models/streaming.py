@@ -14,18 +14,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from .checkpoint_keys import names_in
+from .lent import Lent
 from .linears import is_unread, mark_unread
 from .weight_files import Stored, tensors_in
 
 META = torch.device("meta")
 SAMPLE = 64  # bytes of each tensor that a fingerprint reads
 Tensors = dict[str, torch.Tensor]
+T = TypeVar("T")
 _streams: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
 
 
@@ -52,16 +54,24 @@ def in_memory(model: nn.Module, index: int) -> Iterator[None]:
         yield
 
 
-def every_parameter(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a model once each. Those of a streamed model's blocks have values only until the next one is asked for."""
+@contextmanager
+def lent_blocks(model: nn.Module) -> Iterator[None]:
+    """Let a forward within show its structure without reading all blocks: those of one kind have the weights of one of them.
+
+    Models in memory are left alone.
+    """
     stream = stream_of(model)
     if stream is None:
-        yield from model.parameters()
+        yield
         return
-    yield from (parameter for parameter in model.parameters() if not is_unread(parameter))
-    for index, name in enumerate(stream.blocks):
-        with in_memory(model, index):
-            yield from model.get_submodule(name).parameters()
+    with stream.lending():
+        yield
+
+
+def zeros_of(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Return the number of zeros and of all values of some tensors."""
+    counts = [(tensor.numel() - int(torch.count_nonzero(tensor)), tensor.numel()) for tensor in tensors]
+    return sum(zeros for zeros, _ in counts), sum(total for _, total in counts)
 
 
 class Stream:
@@ -108,9 +118,11 @@ class Stream:
             if targets:
                 self._known.append(name)
         self._ahead: dict[int, Future[Tensors]] = {}
-        self._reader: ThreadPoolExecutor | None = None
+        self._files: ThreadPoolExecutor | None = None
         self._holders = [0] * len(self.blocks)
         self._wait: Callable[[int], None] | None = None
+        self._lent: Lent | None = None
+        self._zeros: dict[int, tuple[int, int]] = {}
 
     def fill(self, model: Any) -> Any:
         """Read what belongs to no block, put tensors without values in the place of the rest, and return transformers' loading info."""
@@ -150,11 +162,27 @@ class Stream:
         finally:
             self._wait = None
 
+    @contextmanager
+    def lending(self) -> Iterator[None]:
+        """Give a block the weights of an earlier one of the same kind within, where one is at hand. See `Lent`."""
+        before, self._lent = self._lent, self._lent or Lent()
+        try:
+            yield
+        finally:
+            self._lent = before
+
     def read_ahead(self, index: int) -> None:
-        """Begin to read block `index` in another thread."""
-        if index < len(self.blocks) and index not in self._ahead and not self._holders[index]:
-            self._reader = self._reader or ThreadPoolExecutor(1, "sparsekern-read")
-            self._ahead[index] = self._reader.submit(self._load, self.names[index])
+        """Begin to read block `index` in another thread, unless it is held or blocks are lent."""
+        if index < len(self.blocks) and index not in self._ahead and not self._holders[index] and self._lent is None:
+            self._ahead[index] = self.later(lambda: self._load(self.names[index]))
+
+    def later(self, call: Callable[[], T]) -> Future[T]:
+        """Make a call in the thread that reads and writes files, after all calls before it.
+
+        Since there is one such thread, at most one block that is read ahead or still being written is in memory beside the held one.
+        """
+        self._files = self._files or ThreadPoolExecutor(1, "sparsekern-files")
+        return self._files.submit(call)
 
     def release(self, model: Any, index: int) -> None:
         """Free the weights of block `index`."""
@@ -192,12 +220,15 @@ class Stream:
             OSError: the file cannot be read.
         """
         held = tensors_in([path])
-        self._ahead.clear()  # what was read from the file before
         self._stamps[path] = _stamp(path)
-        for name in names:
+        taken = set(names)
+        for name in taken:
             if name not in held:
                 raise ValueError(f"{path.name}: the file is damaged ({name} is not there)")
             self.stored[name] = held[name]
+        for index in list(self._ahead):
+            if taken.intersection(self.names[index]):
+                self._ahead.pop(index, None)  # it was read from the file before
 
     def take_all(self, paths: Iterable[Path]) -> None:
         """Read all tensors from other files from now on.
@@ -214,6 +245,23 @@ class Stream:
         names: Iterable[str] = self.stored if index is None else self.names[index]
         return sum(self.stored[name].nbytes for name in names)
 
+    def count_zeros(self, model: Any, index: int) -> None:
+        """Remember the number of zeros of block `index`, which is held and does not change any more."""
+        self._zeros[index] = zeros_of(model.get_submodule(self.blocks[index]).parameters())
+
+    def counted_zeros(self, model: Any) -> tuple[int, int]:
+        """Return the number of zeros and of all weights of the model. Blocks are read unless their zeros are known."""
+        found = [zeros_of(parameter for parameter in model.parameters() if not is_unread(parameter))]
+        for index in range(len(self.blocks)):
+            if index not in self._zeros:
+                with self.held(model, index):
+                    self.read_ahead(index + 1)
+                    found.append(zeros_of(model.get_submodule(self.blocks[index]).parameters()))
+            else:
+                found.append(self._zeros[index])
+        zeros, total = zip(*found, strict=True)
+        return sum(zeros), sum(total)
+
     def fingerprint(self) -> str:
         """Return a digest of the names, shapes and dtypes of the checkpoint's tensors, and of a few bytes of each."""
         digest = hashlib.sha256()
@@ -226,10 +274,10 @@ class Stream:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        if self._reader is not None:
-            self._reader.shutdown(wait=True, cancel_futures=True)
-            self._reader = None
+        """Stop reading ahead, and end the thread that reads and writes."""
+        if self._files is not None:
+            self._files.shutdown(wait=True, cancel_futures=True)
+            self._files = None
         self._ahead.clear()
 
     def _block_of(self, target: str) -> int | None:
@@ -250,10 +298,13 @@ class Stream:
         Raises:
             ValueError: the checkpoint has changed since it was opened, or does not hold all of the block's tensors.
         """
-        ahead = self._ahead.pop(index, None)
-        tensors = self._load(self.names[index]) if ahead is None else ahead.result()
-        self._convert(model, tensors)
         block = model.get_submodule(self.blocks[index])
+        if self._lent is not None and self._lent.fill(block):
+            return
+        ahead = self._ahead.pop(index, None) or self.later(lambda: self._load(self.names[index]))
+        self._convert(model, ahead.result())
+        if self._lent is not None:
+            self._lent.keep(block)
         if empty := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
             raise ValueError(f"model: the checkpoint holds no values for {self.blocks[index]}.{empty[0]}")
 

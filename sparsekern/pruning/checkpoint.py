@@ -14,7 +14,9 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,6 +131,9 @@ class Checkpoint:
         """Write the result of block `index`."""
         self.put(self._name(index), result.weights, {"layers": [asdict(layer) for layer in result.layers]})
 
+    def finish(self) -> None:
+        """Do nothing: `save` returns once a block is on disk."""
+
     def holds(self, index: int) -> bool:
         """Return whether block `index` is finished."""
         return self.store.holds(self._name(index))
@@ -205,7 +210,7 @@ class Checkpoint:
 class StreamedCheckpoint(Checkpoint):
     """The checkpoint of a streamed run. It holds each finished block whole, as the output will hold it.
 
-    The model reads finished blocks from here.
+    The model reads finished blocks from here. They are written in the stream's thread for files, while the run goes on.
     """
 
     def __init__(self, model: nn.Module, stream: Stream, out: Path, settings: dict, environment: dict, *, resume: bool) -> None:
@@ -221,6 +226,7 @@ class StreamedCheckpoint(Checkpoint):
         """
         super().__init__(out, settings, environment, resume=resume)
         self._model, self._stream = model, stream
+        self._writing: Future[None] | None = None
         for index, names in enumerate(stream.names):
             if self.holds(index):
                 self._layers(index)
@@ -235,10 +241,26 @@ class StreamedCheckpoint(Checkpoint):
             linears[name].weight.copy_(weight)
         if inside:
             tensors = self._stream.as_stored(self._model, index)
+            self._stream.count_zeros(self._model, index)
         else:
             state = {f"{name}.weight": linears[name].parameter.detach() for name in result.weights}
             tensors = self._stream.named_as_stored(self._model, state)
-        self.put(self._name(index), tensors, {"layers": [asdict(layer) for layer in result.layers]})
+        note = {"layers": [asdict(layer) for layer in result.layers]}
+        self.finish()
+        self._writing = self._stream.later(partial(self._write, index, tensors, note))
+
+    def finish(self) -> None:
+        """Wait until all blocks are on disk.
+
+        Raises:
+            OSError: the disk refuses the last one, which is not recorded then.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, index: int, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
+        self.put(self._name(index), tensors, note)
         self._take(index, tensors)
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
@@ -255,6 +277,8 @@ class StreamedCheckpoint(Checkpoint):
             check_pruned(self.store.place(self._name(index)), weights, layers, self.patterns)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
+        if index < len(self._stream.blocks):
+            self._stream.count_zeros(self._model, index)
         return BlockResult(weights, layers)
 
     def _layers(self, index: int) -> list[LayerReport]:

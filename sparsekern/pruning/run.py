@@ -60,6 +60,9 @@ class Blocks(Protocol):
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
         """Return the result of block `index`, or None where it is not finished."""
 
+    def finish(self) -> None:
+        """Wait until all results are on disk."""
+
 
 PlanT = TypeVar("PlanT", bound=PlanLike)
 MethodT = TypeVar("MethodT", bound=Method)

@@ -69,12 +69,17 @@ class Lineage(TorchDispatchMode):
         self.users: dict[Element, set[int]] = {}
         self.hidden: list[tuple[int, int]] = []
         self.read: set[str] = set()
-        self._watched = {self._storages.key(tensor): name for name, tensor in watched.items()}
+        self._watched: dict[int, str] = {}
+        self.watch(watched)
         self._outside = {self._storages.key(tensor): Origin(sources=frozenset({name})) for name, tensor in sources.items()}
         self._inside: dict[int, Origin] = {}
         self._made: set[int] = set()
         self._given: set[int] = set()
         self.block: int | None = None
+
+    def watch(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Note the use of further tensors, by name. Of two that share a storage the later one counts from now on."""
+        self._watched |= {self._storages.key(tensor): name for name, tensor in tensors.items()}
 
     def of(self, tensor: torch.Tensor) -> Origin:
         """Return the origin of a tensor."""

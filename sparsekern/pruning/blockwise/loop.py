@@ -7,7 +7,7 @@ nothing is run twice. Fused experts are solved a few at a time, see `experts.py`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch import nn
 from ..._warnings import warnings_about
 from ...methods import BlockMethod, LinearMethod, Solution
 from ...models import Linear
-from ...models.streaming import in_memory, stream_of
+from ...models.streaming import in_memory, lent_blocks, stream_of
 from ...reports import LayerReport, Report
 from ..batches import TOKENS, Batch
 from ..plan import Plan, Request, check_finite, check_padding, plan_linears
@@ -66,7 +66,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         plan = plan.calibrated(request.rules)
         batches = batches_for(model, method, request.calibration, request.batch_size)
         check_padding(plan, batches)
-        with prepared(model, request.seed):
+        with prepared(model, request.seed), lent_blocks(model):
             plan = observed(model, plan, batches)
             if isinstance(method, BlockMethod):
                 plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
@@ -88,10 +88,16 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             with context.clock.phase("capture"):
                 self.activations = Activations(context.model, batches, self.course)
             order = [*self.course.order, len(parts) - 1]
+        with self._blocks_on_disk():
+            self._run_blocks(order, bool(batches))
+        self.solver.say_unseen()
+
+    def _run_blocks(self, order: Sequence[int], forwards: bool) -> None:
+        context, parts = self.context, self.plan.parts
         last = [index for index in order if parts[index]][-1]
         resuming = True
         for index in order:
-            if not parts[index] and not batches:
+            if not parts[index] and not forwards:
                 continue
             with in_memory(context.model, index):
                 if linears := parts[index]:
@@ -100,10 +106,24 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                         self._prune_block(index, linears)
                 if index == last:
                     break
-                if batches:
+                if forwards:
                     with context.clock.phase("forward"):
                         self.activations.advance(index)
-        self.solver.say_unseen()
+
+    @contextmanager
+    def _blocks_on_disk(self) -> Iterator[None]:
+        """Wait at the end until all blocks are on disk. After an error, that of the disk is not raised."""
+        checkpoint = self.context.checkpoint
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                if checkpoint is not None:
+                    checkpoint.finish()
+            raise
+        if checkpoint is not None:
+            with self.context.clock.phase("write"):
+                checkpoint.finish()
 
     def _restore(self, index: int, linears: Sequence[Linear]) -> bool:
         found = self.context.checkpoint.load(index, linears) if self.context.checkpoint else None

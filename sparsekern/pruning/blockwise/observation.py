@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from ...models import Blocks, Linear
+from ...models.streaming import lent_blocks
 from ..batches import Batch
 from ..plan import Plan, shortened
 from ..progress import Notices
@@ -65,9 +66,10 @@ def _traces(
     model: nn.Module, blocks: Blocks, linears: Sequence[Linear], batches: Sequence[Batch], *, to_the_end: bool
 ) -> dict[frozenset[str], Trace]:
     traces: dict[frozenset[str], Trace] = {}
-    for number, batch in enumerate(batches):
-        if batch.given not in traces:
-            traces[batch.given] = observe(model, blocks, linears, batch, number, to_the_end=to_the_end)
+    with lent_blocks(model):
+        for number, batch in enumerate(batches):
+            if batch.given not in traces:
+                traces[batch.given] = observe(model, blocks, linears, batch, number, to_the_end=to_the_end)
     return traces
 
 

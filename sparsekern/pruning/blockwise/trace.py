@@ -19,6 +19,7 @@ from torch import nn
 from ...models import Blocks, Linear
 from ...models.expert_checks import verified
 from ...models.experts import watched
+from ...models.streaming import in_memory
 from ...models.unsupported import CannotFollow
 from ..batches import DECODED, FITTING, TOKENS, Batch, fitted, unclear
 from ..process import PutBack
@@ -183,10 +184,17 @@ class _Observer:
         plain, matrices = parted(linears)
         self.trace, self._blocks = Trace(), blocks
         self._masks = {name: value for name in (TOKENS, DECODED) if (value := sources.get(name)) is not None and value.dim() == 2}
-        self._lineage = Lineage(sources, {linear.name: linear.weight for linear in plain})
+        self._model = model
+        self._in_memory = ExitStack()  # the block that is running
+        self._inside: list[list[Linear]] = [
+            [linear for linear in plain if linear.name.startswith(f"{blocks.block_name(index)}.")]
+            for index in range(len(blocks.modules))
+        ]
+        inside = {linear.name for linears in self._inside for linear in linears}
+        self._lineage = Lineage(sources, _weights([linear for linear in plain if linear.name not in inside]))
         self._open: Any = None  # of the block that is running: its arguments, their versions, and the containers among them
         self._last: tuple[int, list[torch.Tensor], list[int]] | None = None
-        with ExitStack() as stack:
+        with self._in_memory, ExitStack() as stack:
             for index, block in enumerate(blocks.modules):
                 stack.callback(block.register_forward_pre_hook(self._before(index), with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(self._after(index)).remove)
@@ -218,6 +226,8 @@ class _Observer:
             self.trace.runs.append(run)
             self.trace.calls.setdefault(self._blocks.block_name(index), [])
             self._open = (arguments, [tensor._version for tensor in arguments], Changes((args, kwargs)))
+            self._in_memory.enter_context(in_memory(self._model, index))
+            self._lineage.watch(_weights(self._inside[index]))
             self._lineage.enter(index, direct, arguments)
 
         return hook
@@ -236,6 +246,7 @@ class _Observer:
             one = isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
             run.plain, run.returns_tuple = one and len(tensors) == 1 and not entries, isinstance(output, tuple)
             self._lineage.leave(tensors)
+            self._in_memory.close()
             self._last = (index, tensors, [tensor._version for tensor in tensors])
 
         return hook
@@ -261,6 +272,10 @@ class _Observer:
             for place, (tensor, version) in enumerate(zip(tensors, versions, strict=True)):
                 if tensor._version != version:
                     self.trace.overwritten.add(Element(index, place))
+
+
+def _weights(linears: Iterable[Linear]) -> dict[str, torch.Tensor]:
+    return {linear.name: linear.weight for linear in linears}
 
 
 def _mask_of(origin: Origin) -> str | None:
