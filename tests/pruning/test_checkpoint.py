@@ -191,6 +191,15 @@ def test_what_no_parameter_holds_makes_another_model_too(change):
     assert checkpoint.model_fingerprint(model) != before
 
 
+def test_the_same_values_at_other_places_are_another_model():
+    """The sum of their bits is the same."""
+    model = tiny_model("llama")
+    before = checkpoint.model_fingerprint(model)
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    weight.copy_(weight.flip(0))
+    assert checkpoint.model_fingerprint(model) != before
+
+
 def test_another_environment_is_said(unfinished):
     path = unfinished / "checkpoint" / "state.json"
     state = json.loads(path.read_text())

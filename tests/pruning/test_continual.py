@@ -9,6 +9,7 @@ import torch
 
 import sparsekern
 from sparsekern import COPAL, Magnitude, SparseGPT, Wanda, prune_continually
+from sparsekern.models import find_linears
 from sparsekern.pruning.blockwise.activations import Activations
 from sparsekern.reports import ContinualReport, ContinualStep
 from tests.tiny import llama
@@ -114,9 +115,11 @@ def test_a_carried_mask_does_not_change_any_more(method, pattern):
 
 @pytest.mark.parametrize("method", [COPAL(), SparseGPT()])
 def test_from_dense_only_the_last_data_set_counts(method):
-    alone, _ = run(method, "c")
+    (alone, _), (before, _) = run(method, "c"), run(method, "b")
     model, report = run(method, "abc", strategy="dense")
-    assert same(model, weights(alone)) and report.steps[1].changed > 0
+    masks = [torch.cat([(linear.weight == 0).flatten() for linear in find_linears(each.model)]) for each in (before, alone)]
+    changed = float((masks[0] != masks[1]).double().mean())
+    assert same(model, weights(alone)) and report.steps[2].changed == pytest.approx(changed) and changed > 0
     accumulated, _ = run(method, "abc")
     assert not same(accumulated, weights(alone))
 

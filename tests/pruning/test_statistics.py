@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsekern.methods.statistics import FeatureNorm, Gram
 from sparsekern.models import find_linears
-from sparsekern.pruning.batches import Batch
+from sparsekern.pruning.batches import DECODED, TOKENS, Batch
 from sparsekern.pruning.blockwise.statistics import SharedStatistics
 
 
@@ -107,3 +107,27 @@ def test_rows_of_a_batch_and_their_samples():
     assert [batch.sample_of_row(row, 6) for row in (0, 2, 3, 5)] == [6, 6, 7, 7]
     assert batch.sample_of_row(14, 30) == 6 and batch.sample_of_row(15, 30) == 7
     assert batch.sample_of_row(1, 5) is None
+
+
+def test_each_call_of_a_linear_has_its_own_padding_mask():
+    """A linear that is called on the tokens of an encoder, then twice on those of a decoder, which are padded otherwise."""
+    (linear,) = find_linears(nn.ModuleDict({"a": nn.Linear(4, 3)}))
+    tokens, decoded = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
+    batch = Batch({"input_ids": torch.zeros(2, 3, dtype=torch.long)}, 0, tokens, decoded)
+    shared = SharedStatistics([linear], FeatureNorm, masks={"a": (TOKENS, DECODED)})
+    calls = [torch.randn(2, 3, 4) for _ in range(3)]
+    shared.add(batch, {"a": calls})
+    ((_, statistic),) = shared.groups
+    seen = torch.cat([calls[0][tokens], calls[1][decoded], calls[2][decoded]])
+    assert statistic.tokens == len(seen) == 11
+    torch.testing.assert_close(statistic.sum_squares, seen.square().sum(0))
+
+
+def test_the_sample_that_is_named_is_the_first_bad_one_that_is_not_padding(linears):
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    batch = Batch({"input_ids": torch.zeros(3, 3, dtype=torch.long)}, 4, mask)
+    x = torch.zeros(3, 3, 4)
+    x[0, 1] = float("nan")
+    x[1, 1, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"^a: its input is inf in calibration sample 5 \(row 4 of the batch\)"):
+        SharedStatistics(linears[:1], FeatureNorm).add(batch, {"a": [x]})
