@@ -21,7 +21,7 @@ from .architecture import class_to_load, is_encoder_config
 from .blocks import find_blocks
 from .checkpoint_keys import recording
 from .source import WEIGHTS, module_folders, remember, source_of
-from .streaming import streamed
+from .streamed_class import streamed
 from .units import check_units, recorded_units, sized
 from .weight_files import tensors_in, weight_files
 

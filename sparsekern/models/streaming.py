@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .checkpoint_keys import names_in
 from .lent import Lent
-from .linears import is_unread, mark_unread
-from .weight_files import Stored, tensors_in
+from .linears import mark_unread
+from .stored_files import Part, Tensors
+from .weight_files import Stored, dtype_of, tensors_in
 
 META = torch.device("meta")
 SAMPLE = 64  # bytes of each tensor that a fingerprint reads
-Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
 _streams: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
 
@@ -56,22 +56,19 @@ def in_memory(model: nn.Module, index: int) -> Iterator[None]:
 
 @contextmanager
 def lent_blocks(model: nn.Module) -> Iterator[None]:
-    """Let a forward within show its structure without reading all blocks: those of one kind have the weights of one of them.
+    """Let a forward within show its structure without reading all blocks: those of one kind have the weights of one of them, see `Lent`.
 
     Models in memory are left alone.
     """
     stream = stream_of(model)
-    if stream is None:
+    before = None if stream is None else stream.lent
+    if stream is not None:
+        stream.lent = before or Lent()
+    try:
         yield
-        return
-    with stream.lending():
-        yield
-
-
-def zeros_of(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """Return the number of zeros and of all values of some tensors."""
-    counts = [(tensor.numel() - int(torch.count_nonzero(tensor)), tensor.numel()) for tensor in tensors]
-    return sum(zeros for zeros, _ in counts), sum(total for _, total in counts)
+    finally:
+        if stream is not None:
+            stream.lent = before
 
 
 class Stream:
@@ -82,6 +79,9 @@ class Stream:
         stored: by the name of a tensor in the checkpoint, where it is.
         names: the checkpoint's tensors of each block, in the order of `blocks`.
         outside: the checkpoint's tensors that belong to no block, those that the model does not know among them.
+        parts: by block, what was taken from another file.
+        lent: lends weights to blocks that would be read otherwise; None where each block has its own.
+        zeros: by block, the number of zeros and of all weights, where they are known.
     """
 
     def __init__(self, model: Any, files: Sequence[str], settings: Any, blocks: Sequence[str]) -> None:
@@ -121,12 +121,14 @@ class Stream:
         self._files: ThreadPoolExecutor | None = None
         self._holders = [0] * len(self.blocks)
         self._wait: Callable[[int], None] | None = None
-        self._lent: Lent | None = None
-        self._zeros: dict[int, tuple[int, int]] = {}
+        self.lent: Lent | None = None
+        self.zeros: dict[int, tuple[int, int]] = {}
+        self.parts: dict[int, Part] = {}
+        self._edits: dict[int, tuple[Callable[[int], object], list[tuple[nn.Module, str, nn.Parameter]]]] = {}
 
     def fill(self, model: Any) -> Any:
         """Read what belongs to no block, put tensors without values in the place of the rest, and return transformers' loading info."""
-        empty = {name: torch.empty(stored.shape, dtype=_dtype(stored), device=META) for name, stored in self.stored.items()}
+        empty = {name: torch.empty(stored.shape, dtype=dtype_of(stored), device=META) for name, stored in self.stored.items()}
         info = _convert(model, empty, dataclasses.replace(self._settings, device_map={"": META}))
         self._convert(model, self._load(self._known))
         for index in range(len(self.blocks)):
@@ -162,18 +164,9 @@ class Stream:
         finally:
             self._wait = None
 
-    @contextmanager
-    def lending(self) -> Iterator[None]:
-        """Give a block the weights of an earlier one of the same kind within, where one is at hand. See `Lent`."""
-        before, self._lent = self._lent, self._lent or Lent()
-        try:
-            yield
-        finally:
-            self._lent = before
-
     def read_ahead(self, index: int) -> None:
         """Begin to read block `index` in another thread, unless it is held or blocks are lent."""
-        if index < len(self.blocks) and index not in self._ahead and not self._holders[index] and self._lent is None:
+        if index < len(self.blocks) and index not in self._ahead and not self._holders[index] and self.lent is None:
             self._ahead[index] = self.later(lambda: self._load(self.names[index]))
 
     def later(self, call: Callable[[], T]) -> Future[T]:
@@ -192,6 +185,21 @@ class Stream:
                     module._parameters[name] = nn.Parameter(parameter.detach().to(META), parameter.requires_grad)
                     mark_unread(module._parameters[name])
 
+    def edit(self, model: Any, index: int, change: Callable[[int], object] | None) -> None:
+        """Call `change` with `index` whenever the block has been read, until it is taken from another file; None ends that.
+
+        The block is not in memory. Its parameters have the shapes that the checkpoint gives them.
+        """
+        self._edits.pop(index, None)
+        self.zeros.pop(index, None)
+        if change is not None:
+            modules = model.get_submodule(self.blocks[index]).modules()
+            self._edits[index] = change, [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+
+    def is_edited(self, index: int) -> bool:
+        """Return whether a block is changed whenever it has been read."""
+        return index in self._edits
+
     def as_stored(self, model: Any, index: int) -> Tensors:
         """Return the weights of block `index`, which is held, under the names and in the shapes of the checkpoint."""
         name = self.blocks[index]
@@ -204,63 +212,81 @@ class Stream:
 
         return revert_weight_conversion(model, dict(state))
 
-    def put(self, model: Any, tensors: Tensors) -> None:
-        """Fill in weights of the model from tensors under the names of the checkpoint.
+    def differing(self, tensors: Tensors) -> set[str]:
+        """Return the names of those tensors whose dtype or shape is another than in the checkpoint."""
+        held = {name: self.stored[name] for name in tensors.keys() & self.stored.keys()}
+        return {
+            name
+            for name, stored in held.items()
+            if (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype_of(stored), stored.shape)
+        }
+
+    def put(self, model: Any, tensors: Tensors, part: Part) -> None:
+        """Fill in weights of the model from the tensors of a part.
 
         Raises:
             ValueError: they cannot be converted.
         """
-        self._convert(model, tensors)
+        self._fill(model, tensors, part)
 
-    def take(self, path: Path, names: Iterable[str]) -> None:
-        """Read tensors from another file from now on, which holds them under the same names.
+    def take(self, path: Path, part: Part) -> None:
+        """Read a block, or tensors outside the blocks, from another file from now on.
 
         Raises:
-            ValueError: the file is damaged, or lacks one of them.
+            ValueError: the file is damaged, or lacks a tensor.
             OSError: the file cannot be read.
         """
         held = tensors_in([path])
-        self._stamps[path] = _stamp(path)
-        taken = set(names)
-        for name in taken:
+        for name in part.names:
             if name not in held:
                 raise ValueError(f"{path.name}: the file is damaged ({name} is not there)")
-            self.stored[name] = held[name]
-        for index in list(self._ahead):
-            if taken.intersection(self.names[index]):
-                self._ahead.pop(index, None)  # it was read from the file before
+        self._stamps[path] = _stamp(path)
+        self._replace(part, {name: held[name] for name in part.names})
 
-    def take_all(self, paths: Iterable[Path]) -> None:
+    def take_all(self, paths: Iterable[Path], parts: Iterable[Part] = ()) -> None:
         """Read all tensors from other files from now on.
+
+        Args:
+            paths: the files.
+            parts: what they hold in another form than before.
 
         Raises:
             ValueError: a file is damaged.
             OSError: a file cannot be read.
         """
-        for path in paths:
-            self.take(path, tensors_in([path]).keys() & self.stored.keys())
+        held = tensors_in(paths := list(paths))
+        self._stamps |= {path: _stamp(path) for path in paths}
+        for part in parts:
+            self._replace(part, {name: held[name] for name in part.names})
+        self.stored |= {name: held[name] for name in self.stored.keys() & held.keys()}
+        self._ahead.clear()  # what was read from the files before
+
+    def _replace(self, part: Part, held: Mapping[str, Stored]) -> None:
+        self._ahead.pop(part.index, None)  # it was read from the files before
+        inside = part.index < len(self.blocks)
+        replaced = self.names[part.index] if inside else part.replaced
+        for name in replaced:
+            del self.stored[name]
+        self.stored |= held
+        if inside:
+            self.names[part.index][:] = part.names
+        else:
+            self.outside = sorted({*self.outside, *part.names}.difference(replaced))
+            before = self.parts.get(part.index)
+            part = dataclasses.replace(part, packed={**(before.packed if before else {}), **part.packed})
+        self.parts[part.index] = part
+        self._edits.pop(part.index, None)
+
+    def check_unchanged(self) -> None:
+        """Raise `ValueError` if a file of the checkpoint has changed since it was opened."""
+        for path in {stored.path for stored in self.stored.values()}:
+            if not path.exists() or _stamp(path) != self._stamps[path]:
+                raise ValueError(f"model: {path} has changed since it was opened")
 
     def size(self, index: int | None = None) -> int:
         """Return the bytes of block `index` in the checkpoint, or of all its tensors."""
         names: Iterable[str] = self.stored if index is None else self.names[index]
         return sum(self.stored[name].nbytes for name in names)
-
-    def count_zeros(self, model: Any, index: int) -> None:
-        """Remember the number of zeros of block `index`, which is held and does not change any more."""
-        self._zeros[index] = zeros_of(model.get_submodule(self.blocks[index]).parameters())
-
-    def counted_zeros(self, model: Any) -> tuple[int, int]:
-        """Return the number of zeros and of all weights of the model. Blocks are read unless their zeros are known."""
-        found = [zeros_of(parameter for parameter in model.parameters() if not is_unread(parameter))]
-        for index in range(len(self.blocks)):
-            if index not in self._zeros:
-                with self.held(model, index):
-                    self.read_ahead(index + 1)
-                    found.append(zeros_of(model.get_submodule(self.blocks[index]).parameters()))
-            else:
-                found.append(self._zeros[index])
-        zeros, total = zip(*found, strict=True)
-        return sum(zeros), sum(total)
 
     def fingerprint(self) -> str:
         """Return a digest of the names, shapes and dtypes of the checkpoint's tensors, and of a few bytes of each."""
@@ -299,14 +325,19 @@ class Stream:
             ValueError: the checkpoint has changed since it was opened, or does not hold all of the block's tensors.
         """
         block = model.get_submodule(self.blocks[index])
-        if self._lent is not None and self._lent.fill(block):
+        if self.lent is not None and index not in self._edits and self.lent.fill(block):
             return
-        ahead = self._ahead.pop(index, None) or self.later(lambda: self._load(self.names[index]))
-        self._convert(model, ahead.result())
-        if self._lent is not None:
-            self._lent.keep(block)
-        if empty := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
-            raise ValueError(f"model: the checkpoint holds no values for {self.blocks[index]}.{empty[0]}")
+        tensors = (self._ahead.pop(index, None) or self.later(lambda: self._load(self.names[index]))).result()
+        change, empty = self._edits.get(index, (None, []))
+        for module, own, parameter in empty:
+            module._parameters[own] = parameter  # in the shape that the checkpoint gives it
+        self._fill(model, tensors, self.parts.get(index))
+        if change is not None:
+            change(index)
+        if self.lent is not None:
+            self.lent.keep(block)
+        if unread := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
+            raise ValueError(f"model: the checkpoint holds no values for {self.blocks[index]}.{unread[0]}")
 
     def _load(self, names: Iterable[str]) -> Tensors:
         """Return tensors of the checkpoint in memory of their own. A mapped file would count as memory until it is closed."""
@@ -327,34 +358,27 @@ class Stream:
                 raise ValueError(f"model: {path} can no longer be read: {error}") from error
         return found
 
+    def _fill(self, model: Any, tensors: Tensors, part: Part | None) -> None:
+        unpacked: Tensors = {}
+        if part is not None and part.decode is not None:
+            tensors, unpacked = part.decode(tensors)
+        self._convert(model, tensors)
+        for name, tensor in unpacked.items():
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            old = module._parameters[own]
+            module._parameters[own] = nn.Parameter(tensor.to(self._device), requires_grad=old.requires_grad)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(next(iter((self._settings.device_map or {"": "cpu"}).values())))
+
     def _convert(self, model: Any, tensors: Tensors) -> None:
         conversions = getattr(model, "_weight_conversions", None)
         info = _convert(model, tensors, self._settings)
         model._weight_conversions = conversions  # of the whole checkpoint, not only of these tensors
         if failed := next(iter(info.conversion_errors), None):
             raise ValueError(f"model: {failed} of the checkpoint cannot be loaded: {info.conversion_errors[failed]}")
-
-
-def streamed(kind: type, blocks_of: Callable[[nn.Module], Sequence[str]]) -> type:
-    """Return a subclass of a transformers class whose `from_pretrained` returns a streamed model of that class.
-
-    Args:
-        kind: the class.
-        blocks_of: returns the names of the blocks of a model on the meta device.
-    """
-
-    def load(model: Any, state: Any, files: Any, settings: Any, expected_keys: Any = None) -> tuple[Any, None]:
-        if settings.hf_quantizer is not None:
-            raise ValueError("model: expected a dense checkpoint to stream, got a packed or quantised one")
-        for parameter in model.parameters():
-            mark_unread(parameter)
-        stream = Stream(model, files, settings, blocks_of(model))
-        info = stream.fill(model)
-        stream.attach(model)
-        model.__class__ = kind  # only the loading differs
-        return info, None
-
-    return type(kind.__name__, (kind,), {"_load_pretrained_model": staticmethod(load), "__module__": kind.__module__})
 
 
 def _convert(model: Any, tensors: Tensors, settings: Any) -> Any:
@@ -368,12 +392,6 @@ def _convert(model: Any, tensors: Tensors, settings: Any) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _dtype(stored: Stored) -> torch.dtype:
-    from safetensors.torch import _TYPES
-
-    return cast("dict[str, torch.dtype]", _TYPES)[stored.dtype]
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER = 100_000_000  # bytes, the limit of safetensors
@@ -58,6 +61,13 @@ def tensors_in(files: Iterable[Path]) -> dict[str, Stored]:
         OSError: a file cannot be read.
     """
     return {name: stored for path in files for name, stored in _header(path).items()}
+
+
+def dtype_of(stored: Stored) -> torch.dtype:
+    """Return the dtype of a tensor in a file."""
+    from safetensors.torch import _TYPES
+
+    return cast("dict[str, torch.dtype]", _TYPES)[stored.dtype]
 
 
 def _files_of_index(path: Path) -> list[Path]:

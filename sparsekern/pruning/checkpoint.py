@@ -13,7 +13,7 @@ import itertools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
@@ -26,8 +26,11 @@ from torch import nn
 from .._files import is_temporary, write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear, find_linears
+from ..models.stored_files import Part
 from ..models.streaming import Stream, stream_of
+from ..models.zeros import count_block
 from ..reports.report import LayerReport
+from ..runtime.streamed import made_part, stored_part
 from .mixtures import DENSE
 from .run import BlockResult
 from .store import InFolder, check_finite_tensors, check_pruned, check_specs, digest_of
@@ -213,24 +216,24 @@ class StreamedCheckpoint(Checkpoint):
     The model reads finished blocks from here. They are written in the stream's thread for files, while the run goes on.
     """
 
-    def __init__(self, model: nn.Module, stream: Stream, out: Path, settings: dict, environment: dict, *, resume: bool) -> None:
-        """Start or continue a checkpoint. The arguments and errors are those of `Checkpoint`.
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, stream: Stream, format: str) -> None:
+        """Let the model read the finished blocks.
 
         Args:
+            checkpoint: the same checkpoint, or a stage of it.
             model: the streamed model.
             stream: its stream.
-            out: see `Checkpoint`.
-            settings: see `Checkpoint`.
-            environment: see `Checkpoint`.
-            resume: see `Checkpoint`.
+            format: the format that the blocks are written in.
+
+        Raises:
+            ValueError: a finished block is damaged or of another run.
         """
-        super().__init__(out, settings, environment, resume=resume)
-        self._model, self._stream = model, stream
+        vars(self).update(vars(checkpoint))
+        self._model, self._stream, self._format = model, stream, format
         self._writing: Future[None] | None = None
-        for index, names in enumerate(stream.names):
+        for index in range(len(stream.blocks)):
             if self.holds(index):
-                self._layers(index)
-                self._take(index, names)
+                self._take(index, self._read_note(index)[1])
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write block `index`, which is in memory, with the weights of `result`, or linears outside the blocks."""
@@ -240,14 +243,14 @@ class StreamedCheckpoint(Checkpoint):
         for name, weight in result.weights.items():
             linears[name].weight.copy_(weight)
         if inside:
-            tensors = self._stream.as_stored(self._model, index)
-            self._stream.count_zeros(self._model, index)
-        else:
-            state = {f"{name}.weight": linears[name].parameter.detach() for name in result.weights}
-            tensors = self._stream.named_as_stored(self._model, state)
-        note = {"layers": [asdict(layer) for layer in result.layers]}
+            count_block(self._model, index)
+        names = None if inside else [f"{name}.weight" for name in result.weights]
+        tensors, part = stored_part(self._model, self._stream, index, self._format, names)
+        note = {"names": part.names, "format": part.format, "packed": part.packed, "replaced": part.replaced}
         self.finish()
-        self._writing = self._stream.later(partial(self._write, index, tensors, note))
+        self._writing = self._stream.later(
+            partial(self._write, part, tensors, {"layers": [asdict(layer) for layer in result.layers], **note})
+        )
 
     def finish(self) -> None:
         """Wait until all blocks are on disk.
@@ -259,41 +262,43 @@ class StreamedCheckpoint(Checkpoint):
         if writing is not None:
             writing.result()
 
-    def _write(self, index: int, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
-        self.put(self._name(index), tensors, note)
-        self._take(index, tensors)
+    def _write(self, part: Part, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
+        self.put(self._name(part.index), tensors, note)
+        self._take(part.index, part)
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
         """Return the result of block `index`, which is in memory, or None where it is not finished. See `Checkpoint.load`."""
         if not self.holds(index):
             return None
-        layers = self._layers(index)
+        layers, part = self._read_note(index)
         if index >= len(self._stream.blocks):
             tensors, _ = self.store.get(self._name(index))
-            self._stream.put(self._model, tensors)
-            self._take(index, tensors)
+            self._stream.put(self._model, tensors, part)
+            self._take(index, part)
         weights = {linear.name: linear.weight for linear in linears}
         try:
-            check_pruned(self.store.place(self._name(index)), weights, layers, self.patterns)
+            place = self.store.place(self._name(index))
+            check_pruned(place, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
         if index < len(self._stream.blocks):
-            self._stream.count_zeros(self._model, index)
+            count_block(self._model, index)
         return BlockResult(weights, layers)
 
-    def _layers(self, index: int) -> list[LayerReport]:
-        """Return the reports of block `index`. Its tensors are not read."""
+    def _read_note(self, index: int) -> tuple[list[LayerReport], Part]:
+        """Return the reports of block `index` and what its file holds. Its tensors are not read."""
         name = self._name(index)
         _, note = self.store.get(name, prefix=NO_TENSOR)
         self._check_note(name, note)
         try:
-            return [LayerReport.from_dict(layer) for layer in note["layers"]]
+            part = made_part(index, note["names"], note["format"], note["packed"], note["replaced"])
+            return [LayerReport.from_dict(layer) for layer in note["layers"]], part
         except (KeyError, TypeError, ValueError) as error:
             raise self.damaged(name, error) from error
 
-    def _take(self, index: int, names: Iterable[str]) -> None:
+    def _take(self, index: int, part: Part) -> None:
         try:
-            self._stream.take(self.store.path(self._name(index)), names)
+            self._stream.take(self.store.path(self._name(index)), part)
         except ValueError as error:
             raise self.damaged(index, error) from error
 

@@ -89,9 +89,9 @@ class RunFolder:
 
     def checkpoint(self, model: nn.Module, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
         """Return the checkpoint of `model` in this folder, new or continued. See `Checkpoint` for the arguments and errors."""
-        if (stream := stream_of(model)) is not None:
-            return StreamedCheckpoint(model, stream, self.path, settings, environment, resume=resume)
-        return Checkpoint(self.path, settings, environment, resume=resume)
+        checkpoint = Checkpoint(self.path, settings, environment, resume=resume)
+        stream = stream_of(model)
+        return checkpoint if stream is None else StreamedCheckpoint(checkpoint, model, stream, self._format)
 
     def write(
         self, model: nn.Module, report: BaseReport, *, dense_bytes: int, clock: Clock | None = None, start: float = 0.0
@@ -115,9 +115,10 @@ class RunFolder:
             saved = in_format(model, self._format)
             with self._folder.staged() as staging:
                 with clock.phase("write") if clock else nullcontext():
-                    write_model(saved, staging, self._tokenizer)
+                    parts = write_model(saved, staging, self._tokenizer, self._format)
                 size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
-                report.size = {"dense": dense_bytes + tensor_bytes(source_of(model)), "saved": size}
+                carried = 0 if stream_of(model) is not None else tensor_bytes(source_of(model))  # a stream counts all tensors
+                report.size = {"dense": dense_bytes + carried, "saved": size}
                 if clock is not None:
                     report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
                 _write_reports(staging, model, report, self._format, {})
@@ -128,7 +129,7 @@ class RunFolder:
             what = "no space left to save the pruned model" if full else f"the pruned model could not be saved ({error})"
             raise OSError(error.errno, f"{what}; {self._remedy}", str(self.path)) from error
         if (stream := stream_of(model)) is not None:
-            stream.take_all(weight_files(self.path))
+            stream.take_all(weight_files(self.path), parts)
         if (self.path / FOLDER).exists():
             self._folder.remove(FOLDER)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 
@@ -16,7 +16,7 @@ from ..methods import LinearMethod, Method
 from ..models.adapters import check_no_adapter
 from ..models.evaluation import evaluation_mode
 from ..models.limits import positions, vocabulary
-from ..models.streaming import stream_of
+from ..models.streaming import in_memory, stream_of
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime.formats import format_of
 from ..runtime.packable import Packable, chosen_packables
@@ -33,7 +33,7 @@ def check_module(model: object) -> None:
     check_no_adapter(model)
 
 
-def check_streamed(model: nn.Module, method: Method, out: object, format: str) -> None:
+def check_streamed(model: nn.Module, method: Method, out: object) -> None:
     """Raise `ValueError` if `model` is streamed and the method needs more than a block of it, or has nowhere to write to."""
     if stream_of(model) is None:
         return
@@ -41,8 +41,6 @@ def check_streamed(model: nn.Module, method: Method, out: object, format: str) -
         raise ValueError(f"method: expected one that works block by block for a streamed model, got {type(method).__name__}")
     if out is None:
         raise ValueError("out: expected a folder, which holds the pruned blocks of a streamed model; got None")
-    if format != DENSE:
-        raise ValueError(f"format: expected {DENSE!r} for a streamed model, got {format!r}")
 
 
 def check_seed(seed: int) -> None:
@@ -87,10 +85,22 @@ def check_format_fits(model: nn.Module, patterns: Mapping[str, Pattern], format:
     packables = chosen_packables(model, None, None).values()
     if any(_is_sure_to_shrink(known, patterns, format) for known in packables):
         return
-    if any(smallest(known.dense, format) for known in packables):
+    if _some_shrink(model, packables, format):
         return
     shown = ", ".join(sorted(set(map(str, patterns.values()))))
     raise ValueError(f"format: by pattern {shown}, none of {len(packables)} linear layers is sure to get smaller with {format!r}")
+
+
+def _some_shrink(model: nn.Module, packables: Collection[Packable], format: str) -> bool:
+    """Return whether a weight gets smaller as it is. The blocks of a streamed model are read one after another."""
+    if any(smallest(known.dense, format) for known in packables if not known.is_unread):
+        return True
+    stream = stream_of(model)
+    for index, name in enumerate(stream.blocks if stream else ()):
+        with in_memory(model, index):
+            if any(smallest(known.dense, format) for known in packables if known.parameter_name.startswith(f"{name}.")):
+                return True
+    return False
 
 
 def _is_sure_to_shrink(known: Packable, patterns: Mapping[str, Pattern], format: str) -> bool:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +11,13 @@ from torch import nn
 from .._warnings import warn
 from ..models.checkpoint_keys import unread_keys
 from ..models.source import ATTRIBUTE, CONFIG, Source, other_files, source_of
-from ..models.weight_files import INDEX, SINGLE, Stored, tensors_in, weight_files
+from ..models.stored_files import shard_name, write_file, write_index
+from ..models.weight_files import tensors_in, weight_files
 from .sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 8 << 20  # bytes that are in memory at once while a tensor is copied
 # Files that a tokenizer writes, whatever it is. Those of another tokenizer would be mixed with them.
 TOKENIZER = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
@@ -92,38 +88,14 @@ def carry_tensors(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"model: {clash[0]} is both a weight of the model and one that it was loaded without")
     weight_map: dict[str, str] = {}
     for number, path in enumerate(files, 1):
-        name = _shard(number, len(files) + 1)
+        name = shard_name(number, len(files) + 1)
         weight_map |= {tensor: name for tensor, entry in held.items() if entry.path == path}
         path.rename(folder / name)
-    last = _shard(len(files) + 1, len(files) + 1)
-    _write(folder / last, stored)
+    last = shard_name(len(files) + 1, len(files) + 1)
+    write_file(folder / last, stored)
     weight_map |= dict.fromkeys(stored, last)
     size = sum(entry.nbytes for entry in (*held.values(), *stored.values()))
-    _write_index(folder, weight_map, size)
-
-
-def write_stored_tensors(stored: Mapping[str, Stored], folder: Path) -> None:
-    """Write weight files with tensors of other files, and an index. A file all of whose tensors are wanted is linked, if that is possible.
-
-    Args:
-        stored: the place of each tensor, by name.
-        folder: the folder to write to.
-
-    Raises:
-        ValueError: a file is damaged.
-        OSError: the disk refuses.
-    """
-    by_path: dict[Path, dict[str, Stored]] = {}
-    for tensor, entry in stored.items():
-        by_path.setdefault(entry.path, {})[tensor] = entry
-    weight_map: dict[str, str] = {}
-    for number, (path, entries) in enumerate(sorted(by_path.items()), 1):
-        name = _shard(number, len(by_path))
-        weight_map |= dict.fromkeys(entries, name)
-        if tensors_in([path]).keys() != entries.keys() or not _linked(path, folder / name):
-            _write(folder / name, entries)
-    size = sum(entry.nbytes for entry in stored.values())
-    _write_index(folder, weight_map, size)
+    write_index(folder, weight_map, size)
 
 
 def carry_files(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
@@ -155,57 +127,3 @@ def _is_of(tokenizer: Any, source: Source) -> bool:
     """Return whether a tokenizer was loaded from the model's folder."""
     name = str(getattr(tokenizer, "name_or_path", None) or "")
     return bool(name) and (name == source.name or Path(name).resolve() == source.folder)
-
-
-def _write_index(folder: Path, weight_map: Mapping[str, str], size: int) -> None:
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _linked(path: Path, target: Path) -> bool:
-    """Give a file of an unfinished run a second name, and return whether that worked. Files of the user are copied."""
-    if path.parent.parent != target.parent.parent:
-        return False
-    try:
-        os.link(path, target)
-    except OSError:  # the file system has no links
-        return False
-    return True
-
-
-def _shard(number: int, count: int) -> str:
-    return f"{SINGLE.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _write(path: Path, stored: Mapping[str, Stored]) -> None:
-    """Write a safetensors file of tensors from other files, a chunk at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    stored = dict(sorted(stored.items(), key=lambda item: (-_bits(item[1].dtype), item[0])))  # so that each is aligned
-    for name, entry in stored.items():
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.nbytes]}
-        end += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as output:
-        output.write(len(text).to_bytes(8, "little") + text)
-        for name, entry in stored.items():
-            _copy(name, entry, output)
-
-
-def _bits(dtype: str) -> int:
-    """Return the bits of a value of a dtype as safetensors names it, such as `"BF16"` or `"F8_E4M3"`."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8
-
-
-def _copy(name: str, entry: Stored, output: Any) -> None:
-    left = entry.nbytes
-    with entry.path.open("rb") as file:
-        file.seek(entry.start)
-        while left:
-            chunk = file.read(min(CHUNK, left))
-            if not chunk:
-                raise ValueError(f"{entry.path.name}: {name}: the file is damaged (it ends before the tensor)")
-            output.write(chunk)
-            left -= len(chunk)

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..models.linears import is_conv1d, is_plain_linear
+from ..models.streaming import stream_of
 from ..models.units import check_units, cut_to_size, is_sized, recorded_units
 from .hf_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
 from .packable import Packable, PackableExperts, find_packables
@@ -137,11 +138,13 @@ class SparsekernQuantizer(HfQuantizer):
             file = self.files.get(f"{name}.{str(error).partition(':')[0]}") or next(iter(self.files.values()), "state_dict")
             raise ValueError(f"{file}: {name}.{error}") from error
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: object) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: object) -> tuple[dict | None, dict[str, str]]:
         """Leave the state dict to `save_pretrained`, after describing the current layers in the config."""
-        self.quantization_config.layers = describe(model)
+        streamed = stream_of(model) is not None  # whose weights are not saved by transformers
+        if not streamed:
+            self.quantization_config.layers = describe(model)
         model.config.quantization_config = self.quantization_config
-        return None, {}
+        return ({} if streamed else None), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
         dense = type(self).unpack(model).to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -179,9 +182,9 @@ def _keep_conversions(model: PreTrainedModel) -> None:
             known.append(conversion)
 
 
-def mark(model: PreTrainedModel) -> None:
-    """Mark a model as packed for transformers."""
-    quantizer = SparsekernQuantizer(SparsekernConfig(describe(model)))
+def mark(model: PreTrainedModel, layers: dict[str, dict[str, object]] | None = None) -> None:
+    """Mark a model as packed for transformers, by the description of its packed layers or of those of its files."""
+    quantizer = SparsekernQuantizer(SparsekernConfig(describe(model) if layers is None else layers))
     model.config.quantization_config = quantizer.quantization_config
     marks: Any = model  # nn.Module types every attribute that is set here as a tensor or a module
     marks.hf_quantizer, marks.is_quantized, marks.quantization_method = quantizer, True, METHOD

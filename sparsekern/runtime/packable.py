@@ -12,7 +12,7 @@ from torch import nn
 from ..models.expert_layouts import experts_of
 from ..models.experts import Experts
 from ..models.globs import Globs, as_globs, check_matches, matches
-from ..models.linears import is_conv1d, is_plain_linear, linear_weight
+from ..models.linears import is_conv1d, is_plain_linear, is_unread, linear_weight
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import FORWARDS, PREFIX, PackedExperts, SparseExperts, matrices_of, pack_experts, unpack_experts
 from .sparse_linear import SparseLinear
@@ -54,6 +54,29 @@ class Packable(ABC):
     def device(self) -> torch.device:
         """Device of the weight."""
 
+    @property
+    @abstractmethod
+    def parameter(self) -> nn.Parameter:
+        """Its parameter where it is dense."""
+
+    @property
+    @abstractmethod
+    def parameter_name(self) -> str:
+        """Name of its parameter in the model where it is dense."""
+
+    @property
+    @abstractmethod
+    def packed_name(self) -> str:
+        """Name of its module in the model where it is packed."""
+
+    @abstractmethod
+    def made(self, format: str) -> PackedWeight:
+        """Return the packed weight. The model is unchanged.
+
+        Raises:
+            ValueError: the weight does not fit the format.
+        """
+
     @abstractmethod
     def put(self, format: str | None) -> None:
         """Pack the weight in `format`, or unpack it for None."""
@@ -74,6 +97,11 @@ class Packable(ABC):
     @abstractmethod
     def has_hooks(self) -> bool:
         """Return whether packing or unpacking would lose hooks. accelerate's are hidden in a forward of the instance."""
+
+    @property
+    def is_unread(self) -> bool:
+        """True if it has no values because it is of a streamed model."""
+        return self.packed is None and is_unread(self.parameter)
 
     def is_packed_as(self, format: str) -> bool:
         """Return whether it is packed in `format` already, in any format for `"packed"`."""
@@ -104,13 +132,30 @@ class PackableLinear(Packable):
     def device(self) -> torch.device:
         return self.packed.device if self.packed is not None else self.module.get_parameter("weight").device
 
-    def put(self, format: str | None) -> None:
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter("weight")
+
+    @property
+    def parameter_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def packed_name(self) -> str:
+        return self.name
+
+    def made(self, format: str) -> SparseLinear:
         linear = self.packed.to_linear() if self.packed is not None else self.module
+        try:
+            return SparseLinear.from_linear(linear, format)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    def put(self, format: str | None) -> None:
         if format is not None:
-            try:
-                linear = SparseLinear.from_linear(linear, format)
-            except ValueError as error:
-                raise ValueError(f"{self.name}: {error}") from error
+            linear: nn.Module = self.made(format)
+        else:
+            linear = self.packed.to_linear() if self.packed is not None else self.module
         for parent, child in self.places:
             parent._modules[child] = linear
 
@@ -151,17 +196,30 @@ class PackableExperts(Packable):
     def device(self) -> torch.device:
         return self.packed.device if self.packed is not None else self.holder.get_parameter(self.child).device
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.holder.get_parameter(self.child)
+
+    @property
+    def parameter_name(self) -> str:
+        return self.name
+
+    @property
+    def packed_name(self) -> str:
+        owner, dot, own = self.name.rpartition(".")
+        return f"{owner}{dot}{PREFIX}{own}"
+
+    def made(self, format: str) -> SparseExperts:
+        try:
+            return SparseExperts.of(self.holder.get_parameter(self.child), self.count, self.transposed, format)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
     def put(self, format: str | None) -> None:
         if self.packed is not None:
             unpack_experts(self.holder, self.child, self.experts.module)
-        if format is None:
-            return
-        parameter = self.holder.get_parameter(self.child)
-        try:
-            packed = SparseExperts.of(parameter, self.count, self.transposed, format)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-        pack_experts(self.experts, self.holder, self.child, packed)
+        if format is not None:
+            pack_experts(self.experts, self.holder, self.child, self.made(format))
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -234,6 +292,12 @@ def _experts_of(name: str, module: nn.Module) -> Experts | None:
     return experts_of(name, module)
 
 
+def dense_packables(model: nn.Module) -> dict[str, Packable]:
+    """Return by name the dense weights of a model that can be packed, whether they are in memory or not."""
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return {name: known for name, known in find_packables(model).items() if known.packed is None and known.why_not(owners) is None}
+
+
 def chosen_packables(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, Packable]:
     """Return what `pack` considers, by name.
 
@@ -284,5 +348,5 @@ def check_no_hooks(known: Packable, change: str) -> None:
 
 def check_not_offloaded(known: Packable) -> None:
     """Raise `ValueError` for a weight that is not in memory."""
-    if known.device.type == "meta":
+    if known.device.type == "meta" and not known.is_unread:
         raise ValueError(f"{known.name}: expected a weight in memory, got an offloaded one, which is not supported")

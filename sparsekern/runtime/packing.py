@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..models.globs import Globs
-from ..models.streaming import refuse_streamed, stream_of, zeros_of
+from ..models.streaming import refuse_streamed, stream_of
+from ..models.zeros import count_stored
 from .expert_formats import layout_of
 from .formats import format_of
 from .packable import Packable, check_no_hooks, check_not_offloaded, chosen_packables, find_packables
@@ -158,10 +159,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def count_zeros(model: nn.Module) -> tuple[int, int]:
     """Return the number of zeros and of all weights of a model, packed ones included."""
-    stream = stream_of(model)
-    zeros, total = (
-        zeros_of(model.parameters()) if stream is None else stream.counted_zeros(model)
-    )  # of a packed weight its stored values
+    zeros, total = count_stored(model)  # of a packed weight its stored values
     for layer in model.modules():
         if isinstance(layer, PackedWeight):
             left_out = torch.Size(layer.shape).numel() - layer.stored_values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,19 +14,22 @@ import torch
 
 from .._files import disk_errors
 from ..models.adapters import check_no_adapter
-from ..models.streaming import stream_of
+from ..models.stored_files import Part, write_stored_tensors
+from ..models.streaming import Stream, stream_of
 from .card import model_card
-from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind, write_stored_tensors
+from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind
 from .config_file import correct_config
 from .formats import format_of
 from .output import OutputFolder, check_model_folder, check_output_folder
 from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
+from .streamed import merged, packed_layers, write_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DENSE = "dense"
 CARD = "README.md"
+BLOCKS = ".blocks"  # the folder, inside the one that is written, of the blocks of a streamed model
 
 
 def save(
@@ -73,30 +76,71 @@ def save(
         model = in_format(model, format)
         check_space(model, folder.path, argument="path", extra=carried_bytes(model))
         with folder.staged(replace=overwrite) as staging:
-            write_model(model, staging, tokenizer)
+            write_model(model, staging, tokenizer, format)
             (staging / CARD).write_text(model_card(model, packed=format != DENSE), encoding="utf-8")
     return folder.path
 
 
-def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None) -> None:
+def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None, format: str = DENSE) -> list[Part]:
     """Write weights, configs and tokenizer to `folder`, and what the model's source held beside them.
+
+    Args:
+        model: a model in the format to save, or a streamed one, whose blocks are brought into it one at a time.
+        folder: an empty folder.
+        tokenizer: saved with the model; None saves none.
+        format: the format of a streamed model.
+
+    Returns:
+        The parts of a streamed model that are stored in another form than before.
 
     Raises:
         TypeError: `tokenizer` has no `save_pretrained`.
         ValueError: transformers refuses to save the model or the tokenizer, or the source has changed.
         OSError: the disk refuses; `errno` gives the reason.
     """
-    stream = stream_of(model)
-    only_configs: dict[str, Any] = {} if stream is None else {"state_dict": {}}
-    with disk_errors(folder), _refusals("model"):
-        cast("PreTrainedModel", model).save_pretrained(folder, **only_configs)
-    _write_tokenizer(tokenizer, folder)
-    if stream is None:
+    parts: list[Part] = []
+    if (stream := stream_of(model)) is None:
+        _write_configs(model, folder, tokenizer)
         carry_tensors(model, folder)
-    else:
-        write_stored_tensors(stream.stored, folder)
+        _finish(model, folder, tokenizer)
+        return parts
+    blocks = folder / BLOCKS
+    parts = write_parts(model, stream, blocks, format)
+    with _described_as_packed(model, stream, parts):
+        _write_configs(model, folder, tokenizer, state_dict={})
+        stream.check_unchanged()
+        write_stored_tensors(merged(stream, parts, blocks), folder)
+        shutil.rmtree(blocks)
+        _finish(model, folder, tokenizer)
+    return parts
+
+
+def _write_configs(model: torch.nn.Module, folder: Path, tokenizer: Any, **options: Any) -> None:
+    with disk_errors(folder), _refusals("model"):
+        cast("PreTrainedModel", model).save_pretrained(folder, **options)
+    _write_tokenizer(tokenizer, folder)
+
+
+def _finish(model: torch.nn.Module, folder: Path, tokenizer: Any) -> None:
     carry_files(model, folder, tokenizer)
     correct_config(model, folder)
+
+
+@contextmanager
+def _described_as_packed(model: torch.nn.Module, stream: Stream, parts: Sequence[Part]) -> Iterator[None]:
+    """Let the config of a streamed model describe the packed layers in its files within."""
+    rewritten = {part.index for part in parts}
+    layers = packed_layers([part for index, part in stream.parts.items() if index not in rewritten] + list(parts))
+    if not layers:
+        yield
+        return
+    from . import hf_quantizer
+
+    hf_quantizer.mark(cast("PreTrainedModel", model), layers)
+    try:
+        yield
+    finally:
+        hf_quantizer.unmark(cast("PreTrainedModel", model))
 
 
 def check_saveable(model: torch.nn.Module, tokenizer: Any, folder: OutputFolder) -> None:
@@ -165,7 +209,9 @@ def _refusals(argument: str) -> Iterator[None]:
 
 
 def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:
-    """Return the model in the format to save: itself, or a copy that shares the unchanged tensors."""
+    """Return the model in the format to save: itself, or a copy that shares the unchanged tensors; a streamed one as it is."""
+    if stream_of(model) is not None:
+        return model
     if format == DENSE:
         return unpacked_copy(model) if is_packed(model) else model
     return packed_copy(model, format)

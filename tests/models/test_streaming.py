@@ -8,6 +8,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import sparsekern
+from sparsekern.models.stored_files import Part
 from sparsekern.models.streaming import in_memory, stream_of
 from tests.models.families import LLAMA_LIKE, tiny_ids, tiny_model
 
@@ -143,7 +144,7 @@ def test_what_was_read_ahead_is_dropped_when_a_block_moves_to_another_file(tmp_p
     save_file(
         {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, tmp_path / "other.safetensors", {"format": "pt"}
     )
-    stream.take(tmp_path / "other.safetensors", tensors)
+    stream.take(tmp_path / "other.safetensors", Part(1, tuple(tensors)))
     with in_memory(model, 1):
         assert not any(parameter.any() for parameter in model.model.layers[1].parameters())
     stream.close()

@@ -114,8 +114,6 @@ def test_only_what_works_block_by_block_takes_a_streamed_model(tmp_path):
         sparsekern.prune(model, "gradual", 0.5, tiny_ids(), out=tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="out: expected a folder, which holds the pruned blocks of a streamed model; got None"):
         sparsekern.prune(model, "magnitude", progress=False)
-    with pytest.raises(ValueError, match="format: expected 'dense' for a streamed model, got 'packed'"):
-        sparsekern.prune(model, "magnitude", out=tmp_path / "out", format="packed", progress=False)
     assert not (tmp_path / "out").exists()
 
 

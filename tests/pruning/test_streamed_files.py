@@ -9,6 +9,7 @@ import transformers as tf
 import sparsekern
 from sparsekern._warnings import SparsekernWarning
 from sparsekern.models.streaming import stream_of
+from sparsekern.models.zeros import count_stored
 from sparsekern.pruning.store import InFolder
 from tests.models.families import LLAMA_LIKE, tiny_ids
 from tests.models.test_streaming import folder_of, of
@@ -88,4 +89,4 @@ def test_the_card_has_the_zeros_of_all_blocks(tmp_path):
     assert rows[0] == rows[1] and "0.00%" not in rows[0]
     model = sparsekern.load(tmp_path / "streamed", device="cpu", stream=True)
     expected = sum(int((tensor == 0).sum()) for tensor in tensors_of(tmp_path / "streamed").values())
-    assert stream_of(model).counted_zeros(model)[0] == expected
+    assert count_stored(model)[0] == expected

@@ -188,7 +188,7 @@ def test_the_source_may_be_overwritten(source, tmp_path):
 
 def test_memory_does_not_grow_with_what_is_carried(tmp_path):
     """A single tensor of many chunks is copied a chunk at a time, and no file is read whole."""
-    from sparsekern.runtime import carry
+    from sparsekern.models import stored_files
 
     tiny.llama(num_hidden_layers=1).save_pretrained(tmp_path / "a")
     model = loaded(with_tensors(tmp_path / "a", {"large": torch.arange(100_000)}), 1)
@@ -201,7 +201,7 @@ def test_memory_does_not_grow_with_what_is_carried(tmp_path):
 
     opened = Path.open
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carry, "CHUNK", 1 << 12)
+        patch.setattr(stored_files, "CHUNK", 1 << 12)
         patch.setattr(
             Path, "open", lambda self, mode="r", **options: Watched(self) if mode == "rb" else opened(self, mode, **options)
         )

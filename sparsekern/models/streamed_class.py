@@ -1,0 +1,33 @@
+"""The class that a streamed model is loaded with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .linears import mark_unread
+from .streaming import Stream
+
+
+def streamed(kind: type, blocks_of: Callable[[nn.Module], Sequence[str]]) -> type:
+    """Return a subclass of a transformers class whose `from_pretrained` returns a streamed model of that class.
+
+    Args:
+        kind: the class.
+        blocks_of: returns the names of the blocks of a model on the meta device.
+    """
+
+    def load(model: Any, state: Any, files: Any, settings: Any, expected_keys: Any = None) -> tuple[Any, None]:
+        if settings.hf_quantizer is not None:
+            raise ValueError("model: expected a dense checkpoint to stream, got a packed or quantised one")
+        for parameter in model.parameters():
+            mark_unread(parameter)
+        stream = Stream(model, files, settings, blocks_of(model))
+        info = stream.fill(model)
+        stream.attach(model)
+        model.__class__ = kind  # only the loading differs
+        return info, None
+
+    return type(kind.__name__, (kind,), {"_load_pretrained_model": staticmethod(load), "__module__": kind.__module__})

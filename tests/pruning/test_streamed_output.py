@@ -1,0 +1,122 @@
+"""What streamed runs write: packed folders, models with fewer experts, continual runs, and models that are saved again."""
+
+import json
+
+import pytest
+import torch
+
+import sparsekern
+from tests.models.families import tiny_ids
+from tests.models.test_streaming import KINDS, folder_of, in_blocks
+from tests.pruning.test_streamed import equal, tensors_of
+
+
+def pruned(folder, out, *, stream, method="wanda", pattern="2:4", **options):
+    model = sparsekern.load(folder, device="cpu", stream=stream)
+    return model, sparsekern.prune(model, method, pattern, tiny_ids(), out=out, progress=False, **options)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def check_same_folder(found, expected):
+    """Check that two folders hold the same tensors and configs."""
+    assert equal(tensors_of(found), tensors_of(expected))
+    assert config_of(found) == config_of(expected)
+    assert {path.name for path in found.iterdir()} >= {"config.json", "report.json", "README.md"}
+    index = json.loads((found / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors_of(expected).keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "format"),
+    [(kind, "2:4", "packed") for kind in KINDS] + [("llama", 0.6, "bitmask"), ("qwen3_moe", 0.6, "packed"), ("gpt2", "1:4", "1:4")],
+)
+def test_packed_output_is_that_of_a_model_in_memory(kind, pattern, format, tmp_path):
+    folder = folder_of(kind, tmp_path / "model", "20KB")
+    whole, first = pruned(folder, tmp_path / "whole", stream=False, pattern=pattern, format=format)
+    model, second = pruned(folder, tmp_path / "streamed", stream=True, pattern=pattern, format=format)
+    check_same_folder(tmp_path / "streamed", tmp_path / "whole")
+    assert config_of(tmp_path / "streamed")["quantization_config"]["layers"]
+    assert first.sparsity == second.sparsity
+    with torch.no_grad():
+        assert torch.equal(model(tiny_ids()).logits, whole(tiny_ids()).logits)
+    assert all(parameter.is_meta for parameter in in_blocks(model)) and not hasattr(model.config, "quantization_config")
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, method, number):
+    """Make the solution number `number` of a method end the process, as far as the run can tell."""
+    solve, calls = method.solve, []
+
+    def killed(self, *arguments):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return solve(self, *arguments)
+
+    monkeypatch.setattr(method, "solve", killed)
+
+
+@pytest.mark.parametrize(("kind", "solved"), [("gpt2", 6), ("qwen3_moe", 20)])
+def test_a_killed_packed_run_goes_on_to_the_same_folder(kind, solved, tmp_path, monkeypatch):
+    folder = folder_of(kind, tmp_path / "model")
+    options = {"stream": True, "format": "packed"}
+    pruned(folder, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at(patched, sparsekern.Wanda, solved)
+        pruned(folder, tmp_path / "out", **options)
+    assert list((tmp_path / "out" / "checkpoint").glob("*.safetensors"))
+    _, report = pruned(folder, tmp_path / "out", resume=True, **options)
+    assert report.resumed_blocks
+    check_same_folder(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("first", "second"), [("dense", "packed"), ("packed", "dense"), ("packed", "bitmask")])
+def test_a_run_may_go_on_in_another_format(first, second, tmp_path, monkeypatch):
+    folder = folder_of("llama", tmp_path / "model")
+    options = {"include": ["*", "lm_head"]}
+    pruned(folder, tmp_path / "whole", stream=False, format=second, **options)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("sparsekern.pruning.saving.RunFolder.write", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        pruned(folder, tmp_path / "out", stream=True, format=first, **options)
+    pruned(folder, tmp_path / "out", stream=True, format=second, resume=True, **options)
+    check_same_folder(tmp_path / "out", tmp_path / "whole")
+
+
+def test_weights_that_were_zero_before_are_packed_too(tmp_path):
+    model = KINDS["llama"]()
+    sparsekern.prune(model, "magnitude", "1:4", include=["*.0.*", "lm_head"], progress=False)
+    model.save_pretrained(tmp_path / "model")
+    options = {"include": "*.1.*", "format": "packed"}
+    pruned(tmp_path / "model", tmp_path / "whole", stream=False, **options)
+    pruned(tmp_path / "model", tmp_path / "streamed", stream=True, **options)
+    check_same_folder(tmp_path / "streamed", tmp_path / "whole")
+    layers = config_of(tmp_path / "streamed")["quantization_config"]["layers"]
+    assert {"lm_head", "model.layers.0.mlp.up_proj"} <= layers.keys()
+
+
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_another_dtype_than_the_checkpoints_is_written(format, tmp_path):
+    folder = folder_of("gpt2", tmp_path / "model")
+    for stream, out in ((False, "whole"), (True, "streamed")):
+        model = sparsekern.load(folder, device="cpu", dtype="bfloat16", stream=stream)
+        options = {"out": tmp_path / out, "format": format, "include": "*.1.mlp.*", "progress": False}
+        sparsekern.prune(model, "magnitude", "2:4", **options)
+    assert equal(tensors_of(tmp_path / "streamed"), tensors_of(tmp_path / "whole"))
+    assert config_of(tmp_path / "streamed") == config_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_a_streamed_model_is_saved_again(format, tmp_path):
+    folder = folder_of("mixtral", tmp_path / "model")
+    whole, _ = pruned(folder, None, stream=False)
+    model, _ = pruned(folder, tmp_path / "out", stream=True, format="packed")
+    sparsekern.save(whole, tmp_path / "expected", format)
+    sparsekern.save(model, tmp_path / "again", format)
+    assert equal(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "expected"))
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "expected")
