@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..models.evaluation import evaluation_mode
+from ..models.float32_products import float32_products
 from ..models.in_step import in_step
 from ..models.limits import check_count, check_length, check_token_ids, positions, vocabulary, window_length
 from ..ranks import World, leaf_sizes
@@ -146,6 +147,7 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
         yield from row[: len(row) // length * length].view(-1, length)
 
 
+@float32_products()
 @torch.no_grad()
 def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
     """Return the summed negative log-likelihood of `window` `[1, length]`.

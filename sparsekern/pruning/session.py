@@ -15,6 +15,7 @@ from ..data import CalibrationText
 from ..methods import LinearMethod, Method
 from ..models.adapters import check_no_adapter
 from ..models.evaluation import evaluation_mode
+from ..models.float32_products import float32_products, switched_on
 from ..models.limits import positions, vocabulary
 from ..models.streaming import in_memory, stream_of
 from ..pattern import NM, Pattern, parse_pattern
@@ -134,9 +135,9 @@ def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> f
 
 @contextmanager
 def prepared(model: nn.Module, seed: int) -> Iterator[None]:
-    """Prepare `model` to run within: evaluation mode, no gradients, seeded generators. Everything is restored afterwards."""
+    """Prepare `model` to run within: evaluation mode, no gradients, seeded generators, fast products. Everything is restored."""
     device = next(model.parameters()).device
-    with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model):
+    with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model), float32_products():
         seed_torch(seed, device)
         yield
 
@@ -150,5 +151,6 @@ def environment(model: nn.Module) -> dict[str, object]:
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "float32_matmul": torch.get_float32_matmul_precision(),
+        "float32_products": switched_on(),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
     }
