@@ -7,7 +7,7 @@ hidden states that the block has anyway, so the memory for statistics depends on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,18 @@ class RecordedCalls:
             self.tokens[expert] += len(own)
         self._calls.append((batch, call, rows % call.tokens, by_expert))
 
+    @property
+    def kind(self) -> tuple[str, int] | None:
+        """The name of the dtype of the inputs and their width; None while there are none."""
+        for _, call, _, _ in self._calls:
+            return str(call.hidden.dtype).removeprefix("torch."), call.hidden.shape[1]
+        return None
+
+    @property
+    def counts(self) -> list[tuple[Batch, int, list[int]]]:
+        """For each call its batch, its number of tokens, and the number of rows that each expert was given."""
+        return [(batch, call.tokens, [len(rows) for rows, _ in by_expert]) for batch, call, _, by_expert in self._calls]
+
     def of(self, expert: int) -> Iterator[RoutedBatch]:
         """Yield the inputs of one expert, call by call, without calls that it saw no token in."""
         for batch, call, tokens, by_expert in self._calls:
@@ -105,7 +117,11 @@ class RecordedCalls:
 
 
 class ExpertStatistics:
-    """The recorded calls of all fused experts of one block, and the statistics of a few experts at a time."""
+    """The recorded calls of all fused experts of one block, and the statistics of a few experts at a time.
+
+    Attributes:
+        calls: the recorded calls, by the name of the experts of a layer.
+    """
 
     def __init__(
         self,
@@ -127,7 +143,7 @@ class ExpertStatistics:
         """
         self._needs, self._measure_error, self._routing_weights = needs, measure_error, routing_weights
         masks = masks or {}
-        self._calls = {found.name: RecordedCalls(found, masks.get(found.name, (TOKENS,))[0]) for found in experts_in(linears)}
+        self.calls = {found.name: RecordedCalls(found, masks.get(found.name, (TOKENS,))[0]) for found in experts_in(linears)}
         self._earlier: Mapping[str, torch.Tensor] = {}
         self._linears: dict[tuple[str, int], list[Linear]] = {}
         for linear in linears:
@@ -136,7 +152,7 @@ class ExpertStatistics:
 
     def add(self, batch: Batch, calls: Mapping[str, Sequence[ExpertsCall]]) -> None:
         """Add the calls of one batch, by the name of their experts."""
-        for name, recorded in self._calls.items():
+        for name, recorded in self.calls.items():
             for call in calls[name]:
                 recorded.add(batch, call)
 
@@ -150,7 +166,7 @@ class ExpertStatistics:
         return [
             linear
             for (name, expert), linears in self._linears.items()
-            if not self._calls[name].tokens[expert]
+            if not self.calls[name].tokens[expert]
             for linear in linears
             if linear.name not in earlier
         ]
@@ -161,21 +177,38 @@ class ExpertStatistics:
         Args:
             most_bytes: bytes of the statistics of one group, which holds at least one expert.
         """
-        by_layer: dict[str, list[list[Linear]]] = {}
-        for (name, _), linears in self._linears.items():
-            by_layer.setdefault(name, []).append(linears)
-        for chosen in by_layer.values():
-            most = max(bytes_of(linears, self._needs, self._measure_error) for linears in chosen)
-            size = max(1, most_bytes // max(most, 1))
+        for chosen in self.by_layer().values():
+            size = self.fitting(chosen, most_bytes)
             for start in range(0, len(chosen), size):
-                yield [self._gathered(linears) for linears in chosen[start : start + size]]
+                group = []
+                for linears in chosen[start : start + size]:
+                    module = expert_of(linears[0])
+                    group.append(self.gathered(linears, self.calls[module.experts.name].of(module.expert)))
+                yield group
 
-    def _gathered(self, linears: list[Linear]) -> SharedStatistics:
-        """Return the statistics of one expert."""
+    def by_layer(self) -> dict[str, list[list[Linear]]]:
+        """Return the matrices of each expert, by the name of the experts of a layer."""
+        found: dict[str, list[list[Linear]]] = {}
+        for (name, _), linears in self._linears.items():
+            found.setdefault(name, []).append(linears)
+        return found
+
+    def fitting(self, chosen: Sequence[Sequence[Linear]], most_bytes: int) -> int:
+        """Return how many of the experts of a layer are measured at a time, at least one."""
+        most = max(bytes_of(linears, self._needs, self._measure_error) for linears in chosen)
+        return max(1, most_bytes // max(most, 1))
+
+    def gathered(self, linears: Sequence[Linear], calls: Iterable[RoutedBatch]) -> SharedStatistics:
+        """Return the statistics of one expert.
+
+        Args:
+            linears: its matrices.
+            calls: what it is called with, in the order of the batches.
+        """
         shared = SharedStatistics(linears, self._needs, self._measure_error)
         module = expert_of(linears[0])
         by_part = {expert_of(linear).part: linear.name for linear in linears}
-        for routed in self._calls[module.experts.name].of(module.expert):
+        for routed in calls:
             inputs = {name: [routed.hidden] for part, name in by_part.items() if part != DOWN}
             if DOWN in by_part:
                 inputs[by_part[DOWN]] = [module.experts.down_inputs(module.expert, routed.hidden)]

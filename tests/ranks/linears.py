@@ -1,0 +1,69 @@
+"""A few linears that the ranks of a pool solve together."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from sparsekern.methods import LinearMethod
+from sparsekern.methods.statistics import Gram
+from sparsekern.models import Linear, find_linears
+from sparsekern.pattern import parse_pattern
+from sparsekern.pruning.blockwise.sharing import SharedSolve
+from sparsekern.pruning.blockwise.solving import Job, Solved, Solver
+from sparsekern.pruning.progress import Clock
+from sparsekern.ranks import World
+
+SHAPES = {"q": (200, 32), "k": (70, 32), "o": (64, 48), "down": (150, 64)}  # of rows and features; q and k have the same inputs
+
+
+def linears(dtype: torch.dtype) -> list[Linear]:
+    generator = torch.Generator().manual_seed(3)
+    block = nn.Module()
+    for name, (rows, features) in SHAPES.items():
+        linear = nn.Linear(features, rows, bias=False, dtype=dtype)
+        linear.weight.data = torch.randn(rows, features, generator=generator).to(dtype)
+        linear.weight.data[rows // 2, ::3] = 0
+        block.add_module(name, linear)
+    return find_linears(block)
+
+
+def jobs_of(found: list[Linear]) -> list[Job]:
+    grams: dict[int, Gram] = {}
+    for linear in found:
+        if linear.features not in grams:
+            own = grams[linear.features] = Gram(linear.features, torch.device("cpu"))
+            x = torch.randn(90, linear.features, generator=torch.Generator().manual_seed(linear.features))
+            x[:, 5] = 0  # a dead feature
+            own.add(x @ torch.randn(linear.features, linear.features, generator=torch.Generator().manual_seed(1)).tril(), None)
+    return [Job(linear, grams[linear.features], grams[linear.features]) for linear in found]
+
+
+def solver_of(method: LinearMethod, pattern: str, found: list[Linear]) -> Solver:
+    plan = SimpleNamespace(patterns={linear.name: parse_pattern(pattern) for linear in found})
+    return Solver(method, plan, 0, Clock(torch.device("cpu")))
+
+
+def solve_alone(method: LinearMethod, pattern: str, dtype: torch.dtype) -> Solved:
+    """Solve each linear as a whole, in this process."""
+    found, result = linears(dtype), Solved()
+    solver = solver_of(method, pattern, found)
+    for job in jobs_of(found):
+        solver.solve(job, result)
+    return result
+
+
+def solve_shared(rank: int, method: LinearMethod, pattern: str, dtype: torch.dtype, bad_on: int | None = None):
+    """Return the new weights, the layers' errors, and the bytes that this rank has sent."""
+    world, found, result = World.current(), linears(dtype), Solved()
+    before, jobs = world.sent, jobs_of(found)
+    if rank == bad_on:
+        for job in jobs:
+            job.inputs.gram.fill_(float("nan"))
+    with world.together():
+        SharedSolve(solver_of(method, pattern, found), world, jobs).solve(result)
+    assert all(layer.seconds > 0 for layer in result.layers.values())
+    weights = {name: weight.view(torch.int32 if dtype == torch.float32 else torch.int16) for name, weight in result.weights.items()}
+    return weights, {name: layer.error for name, layer in result.layers.items()}, world.sent - before
