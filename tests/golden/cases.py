@@ -1,4 +1,4 @@
-"""Every method on a tiny Llama, GPT-2 and BERT, two on a mixture, and a packed model: what of each is kept as golden results."""
+"""Every method on a tiny Llama, GPT-2 and BERT, three on a mixture, and a packed model: what of each is kept as golden results."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def _mixture(method: str, weighting: str) -> Mapping[str, torch.Tensor]:
     return model.state_dict()
 
 
+def _experts() -> Mapping[str, torch.Tensor]:
+    model = tiny_mixture("qwen3_moe")
+    sparsekern.prune(model, sparsekern.ExpertPruning(remove=0.5), calibration=calibration(), seed=SEED, progress=False)
+    return model.state_dict()
+
+
 def _kprune() -> Mapping[str, torch.Tensor]:
     model = encoders.tiny("bert_classifier")
     batches = encoders.one_by_one(encoders.padded_ids())
@@ -92,6 +98,7 @@ CASES: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {
     **{f"bert: {method}": lambda method=method: _pruned(lambda: encoders.tiny("bert_classifier"), method) for method in ON_BERT},
     "mixture: sparsegpt": lambda: _mixture("sparsegpt", "equal"),
     "mixture: wanda by routing": lambda: _mixture("wanda", "routing"),
+    "mixture: experts": _experts,
     "bert: kprune": _kprune,
     "llama: copal, two texts": _continually,
     "llama: packed, float32": lambda: _packed(torch.float32),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sparsekern.backends.libraries import LIBRARIES
+from sparsekern.methods import METHODS
 
 from .cases import CASES, digest, machine, outline
 
@@ -57,6 +58,7 @@ def test_no_case_is_missing():
     golden = stored()
     assert set(golden["outlines"]) == set(CASES)
     assert all(set(digests) == set(CASES) for digests in golden["digests"].values())
+    assert {case.partition(": ")[2].split()[0].rstrip(",") for case in CASES} == {*METHODS, "packed"}
 
 
 def main() -> None:
