@@ -124,7 +124,19 @@ def _config_for(kind: type[PreTrainedModel], config: PretrainedConfig) -> Pretra
 
     parts = (part for part in vars(config).values() if isinstance(part, PretrainedConfig))
     wanted = kind.config_class
-    return next((part for part in (config, *parts) if wanted is None or isinstance(part, wanted)), None)
+    found = next((part for part in (config, *parts) if wanted is None or isinstance(part, wanted)), None)
+    return config if found is None and borrows(kind, config) else found
+
+
+def borrows(kind: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Return whether a model type has a config of its own and the class of another (EXAONE, which runs as a Llama).
+
+    Such a model keeps its config. The names of its tensors on disk depend on the model type.
+    """
+    if isinstance(config, kind.config_class or object):
+        return False
+    mappings = (_auto_class(name)._model_mapping for name in AUTO_CLASSES)
+    return any(type(config) in mapping and mapping[type(config)] is kind for mapping in mappings)
 
 
 def _on_meta(kind: Any, config: PretrainedConfig) -> PreTrainedModel | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CLOSE = 0.05  # relative difference of two outputs that is taken for rounding
 PLAIN_SUBCLASSES = ("FalconLinear",)  # subclasses of nn.Linear that only multiply
 
 
@@ -143,6 +144,15 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """
     kind = type(module)
     return kind is nn.Linear or is_conv1d(module) or (issubclass(kind, nn.Linear) and kind.__name__ in PLAIN_SUBCLASSES)
+
+
+def multiplies(linear: Linear, x: torch.Tensor, output: object) -> bool:
+    """Return whether `output` is, up to rounding, the product of `x` and the weight of a linear, with its bias."""
+    if not isinstance(output, torch.Tensor) or output.shape != (*x.shape[:-1], linear.shape[0]) or x.shape[-1] != linear.features:
+        return False
+    product = nn.functional.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype)).float()
+    difference, size = float((product - output.float()).norm()), float(output.float().norm())
+    return difference <= CLOSE * size or not bool(output.isfinite().all())
 
 
 def _check_prunable(name: str, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from .._warnings import warn
 from .adapters import MERGE
-from .architecture import class_to_load, is_encoder_config
+from .architecture import borrows, class_to_load, is_encoder_config
 from .blocks import find_blocks
 from .checkpoint_keys import recording
 from .source import WEIGHTS, module_folders, remember, source_of
@@ -88,8 +88,9 @@ def load(
         kind, was_cut, was_quantized = _causal_class(), False, False
         options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
     else:
-        kind, was_cut, was_quantized = _model_class(source, place, trust_remote_code)
+        kind, was_cut, was_quantized, config = _model_class(source, place, trust_remote_code)
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
+        options |= {} if config is None else {"config": config}
     if stream and was_cut:
         raise ValueError(f"stream: expected a decoder, got {str(source)!r}, an encoder whose units were cut")
     if stream and device.type != "cpu":
@@ -203,8 +204,11 @@ def _causal_class() -> Any:
     return AutoModelForCausalLM
 
 
-def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tuple[Any, bool, bool]:
-    """Return the class to load with, and whether units were cut, and whether another program quantised the weights."""
+def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tuple[Any, bool, bool, PretrainedConfig | None]:
+    """Return the class to load with, and whether units were cut, and whether another program quantised the weights.
+
+    The last is the config to load with; None where that of the class is right.
+    """
     from transformers import AutoConfig, PreTrainedModel
 
     config = _from_pretrained(AutoConfig, source, place, None, {"trust_remote_code": trust_remote_code})
@@ -215,10 +219,11 @@ def _model_class(source: str | Path, place: str, trust_remote_code: bool) -> tup
     kind = class_to_load(config, str(source), keys, trust_remote_code=trust_remote_code)
     if recorded_units(config) is not None and is_encoder_config(config):
         check_units(config, str(source))
-        return kind, True, False
+        return kind, True, False, None
     quantization = getattr(config, "quantization_config", None)
     foreign = isinstance(quantization, dict) and quantization.get("quant_method") != "sparsekern"
-    return kind, False, foreign and isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    is_class = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    return kind, False, foreign and is_class, config if is_class and borrows(kind, config) else None
 
 
 def _check_complete(model: torch.nn.Module, loading: dict[str, Any], source: str) -> None:

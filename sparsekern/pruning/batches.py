@@ -28,6 +28,7 @@ Calibration = torch.Tensor | Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
 
 
 TOKENS, DECODED = "attention_mask", "decoder_attention_mask"  # the two masks of padding that a batch may have
+BY_POSITION = " by position"  # behind the name of a mask: rows may be `[length, samples, ...]`, as in XLNet, LED and FSMT
 FITTING = "fitting"  # `TOKENS` for rows that fit it, no mask for others: values that were made from none of the model's inputs
 
 
@@ -106,21 +107,22 @@ class Batch:
 
     def mask(self, name: str | None = TOKENS) -> torch.Tensor | None:
         """Return the padding mask `name`; None where there is no padding, or no mask of that name."""
-        return {TOKENS: self.token_mask, FITTING: self.token_mask, DECODED: self.decoder_mask}.get(name or "")
+        masks = {TOKENS: self.token_mask, FITTING: self.token_mask, DECODED: self.decoder_mask}
+        return masks.get((name or "").removesuffix(BY_POSITION))
 
     def used(self, rows: int, mask: str | None = TOKENS) -> int:
         """Return how many of the `rows` of a flattened activation belong to real tokens of the sequence that `mask` is of."""
         tokens = self.mask(mask)
         if tokens is None:
             return rows
-        return (self._decoded if mask == DECODED else self.tokens) * (rows // tokens.numel())
+        return (self._decoded if tokens is self.decoder_mask else self.tokens) * (rows // tokens.numel())
 
     def flatten(self, x: torch.Tensor, mask: str | None = TOKENS) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return an activation of this batch as `(rows [n, features], row_mask [n] or None)`.
 
         Args:
             x: the activation.
-            mask: the padding mask of the sequence that its rows are of; None takes all rows.
+            mask: the padding mask of the sequence that its rows are of, see `Trace.masks`; None takes all rows.
 
         Raises:
             ValueError: there is padding, and the shape of `x` does not tell which rows are padding.
@@ -128,15 +130,20 @@ class Batch:
         rows, tokens = x.reshape(-1, x.shape[-1]), self.mask(mask)
         if tokens is None:
             return rows, None
-        view = fitted(x.shape, tokens.shape)
-        if view is None and mask == FITTING:
+        view = None
+        if (mask or "").endswith(BY_POSITION) and x.shape[:2] == tokens.T.shape:
+            tokens, view = tokens.T, [*tokens.T.shape, *[1] * (x.dim() - 3)]
+        view = fitted(x.shape, tokens.shape) if view is None else view
+        if view is None and (mask or "").startswith(FITTING):
             return rows, None
         if view is None:
             raise ValueError(unclear(x.shape, tokens.shape))
-        return rows, tokens.view(view).expand(x.shape[:-1]).flatten()
+        return rows, tokens.reshape(view).expand(x.shape[:-1]).flatten()
 
-    def sample_of_row(self, row: int, rows: int) -> int | None:
+    def sample_of_row(self, row: int, rows: int, mask: str | None = TOKENS) -> int | None:
         """Return the calibration sample of row `row` of `rows`, or None where the rows do not follow the samples."""
+        if (mask or "").endswith(BY_POSITION) and not rows % (self.shape[0] * self.shape[1]):
+            return self.first_sample + row // (rows // (self.shape[0] * self.shape[1])) % self.shape[0]
         return None if rows % self.shape[0] else self.first_sample + row // (rows // self.shape[0])
 
 

@@ -17,6 +17,7 @@ from ..models.adapters import check_no_adapter
 from ..models.evaluation import evaluation_mode
 from ..models.float32_products import float32_products, switched_on
 from ..models.limits import positions, vocabulary
+from ..models.scaled_weights import undivided
 from ..models.streaming import in_memory, stream_of
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime.formats import format_of
@@ -137,7 +138,7 @@ def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> f
 def prepared(model: nn.Module, seed: int) -> Iterator[None]:
     """Prepare `model` to run within: evaluation mode, no gradients, seeded generators, fast products. Everything is restored."""
     device = next(model.parameters()).device
-    with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model), float32_products():
+    with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model), undivided(model), float32_products():
         seed_torch(seed, device)
         yield
 

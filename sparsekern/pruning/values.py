@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -38,6 +39,12 @@ def replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
             object.__setattr__(copied, name, entry)
         return copied
     return value
+
+
+def with_own_caches(value: Any) -> Any:
+    """Return arguments with a copy of each cache of keys and values in them, which a block that runs twice would fill twice."""
+    cache_utils = sys.modules.get("transformers.cache_utils")
+    return value if cache_utils is None else replaced(value, cache_utils.Cache, copy.deepcopy)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

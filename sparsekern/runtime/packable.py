@@ -13,6 +13,8 @@ from ..models.expert_layouts import experts_of
 from ..models.experts import Experts
 from ..models.globs import Globs, as_globs, check_matches, matches
 from ..models.linears import is_conv1d, is_plain_linear, is_unread, linear_weight
+from ..models.scaled_weights import check_undivided
+from .joined_weights import joined_in_files
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import FORWARDS, PREFIX, PackedExperts, SparseExperts, matrices_of, pack_experts, unpack_experts
 from .sparse_linear import SparseLinear
@@ -302,12 +304,15 @@ def chosen_packables(model: nn.Module, include: Globs, exclude: Globs) -> dict[s
     """Return what `pack` considers, by name.
 
     Raises:
-        ValueError: there is nothing, it is offloaded, or a glob matches nothing.
+        ValueError: there is nothing, it is offloaded, or a glob matches nothing; or the model divides weights in place.
     """
+    check_undivided(model)
     include, exclude = as_globs("include", include), as_globs("exclude", exclude)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     found = find_packables(model)
     why_not = {name: known.why_not(owners) for name, known in found.items()}
+    linears = [name for name, known in found.items() if isinstance(known, PackableLinear)]
+    why_not |= dict.fromkeys(joined_in_files(model, linears), "transformers joins it with other weights in files")
     packable = {name: known for name, known in found.items() if why_not[name] is None}
     if not packable:
         raise ValueError(_nothing_to_pack(model, Counter(reason for reason in why_not.values() if reason is not None)))

@@ -14,6 +14,7 @@ import torch
 
 from .._files import disk_errors
 from ..models.adapters import check_no_adapter
+from ..models.scaled_weights import restore_scales
 from ..models.stored_files import Part, write_stored_tensors
 from ..models.streaming import Stream, stream_of
 from .card import model_card
@@ -98,6 +99,7 @@ def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None, for
         ValueError: transformers refuses to save the model or the tokenizer, or the source has changed.
         OSError: the disk refuses; `errno` gives the reason.
     """
+    restore_scales(model)
     parts: list[Part] = []
     if (stream := stream_of(model)) is None:
         _write_configs(model, folder, tokenizer)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..batches import Batch
+from ..values import with_own_caches
 from .course import Course
 from .stand_ins import SharedTensors, replaced_forwards
 from .trace import HIDDEN, Stop, forward, refused, stopped
@@ -38,9 +39,10 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output of `block` for the hidden states `hidden` with these arguments."""
+        args, kwargs = with_own_caches((self.args, self.kwargs))
         if self.hidden_name is None:
-            return _first(block(hidden, *self.args, **self.kwargs))
-        return _first(block(**{self.hidden_name: hidden}, **self.kwargs))
+            return _first(block(hidden, *args, **kwargs))
+        return _first(block(**{self.hidden_name: hidden}, **kwargs))
 
 
 class Chain:

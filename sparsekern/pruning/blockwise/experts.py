@@ -48,7 +48,7 @@ class RoutedBatch:
         """Return how many of `rows` belong to real tokens: all."""
         return rows
 
-    def sample_of_row(self, row: int, rows: int) -> int | None:
+    def sample_of_row(self, row: int, rows: int, mask: str | None = None) -> int | None:
         """Return the number of the calibration sample of a row, or None where the rows do not follow the samples."""
         return self.batch.sample_of_row(int(self.tokens[row]), self.of)
 

@@ -19,7 +19,7 @@ from ...methods import BlockMethod, LinearMethod, Solution
 from ...models import Linear
 from ...models.streaming import in_memory, lent_blocks, stream_of
 from ...reports import LayerReport, Report
-from ..batches import TOKENS, Batch
+from ..batches import BY_POSITION, TOKENS, Batch
 from ..plan import Plan, Request, check_finite, check_padding, plan_linears
 from ..run import BlockResult, Blocks, Loop, RunContext
 from ..seeds import seeded
@@ -174,7 +174,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if network is None or not isinstance(self.method, BlockMethod):
             return None
         mask = self.course.masks(network.up.name, index)[0]
-        tokens = sum(batch.tokens for batch in self.context.batches) if mask == TOKENS else 0
+        tokens = sum(batch.tokens for batch in self.context.batches) if (mask or "").removesuffix(BY_POSITION) == TOKENS else 0
         return FeedForwardRun(network, self.method, self.plan, tokens, mask)
 
     def _solve_alone(

@@ -96,6 +96,7 @@ def _without_unseen(plan: Plan, traces: list[Trace]) -> Plan:
     ran = {run.index for trace in traces for run in trace.runs}
     called = {name for trace in traces for names in trace.calls.values() for name in names}
     read = {name for trace in traces for name in trace.read} - called
+    otherwise = {name for trace in traces for name in trace.otherwise}
     notices = Notices()
     idle = [plan.blocks.block_name(i) for i, linears in enumerate(plan.block_linears) if linears and i not in ran]
     if idle:
@@ -107,8 +108,15 @@ def _without_unseen(plan: Plan, traces: list[Trace]) -> Plan:
             f"{shortened(uncalled)}: the model reads this weight without calling the layer, so its inputs are not known and it stays dense",
         )
 
+    if odd := [linear.name for linear in plan.linears if linear.name in otherwise]:
+        notices.once(
+            "otherwise",
+            f"{shortened(odd)}: it computes something else than the product of its inputs and its weight, such as one by groups, so it "
+            "stays dense",
+        )
+
     def kept(linears: Sequence[Linear]) -> tuple[Linear, ...]:
-        return tuple(linear for linear in linears if linear.name not in read)
+        return tuple(linear for linear in linears if linear.name not in read | otherwise)
 
     block_linears = tuple(kept(linears) if i in ran else () for i, linears in enumerate(plan.block_linears))
     plan = replace(plan, block_linears=block_linears, outside_linears=kept(plan.outside_linears))

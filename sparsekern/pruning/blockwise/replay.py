@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..batches import Batch
-from ..values import Changes, replaced, set_entries, tensors_in
+from ..values import Changes, replaced, set_entries, tensors_in, with_own_caches
 from .course import Course
 from .lineage import Element
 from .stand_ins import SharedTensors, replaced_forwards
@@ -90,7 +90,7 @@ class Replay:
         waiting = self._waiting[batch]
         assert waiting is not None and waiting.index == index
         # The containers are copied, since the block may set entries in them and is run more than once.
-        args, kwargs = replaced((waiting.args, waiting.kwargs), torch.Tensor, lambda tensor: tensor)
+        args, kwargs = with_own_caches(replaced((waiting.args, waiting.kwargs), torch.Tensor, lambda tensor: tensor))
         changes = Changes((args, kwargs))
         return changes, args, self._blocks[index](*args, **kwargs)
 

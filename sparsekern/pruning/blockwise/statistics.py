@@ -27,7 +27,7 @@ class Rows(Protocol):
     def used(self, rows: int, mask: str | None = TOKENS) -> int:
         """Return how many of the `rows` of a flattened activation belong to real tokens."""
 
-    def sample_of_row(self, row: int, rows: int) -> int | None:
+    def sample_of_row(self, row: int, rows: int, mask: str | None = TOKENS) -> int | None:
         """Return the number of the sample of row `row` of `rows`, or None where it is not known."""
 
 
@@ -143,7 +143,7 @@ def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch:
     try:
         statistic.add(rows, row_mask, None if row_mask is None else batch.used(len(rows), mask))
     except ValueError as error:
-        raise _named(error, name, rows, row_mask, batch) from error
+        raise _named(error, name, rows, row_mask, batch, mask) from error
 
 
 def _add_importance(importance: Importance, name: str, rows: torch.Tensor, row_mask: torch.Tensor | None) -> None:
@@ -153,7 +153,9 @@ def _add_importance(importance: Importance, name: str, rows: torch.Tensor, row_m
         raise ValueError(f"{name}: {error}") from error
 
 
-def _named(error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Tensor | None, batch: Rows) -> ValueError:
+def _named(
+    error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Tensor | None, batch: Rows, mask: str | None
+) -> ValueError:
     bad = ~torch.isfinite(rows).all(1)
     if row_mask is not None:
         bad &= row_mask
@@ -161,7 +163,7 @@ def _named(error: ValueError, name: str, rows: torch.Tensor, row_mask: torch.Ten
         return ValueError(f"{name}: {error}")
     row = int(bad.nonzero()[0])
     value = float(rows[row][~torch.isfinite(rows[row])][0])
-    sample = batch.sample_of_row(row, len(rows))
+    sample = batch.sample_of_row(row, len(rows), mask)
     where = "an unknown calibration sample" if sample is None else f"calibration sample {sample}"
     return ValueError(
         f"{name}: its input is {value} in {where} (row {row} of the batch); no damping can help. "

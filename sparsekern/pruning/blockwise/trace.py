@@ -19,9 +19,10 @@ from torch import nn
 from ...models import Blocks, Linear
 from ...models.expert_checks import verified
 from ...models.experts import watched
+from ...models.linears import is_plain_linear, multiplies
 from ...models.streaming import in_memory
 from ...models.unsupported import CannotFollow
-from ..batches import DECODED, FITTING, TOKENS, Batch, fitted, unclear
+from ..batches import BY_POSITION, DECODED, FITTING, SEQUENCES, TOKENS, Batch, fitted, unclear
 from ..process import PutBack
 from ..values import Changes, replaced, tensors_in
 from .experts import experts_in, parted
@@ -92,9 +93,10 @@ class Trace:
         runs: the runs of blocks, in order.
         calls: by block name, the names of its linears and fused experts in the order in which they are called.
         masks: for each linear and each module of fused experts, the padding masks that the inputs of its calls follow, one after
-            another; None where no padding is known.
+            another; None where no padding is known. `BY_POSITION` follows where the rows are sorted by position.
         unclear: for each linear whose inputs do not tell which of their rows would be padding, why.
         read: the linears whose weights are read although they are not called.
+        otherwise: the linears that return something else than the product of their input and their weight.
         users: for each element, the blocks that read it.
         hidden: pairs of blocks of which the second reads a tensor of the first that it was not given.
         overwritten: elements that the model changes in place between the blocks; that of place `ARGUMENT` where a block changes its
@@ -107,6 +109,7 @@ class Trace:
     masks: dict[str, list[str | None]] = field(default_factory=dict)
     unclear: dict[str, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
+    otherwise: set[str] = field(default_factory=set)
     users: dict[Element, set[int]] = field(default_factory=dict)
     hidden: list[tuple[int, int]] = field(default_factory=list)
     overwritten: set[Element] = field(default_factory=set)
@@ -183,7 +186,14 @@ class _Observer:
         sources = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         plain, matrices = parted(linears)
         self.trace, self._blocks = Trace(), blocks
-        self._masks = {name: value for name in (TOKENS, DECODED) if (value := sources.get(name)) is not None and value.dim() == 2}
+        self._masked = {name for name in (TOKENS, DECODED) if (value := sources.get(name)) is not None and value.dim() == 2}
+        of = {TOKENS: [TOKENS, *SEQUENCES], DECODED: [DECODED, *sorted(DECODER_INPUTS)]}
+        self._shapes = {
+            mask: sources[name].shape[:2]  # of samples and positions
+            for mask, names in of.items()
+            for name in reversed(names)
+            if name in sources and (sources[name].dim() == 2 or (name != mask and sources[name].dim() > 2))
+        }
         self._model = model
         self._in_memory = ExitStack()  # the block that is running
         self._inside: list[list[Linear]] = [
@@ -201,6 +211,8 @@ class _Observer:
             for linear in plain:
                 for module in linear.modules:
                     stack.callback(module.register_forward_pre_hook(self._called(linear.name), with_kwargs=True).remove)
+                    if not is_plain_linear(module):
+                        stack.callback(module.register_forward_hook(self._returned(linear)).remove)
             stack.enter_context(verified(experts_in(matrices)))
             stack.enter_context(watched(experts_in(matrices), lambda found, call: self._call(found.name, call.hidden)))
             if not to_the_end and (head := _head(model)) is not None:
@@ -254,13 +266,23 @@ class _Observer:
     def _called(self, name: str) -> Callable[..., None]:
         return lambda module, args, kwargs: self._call(name, args[0] if args else kwargs["input"])
 
+    def _returned(self, linear: Linear) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            if args and not multiplies(linear, args[0], output):
+                self.trace.otherwise.add(linear.name)
+
+        return hook
+
     def _call(self, name: str, x: torch.Tensor) -> None:
         """Note a call of a linear, or of fused experts."""
         origin, place = self._lineage.of(x), self._lineage.block
         mask = _mask_of(origin)
+        samples, length = self._shapes.get(TOKENS if mask == FITTING else mask or "", (0, 0))
+        if samples != length and x.shape[:2] == (length, samples) and x.dim() > 2:
+            mask = f"{mask}{BY_POSITION}"
+        elif mask in self._masked and fitted(x.shape, (samples, length)) is None:
+            self.trace.unclear[name] = unclear(x.shape, (samples, length))
         self.trace.masks.setdefault(name, []).append(mask)
-        if mask in self._masks and fitted(x.shape, self._masks[mask].shape) is None:
-            self.trace.unclear[name] = unclear(x.shape, self._masks[mask].shape)
         self.trace.calls[OUTSIDE if place is None else self._blocks.block_name(place)].append(name)
         if place is None:
             self.trace.outside |= origin.elements
@@ -311,9 +333,10 @@ def _uncached(model: nn.Module) -> dict[str, Any]:
 def _head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     try:
-        return None if find is None else find()
+        head = None if find is None else find()
     except NotImplementedError:
         return None
+    return None if isinstance(head, nn.Embedding) else head  # of FSMT, whose decoder begins with it
 
 
 _compilation: PutBack[None, Any] = PutBack(  # making the stance sets it, for all threads, and leaving it restores the one before

@@ -35,5 +35,11 @@ DECODERS = {
         lambda: tf.GPTBigCodeConfig(**COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=64),
         ("transformer.h",),
     ),
+    "exaone": Family("LlamaForCausalLM", lambda: tf.ExaoneConfig(**LLAMA)),  # whose files name other tensors than Llama's
+    "xlm": Family(  # with one block in each list, since the lists take turns
+        "XLMWithLMHeadModel",
+        lambda: tf.XLMConfig(**COMMON, emb_dim=32, n_layers=1, n_heads=4, max_position_embeddings=64),
+        ("transformer.attentions", "transformer.ffns"),
+    ),
     "persimmon": Family("PersimmonForCausalLM", lambda: tf.PersimmonConfig(**COMMON, **SIZES)),
 }

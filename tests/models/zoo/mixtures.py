@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers as tf
 
-from .family import COMMON, LLAMA, ROUTER, SIZES, Family
+from .family import COMMON, LLAMA, MIXING, ROUTER, SIZES, Family
 
 GATE = {"mlp.gate": ROUTER}
 DENSE_FIRST = ["dense", "sparse"]
@@ -178,6 +178,32 @@ MIXTURES = {
             moe_topk=2,
         ),
         dense={"mlp.router.classifier": ROUTER},
+    ),
+    "deepseek_v4": Family(
+        "DeepseekV4ForCausalLM",
+        lambda: tf.DeepseekV4Config(
+            **LLAMA,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            mlp_layer_types=["hash_moe", "moe"],
+            layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+            sliding_window=4,
+            q_lora_rank=16,
+            o_groups=2,
+            o_lora_rank=8,
+            index_n_heads=2,
+            index_head_dim=16,
+            index_topk=4,
+            partial_rotary_factor=1.0,
+        ),
+        dense={**GATE, "attn_hc.fn": MIXING, "ffn_hc.fn": MIXING, "self_attn.o_a_proj": "multiplies by groups"},
+    ),
+    "sarvam_moe": Family(
+        "Glm4MoeForCausalLM",
+        lambda: tf.SarvamMoEConfig(**LLAMA, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2),
+        dense=GATE,
+        unpacked=dict.fromkeys(("q_proj", "k_proj", "v_proj"), "joined with others in files"),
     ),
     "jetmoe": Family(
         "JetMoeForCausalLM",
