@@ -39,6 +39,11 @@ def test_windows_cover_the_text_evenly():
     assert (windows[:, 0] // 90 - torch.arange(10)).abs().max() <= 1
 
 
+def test_any_window_of_the_text_may_be_drawn():
+    starts = {int(sample_windows(torch.arange(8), 1, 6, seed)[0, 0]) for seed in range(40)}
+    assert starts == {0, 1, 2}
+
+
 def test_the_seed_decides(words, tmp_path):
     source = tmp_path / "a.txt"
     source.write_text(tiny.TEXT)

@@ -39,6 +39,20 @@ def test_units_are_found(family, expected):
 
 
 @torch.no_grad()
+def test_norms_of_units_count_each_weight_once():
+    """Keys and values that two heads share count half for each."""
+    block = tiny_model("llama").model.layers[0]
+    heads, neurons = units_of(tiny_model("llama"))
+    for units, module in ((heads, block.self_attn), (neurons, block.mlp)):
+        weights = [linear.weight.double() for linear in module.children() if isinstance(linear, torch.nn.Linear)]
+        assert float(units.square_norms().sum()) == pytest.approx(float(sum(weight.square().sum() for weight in weights)))
+    first, second = heads.square_norms()[:2]
+    query, output = block.self_attn.q_proj.weight.double().square(), block.self_attn.o_proj.weight.double().square()
+    own = [query[rows].sum() + output[:, rows].sum() for rows in (slice(0, HEAD), slice(HEAD, 2 * HEAD))]
+    torch.testing.assert_close(first - second, own[0] - own[1])
+
+
+@torch.no_grad()
 def test_equals_brute_force():
     dense, model = tiny_model("llama"), tiny_model("llama")
     prune(model)

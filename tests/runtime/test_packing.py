@@ -82,6 +82,15 @@ def test_the_format_that_is_smallest():
     assert smallest(torch.zeros(64, 64)) is not None and smallest(torch.zeros(0, 64)) is None
 
 
+def test_bytes_of_shared_weights_count_once():
+    tied, untied = packed.llama(tie_word_embeddings=True), packed.llama()
+    assert weight_bytes(untied) - weight_bytes(tied) == untied.lm_head.weight.nbytes
+    views = nn.Module()
+    for name, rows in (("whole", 10), ("part", 4)):
+        views.register_buffer(name, untied.lm_head.weight.detach()[:rows])
+    assert weight_bytes(views) == untied.lm_head.weight.nbytes
+
+
 def test_half_the_weights_take_0_57_of_the_bytes():
     linear = packed.prune_linears(nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16), 0.5)
     dense = weight_bytes(linear)
