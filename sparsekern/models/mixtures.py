@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ from torch import nn
 
 from .expert_layouts import DbrxExperts, find_experts
 from .experts import Experts
+from .linears import is_unread, mark_unread
+from .streaming import stream_of
 
 COUNTED = re.compile(r"(^|_)experts?($|_)")  # in names of config settings
 NOT_COUNTED = re.compile(r"per_tok|top|shared|active|layer|size|dim")
@@ -41,6 +43,9 @@ class Mixture:
     chosen_groups: int = 1
 
 
+Change = Callable[[torch.Tensor, int, Mixture], torch.Tensor]
+
+
 @dataclass
 class Cut:
     """What changes in a model when its mixtures have fewer experts.
@@ -48,44 +53,70 @@ class Cut:
     Attributes:
         mixtures: the mixtures, each of which keeps `left` experts.
         left: number of experts that stay in each.
+        model: the model.
         tensors: owner of the tensor, its name there, the dimension along which it is cut, and its mixture.
         numbers: module or config, name and new value.
     """
 
     mixtures: list[Mixture]
     left: int
+    model: nn.Module
     tensors: list[tuple[nn.Module, str, int, Mixture]] = field(default_factory=list)
     numbers: list[tuple[Any, str, int]] = field(default_factory=list)
 
     def apply(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Cut the model in place.
+        """Cut the model in place. Blocks of a streamed model are cut whenever they are read.
 
         Args:
             kept: ascending numbers of the experts that stay, `[left]` int64, by the name of the experts.
         """
-        for module, name, dim, mixture in self.tensors:
-            tensor = _tensor(module, name)
-            rows = kept[mixture.experts.name].to(tensor.device)
-            _put(module, name, tensor.detach().index_select(dim, rows))
+
+        def choose(tensor: torch.Tensor, dim: int, mixture: Mixture) -> torch.Tensor:
+            return tensor.index_select(dim, kept[mixture.experts.name].to(tensor.device))
+
+        self._stream(choose)
+        self._cut(choose)
         for owner, name, value in self.numbers:
             setattr(owner, name, value)
 
     @contextmanager
     def rehearsed(self) -> Iterator[None]:
         """Keep the first experts of each mixture within, by views that take no memory, and restore the model afterwards."""
+
+        def narrow(tensor: torch.Tensor, dim: int, _: Mixture) -> torch.Tensor:
+            return tensor.narrow(dim, 0, self.left)
+
         tensors = [_tensor(module, name) for module, name, _, _ in self.tensors]
         numbers = [getattr(owner, name) for owner, name, _ in self.numbers]
         try:
-            for (module, name, dim, _), tensor in zip(self.tensors, tensors, strict=True):
-                _put(module, name, tensor.detach().narrow(dim, 0, self.left))
+            self._stream(narrow)
+            self._cut(narrow)
             for owner, name, value in self.numbers:
                 setattr(owner, name, value)
             yield
         finally:
+            self._stream(None)
             for (module, name, _, _), tensor in zip(self.tensors, tensors, strict=True):
                 _put(module, name, tensor)
             for (owner, name, _), value in zip(self.numbers, numbers, strict=True):
                 setattr(owner, name, value)
+
+    def _cut(self, change: Change, modules: Container[nn.Module] | None = None) -> None:
+        """Replace tensors of all modules, or of some, by what `change` makes of them."""
+        for module, name, dim, mixture in self.tensors:
+            if modules is None or module in modules:
+                _put(module, name, change(_tensor(module, name).detach(), dim, mixture))
+
+    def _stream(self, change: Change | None) -> None:
+        """Let a streamed model change the blocks that it reads; None ends that."""
+        stream = stream_of(self.model)
+        for index, name in enumerate(stream.blocks if stream else ()):
+            inside = set(self.model.get_submodule(name).modules()).intersection(module for module, _, _, _ in self.tensors)
+            if stream and inside:
+                stream.edit(self.model, index, None if change is None else self._cutting(change, inside))
+
+    def _cutting(self, change: Change, modules: Container[nn.Module]) -> Callable[[int], None]:
+        return lambda index: self._cut(change, modules)
 
 
 def find_mixtures(model: nn.Module) -> list[Mixture]:
@@ -126,7 +157,7 @@ def plan_cut(model: nn.Module, mixtures: list[Mixture], left: int) -> Cut:
     if not settings:
         raise ValueError(f"model: found no number in the config of {type(model).__name__} that makes {count} experts {left}")
     smaller = _built(model, settings, left)
-    cut = Cut(mixtures, left)
+    cut = Cut(mixtures, left, model)
     for module_name, module in model.named_modules(remove_duplicate=False):
         other = smaller.get_submodule(module_name)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -219,4 +250,6 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         if isinstance(tensor, nn.Parameter)
         else nn.Parameter(tensor, requires_grad=bool(old is not None and old.requires_grad))
     )
+    if old is not None and is_unread(old):
+        mark_unread(new)
     module._parameters[name] = new

@@ -8,7 +8,6 @@ whenever the block is needed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +22,10 @@ from .checkpoint_keys import names_in
 from .lent import Lent
 from .linears import mark_unread
 from .stored_files import Part, Tensors
+from .stored_reading import Stamps, digest_of
 from .weight_files import Stored, dtype_of, tensors_in
 
 META = torch.device("meta")
-SAMPLE = 64  # bytes of each tensor that a fingerprint reads
 T = TypeVar("T")
 _streams: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
 
@@ -99,10 +98,8 @@ class Stream:
         """
         self.blocks, self._settings = tuple(blocks), settings
         self.stored: dict[str, Stored] = tensors_in(Path(file) for file in files)
-        self._stamps = {path: _stamp(path) for path in {stored.path for stored in self.stored.values()}}
-        for name, stored in self.stored.items():
-            if stored.start + stored.nbytes > self._stamps[stored.path][0]:
-                raise ValueError(f"model: {stored.path} is damaged: it ends before {name}")
+        self._stamps = Stamps({stored.path for stored in self.stored.values()})
+        self._stamps.check_lengths(self.stored)
         self.names: tuple[list[str], ...] = tuple([] for _ in self.blocks)
         self.outside: list[str] = []
         self._known: list[str] = []  # those of `outside` that the model reads
@@ -124,7 +121,7 @@ class Stream:
         self.lent: Lent | None = None
         self.zeros: dict[int, tuple[int, int]] = {}
         self.parts: dict[int, Part] = {}
-        self._edits: dict[int, tuple[Callable[[int], object], list[tuple[nn.Module, str, nn.Parameter]]]] = {}
+        self._edits: dict[int, tuple[Callable[[int], object], list[tuple[dict[str, Any], dict[str, Any]]]]] = {}
 
     def fill(self, model: Any) -> Any:
         """Read what belongs to no block, put tensors without values in the place of the rest, and return transformers' loading info."""
@@ -188,13 +185,14 @@ class Stream:
     def edit(self, model: Any, index: int, change: Callable[[int], object] | None) -> None:
         """Call `change` with `index` whenever the block has been read, until it is taken from another file; None ends that.
 
-        The block is not in memory. Its parameters have the shapes that the checkpoint gives them.
+        The block is not in memory. Its parameters have the shapes that the checkpoint gives them. The number of blocks stands for
+        weights outside the blocks, which are in memory: they are marked as changed.
         """
         self._edits.pop(index, None)
         self.zeros.pop(index, None)
         if change is not None:
-            modules = model.get_submodule(self.blocks[index]).modules()
-            self._edits[index] = change, [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+            modules = list(model.get_submodule(self.blocks[index]).modules()) if index < len(self.blocks) else []
+            self._edits[index] = change, [(held, dict(held)) for m in modules for held in (m._parameters, m._buffers)]
 
     def is_edited(self, index: int) -> bool:
         """Return whether a block is changed whenever it has been read."""
@@ -240,7 +238,7 @@ class Stream:
         for name in part.names:
             if name not in held:
                 raise ValueError(f"{path.name}: the file is damaged ({name} is not there)")
-        self._stamps[path] = _stamp(path)
+        self._stamps.add([path])
         self._replace(part, {name: held[name] for name in part.names})
 
     def take_all(self, paths: Iterable[Path], parts: Iterable[Part] = ()) -> None:
@@ -255,7 +253,7 @@ class Stream:
             OSError: a file cannot be read.
         """
         held = tensors_in(paths := list(paths))
-        self._stamps |= {path: _stamp(path) for path in paths}
+        self._stamps.add(paths)
         for part in parts:
             self._replace(part, {name: held[name] for name in part.names})
         self.stored |= {name: held[name] for name in self.stored.keys() & held.keys()}
@@ -279,25 +277,26 @@ class Stream:
 
     def check_unchanged(self) -> None:
         """Raise `ValueError` if a file of the checkpoint has changed since it was opened."""
-        for path in {stored.path for stored in self.stored.values()}:
-            if not path.exists() or _stamp(path) != self._stamps[path]:
-                raise ValueError(f"model: {path} has changed since it was opened")
+        self._stamps.check({stored.path for stored in self.stored.values()})
 
     def size(self, index: int | None = None) -> int:
         """Return the bytes of block `index` in the checkpoint, or of all its tensors."""
         names: Iterable[str] = self.stored if index is None else self.names[index]
         return sum(self.stored[name].nbytes for name in names)
 
-    def fingerprint(self) -> str:
-        """Return a digest of the names, shapes and dtypes of the checkpoint's tensors, and of a few bytes of each."""
-        digest = hashlib.sha256()
-        for name, stored in sorted(self.stored.items()):
-            digest.update(f"{name} {stored.dtype} {stored.shape};".encode())
-            with stored.path.open("rb") as file:
-                for part in range(2):
-                    file.seek(stored.start + part * max(0, stored.nbytes - SAMPLE))
-                    digest.update(file.read(min(SAMPLE, stored.nbytes)))
-        return digest.hexdigest()
+    def fingerprint(self, model: Any, without: Sequence[nn.Parameter] = ()) -> str:
+        """Return a digest of the names, shapes and dtypes of the checkpoint's tensors, and of a few bytes of each.
+
+        Args:
+            model: the model.
+            without: parameters whose tensors are left out.
+        """
+        ids = set(map(id, without))
+        names = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
+        left_out = set(self.named_as_stored(model, names)) if names else set()
+        if left_out:
+            left_out |= {own for part in self.parts.values() for entry in part.packed.values() for own in entry["tensors"].values()}
+        return digest_of({name: stored for name, stored in self.stored.items() if name not in left_out})
 
     def close(self) -> None:
         """Stop reading ahead, and end the thread that reads and writes."""
@@ -325,12 +324,12 @@ class Stream:
             ValueError: the checkpoint has changed since it was opened, or does not hold all of the block's tensors.
         """
         block = model.get_submodule(self.blocks[index])
-        if self.lent is not None and index not in self._edits and self.lent.fill(block):
+        if self.lent is not None and self.lent.fill(block):
             return
         tensors = (self._ahead.pop(index, None) or self.later(lambda: self._load(self.names[index]))).result()
-        change, empty = self._edits.get(index, (None, []))
-        for module, own, parameter in empty:
-            module._parameters[own] = parameter  # in the shape that the checkpoint gives it
+        change, before = self._edits.get(index, (None, []))
+        for held, own in before:
+            held.update(own)  # in the shapes that the checkpoint gives them
         self._fill(model, tensors, self.parts.get(index))
         if change is not None:
             change(index)
@@ -340,23 +339,7 @@ class Stream:
             raise ValueError(f"model: the checkpoint holds no values for {self.blocks[index]}.{unread[0]}")
 
     def _load(self, names: Iterable[str]) -> Tensors:
-        """Return tensors of the checkpoint in memory of their own. A mapped file would count as memory until it is closed."""
-        from safetensors import SafetensorError, safe_open
-
-        by_path: dict[Path, list[str]] = {}
-        for name in names:
-            by_path.setdefault(self.stored[name].path, []).append(name)
-        found = {}
-        for path, own in by_path.items():
-            if not path.exists() or _stamp(path) != self._stamps[path]:
-                raise ValueError(f"model: {path} has changed since it was opened")
-            try:
-                with safe_open(path, framework="pt", backend="pread") as opened:
-                    for name in own:
-                        found[name] = opened.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"model: {path} can no longer be read: {error}") from error
-        return found
+        return self._stamps.read({name: self.stored[name] for name in names})
 
     def _fill(self, model: Any, tensors: Tensors, part: Part | None) -> None:
         unpacked: Tensors = {}
@@ -392,8 +375,3 @@ def _convert(model: Any, tensors: Tensors, settings: Any) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino

@@ -320,7 +320,7 @@ def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) ->
         known = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPUTED}
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())
     if (stream := stream_of(model)) is not None:
-        digest.update(stream.fingerprint().encode())
+        digest.update(stream.fingerprint(model, without).encode())
         return digest.hexdigest()
     for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         if id(parameter) in left_out:

@@ -153,7 +153,7 @@ def prune(
     if not isinstance(request.then or method, LinearMethod):
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
-    check_streamed(model, method, out)
+    check_streamed(model, (method, request.then), out)
     with plain_modes(model) as model, RunFolder.opened(out, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..methods import GradualMethod, Method
+from ..methods import ExpertMethod, GradualMethod, Method
 from ..models.source import source_of
 from ..models.streaming import stream_of
 from ..models.weight_files import weight_files
@@ -37,8 +37,8 @@ class RunFolder:
         path: the folder.
     """
 
-    def __init__(self, folder: OutputFolder, tokenizer: Any, format: str, remedy: str) -> None:
-        self._folder, self._tokenizer, self._format, self._remedy = folder, tokenizer, format, remedy
+    def __init__(self, folder: OutputFolder, tokenizer: Any, format: str, remedy: str, method: Method | None) -> None:
+        self._folder, self._tokenizer, self._format, self._remedy, self._method = folder, tokenizer, format, remedy, method
         self.path = folder.path
 
     @classmethod
@@ -85,12 +85,12 @@ class RunFolder:
             check_saveable(model, tokenizer, folder)
             written = sum(file.stat().st_size for file in (folder.path / FOLDER).glob("*.safetensors"))
             check_space(model, folder.path, extra=carried_bytes(model) + _checkpoint_bytes(model, method) - written)
-            yield cls(folder, tokenizer, format, remedy)
+            yield cls(folder, tokenizer, format, remedy, method)
 
     def checkpoint(self, model: nn.Module, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
         """Return the checkpoint of `model` in this folder, new or continued. See `Checkpoint` for the arguments and errors."""
         checkpoint = Checkpoint(self.path, settings, environment, resume=resume)
-        stream = stream_of(model)
+        stream = None if isinstance(self._method, ExpertMethod) else stream_of(model)  # it writes no block before all are scored
         return checkpoint if stream is None else StreamedCheckpoint(checkpoint, model, stream, self._format)
 
     def write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .._version import __version__
 from ..data import CalibrationText
-from ..methods import LinearMethod, Method
+from ..methods import ExpertMethod, LinearMethod, Method
 from ..models.adapters import check_no_adapter
 from ..models.evaluation import evaluation_mode
 from ..models.float32_products import float32_products, switched_on
@@ -35,12 +35,14 @@ def check_module(model: object) -> None:
     check_no_adapter(model)
 
 
-def check_streamed(model: nn.Module, method: Method, out: object) -> None:
-    """Raise `ValueError` if `model` is streamed and the method needs more than a block of it, or has nowhere to write to."""
+def check_streamed(model: nn.Module, methods: Iterable[Method | None], out: object) -> None:
+    """Raise `ValueError` if `model` is streamed and a method needs more than a block of it, or has nowhere to write to."""
     if stream_of(model) is None:
         return
-    if not isinstance(method, LinearMethod) or method.needs_whole_model:
-        raise ValueError(f"method: expected one that works block by block for a streamed model, got {type(method).__name__}")
+    for method in methods:
+        by_block = isinstance(method, ExpertMethod) or (isinstance(method, LinearMethod) and not method.needs_whole_model)
+        if method is not None and not by_block:
+            raise ValueError(f"method: expected one that works block by block for a streamed model, got {type(method).__name__}")
     if out is None:
         raise ValueError("out: expected a folder, which holds the pruned blocks of a streamed model; got None")
 

@@ -13,6 +13,7 @@ from .._files import disk_errors
 from ..models.stored_files import Part, Tensors
 from ..models.streaming import Stream, in_memory
 from ..models.weight_files import Stored, tensors_in
+from ..models.zeros import count_block
 from .expert_formats import layout_of
 from .hf_config import PackedLayer
 from .packable import Packable, dense_packables
@@ -102,6 +103,7 @@ def write_parts(model: nn.Module, stream: Stream, folder: Path, format: str) -> 
         changed |= _format_of(stream, index) != DENSE
         with in_memory(model, index):
             tensors, part = stored_part(model, stream, index, format)
+            count_block(model, index)
         if changed or part.packed:
             _write(folder / f"block-{index:05d}.safetensors", tensors)
             parts.append(part)
@@ -132,7 +134,8 @@ def _write_outside(model: nn.Module, stream: Stream, folder: Path, format: str) 
     unpacked = {entry["parameter"]: None for entry in held.packed.values()} if held and not before <= packed else {}
     state = _state(model, stream, index)
     dense = stream.named_as_stored(model, {name: state[name] for name in unpacked}).keys() & tensors.keys() if unpacked else set()
-    wanted = sorted(packed | dense | stream.differing(tensors))
+    changed = tensors.keys() & stream.stored.keys() if stream.is_edited(index) else set()
+    wanted = sorted(packed | dense | stream.differing(tensors) | changed)
     if wanted:
         _write(folder / f"block-{index:05d}.safetensors", {name: tensors[name] for name in wanted})
     return made_part(index, wanted, format, part.packed, [*part.replaced, *sorted(before - packed)])

@@ -135,12 +135,11 @@ def test_the_model_reads_from_its_output_afterwards(tmp_path):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda model: sparsekern.prune_continually(model, {"a": tiny_ids()}, "wanda", "2:4", progress=False),
         lambda model: sparsekern.moefy(model, experts=4, top_k=2, calibration=tiny_ids()),
         sparsekern.keep_sparsity,
         sparsekern.pack,
     ],
-    ids=["prune_continually", "moefy", "keep_sparsity", "pack"],
+    ids=["moefy", "keep_sparsity", "pack"],
 )
 def test_what_needs_the_weights_in_memory_says_so(call, tmp_path):
     model = sparsekern.load(folder_of("llama", tmp_path / "model"), device="cpu", stream=True)

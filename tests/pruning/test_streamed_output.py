@@ -120,3 +120,100 @@ def test_a_streamed_model_is_saved_again(format, tmp_path):
     sparsekern.save(model, tmp_path / "again", format)
     assert equal(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "expected"))
     assert config_of(tmp_path / "again") == config_of(tmp_path / "expected")
+
+
+TEXTS = {"a": tiny_ids(), "b": tiny_ids(3, 7)}
+
+
+def continued(folder, place, *, stream, texts=TEXTS, model=None, **options):
+    model = model or sparsekern.load(folder, device="cpu", stream=stream)
+    options = {"evaluate": {name: ids.flatten() for name, ids in texts.items()}, "length": 8, "state": place / "state"} | options
+    report = sparsekern.prune_continually(model, texts, options.pop("method", "wanda"), "2:4", progress=False, **options)
+    return model, report
+
+
+def told(report):
+    return [(step.name, step.sparsity, step.changed, step.perplexity) for step in report.steps]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "strategy", "format"),
+    [
+        ("llama", "copal", "accumulate", "dense"),
+        ("gpt2", "wanda", "accumulate", "packed"),
+        ("qwen3_moe", "wanda", "accumulate", "dense"),
+        ("llama_tied", "wanda", "carry", "dense"),
+        ("llama", "magnitude", "dense", "packed"),
+    ],
+)
+def test_a_continual_run_is_streamed(kind, method, strategy, format, tmp_path):
+    folder = folder_of(kind, tmp_path / "model")
+    options = {"method": method, "strategy": strategy, "format": format}
+    if kind == "llama":
+        options["include"] = ["*", "lm_head"]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole, first = continued(folder, tmp_path / "a", stream=False, out=tmp_path / "a" / "out", **options)
+    model, second = continued(folder, tmp_path / "b", stream=True, out=tmp_path / "b" / "out", **options)
+    assert told(first) == told(second) and first.dense == second.dense
+    check_same_folder(tmp_path / "b" / "out", tmp_path / "a" / "out")
+    with torch.no_grad():
+        assert torch.equal(model(tiny_ids()).logits, whole(tiny_ids()).logits)
+    assert all(parameter.is_meta for parameter in in_blocks(model))
+
+
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_a_continual_run_of_a_streamed_model_goes_on_later(format, tmp_path, monkeypatch):
+    folder = folder_of("llama", tmp_path / "model")
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    _, expected = continued(folder, tmp_path / "a", stream=True, out=tmp_path / "a" / "out", evaluate=None, length=None)
+    model, _ = continued(folder, tmp_path / "b", stream=True, texts={"a": TEXTS["a"]}, evaluate=None, length=None)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at(patched, sparsekern.Wanda, 10)
+        continued(folder, tmp_path / "b", stream=True, model=model, texts={"b": TEXTS["b"]}, evaluate=None, length=None)
+    out = {"out": tmp_path / "b" / "out", "evaluate": None, "length": None, "resume": True}
+    model, report = continued(folder, tmp_path / "b", stream=True, texts={"b": TEXTS["b"]}, format=format, **out)
+    assert told(report) == told(expected)
+    if format == "dense":
+        check_same_folder(tmp_path / "b" / "out", tmp_path / "a" / "out")
+    report = continued(folder, tmp_path / "b", stream=True, model=model, texts={"c": tiny_ids(1)}, evaluate=None, length=None)[1]
+    assert report.names == ["a", "b", "c"]
+
+
+def test_a_continual_run_of_a_streamed_model_takes_a_state(tmp_path):
+    model = sparsekern.load(folder_of("llama", tmp_path / "model"), device="cpu", stream=True)
+    with pytest.raises(ValueError, match="state: expected a folder .* of a streamed model between datasets; got None"):
+        sparsekern.prune_continually(model, TEXTS, "wanda", "2:4", progress=False)
+
+
+def removed(folder, out, *, stream, resume=False, **options):
+    model = sparsekern.load(folder, device="cpu", stream=stream)
+    options = {"calibration": tiny_ids(), "progress": False} | options
+    return model, sparsekern.prune(model, sparsekern.ExpertPruning(remove=0.5), out=out, resume=resume, **options)
+
+
+THEN = {"then": "wanda", "pattern": "2:4"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("mixtral", {}), ("qwen3_moe", THEN), ("mixtral", {**THEN, "format": "packed", "include": "*.1.*"})]
+)
+def test_experts_of_a_streamed_model_are_removed(kind, options, tmp_path):
+    folder = folder_of(kind, tmp_path / "model", "20KB")
+    whole, first = removed(folder, tmp_path / "whole", stream=False, **options)
+    model, second = removed(folder, tmp_path / "streamed", stream=True, **options)
+    assert [(layer.scores, layer.removed) for layer in first.layers] == [(layer.scores, layer.removed) for layer in second.layers]
+    assert first.model_parameters == second.model_parameters and first.experts == second.experts
+    check_same_folder(tmp_path / "streamed", tmp_path / "whole")
+    with torch.no_grad():
+        assert torch.equal(model(tiny_ids()).logits, whole(tiny_ids()).logits)
+
+
+@pytest.mark.parametrize("solved", [3, 20])
+def test_a_killed_removal_of_experts_goes_on(solved, tmp_path, monkeypatch):
+    folder = folder_of("qwen3_moe", tmp_path / "model")
+    removed(folder, tmp_path / "whole", stream=True, **THEN)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at(patched, sparsekern.Wanda, solved)
+        removed(folder, tmp_path / "out", stream=True, **THEN)
+    removed(folder, tmp_path / "out", stream=True, resume=True, **THEN)
+    check_same_folder(tmp_path / "out", tmp_path / "whole")

@@ -7,19 +7,21 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from ...data.perplexity import evaluation_windows, perplexity
 from ...methods import LinearMethod
+from ...models import Linear
+from ...models.streaming import in_memory, stream_of
 from ...reports.continual import ContinualStep
 from ...reports.report import Report
 from ..batches import Batch, fingerprint
 from ..blockwise.loop import BlockLoop
 from ..checkpoint import differences
-from ..plan import Plan
+from ..plan import Plan, check_finite
 from ..run import Blocks, running
 from .state import State, StepFiles
 
@@ -115,7 +117,10 @@ class ContinualLoop:
         """Store the dense weights and the settings in a new state."""
         if self.state.is_new:
             for index, linears in self.parts:
-                self.state.store.put(f"dense-{index:05d}", {linear.name: linear.weight for linear in linears})
+                with in_memory(self.model, index):
+                    for linear in linears:
+                        check_finite(linear)
+                    self.state.store.put(f"dense-{index:05d}", {linear.name: linear.weight for linear in linears})
             self.state.settings = settings
             self.state.write()
 
@@ -129,11 +134,12 @@ class ContinualLoop:
             if unfinished is not None and unfinished.holds(index):
                 with suppress(ValueError) if abandon else nullcontext():
                     known.append(unfinished.weights(index, linears))
-            for linear in linears:
-                if not any(torch.equal(linear.weight.cpu(), weights[linear.name]) for weights in known):
-                    raise ValueError(
-                        f"state: {self.state.folder} is of another model: {linear.name} is neither its dense nor its pruned weight"
-                    )
+            with in_memory(self.model, index):
+                for linear in linears:
+                    if not any(torch.equal(linear.weight.cpu(), weights[linear.name]) for weights in known):
+                        raise ValueError(
+                            f"state: {self.state.folder} is of another model: {linear.name} is neither its dense nor its pruned weight"
+                        )
 
     def check_evaluation(self) -> None:
         """Raise unless all perplexities of a dataset, which are compared, are taken on the same windows.
@@ -179,6 +185,8 @@ class ContinualLoop:
             progress=self.progress,
         ) as context:
             BlockLoop(context, memory).run()
+            if stream_of(self.model) is not None:  # it keeps no block that is pruned
+                self._write_weights(files)
             changed = None if before is None else self._changed(before)
             perplexities = {known: self.evaluation.perplexity(known) for known, _ in state.seen if known in self.evaluation.ids}
         tokens = sum(batch.tokens for batch in batches)
@@ -188,19 +196,28 @@ class ContinualLoop:
             state.step(old).drop()
 
     def _write_weights(self, step: StepFiles | None) -> None:
-        """Give the model the weights of `step`, or the dense weights if that is None."""
+        """Give the model the weights of `step`, or the dense weights if that is None. A streamed model gets them as it reads a block."""
+        stream = stream_of(self.model)
         for index, linears in self.parts:
-            weights = step.weights(index, linears) if step else self.state.dense_weights(index, linears)
-            for linear in linears:
-                linear.weight.copy_(weights[linear.name])
+            write = partial(self._write_block, step, linears)
+            if stream is not None:
+                stream.edit(self.model, index, write)
+            if stream is None or index == len(stream.blocks):
+                write(index)
+
+    def _write_block(self, step: StepFiles | None, linears: Sequence[Linear], index: int) -> None:
+        weights = step.weights(index, linears) if step else self.state.dense_weights(index, linears)
+        for linear in linears:
+            linear.weight.copy_(weights[linear.name])
 
     def _changed(self, before: StepFiles) -> float:
         changed = total = 0
         for index, linears in self.parts:
             weights = before.weights(index, linears)
-            for linear in linears:
-                changed += int(((linear.weight == 0) != (weights[linear.name] == 0).to(linear.weight.device)).sum())
-                total += linear.weight.numel()
+            with in_memory(self.model, index):
+                for linear in linears:
+                    changed += int(((linear.weight == 0) != (weights[linear.name] == 0).to(linear.weight.device)).sum())
+                    total += linear.weight.numel()
         return changed / total
 
 

@@ -14,7 +14,7 @@ from ...data import as_calibration, is_source
 from ...data.perplexity import as_evaluation, evaluation_windows
 from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
 from ...models.limits import window_length
-from ...models.streaming import refuse_streamed
+from ...models.streaming import stream_of
 from ...reports.continual import ContinualReport
 from ...runtime import check_format, weight_bytes
 from ...runtime.output import checked_path
@@ -70,7 +70,7 @@ def prune_continually(
       weights, so nothing changes (weight stasis), even with SparseGPT, which has no removal to compensate for.
 
     Args:
-        model: the dense model. With a `state` that has seen data, the model as it was left then is taken too.
+        model: the dense model, streamed ones included, which take a `state`. With a `state` that has seen data, the model as it was left then is taken too.
         calibrations: calibration data by name, as for `prune`, texts included. Their order is the order of the steps.
         method: `"copal"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"alps"`, or a config such as `COPAL(form="gram")`.
         pattern: `"N:M"` keeps N of every M consecutive inputs. A float is the share of zeros. Pattern objects are taken too.
@@ -123,7 +123,10 @@ def prune_continually(
     Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024. `COPAL` lists which parts are theirs.
     """
     check_module(model)
-    refuse_streamed(model, "which several datasets cannot be run through yet")
+    if state is None and stream_of(model) is not None:
+        raise ValueError(
+            "state: expected a folder (--state), which holds the weights of a streamed model between datasets; got None"
+        )
     method = check_adds_up(resolve_method(method), strategy)
     check_seed(seed)
     check_isa()

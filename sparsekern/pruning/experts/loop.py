@@ -18,6 +18,7 @@ from ...models import Blocks, find_blocks, find_linears
 from ...models.experts import Experts, ExpertsCall, watched
 from ...models.mixtures import Cut, Mixture, find_mixtures, plan_cut
 from ...models.source import source_of
+from ...models.streaming import in_memory, lent_blocks, stream_of
 from ...reports import ExpertReport, MixtureReport, Report
 from ...runtime import is_packed
 from ..batches import Batch
@@ -26,7 +27,7 @@ from ..blockwise.course import Course
 from ..blockwise.loop import BlockLoop
 from ..blockwise.observation import course_of
 from ..blockwise.trace import forward
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, StreamedCheckpoint
 from ..plan import Plan, Request, check_device
 from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext, running
@@ -99,7 +100,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
             _refuse_carried_experts(model)
         cut = plan_cut(model, mixtures, method.left(mixtures[0].experts.count, mixtures[0].groups))
         batches = batches_for(model, method, request.calibration, request.batch_size)
-        with prepared(model, request.seed):
+        with prepared(model, request.seed), lent_blocks(model):
             _check_routing(model, cut, batches[0], type(method).__name__)
             # The batches are those of both methods; an iterator could not be read twice.
             request = replace(request, calibration=[batch.inputs for batch in batches])
@@ -135,14 +136,15 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
             with context.clock.phase("capture"):
                 activations = Activations(context.model, context.batches, plan.course)
         for index in plan.course.order:
-            if index in planned and index not in held and activations is not None:
-                self._score(index, activations)
-            else:
-                if index in held:
-                    self._restore(index)
-                if activations is not None and index != planned[-1]:
-                    with context.clock.phase("score"):
-                        activations.advance(index)
+            if index in held:
+                self._restore(index)
+            if activations is not None:
+                with in_memory(context.model, index):
+                    if index in planned and index not in held:
+                        self._score(index, activations)
+                    elif index != planned[-1]:
+                        with context.clock.phase("score"):
+                            activations.advance(index)
             if index == planned[-1]:
                 break
 
@@ -197,6 +199,14 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
             )
         return MixtureReport(name, scores.tolist(), sums.tokens.tolist(), removed, seconds)
 
+    def _checkpoint_of_then(self) -> Checkpoint | None:
+        if self.context.checkpoint is None:
+            return None
+        checkpoint, stream = self.context.checkpoint.for_stage("then"), stream_of(self.context.model)
+        if stream is None:
+            return checkpoint
+        return StreamedCheckpoint(checkpoint, self.context.model, stream, self.plan.request.format)
+
     def _prune_what_is_left(self, then: LinearMethod) -> Report:
         """Prune the smaller model by the method that follows, and return its report."""
         context, request = self.context, self.plan.request
@@ -206,7 +216,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
         report = Report(settings=settings, versions=context.report.versions, calibration_tokens=tokens)
         options: dict[str, Any] = {
             "seed": context.seed,
-            "checkpoint": context.checkpoint and context.checkpoint.for_stage("then"),
+            "checkpoint": self._checkpoint_of_then(),
             "report": report,
             "progress": context.progress.enabled,
         }
