@@ -92,6 +92,25 @@ class Checkpoint:
         else:
             self._check_state(state)
 
+    @classmethod
+    def read_only(cls, out: Path, settings: dict) -> Checkpoint:
+        """Return the checkpoint in `out` that another process holds, to read the finished blocks of a run.
+
+        Raises:
+            ValueError: it is not visible here, or of a run with other settings.
+        """
+        folder = out / FOLDER
+        if not (folder / STATE).exists():
+            raise ValueError(
+                f"out: expected a folder that all ranks see, from which a streamed model reads finished blocks; {folder} is not here"
+            )
+        self = cls.__new__(cls)
+        state = json.loads(json.dumps(settings))
+        self.folder, self.patterns, self.run = folder, state.get("patterns", {}), digest_of(state)
+        self.dense_allowed = state.get("unseen") == DENSE
+        self.store = InFolder(folder, "out", REMEDY, held=False)
+        return self
+
     def drop_unused(self) -> None:
         """Remove the checkpoint from its output folder unless it holds a finished block."""
         if not any(self.folder.glob("*.safetensors")):
@@ -197,7 +216,14 @@ class Checkpoint:
             raise ValueError(f"out: {path} is not a checkpoint's state ({error}); remove {self.folder} to start over") from error
         if version != FORMAT:
             raise ValueError(f"out: {path} has format {version}, this version reads {FORMAT}; remove {self.folder} to start over")
-        if different := differences(settings, state["settings"]):
+        different = differences(settings, state["settings"])
+        if different == ["leaves"]:
+            leaves = settings.get("leaves", 1)
+            raise ValueError(
+                f"out: {self.folder} belongs to a run with leaves={leaves}; pass leaves={leaves} (--leaves {leaves}) to continue it, "
+                "or remove it to start over"
+            )
+        if different:
             raise ValueError(
                 f"out: {self.folder} belongs to another run, with another {', '.join(different)}; "
                 "call with the same model and settings, or remove it to start over"
@@ -206,7 +232,7 @@ class Checkpoint:
             warnings.warn(
                 f"the run is resumed with another {', '.join(different)}; the result may differ in rounding from an unbroken run",
                 SparsekernWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
@@ -265,6 +291,10 @@ class StreamedCheckpoint(Checkpoint):
     def _write(self, part: Part, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
         self.put(self._name(part.index), tensors, note)
         self._take(part.index, part)
+
+    def follow(self, index: int) -> None:
+        """Read block `index`, which another process has written, from here from now on."""
+        self._take(index, self._read_note(index)[1])
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
         """Return the result of block `index`, which is in memory, or None where it is not finished. See `Checkpoint.load`."""

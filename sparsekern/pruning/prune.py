@@ -13,23 +13,28 @@ from ..backends.libraries import check_isa
 from ..data import as_calibration
 from ..methods import ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
 from ..pattern import parse_pattern
+from ..ranks import World
 from ..reports.report import Report
 from ..runtime import weight_bytes
+from ..runtime.output import checked_path
 from ..runtime.save import DENSE, check_format
 from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
-from .checkpoint import model_fingerprint
+from .checkpoint import Checkpoint, model_fingerprint
 from .experts.loop import ExpertLoop
 from .gradual.loop import GradualLoop
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
 from .plan import Choice, PatternLike, Request
+from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, say_idle
 from .removal.loop import RemovalLoop
 from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
 from .session import check_module, check_seed, check_streamed, environment
+from .shared_blocks import SharedBlocks, follow_written, shared_blocks
 
 
+@on_all_ranks
 def prune(
     model: nn.Module,
     method: str | Method = "sparsegpt",
@@ -52,6 +57,7 @@ def prune(
     unseen: str = MAGNITUDE,
     format: str = DENSE,
     then: str | Method | None = None,
+    leaves: int | None = None,
 ) -> Report:
     """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
@@ -96,6 +102,8 @@ def prune(
             itself stays dense. A format that the patterns are not sure to fit, such as `"2:4"` for shares of zeros, is refused.
         then: with `ExpertPruning`, the method that prunes the experts that stay, and all else, once the others are removed. `pattern`,
             `include`, `exclude`, `patterns` and `report_error` are its arguments then.
+        leaves: the number of parts, a power of two, that statistics are summed in before the parts are added in pairs. None is 8 for
+            several processes, 1 for one. Results of equal `leaves` have the same bits for any number of processes.
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -154,22 +162,35 @@ def prune(
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
     check_streamed(model, (method, request.then), out)
-    with plain_modes(model) as model, RunFolder.opened(out, model, **options) as folder:
+    world = World.current()
+    traffic = Traffic(world)
+    leaves = checked_leaves(leaves, world, method)
+    with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
         settings["calibration"] = batches and fingerprint(batches)
-        checkpoint = None
-        if folder is not None:
+        if batches and leaves > 1:
+            settings["leaves"] = leaves
+            say_idle(world, batches)
+        own: Checkpoint | None = None
+        if out is not None or world.size > 1:
             settings["model"] = model_fingerprint(model)
-            checkpoint = folder.checkpoint(model, settings, environment(model), resume=resume)
+        check_same_run(world, {**settings, "out": out and str(out), "resume": resume, "format": format}, environment(model))
+        if folder is not None:
+            own = folder.checkpoint(model, settings, environment(model), resume=resume)
+        checkpoint: Checkpoint | SharedBlocks | None = own
+        if out is not None and world.size > 1:
+            path = checked_path(out, "out")
+            checkpoint = shared_blocks(world, own, len(plan.parts), model, path, settings, format)
         report = loop.REPORT(
             settings={**loop.described(request), **settings},
             versions=environment(model),
             calibration_tokens=sum(batch.tokens for batch in batches or ()),
         )
         dense_bytes = weight_bytes(model)
-        with running(model, plan, method, batches, seed=seed, checkpoint=checkpoint, report=report, progress=progress) as context:
+        shown: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "report": report, "progress": progress}
+        with running(model, plan, method, batches, **shown, world=world, leaves=leaves) as context:
             try:
                 loop(context).run()
             except (TypeError, ValueError):
@@ -177,10 +198,16 @@ def prune(
                     checkpoint.drop_unused()
                 raise
         clock = context.clock
+        if isinstance(checkpoint, SharedBlocks):
+            checkpoint.follow()
+        traffic.tell(report, clock, sum(map(bool, plan.parts)) - report.resumed_blocks if world.size > 1 else 0)
+        parts = None
         if folder is not None:
-            folder.write(model, report, dense_bytes=dense_bytes, clock=clock, start=start)
+            parts = folder.write(model, report, dense_bytes=dense_bytes, clock=clock, start=start)
         else:
             report.seconds = {**clock.seconds, "total": time.perf_counter() - start}
+        if out is not None:
+            follow_written(world, model, checked_path(out, "out"), parts)
         return cast(Report, report)  # a `RemovalReport` for a `RemovalMethod`, which no type can tell from a name
 
 

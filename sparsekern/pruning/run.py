@@ -13,6 +13,7 @@ from torch import nn
 
 from ..methods import Method
 from ..models import Linear
+from ..ranks import World
 from ..reports import ExpertReport, LayerReport, MixtureReport, RemovalReport, Report, SubLayerReport
 from .batches import Batch
 from .host_memory import freed_memory_kept
@@ -84,6 +85,8 @@ class RunContext(Generic[PlanT, MethodT, ReportT, BlocksT]):
         report: collects the report of each layer.
         progress: the bar.
         clock: seconds by phase.
+        world: the processes that prune together.
+        leaves: the number of parts that statistics are summed in, see `prune`.
     """
 
     model: nn.Module
@@ -95,6 +98,8 @@ class RunContext(Generic[PlanT, MethodT, ReportT, BlocksT]):
     report: ReportT
     progress: Progress
     clock: Clock
+    world: World = field(default_factory=World)
+    leaves: int = 1
 
     def record(self, layers: Sequence[LayerReport] | Sequence[SubLayerReport] | Sequence[MixtureReport]) -> None:
         """Report layers that are done. They are of the kind that the loop's report holds."""
@@ -115,16 +120,19 @@ def running(
     checkpoint: BlocksT | None,
     report: ReportT,
     progress: bool,
+    world: World | None = None,
+    leaves: int = 1,
 ) -> Iterator[RunContext[PlanT, MethodT, ReportT, BlocksT]]:
     """Yield the context of one run. Within, the model is ready to run; afterwards its modes are restored.
 
-    The arguments become the attributes of `RunContext`, except `progress`, which shows the bar.
+    The arguments become the attributes of `RunContext`, except `progress`, which shows the bar, on the first rank.
     """
-    bar = Progress(plan.steps, progress)
+    world = world or World()
+    bar = Progress(plan.steps, progress and world.leads)
     clock = Clock(next(model.parameters()).device)
     try:
         with prepared(model, seed), freed_memory_kept():
-            yield RunContext(model, plan, method, batches or [], seed, checkpoint, report, bar, clock)
+            yield RunContext(model, plan, method, batches or [], seed, checkpoint, report, bar, clock, world, leaves)
     finally:
         bar.close()
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..methods import ExpertMethod, GradualMethod, Method
 from ..models.source import source_of
+from ..models.stored_files import Part
 from ..models.streaming import stream_of
 from ..models.weight_files import weight_files
 from ..reports.base import BaseReport
@@ -95,7 +96,7 @@ class RunFolder:
 
     def write(
         self, model: nn.Module, report: BaseReport, *, dense_bytes: int, clock: Clock | None = None, start: float = 0.0
-    ) -> None:
+    ) -> list[Part]:
         """Write all files of a finished folder: weights, tokenizer, report.json, report.html and model card.
 
         They appear at the same time, and the checkpoint is removed last, so a run that is killed meanwhile can be resumed.
@@ -106,6 +107,9 @@ class RunFolder:
             dense_bytes: size of the model's weights in memory, before the run.
             clock: the clock of a run with phases, whose seconds go into the report once the weights are written.
             start: start of the run, in `time.perf_counter` seconds.
+
+        Returns:
+            The parts of a streamed model that are stored in another form than before.
 
         Raises:
             ValueError: no linear gets smaller in the format.
@@ -132,6 +136,7 @@ class RunFolder:
             stream.take_all(weight_files(self.path), parts)
         if (self.path / FOLDER).exists():
             self._folder.remove(FOLDER)
+        return parts
 
 
 def check_out(out: str | os.PathLike, argument: str = "out", *, resume: bool = False) -> None:

@@ -75,16 +75,18 @@ class InFolder:
         remedy: see `__init__`.
     """
 
-    def __init__(self, folder: Path, argument: str, remedy: str) -> None:
+    def __init__(self, folder: Path, argument: str, remedy: str, *, held: bool = True) -> None:
         """Open the store, and remove leftovers of killed calls.
 
         Args:
             folder: need not exist until the first `put`.
             argument: the argument that named the folder; messages begin with it.
             remedy: advice for a damaged file; messages end with it.
+            held: False where another process holds the lock of the folder, so that nothing is removed.
         """
         self.folder, self.argument, self.remedy = folder, argument, remedy
-        remove_temporary(folder)
+        if held:
+            remove_temporary(folder)
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
         from safetensors.torch import save_file

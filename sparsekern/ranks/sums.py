@@ -71,6 +71,7 @@ def add_over_ranks(world: World, tensor: torch.Tensor, *, lower: bool = False) -
         kept, (begin, end) = spans.pop(), spans[-1]
         taken = (kept[1], end) if kept[0] == begin else (begin, kept[0])
         world.swap(flat[slice(*kept)], other, flat[slice(*taken)])
+    world.formula += bytes_of_sum(world.size, len(tensor) * (len(tensor) + 1) // 2 if lower else tensor.numel(), tensor.itemsize)
     if lower:
         unpack_lower(flat, tensor)
     else:

@@ -28,6 +28,7 @@ class World:
         rank: the number of this process.
         size: the number of processes.
         sent: bytes of tensors that this process has sent.
+        formula: the least that the sums and broadcasts so far take, in bytes sent a rank.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
@@ -39,7 +40,7 @@ class World:
             group: a gloo group of all of them; None for a single process.
         """
         self.rank, self.size, self._group = rank, size, group
-        self.sent = 0
+        self.sent, self.formula = 0, 0.0
         self._failed = False
 
     @classmethod

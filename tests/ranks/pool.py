@@ -84,3 +84,11 @@ def _work(rank: int, tasks, answers) -> None:
         answers.put((rank, answer))
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def succeeded(answers: list[Any]) -> list[Any]:
+    """The answers of all ranks, none of which is an exception."""
+    for answer in answers:
+        if isinstance(answer, tuple) and len(answer) == 3 and "Traceback" in str(answer[2]):
+            raise AssertionError(answer[2])
+    return answers

@@ -29,6 +29,7 @@ from .course import Course
 from .experts import ExpertStatistics, expert_bytes, experts_in, parted
 from .feed_forward import FeedForwardRun, networks_of
 from .observation import observed
+from .shares import Share, SummedStatistics
 from .solving import Job, Solved, Solver
 from .statistics import SharedStatistics
 
@@ -44,6 +45,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     """The loop of `LinearMethod` and `BlockMethod`."""
 
     activations: Activations  # set by `run` where statistics are gathered
+    share: Share  # of the batches, likewise
 
     def __init__(self, context: RunContext[Plan, LinearMethod, Report, Blocks], memory: Memory | None = None) -> None:
         """Make the loop.
@@ -86,7 +88,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             batches = []  # no block is left to solve, so no hidden states are needed
         if batches:
             with context.clock.phase("capture"):
-                self.activations = Activations(context.model, batches, self.course)
+                self.share = Share(context.world, batches, context.leaves)
+                self.activations = Activations(context.model, self.share.batches, self.course)
             order = [*self.course.order, len(parts) - 1]
         with self._blocks_on_disk():
             self._run_blocks(order, bool(batches))
@@ -141,6 +144,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if self.context.checkpoint:
             with self.context.clock.phase("write"):
                 self.context.checkpoint.save(index, result)
+        self.context.world.agree(f"block {index}")
         self.solver.say_lost_zeros(linears, result.weights)
         _write(linears, result.weights)
         self.context.record(result.layers)
@@ -250,7 +254,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         plain, matrices = parted(linears)
         experts, kind = experts_in(matrices), (self.method.needs, self.plan.measure_error)
         masks = {name: self.course.masks(name, index) for name in [linear.name for linear in plain] + [e.name for e in experts]}
-        shared = SharedStatistics(plain, *kind, masks)
+        summed = SummedStatistics(lambda: SharedStatistics(plain, *kind, masks), self.share)
         routed = ExpertStatistics(matrices, *kind, routing_weights=self.plan.by_routing, masks=masks) if matrices else None
         order = [name for name in self.course.calls(index) if name in masks]
         if index < len(self.plan.blocks.modules):
@@ -264,11 +268,13 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 break
             with self.context.clock.phase("statistics"):
                 batch, inputs, calls = step
-                shared.add(batch, inputs)
+                summed.add(self.share.leaf_of(batch), batch, inputs)
                 if routed is not None:
                     routed.add(batch, calls)
                 if run is not None:
                     run.add(batch, inputs[run.network.up.name])
+        with self.context.clock.phase("exchange" if self.context.world.size > 1 else "statistics"):
+            shared = summed.result()
         for members, statistic in shared.groups:
             if statistic.tokens:
                 self.solver.check_statistic(members, statistic)

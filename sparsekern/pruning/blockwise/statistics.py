@@ -13,6 +13,8 @@ import torch
 
 from ...methods.statistics import FeatureNorm, Gram, Importance, InputStatistic, Statistic, inputs_of
 from ...models import Linear
+from ...ranks import World
+from ...ranks.sums import add_over_ranks
 from ..batches import TOKENS
 
 BETWEEN_NAMES = "|"
@@ -58,6 +60,8 @@ class SharedStatistics:
                 all further calls. None is `TOKENS` for all.
         """
         self._masks = masks or {}
+        linears = list(linears)
+        self._places = {linear.name: place for place, linear in enumerate(linears)}
         by_features: dict[int, list[Linear]] = {}
         for linear in linears:
             by_features.setdefault(linear.features, []).append(linear)
@@ -89,6 +93,42 @@ class SharedStatistics:
                 for linear in members if self._own else ():
                     _add_importance(self._own[linear.name], linear.name, *batch.flatten(x, mask))
 
+    def merged(self, later: SharedStatistics) -> SharedStatistics:
+        """Return the statistics of the batches of both, which are the same linears'. Neither is used afterwards."""
+        mine, theirs = self._owners(), later._owners()
+        self._split_by(theirs)
+        later._split_by(mine)
+        other = {members[0].name: statistic for members, statistic in later.groups}
+        for members, statistic in self.groups:
+            added = other[members[0].name]
+            statistic.include(added.total)
+            statistic.tokens += added.tokens
+        for name, own in self._own.items():
+            if own.SEES_TOKENS:
+                own.include(later._own[name].total)
+        return self
+
+    def add_over_ranks(self, world: World) -> None:
+        """Replace the statistics by those of the batches of all ranks. All ranks call this."""
+        if world.size > 1:
+            found = world.gather(
+                "sets of linears", [[statistic.tokens, self._names(members)] for members, statistic in self.groups]
+            )
+            tokens = dict.fromkeys(self._places, 0)
+            for sets in found:
+                owner = {name: number for number, (_, names) in enumerate(sets) for name in names}
+                self._split_by(owner)
+                for own_tokens, names in sets:
+                    tokens |= {name: tokens[name] + own_tokens for name in names}
+            for members, statistic in self.groups:
+                statistic.tokens = tokens[members[0].name]
+        self.groups.sort(key=lambda group: self._places[group[0][0].name])
+        for _, statistic in self.groups:
+            add_over_ranks(world, statistic.total, lower=isinstance(statistic, Gram))
+        for own in self._own.values():
+            if own.SEES_TOKENS:
+                add_over_ranks(world, own.total)
+
     def unseen(self) -> list[Linear]:
         """Return the linears that no token reached, in this dataset or in those included."""
         found = [linear for members, statistic in self.groups if not statistic.tokens for linear in members]
@@ -115,6 +155,17 @@ class SharedStatistics:
     def of(self, linear: Linear, inputs: InputStatistic) -> Statistic:
         """Return the statistic of `linear` that the method needs; `inputs` is the statistic of its set."""
         return self._own.get(linear.name, inputs)
+
+    def _split_by(self, owner: Mapping[str, Hashable]) -> None:
+        self._split(lambda linear: owner[linear.name])
+
+    def _owners(self) -> dict[str, int]:
+        """Return the number of the set of each linear."""
+        return {linear.name: number for number, (members, _) in enumerate(self.groups) for linear in members}
+
+    @staticmethod
+    def _names(members: Sequence[Linear]) -> list[str]:
+        return [linear.name for linear in members]
 
     def _total_of(self, linear: Linear) -> torch.Tensor:
         own = self._own.get(linear.name)

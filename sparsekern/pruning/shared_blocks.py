@@ -1,0 +1,125 @@
+"""The output folder of a run of several ranks. The first rank writes and reads it, and passes on what it read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models import Linear
+from ..models.stored_files import Part
+from ..models.streaming import stream_of
+from ..models.weight_files import weight_files
+from ..ranks import World
+from ..reports.report import LayerReport
+from ..runtime.streamed import made_part
+from .checkpoint import Checkpoint, StreamedCheckpoint
+from .run import BlockResult
+
+
+class SharedBlocks:
+    """The checkpoint of the first rank, to which all ranks refer in the same order. See `Blocks`."""
+
+    def __init__(
+        self, world: World, own: Checkpoint | None, count: int, follow: Callable[[], StreamedCheckpoint] | None = None
+    ) -> None:
+        """Tell all ranks which blocks are finished.
+
+        Args:
+            world: the ranks.
+            own: the checkpoint, on the first rank; None on the others.
+            count: the number of blocks, one more for the linears outside them.
+            follow: makes the checkpoint that a streamed model of another rank reads finished blocks from; None for a model in memory.
+        """
+        self._world, self._own = world, own
+        finished = [] if own is None else [index for index in range(count) if own.holds(index)]
+        self._finished = set(world.from_first("finished blocks", finished))
+        self._new: list[int] = []
+        self._followed = follow() if follow is not None and own is None else None
+
+    def save(self, index: int, result: BlockResult) -> None:
+        """Keep the result of block `index`, which is the same on all ranks."""
+        if self._own is not None:
+            self._own.save(index, result)
+        self._world.agree(f"save {index}")
+        self._finished.add(index)
+        self._new.append(index)
+
+    def finish(self) -> None:
+        """Wait on the first rank until all results are on disk."""
+        if self._own is not None:
+            self._own.finish()
+
+    def follow(self) -> None:
+        """Let a streamed model read the finished blocks on all ranks, once `finish` has returned. All ranks call this."""
+        self._world.agree("on disk")
+        if self._followed is not None:
+            for index in self._new:
+                self._followed.follow(index)
+
+    def holds(self, index: int) -> bool:
+        """Return whether block `index` is finished."""
+        return index in self._finished
+
+    def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
+        """Return the result of block `index`, or None where it is not finished."""
+        if index not in self._finished:
+            return None
+        found = None if self._own is None else self._own.load(index, linears)
+        told = None if found is None else [asdict(layer) for layer in found.layers]
+        weights = {linear.name: torch.empty_like(linear.weight) for linear in linears} if found is None else dict(found.weights)
+        layers = [LayerReport.from_dict(layer) for layer in self._world.from_first(f"load {index}", told)]
+        for linear in linears:
+            if not weights[linear.name].is_contiguous():
+                weights[linear.name] = weights[linear.name].contiguous()
+            self._world.broadcast(weights[linear.name], 0)
+        return BlockResult(weights, layers)
+
+    def drop_unused(self) -> None:
+        """Remove the checkpoint from its output folder unless it holds a finished block."""
+        if self._own is not None:
+            self._own.drop_unused()
+
+
+def shared_blocks(
+    world: World, own: Checkpoint | None, count: int, model: nn.Module, out: Path, settings: dict, format: str
+) -> SharedBlocks:
+    """Return the finished blocks of a run for this rank. All ranks call this.
+
+    Args:
+        world: the ranks.
+        own: the checkpoint, on the first rank; None on the others.
+        count: the number of blocks, one more for the linears outside them.
+        model: the model.
+        out: the output folder, which all ranks must see if the model is streamed.
+        settings: everything that the result depends on.
+        format: the format that the blocks of a streamed model are written in.
+
+    Raises:
+        ValueError: the model is streamed, and a rank does not see the folder.
+    """
+    stream = stream_of(model)
+    if stream is None:
+        return SharedBlocks(world, own, count)
+    return SharedBlocks(world, own, count, lambda: StreamedCheckpoint(Checkpoint.read_only(out, settings), model, stream, format))
+
+
+def follow_written(world: World, model: nn.Module, out: Path, parts: Sequence[Part] | None) -> None:
+    """Let a streamed model read the finished folder on all ranks. All ranks call this.
+
+    Args:
+        world: the ranks.
+        model: the model.
+        out: the folder.
+        parts: what the first rank has written in another form, see `RunFolder.write`; None on the others.
+    """
+    stream = stream_of(model)
+    if world.size == 1 or stream is None:
+        return
+    told = [[part.index, part.names, part.format, part.packed, part.replaced] for part in parts or ()]
+    told = world.from_first("written", told)
+    if not world.leads:
+        stream.take_all(weight_files(out), [made_part(*part) for part in told])
