@@ -21,7 +21,7 @@ DEEPSEEK_V3 = [
 def works_of(sets: list[tuple[int, list[int]]], method: LinearMethod, *, tiles: bool) -> list[SharedWork]:
     found = []
     for features, linears in sets:
-        works = [(method.work(rows, features), tiles_of(rows) if tiles else [slice(0, rows)], rows) for rows in linears]
+        works = [(method.work(rows, features), tiles_of(rows, 8) if tiles else [slice(0, rows)], rows) for rows in linears]
         pieces = [work.own * (tile.stop - tile.start) / rows for work, own, rows in works for tile in own]
         found.append(SharedWork(works[0][0].shared, tuple(pieces)))
     return found
@@ -29,7 +29,7 @@ def works_of(sets: list[tuple[int, list[int]]], method: LinearMethod, *, tiles: 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 64, 65, 192, 576, 1536, 8192, 28672, 28671])
 def test_tiles_cover_all_rows_in_whole_panels(rows):
-    tiles = tiles_of(rows)
+    tiles = tiles_of(rows, 8)
     assert [row for tile in tiles for row in range(tile.start, tile.stop)] == list(range(rows))
     heights = {tile.stop - tile.start for tile in tiles[:-1]}
     assert len(heights) <= 1 and all(height % 16 == 0 and height >= 64 for height in heights)

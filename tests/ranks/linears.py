@@ -63,7 +63,7 @@ def solve_shared(rank: int, method: LinearMethod, pattern: str, dtype: torch.dty
         for job in jobs:
             job.inputs.gram.fill_(float("nan"))
     with world.together():
-        SharedSolve(solver_of(method, pattern, found), world, jobs).solve(result)
+        SharedSolve(solver_of(method, pattern, found), world, 8, jobs).solve(result)
     assert all(layer.seconds > 0 for layer in result.layers.values())
     weights = {name: weight.view(torch.int32 if dtype == torch.float32 else torch.int16) for name, weight in result.weights.items()}
     return weights, {name: layer.error for name, layer in result.layers.items()}, world.sent - before

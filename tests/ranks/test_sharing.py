@@ -46,7 +46,7 @@ def test_the_solution_is_that_of_whole_linears(method, pattern, dtype):
 
 def test_the_cases_pass_a_factor_on():
     found = linears(torch.float32)
-    dealt = SharedSolve(solver_of(SparseGPT(), "2:4", found), World(0, 2), jobs_of(found)).dealt
+    dealt = SharedSolve(solver_of(SparseGPT(), "2:4", found), World(0, 2), 8, jobs_of(found)).dealt
     assert any(dealt.passed_on(index) for index in range(3))
     assert {place.rank for places in dealt.places for place in places} == {0, 1}
 

@@ -1,8 +1,8 @@
 """Which of several processes solves which part of a block.
 
 Linears with the same inputs share a factor, which one process computes. Their rows are solved in pieces: tiles of rows where the method
-solves rows alone, whole linears otherwise. Tiles depend on the number of rows only, so that results are the same for any number of
-processes.
+solves rows alone, whole linears otherwise. Tiles depend on the numbers of rows and of leaves, not on the number of processes, and so do
+the results.
 
 There are two turns. In the first, each process computes its factors, each with the first piece that needs it. Those that are done before
 the longest factor solve pieces that need no factor of another process. Then the factors are passed on, and in the second turn any process
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MOST_TILES = 16  # of one linear: twice as many as the largest number of processes, to even out the pieces
+PARTS_OF_LEAF = 2  # there are at least as many leaves as processes; twice as many parts of the work even it out
 FEWEST_ROWS = 64  # of a tile: with fewer, a factor is read too often for what is computed with it
 ROWS_TOGETHER = 16  # that kernels take at once
 
@@ -69,9 +69,9 @@ class Dealt:
         return any(place.turn == 1 for place in self.places[index])
 
 
-def tiles_of(rows: int) -> list[slice]:
-    """Return the tiles of a linear with so many rows."""
-    height = max(FEWEST_ROWS, -(-rows // MOST_TILES))
+def tiles_of(rows: int, leaves: int) -> list[slice]:
+    """Return the tiles of a linear with so many rows, in a run with so many leaves."""
+    height = max(FEWEST_ROWS, -(-rows // (PARTS_OF_LEAF * leaves)))
     height = -(-height // ROWS_TOGETHER) * ROWS_TOGETHER
     return [slice(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
 

@@ -17,11 +17,11 @@ from ...ranks import World
 from ...ranks import deal as deal_pieces
 from ...reports import LayerReport
 from ..batches import Batch
+from .dealing import PARTS_OF_LEAF
 from .experts import ExpertStatistics, RoutedBatch, expert_of
 from .solving import Solved
 from .statistics import SharedStatistics
 
-MOST_PACKS = 16  # of one layer: twice as many as the largest number of processes
 Counts = list[
     tuple[int, int, list[int]]
 ]  # of one rank: for each call the number of its batch, its tokens, and the rows of each expert
@@ -78,18 +78,19 @@ class DealtExperts:
             totals = [counts for rank in self._counts[name] for _, _, counts in rank]
             calls.tokens = [sum(column) for column in zip(*totals, strict=True)] if totals else calls.tokens
 
-    def packs(self, most_bytes: int) -> list[list[Pack]]:
+    def packs(self, most_bytes: int, leaves: int) -> list[list[Pack]]:
         """Return the packs of each rank.
 
         Args:
             most_bytes: bytes of the statistics of one pack, which holds at least one expert.
+            leaves: the number of leaves of the run.
         """
         unseen = {linear.name for linear in self._routed.unseen()}
         packs: list[Pack] = []
         for name, layer in self._routed.by_layer().items():
             chosen = [linears for linears in layer if linears[0].name not in unseen]
             if chosen:
-                size = min(self._routed.fitting(chosen, most_bytes), -(-len(chosen) // MOST_PACKS))
+                size = min(self._routed.fitting(chosen, most_bytes), -(-len(chosen) // (PARTS_OF_LEAF * leaves)))
                 experts = self._routed.calls[name].experts
                 packs += [Pack(experts, tuple(chosen[begin : begin + size])) for begin in range(0, len(chosen), size)]
         dealt = deal_pieces([self._cost(pack) for pack in packs], self._world.size)
@@ -123,6 +124,7 @@ class DealtExperts:
                 mine = rank == world.rank
                 weight = result.weights[linear.name].contiguous() if mine else _room_for(linear.weight)
                 world.broadcast(weight.view(torch.uint8), rank)
+                world.formula += weight.nbytes if mine else 0
                 result.take(linear, weight, LayerReport.from_dict(layer))
 
     def _cost(self, pack: Pack) -> float:
@@ -136,7 +138,7 @@ class DealtExperts:
     def _calls(self, pack: Pack, expert: int) -> list[RoutedBatch]:
         return list(self._routed.calls[pack.experts.name].of(expert))
 
-    def _expected(self, pack: Pack, expert: int, rank: int) -> Counts:
+    def _expected(self, pack: Pack, expert: int, rank: int) -> list[tuple[int, int, int]]:
         """Return the batch, the tokens and the rows of each call of an expert in the batches of another rank."""
         calls = self._counts[pack.experts.name][rank]
         return [(number, of, counts[expert]) for number, of, counts in calls if counts[expert]]
@@ -157,8 +159,9 @@ class DealtExperts:
 
     def _exchanged(self, parts: Sequence[torch.Tensor], other: int, rows: int, like: torch.Tensor) -> torch.Tensor:
         """Send parts one behind the other to another rank. Return the `rows` that it sends, which are like those of `like`."""
-        received = like.new_empty((rows, *like.shape[1:]))
-        self._world.swap(torch.cat(list(parts)) if parts else like, other, received)
+        sent, received = torch.cat(list(parts)) if parts else like, like.new_empty((rows, *like.shape[1:]))
+        self._world.swap(sent, other, received)
+        self._world.formula += sent.nbytes
         return received
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -26,10 +27,12 @@ from ..seeds import seeded
 from ..session import batches_for, prepared
 from .activations import Activations
 from .course import Course
+from .dealt_experts import DealtExperts
 from .experts import ExpertStatistics, expert_bytes, experts_in, parted
 from .feed_forward import FeedForwardRun, networks_of
 from .observation import observed
 from .shares import Share, SummedStatistics
+from .sharing import SharedSolve, shares_work
 from .solving import Job, Solved, Solver
 from .statistics import SharedStatistics
 
@@ -46,6 +49,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     activations: Activations  # set by `run` where statistics are gathered
     share: Share  # of the batches, likewise
+    dealt_experts: DealtExperts | None = None  # of the block at hand, where experts are dealt to ranks
 
     def __init__(self, context: RunContext[Plan, LinearMethod, Report, Blocks], memory: Memory | None = None) -> None:
         """Make the loop.
@@ -189,8 +193,11 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 self.solver.solve(Job(linear), result)
             return
         jobs, unseen = _jobs(shared)
-        for job in jobs:
-            if job.linear in linears:
+        jobs = [job for job in jobs if job.linear in linears]
+        if self.context.leaves > 1 and shares_work(jobs):
+            SharedSolve(self.solver, self.context.world, self.context.leaves, jobs).solve(result)
+        else:
+            for job in jobs:
                 self.solver.solve(job, result)
         self._solve_unseen([linear for linear in unseen if linear in linears], result)
         if routed is not None:
@@ -198,6 +205,10 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     def _solve_experts(self, routed: ExpertStatistics, result: Solved) -> None:
         """Solve the experts of a block, as many at a time as their statistics fit. Their totals are kept as they are solved."""
+        if self.dealt_experts is not None:
+            self._solve_dealt_experts(self.dealt_experts, result)
+            self._solve_unseen(routed.unseen(), result)
+            return
         groups = routed.groups(expert_bytes(next(self.context.model.parameters()).device))
         while True:
             with self.context.clock.phase("statistics"):
@@ -206,6 +217,19 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 break
             self._solve_group(group, result)
             group.clear()  # before the statistics of the next are made
+
+    def _solve_dealt_experts(self, dealt: DealtExperts, result: Solved) -> None:
+        """Solve the experts of a block that are dealt to this rank, pack by pack, and receive those of the others."""
+        context = self.context
+        packs = dealt.packs(expert_bytes(next(context.model.parameters()).device), context.leaves)
+        for turn in zip_longest(*packs):
+            context.world.agree("experts")  # a rank that failed sends no tokens
+            with context.clock.phase("statistics"):
+                group = dealt.statistics(turn)
+            self._solve_group(group, result)
+            group.clear()
+        with context.clock.phase("exchange"):
+            dealt.pass_on(packs, result)
 
     def _solve_group(self, group: Sequence[SharedStatistics], result: Solved) -> None:
         jobs: list[Job] = []
@@ -275,6 +299,9 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                     run.add(batch, inputs[run.network.up.name])
         with self.context.clock.phase("exchange" if self.context.world.size > 1 else "statistics"):
             shared = summed.result()
+        self.dealt_experts = None
+        if routed is not None and self.context.leaves > 1:
+            self.dealt_experts = DealtExperts(routed, self.context.world, self.context.batches)
         for members, statistic in shared.groups:
             if statistic.tokens:
                 self.solver.check_statistic(members, statistic)

@@ -46,9 +46,9 @@ class SharedSolve:
         dealt: who solves what.
     """
 
-    def __init__(self, solver: Solver, world: World, jobs: Sequence[Job]) -> None:
-        """Deal `jobs`, which are the same on all ranks, to the ranks of `world`."""
-        self._solver, self._world = solver, world
+    def __init__(self, solver: Solver, world: World, leaves: int, jobs: Sequence[Job]) -> None:
+        """Deal `jobs`, which are the same on all ranks, to the ranks of `world`, in a run with so many leaves."""
+        self._solver, self._world, self._leaves = solver, world, leaves
         by_statistic: dict[int, list[_Linear]] = {}
         for job in jobs:
             by_statistic.setdefault(id(job.statistics), []).append(self._begun(job))
@@ -71,7 +71,7 @@ class SharedSolve:
     def _begun(self, job: Job) -> _Linear:
         weight, pattern = job.linear.weight, self._solver.plan.patterns[job.linear.name]
         rows = len(weight)
-        tiles = tiles_of(rows) if self._solver.method.solves_rows_alone(pattern) else [slice(0, rows)]
+        tiles = tiles_of(rows, self._leaves) if self._solver.method.solves_rows_alone(pattern) else [slice(0, rows)]
         figures = torch.zeros(2, rows, dtype=torch.float64, device=weight.device)
         return _Linear(job, tiles, torch.empty_like(weight, memory_format=torch.contiguous_format), figures)
 
@@ -131,6 +131,7 @@ class SharedSolve:
                 factor = gram.any_factor() if owner == world.rank else torch.zeros_like(gram.gram)
                 packed = packed_lower(factor.T)
                 world.broadcast(packed, owner)
+                world.formula += len(factor) * (len(factor) + 1) / 2 * factor.itemsize if owner == world.rank else 0
                 if owner != world.rank:
                     unpack_lower(packed, factor.T)
                     gram.take_factor(factor, *known[owner][index])
@@ -147,6 +148,8 @@ class SharedSolve:
                 linear.seconds[number] = next(found[place.rank])
                 rows = linear.tiles[number]
                 world.broadcast(linear.weight[rows].view(torch.uint8), place.rank)
+                if place.rank == world.rank:
+                    world.formula += linear.weight[rows].nbytes + linear.figures[:, rows].nbytes
             for rank in range(world.size):
                 own = [linear.figures[:, linear.tiles[number]] for linear, number, place in pieces if place.rank == rank]
                 if not own:

@@ -1,0 +1,24 @@
+"""Runs of mixtures on the ranks of a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+import sparsekern
+
+from .runs import state_digest
+
+
+def pruned(
+    rank: int, folder: str, method, out=None, options: Mapping = MappingProxyType({}), stream: bool = False, words: int = 300
+):
+    """Return the digest of the pruned model on this rank, None if it is streamed, and the zeros and error of each layer."""
+    model = sparsekern.load(folder, stream=stream)
+    ids = torch.randint(words, (12, 20), generator=torch.Generator().manual_seed(1))
+    arguments = {"pattern": "2:4", "calibration": ids, "batch_size": 1, "progress": False, "leaves": 8} | dict(options)
+    report = sparsekern.prune(model, method, out=out, **arguments)
+    layers = [(layer.name, layer.pattern, layer.zeros, layer.error) for layer in report.layers]
+    return None if stream else state_digest(model), layers
