@@ -9,6 +9,7 @@ from sparsekern.cli import main
 from sparsekern.cli.parser import make_parser
 from sparsekern.cli.settings import configured
 from sparsekern.methods import METHODS, settings_of
+from sparsekern.pattern import parse_pattern
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,12 @@ def test_every_setting_is_read_from_what_help_shows_as_its_default(method, capsy
     assert all(f"{name} {' '.join(rule.help.split())}" in printed for name, rule in rules.items())
     assert configured(method, list(zip(rules, defaults, strict=True))) == METHODS[method]()
     assert ("NAME=VALUE gives a setting of the" in printed) == (method in ("gradual", "sparsellm"))
+
+
+@pytest.mark.parametrize(("glob", "pattern"), [("*.up_proj", "2:4"), ("*.a=b", "0.5"), ("[=]", "dense")])
+def test_a_glob_may_hold_an_equals_sign(glob, pattern):
+    options = make_parser().parse_args(["prune", "model", "--out", "out", "--pattern-for", f"{glob}={pattern}"])
+    assert options.pattern_for == [(glob, None if pattern == "dense" else parse_pattern(pattern))]
 
 
 def test_the_common_options_are_one_screen(capsys, monkeypatch):

@@ -60,12 +60,13 @@ def test_one_step_is_adamw_on_the_mean_loss_of_the_next_token():
     batches = [{"input_ids": tiny_ids(2, 8, seed), "attention_mask": torch.ones(2, 8, dtype=torch.long)} for seed in (1, 2)]
     batches[0]["attention_mask"][0, 5:] = 0
     batches[1]["attention_mask"][1, :2] = 0
-    method = Gradual(steps=1, train_steps=1, batch_tokens=1000, learning_rate=1e-3, warmup=0, clip=1e9)
+    method = Gradual(steps=1, train_steps=1, batch_tokens=1000, learning_rate=1e-3, warmup=0, clip=1e9, weight_decay=0.5)
     model, report = prune(method=method, ids=copy.deepcopy(batches))
 
     expected, _ = prune(method="magnitude")
     keeper = sparsekern.keep_sparsity(expected)
-    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0.0)
+    decayed = [{"params": [value], "weight_decay": 0.5 if value.dim() == 2 else 0.0} for value in expected.parameters()]
+    optimizer = torch.optim.AdamW(decayed, lr=1e-3)
     total, count = 0, 0
     for batch in batches:
         ids, real = batch["input_ids"], batch["attention_mask"].bool()
@@ -79,6 +80,12 @@ def test_one_step_is_adamw_on_the_mean_loss_of_the_next_token():
     for (name, value), reference in zip(model.named_parameters(), expected.parameters(), strict=True):
         # Adam's first step is the sign of the gradient: where that is nothing but rounding, so is the step
         assert ((value - reference).abs() < 1e-5).double().mean() > 0.99, name
+
+
+def test_the_learning_rate_rises_and_falls_in_equal_steps():
+    _, report = prune(method=Gradual(steps=1, train_steps=6, batch_tokens=1, learning_rate=1e-3, warmup=0.5))
+    rates = [step["learning_rate"] for step in report.training]
+    assert rates == pytest.approx([1e-3 * share for share in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3)])
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])

@@ -66,8 +66,9 @@ def plots(page: str) -> list[ElementTree.Element]:
 
 
 def test_sparsity_is_over_all_pruned_weights(report):
-    assert [layer.sparsity for layer in report.layers] == [0.5, 0.75]
-    assert report.sparsity == 40 / 64
+    report.layers.append(LayerReport("model.layers.0.up", "0.25", (8, 8), 16, None, 0.25))
+    assert [layer.sparsity for layer in report.layers] == [0.5, 0.75, 0.25]
+    assert report.sparsity == 56 / 128
 
 
 def test_shares_of_a_removal():
