@@ -91,6 +91,10 @@ def load(
         kind, was_cut, was_quantized, config = _model_class(source, place, trust_remote_code)
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
         options |= {} if config is None else {"config": config}
+    if stream and was_quantized:
+        raise ValueError(
+            f"stream: expected a checkpoint in floating point, or packed by sparsekern, got {str(source)!r}, a quantised one"
+        )
     if stream and was_cut:
         raise ValueError(f"stream: expected a decoder, got {str(source)!r}, an encoder whose units were cut")
     if stream and device.type != "cpu":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -79,9 +79,12 @@ class Stream:
         names: the checkpoint's tensors of each block, in the order of `blocks`.
         outside: the checkpoint's tensors that belong to no block, those that the model does not know among them.
         parts: by block, what was taken from another file.
+        save: `save_pretrained` of a streamed model, called with the model, the folder and further arguments.
         lent: lends weights to blocks that would be read otherwise; None where each block has its own.
         zeros: by block, the number of zeros and of all weights, where they are known.
     """
+
+    save: ClassVar[Callable[..., None]]  # set by `runtime.save`, which imports this module
 
     def __init__(self, model: Any, files: Sequence[str], settings: Any, blocks: Sequence[str]) -> None:
         """Look at a checkpoint. Only headers are read.
@@ -128,6 +131,8 @@ class Stream:
         empty = {name: torch.empty(stored.shape, dtype=dtype_of(stored), device=META) for name, stored in self.stored.items()}
         info = _convert(model, empty, dataclasses.replace(self._settings, device_map={"": META}))
         self._convert(model, self._load(self._known))
+        blocks = [model.get_submodule(name) for name in self.blocks]
+        self._buffers = [[(m, name) for m in b.modules() for name, held in m._buffers.items() if _is_empty(held)] for b in blocks]
         for index in range(len(self.blocks)):
             self.release(model, index)
         return info
@@ -138,6 +143,8 @@ class Stream:
         for index, name in enumerate(self.blocks):
             block = model.get_submodule(name)
             block.forward = self._reading(weakref.ref(model), index, block.forward)
+        reference = weakref.ref(model)
+        model.save_pretrained = lambda folder, **options: type(self).save(reference(), folder, **options)
 
     @contextmanager
     def held(self, model: Any, index: int) -> Iterator[None]:
@@ -181,6 +188,8 @@ class Stream:
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.detach().to(META), parameter.requires_grad)
                     mark_unread(module._parameters[name])
+        for module, name in self._buffers[index]:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=META)
 
     def edit(self, model: Any, index: int, change: Callable[[int], object] | None) -> None:
         """Call `change` with `index` whenever the block has been read, until it is taken from another file; None ends that.
@@ -337,6 +346,8 @@ class Stream:
             self.lent.keep(block)
         if unread := [name for name, tensor in block.state_dict().items() if tensor.is_meta]:
             raise ValueError(f"model: the checkpoint holds no values for {self.blocks[index]}.{unread[0]}")
+        if self._settings.hf_quantizer is not None:
+            self._settings.hf_quantizer.check_block(block, self.blocks[index])
 
     def _load(self, names: Iterable[str]) -> Tensors:
         return self._stamps.read({name: self.stored[name] for name in names})
@@ -362,6 +373,10 @@ class Stream:
         model._weight_conversions = conversions  # of the whole checkpoint, not only of these tensors
         if failed := next(iter(info.conversion_errors), None):
             raise ValueError(f"model: {failed} of the checkpoint cannot be loaded: {info.conversion_errors[failed]}")
+
+
+def _is_empty(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.is_meta
 
 
 def _convert(model: Any, tensors: Tensors, settings: Any) -> Any:

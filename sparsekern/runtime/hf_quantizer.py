@@ -13,7 +13,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..models.linears import is_conv1d, is_plain_linear
+from ..models.linears import is_conv1d, is_plain_linear, is_unread
 from ..models.streaming import stream_of
 from ..models.units import check_units, cut_to_size, is_sized, recorded_units
 from .hf_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
@@ -107,12 +107,15 @@ class SparsekernQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in model.named_modules():
             if isinstance(layer, PackedWeight):
+                if any(map(is_unread, layer.tensors.values())):
+                    self._check_dtype_of_unread(name, layer)
+                    continue  # it is checked when its block is read
                 if layer.device.type == "meta":
                     raise ValueError(
                         f"device_map: expected one without offloading, which packed models do not support, got one that offloads {name}"
                     )
                 self._check_loaded(name, layer)
-                self._check(model, name, layer)
+                self._check(name, layer)
                 layer.freeze()
                 if self.dtype is not None:
                     layer.to(self.dtype)
@@ -120,6 +123,24 @@ class SparsekernQuantizer(HfQuantizer):
         if not self.quantization_config.layers:  # a model that was only cut to size is an ordinary model
             self.remove_quantization_config(model)
         return model
+
+    def check_block(self, block: nn.Module, name: str) -> None:
+        """Check the packed layers of a streamed model's block, which has been read.
+
+        Raises:
+            ValueError: a packed tensor is damaged.
+        """
+        for own, layer in block.named_modules(prefix=name):
+            if isinstance(layer, PackedWeight):
+                self._check(own, layer)
+                layer.freeze()
+                if self.dtype is not None:
+                    layer.to(self.dtype)
+
+    def _check_dtype_of_unread(self, name: str, layer: PackedWeight) -> None:
+        if self.dtype is not None and self.dtype.itemsize != layer.dtype.itemsize:
+            kinds = [str(dtype).removeprefix("torch.") for dtype in (layer.dtype, self.dtype)]
+            raise ValueError(f"dtype: expected {kinds[0]} for a streamed model that is packed, as {name} is stored, got {kinds[1]}")
 
     def _check_loaded(self, name: str, layer: PackedWeight) -> None:
         """Raise `ValueError` if a tensor was not read from a file but only allocated by transformers.
@@ -131,7 +152,7 @@ class SparsekernQuantizer(HfQuantizer):
             files = ", ".join(sorted(set(self.files.values()))) or "state_dict"
             raise ValueError(f"{files}: {name}.{missing[0]}: is missing")
 
-    def _check(self, model: PreTrainedModel, name: str, layer: PackedWeight) -> None:
+    def _check(self, name: str, layer: PackedWeight) -> None:
         try:
             layer.check()
         except (TypeError, ValueError) as error:

@@ -58,7 +58,7 @@ def save(
     Raises:
         TypeError: `model` or `tokenizer` has no `save_pretrained`.
         ValueError: the format is unknown, no linear gets smaller by packing, transformers refuses to save the model or the tokenizer,
-            the model has adapters, the folder that it was loaded from is gone, or another call is saving to the folder.
+            the model has adapters, a streamed model is read from `path`, the folder that it was loaded from is gone, or another call is saving to the folder.
         FileExistsError: `path` is a file or a folder with other content; with `overwrite`, a folder without a model.
         OSError: no space is left, or the folder cannot be written to. Nothing is left behind then.
 
@@ -74,12 +74,32 @@ def save(
     check_format(format)
     warn_of_what_stays_behind(model)
     with OutputFolder.held(path, "path", check_model_folder if overwrite else check_output_folder) as folder:
+        _check_not_source(model, folder.path)
         model = in_format(model, format)
         check_space(model, folder.path, argument="path", extra=carried_bytes(model))
         with folder.staged(replace=overwrite) as staging:
             write_model(model, staging, tokenizer, format)
             (staging / CARD).write_text(model_card(model, packed=format != DENSE), encoding="utf-8")
     return folder.path
+
+
+def _check_not_source(model: torch.nn.Module, folder: Path) -> None:
+    """Raise `ValueError` if a streamed model is read from the folder."""
+    stream = stream_of(model)
+    if stream is not None and any(stored.path.resolve().parent == folder for stored in stream.stored.values()):
+        raise ValueError(f"path: expected another folder than {str(folder)!r}, from which the streamed model is read")
+
+
+def _save_pretrained(model: torch.nn.Module, save_directory: str | os.PathLike, **options: object) -> None:
+    """Save a streamed model, as its `save_pretrained` does that of a model in memory: dense, or packed if it was loaded packed."""
+    if options:
+        raise ValueError(
+            f"save_pretrained: expected only a folder for a streamed model, got {', '.join(sorted(options))}; load it without stream=True"
+        )
+    save(model, save_directory, PACKED if is_packed(model) else DENSE, overwrite=True)
+
+
+Stream.save = _save_pretrained
 
 
 def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None, format: str = DENSE) -> list[Part]:
@@ -119,7 +139,8 @@ def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None, for
 
 def _write_configs(model: torch.nn.Module, folder: Path, tokenizer: Any, **options: Any) -> None:
     with disk_errors(folder), _refusals("model"):
-        cast("PreTrainedModel", model).save_pretrained(folder, **options)
+        of: Any = model
+        type(of).save_pretrained(of, folder, **options)  # not the one of a streamed model
     _write_tokenizer(tokenizer, folder)
 
 

@@ -1,5 +1,6 @@
 """Streamed models: what is read, when it is released, and that they compute what a model in memory computes."""
 
+import json
 import os
 
 import pytest
@@ -127,12 +128,48 @@ def test_only_folders_are_streamed(source):
         sparsekern.load(source, device="cpu", stream=True)
 
 
-def test_a_packed_folder_is_not_streamed(tmp_path):
-    model = KINDS["llama"]()
+@pytest.mark.parametrize(
+    ("kind", "format"), [("llama", "packed"), ("gpt2", "bitmask"), ("qwen3_moe", "packed"), ("mixtral", "packed")]
+)
+def test_a_packed_folder_is_streamed(kind, format, tmp_path):
+    model = KINDS[kind]()
     sparsekern.prune(model, "magnitude", "2:4", progress=False)
-    sparsekern.save(model, tmp_path / "packed", format="packed")
-    with pytest.raises(ValueError, match="expected a dense checkpoint to stream"):
-        sparsekern.load(tmp_path / "packed", device="cpu", stream=True)
+    folder = sparsekern.save(model, tmp_path / "packed", format=format)
+    whole, streamed = (sparsekern.load(folder, device="cpu", stream=stream) for stream in (False, True))
+    empty = [name for name, tensor in streamed.state_dict().items() if tensor.is_meta]
+    assert any(name.endswith(("bitmask", "codes")) for name in empty)
+    with torch.no_grad():
+        assert torch.equal(streamed(tiny_ids()).logits, whole(tiny_ids()).logits)
+    assert [name for name, tensor in streamed.state_dict().items() if tensor.is_meta] == empty
+    assert sparsekern.runtime.count_zeros(streamed) == sparsekern.runtime.count_zeros(whole)
+    with pytest.raises(ValueError, match="its linears are packed"):
+        sparsekern.prune(streamed, "magnitude", out=tmp_path / "out", progress=False)
+
+
+def test_packed_tensors_of_a_streamed_model_are_checked_when_they_are_read(tmp_path):
+    model = tiny_model("llama")
+    sparsekern.prune(model, "magnitude", 0.6, progress=False)
+    path = sparsekern.save(model, tmp_path / "packed", format="packed") / "model.safetensors"
+    with pytest.raises(
+        ValueError, match="dtype: expected float32 for a streamed model that is packed, as .* is stored, got bfloat16"
+    ):
+        sparsekern.load(path.parent, device="cpu", dtype="bfloat16", stream=True)
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.starts"][-1] += 5
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.starts: "):
+        sparsekern.load(path.parent, device="cpu", stream=True)(tiny_ids())
+
+
+def test_a_quantised_checkpoint_is_not_streamed(tmp_path):
+    folder = folder_of("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for method in ({"quant_method": "fp8"}, {"quant_method": "mxfp4"}, {"quant_method": "gptq", "bits": 4}):
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+        with pytest.raises(
+            ValueError, match="stream: expected a checkpoint in floating point, or packed by sparsekern, got .*, a quantised"
+        ):
+            sparsekern.load(folder, device="cpu", stream=True)
 
 
 def test_what_was_read_ahead_is_dropped_when_a_block_moves_to_another_file(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 
 import sparsekern
 from tests.models.families import tiny_ids
@@ -120,6 +121,21 @@ def test_a_streamed_model_is_saved_again(format, tmp_path):
     sparsekern.save(model, tmp_path / "again", format)
     assert equal(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "expected"))
     assert config_of(tmp_path / "again") == config_of(tmp_path / "expected")
+    again = sparsekern.load(tmp_path / "again", device="cpu", stream=True)  # dense or packed
+    again.save_pretrained(tmp_path / "once more")
+    assert equal(tensors_of(tmp_path / "once more"), tensors_of(tmp_path / "again"))
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "once more")
+    with torch.no_grad():
+        assert torch.equal(loaded(tiny_ids()).logits, again(tiny_ids()).logits)
+    value = sparsekern.perplexity(again, tiny_ids().flatten(), length=8)
+    assert value == sparsekern.perplexity(loaded, tiny_ids().flatten(), length=8)
+    with pytest.raises(ValueError, match="save_pretrained: expected only a folder for a streamed model, got max_shard_size"):
+        again.save_pretrained(tmp_path / "shards", max_shard_size="1GB")
+    with pytest.raises(ValueError, match="path: expected another folder than .*, from which the streamed model is read"):
+        again.save_pretrained(tmp_path / "again")
+    if format == "packed":
+        with pytest.raises(ValueError, match="format: expected 'packed' for a streamed model that is packed, got 'dense'"):
+            sparsekern.save(again, tmp_path / "other", "dense")
 
 
 TEXTS = {"a": tiny_ids(), "b": tiny_ids(3, 7)}
