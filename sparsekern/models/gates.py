@@ -12,7 +12,7 @@ from torch import nn
 
 from .expert_layouts import experts_of
 from .experts import ExpertLinear, Experts
-from .linears import Linear, find_linears
+from .linears import Linear, find_linears, is_conv1d
 
 FEW = 16  # inputs: a matrix that mixes has fewer,
 SHARE = 8  # the block is at least so many times as wide,
@@ -62,7 +62,28 @@ def listed_experts(block: nn.Module, prefix: str) -> dict[str, int]:
     return found
 
 
+def bare_routers(block: nn.Module, prefix: str) -> list[str]:
+    """Return the names of the modules beside experts that hold a router's matrix in a parameter of their own, without a linear."""
+    return [
+        name
+        for beside_name, beside, counts in _beside_experts(block, prefix)
+        for name, module in beside.named_modules(prefix=beside_name)
+        if not (isinstance(module, nn.Linear) or is_conv1d(module))
+        and any(
+            parameter is not None and parameter.dim() == 2 and len(parameter) in counts for parameter in module._parameters.values()
+        )
+    ]
+
+
 def _router_names(block: nn.Module, prefix: str) -> Iterator[str]:
+    for name, beside, counts in _beside_experts(block, prefix):
+        linears = find_linears(beside, name)
+        if all(len(linear.weight) in counts for linear in linears):
+            yield from (linear.name for linear in linears)
+
+
+def _beside_experts(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, set[int]]]:
+    """Yield the name and the module of what is beside experts, and the numbers of the experts."""
     lists = listed_experts(block, prefix)
     for parent_name, parent in block.named_modules(prefix=prefix):
         for name, child in parent.named_children():
@@ -76,9 +97,7 @@ def _router_names(block: nn.Module, prefix: str) -> Iterator[str]:
                 continue
             for beside_name, beside in parent.named_children():
                 if beside is not child:
-                    linears = find_linears(beside, f"{parent_name}.{beside_name}")
-                    if all(len(linear.weight) in counts for linear in linears):
-                        yield from (linear.name for linear in linears)
+                    yield f"{parent_name}.{beside_name}", beside, counts
 
 
 def _counts(experts: Experts) -> set[int]:

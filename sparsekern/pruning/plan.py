@@ -17,12 +17,12 @@ from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
 from ..models.encoder import is_encoder
 from ..models.experts import ExpertLinear
-from ..models.gates import find_gates, listed_experts
+from ..models.gates import bare_routers, find_gates, listed_experts
 from ..models.globs import Globs, as_globs, check_matches, first_match, matches
 from ..models.linears import is_unread
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
-from .batches import Batch, Calibration
+from .batches import Calibration
 from .left_dense import check_experts, say_what_stays_dense, say_which_stacks_stay_dense, shortened
 from .mixtures import ROUTING, ExpertRules
 from .session import check_format_fits
@@ -222,10 +222,12 @@ def make_plan(
         kept[linear.name].check_features(linear.features, linear.name)
         check_finite(linear)
     say_what_stays_dense(blocks, inside)
-    if spared:
+    planned = [(block, blocks.block_name(i)) for i, block in enumerate(blocks.modules) if plan.block_linears[i]]
+    bare = [name for block, prefix in planned for name in bare_routers(block, prefix)]
+    if spared or bare:
+        hint = "a glob of include or patterns that matches nothing else prunes them" if spared else "they are not linear layers"
         warnings.warn(
-            f"{shortened(spared)}: router gates and other small matrices stay dense; a glob of include or patterns that matches "
-            "nothing else prunes them",
+            f"{shortened(spared + bare)}: router gates and other small matrices stay dense; {hint}",
             SparsekernWarning,
             stacklevel=3,
         )
@@ -245,15 +247,6 @@ def plan_linears(model: nn.Module, method: LinearMethod | GradualMethod, request
     if request.saves:
         check_format_fits(model, plan.patterns, request.format)
     return allocated(model, method, plan)
-
-
-def check_padding(plan: Plan, batches: Collection[Batch]) -> None:
-    """Raise `ValueError` if there is padding, and experts that are given rows that do not tell which are padding."""
-    if plan.listed and any(batch.token_mask is not None or batch.decoder_mask is not None for batch in batches):
-        raise ValueError(
-            f"calibration: expected samples without padding for {shortened(sorted(plan.listed))}: these experts are called with "
-            "the rows that are routed to them, which do not tell which are padding; give one length a batch, or leave them out"
-        )
 
 
 def allocated(model: nn.Module, method: LinearMethod | GradualMethod, plan: Plan) -> Plan:

@@ -1,11 +1,13 @@
 """Fused experts of every layout: their matrices are views, and their outputs are those of the model's own forward."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 
+import sparsekern
 from sparsekern.models.expert_checks import unknown_experts, verified
 from sparsekern.models.expert_layouts import find_experts
 from sparsekern.models.experts import DOWN, GATE, UP, watched
@@ -164,3 +166,13 @@ def test_a_network_with_one_neuron_left_is_no_gate():
     )
     found = find_gates(block, find_linears(block, "layers.0"), "layers.0")
     assert [linear.name for linear in found] == ["layers.0.shared_gate", "layers.0.mix.router", "layers.0.mix.predict"]
+
+
+def test_routers_without_a_linear_are_said_to_stay_dense():
+    model = tiny_mixture("qwen3_moe")
+    with pytest.warns(sparsekern.SparsekernWarning, match="model.layers.0.mlp.gate.*stay dense; they are not linear layers"):
+        sparsekern.prune(model, "magnitude", "2:4", progress=False)
+    assert all((layer.mlp.gate.weight != 0).all() for layer in model.model.layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsekern.prune(model, "magnitude", "2:4", include=["lm_head"], progress=False)

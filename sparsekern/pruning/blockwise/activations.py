@@ -7,8 +7,8 @@ blocks before it than their last output, the calls are replayed from block to bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -21,9 +21,11 @@ from ..batches import Batch
 from .chain import Chain
 from .course import Course
 from .replay import Replay
+from .routed_rows import followed, unknown_tokens
 from .trace import Stop, stopped
 
 Inputs = dict[str, list[torch.Tensor]]  # by linear, the tensors that it is called with
+Routed = Mapping[str, tuple[nn.Module, str | None]]  # by linear of an expert, the module that calls it and the padding mask there
 ExpertInputs = dict[str, list[ExpertsCall]]  # by fused experts, their calls
 
 
@@ -61,7 +63,7 @@ class Activations:
         self._forwards: Forwards = (Chain if course.chain else Replay)(model, batches, course)
 
     def inputs_of(
-        self, index: int, linears: Sequence[Linear], order: list[str], experts: Sequence[Experts] = ()
+        self, index: int, linears: Sequence[Linear], order: list[str], experts: Sequence[Experts] = (), routed: Routed | None = None
     ) -> Iterator[tuple[Batch, Inputs, ExpertInputs]]:
         """Yield each batch that runs block `index`, with the inputs of `linears` and `experts` in it, for its current weights.
 
@@ -70,10 +72,12 @@ class Activations:
             linears: linears of the block.
             order: the names of `linears` and `experts` in the order of their calls. The forward ends at the input of the last one.
             experts: fused experts of the block.
+            routed: the linears of experts that are modules of their own. Their inputs are without padding.
         """
         for number, batch in enumerate(self.batches):
             if self._forwards.waits(number, index):
-                yield batch, *_record_inputs(linears, experts, order, partial(self._forwards.run, number, index))
+                inputs = _RoutedInputs(batch, routed or {})
+                yield batch, *_record_inputs(linears, experts, order, partial(self._forwards.run, number, index), inputs)
 
     def inputs_outside(
         self, linears: Sequence[Linear], order: list[str], experts: Sequence[Experts] = ()
@@ -89,8 +93,48 @@ class Activations:
                 self._forwards.advance(number, index)
 
 
+class _RoutedInputs:
+    """The inputs of experts that are modules of their own, without padding."""
+
+    def __init__(self, batch: Batch, routed: Routed) -> None:
+        """Prepare for one batch. See `Activations.inputs_of` for the arguments."""
+        self._batch = batch
+        self._masks = {name: found for name, (_, mask) in routed.items() if (found := batch.mask(mask)) is not None}
+        self._owners = [routed[name][0] for name in self._masks]
+        self._tokens: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None
+        self._found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (the tensor itself, kept alive; its real rows)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Follow the rows of the batch within, if it has padding."""
+        if not self._masks:
+            yield
+            return
+        with followed(self._owners, next(iter(self._masks.values())).numel()) as self._tokens:
+            yield
+
+    def real(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the input of a linear that are no padding, as the same tensor for the same input.
+
+        Raises:
+            ValueError: the linear is an expert's, and the tokens of its rows are not known.
+        """
+        if name not in self._masks:
+            return x
+        if id(x) not in self._found:
+            tokens = self._tokens(x)
+            if tokens is None:
+                raise ValueError(f"{name}: {unknown_tokens()}")
+            self._found[id(x)] = x, x.reshape(len(tokens), -1)[self._masks[name].flatten()[tokens]]
+        return self._found[id(x)][1]
+
+
 def _record_inputs(
-    linears: Sequence[Linear], experts: Sequence[Experts], order: list[str], forward: Callable[[], object]
+    linears: Sequence[Linear],
+    experts: Sequence[Experts],
+    order: list[str],
+    forward: Callable[[], object],
+    routed: _RoutedInputs | None = None,
 ) -> tuple[Inputs, ExpertInputs]:
     """Return the inputs of the linears and fused experts during `forward`, which ends as soon as none of them can follow."""
     inputs: Inputs = {linear.name: [] for linear in linears}
@@ -107,7 +151,7 @@ def _record_inputs(
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else kwargs["input"]
-            inputs[name].append(x)
+            inputs[name].append(x if routed is None else routed.real(name, x))
             read(name, x, len(inputs[name]))
 
         return record
@@ -121,6 +165,7 @@ def _record_inputs(
             for module in linear.modules:
                 stack.callback(module.register_forward_pre_hook(hook(linear.name), with_kwargs=True).remove)
         stack.enter_context(watched(experts, visit))
+        stack.enter_context(nullcontext() if routed is None else routed.watched())
         stopped(forward)
     for name, x, version in versions:
         if x._version != version:

@@ -21,7 +21,7 @@ from ...models import Linear
 from ...models.streaming import in_memory, lent_blocks, stream_of
 from ...reports import LayerReport, Report
 from ..batches import BY_POSITION, TOKENS, Batch
-from ..plan import Plan, Request, check_finite, check_padding, plan_linears
+from ..plan import Plan, Request, check_finite, plan_linears
 from ..run import BlockResult, Blocks, Loop, RunContext
 from ..seeds import seeded
 from ..session import batches_for, prepared
@@ -31,6 +31,7 @@ from .dealt_experts import DealtExperts
 from .experts import ExpertStatistics, expert_bytes, experts_in, parted
 from .feed_forward import FeedForwardRun, networks_of
 from .observation import observed
+from .routed_rows import owners_of
 from .shares import Share, SummedStatistics
 from .sharing import SharedSolve, shares_work
 from .solving import Job, Solved, Solver
@@ -71,7 +72,6 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             return plan, None
         plan = plan.calibrated(request.rules)
         batches = batches_for(model, method, request.calibration, request.batch_size)
-        check_padding(plan, batches)
         with prepared(model, request.seed), lent_blocks(model):
             plan = observed(model, plan, batches)
             if isinstance(method, BlockMethod):
@@ -272,17 +272,25 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 linear, found.weight, LayerReport(linear.name, pattern, linear.shape, zeros, relative_error, seconds, *whole)
             )
 
+    def _owners(self, index: int, linears: Sequence[Linear]) -> dict[str, nn.Module]:
+        """Return the modules that call experts with linears of their own, by the names of these linears."""
+        names = [linear.name for linear in linears if linear.name in self.plan.listed]
+        blocks = self.plan.blocks
+        return owners_of([(blocks.block_name(index), blocks.modules[index])], names) if names else {}
+
     def _gather(
         self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None
     ) -> tuple[SharedStatistics, ExpertStatistics | None]:
         plain, matrices = parted(linears)
         experts, kind = experts_in(matrices), (self.method.needs, self.plan.measure_error)
         masks = {name: self.course.masks(name, index) for name in [linear.name for linear in plain] + [e.name for e in experts]}
-        summed = SummedStatistics(lambda: SharedStatistics(plain, *kind, masks), self.share)
+        of_lists = {name: (owner, masks[name][0]) for name, owner in self._owners(index, plain).items()}
+        unpadded = masks | dict.fromkeys(of_lists, [None])
+        summed = SummedStatistics(lambda: SharedStatistics(plain, *kind, unpadded), self.share)
         routed = ExpertStatistics(matrices, *kind, routing_weights=self.plan.by_routing, masks=masks) if matrices else None
         order = [name for name in self.course.calls(index) if name in masks]
         if index < len(self.plan.blocks.modules):
-            batches = self.activations.inputs_of(index, plain, order, experts)
+            batches = self.activations.inputs_of(index, plain, order, experts, of_lists)
         else:
             batches = self.activations.inputs_outside(plain, order, experts)
         while True:

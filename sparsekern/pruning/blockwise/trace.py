@@ -27,6 +27,7 @@ from ..process import PutBack
 from ..values import Changes, replaced, tensors_in
 from .experts import experts_in, parted
 from .lineage import ARGUMENT, Element, Lineage, Origin
+from .routed_rows import followed, owners_of, unknown_tokens
 
 OUTSIDE = ""  # the key of linears that are in no block, in the calls of a trace
 END = 1 << 30  # the reader of values that linears outside the blocks are called with
@@ -215,6 +216,9 @@ class _Observer:
                         stack.callback(module.register_forward_hook(self._returned(linear)).remove)
             stack.enter_context(verified(experts_in(matrices)))
             stack.enter_context(watched(experts_in(matrices), lambda found, call: self._call(found.name, call.hidden)))
+            owners = owners_of(zip(blocks.names, blocks.modules, strict=True), (linear.name for linear in plain))
+            self._rows = stack.enter_context(followed(owners.values())) if owners else None
+            self._listed = owners.keys()
             if not to_the_end and (head := _head(model)) is not None:
                 stack.callback(head.register_forward_pre_hook(_stop).remove)
             with uncompiled(model), self._lineage:
@@ -280,6 +284,9 @@ class _Observer:
         samples, length = self._shapes.get(TOKENS if mask == FITTING else mask or "", (0, 0))
         if samples != length and x.shape[:2] == (length, samples) and x.dim() > 2:
             mask = f"{mask}{BY_POSITION}"
+        elif name in self._listed:
+            if self._rows is None or self._rows(x) is None:
+                self.trace.unclear[name] = unknown_tokens()
         elif mask in self._masked and fitted(x.shape, (samples, length)) is None:
             self.trace.unclear[name] = unclear(x.shape, (samples, length))
         self.trace.masks.setdefault(name, []).append(mask)

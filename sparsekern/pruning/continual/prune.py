@@ -24,7 +24,7 @@ from ..blockwise.observation import check_complete, observed
 from ..checkpoint import model_fingerprint
 from ..mixtures import EQUAL, MAGNITUDE, ExpertRules
 from ..modes import plain_modes
-from ..plan import Choice, PatternLike, Plan, check_padding, make_plan
+from ..plan import Choice, PatternLike, Plan, make_plan
 from ..saving import DENSE_FITS, RunFolder
 from ..session import batches_for, check_format_fits, check_module, check_seed, environment, prepared
 from .loop import ContinualLoop, Evaluation
@@ -137,9 +137,6 @@ def prune_continually(
     with plain_modes(model) as model:
         plan = _with_rules(make_plan(model, pattern, patterns, include, exclude), method, ExpertRules(weighting, unseen))
         datasets = _datasets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
-        if method.needs is not None:
-            for batches in datasets.values():
-                check_padding(plan, batches)
         plan = _observed(model, plan, method, datasets, seed)
         if length is not None and not evaluate and not any(map(is_source, calibrations.values())):
             raise ValueError(f"length: expected None unless calibrations or evaluate holds something to cut, got {length!r}")

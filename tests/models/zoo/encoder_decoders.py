@@ -66,7 +66,6 @@ ENCODER_DECODERS = {
         ),
         T5_STACKS,
         dense={"mlp.router.classifier": ROUTER},
-        padded=False,
         samples=pairs,
     ),
     "t5gemma": Family(
@@ -84,7 +83,6 @@ ENCODER_DECODERS = {
         lambda: tf.NllbMoeConfig(**BART, num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2, expert_capacity=64),
         STACKS,
         dense={"ffn.router.classifier": ROUTER},
-        padded=False,
         samples=pairs,
     ),
     "pegasus": Family("PegasusForConditionalGeneration", lambda: tf.PegasusConfig(**BART), STACKS, samples=pairs),
