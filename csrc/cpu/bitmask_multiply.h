@@ -119,76 +119,105 @@ SPARSEKERN_AVX512 bool multiply_avx512(const Factors& factors, Group* groups) {
   return true;
 }
 
-// For each byte of bits, the places of the bytes of 8 weights in two loads of 4 slots, those of columns 0 to 3 and of columns 4 to 7. A
-// byte with its highest bit set becomes zero. Takes kBytes of a slot, from byte kFirst on, to the upper end of each weight.
-struct Shuffles {
-  alignas(32) uint8_t of[256][32];
+// For each byte of bits, where the weights of its 8 columns are in a load of 8 slots, in the three lowest bits. All bits above the
+// seventh are ones where there is a weight, and zeros where there is none.
+struct Places {
+  alignas(64) int8_t of[256][8];
 };
 
-template <int kFirst, int kBytes>
-constexpr Shuffles make_shuffles() {
-  Shuffles shuffles{};
+constexpr Places make_places() {
+  Places places{};
   for (int bits = 0; bits < 256; ++bits) {
-    int next = 0;
-    for (int column = 0; column < 8; ++column) {
-      if (column == 4) next = 0;
-      const bool here = bits >> column & 1;
-      for (int byte = 0; byte < 4; ++byte) {
-        const int from = byte - (4 - kBytes);
-        shuffles.of[bits][4 * column + byte] = static_cast<uint8_t>(here && from >= 0 ? 4 * next + kFirst + from : 0x80);
-      }
-      next += here;
+    for (int column = 0, next = 0; column < 8; ++column) {
+      if (bits >> column & 1) places.of[bits][column] = static_cast<int8_t>(next++ - 128);
     }
   }
-  return shuffles;
+  return places;
 }
 
-template <int kFirst, int kBytes>
-constexpr Shuffles kShuffles = make_shuffles<kFirst, kBytes>();
+constexpr Places kPlaces = make_places();
+
+// Returns a value of each of 8 slots.
+template <class T>
+SPARSEKERN_AVX2 SPARSEKERN_INLINE __m256 floats_of_eight(const Slot* slot, [[maybe_unused]] int row) {
+  if constexpr (std::is_same_v<T, Half>) {
+    const __m128i bytes = _mm_set1_epi64x(row == 0 ? 0x0d0c090805040100 : 0x0f0e0b0a07060302);
+    const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(slot)), bytes);
+    const __m128i high = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(slot + 4)), bytes);
+    return _mm256_cvtph_ps(_mm_unpacklo_epi64(low, high));
+  } else {
+    return floats_of_slots<T>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(slot)), row);
+  }
+}
 
 // Returns 8 weights of a row, zeros included, and advances `slot` past their values.
 template <class T>
 SPARSEKERN_AVX2 SPARSEKERN_INLINE __m256 next_weights(const Slot*& slot, uint8_t bits, int row) {
-  const Slot* upper = slot + __builtin_popcount(bits & 15);
-  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(slot));
-  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(upper));
-  const __m256i slots = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  __m256 values = floats_of_eight<T>(slot, row);
+  asm("" : "+x"(values));  // not a load in the permutation, which takes twice as long on Zen 3
   slot += __builtin_popcount(bits);
-  const Shuffles& shuffles = !std::is_same_v<T, BFloat16> ? kShuffles<0, 4> : row == 0 ? kShuffles<0, 2> : kShuffles<2, 2>;
-  const __m256i spread = _mm256_shuffle_epi8(slots, _mm256_load_si256(reinterpret_cast<const __m256i*>(shuffles.of[bits])));
-  // A bfloat16 in the upper half of a float is that float.
-  return std::is_same_v<T, BFloat16> ? _mm256_castsi256_ps(spread) : floats_of_slots<T>(spread, row);
+  const __m256i places = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.of[bits])));
+  const __m256 spread = _mm256_permutevar8x32_ps(values, places), mask = _mm256_castsi256_ps(places);
+  // The lower half of a bfloat16 is zero, so that the lowest bits of the mask do not matter.
+  return std::is_same_v<T, BFloat16> ? _mm256_and_ps(spread, mask) : _mm256_blendv_ps(_mm256_setzero_ps(), spread, mask);
 }
 
 template <class T, int kTokens>
 SPARSEKERN_AVX2 bool multiply_avx2(const Factors& factors, Group* group) {
-  __m256 sums[kSlotValues<T>][kTokens];
-  const Slot* slot[kSlotValues<T>];
-  for (int row = 0; row < kSlotValues<T>; ++row) {
-    slot[row] = group->slots;
-    for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm256_setzero_ps();
-  }
-  for (int64_t word = 0; word < factors.words; ++word) {
-    for (int row = 0; row < kSlotValues<T>; ++row) {
-      if (__builtin_expect(slot[row] > factors.last, 0)) return false;
-      prefetch_ahead(slot[0] + 16 * row);
-    }
-    for (int part = 0; part < 8; ++part) {
-      const float* x = factors.x + word * packed_rows::kWordColumns + part * 8;
-      __m256 weight[kSlotValues<T>];
-      for (int row = 0; row < kSlotValues<T>; ++row) {
-        weight[row] = next_weights<T>(slot[row], reinterpret_cast<const uint8_t*>(group->bits[row] + word)[part], row);
-      }
+  constexpr int kRows = kTokens > 4 ? 1 : kSlotValues<T>;                    // the sums of one row more would not fit the registers
+  constexpr int kChains = kTokens * kRows >= 4 ? 1 : 4 / (kTokens * kRows);  // hide the latency of the multiply-adds
+  const auto [last, words, first_x, x_stride] = factors;
+  const Slot* end = group->slots;
+  for (int first = 0; first < kSlotValues<T>; first += kRows) {
+    __m256 sums[kRows][kTokens][kChains];
+    const Slot* slot[kRows];
+    const uint64_t* bits[kRows];
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      slot[row] = group->slots;
+      bits[row] = group->bits[first + row];
+#pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) {
-        const __m256 features = _mm256_loadu_ps(x + token * factors.x_stride);
-        for (int row = 0; row < kSlotValues<T>; ++row) sums[row][token] = _mm256_fmadd_ps(weight[row], features, sums[row][token]);
+#pragma GCC unroll 4
+        for (int chain = 0; chain < kChains; ++chain) sums[row][token][chain] = _mm256_setzero_ps();
+      }
+    }
+    for (int64_t word = 0; word < words; ++word) {
+      for (int row = 0; row < kRows; ++row) {
+        if (__builtin_expect(slot[row] > last, 0)) return false;
+        prefetch_ahead(slot[0] + 16 * row);
+      }
+#pragma GCC unroll 8
+      for (int part = 0; part < 8; ++part) {
+        const float* x = first_x + word * packed_rows::kWordColumns + part * 8;
+        __m256 weight[kRows];
+#pragma GCC unroll 2
+        for (int row = 0; row < kRows; ++row) {
+          weight[row] = next_weights<T>(slot[row], reinterpret_cast<const uint8_t*>(bits[row] + word)[part], first + row);
+        }
+#pragma GCC unroll 8
+        for (int token = 0; token < kTokens; ++token) {
+          const __m256 features = _mm256_loadu_ps(x + token * x_stride);
+#pragma GCC unroll 2
+          for (int row = 0; row < kRows; ++row) {
+            __m256& sum = sums[row][token][part % kChains];
+            sum = _mm256_fmadd_ps(weight[row], features, sum);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      end = std::max(end, slot[row]);
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token) {
+        __m256 sum = sums[row][token][0];
+        for (int chain = 1; chain < kChains; ++chain) sum = _mm256_add_ps(sum, sums[row][token][chain]);
+        group->sums[token * packed_rows::kTileRows + first + row] = add_up(sum);
       }
     }
   }
-  for (int row = 0; row < kSlotValues<T>; ++row) {
-    group->slots = std::max(group->slots, slot[row]);
-    for (int token = 0; token < kTokens; ++token) group->sums[token * packed_rows::kTileRows + row] = add_up(sums[row][token]);
-  }
+  group->slots = end;
   return true;
 }
 

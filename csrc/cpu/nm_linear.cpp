@@ -4,7 +4,8 @@
 // dense weight. Values are not spread to their columns; their factors are gathered from x. A block holds the values of 32 columns
 // for each half of its slots. With AVX-512, one vpermt2ps of two registers of x then gives the factors of 16 values. The positions
 // come from one word by shifts, one register each. 64 columns take about 5 cycles, less than reading them from memory. The same
-// holds for 1:2, 4:8 and 8:16; other patterns gather x with vector gathers.
+// holds for 1:2, 4:8 and 8:16; other patterns gather x with vector gathers. AVX2 multiplies eight rows together, for any pattern without
+// a gather (nm_multiply_avx2.h).
 //
 // A few tokens share values and positions; many tokens are a dense product (packed_linear.h).
 #include <type_traits>

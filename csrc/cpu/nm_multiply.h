@@ -1,5 +1,5 @@
 // Kernels of nm_linear for up to kTogether tokens, which multiply by the stored values without unpacking them, and the expansion of a
-// tile into a panel. nm_linear.cpp gives the reasons for the layout.
+// tile into a panel. nm_linear.cpp gives the reasons for the layout; nm_multiply_avx2.h has the kernels for AVX2.
 #pragma once
 
 #include <algorithm>
@@ -177,34 +177,6 @@ SPARSEKERN_AVX512 bool expand_panel_avx512(
   return true;
 }
 
-template <class T, int kTokens>
-SPARSEKERN_AVX2 void multiply_any_avx2(const Factors& factors, const Row* row) {
-  const bool wide = factors.code_bits == 4;
-  const __m256i shifts = wide ? _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28) : _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-  const __m256i code = _mm256_set1_epi32((1 << factors.code_bits) - 1);
-  __m256 sums[kTokens];
-  for (int token = 0; token < kTokens; ++token) sums[token] = _mm256_setzero_ps();
-  for (int64_t block = 0; block < factors.blocks; ++block) {
-    prefetch_ahead(row->slots + block * kBlockSlots);
-    for (int half = 0; half < 2; ++half) {
-      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row->slots + block * kBlockSlots + half * 8));
-      for (int run = 0; run < kSlotValues<T>; ++run) {
-        const int64_t i = block * kSlotValues<T> + run;
-        const uint32_t word = wide ? row->codes[2 * i + half] : row->codes[i] >> (16 * half);
-        const __m256i positions = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts), code);
-        const auto* groups = reinterpret_cast<const __m256i*>(factors.group_columns + i * kBlockSlots + half * 8);
-        const __m256i columns = _mm256_add_epi32(positions, _mm256_loadu_si256(groups));
-        const __m256 weight = floats_of_slots<T>(stored, run);
-        for (int token = 0; token < kTokens; ++token) {
-          const __m256 picked = _mm256_i32gather_ps(factors.x + token * factors.x_stride, columns, 4);
-          sums[token] = _mm256_fmadd_ps(weight, picked, sums[token]);
-        }
-      }
-    }
-  }
-  for (int token = 0; token < kTokens; ++token) row->sums[token * packed_rows::kTileRows] = add_up(sums[token]);
-}
-
 #endif
 
 using Multiply = void (*)(const Factors&, const Row*);
@@ -240,7 +212,6 @@ ByStreams<Multiply> choose_multiply([[maybe_unused]] Isa isa, [[maybe_unused]] i
     return packed_rows::code_bits(m) == 2 ? choose_multiply_avx512<T, kTokens, false>(half)
                                           : choose_multiply_avx512<T, kTokens, true>(half);
   }
-  if (isa >= Isa::avx2) return kOneByOne<&multiply_any_avx2<T, kTokens>>;
 #endif
   return kOneByOne<&multiply_any<T, kTokens>>;
 }

@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/nm_multiply.h"
+#include "cpu/nm_multiply_avx2.h"
 #include "cpu/packed_linear.h"
 #include "cpu/slot_floats.h"
 
@@ -21,6 +22,9 @@ struct NmWeight {
   std::vector<int32_t> group_columns;
   Isa isa = current_isa();                          // read once, because it reads the environment
   ByStreams<nm_multiply::Multiply> multiply_by[4];  // 1, 2, 4 and 8 tokens
+#if SPARSEKERN_X86
+  nm_multiply::MultiplyEight multiply_eight_by[4];  // the same, with AVX2
+#endif
 
   NmWeight(const NmRows& p, int64_t columns_)
       : rows(p.rows),
@@ -34,6 +38,12 @@ struct NmWeight {
     multiply_by[1] = nm_multiply::choose_multiply<T, 2>(isa, p.n, p.m);
     multiply_by[2] = nm_multiply::choose_multiply<T, 4>(isa, p.n, p.m);
     multiply_by[3] = nm_multiply::choose_multiply<T, 8>(isa, p.n, p.m);
+#if SPARSEKERN_X86
+    multiply_eight_by[0] = nm_multiply::choose_multiply_eight<T, 1>(p.n, p.m);
+    multiply_eight_by[1] = nm_multiply::choose_multiply_eight<T, 2>(p.n, p.m);
+    multiply_eight_by[2] = nm_multiply::choose_multiply_eight<T, 4>(p.n, p.m);
+    multiply_eight_by[3] = nm_multiply::choose_multiply_eight<T, 8>(p.n, p.m);
+#endif
     auto column = group_columns.begin();
     for (int64_t first = 0; first < columns; first += p.m) column = std::fill_n(column, p.n, static_cast<int32_t>(first));
   }
@@ -52,6 +62,12 @@ struct NmWeight {
   }
 
   bool multiply(const int64_t* tiles, int64_t given, const TokenBlock& block, TileSums* sums) const {
+#if SPARSEKERN_X86
+    if (isa == Isa::avx2) {
+      for (int64_t i = 0; i < given; ++i) multiply_tile_by_eight(tiles[i], block, sums[i]);
+      return true;
+    }
+#endif
     for (int64_t row = 0; row < packed_rows::kTileRows; ++row) {
       nm_multiply::Row some_rows[kStreams];
       int64_t some = 0;
@@ -70,6 +86,33 @@ struct NmWeight {
     }
     return true;
   }
+
+#if SPARSEKERN_X86
+
+  void multiply_tile_by_eight(int64_t tile, const TokenBlock& block, TileSums& sums) const {
+    const int64_t first = tile * packed_rows::kTileRows, end = std::min(rows, first + packed_rows::kTileRows);
+    int64_t row = first;
+    for (; row + 8 <= end; row += 8) multiply_eight(row, stored / kSlotValues<T>, block, &sums[0][row - first]);
+    for (; row < end; ++row) {  // the last rows, each as eight that are the same
+      TileSums same;
+      multiply_eight(row, 0, block, same[0]);
+      for (int64_t token = 0; token < block.tokens; ++token) sums[token][row - first] = same[token][0];
+    }
+  }
+
+  void multiply_eight(int64_t row, int64_t slots_a_row, const TokenBlock& block, float* sums) const {
+    const int64_t codes_a_row = slots_a_row == 0 ? 0 : stored * code_bits / 32;
+    const auto [blocks, columns_of, bits, n, x, x_stride] = factors_of(block.x, block.x_stride);
+    nm_multiply::EightRows eight{slots_of(row), codes_of(row), slots_a_row, codes_a_row, blocks, columns_of, x, x_stride};
+    for_token_groups(block.tokens, [&](int power) {
+      multiply_eight_by[power](eight, sums);
+      eight.x += block.x_stride << power;
+      sums += packed_rows::kTileRows << power;
+      return true;
+    });
+  }
+
+#endif
 
   bool expand(int64_t tile, float* panel) const {
     std::fill_n(panel, columns * kLanes, 0.0f);

@@ -11,7 +11,11 @@ from sparsekern.ops import nm_linear
 from .strategies import FLOATS, INTERPRETED
 from .test_bitmask_linear import assert_close_to_exact
 
-PATTERNS = [(2, 4), (3, 7), (1, 16)] if INTERPRETED else [(2, 4), (1, 2), (1, 4), (3, 4), (3, 7), (4, 8), (1, 16), (15, 16)]
+PATTERNS = (
+    [(2, 4), (3, 7), (1, 16)]
+    if INTERPRETED
+    else [(2, 4), (1, 2), (2, 3), (1, 4), (3, 4), (3, 7), (4, 8), (5, 9), (1, 16), (15, 16)]
+)
 
 
 def nm_weight(rows: int, groups: int, n: int, m: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
