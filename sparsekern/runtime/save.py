@@ -129,7 +129,7 @@ def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None, for
     blocks = folder / BLOCKS
     parts = write_parts(model, stream, blocks, format)
     with _described_as_packed(model, stream, parts):
-        _write_configs(model, folder, tokenizer, state_dict={})
+        _write_configs(model, folder, tokenizer)
         stream.check_unchanged()
         write_stored_tensors(merged(stream, parts, blocks), folder)
         shutil.rmtree(blocks)
@@ -137,10 +137,13 @@ def write_model(model: torch.nn.Module, folder: Path, tokenizer: Any = None, for
     return parts
 
 
-def _write_configs(model: torch.nn.Module, folder: Path, tokenizer: Any, **options: Any) -> None:
+def _write_configs(model: torch.nn.Module, folder: Path, tokenizer: Any) -> None:
+    of: Any = model
     with disk_errors(folder), _refusals("model"):
-        of: Any = model
-        type(of).save_pretrained(of, folder, **options)  # not the one of a streamed model
+        if stream_of(model) is None:
+            of.save_pretrained(folder)  # with its weights
+        else:
+            type(of).save_pretrained(of, folder, state_dict={})
     _write_tokenizer(tokenizer, folder)
 
 
