@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 
@@ -20,6 +20,9 @@ from ..models.decoder_units import Units
 from ..pattern import Pattern
 from ._fields import Settings
 from .statistics import ExpertSums, FeatureNorm, Gram, HasGram, Importance, Statistic, inputs_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Solution(NamedTuple):
@@ -66,6 +69,12 @@ class Method(Settings, ABC):
     """
 
     name: ClassVar[str]
+
+    def __new__(cls, *settings: object, **named: object) -> Self:
+        """Make an instance; raise `TypeError` for a class that derives from `Method` alone, for which there is no loop."""
+        if "needs_data" in cls.__abstractmethods__:
+            raise _of_no_loop(cls)
+        return super().__new__(cls)
 
     @property
     @abstractmethod
@@ -346,6 +355,11 @@ class ExpertMethod(Method):
         return (order + offsets).flatten()
 
 
+def _of_no_loop(kind: type) -> TypeError:
+    known = "LinearMethod, BlockMethod, GradualMethod, RemovalMethod or ExpertMethod"
+    return TypeError(f"method: expected a {known}, got {kind.__name__}, which is none of them")
+
+
 def check_method(method: Method) -> None:
     """Raise unless the class of `method`, which may be the user's own, is complete.
 
@@ -355,9 +369,7 @@ def check_method(method: Method) -> None:
     """
     kind = type(method)
     if not isinstance(method, (LinearMethod, GradualMethod, RemovalMethod, ExpertMethod)):
-        raise TypeError(
-            f"method: expected a LinearMethod, BlockMethod, GradualMethod, RemovalMethod or ExpertMethod, got {kind.__name__}, which is none of them"
-        )
+        raise _of_no_loop(kind)
     if not is_dataclass(method):
         raise TypeError(f"method: expected a dataclass, whose fields are its settings; got {kind.__name__} without @dataclass")
     name = getattr(kind, "name", None)

@@ -174,6 +174,25 @@ def check_output_folder(path: str | os.PathLike, argument: str = "out") -> None:
         )
 
 
+def check_not_a_model(path: str | os.PathLike, argument: str = "path") -> None:
+    """Raise `FileExistsError` unless `path` is a new or empty folder; say of a model how to replace it.
+
+    Args:
+        path: the folder.
+        argument: name of `path` in messages.
+
+    Raises:
+        FileExistsError: see `check_output_folder`.
+        ValueError: the path is not UTF-8.
+    """
+    try:
+        check_output_folder(path, argument)
+    except FileExistsError as error:
+        if not (checked_path(path, argument) / CONFIG).is_file():
+            raise
+        raise FileExistsError(f"{error}, or pass overwrite=True to replace the model in it") from error
+
+
 def check_model_folder(path: str | os.PathLike, argument: str = "out") -> None:
     """Raise `FileExistsError` unless `path` is a new or empty folder, or holds a model that may be replaced.
 

@@ -21,7 +21,7 @@ from .card import model_card
 from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind
 from .config_file import correct_config
 from .formats import format_of
-from .output import OutputFolder, check_model_folder, check_output_folder
+from .output import OutputFolder, check_model_folder, check_not_a_model
 from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
 from .streamed import merged, packed_layers, write_parts
 
@@ -73,7 +73,7 @@ def save(
     check_no_adapter(model)
     check_format(format)
     warn_of_what_stays_behind(model)
-    with OutputFolder.held(path, "path", check_model_folder if overwrite else check_output_folder) as folder:
+    with OutputFolder.held(path, "path", check_model_folder if overwrite else check_not_a_model) as folder:
         _check_not_source(model, folder.path)
         model = in_format(model, format)
         check_space(model, folder.path, argument="path", extra=carried_bytes(model))

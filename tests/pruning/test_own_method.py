@@ -121,6 +121,19 @@ def test_without_solve_it_is_refused_on_construction():
         Empty()
 
 
+def test_a_class_without_a_loop_is_refused_on_construction():
+    @dataclass(frozen=True)
+    class Loose(Method):
+        name: ClassVar[str] = "loose"
+        share: float = 0.5
+
+    for make in (Loose, lambda: Loose(share=0.3), Method):
+        with pytest.raises(
+            TypeError, match="^method: expected a LinearMethod, .* or ExpertMethod, got (Loose|Method), which is none"
+        ):
+            make()
+
+
 class Bare(Method):
     name = "bare"
     needs_data = False

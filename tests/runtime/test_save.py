@@ -66,7 +66,7 @@ def test_all_files_have_the_mode_of_the_umask(tmp_path, umask, mode):
 def test_what_is_there_is_never_overwritten_unasked(tmp_path):
     for name in "abcd":
         (tmp_path / name).write_text("mine")
-    with pytest.raises(FileExistsError, match=r"already holds something else \(a, b, c, …\); name a new or empty one"):
+    with pytest.raises(FileExistsError, match=r"already holds something else \(a, b, c, …\); name a new or empty one$"):
         sparsekern.save(tiny.llama(), tmp_path)
     with pytest.raises(FileExistsError, match="path: '.*a' is a file, expected a folder"):
         sparsekern.save(tiny.llama(), tmp_path / "a")
@@ -154,7 +154,7 @@ def test_killed_amid_the_moves_it_is_never_a_mixture(tmp_path, monkeypatch, move
             assert not (out / "config.json").exists()
         else:
             sparsekern.save(new, out, overwrite=overwrite)
-    with pytest.raises(FileExistsError, match="already holds something else"):
+    with pytest.raises(FileExistsError, match="name a new or empty one, or pass overwrite=True to replace the model in it$"):
         sparsekern.save(old, out)
     again = AutoModelForCausalLM.from_pretrained(out)
     assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), again.state_dict().values(), strict=True))
