@@ -41,16 +41,19 @@ class HeldOutText:
         part = "the held-out part of " if source.startswith("builtin:") else ""
         self.description = f"{len(self.tokens)} x {self.length} tokens of {part}{source}"
 
-    def perplexity(self, model: torch.nn.Module) -> float:
+    def perplexity(self, model: torch.nn.Module, max_memory: int | None = None) -> float:
         """Return the perplexity of `model`, with a progress bar."""
         start = time.perf_counter()
-        result = perplexity(model, self.tokens, self.length, progress=True)
+        result = perplexity(model, self.tokens, self.length, progress=True, max_memory=max_memory)
         self.seconds += time.perf_counter() - start
         return result
 
 
 def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
     """Print a message and load the model that the command line names."""
+    stream = getattr(arguments, "stream", False)
+    if getattr(arguments, "max_memory", None) and not stream:
+        raise ValueError("--max-memory: expected --stream, since a model in memory takes what it takes")
     say(f"loading {arguments.model}")
     with _bars_of_tensors_hidden():
         return load(
@@ -58,7 +61,7 @@ def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
             dtype=arguments.dtype,
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,
-            stream=getattr(arguments, "stream", False),
+            stream=stream,
         )
 
 

@@ -36,6 +36,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """
     method, _ = methods_of(arguments)  # of those that add up, none takes another one behind it
     check_adds_up(method, arguments.strategy)
+    if arguments.max_memory:
+        raise ValueError("--max-memory: expected one --calibration, whose run it limits")
     texts = _texts_to_evaluate(arguments)
     check_new_out(arguments.out, "--out")
     check_isa()

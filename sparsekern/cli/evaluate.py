@@ -19,6 +19,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
     text = HeldOutText(arguments.text, model, tokenizer, length=arguments.length, windows=arguments.windows)
-    print(f"perplexity {text.perplexity(model):.4f}  ({text.description})")
+    print(f"perplexity {text.perplexity(model, arguments.max_memory):.4f}  ({text.description})")
     zeros, total = count_zeros(model)
     print(f"zeros      {zeros / total:.2%} of all {total / 1e6:,.1f} M weights")

@@ -189,7 +189,8 @@ def _add_loading(options) -> None:
 
 
 def _add_stream(options) -> None:
-    options.add_argument("--stream", action="store_true", help="read the blocks from MODEL one at a time, to save memory")
+    options.add_argument("--stream", action="store_true", help="read the blocks one at a time, to save memory")
+    options.add_argument("--max-memory", type=types.memory, metavar="SIZE", help="most memory with --stream, such as 8GB")
 
 
 def _add_windows(group) -> None:

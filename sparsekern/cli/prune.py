@@ -86,7 +86,7 @@ def _prune(
     seconds = {"load": time.perf_counter() - start}
     results: dict[str, float | str] = {}
     if held_out:
-        results["perplexity, dense"] = held_out.perplexity(model)
+        results["perplexity, dense"] = held_out.perplexity(model, arguments.max_memory)
 
     settings = {
         "model": arguments.model,
@@ -116,9 +116,10 @@ def _prune(
         unseen=arguments.unseen,
         format=arguments.format,
         then=then,
+        max_memory=arguments.max_memory,
     )
     if held_out:
-        results["perplexity, pruned"] = held_out.perplexity(model)
+        results["perplexity, pruned"] = held_out.perplexity(model, arguments.max_memory)
         results["evaluated on"] = held_out.description
     report.command, report.measured = shlex.join(arguments.command_line), results
     shown = rewrite_reports(out, model, report, format=arguments.format, settings=settings)

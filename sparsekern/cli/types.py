@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from ..models.limits import memory_limit
 from ..models.load import device_of
 from ..pattern import Pattern, parse_pattern
 from ..pruning import check_seed
@@ -108,6 +109,12 @@ def format_to_pack(text: str) -> str:
     """Read a packed format; `packed` is the smallest for each linear."""
     check_packed_format(text)
     return text
+
+
+@_reads("max_memory")
+def memory(text: str) -> int | None:
+    """Read a limit of memory, as bytes or such as `8GB`."""
+    return memory_limit(text)
 
 
 @_reads("")

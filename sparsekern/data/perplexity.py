@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from functools import partial, reduce
+from itertools import chain
 from operator import add
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,13 +18,16 @@ from tqdm import tqdm
 from ..models.evaluation import evaluation_mode
 from ..models.float32_products import float32_products
 from ..models.in_step import in_step
-from ..models.limits import check_count, check_length, check_token_ids, positions, vocabulary, window_length
+from ..models.limits import check_count, check_length, check_token_ids, memory_limit, positions, vocabulary, window_length
+from ..models.memory import forward_bytes, room_beside
+from ..models.streaming import stream_of
 from ..ranks import World, leaf_sizes
 from .calibration import check_tokenizer, evaluation_ids, is_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WINDOW_COPIES = 4  # of the hidden states of a window that waits in front of a block: with its rotary table and what was made of it
 LOGIT_ROWS = 256  # of logits at once: with a vocabulary of 150,000 in float32 they take 150 MB
 
 
@@ -35,6 +39,7 @@ def perplexity(
     *,
     tokenizer: Any = None,
     progress: bool = False,
+    max_memory: int | str | None = None,
 ) -> float:
     """Return the perplexity of `model` on `ids`.
 
@@ -52,6 +57,8 @@ def perplexity(
         length: tokens in a window. None is 2048, or the model's positions if they are fewer.
         tokenizer: the model's tokenizer, which a text needs.
         progress: show a progress bar.
+        max_memory: the most memory that a streamed model may take, in bytes or as `"8GB"`. As many windows as fit go through its blocks
+            together; the figure does not depend on it.
 
     Returns:
         The perplexity, or `inf` if it exceeds the range of a float.
@@ -76,18 +83,39 @@ def perplexity(
         length = window_length(model, length)
         windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
         with evaluation_mode(model):
-            own = _losses(model, windows, world, progress=progress)
+            together = _windows_together(model, length, max_memory)
+            own = _losses(model, windows, world, together or len(windows), progress=progress)
         losses = [loss for found in world.gather("perplexity", own) for loss in found]
     mean = reduce(add, losses) / (len(windows) * (length - 1))  # one after another, whoever computed them
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _losses(model: torch.nn.Module, windows: list[torch.Tensor], world: World, *, progress: bool) -> list[float]:
-    """Return the losses of the windows of this process, which follow one another."""
+def _windows_together(model: torch.nn.Module, length: int, max_memory: int | str | None) -> int | None:
+    """Return how many windows go through a streamed model together within a limit; None where there is none.
+
+    Raises:
+        TypeError: `max_memory` is not a limit.
+        ValueError: likewise, or the model is in memory, or one window does not fit.
+    """
+    if memory_limit(max_memory) is None or stream_of(model) is None:
+        room_beside(model, max_memory)
+        return None
+    embeddings = cast("PreTrainedModel", model).get_input_embeddings().weight
+    window = WINDOW_COPIES * length * embeddings.shape[1] * embeddings.element_size()
+    logits = 2 * 4 * min(length, LOGIT_ROWS) * embeddings.shape[0]
+    more = {"a window in a block": forward_bytes(model, length), "logits": logits, "the hidden states of a window": window}
+    room = room_beside(model, max_memory, more)
+    assert room is not None
+    return 1 + room // window
+
+
+def _losses(model: torch.nn.Module, windows: list[torch.Tensor], world: World, together: int, *, progress: bool) -> list[float]:
+    """Return the losses of the windows of this process, which follow one another, some of them `together`."""
     counts = leaf_sizes(len(windows), world.size)
     begin = sum(counts[: world.rank])
     own = windows[begin : begin + counts[world.rank]]
-    losses = in_step(model, [partial(_window_loss, model, window[None]) for window in own])
+    calls = [partial(_window_loss, model, window[None]) for window in own]
+    losses = chain.from_iterable(in_step(model, calls[start : start + together]) for start in range(0, len(own), together))
     found: list[float] = []
     for loss in tqdm(losses, total=len(own), desc="perplexity", disable=not (progress and world.leads), leave=False):
         if not math.isfinite(loss):

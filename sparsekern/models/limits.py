@@ -1,13 +1,16 @@
-"""How long a model's input may be, and which token ids it knows."""
+"""How long a model's input may be, which token ids it knows, and how much memory a call may take."""
 
 from __future__ import annotations
 
+import re
 from numbers import Integral
 
 import torch
 from torch import nn
 
 DEFAULT_LENGTH = 2048
+UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}}
+UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 
 
 def positions(model: nn.Module) -> int | None:
@@ -76,3 +79,24 @@ def check_token_ids(argument: str, ids: torch.Tensor, known: int | None) -> None
         raise ValueError(
             f"{argument}: expected token ids {expected}, got {low if low < 0 else high}; is this the model's own tokenizer?"
         )
+
+
+def memory_limit(max_memory: int | str | None) -> int | None:
+    """Return a limit of memory in bytes; None is none.
+
+    Args:
+        max_memory: bytes, or a text such as `"8GB"` (10^9 bytes each) or `"8GiB"` (2^30 bytes each).
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a text that is not understood, or less than one byte.
+    """
+    if max_memory is None:
+        return None
+    if isinstance(max_memory, bool) or not isinstance(max_memory, (Integral, str)):
+        raise TypeError(f"max_memory: expected bytes or a text such as '8GB', got {max_memory!r}")
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", str(max_memory).upper())
+    unit = UNITS.get((found[2] or "") if found else "?")
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise ValueError(f"max_memory: expected bytes or a text such as '8GB', got {max_memory!r}")
+    return int(float(found[1]) * unit)

@@ -12,6 +12,7 @@ from torch import nn
 from ..backends.libraries import check_isa
 from ..data import as_calibration
 from ..methods import ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
+from ..models.memory import room_beside
 from ..pattern import parse_pattern
 from ..ranks import World
 from ..reports.report import Report
@@ -23,6 +24,7 @@ from .blockwise.loop import BlockLoop
 from .checkpoint import Checkpoint, model_fingerprint
 from .experts.loop import ExpertLoop
 from .gradual.loop import GradualLoop
+from .memory import planned_memory
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
 from .plan import Choice, PatternLike, Request
@@ -58,6 +60,7 @@ def prune(
     format: str = DENSE,
     then: str | Method | None = None,
     leaves: int | None = None,
+    max_memory: int | str | None = None,
 ) -> Report:
     """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
@@ -104,6 +107,9 @@ def prune(
             `include`, `exclude`, `patterns` and `report_error` are its arguments then.
         leaves: the number of parts, a power of two, that statistics are summed in before the parts are added in pairs. None is 8 for
             several processes, 1 for one. Results of equal `leaves` have the same bits for any number of processes.
+        max_memory: the most memory of the host that the run of a streamed model may take, in bytes or as `"8GB"`. Hidden states that
+            do not fit are kept in a file in `out`, which has no name and is gone when the run ends in whatever way. A limit that is too
+            low is refused with what it must be.
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -162,12 +168,14 @@ def prune(
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
     check_streamed(model, (method, request.then), out)
+    room_beside(model, max_memory)
     world = World.current()
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method)
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
+        memory = planned_memory(model, plan, method, batches or [], max_memory, folder.path if folder else None)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
         settings["calibration"] = batches and fingerprint(batches)
         if batches and leaves > 1:
@@ -190,7 +198,8 @@ def prune(
         )
         dense_bytes = weight_bytes(model)
         shown: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "report": report, "progress": progress}
-        with running(model, plan, method, batches, **shown, world=world, leaves=leaves) as context:
+        shown |= {"memory": memory, "world": world, "leaves": leaves}
+        with running(model, plan, method, batches, **shown) as context:
             try:
                 loop(context).run()
             except (TypeError, ValueError):

@@ -17,6 +17,7 @@ from ..ranks import World
 from ..reports import ExpertReport, LayerReport, MixtureReport, RemovalReport, Report, SubLayerReport
 from .batches import Batch
 from .host_memory import freed_memory_kept
+from .memory import Memory
 from .plan import Request
 from .progress import Clock, Progress
 from .session import prepared
@@ -87,6 +88,7 @@ class RunContext(Generic[PlanT, MethodT, ReportT, BlocksT]):
         clock: seconds by phase.
         world: the processes that prune together.
         leaves: the number of parts that statistics are summed in, see `prune`.
+        memory: the limits of what is kept in memory.
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class RunContext(Generic[PlanT, MethodT, ReportT, BlocksT]):
     clock: Clock
     world: World = field(default_factory=World)
     leaves: int = 1
+    memory: Memory = Memory()
 
     def record(self, layers: Sequence[LayerReport] | Sequence[SubLayerReport] | Sequence[MixtureReport]) -> None:
         """Report layers that are done. They are of the kind that the loop's report holds."""
@@ -122,6 +125,7 @@ def running(
     progress: bool,
     world: World | None = None,
     leaves: int = 1,
+    memory: Memory | None = None,
 ) -> Iterator[RunContext[PlanT, MethodT, ReportT, BlocksT]]:
     """Yield the context of one run. Within, the model is ready to run; afterwards its modes are restored.
 
@@ -132,7 +136,9 @@ def running(
     clock = Clock(next(model.parameters()).device)
     try:
         with prepared(model, seed), freed_memory_kept():
-            yield RunContext(model, plan, method, batches or [], seed, checkpoint, report, bar, clock, world, leaves)
+            yield RunContext(
+                model, plan, method, batches or [], seed, checkpoint, report, bar, clock, world, leaves, memory or Memory()
+            )
     finally:
         bar.close()
 

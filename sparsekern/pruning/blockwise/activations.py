@@ -22,6 +22,7 @@ from .chain import Chain
 from .course import Course
 from .replay import Replay
 from .routed_rows import followed, unknown_tokens
+from .shelf import Shelf
 from .trace import Stop, stopped
 
 Inputs = dict[str, list[torch.Tensor]]  # by linear, the tensors that it is called with
@@ -46,21 +47,27 @@ class Forwards(Protocol):
 
 
 class Activations:
-    """The arguments of the current block for every batch."""
+    """The arguments of the current block for every batch.
 
-    def __init__(self, model: nn.Module, batches: list[Batch], course: Course) -> None:
+    Attributes:
+        batches: the calibration data.
+        shelf: holds the hidden states, and what else is kept for every batch.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch], course: Course, shelf: Shelf | None = None) -> None:
         """Run the part of `model` around its blocks, once for each batch.
 
         Args:
             model: the model.
             batches: the calibration data.
             course: what was observed of the model's forwards.
+            shelf: holds the hidden states, those of forwards that are replayed excepted; None keeps them in memory.
 
         Raises:
             ValueError: the forward refuses a batch, or does not run the blocks as it was observed to.
         """
-        self.batches = batches
-        self._forwards: Forwards = (Chain if course.chain else Replay)(model, batches, course)
+        self.batches, self.shelf = batches, shelf or Shelf()
+        self._forwards: Forwards = Chain(model, batches, course, self.shelf) if course.chain else Replay(model, batches, course)
 
     def inputs_of(
         self, index: int, linears: Sequence[Linear], order: list[str], experts: Sequence[Experts] = (), routed: Routed | None = None

@@ -11,6 +11,7 @@ from torch import nn
 from ..batches import Batch
 from ..values import with_own_caches
 from .course import Course
+from .shelf import Shelf
 from .stand_ins import SharedTensors, replaced_forwards
 from .trace import HIDDEN, Stop, forward, refused, stopped
 
@@ -48,7 +49,7 @@ class BlockCall:
 class Chain:
     """The hidden states of every batch in front of the current block, and the arguments of all blocks."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch], course: Course) -> None:
+    def __init__(self, model: nn.Module, batches: list[Batch], course: Course, shelf: Shelf) -> None:
         """Call `model` once for each batch with blocks that return their input. See `Activations` for the arguments.
 
         Raises:
@@ -58,18 +59,19 @@ class Chain:
         self._blocks = {index: course.blocks.modules[index] for index in course.order}
         self._places = {index: place for place, index in enumerate(course.order)}
         self._returns_tuple = bool(course.order) and course.run_of(course.order[0]).returns_tuple
-        self._hidden: list[torch.Tensor] = []
+        self._shelf = shelf  # the hidden states, by the number of the batch
         self._calls: list[list[BlockCall]] = []
         shared = SharedTensors()
         for number, batch in enumerate(batches if course.order else ()):
             calls: list[BlockCall] = []
             ran: list[int] = []
             try:
-                self._hidden += self._run_around_blocks(batch, calls=calls, ran=ran)
+                (hidden,) = self._run_around_blocks(batch, calls=calls, ran=ran)
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise refused(model, batch, number, error) from error
+            self._shelf.put(number, hidden)
             if tuple(ran) != course.order:
                 raise ValueError(f"calibration: batch {number} runs other blocks than earlier batches with the same inputs")
             self._calls.append(
@@ -79,7 +81,7 @@ class Chain:
 
     def run(self, batch: int, index: int) -> torch.Tensor:
         """Return the output of block `index` for a batch."""
-        return self._calls[batch][self._places[index]].run(self._blocks[index], self._hidden[batch])
+        return self._calls[batch][self._places[index]].run(self._blocks[index], self._shelf.get(batch))
 
     def waits(self, batch: int, index: int) -> bool:
         """Return True: every batch runs every block."""
@@ -87,12 +89,12 @@ class Chain:
 
     def advance(self, batch: int, index: int) -> None:
         """Replace the hidden states of a batch by the output of block `index`."""
-        self._hidden[batch] = self.run(batch, index)
+        self._shelf.put(batch, self.run(batch, index))
 
     def finish(self, batch: int) -> None:
         """Call the model with a last block that returns the hidden states."""
         if self._blocks:
-            self._run_around_blocks(self._batches[batch], final=self._hidden[batch])
+            self._run_around_blocks(self._batches[batch], final=self._shelf.get(batch))
         else:
             forward(self._model, self._batches[batch].inputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ...models import Blocks
@@ -41,6 +42,10 @@ class Course:
         if found and all(masks == found[0] for masks in found):
             return found[0]
         return [next((run.mask for trace in self.traces.values() for run in trace.runs if run.index == index), TOKENS)]
+
+    def input_of(self, linear: str) -> Hashable:
+        """Return what tells the inputs of a linear from those of others; its name where it was not called."""
+        return next((trace.inputs[linear] for trace in self.traces.values() if linear in trace.inputs), linear)
 
     def run_of(self, index: int) -> Run:
         """Return a run of block `index`."""

@@ -7,8 +7,9 @@ hidden states that the block has anyway, so the memory for statistics depends on
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +17,7 @@ from ...methods.statistics import Gram, Importance, Statistic, inputs_of
 from ...models import Linear
 from ...models.experts import DOWN, ExpertLinear, Experts, ExpertsCall
 from ..batches import TOKENS, Batch
+from .shelf import Shelf
 from .statistics import BETWEEN_NAMES, SharedStatistics
 
 EXPERT_BYTES = 1 << 30  # of the statistics held at once on a CPU
@@ -61,14 +63,15 @@ class RecordedCalls:
         tokens: the number of real tokens that each expert was given.
     """
 
-    def __init__(self, experts: Experts, mask: str | None = TOKENS) -> None:
+    def __init__(self, experts: Experts, mask: str | None = TOKENS, shelf: Shelf | None = None) -> None:
         """Prepare to record.
 
         Args:
             experts: the experts.
             mask: the padding mask that their inputs follow, see `Batch.flatten`.
+            shelf: holds the inputs; None keeps them in memory.
         """
-        self.experts, self._mask = experts, mask
+        self.experts, self._mask, self._shelf = experts, mask, shelf or Shelf()
         self.tokens = [0] * experts.count
         self._calls: list[tuple[Batch, ExpertsCall, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = []
 
@@ -94,6 +97,10 @@ class RecordedCalls:
         by_expert = call.by_expert(self.experts.count)
         for expert, (own, _) in enumerate(by_expert):
             self.tokens[expert] += len(own)
+        key = (self.experts.name, len(self._calls))
+        self._shelf.put(key, call.hidden)
+        weakref.finalize(self, self._shelf.drop, key)
+        call = replace(call, hidden=call.hidden[:0])
         self._calls.append((batch, call, rows % call.tokens, by_expert))
 
     @property
@@ -110,10 +117,10 @@ class RecordedCalls:
 
     def of(self, expert: int) -> Iterator[RoutedBatch]:
         """Yield the inputs of one expert, call by call, without calls that it saw no token in."""
-        for batch, call, tokens, by_expert in self._calls:
+        for number, (batch, call, tokens, by_expert) in enumerate(self._calls):
             rows, weights = by_expert[expert]
             if len(rows):
-                yield RoutedBatch(batch, call.hidden[rows], weights, tokens[rows], call.tokens)
+                yield RoutedBatch(batch, self._shelf.rows((self.experts.name, number), rows), weights, tokens[rows], call.tokens)
 
 
 class ExpertStatistics:
@@ -131,6 +138,7 @@ class ExpertStatistics:
         *,
         routing_weights: bool = False,
         masks: Mapping[str, Sequence[str | None]] | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         """Prepare to record.
 
@@ -140,10 +148,11 @@ class ExpertStatistics:
             measure_error: take Gram matrices in any case, to measure errors.
             routing_weights: scale each token by its routing weight.
             masks: for each module of experts, the padding masks that its inputs follow, see `Batch.flatten`; None is `TOKENS`.
+            shelf: holds the inputs of the experts; None keeps them in memory.
         """
         self._needs, self._measure_error, self._routing_weights = needs, measure_error, routing_weights
         masks = masks or {}
-        self.calls = {found.name: RecordedCalls(found, masks.get(found.name, (TOKENS,))[0]) for found in experts_in(linears)}
+        self.calls = {found.name: RecordedCalls(found, masks.get(found.name, (TOKENS,))[0], shelf) for found in experts_in(linears)}
         self._earlier: Mapping[str, torch.Tensor] = {}
         self._linears: dict[tuple[str, int], list[Linear]] = {}
         for linear in linears:
@@ -245,14 +254,14 @@ def experts_in(linears: Sequence[Linear]) -> list[Experts]:
     return list({expert_of(linear).experts.name: expert_of(linear).experts for linear in linears if is_expert(linear)}.values())
 
 
-def expert_bytes(device: torch.device) -> int:
-    """Return how many bytes the statistics of experts may take at once.
+def expert_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Return how many bytes the statistics of experts may take at once, `limit` at most on a CPU.
 
     On a CPU, results do not depend on it. A GPU may factor a batch of another size with other rounding, so the number depends on the
     device alone and not on what is free, and a resumed run makes the same batches.
     """
     if device.type != "cuda":
-        return EXPERT_BYTES
+        return EXPERT_BYTES if limit is None else min(EXPERT_BYTES, limit)
     return torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE
 
 

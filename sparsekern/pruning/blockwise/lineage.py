@@ -5,7 +5,7 @@ The blocks' own work is cut out. What a block returns has that block alone as it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,6 +85,10 @@ class Lineage(TorchDispatchMode):
         """Return the origin of a tensor."""
         key = self._storages.key(tensor)
         return self._inside.get(key) or self._outside.get(key, NOTHING)
+
+    def identity(self, tensor: torch.Tensor) -> Hashable:
+        """Return what tells a tensor from all others of the forward that have another storage or place in it."""
+        return self._storages.key(tensor), tensor.storage_offset()
 
     def enter(self, block: int, used: Iterable[torch.Tensor], given: Iterable[torch.Tensor]) -> None:
         """Begin the run of a block.

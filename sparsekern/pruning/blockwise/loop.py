@@ -34,6 +34,7 @@ from .observation import observed
 from .routed_rows import owners_of
 from .shares import Share, SummedStatistics
 from .sharing import SharedSolve, shares_work
+from .shelf import Shelf
 from .solving import Job, Solved, Solver
 from .statistics import SharedStatistics
 
@@ -93,7 +94,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if batches:
             with context.clock.phase("capture"):
                 self.share = Share(context.world, batches, context.leaves)
-                self.activations = Activations(context.model, self.share.batches, self.course)
+                shelf = Shelf(context.memory.hidden, context.memory.folder)
+                self.activations = Activations(context.model, self.share.batches, self.course, shelf)
             order = [*self.course.order, len(parts) - 1]
         with self._blocks_on_disk():
             self._run_blocks(order, bool(batches))
@@ -209,7 +211,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self._solve_dealt_experts(self.dealt_experts, result)
             self._solve_unseen(routed.unseen(), result)
             return
-        groups = routed.groups(expert_bytes(next(self.context.model.parameters()).device))
+        groups = routed.groups(expert_bytes(next(self.context.model.parameters()).device, self.context.memory.experts))
         while True:
             with self.context.clock.phase("statistics"):
                 group = next(groups, None)
@@ -221,7 +223,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     def _solve_dealt_experts(self, dealt: DealtExperts, result: Solved) -> None:
         """Solve the experts of a block that are dealt to this rank, pack by pack, and receive those of the others."""
         context = self.context
-        packs = dealt.packs(expert_bytes(next(context.model.parameters()).device), context.leaves)
+        packs = dealt.packs(expert_bytes(next(context.model.parameters()).device, context.memory.experts), context.leaves)
         for turn in zip_longest(*packs):
             context.world.agree("experts")  # a rank that failed sends no tokens
             with context.clock.phase("statistics"):
@@ -287,7 +289,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         of_lists = {name: (owner, masks[name][0]) for name, owner in self._owners(index, plain).items()}
         unpadded = masks | dict.fromkeys(of_lists, [None])
         summed = SummedStatistics(lambda: SharedStatistics(plain, *kind, unpadded), self.share)
-        routed = ExpertStatistics(matrices, *kind, routing_weights=self.plan.by_routing, masks=masks) if matrices else None
+        shelf, by_routing = self.activations.shelf, self.plan.by_routing
+        routed = ExpertStatistics(matrices, *kind, routing_weights=by_routing, masks=masks, shelf=shelf) if matrices else None
         order = [name for name in self.course.calls(index) if name in masks]
         if index < len(self.plan.blocks.modules):
             batches = self.activations.inputs_of(index, plain, order, experts, of_lists)

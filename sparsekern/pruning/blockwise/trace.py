@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +95,7 @@ class Trace:
         calls: by block name, the names of its linears and fused experts in the order in which they are called.
         masks: for each linear and each module of fused experts, the padding masks that the inputs of its calls follow, one after
             another; None where no padding is known. `BY_POSITION` follows where the rows are sorted by position.
+        inputs: for each linear, what tells its first input from other tensors.
         unclear: for each linear whose inputs do not tell which of their rows would be padding, why.
         read: the linears whose weights are read although they are not called.
         otherwise: the linears that return something else than the product of their input and their weight.
@@ -108,6 +109,7 @@ class Trace:
     runs: list[Run] = field(default_factory=list)
     calls: dict[str, list[str]] = field(default_factory=lambda: {OUTSIDE: []})
     masks: dict[str, list[str | None]] = field(default_factory=dict)
+    inputs: dict[str, Hashable] = field(default_factory=dict)
     unclear: dict[str, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     otherwise: set[str] = field(default_factory=set)
@@ -290,6 +292,7 @@ class _Observer:
         elif mask in self._masked and fitted(x.shape, (samples, length)) is None:
             self.trace.unclear[name] = unclear(x.shape, (samples, length))
         self.trace.masks.setdefault(name, []).append(mask)
+        self.trace.inputs.setdefault(name, self._lineage.identity(x))
         self.trace.calls[OUTSIDE if place is None else self._blocks.block_name(place)].append(name)
         if place is None:
             self.trace.outside |= origin.elements
