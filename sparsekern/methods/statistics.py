@@ -376,6 +376,10 @@ class ExpertSums:
         floats = torch.zeros(3, experts, dtype=torch.float64, device=device)
         return cls(torch.zeros(experts, dtype=torch.int64, device=device), *floats)
 
+    def plus(self, others: ExpertSums) -> ExpertSums:
+        """Return the sums over the tokens of both."""
+        return ExpertSums(*(own + other for own, other in zip(vars(self).values(), vars(others).values(), strict=True)))
+
     def add(self, expert: int, outputs: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens routed to an expert.
 

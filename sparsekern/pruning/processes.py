@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from .._warnings import SparsekernWarning
-from ..methods import BlockMethod, LinearMethod, Method
+from ..methods import BlockMethod, ExpertMethod, LinearMethod, Method
 from ..ranks import LEAVES, World
 from ..reports.base import BaseReport, phases
 from .batches import Batch
@@ -37,8 +37,14 @@ def refuse_ranks(what: str, why: str) -> None:
         raise ValueError(f"{what}: expected a single process, got {world.size} ranks; {why}")
 
 
-def checked_leaves(leaves: int | None, world: World, method: Method) -> int:
+def checked_leaves(leaves: int | None, world: World, method: Method, then: Method | None = None) -> int:
     """Return the number of leaves of sums over batches, see `prune`.
+
+    Args:
+        leaves: the number, or None.
+        world: the ranks.
+        method: the method.
+        then: the method that runs after it; None for none.
 
     Raises:
         TypeError: it is no whole number.
@@ -48,12 +54,13 @@ def checked_leaves(leaves: int | None, world: World, method: Method) -> int:
         raise TypeError(f"leaves: expected a power of two up to {MOST_LEAVES}, got {leaves!r}")
     if leaves is not None and (not 1 <= leaves <= MOST_LEAVES or leaves & (leaves - 1)):
         raise ValueError(f"leaves: expected a power of two up to {MOST_LEAVES}, got {leaves}")
-    if not isinstance(method, LinearMethod):
+    if not isinstance(method, (LinearMethod, ExpertMethod)):
         if leaves not in (None, 1):
             raise ValueError(f"leaves: expected None for {type(method).__name__}, which does not work block by block, got {leaves}")
         refuse_ranks("method", f"{type(method).__name__} does not work block by block")
-    if isinstance(method, BlockMethod):
-        refuse_ranks("method", f"{type(method).__name__} needs the inputs of all tokens in one place")
+    for argument, own in (("method", method), ("then", then)):
+        if isinstance(own, BlockMethod):
+            refuse_ranks(argument, f"{type(own).__name__} needs the inputs of all tokens in one place")
     found = leaves or (LEAVES if world.size > 1 else 1)
     if found % world.size:
         raise ValueError(

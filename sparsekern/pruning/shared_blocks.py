@@ -16,7 +16,7 @@ from ..models.weight_files import weight_files
 from ..ranks import World
 from ..reports.report import LayerReport
 from ..runtime.streamed import made_part
-from .checkpoint import Checkpoint, StreamedCheckpoint
+from .checkpoint import Checkpoint, ReportLike, StreamedCheckpoint
 from .run import BlockResult
 
 
@@ -34,7 +34,7 @@ class SharedBlocks:
             count: the number of blocks, one more for the linears outside them.
             follow: makes the checkpoint that a streamed model of another rank reads finished blocks from; None for a model in memory.
         """
-        self._world, self._own = world, own
+        self._world, self._own, self._count = world, own, count
         finished = [] if own is None else [index for index in range(count) if own.holds(index)]
         self._finished = set(world.from_first("finished blocks", finished))
         self._new: list[int] = []
@@ -77,6 +77,30 @@ class SharedBlocks:
                 weights[linear.name] = weights[linear.name].contiguous()
             self._world.broadcast(weights[linear.name], 0)
         return BlockResult(weights, layers)
+
+    def for_stage(self, stage: str) -> SharedBlocks:
+        """Return the blocks of a method that runs after the first one, see `Checkpoint.for_stage`. All ranks call this."""
+        return SharedBlocks(self._world, None if self._own is None else self._own.for_stage(stage), self._count + 1)
+
+    def read(
+        self, index: int, make_report: Callable[[dict], ReportLike]
+    ) -> tuple[dict[str, torch.Tensor], list[ReportLike]] | None:
+        """Return what `Checkpoint.read` returns on the first rank. Its tensors are small."""
+        if index not in self._finished:
+            return None
+        found = None if self._own is None else self._own.read(index, lambda layer: layer)
+        told = None
+        if found is not None:
+            tensors, layers = found
+            kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+            told = [{name: [kinds[name], tensor.tolist()] for name, tensor in tensors.items()}, layers]
+        told_tensors, told_layers = self._world.from_first(f"read {index}", told)
+        same = {name: torch.tensor(values, dtype=getattr(torch, kind)) for name, (kind, values) in told_tensors.items()}
+        return same, [make_report(layer) for layer in told_layers]
+
+    def damaged(self, index: int, reason: object) -> ValueError:
+        """Return the error for a damaged entry."""
+        return ValueError(f"block {index}: {reason}") if self._own is None else self._own.damaged(index, reason)
 
     def drop_unused(self) -> None:
         """Remove the checkpoint from its output folder unless it holds a finished block."""

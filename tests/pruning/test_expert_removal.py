@@ -9,7 +9,9 @@ import transformers as tf
 import sparsekern
 from sparsekern import ExpertPruning, ExpertReport
 from sparsekern.pruning import checkpoint
+from sparsekern.pruning.blockwise.shares import Share
 from sparsekern.pruning.experts.scores import ExpertScores
+from sparsekern.ranks import World
 from tests.models.families import tiny_ids, tiny_model
 from tests.models.test_mixtures import dense
 
@@ -191,7 +193,7 @@ def test_an_output_that_is_not_finite_names_expert_and_sample():
 
 
 def test_experts_that_are_called_twice_are_refused():
-    scores = ExpertScores([], [], {})
+    scores = ExpertScores([], Share(World(), [], 1), [], {})
     scores._calls["experts"] = 0
     experts = type("Experts", (), {"name": "experts"})()
     with pytest.raises(ValueError, match="model: experts is called more than once in a forward"):

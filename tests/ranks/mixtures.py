@@ -22,3 +22,14 @@ def pruned(
     report = sparsekern.prune(model, method, out=out, **arguments)
     layers = [(layer.name, layer.pattern, layer.zeros, layer.error) for layer in report.layers]
     return None if stream else state_digest(model), layers
+
+
+def removed(rank: int, folder: str, method, out=None, options: Mapping = MappingProxyType({})):
+    """Return the digest of the smaller model on this rank, the scores and removed experts of each layer, and the report of `then`."""
+    model = sparsekern.load(folder)
+    ids = torch.randint(300, (12, 20), generator=torch.Generator().manual_seed(1))
+    arguments = {"calibration": ids, "batch_size": 1, "progress": False, "leaves": 8} | dict(options)
+    report = sparsekern.prune(model, method, out=out, **arguments)
+    layers = [(layer.name, layer.scores, layer.tokens, layer.removed) for layer in report.layers]
+    after = [(layer.name, layer.zeros, layer.error) for layer in report.then.layers] if report.then else []
+    return state_digest(model), layers, after, report.resumed_blocks

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 import sparsekern
-from sparsekern import SparseGPT
+from sparsekern import ExpertPruning, SparseGPT
+from sparsekern.pruning.checkpoint import Checkpoint
 from tests import tiny
 
-from .mixtures import pruned
+from .mixtures import pruned, removed
 from .pool import succeeded
 from .runs import digests, state_digest
 
-RUN = "tests.ranks.mixtures:pruned"
+RUN, REMOVE = "tests.ranks.mixtures:pruned", "tests.ranks.mixtures:removed"
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,37 @@ def test_an_expert_is_unseen_only_if_no_rank_has_a_token_for_it(ranks, folder):
     dense = [layer[0] for layer in expected[1] if layer[1] == "dense"]
     assert 0 < len(dense) < len(expected[1]) and all(".experts." in name for name in dense)
     assert succeeded(ranks.run(4, RUN, *arguments)) == [expected] * 4
+
+
+def test_four_ranks_remove_the_experts_that_one_does(ranks, folder, tmp_path):
+    options = {"then": "sparsegpt", "pattern": "2:4"}
+    expected = removed(0, folder, ExpertPruning(remove=0.3), tmp_path / "1", options)
+    answers = succeeded(ranks.run(4, REMOVE, folder, ExpertPruning(remove=0.3), tmp_path / "4", options))
+    assert answers == [expected] * 4
+    assert digests(tmp_path / "4") == digests(tmp_path / "1")
+
+
+def test_scores_are_those_of_one_process(ranks, folder):
+    _, alone, _, _ = removed(0, folder, ExpertPruning(), None, {"leaves": 1})
+    (_, found, _, _), _ = succeeded(ranks.run(2, REMOVE, folder, ExpertPruning()))
+    for (name, scores, *rest), (other, own_scores, *own_rest) in zip(found, alone, strict=True):
+        assert (name, rest) == (other, own_rest)
+        assert scores == pytest.approx(own_scores, rel=1e-12)
+
+
+def test_a_removal_goes_on_with_another_number_of_ranks(ranks, folder, tmp_path, monkeypatch):
+    options = {"then": "sparsegpt", "pattern": "2:4"}
+    expected = removed(0, folder, ExpertPruning(), tmp_path / "1", options)
+
+    def interrupted(self, number, result, save=Checkpoint.save):
+        save(self, number, result)
+        if (self.stage, number) == ("then-", 1):
+            raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Checkpoint, "save", interrupted)
+        removed(0, folder, ExpertPruning(), tmp_path / "2", options)
+    answers = succeeded(ranks.run(2, REMOVE, folder, ExpertPruning(), tmp_path / "2", options | {"resume": True}))
+    assert [answer[:3] for answer in answers] == [expected[:3]] * 2
+    assert digests(tmp_path / "2") == digests(tmp_path / "1")
+    assert {answer[3] for answer in answers} == {3}

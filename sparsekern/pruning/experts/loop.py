@@ -26,12 +26,14 @@ from ..blockwise.activations import Activations
 from ..blockwise.course import Course
 from ..blockwise.loop import BlockLoop
 from ..blockwise.observation import course_of
+from ..blockwise.shares import Share
 from ..blockwise.trace import forward
 from ..checkpoint import Checkpoint, StreamedCheckpoint
 from ..plan import Plan, Request, check_device
 from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext, running
 from ..session import batches_for, check_format_fits, prepared
+from ..shared_blocks import SharedBlocks
 from .scores import ExpertScores
 
 EXPERT = re.compile(r"(^|[._])experts?[._]")  # in names of tensors
@@ -56,6 +58,11 @@ class ExpertPlan:
     then: Plan | None = None
 
     @property
+    def parts(self) -> tuple[tuple[Mixture, ...], ...]:
+        """What is reported of each block."""
+        return self.mixtures
+
+    @property
     def steps(self) -> int:
         """The number of mixtures, each of which is reported."""
         return len(self.cut.mixtures)
@@ -68,12 +75,13 @@ class ExpertPlan:
         return {"then": self.request.then.settings(), **self.then.settings}
 
 
-class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
+class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | SharedBlocks]):
     """The loop of `ExpertMethod`."""
 
     REPORT = ExpertReport
+    share: Share  # of the batches, set where experts are scored
 
-    def __init__(self, context: RunContext[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]) -> None:
+    def __init__(self, context: RunContext[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | SharedBlocks]) -> None:
         super().__init__(context)
         self.notices = Notices()
         self.kept: dict[str, torch.Tensor] = {}
@@ -134,7 +142,8 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
         activations = None
         if len(held) < len(planned):
             with context.clock.phase("capture"):
-                activations = Activations(context.model, context.batches, plan.course)
+                self.share = Share(context.world, context.batches, context.leaves)
+                activations = Activations(context.model, self.share.batches, plan.course)
         for index in plan.course.order:
             if index in held:
                 self._restore(index)
@@ -152,16 +161,19 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
         """Score the experts of a block, which runs once meanwhile."""
         begin = self.context.clock.now()
         course, found = self.plan.course, [mixture.experts for mixture in self.plan.mixtures[index]]
-        batches = [batch for batch in self.context.batches if index in course.traces[batch.given].order]
-        scores = ExpertScores(found, batches, {experts.name: course.masks(experts.name, index)[0] for experts in found})
+        batches = [batch for batch in self.share.batches if index in course.traces[batch.given].order]
+        masks = {experts.name: course.masks(experts.name, index)[0] for experts in found}
+        scores = ExpertScores(found, self.share, batches, masks)
         with self.context.clock.phase("score"), watched(found, scores.visit):
             activations.advance(index)
         scores.check_complete()
+        with self.context.clock.phase("exchange" if self.context.world.size > 1 else "score"):
+            sums = scores.result()
         seconds = (self.context.clock.now() - begin) / len(found)
-        layers = [self._chosen(mixture, scores.sums[mixture.experts.name], seconds) for mixture in self.plan.mixtures[index]]
+        layers = [self._chosen(mixture, sums[mixture.experts.name], seconds) for mixture in self.plan.mixtures[index]]
         if self.context.checkpoint:
             with self.context.clock.phase("write"):
-                self.context.checkpoint.save(index, BlockResult(_tensors(scores.sums), layers))
+                self.context.checkpoint.save(index, BlockResult(_tensors(sums), layers))
         self.context.record(layers)
 
     def _restore(self, index: int) -> None:
@@ -199,11 +211,11 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
             )
         return MixtureReport(name, scores.tolist(), sums.tokens.tolist(), removed, seconds)
 
-    def _checkpoint_of_then(self) -> Checkpoint | None:
+    def _checkpoint_of_then(self) -> Checkpoint | SharedBlocks | None:
         if self.context.checkpoint is None:
             return None
         checkpoint, stream = self.context.checkpoint.for_stage("then"), stream_of(self.context.model)
-        if stream is None:
+        if stream is None or isinstance(checkpoint, SharedBlocks):
             return checkpoint
         return StreamedCheckpoint(checkpoint, self.context.model, stream, self.plan.request.format)
 
@@ -219,6 +231,8 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint]):
             "checkpoint": self._checkpoint_of_then(),
             "report": report,
             "progress": context.progress.enabled,
+            "world": context.world,
+            "leaves": context.leaves,
         }
         with running(context.model, plan, then, batches, **options) as inner:
             BlockLoop(inner).run()

@@ -8,27 +8,30 @@ import torch
 
 from ...methods import ExpertSums
 from ...models.experts import Experts, ExpertsCall
+from ...ranks import TreeSum
+from ...ranks.sums import add_over_ranks
 from ..batches import Batch
+from ..blockwise.shares import Share
 
 
 class ExpertScores:
-    """Sums of the experts of one block. `visit` adds one call of fused experts, batch after batch.
+    """Sums of the experts of one block. `visit` adds one call of fused experts, batch after batch."""
 
-    Attributes:
-        sums: the sums, by the name of the experts.
-    """
-
-    def __init__(self, found: Iterable[Experts], batches: Sequence[Batch], masks: Mapping[str, str | None]) -> None:
+    def __init__(self, found: Iterable[Experts], share: Share, batches: Sequence[Batch], masks: Mapping[str, str | None]) -> None:
         """Make empty sums.
 
         Args:
             found: the experts of the block.
-            batches: the batches that run the block, in order.
+            share: the batches of this rank, and their leaves.
+            batches: those of them that run the block, in order.
             masks: the name of the padding mask that the tokens of the experts follow, by the name of the experts.
         """
-        self.batches, self._masks = batches, masks
-        self.sums = {experts.name: ExpertSums.zeros(experts.count, experts.stacked("down_proj").device) for experts in found}
-        self._calls = dict.fromkeys(self.sums, 0)
+        self.batches, self._share, self._masks = batches, share, masks
+        self._sums = {
+            experts.name: {leaf: ExpertSums.zeros(experts.count, experts.stacked("down_proj").device) for leaf in share.leaves}
+            for experts in found
+        }
+        self._calls = dict.fromkeys(self._sums, 0)
 
     def visit(self, experts: Experts, call: ExpertsCall) -> None:
         """Add a call of `experts`, whose tokens are those of the next batch; padding is left out.
@@ -48,7 +51,7 @@ class ExpertScores:
                 f"{experts.name}: called with {call.tokens} tokens for a padded batch of {mask.numel()}, which does not tell which are "
                 "padding; calibrate with samples of one length"
             )
-        sums = self.sums[experts.name]
+        sums = self._sums[experts.name][self._share.leaf_of(batch)]
         for expert, (rows, weights) in enumerate(call.by_expert(experts.count)):
             if mask is not None:
                 real = mask.flatten()[rows % call.tokens]
@@ -64,6 +67,19 @@ class ExpertScores:
         for name, calls in self._calls.items():
             if calls != len(self.batches):
                 raise ValueError(f"model: {name} was called for {calls} of {len(self.batches)} batches, expected once for each")
+
+    def result(self) -> dict[str, ExpertSums]:
+        """Return the sums over the batches of all ranks, by the name of the experts. All ranks call this."""
+        self._share.world.agree("scores")
+        found = {}
+        for name, by_leaf in self._sums.items():
+            tree: TreeSum[ExpertSums] = TreeSum(ExpertSums.plus)
+            for sums in by_leaf.values():
+                tree.put(sums)
+            found[name] = tree.result()
+            for tensor in vars(found[name]).values():
+                add_over_ranks(self._share.world, tensor)
+        return found
 
 
 def _not_finite(experts: Experts, expert: int, outputs: torch.Tensor, tokens: torch.Tensor, count: int, batch: Batch) -> ValueError:
