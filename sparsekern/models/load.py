@@ -106,7 +106,7 @@ def load(
     _check_complete(model, loading, str(source))
     if gguf:
         _forget_quantization(model)
-        _say_what_is_lost(model, loading, str(source))
+        _refuse_to_lose(model, loading, str(source))
     else:
         _remember_source(model, loading, source, place, trust_remote_code)
     return model.eval() if stream else model.eval().to(device)
@@ -267,14 +267,13 @@ def _remember_source(
         )
 
 
-def _say_what_is_lost(model: torch.nn.Module, loading: dict[str, Any], source: str) -> None:
-    """Warn of tensors in a GGUF file that its class does not know. Their blocks have no form in which they could be saved."""
+def _refuse_to_lose(model: torch.nn.Module, loading: dict[str, Any], source: str) -> None:
+    """Raise `ValueError` if a GGUF file holds tensors that its class does not know, which have no form to be saved in."""
     lost = sorted(name for name in loading["unexpected_keys"] if "rope_f" not in name)  # rope_freqs and the like are in the config
     if lost:
-        warn(
-            f"model: {source!r} holds {len(lost)} tensors that {type(model).__name__} does not know, {lost[0]} among them; "
-            "they are neither loaded nor saved",
-            stacklevel=3,
+        raise ValueError(
+            f"model: {source!r} holds {len(lost)} tensors that {type(model).__name__} does not know, {lost[0]} among them, and from "
+            "GGUF they cannot be saved along; load the model's safetensors folder instead"
         )
 
 

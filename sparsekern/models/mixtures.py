@@ -19,6 +19,7 @@ from torch import nn
 
 from .expert_layouts import DbrxExperts, find_experts
 from .experts import Experts
+from .gates import listed_experts
 from .linears import is_unread, mark_unread
 from .streaming import stream_of
 
@@ -54,6 +55,7 @@ class Cut:
         mixtures: the mixtures, each of which keeps `left` experts.
         left: number of experts that stay in each.
         model: the model.
+        count: number of experts in each before.
         tensors: owner of the tensor, its name there, the dimension along which it is cut, and its mixture.
         numbers: module or config, name and new value.
     """
@@ -61,6 +63,7 @@ class Cut:
     mixtures: list[Mixture]
     left: int
     model: nn.Module
+    count: int
     tensors: list[tuple[nn.Module, str, int, Mixture]] = field(default_factory=list)
     numbers: list[tuple[Any, str, int]] = field(default_factory=list)
 
@@ -72,7 +75,9 @@ class Cut:
         """
 
         def choose(tensor: torch.Tensor, dim: int, mixture: Mixture) -> torch.Tensor:
-            return tensor.index_select(dim, kept[mixture.experts.name].to(tensor.device))
+            each = torch.arange(tensor.shape[dim] // self.count)
+            rows = (kept[mixture.experts.name].cpu()[:, None] * len(each) + each).flatten()
+            return tensor.index_select(dim, rows.to(tensor.device))
 
         self._stream(choose)
         self._cut(choose)
@@ -84,7 +89,7 @@ class Cut:
         """Keep the first experts of each mixture within, by views that take no memory, and restore the model afterwards."""
 
         def narrow(tensor: torch.Tensor, dim: int, _: Mixture) -> torch.Tensor:
-            return tensor.narrow(dim, 0, self.left)
+            return tensor.narrow(dim, 0, tensor.shape[dim] // self.count * self.left)
 
         tensors = [_tensor(module, name) for module, name, _, _ in self.tensors]
         numbers = [getattr(owner, name) for owner, name, _ in self.numbers]
@@ -127,11 +132,14 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
     """
     found = []
     for experts in find_experts(model):
-        if isinstance(experts, DbrxExperts):
-            raise ValueError(f"model: {experts.name} stores all its experts in one matrix, so they cannot be removed")
         owner = experts.name.rpartition(".")[0]
         groups, chosen = (_number_in(model.get_submodule(owner), name) for name in ("num_group", "topk_group"))
         found.append(Mixture(experts, owner, groups, chosen))
+    if not found and (lists := listed_experts(model, "")):
+        raise ValueError(
+            f"model: {next(iter(lists)).removeprefix('.')} holds experts that are modules of their own, which removal cannot score; "
+            "expected experts in parameters of three dimensions"
+        )
     if not found:
         raise ValueError(
             f"model: expected a mixture of experts in parameters of three dimensions, got {type(model).__name__}, where none was found"
@@ -157,12 +165,12 @@ def plan_cut(model: nn.Module, mixtures: list[Mixture], left: int) -> Cut:
     if not settings:
         raise ValueError(f"model: found no number in the config of {type(model).__name__} that makes {count} experts {left}")
     smaller = _built(model, settings, left)
-    cut = Cut(mixtures, left, model)
+    cut = Cut(mixtures, left, model, count)
     for module_name, module in model.named_modules(remove_duplicate=False):
         other = smaller.get_submodule(module_name)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor):
-                _compare(cut, module_name, module, name, tensor, _tensor(other, name), count)
+                _compare(cut, module_name, module, name, tensor, _tensor(other, name))
         for name, value in vars(module).items():
             if type(value) is int and type(wanted := getattr(other, name, None)) is int and value != wanted:
                 cut.numbers.append((module, name, wanted))
@@ -171,7 +179,7 @@ def plan_cut(model: nn.Module, mixtures: list[Mixture], left: int) -> Cut:
     return cut
 
 
-def _compare(cut: Cut, module_name: str, module: nn.Module, name: str, tensor: Any, other: Any, count: int) -> None:
+def _compare(cut: Cut, module_name: str, module: nn.Module, name: str, tensor: Any, other: Any) -> None:
     """Note that a tensor has to be cut if it is smaller with fewer experts."""
     if other is None or tensor.shape == other.shape:
         return
@@ -179,7 +187,9 @@ def _compare(cut: Cut, module_name: str, module: nn.Module, name: str, tensor: A
     owners = [mixture for mixture in cut.mixtures if whole.startswith(f"{mixture.owner}.") or not mixture.owner]
     different = [dim for dim, sizes in enumerate(zip(tensor.shape, other.shape, strict=False)) if sizes[0] != sizes[1]]
     sizes = [(tensor.shape[dim], other.shape[dim]) for dim in different]
-    if tensor.dim() != other.dim() or sizes != [(count, cut.left)] or not owners:
+    one_below_another = any(module in mixture.experts.holders for mixture in owners if isinstance(mixture.experts, DbrxExperts))
+    rows = len(tensor) // cut.count if one_below_another else 1
+    if tensor.dim() != other.dim() or sizes != [(cut.count * rows, cut.left * rows)] or not owners:
         raise ValueError(
             f"model: {whole} depends on the number of experts in an unknown way: {tuple(tensor.shape)} becomes {tuple(other.shape)}"
         )

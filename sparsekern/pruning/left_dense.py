@@ -32,7 +32,7 @@ def say_what_stays_dense(blocks: Blocks, linears: list[list[Linear]]) -> None:
     ]
     if stacked:
         warnings.warn(
-            f"{stacked[0]} and {len(stacked) - 1} more parameters of the blocks are not linear layers and stay dense",
+            f"{shortened(stacked)}: parameters of the blocks that are not linear layers stay dense",
             SparsekernWarning,
             stacklevel=4,
         )

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsekern
-from sparsekern.models.load import BUILTIN, _say_what_is_lost, builtin_gguf, device_of, load_tokenizer
+from sparsekern.models.load import BUILTIN, _refuse_to_lose, builtin_gguf, device_of, load_tokenizer
 from tests import tiny
 
 
@@ -171,14 +171,14 @@ def test_missing_gguf_reader_names_the_extra(tmp_path, monkeypatch):
         sparsekern.load(tmp_path / "a.gguf", device="cpu")
 
 
-def test_tensors_of_a_gguf_file_that_are_lost_are_named():
-    with pytest.warns(
-        sparsekern.SparsekernWarning, match="'a.gguf' holds 2 tensors that Linear does not know, blk.9.nextn.a among"
+def test_tensors_of_a_gguf_file_that_would_be_lost_are_refused():
+    with pytest.raises(
+        ValueError, match="'a.gguf' holds 2 tensors that Linear does not know, blk.9.nextn.a among them, and from GGUF they cannot"
     ):
-        _say_what_is_lost(
+        _refuse_to_lose(
             torch.nn.Linear(1, 1), {"unexpected_keys": {"blk.9.nextn.b", "blk.9.nextn.a", "rope_freqs.weight"}}, "a.gguf"
         )
-    _say_what_is_lost(torch.nn.Linear(1, 1), {"unexpected_keys": {"rope_freqs.weight"}}, "a.gguf")
+    _refuse_to_lose(torch.nn.Linear(1, 1), {"unexpected_keys": {"rope_freqs.weight"}}, "a.gguf")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Experts cut out of a mixture: the folder is an ordinary model, with the logits of the dense one whose router avoids the others."""
 
+import functools
 from unittest import mock
 
 import pytest
@@ -27,6 +28,7 @@ COUNT = {  # in the config
     "granitemoe": "num_local_experts",
     "gemma4_moe": "num_experts",
     "nemotron_h": "n_routed_experts",
+    "dbrx": "ffn_config.moe_num_experts",
 }
 KEPT = [0, 2, 3, 5, 6, 7]  # of two groups of four, three each
 IDS = tiny_ids(2, 12)
@@ -34,7 +36,8 @@ IDS = tiny_ids(2, 12)
 
 def dense(name: str):
     config = ZOO[name].config()
-    setattr(config, COUNT[name], EXPERTS)
+    *path, setting = COUNT[name].split(".")
+    setattr(functools.reduce(getattr, path, config), setting, EXPERTS)
     torch.manual_seed(0)
     model = getattr(tf, ZOO[name].architecture)(config).eval()
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("bias")]
@@ -126,7 +129,10 @@ def test_a_config_inside_another_is_found():
     ("model", "message"),
     [
         (lambda: tiny_model("llama"), "expected a mixture of experts in parameters of three dimensions, got LlamaForCausalLM"),
-        (ZOO["dbrx"].model, "transformer.blocks.0.ffn.experts stores all its experts in one matrix, so they cannot be removed"),
+        (
+            ZOO["nllb_moe"].model,
+            "model.encoder.layers.1.ffn.experts holds experts that are modules of their own, which removal cannot",
+        ),
     ],
 )
 def test_what_cannot_be_cut(model, message):
