@@ -32,6 +32,25 @@ def test_perplexity_reads_each_block_once(streamed, tmp_path, monkeypatch):
     assert value == sparsekern.perplexity(sparsekern.load(tmp_path / "model", device="cpu"), ids, length=8)
 
 
+@torch.no_grad()
+def test_forwards_that_skip_blocks_wait_for_the_others(streamed, monkeypatch):
+    read, inner = counted(streamed, monkeypatch), streamed.model
+
+    def through(*blocks):
+        @torch.no_grad()
+        def run():
+            x = inner.embed_tokens(tiny_ids(1, 6))
+            positions = inner.rotary_emb(x, torch.arange(6)[None])
+            for block in blocks:
+                x = inner.layers[block](x, position_embeddings=positions)
+            return x
+
+        return run
+
+    found = list(in_step(streamed, [through(2), through(0, 1, 2), through(1, 2)]))
+    assert len(found) == 3 and sorted(read) == [0, 1, 2]
+
+
 def test_results_come_in_the_order_of_the_calls(streamed):
     ids = tiny_ids(4, 6)
     with torch.no_grad():
