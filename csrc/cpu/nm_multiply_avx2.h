@@ -9,7 +9,7 @@
 // float, the multiply-add, and a share of the loads and transpositions of slots and positions: 7.5 instructions, and nothing is added up
 // at the end of a row. That is 0.47 a weight of 2:4, 0.43 of 4:8, 0.25 of 1:4, and 0.55 of 2:4 in float32, whose slots hold half as many
 // values to transpose. A Zen 3 at 3.24 GHz does 18 G weights of 2:4 a second on a core in the cache, which are 20 GB/s, and 12 G from
-// memory. Prefetching the rows, or the next eight, made it slower.
+// memory. Prefetching the rows, or the next eight, made 2:4 slower.
 #pragma once
 
 #include <cstdint>
