@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def load(
         ValueError: a folder or file without a model, or with a damaged one; weights that are missing or of another shape, which
             transformers would fill with random numbers; an adapter; an unknown dtype or device. Weights are read from safetensors or
             GGUF: nothing is unpickled.
+        TypeError: `source` is not a name or path.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
 
@@ -79,7 +81,7 @@ def load(
     """
     device = device_of(device)
     place, gguf = _locate(source)
-    if stream and (gguf or not Path(place).is_dir()):
+    if stream and (gguf or not any(Path(place).glob("*.safetensors"))):
         raise ValueError(
             f"stream: expected a local folder with safetensors files, which can be read block by block, got {str(source)!r}"
         )
@@ -124,6 +126,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
 
     Raises:
         ValueError: a folder or file without a tokenizer, or with a damaged one.
+        TypeError: `source` is not a name or path.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.
 
@@ -174,6 +177,8 @@ def builtin_gguf() -> Path:
 
 def _locate(source: str | Path) -> tuple[str, Path | None]:
     """Return the place that transformers loads from, and the GGUF file where it is one."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"model: expected {MODELS}, got a {type(source).__name__}")
     name = str(source)
     if name.startswith("builtin:"):
         if name != BUILTIN:

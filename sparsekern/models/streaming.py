@@ -228,6 +228,10 @@ class Stream:
             if (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype_of(stored), stored.shape)
         }
 
+    def read_outside(self, model: Any) -> dict[str, list[str]]:
+        """Return by the name of a tensor outside the blocks its names in the model, for those that the model reads."""
+        return {name: found for name, found in names_in(model, self.outside, self._settings.weight_mapping or []).items() if found}
+
     def put(self, model: Any, tensors: Tensors, part: Part) -> None:
         """Fill in weights of the model from the tensors of a part.
 

@@ -42,7 +42,7 @@ def weight_files(folder: Path, named: str | None = None, extra: Sequence[str] = 
         extra: further files that the class of the config names.
 
     Raises:
-        ValueError: the index is damaged, or names a file that is missing.
+        ValueError: the index is damaged, or names no file or one that is missing.
     """
     main = folder / (named or SINGLE)
     if named is None and not main.is_file():
@@ -76,6 +76,8 @@ def _files_of_index(path: Path) -> list[Path]:
         files = [path.parent / name for name in names]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name}: the file is damaged ({error})") from error
+    if not files:
+        raise ValueError(f"{path.name} names no file")
     for file in files:
         if not file.is_file():
             raise ValueError(f"{path.name} names {file.name}, which is missing")

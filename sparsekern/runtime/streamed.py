@@ -42,6 +42,7 @@ def stored_part(
     """
     state = _state(model, stream, index)
     state = {name: state[name] for name in names} if names is not None else state
+    held = set(state)
     original = stream.named_as_stored(model, state)
     packed: dict[str, dict[str, Any]] = {}
     for known in dense_packables(model).values() if format != DENSE else ():
@@ -51,8 +52,11 @@ def stored_part(
             del state[known.parameter_name]
             state |= {f"{known.packed_name}.{part}": tensor for part, tensor in layer.tensors.items()}
     tensors = stream.named_as_stored(model, state) if packed else original
-    gone = original.keys() - tensors.keys() if index == len(stream.blocks) else ()
-    return tensors, made_part(index, tensors, format, packed, sorted(name for name in gone if name in stream.stored))
+    replaced: list[str] = []
+    if index == len(stream.blocks):
+        read = stream.read_outside(model).items()
+        replaced = sorted(name for name, targets in read if held.intersection(targets) and name not in tensors)
+    return tensors, made_part(index, tensors, format, packed, replaced)
 
 
 def made_part(index: int, names: Iterable[str], format: str, packed: Mapping[str, Any], replaced: Iterable[str] = ()) -> Part:
@@ -97,7 +101,10 @@ def write_parts(model: nn.Module, stream: Stream, folder: Path, format: str) -> 
         return []
     parts = []
     for index in range(len(stream.blocks)):
-        changed = stream.is_edited(index) or bool(stream.differing(stream.as_stored(model, index)))
+        stored = stream.as_stored(model, index)
+        part = stream.parts.get(index)
+        renamed = not (part and part.packed) and stored.keys() != set(stream.names[index])  # such as a prefix that was missing
+        changed = renamed or stream.is_edited(index) or bool(stream.differing(stored))
         if not changed and _format_of(stream, index) == format:
             continue
         changed |= _format_of(stream, index) != DENSE
@@ -135,7 +142,9 @@ def _write_outside(model: nn.Module, stream: Stream, folder: Path, format: str) 
     state = _state(model, stream, index)
     dense = stream.named_as_stored(model, {name: state[name] for name in unpacked}).keys() & tensors.keys() if unpacked else set()
     changed = tensors.keys() & stream.stored.keys() if stream.is_edited(index) else set()
-    wanted = sorted(packed | dense | stream.differing(tensors) | changed)
+    targets = [target for name, found in stream.read_outside(model).items() if name in part.replaced for target in found]
+    renamed = stream.named_as_stored(model, {name: state[name] for name in targets if name in state}).keys() & tensors.keys()
+    wanted = sorted(packed | dense | renamed | stream.differing(tensors) | changed)
     if wanted:
         _write(folder / f"block-{index:05d}.safetensors", {name: tensors[name] for name in wanted})
     return made_part(index, wanted, format, part.packed, [*part.replaced, *sorted(before - packed)])

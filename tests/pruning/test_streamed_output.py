@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 import sparsekern
 from tests.models.families import tiny_ids
@@ -233,3 +234,36 @@ def test_a_killed_removal_of_experts_goes_on(solved, tmp_path, monkeypatch):
         removed(folder, tmp_path / "out", stream=True, **THEN)
     removed(folder, tmp_path / "out", stream=True, resume=True, **THEN)
     check_same_folder(tmp_path / "out", tmp_path / "whole")
+
+
+def old_gpt2(tensors):
+    """As GPT-2 is on the hub: without a prefix, and with masks that no class reads any more."""
+    masks = {f"h.{index}.attn.bias": torch.ones(1, 1, 8, 8) for index in range(3)}
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"} | masks
+
+
+def old_bert(tensors):
+    """As BERT is on the hub: gamma and beta are the weights of its norms."""
+    return {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def bert():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    return tf.BertForMaskedLM(tf.BertConfig(vocab_size=96, max_position_embeddings=64, **sizes))
+
+
+@pytest.mark.filterwarnings("ignore:model. .* holds 3 tensors")
+@pytest.mark.parametrize("format", ["dense", "packed"])
+@pytest.mark.parametrize(("make", "old"), [(KINDS["gpt2"], old_gpt2), (bert, old_bert)], ids=["gpt2", "bert"])
+def test_weights_under_old_names(make, old, format, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file(old(load_file(path)), path, {"format": "pt"})
+    options = {"include": ["*.1.*", "cls.predictions.transform.dense"] if make is bert else "*.1.*", "format": format}
+    pruned(tmp_path / "model", tmp_path / "whole", stream=False, **options)
+    pruned(tmp_path / "model", tmp_path / "streamed", stream=True, **options)
+    check_same_folder(tmp_path / "streamed", tmp_path / "whole")
