@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,14 @@ from tqdm import tqdm
 
 from .._info import info
 from .._warnings import SparsekernWarning
+from ..ranks import World
 from . import bench, continual, evaluate, prune
 from .common import DEFAULT_TEXT
 from .parser import make_parser
+from .ranks import HeardWarnings, joined, rank, ranks
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C stopped
+GRACE = 1  # seconds for the first rank to print an error, since torchrun ends all ranks once one of them has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,19 +42,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         for about_code in () if arguments.debug else (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", about_code)  # they address developers of other packages
         warnings.simplefilter("always", SparsekernWarning)
-        warnings.showwarning = _show_warning
+        heard = HeardWarnings()
+        warnings.showwarning = partial(_show_warning, heard)
         try:
             code = 2  # an error before any work is one of usage
-            work = _prepared(arguments)
-            code = 1
-            work()
+            with joined(arguments, f"sparsekern {arguments.name}: rank {rank()} stopped{_hint(arguments)}"):
+                world = World.current()
+                with world.together():
+                    work = _prepared(arguments)
+                    code = 1
+                    work()
+                    for text in heard.share(world):
+                        tqdm.write(text, file=sys.stderr)
         except KeyboardInterrupt:
-            hint = f"; {_kind_of_prune(arguments).interrupted_hint(arguments)}" if arguments.name == "prune" else ""
-            print(f"sparsekern {arguments.name}: interrupted{hint}", file=sys.stderr)
+            print(f"sparsekern {arguments.name}: interrupted{_hint(arguments)}", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:  # the boundary of the program prints one line instead of a traceback
             return _failed(arguments, error, code)
     return 0
+
+
+def _hint(arguments: argparse.Namespace) -> str:
+    """Return what to do after the command was stopped, as the end of a line."""
+    if arguments.name != "prune":
+        return ""
+    arguments.calibration = arguments.calibration or [DEFAULT_TEXT]
+    return f"; {_kind_of_prune(arguments).interrupted_hint(arguments)}"
 
 
 def _prepared(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -75,7 +92,9 @@ def _print_info(as_json: bool) -> None:
 
 def _failed(arguments: argparse.Namespace, error: Exception, code: int) -> int:
     """Print the error in one line, or as a traceback with `--debug`, and return the exit code."""
-    if arguments.debug:
+    if rank() and not isinstance(error, ConnectionError):  # the first rank prints the same
+        time.sleep(GRACE)
+    elif arguments.debug:
         traceback.print_exception(error)
     else:
         print(f"sparsekern {arguments.name}: error: {_one_line(error)}", file=sys.stderr)
@@ -111,6 +130,7 @@ def _log_shown() -> Iterator[None]:
 
 
 def _show_warning(
+    heard: HeardWarnings,
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -119,4 +139,8 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     place = "" if issubclass(category, SparsekernWarning) else f"{filename}:{lineno}: "
-    tqdm.write(f"warning: {place}{message}", file=sys.stderr)  # beside a progress bar, not into it
+    text = f"warning: {place}{message}"
+    if ranks() > 1:
+        heard.texts.append(text)
+    if not rank():
+        tqdm.write(text, file=sys.stderr)  # beside a progress bar, not into it

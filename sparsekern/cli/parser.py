@@ -131,6 +131,12 @@ def _add_calibration(group) -> None:
     group.add_argument("--samples", type=types.count, metavar="N", help="windows of text (128), sentences for kprune (1024)")
     group.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
     group.add_argument("--seed", type=types.seed, default=0, metavar="N", help="seed of all random numbers (0)")
+    group.add_argument(
+        "--leaves",
+        type=types.count,
+        metavar="N",
+        help="parts that statistics are summed in (1; under torchrun 8), see large-models.md",
+    )
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
     group.add_argument(
         "--weighting",

@@ -19,6 +19,7 @@ from ..pattern import Pattern
 from ..pruning import prune
 from ..pruning.removal.loop import encoder_to_cut
 from ..pruning.saving import check_out, described, is_finished, rewrite_reports
+from ..ranks import World
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
@@ -44,7 +45,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     pattern = _pattern(arguments, method, then)
     if isinstance(method, RemovalMethod) and arguments.evaluate:
         raise ValueError(f"--evaluate: perplexity is of causal language models, which {method.name} does not prune")
-    check_out(arguments.out, "--out", resume=arguments.resume)
+    if World.current().leads:
+        check_out(arguments.out, "--out", resume=arguments.resume)
     check_isa()
     return partial(_prune, arguments, method, then, pattern, source, text)
 
@@ -117,11 +119,14 @@ def _prune(
         format=arguments.format,
         then=then,
         max_memory=arguments.max_memory,
+        leaves=arguments.leaves,
     )
     if held_out:
         results["perplexity, pruned"] = held_out.perplexity(model, arguments.max_memory)
         results["evaluated on"] = held_out.description
-    report.command, report.measured = shlex.join(arguments.command_line), results
+    if not World.current().leads:
+        return
+    report.command, report.measured = shlex.join(arguments.command_line), report.measured | results
     shown = rewrite_reports(out, model, report, format=arguments.format, settings=settings)
     seconds |= {f"prune: {phase}": taken for phase, taken in report.seconds.items() if phase != "total"}
     if held_out:

@@ -273,10 +273,11 @@ class StreamedCheckpoint(Checkpoint):
         names = None if inside else [f"{name}.weight" for name in result.weights]
         tensors, part = stored_part(self._model, self._stream, index, self._format, names)
         note = {"names": part.names, "format": part.format, "packed": part.packed, "replaced": part.replaced}
+        # The output takes over the file, which should not depend on how long a layer took.
+        layers = [asdict(layer) | {"seconds": 0.0} for layer in result.layers]
+        seconds = {layer.name: layer.seconds for layer in result.layers}
         self.finish()
-        self._writing = self._stream.later(
-            partial(self._write, part, tensors, {"layers": [asdict(layer) for layer in result.layers], **note})
-        )
+        self._writing = self._stream.later(partial(self._write, part, tensors, {"layers": layers, **note}, seconds))
 
     def finish(self) -> None:
         """Wait until all blocks are on disk.
@@ -288,7 +289,8 @@ class StreamedCheckpoint(Checkpoint):
         if writing is not None:
             writing.result()
 
-    def _write(self, part: Part, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
+    def _write(self, part: Part, tensors: dict[str, torch.Tensor], note: dict[str, Any], seconds: dict[str, float]) -> None:
+        write_atomically(self._seconds_of(part.index), json.dumps(seconds).encode())
         self.put(self._name(part.index), tensors, note)
         self._take(part.index, part)
 
@@ -322,9 +324,15 @@ class StreamedCheckpoint(Checkpoint):
         self._check_note(name, note)
         try:
             part = made_part(index, note["names"], note["format"], note["packed"], note["replaced"])
-            return [LayerReport.from_dict(layer) for layer in note["layers"]], part
-        except (KeyError, TypeError, ValueError) as error:
+            seconds = json.loads(self._seconds_of(index).read_bytes())
+            layers = [layer | {"seconds": seconds[layer["name"]]} for layer in note["layers"]]
+            return [LayerReport.from_dict(layer) for layer in layers], part
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise self.damaged(name, error) from error
+
+    def _seconds_of(self, index: int) -> Path:
+        """Return the file with the seconds of each layer of block `index`."""
+        return self.folder / f"{self._name(index)}.json"
 
     def _take(self, index: int, part: Part) -> None:
         try:

@@ -98,6 +98,7 @@ class InFolder:
         def write(path: Path) -> None:
             with disk_errors(path):
                 save_file(whole, path, metadata)
+            _sort_metadata(path)
 
         replace_atomically(self.path(name), write, f"{size:,} bytes")
 
@@ -126,6 +127,16 @@ class InFolder:
     def path(self, name: str) -> Path:
         """Return the file of an entry."""
         return self.folder / f"{name}.safetensors"
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, whose order differs from process to process, so that equal entries are equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def check_specs(where: str, tensors: Mapping[str, torch.Tensor], linears: Sequence[Linear]) -> None:

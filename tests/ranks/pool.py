@@ -27,7 +27,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="sparsekern-ranks-")
         self._tasks = [context.Queue() for _ in range(most)]
         self._answers = context.Queue()
-        self._groups = 0
+        self._groups, self._hangs = 0, False
         self._size = 0
         self.processes = [
             context.Process(target=_work, args=(rank, self._tasks[rank], self._answers), daemon=True) for rank in range(most)
@@ -40,6 +40,7 @@ class Pool:
 
         An exception is returned as its class, message and traceback.
         """
+        assert not self._hangs, "an earlier case hangs"
         if size != self._size:
             self._size, self._groups = size, self._groups + 1
         store = Path(self._folder.name) / f"store-{self._groups}"
@@ -51,6 +52,7 @@ class Pool:
                 rank, answer = self._answers.get(timeout=WATCHDOG)
                 found[rank] = answer
         except queue.Empty:
+            self._hangs = True
             raise AssertionError(f"ranks {sorted(set(range(size)) - set(found))} hang; the others: {found}") from None
         return [found[rank] for rank in range(size)]
 

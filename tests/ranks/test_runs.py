@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from .pool import succeeded
-from .runs import digests, pruned
+import sparsekern
+from tests.tiny import llama, save_folder
 
-RUN = "tests.ranks.runs:pruned"
+from .pool import succeeded
+from .runs import digests, killed, pruned, tokens
+
+RUNS = "tests.ranks.runs"
+RUN = f"{RUNS}:pruned"
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "copal", "magnitude"])
@@ -19,3 +23,105 @@ def test_the_result_has_the_same_bits_for_every_number_of_ranks(ranks, tmp_path,
             assert digest == expected
             assert [layer["error"] for layer in report["layers"]] == [layer["error"] for layer in alone["layers"]]
         assert digests(out) == digests(tmp_path / "1")
+
+
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_a_streamed_model_gives_the_same_files(ranks, tmp_path, format):
+    source = save_folder(tmp_path / "source", num_hidden_layers=2)
+    pruned(0, "wanda", tmp_path / "1", source, format=format)
+    for size in (2, 4):
+        out = tmp_path / str(size)
+        succeeded(ranks.run(size, RUN, "wanda", out, source, 11, format))
+        assert digests(out) == digests(tmp_path / "1")
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (1, 4), (2, 1)])
+def test_a_killed_run_is_resumed_by_another_number_of_ranks(ranks, tmp_path, sizes):
+    expected, _ = pruned(0, "wanda", tmp_path / "whole")
+    first, second = sizes
+    assert set(ranks.run(first, f"{RUNS}:killed", 1, "wanda", tmp_path / "out")) == {"killed"}
+    assert (tmp_path / "out/checkpoint/block-00000.safetensors").exists()
+    for digest, report in succeeded(ranks.run(second, f"{RUNS}:resumed", "wanda", tmp_path / "out")):
+        assert digest == expected
+        assert report["run"]["resumed_blocks"] == 1
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_run_is_not_resumed_with_other_leaves(tmp_path):
+    killed(0, 1, "wanda", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"belongs to a run with leaves=8; pass leaves=8 \(--leaves 8\) to continue it"):
+        pruned(0, "wanda", tmp_path / "out", resume=True, leaves=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("nan", "ValueError", "rank 3: model.layers.0.self_attn.q_proj: its input is nan in calibration sample 6"),
+        ("method", "ArithmeticError", "rank 3: a bug of the user's"),
+        ("seed", "ValueError", "seed: expected the same on all ranks, got another on rank 3 than on rank 0 (1 and 0)"),
+        ("data", "ValueError", "calibration: expected the same on all ranks, got another on rank 3 than on rank 0"),
+        ("model", "ValueError", "model: expected the same on all ranks, got another on rank 3 than on rank 0"),
+        ("pattern", "ValueError", "patterns: expected the same on all ranks, got another on rank 3 than on rank 0"),
+        ("version", "ValueError", "torch: expected the same on all ranks, got another on rank 3 than on rank 0"),
+        ("argument", "ValueError", "rank 3: pattern:"),
+    ],
+)
+def test_a_failure_on_one_rank_is_the_same_exception_on_all(ranks, kind, error, message):
+    for name, text, unchanged in ranks.run(4, f"{RUNS}:failing", kind, None, 3):
+        assert (name, unchanged) == (error, True)
+        assert text.startswith(message)
+
+
+def test_a_full_disk_ends_all_ranks_and_leaves_the_block_unchanged(ranks, tmp_path):
+    for answer in ranks.run(4, f"{RUNS}:failing", "disk", tmp_path / "out", 0):
+        assert answer == ("OSError", "[Errno 28] rank 0: no space left: 'file'", True)
+
+
+def test_two_runs_with_one_folder_refuse_each_other(ranks, tmp_path):
+    from sparsekern.runtime.output import OutputFolder
+
+    with OutputFolder.held(tmp_path / "out"):
+        for name, text, _ in ranks.run(2, f"{RUNS}:failing", "none", tmp_path / "out", 0):
+            assert name == "ValueError"
+            assert "is in use by another process or call" in text
+
+
+def test_more_ranks_than_batches_are_said(ranks):
+    expected, _ = pruned(0, "wanda", samples=3)
+    answers = ranks.run(4, f"{RUNS}:warned", "wanda", 3)
+    assert [digest for digest, _ in answers] == [expected] * 4
+    message = "3 calibration batches for 4 ranks, so that some ranks run none; a smaller batch_size (--batch-size) makes more"
+    assert [texts.count(message) for _, texts in answers] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (2, {"method": "gradual"}, "method: expected a single process, got 2 ranks; Gradual does not work block by block"),
+        (2, {"method": "sparsellm"}, "method: expected a single process, got 2 ranks; SparseLLM needs the inputs of all tokens"),
+        (3, {}, "leaves: expected a power of two that the number of ranks divides, got 8 for 3 ranks; start 1, 2, 4 or 8"),
+        (2, {"leaves": 1}, "leaves: expected a power of two that the number of ranks divides, got 1 for 2 ranks"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(ranks, size, options, message):
+    for name, text in ranks.run(size, f"{RUNS}:refused", options):
+        assert name == "ValueError"
+        assert text.startswith(message)
+
+
+@pytest.mark.parametrize("leaves", [0, 3, 2048, True, "8"])
+def test_a_bad_number_of_leaves_is_refused(leaves):
+    with pytest.raises((TypeError, ValueError), match="leaves: expected a power of two up to 1024, got"):
+        sparsekern.prune(llama(num_hidden_layers=1), "wanda", calibration=tokens(2), leaves=leaves)
+
+
+def test_leaves_are_for_methods_that_work_block_by_block():
+    with pytest.raises(ValueError, match="leaves: expected None for Gradual, which does not work block by block, got 2"):
+        sparsekern.prune(llama(num_hidden_layers=1), "gradual", calibration=tokens(2), leaves=2)
+
+
+def test_reports_say_what_each_rank_did(ranks):
+    for _, report in succeeded(ranks.run(2, RUN, "sparsegpt")):
+        assert report["run"]["versions"]["ranks"] == 2
+        assert "solve" in report["results"]["measured"]["rank 1"]
+        assert "MB by the formula" in report["results"]["measured"]["rank 1"]

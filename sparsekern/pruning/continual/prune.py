@@ -25,6 +25,7 @@ from ..checkpoint import model_fingerprint
 from ..mixtures import EQUAL, MAGNITUDE, ExpertRules
 from ..modes import plain_modes
 from ..plan import Choice, PatternLike, Plan, make_plan
+from ..processes import refuse_ranks
 from ..saving import DENSE_FITS, RunFolder
 from ..session import batches_for, check_format_fits, check_module, check_seed, environment, prepared
 from .loop import ContinualLoop, Evaluation
@@ -123,6 +124,7 @@ def prune_continually(
     Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024. `COPAL` lists which parts are theirs.
     """
     check_module(model)
+    refuse_ranks("calibrations", "datasets in turn are not shared by ranks yet")
     if state is None and stream_of(model) is not None:
         raise ValueError(
             "state: expected a folder (--state), which holds the weights of a streamed model between datasets; got None"
