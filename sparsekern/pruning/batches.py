@@ -292,17 +292,22 @@ def _shifted(function: Callable[[torch.Tensor], torch.Tensor], labels: torch.Ten
 def _check_mask(inputs: Mapping[str, Any], name: str, of: str | None) -> None:
     """Raise unless the mask `name` is a tensor of the length of the sequence `of`; None takes any shape.
 
+    A mask of four dimensions says which tokens attend to which. The model gets it as it is.
+
     Raises:
         TypeError: it is not a tensor.
-        ValueError: it has another shape.
+        ValueError: it has another shape, or negative values, which are added to scores and mark no padding.
     """
     mask = inputs.get(name)
     shape = None if of is None else inputs[of].shape[:2]
     if mask is not None and not isinstance(mask, torch.Tensor):
         expected = "" if shape is None else f" of shape {tuple(shape)}"
         raise TypeError(f"calibration: expected {name} as a tensor{expected}, got {type(mask).__name__}")
-    if mask is not None and shape is not None and mask.shape != shape:
+    attends = mask is not None and mask.dim() == 4
+    if mask is not None and shape is not None and mask.shape != shape and not (attends and mask.shape[0] in (1, shape[0])):
         raise ValueError(f"calibration: expected {name} of shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask is not None and mask.dim() == 2 and mask.dtype != torch.bool and bool((mask < 0).any()):
+        raise ValueError(f"calibration: expected {name} with 0 at padding and 1 elsewhere, got {float(mask.min())}")
 
 
 def _padding(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

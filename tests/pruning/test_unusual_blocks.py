@@ -6,7 +6,7 @@ import transformers as tf
 from torch import nn
 
 import sparsekern
-from tests.models.zoo.family import COMMON, together, words
+from tests.models.zoo.family import COMMON, LLAMA, together, words
 from tests.pruning.stack_models import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore::sparsekern.SparsekernWarning")
@@ -88,3 +88,22 @@ def test_a_linear_that_multiplies_by_groups_stays_dense():
     assert all(torch.equal(block.grouped.weight, weight) for block, weight in zip(model.layers, before, strict=True))
     sparsekern.prune(model, "magnitude", "2:4", progress=False)  # looks at weights alone
     assert all((block.grouped.weight == 0).float().mean() == 0.5 for block in model.layers)
+
+
+def test_a_mask_of_four_dimensions_goes_to_the_model():
+    """One that is causal changes nothing; one that lets tokens see themselves alone does."""
+    causal, alone = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(), torch.eye(12, dtype=torch.bool)[None, None]
+    ids = torch.cat([words()[0]["input_ids"]] * 2)
+    found = []
+    for mask in (None, causal, alone):
+        model = made(tf.LlamaForCausalLM, tf.LlamaConfig(**LLAMA))
+        found.append(kept(model, [{"input_ids": ids, "attention_mask": mask}]))
+    assert all(torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+    assert any(not torch.equal(mask, found[2][name]) for name, mask in found[0].items())
+
+
+def test_a_mask_that_is_added_to_scores_marks_no_padding():
+    mask = torch.zeros(1, 12)
+    mask[0, 9:] = -1e9
+    with pytest.raises(ValueError, match="expected attention_mask with 0 at padding and 1 elsewhere, got -1000000000.0"):
+        kept(made(tf.LlamaForCausalLM, tf.LlamaConfig(**LLAMA)), [{**words()[0], "attention_mask": mask}])
