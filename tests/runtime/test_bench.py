@@ -63,9 +63,24 @@ def test_it_measures_both(tmp_path):
         (sparsekern.save(model, tmp_path / format, format) / "model.safetensors").stat().st_size for format in ("dense", "packed")
     ]
     for size, of in zip(sizes, (found.dense, found.packed), strict=True):
-        assert 0 < size - of.disk < 16_000 and of.memory >= of.disk and of.prefill > 0 and of.decode > 0
+        assert 0 < size - of.disk < 16_000 and of.memory >= of.disk
+        assert of.prefill == 8 / 0.375 and of.decode == 1 / 0.125  # the prompt makes the first token
     assert saved_bytes(other) == found.packed.disk < found.dense.disk
     assert found.logits < 0.02 and 0 <= found.same_tokens <= found.tokens == 4
+
+
+def test_equal_tokens_are_counted_up_to_the_first_that_differs(monkeypatch):
+    told = iter([torch.tensor([5, 6, 7, 8, 9]), torch.tensor([5, 6, 1, 8, 9])])
+    monkeypatch.setattr(comparing, "generate", lambda model, prompt, tokens: next(told))
+    model = packed.llama()
+    assert compare(model, packed_copy(model), prompt_length=8, tokens=4, rounds=1).same_tokens == 2
+
+
+@torch.no_grad()
+def test_the_difference_of_logits_is_relative_to_their_size():
+    model = packed.llama(torch.bfloat16)
+    model.lm_head.weight.mul_(1e4)
+    assert compare(model, packed_copy(model), prompt_length=8, tokens=4, rounds=1).logits < 0.02
 
 
 def test_the_command(folder, tmp_path, capsys, monkeypatch):
