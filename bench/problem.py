@@ -169,7 +169,7 @@ class Case:
     cuda: Goals | None = None
     device_goals: tuple[Within | Share, ...] = ()
     rounds: int = 5
-    likely_seconds: float = 3.0
+    likely_seconds: float = 2.5
 
     def problem(self, place: Place) -> Problem:
         """Return the problem on `place`, the same each time.

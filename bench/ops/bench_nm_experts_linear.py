@@ -6,7 +6,7 @@ from sparsekern.ops import nm_experts_linear, nm_pack
 
 from ..inputs import n_of_m
 from ..problem import Case
-from .bench_bitmask_experts_linear import GATHERED, LOOP, SHAPE, TOY, Product, product
+from .bench_bitmask_experts_linear import FEW, GATHERED, LOOP, MANY, SHAPE, SOME, TOY, Product, product
 
 
 def as_two_of_four(weight: torch.Tensor) -> tuple[Product, int]:
@@ -16,7 +16,7 @@ def as_two_of_four(weight: torch.Tensor) -> tuple[Product, int]:
     return lambda x, chosen: nm_experts_linear(x, chosen, values, codes, 2, 4), values.nbytes + codes.nbytes
 
 
-def case(tokens: int, cpu) -> Case:
+def case(tokens: int, cpu=None, cuda=None) -> Case:
     some = f"{tokens} token{'s' * (tokens > 1)}"
     return Case(
         f"nm_experts_linear 2:4, {some}, 8 of 64 experts of 1536x2048 bfloat16",
@@ -31,11 +31,17 @@ def case(tokens: int, cpu) -> Case:
         TOY | {"tokens": min(tokens, 12), "choices": 2},
         op="nm_experts_linear",
         cpu=cpu,
+        cuda=cuda,
         rounds=41 if tokens == 1 else 5,
     )
 
 
-CASES = [case(1, {LOOP: 1.7, GATHERED: 3.0}), case(64, {LOOP: 0.9})]
+CASES = [
+    case(1, {LOOP: 1.7, GATHERED: 3.0}, FEW),
+    case(16, cuda=SOME),
+    case(64, {LOOP: 0.9}),
+    case(512, cuda=MANY),
+]
 
 
 def test_nm_experts_linear(timed, case):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch.nn.functional import linear
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .devices import Support, can_place_columns
 from .implementation import Implementation
+from .sound import Sound
 from .values import raise_if, values_are_checked
 
-# Checking the packed tensors waits for the device, which must not happen for every token. Only the first product of a weight is checked.
-# Keyed by `starts`: the other tensors with which it was found consistent. If they are overwritten later, kernels still stay inside them.
-_sound: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_sound = Sound()
 
 
 def _triton(
@@ -27,7 +23,7 @@ def _triton(
 ) -> torch.Tensor:
     from ..triton_kernels import bitmask_linear as kernels
 
-    check = values_are_checked(x) and not _known(values, bitmask, starts, order)
+    check = values_are_checked(x) and not _sound.has(values, starts, bitmask, order)
     status = x.new_zeros((), dtype=torch.int32) if check else None
     weight = kernels.weight_of(values, bitmask, starts, order)
     if x.shape[:-1].numel() <= kernels.MOST_TOKENS:
@@ -36,13 +32,8 @@ def _triton(
         y = linear(x, kernels.unpacked(weight, x.shape[-1], status), bias)
     if status is not None:
         raise_if(status)
-        _sound[starts] = len(values), weakref.ref(bitmask), weakref.ref(order)
+        _sound.add(values, starts, bitmask, order)
     return y
-
-
-def _known(values: torch.Tensor, bitmask: torch.Tensor, starts: torch.Tensor, order: torch.Tensor) -> bool:
-    count, its_bitmask, its_order = _sound.get(starts, (None, None, None))
-    return count == len(values) and its_bitmask() is bitmask and its_order() is order
 
 
 def _supports(x: torch.Tensor, *args, **kwargs) -> Support:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 
 MOST_COLUMNS = 2**26  # columns of packed rows, so that a position in 16 rows fits 32 bits
+MOST_EXPERTS = 1023  # of one call, which a program compares with several tokens at a time
+MOST_PAIRS = 2**24  # tokens times choices of one call, so that programs and places fit 32 bits
 
 
 class Support(NamedTuple):
@@ -39,3 +41,12 @@ def can_place_columns(name: str, columns: int) -> Support:
     if columns <= MOST_COLUMNS:
         return YES
     return Support(False, f"{name} has {columns} input features, more than {MOST_COLUMNS}")
+
+
+def can_group_pairs(experts: torch.Tensor, count: int) -> Support:
+    """Return whether a kernel can group tokens by their choice among `count` experts."""
+    if count > MOST_EXPERTS:
+        return Support(False, f"there are {count} experts, more than {MOST_EXPERTS}")
+    if experts.numel() > MOST_PAIRS:
+        return Support(False, f"experts names {experts.numel()}, more than {MOST_PAIRS}")
+    return YES

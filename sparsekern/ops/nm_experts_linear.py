@@ -28,8 +28,8 @@ def nm_experts_linear(
     Rows are grouped by expert, and only the experts that are named are read. With a dense `weight` of `[experts, out_features,
     in_features]`, the result is `F.linear(x[i], weight[experts[i, j]], bias[experts[i, j]])` at `[i, j]`.
 
-    Products are summed in float32, and NaN and Inf propagate as in `nm_linear`. There is no CUDA kernel:
-    on a CUDA device the reference runs, which gathers and unpacks the experts of each token.
+    Products are summed in float32, and NaN and Inf propagate as in `nm_linear`. On a CUDA device the rows are grouped there, and
+    the host does not wait: only the first ids for these tensors are checked. Later, an id of no expert gives NaN.
 
     Args:
         x: `[tokens, in_features]` float32, bfloat16 or float16, any strides; features divisible by `m`.

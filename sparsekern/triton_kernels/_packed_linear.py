@@ -1,4 +1,4 @@
-"""Helpers shared by the products with packed weights, `bitmask_linear` and `nm_linear`."""
+"""Helpers shared by the products with packed weights, of `bitmask_linear`, `nm_linear` and those of experts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def as_bias(bias: torch.Tensor | None, rows: int, x: torch.Tensor) -> torch.Tensor | None:
-    """Return `bias`, `[rows]` in the dtype of `x`, contiguous; None stays None.
+def as_bias(bias: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> torch.Tensor | None:
+    """Return `bias`, of this shape and of the dtype of `x`, contiguous; None stays None.
 
     Raises:
         ValueError: another shape, dtype or device.
     """
     if bias is None:
         return None
-    check_operand("bias", bias, x, (rows,), (x.dtype,))
+    check_operand("bias", bias, x, shape, (x.dtype,))
     return bias.contiguous()
 
 
@@ -57,22 +57,23 @@ def side_by_side(a, b, c, d, ROWS: tl.constexpr, PIECES: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def add_products(sums, weight, x, column, tokens, columns, x_stride, TOKENS: tl.constexpr):
+def add_products(sums, weight, x, column, columns, x_row, present, TOKENS: tl.constexpr):
     """Add the products of a part of the weight with its columns of `x` to `sums`.
 
-    `sums` is `[pieces, rows, TOKENS]`; `weight` is `[rows, pieces, columns]`, and each piece begins at its entry of `column`.
+    `sums` is `[pieces, rows, TOKENS]`; `weight` is `[rows, pieces, columns]`, and each piece begins at its entry of `column`. The rows
+    of the tokens begin at `x_row` in `x`; those of tokens that are not `present` are not read.
     """
-    token = tl.arange(0, TOKENS)[:, None, None]
     column += tl.arange(0, weight.shape[2])[None, None, :]
-    factors = tl.load(x + token.to(tl.int64) * x_stride + column, mask=(token < tokens) & (column < columns), other=0.0)
+    place = x + x_row[:, None, None] + column
+    factors = tl.load(place, mask=present[:, None, None] & (column < columns), other=0.0)
     return tl.dot(weight.permute(1, 0, 2), factors.permute(1, 2, 0), sums, input_precision="tf32x3")
 
 
 @triton.jit
-def store_product(sums, y, bias, order, first, rows, tokens, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Store `sums`, `[ROWS, TOKENS]`, plus the bias in `y`, `[tokens, rows]`.
+def store_product(sums, y, bias, order, first, rows, y_row, present, ROWS: tl.constexpr):
+    """Store `sums`, `[ROWS, tokens]`, plus the bias, in the rows of `y` that begin at `y_row`, for each token that is `present`.
 
-    `order` gives the row of the output for each packed row; None keeps the order of the rows.
+    `order` gives the row of the weight for each packed row; None keeps the order of the rows.
     """
     row = first + tl.arange(0, ROWS)
     inside = row < rows
@@ -81,6 +82,5 @@ def store_product(sums, y, bias, order, first, rows, tokens, TOKENS: tl.constexp
         inside &= (row >= 0) & (row < rows)
     if bias is not None:
         sums += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
-    token = tl.arange(0, TOKENS)
-    place = y + token.to(tl.int64)[None, :] * rows + row[:, None]
-    tl.store(place, sums.to(y.dtype.element_ty), mask=inside[:, None] & (token < tokens)[None, :])
+    place = y + y_row[None, :] + row[:, None]
+    tl.store(place, sums.to(y.dtype.element_ty), mask=inside[:, None] & present[None, :])

@@ -67,14 +67,15 @@ def count_bits(bits):
 
 @triton.jit
 def find_tile(
-    values, bits, starts, order, ends, status, rows, words, slots, LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
-):
-    """Return the first row of this program's tile, and pointers to its values, bits and ends.
+    values, bits, starts, order, ends, status, tile, rows, words, slots,
+    LANES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Return the first row of a tile, and pointers to its values, bits and ends.
 
     Writes `ends`: the end of each word's values, in slots from the first slot of the tile. Every stored end stays inside the values,
     whatever the tensors hold. Sets `status` if the tensors contradict each other.
     """
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    first = tile.to(tl.int64) * ROWS
     row, lane = tl.arange(0, ROWS), tl.arange(0, WORDS)
     in_rows = first + row < rows
     place = (first + row)[:, None] * words + lane[None, :]
@@ -86,9 +87,9 @@ def find_tile(
     group = tl.cumsum(longest, axis=0) - longest
     before = tl.broadcast_to(group[:, None], ROWS // LANES, LANES).reshape(ROWS)
 
-    start = tl.load(starts + tl.program_id(0))
+    start = tl.load(starts + tile)
     if status is not None:
-        end = tl.load(starts + tl.program_id(0) + 1)
+        end = tl.load(starts + tile + 1)
         target = tl.load(order + first + row, mask=in_rows, other=0)
         astray = tl.max(((target < 0) | (target >= rows)).to(tl.int32), axis=0) > 0
         wrong = (start < 0) | (start > end) | (end > slots) | (start + tl.sum(longest, axis=0) > slots) | astray
@@ -142,13 +143,15 @@ def expand(values, bits, ends, column, row, inside, words, WANTED: tl.constexpr)
     return a, b, c, d
 
 
-@triton.jit(do_not_specialize=["tokens", "slots"])
-def multiply(
-    x, values, bits, starts, order, ends, status, bias, y, tokens, columns, rows, x_stride, words, slots,
-    TOKENS: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+@triton.jit
+def multiply_tile(
+    x, values, bits, ends, first, columns, rows, words, x_row, present,
+    TOKENS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a tile of rows by all tokens, at most `TOKENS`: one, or a tile of the tensor cores."""
-    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, slots, LANES, ROWS, WORDS)
+    """Return the products of a tile that `find_tile` found with the tokens, `[ROWS, TOKENS]`.
+
+    One token is the row that `x` points at. More tokens are a tile of the tensor cores, with `x_row` and `present` of `add_products`.
+    """
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four = 4 * tl.arange(0, COLUMNS // 4)[None, None, :]
     left = (rows - first).to(tl.int32)
@@ -167,10 +170,27 @@ def multiply(
         else:
             a, b, c, d = expand(values, bits, ends, column + four, row, inside, words, values.dtype.element_ty)
             weight = side_by_side(a, b, c, d, ROWS, PIECES, COLUMNS)
-            sums = add_products(sums, weight, x, column, tokens, columns, x_stride, TOKENS)
+            sums = add_products(sums, weight, x, column, columns, x_row, present, TOKENS)
     if TOKENS == 1:
         sums = tl.sum(sums, axis=2)[:, :, None].permute(1, 0, 2)
-    store_product(tl.sum(sums, axis=0), y, bias, order, first, rows, tokens, TOKENS, ROWS)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["tokens", "slots"])
+def multiply(
+    x, values, bits, starts, order, ends, status, bias, y, tokens, columns, rows, x_stride, words, slots,
+    TOKENS: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Multiply a tile of rows by all tokens, at most `TOKENS`: one, or a tile of the tensor cores."""
+    first, values, bits, ends = find_tile(
+        values, bits, starts, order, ends, status, tl.program_id(0), rows, words, slots, LANES, ROWS, WORDS
+    )
+    token = tl.arange(0, TOKENS)
+    present = token < tokens
+    sums = multiply_tile(
+        x, values, bits, ends, first, columns, rows, words, token.to(tl.int64) * x_stride, present, TOKENS, PIECES, ROWS, COLUMNS
+    )
+    store_product(sums, y, bias, order, first, rows, token.to(tl.int64) * rows, present, ROWS)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -179,7 +199,9 @@ def unpack(
     PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of rows to the dense weight."""
-    first, values, bits, ends = find_tile(values, bits, starts, order, ends, status, rows, words, slots, LANES, ROWS, WORDS)
+    first, values, bits, ends = find_tile(
+        values, bits, starts, order, ends, status, tl.program_id(0), rows, words, slots, LANES, ROWS, WORDS
+    )
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     four, lane = 4 * tl.arange(0, COLUMNS // 4)[None, None, :], tl.arange(0, COLUMNS)[None, None, :]
     in_rows = first + row < rows
@@ -208,7 +230,7 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, status: 
     """
     rows = _check(weight, x)
     y = x.new_empty((*x.shape[:-1], rows))
-    x, bias = as_matrix(x), as_bias(bias, rows, x)
+    x, bias = as_matrix(x), as_bias(bias, (rows,), x)
     tokens, columns = x.shape
     if tokens > MOST_TOKENS:
         raise ValueError(f"x: expected at most {MOST_TOKENS} tokens, got {tokens}")
@@ -216,8 +238,8 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, status: 
         warps = config(rows, columns, tokens, device_of(x).multiprocessors)
         with on_device_of(x):
             multiply[(triton.cdiv(rows, TILE_ROWS),)](
-                x, *weight, _workspace(weight), status, bias, y, tokens, columns, rows, x.stride(0), words(columns), _slots(weight),
-                TOKENS=1 if tokens == 1 else MOST_TOKENS, **_constants(weight.values.dtype, warps), num_warps=warps, num_stages=1,
+                x, *weight, _workspace(weight), status, bias, y, tokens, columns, rows, x.stride(0), words(columns), slots_of(weight),
+                TOKENS=1 if tokens == 1 else MOST_TOKENS, **constants(weight.values.dtype, warps), num_warps=warps, num_stages=1,
             )  # fmt: skip
     return y
 
@@ -235,8 +257,8 @@ def unpacked(weight: Weight, columns: int, status: torch.Tensor | None) -> torch
         warps = config(rows, columns, MOST_TOKENS, device_of(dense).multiprocessors)
         with on_device_of(dense):
             unpack[(triton.cdiv(rows, TILE_ROWS),)](
-                *weight, _workspace(weight), status, dense, columns, rows, words(columns), _slots(weight),
-                **_constants(dense.dtype, warps), num_warps=warps, num_stages=1,
+                *weight, _workspace(weight), status, dense, columns, rows, words(columns), slots_of(weight),
+                **constants(dense.dtype, warps), num_warps=warps, num_stages=1,
             )  # fmt: skip
     return dense
 
@@ -245,7 +267,8 @@ def _workspace(weight: Weight) -> torch.Tensor:
     return weight.order.new_empty(weight.bitmask.shape)
 
 
-def _slots(weight: Weight) -> int:
+def slots_of(weight: Weight) -> int:
+    """Return the number of slots that hold values."""
     return len(weight.values) // lanes(weight.values.dtype) - SLACK
 
 
@@ -260,7 +283,8 @@ def _check(weight: Weight, x: torch.Tensor) -> int:
     return rows
 
 
-def _constants(dtype: torch.dtype, warps: int) -> dict[str, int]:
+def constants(dtype: torch.dtype, warps: int) -> dict[str, int]:
+    """Return the constants that all kernels of bitmask rows have."""
     return {"PIECES": warps, "LANES": lanes(dtype), "ROWS": TILE_ROWS, "COLUMNS": COLUMNS, "WORDS": WORDS}
 
 
@@ -274,11 +298,12 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     ):
         yield _product_case(dtype, tokens, warps)
     numbers = {"columns": "i32:16", "rows": "i32:16", "words": "i32:16", "slots": "i64"}
-    pointers = {**_packed_types(torch.bfloat16), "status": "*i32:16", "weight": "*bf16:16"}
-    yield CompileCase(unpack, {**pointers, **numbers}, _constants(torch.bfloat16, 8), 8, 1)
+    pointers = {**packed_types(torch.bfloat16), "status": "*i32:16", "weight": "*bf16:16"}
+    yield CompileCase(unpack, {**pointers, **numbers}, constants(torch.bfloat16, 8), 8, 1)
 
 
-def _packed_types(dtype: torch.dtype) -> dict[str, str]:
+def packed_types(dtype: torch.dtype) -> dict[str, str]:
+    """Return the types of the packed tensors and their ends, for a compile case."""
     return {"values": f"*{DTYPES[dtype]}:16", "bits": "*i64:16", "starts": "*i64:16", "order": "*i32:16", "ends": "*i32:16"}
 
 
@@ -288,8 +313,8 @@ def _product_case(dtype: torch.dtype, tokens: int, warps: int) -> CompileCase:
     numbers = dict.fromkeys(("columns", "rows", "x_stride", "words"), "i32:16") | {"tokens": "i32", "slots": "i64"}
     return CompileCase(
         multiply,
-        {"x": own, **_packed_types(dtype), "bias": own, "y": own, **numbers},
-        {"status": None, "TOKENS": tokens, **_constants(dtype, warps)},
+        {"x": own, **packed_types(dtype), "bias": own, "y": own, **numbers},
+        {"status": None, "TOKENS": tokens, **constants(dtype, warps)},
         warps,
         1,
     )

@@ -59,6 +59,27 @@ def stored_value(values, codes, row, k, inside, stored, BITS: tl.constexpr, BLOC
     return value, (code >> (k * BITS % 32)) & ((1 << BITS) - 1)
 
 
+@triton.jit
+def multiply_picked(
+    x, values, codes, first, columns, rows, kept, stored, x_row, pitch,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Return the products of some rows with all tokens, `[ROWS, TOKENS]`, gathering the factor of each value.
+
+    The factors of a token begin at `x_row` in `x`, those of neighbouring columns are `pitch` apart. All tokens are read.
+    """
+    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, VALUES)[None, :]
+    sums = tl.zeros([ROWS, VALUES, TOKENS], tl.float32)
+    for begin in range(0, kept, VALUES):
+        k = begin + lane
+        value, position = stored_value(values, codes, row, k, (k < kept) & (first + row < rows), stored, BITS, BLOCK, BLOCK_SLOTS)
+        column = (k // N * M + position)[:, :, None]
+        factor = tl.load(x + column * pitch + x_row[None, None, :], mask=column < columns, other=0.0)
+        sums += value.to(tl.float32)[:, :, None] * factor.to(tl.float32)
+    return tl.sum(sums, axis=1)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def multiply(
     x, values, codes, bias, y, tokens, columns, rows, kept, stored,
@@ -69,28 +90,23 @@ def multiply(
     first = tl.program_id(0).to(tl.int64) * ROWS
     values += first * stored
     codes += first * (stored * BITS // 32)
-    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, VALUES)[None, :]
-    token = tl.arange(0, TOKENS)[None, None, :]
-    sums = tl.zeros([ROWS, VALUES, TOKENS], tl.float32)
-    for begin in range(0, kept, VALUES):
-        k = begin + lane
-        value, position = stored_value(values, codes, row, k, (k < kept) & (first + row < rows), stored, BITS, BLOCK, BLOCK_SLOTS)
-        column = (k // N * M + position)[:, :, None]
-        factor = tl.load(x + column * TOKENS + token, mask=column < columns, other=0.0)
-        sums += value.to(tl.float32)[:, :, None] * factor.to(tl.float32)
-    store_product(tl.sum(sums, axis=1), y, bias, None, first, rows, tokens, TOKENS, ROWS)
+    token = tl.arange(0, TOKENS)
+    sums = multiply_picked(
+        x, values, codes, first, columns, rows, kept, stored, token, TOKENS, N, M, BITS, BLOCK, BLOCK_SLOTS, TOKENS, ROWS, VALUES
+    )
+    store_product(sums, y, bias, None, first, rows, token.to(tl.int64) * rows, token < tokens, ROWS)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def multiply_fours(
-    x, values, codes, bias, y, tokens, columns, rows, x_stride, stored,
+@triton.jit
+def multiply_expanded(
+    x, values, codes, first, columns, rows, stored, x_row, present,
     N: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     TOKENS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply some rows by all tokens, at most `TOKENS`, expanding groups of 4 columns."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    values += first * stored
-    codes += first * (stored * BITS // 32)
+    """Return the products of some rows with all tokens, `[ROWS, TOKENS]`, expanding groups of 4 columns for the tensor cores.
+
+    The tokens are `x_row` and `present` of `add_products`.
+    """
     row, piece = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PIECES)[None, :, None]
     lane = tl.arange(0, COLUMNS // 4)[None, None, :]
     sums = tl.zeros([PIECES, ROWS, TOKENS], tl.float32)
@@ -106,8 +122,27 @@ def multiply_fours(
             b = tl.where(position == 1, value, b)
             c = tl.where(position == 2, value, c)
             d = tl.where(position == 3, value, d)
-        sums = add_products(sums, side_by_side(a, b, c, d, ROWS, PIECES, COLUMNS), x, column, tokens, columns, x_stride, TOKENS)
-    store_product(tl.sum(sums, axis=0), y, bias, None, first, rows, tokens, TOKENS, ROWS)
+        sums = add_products(sums, side_by_side(a, b, c, d, ROWS, PIECES, COLUMNS), x, column, columns, x_row, present, TOKENS)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def multiply_fours(
+    x, values, codes, bias, y, tokens, columns, rows, x_stride, stored,
+    N: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Multiply some rows by all tokens, at most `TOKENS`, expanding groups of 4 columns."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    values += first * stored
+    codes += first * (stored * BITS // 32)
+    token = tl.arange(0, TOKENS)
+    present = token < tokens
+    sums = multiply_expanded(
+        x, values, codes, first, columns, rows, stored, token.to(tl.int64) * x_stride, present,
+        N, BITS, BLOCK, BLOCK_SLOTS, TOKENS, PIECES, ROWS, COLUMNS,
+    )  # fmt: skip
+    store_product(sums, y, bias, None, first, rows, token.to(tl.int64) * rows, present, ROWS)
 
 
 @triton.jit
@@ -146,7 +181,7 @@ def product(x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, 
     """
     rows = len(values)
     y = x.new_empty((*x.shape[:-1], rows))
-    x, bias = as_matrix(x), as_bias(bias, rows, x)
+    x, bias = as_matrix(x), as_bias(bias, (rows,), x)
     tokens, columns = x.shape
     _check(values, codes, columns, n, m, x)
     if tokens > MOST_TOKENS:
@@ -205,13 +240,18 @@ def _check(values: torch.Tensor, codes: torch.Tensor, columns: int, n: int, m: i
     check_operand("codes", codes, x, (rows, stored * code_bits(m) // 32), (torch.int32,))
 
 
+def layout_of(dtype: torch.dtype, n: int, m: int) -> dict[str, int]:
+    """Return the constants of a kernel that say how values and codes are stored."""
+    return {"N": n, "M": m, "BITS": code_bits(m), "BLOCK": block_values(dtype), "BLOCK_SLOTS": BLOCK_SLOTS}
+
+
 def _constants(dtype: torch.dtype, n: int, m: int, tiles: Config) -> dict[str, int]:
-    layout = {"N": n, "M": m, "BITS": code_bits(m), "BLOCK": block_values(dtype), "BLOCK_SLOTS": BLOCK_SLOTS}
-    return {**layout, "ROWS": tiles.rows, "VALUES": 32 * tiles.warps}
+    return {**layout_of(dtype, n, m), "ROWS": tiles.rows, "VALUES": 32 * tiles.warps}
 
 
 def _fours(dtype: torch.dtype, n: int, warps: int) -> dict[str, int]:
-    layout = {"N": n, "BITS": code_bits(4), "BLOCK": block_values(dtype), "BLOCK_SLOTS": BLOCK_SLOTS}
+    layout = layout_of(dtype, n, 4)
+    del layout["M"]
     return {**layout, "TOKENS": MOST_TOKENS, "PIECES": warps, "ROWS": TILE, "COLUMNS": COLUMNS}
 
 

@@ -80,7 +80,7 @@ def read_backwards(upper, gram, mark, factor, features, stride, batch_stride, RO
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < features) & (column < features)
     place = row.to(tl.int64) * features + column
-    last = features.to(tl.int64) * features - 1
+    last = tl.cast(features, tl.int64) * features - 1
     value = tl.load(upper + (last - place), mask=inside & (row <= column), other=0.0)
     on_diagonal = inside & (row == column)
     own = tl.load(gram + row.to(tl.int64) * (stride + 1) + tl.zeros_like(column), mask=on_diagonal, other=1.0)

@@ -10,6 +10,7 @@ from sparsekern.ops._registry import OPS
 DEVICE = "cuda"
 # Ops whose output sizes and control flow do not depend on values, so that a CUDA graph can capture them.
 CAPTURABLE = (
+    "bitmask_experts_linear",
     "bitmask_linear",
     "bitmask_unpack",
     "cross_gram_",
@@ -18,6 +19,7 @@ CAPTURABLE = (
     "gram_",
     "gram_symmetrize_",
     "head_neuron_scores",
+    "nm_experts_linear",
     "nm_linear",
     "nm_mask",
     "nm_unpack",

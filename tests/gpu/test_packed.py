@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from sparsekern.layouts.packed_rows import SLACK, TILE_ROWS, pack_bitmask_rows, pack_nm_rows
-from sparsekern.ops import bitmask_linear, nm_linear
+from sparsekern.ops import bitmask_experts_linear, bitmask_linear, nm_experts_linear, nm_linear
 from sparsekern.runtime import SparseLinear
+from tests.ops.experts import assert_close_to_exact as assert_close_to_exact_of_experts
+from tests.ops.experts import choice, sparse_experts
+from tests.ops.test_bitmask_experts_linear import packed_of as packed_experts_of
 from tests.ops.test_bitmask_linear import assert_close_to_exact, sparse
+from tests.ops.test_nm_experts_linear import experts_of
+from tests.ops.test_nm_experts_linear import packed_of as nm_experts_of
 from tests.ops.test_nm_linear import nm_weight
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +60,27 @@ def test_decoding_does_not_wait(generator, format):
             on_device(x)
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_products_with_experts_do_not_wait(generator, tokens):
+    """Once the first one has checked the weights: with one token, in jobs of 16 and of 64."""
+    weight, experts = sparse_experts(4, 40, 320, torch.bfloat16, generator), choice(4, tokens, 2, generator).cuda()
+    packed = [tensor.cuda() for tensor in packed_experts_of(weight)]
+    two_of_four = [tensor.cuda() for tensor in nm_experts_of(experts_of(4, 40, 320, 2, 4, torch.bfloat16, generator), 2, 4)]
+    x = torch.randn(tokens, 320, generator=generator).bfloat16().cuda()
+    calls = lambda: bitmask_experts_linear(x, experts, *packed), lambda: nm_experts_linear(x, experts, *two_of_four, 2, 4)  # noqa: E731
+    first = [call() for call in calls]
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [call() for call in calls]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    for got, want in zip(again, first, strict=True):
+        assert torch.equal(got, want)
+    assert_close_to_exact_of_experts(first[0].cpu(), x.cpu(), experts.cpu(), weight)
 
 
 @FORMATS

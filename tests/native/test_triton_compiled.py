@@ -13,10 +13,14 @@ from .sanitizers import BUILD
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 from sparsekern.triton_kernels import bitmask_linear, gram, sensitivity  # noqa: E402
+from sparsekern.triton_kernels._common import CompileCase  # noqa: E402
 
 from . import triton_build  # noqa: E402
-from .triton_build import ARCHITECTURES, build, faults, shipped  # noqa: E402
+from .triton_build import ARCHITECTURES, build, faults, faults_of_ones, shipped  # noqa: E402
 
 ON_EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 
@@ -42,6 +46,27 @@ def test_every_shipped_configuration(architecture, processes):
     assert numbers
     found = processes.map(triton_build.faults_of_number, numbers, [architecture] * len(numbers), chunksize=4)
     assert not [fault for faults in found for fault in faults]
+
+
+@pytest.mark.slow
+def test_integers_that_are_one():
+    """Triton translates them as constants: an op with one feature, one expert or one token would not run."""
+    kernels = {}
+    for case in shipped(ARCHITECTURES[1]):
+        kernels.setdefault(case.kernel, []).append(case)
+    assert not [fault for kernel, cases in kernels.items() for fault in faults_of_ones(kernel, cases, ARCHITECTURES[1])]
+
+
+@triton.jit
+def with_methods_of_its_sizes(x, size, stride):
+    """Store the number of values, as no kernel should."""
+    tl.store(x, size.to(tl.int64) * stride)
+
+
+def test_an_integer_that_must_not_be_one_is_found():
+    case = CompileCase(with_methods_of_its_sizes, {"x": "*i64", "size": "i32", "stride": "i32"}, {}, 1, 1)
+    (fault,) = faults_of_ones(with_methods_of_its_sizes, [case], ARCHITECTURES[1])
+    assert fault.startswith("with_methods_of_its_sizes: size = 1: ") and "'int' object has no attribute 'to'" in fault
 
 
 def wide_case(**changes):

@@ -6,14 +6,15 @@ import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError, make_backend
 
 from sparsekern import triton_kernels
 from sparsekern.triton_kernels._common import CompileCase
@@ -71,22 +72,40 @@ def shipped(architecture: Architecture) -> Iterator[CompileCase]:
 
 
 def build(case: CompileCase, architecture: Architecture) -> Binary:
+    target, options = _target(architecture), {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source_of(case), target=target, options=options)
+    cubin = compiled.asm["cubin"]
+    usage = _tool("--dump-resource-usage", cubin)
+    return Binary(int(re.search(r"STACK:(\d+)", usage)[1]), compiled.metadata.shared, compiled.asm["ptx"], cubin)
+
+
+def translate(case: CompileCase, architecture: Architecture) -> object:
+    """Return Triton's first representation of a kernel, which finds what its Python code does wrong, much sooner than `build`."""
+    backend = make_backend(_target(architecture))
+    options = backend.parse_options({"num_warps": case.num_warps, "num_stages": case.num_stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    helpers = backend.get_codegen_implementation(options), backend.get_module_map()
+    return source_of(case).make_ir(_target(architecture), options, *helpers, context)
+
+
+def source_of(case: CompileCase) -> ASTSource:
     kernel = case.kernel
     kinds = {name: kind.partition(":") for name, kind in case.signature.items()}
     missing = set(kernel.arg_names) ^ {*kinds, *case.constexprs}
     assert not missing, f"{kernel.__name__}: the compile case and the kernel disagree about {sorted(missing)}"
-    source = ASTSource(
+    return ASTSource(
         kernel,
         signature={name: kinds[name][0] if name in kinds else "constexpr" for name in kernel.arg_names},
         constexprs=case.constexprs,
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind[2] == "16"},
     )
+
+
+def _target(architecture: Architecture) -> GPUTarget:
     major, minor = architecture.capability
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
-    cubin = compiled.asm["cubin"]
-    usage = _tool("--dump-resource-usage", cubin)
-    return Binary(int(re.search(r"STACK:(\d+)", usage)[1]), compiled.metadata.shared, compiled.asm["ptx"], cubin)
+    return GPUTarget("cuda", 10 * major + minor, 32)
 
 
 def _tool(option: str, cubin: bytes) -> str:
@@ -113,6 +132,28 @@ def faults(case: CompileCase, architecture: Architecture) -> list[str]:
 def faults_of_number(number: int, architecture: Architecture) -> list[str]:
     """Return the faults of a configuration by its number: kernels cannot be sent to another process."""
     return faults(list(shipped(architecture))[number], architecture)
+
+
+def faults_of_ones(kernel: triton.JITFunction, cases: Sequence[CompileCase], architecture: Architecture) -> list[str]:
+    """Return the integer arguments of a kernel with which it is not translated if they are 1, one line for each.
+
+    Triton makes such an argument a Python int, which has no methods.
+    """
+    found = []
+    for name in sorted({name for case in cases for name in integers(case)}):
+        case = next(case for case in cases if name in integers(case))
+        signature = {other: kind for other, kind in case.signature.items() if other != name}
+        try:
+            translate(case._replace(signature=signature, constexprs={**case.constexprs, name: 1}), architecture)
+        except CompilationError as error:
+            found.append(f"{kernel.__name__}: {name} = 1: {error.__cause__ or error}")
+    return found
+
+
+def integers(case: CompileCase) -> list[str]:
+    """Return the arguments of a case that Triton makes a constant if they are 1."""
+    own = {parameter.name for parameter in case.kernel.params if not parameter.do_not_specialize}
+    return [name for name, kind in case.signature.items() if name in own and kind.partition(":")[0] in ("i32", "i64")]
 
 
 def describe(case: CompileCase) -> str:

@@ -46,7 +46,7 @@ def test_equals_the_dense_products(isa, poisoned, generator, case, dtype):
 @pytest.mark.parametrize("dtype", FLOATS[:2])
 def test_experts_with_few_and_with_many_tokens_on_threads(isa, threads, generator, dtype):
     threads(3)
-    weight = sparse_experts(3, 200, 330, dtype, generator)
+    weight = sparse_experts(3, 40 if INTERPRETED else 200, 330, dtype, generator)
     x = torch.randn(50, 330, generator=generator).to(dtype)
     experts = torch.zeros(50, 1, dtype=torch.int64)
     experts[3], experts[7] = 2, 2
@@ -80,7 +80,7 @@ def test_sizes_of_zero(isa, generator, shape):
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:2] if INTERPRETED else FLOATS)
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 3] if INTERPRETED else [1, 3, 40])
 def test_contradicting_tensors_cannot_lead_the_kernel_out_of_them(isa, generator, dtype, tokens):
     """Nothing but an error may come of this, with the sanitized build in particular."""
     weight = sparse_experts(2, 40, 300, dtype, generator, zeros=0.9)
