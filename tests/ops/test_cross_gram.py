@@ -80,7 +80,8 @@ def test_the_first_value_that_is_not_finite_is_named_and_on_a_cpu_nothing_change
 
 def test_products_that_overflow_are_no_error():
     cross = cross_gram_(torch.zeros(1, 2), torch.tensor([[1e30]]), torch.tensor([[1e30, 2.0]]))
-    assert cross.tolist() == [[math.inf, 2 * torch.tensor(1e30).item()]]
+    assert cross[0, 0] == math.inf or cross.is_cuda and cross[0, 0].isnan()  # tensor cores add pieces of either sign
+    assert cross[0, 1] == 2 * torch.tensor(1e30)
 
 
 @pytest.mark.parametrize(
