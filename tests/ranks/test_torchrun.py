@@ -1,0 +1,108 @@
+"""The command line under the real `torchrun`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsekern.cli.main import main
+from tests.tiny import TEXT, save_folder
+
+from .pool import WATCHDOG
+from .runs import digests
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """The arguments of `sparsekern prune`, without the folder for the result."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    source = save_folder(folder / "source", num_hidden_layers=2)
+    (folder / "text.txt").write_text(TEXT * 4)
+    data = ["--calibration", str(folder / "text.txt"), "--samples", "9", "--length", "16", "--batch-size", "1"]
+    return ["prune", str(source), "--method", "wanda", *data]
+
+
+def torchrun(*program: str, processes: int = 2, options: tuple[str, ...] = ("--standalone",), prefix: tuple[str, ...] = ()):
+    start = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={processes}", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def alone(command, tmp_path_factory):
+    """The digests of the files of one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main([*command, "--out", str(out), "--leaves", "8"]) == 0
+    return digests(out)
+
+
+@pytest.mark.slow
+def test_torchrun_prunes_with_the_bits_of_one_process_and_one_voice(command, alone, tmp_path):
+    done = torchrun("-m", "sparsekern", *command, "--out", str(tmp_path / "out"))
+    output, errors = done.communicate(timeout=WATCHDOG * 2)
+    assert done.returncode == 0, errors
+    assert digests(tmp_path / "out") == alone
+    assert output.count("saved to") == 1
+    assert errors.count("loading ") == 1
+    assert "MB by the formula" in output
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_which_say_how_to_resume(command, alone, tmp_path):
+    out = str(tmp_path / "out")
+    done = torchrun("tests/ranks/killed_rank.py", *command, "--out", out)
+    _, errors = done.communicate(timeout=WATCHDOG * 2)
+    assert done.returncode != 0
+    said = [line for line in errors.splitlines() if line.startswith("sparsekern prune: ")]
+    assert said and all("--resume" in line for line in said), errors
+    assert main([*command, "--out", out, "--resume", "--leaves", "8"]) == 0
+    assert digests(tmp_path / "out") == alone
+
+
+@pytest.fixture
+def two_hosts():
+    """The `ip netns exec` prefixes of two network namespaces that reach one another."""
+    names = [f"sparsekern-{os.getpid()}-{host}" for host in range(2)]
+    ends = [f"sk{os.getpid() % 100000}-{host}" for host in range(2)]
+    steps = [["netns", "add", name] for name in names]
+    steps.append(["link", "add", ends[0], "type", "veth", "peer", "name", ends[1]])
+    for host, (name, end) in enumerate(zip(names, ends, strict=True)):
+        inside = ["netns", "exec", name, "ip"]
+        steps += [["link", "set", end, "netns", name], [*inside, "addr", "add", f"10.93.7.{host + 1}/24", "dev", end]]
+        steps += [[*inside, "link", "set", link, "up"] for link in ("lo", end)]
+    try:
+        for step in steps:
+            try:
+                subprocess.run(["ip", *step], check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no right to make network namespaces: {getattr(error, 'stderr', '') or error}".strip())
+        yield [("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}") for name, end in zip(names, ends, strict=True)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_machines_prune_together(two_hosts, command, alone, tmp_path):
+    nodes = [
+        torchrun(
+            *("-m", "sparsekern", *command, "--out", str(tmp_path / "out")),
+            processes=1,
+            options=("--nnodes=2", f"--node-rank={host}", "--master-addr=10.93.7.1", "--master-port=29517"),
+            prefix=prefix,
+        )
+        for host, prefix in enumerate(two_hosts)
+    ]
+    try:
+        said = [node.communicate(timeout=WATCHDOG * 2) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert digests(tmp_path / "out") == alone
