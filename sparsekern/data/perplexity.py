@@ -100,7 +100,7 @@ def _windows_together(model: torch.nn.Module, length: int, max_memory: int | str
     if memory_limit(max_memory) is None or stream_of(model) is None:
         room_beside(model, max_memory)
         return None
-    embeddings = cast("PreTrainedModel", model).get_input_embeddings().weight
+    embeddings = cast("torch.Tensor", cast("PreTrainedModel", model).get_input_embeddings().weight)
     window = WINDOW_COPIES * length * embeddings.shape[1] * embeddings.element_size()
     logits = 2 * 4 * min(length, LOGIT_ROWS) * embeddings.shape[0]
     more = {"a window in a block": forward_bytes(model, length), "logits": logits, "the hidden states of a window": window}

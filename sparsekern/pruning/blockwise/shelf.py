@@ -134,7 +134,7 @@ class Shelf:
         """Read or write the bytes of a tensor, with as many calls of `move` as the system takes."""
         assert self._file is not None
         self._file.seek(slot.start, os.SEEK_SET)
-        left = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        left = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
         while left:
             moved = move(self._file, left)
             if not moved:
