@@ -15,7 +15,13 @@ from torch import multiprocessing
 WATCHDOG = 60  # seconds after which a case that has not answered counts as hanging; it decides nothing else
 
 
-PRELOADED = ["transformers.models.llama.modeling_llama", "sparsekern", "tests.tiny", "tests.ranks.pool"]
+PRELOADED = [
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    "sparsekern",
+    "tests.tiny",
+    "tests.ranks.pool",
+]
 
 
 class Pool:
