@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .checkpoint_keys import names_in
+from .freed_memory import give_back
 from .lent import Lent
 from .linears import mark_unread
 from .stored_files import Part, Tensors
@@ -158,6 +159,7 @@ class Stream:
             self._holders[index] -= 1
             if not self._holders[index]:
                 self.release(model, index)
+                give_back()
 
     @contextmanager
     def stopping(self, wait: Callable[[int], None]) -> Iterator[None]:

@@ -156,11 +156,11 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         self.context.record(result.layers)
 
     def solve_block(self, index: int, linears: Sequence[Linear]) -> BlockResult:
-        """Return the result of block `index`, or of the linears outside the blocks. The model is unchanged."""
+        """Return the result of block `index`, or of the linears outside the blocks. The model is unchanged, unless it is streamed."""
         network = self.plan.network(index)
         together = network.linears if network else ()
         alone = [linear for linear in linears if linear not in together]
-        result = Solved()
+        result = Solved(in_place=stream_of(self.context.model) is not None and self.memory is None)
         run: FeedForwardRun | None = None
         shared: SharedStatistics | None = None
         if network is None or not isinstance(self.method, BlockMethod) or self.method.attention == "dense":
@@ -177,6 +177,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self._solve_together(run, shared, result)
         if shared is not None and self.memory is not None:
             result.totals |= shared.totals()
+        self.solver.say_lost(linears, *result.lost)
         return BlockResult(result.weights, [result.layers[linear.name] for linear in linears], result.totals)
 
     def _start_run(self, index: int) -> FeedForwardRun | None:

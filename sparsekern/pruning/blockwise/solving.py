@@ -51,14 +51,27 @@ class RowFigures(NamedTuple):
 
 @dataclass
 class Solved:
-    """What is solved of a block so far; see `BlockResult`."""
+    """What is solved of a block so far; see `BlockResult`.
 
+    Attributes:
+        in_place: write each weight to the model as it is solved, so that no second copy of the block is in memory. This is for blocks
+            of a streamed model, which are read again after an error.
+        lost: of weights that were written, how many were zero before and are not afterwards, and how many were zero before.
+    """
+
+    in_place: bool = False
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     layers: dict[str, LayerReport] = field(default_factory=dict)
     totals: dict[str, torch.Tensor] = field(default_factory=dict)
+    lost: tuple[int, int] = (0, 0)
 
     def take(self, linear: Linear, weight: torch.Tensor, layer: LayerReport) -> None:
         """Keep the result of one linear."""
+        if self.in_place:
+            lost, before = lost_zeros(linear, weight)
+            self.lost = self.lost[0] + lost, self.lost[1] + before
+            linear.weight.copy_(weight)
+            weight = linear.weight
         self.weights[linear.name], self.layers[linear.name] = weight, layer
 
 
@@ -121,10 +134,12 @@ class Solver:
 
     def say_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
         """Warn once if weights that were zero before pruning are not zero afterwards. The model is still unchanged."""
-        zeros = [linear.weight == 0 for linear in linears]
-        lost = [(zero & (weights[linear.name] != 0)).sum() for zero, linear in zip(zeros, linears, strict=True)]
-        if count := int(torch.stack(lost).sum()):
-            before = int(torch.stack([zero.sum() for zero in zeros]).sum())
+        counts = [lost_zeros(linear, weights[linear.name]) for linear in linears]
+        self.say_lost(linears, sum(lost for lost, _ in counts), sum(before for _, before in counts))
+
+    def say_lost(self, linears: Sequence[Linear], count: int, before: int) -> None:
+        """Warn once if `count` weights of some linears are not zero any more, of `before` that were."""
+        if count:
             self.notices.once(
                 "lost zeros",
                 f"{linears[0].name} to {linears[-1].name}: {count:,} of {before:,} weights that were zero before pruning are not zero "
@@ -214,6 +229,13 @@ class Solver:
         for job, solution, (zeros, error) in zip(jobs, solutions, outcomes, strict=True):
             linear = job.linear
             result.take(linear, solution.weight, LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds))
+
+
+def lost_zeros(linear: Linear, weight: torch.Tensor) -> tuple[int, int]:
+    """Return how many weights of a linear are zero that are not zero in `weight`, and how many are zero."""
+    zero = linear.weight == 0
+    lost, before = torch.stack([(zero & (weight != 0)).sum(), zero.sum()]).tolist()
+    return lost, before
 
 
 @contextmanager

@@ -1,0 +1,22 @@
+"""Freed memory given back to the system once a block of a streamed model is released.
+
+The C library keeps what is freed for later allocations of a thread. Blocks are read in one thread and released in another, so that the
+memory of many blocks would stay with the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+
+
+def give_back() -> None:
+    """Give freed memory back to the system. Without glibc, do nothing."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
