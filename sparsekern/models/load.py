@@ -278,7 +278,7 @@ def _refuse_to_lose(model: torch.nn.Module, loading: dict[str, Any], source: str
     if lost:
         raise ValueError(
             f"model: {source!r} holds {len(lost)} tensors that {type(model).__name__} does not know, {lost[0]} among them, and from "
-            "GGUF they cannot be saved along; load the model's safetensors folder instead"
+            "GGUF they cannot be saved; load the model's safetensors folder instead"
         )
 
 

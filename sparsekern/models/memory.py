@@ -26,7 +26,7 @@ def room_beside(model: nn.Module, max_memory: int | str | None, more: Mapping[st
         more: the bytes that the call needs beside the program and the model, by what they are for.
 
     Raises:
-        TypeError: `max_memory` is no limit.
+        TypeError: `max_memory` is not a limit.
         ValueError: likewise; or `model` is in memory, or the limit is too low.
     """
     limit = memory_limit(max_memory)

@@ -47,8 +47,8 @@ def checked_leaves(leaves: int | None, world: World, method: Method, then: Metho
         then: the method that runs after it; None for none.
 
     Raises:
-        TypeError: it is no whole number.
-        ValueError: it is no power of two, or the number of ranks does not divide it; or the method cannot be shared by ranks.
+        TypeError: it is not a whole number.
+        ValueError: it is not a power of two, or the number of ranks does not divide it; or the method cannot be shared by ranks.
     """
     if leaves is not None and (isinstance(leaves, bool) or not isinstance(leaves, int)):
         raise TypeError(f"leaves: expected a power of two up to {MOST_LEAVES}, got {leaves!r}")

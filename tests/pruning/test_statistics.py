@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsekern.methods.statistics import FeatureNorm, Gram
 from sparsekern.models import find_linears
-from sparsekern.pruning.batches import DECODED, TOKENS, Batch
+from sparsekern.pruning.batches import DECODED, TOKENS, Batch, fingerprint
 from sparsekern.pruning.blockwise.statistics import SharedStatistics
 
 
@@ -131,3 +131,8 @@ def test_the_sample_that_is_named_is_the_first_bad_one_that_is_not_padding(linea
     x[1, 1, 2] = float("inf")
     with pytest.raises(ValueError, match=r"^a: its input is inf in calibration sample 5 \(row 4 of the batch\)"):
         SharedStatistics(linears[:1], FeatureNorm).add(batch, {"a": [x]})
+
+
+def test_the_shape_of_samples_is_part_of_their_fingerprint():
+    ids = torch.arange(16)
+    assert len({fingerprint([Batch({"input_ids": ids.view(shape)}, 0, None)]) for shape in ((2, 8), (4, 4), (1, 16))}) == 3

@@ -121,7 +121,7 @@ class _RoutedInputs:
             yield
 
     def real(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return the rows of the input of a linear that are no padding, as the same tensor for the same input.
+        """Return the rows of the input of a linear that are not padding, as the same tensor for the same input.
 
         Raises:
             ValueError: the linear is an expert's, and the tokens of its rows are not known.
