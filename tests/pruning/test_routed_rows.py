@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import sparsekern
+from tests.models.zoo import ZOO
+from tests.models.zoo.checks import tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::sparsekern.SparsekernWarning")
 WIDTH, COUNT = 8, 3
@@ -102,3 +104,19 @@ def test_rows_that_are_changed_on_the_way_are_refused_before_any_work():
         sparsekern.prune(model, "wanda", "2:4", [batch], progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     sparsekern.prune(model, "wanda", "2:4", samples, progress=False)
+
+
+def test_a_streamed_model_prunes_experts_that_no_token_reached(tmp_path):
+    """Reading and releasing their block is no use of their weights: they are pruned by magnitude, as in memory."""
+    family = ZOO["nllb_moe"]
+    family.model().save_pretrained(tmp_path / "dense")
+    found = []
+    for stream in (False, True):
+        model = sparsekern.load(tmp_path / "dense", device="cpu", stream=stream)
+        out = tmp_path / str(stream)
+        sparsekern.prune(model, "wanda", "2:4", calibration=family.calibration(), out=out, progress=False)
+        found.append(tensors(out))
+    resident, streamed = found
+    assert resident.keys() == streamed.keys()
+    for name, value in resident.items():
+        assert torch.equal(streamed[name], value), name

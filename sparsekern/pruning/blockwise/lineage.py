@@ -53,6 +53,7 @@ class Lineage(TorchDispatchMode):
         hidden: pairs of blocks of which the second reads a tensor of the first that it was not given.
         read: names of the watched tensors that an op has read.
         block: the block that is running; None between the blocks.
+        noting: False while weights are read from files or released, which is no use of them.
     """
 
     supports_higher_order_operators = True  # such as flex_attention
@@ -69,17 +70,19 @@ class Lineage(TorchDispatchMode):
         self.users: dict[Element, set[int]] = {}
         self.hidden: list[tuple[int, int]] = []
         self.read: set[str] = set()
-        self._watched: dict[int, str] = {}
+        self._watched: dict[int, dict[tuple[int, int], str]] = {}  # by storage, the names by the bytes that a tensor takes of it
         self.watch(watched)
         self._outside = {self._storages.key(tensor): Origin(sources=frozenset({name})) for name, tensor in sources.items()}
         self._inside: dict[int, Origin] = {}
         self._made: set[int] = set()
         self._given: set[int] = set()
         self.block: int | None = None
+        self.noting = True
 
     def watch(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Note the use of further tensors, by name. Of two that share a storage the later one counts from now on."""
-        self._watched |= {self._storages.key(tensor): name for name, tensor in tensors.items()}
+        """Note the use of further tensors, by name. Of two that take the same bytes of a storage the later one counts."""
+        for name, tensor in tensors.items():
+            self._watched.setdefault(self._storages.key(tensor), {})[_bytes_of(tensor)] = name
 
     def of(self, tensor: torch.Tensor) -> Origin:
         """Return the origin of a tensor."""
@@ -130,11 +133,14 @@ class Lineage(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        inputs = {self._storages.key(tensor) for tensor in tensors_in((args, kwargs))}
+        given = tensors_in((args, kwargs))
+        inputs = {self._storages.key(tensor) for tensor in given}
+        for tensor in given if self.noting else ():
+            if (inside := self._watched.get(self._storages.key(tensor))) is not None:
+                start, end = _bytes_of(tensor)
+                self.read.update(name for (first, last), name in inside.items() if first < end and start < last)
         origin = NOTHING
         for key in inputs:
-            if key in self._watched:
-                self.read.add(self._watched[key])
             origin = origin | self._read(key)
         written = {self._storages.key(tensor) for tensor in _written(func, args, kwargs)}
         made = {self._storages.key(tensor) for tensor in tensors_in(result)} - inputs
@@ -159,6 +165,15 @@ def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[torc
     for index, argument in enumerate(getattr(getattr(func, "_schema", None), "arguments", ())):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from tensors_in(args[index] if index < len(args) else kwargs.get(argument.name))
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first byte that a tensor takes of its storage, and the one behind the last."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset()
+    return start * tensor.itemsize, (start + last + 1) * tensor.itemsize
 
 
 class _Storages:

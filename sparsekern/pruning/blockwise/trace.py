@@ -244,7 +244,9 @@ class _Observer:
             self.trace.runs.append(run)
             self.trace.calls.setdefault(self._blocks.block_name(index), [])
             self._open = (arguments, [tensor._version for tensor in arguments], Changes((args, kwargs)))
+            self._lineage.noting = False
             self._in_memory.enter_context(in_memory(self._model, index))
+            self._lineage.noting = True
             self._lineage.watch(_weights(self._inside[index]))
             self._lineage.enter(index, direct, arguments)
 
@@ -264,7 +266,9 @@ class _Observer:
             one = isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
             run.plain, run.returns_tuple = one and len(tensors) == 1 and not entries, isinstance(output, tuple)
             self._lineage.leave(tensors)
+            self._lineage.noting = False
             self._in_memory.close()
+            self._lineage.noting = True
             self._last = (index, tensors, [tensor._version for tensor in tensors])
 
         return hook
