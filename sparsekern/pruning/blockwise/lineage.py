@@ -173,7 +173,7 @@ def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.storage_offset()
-    return start * tensor.itemsize, (start + last + 1) * tensor.itemsize
+    return int(start * tensor.itemsize), int((start + last + 1) * tensor.itemsize)
 
 
 class _Storages:
