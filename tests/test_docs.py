@@ -1,12 +1,18 @@
 """The documentation: its programs run, its generated pages are those of the code, and the messages that it explains exist."""
 
 import importlib.util
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import sparsekern
+from sparsekern.cli.main import INTERRUPTED, main
 from tests import encoders, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +54,54 @@ def shortened(program: str) -> str:
 def test_programs_run(page, workplace):
     names: dict = {"model": tiny.llama(), "ids": sparsekern_ids()}
     exec(shortened(PROGRAMS[page]), names)
+
+
+COMMANDS = re.findall(r"^(?:sparsekern|torchrun) .*$", (DOCS / "large-models.md").read_text(encoding="utf-8"), re.MULTILINE)
+SMALL = {"prune": "--samples 4 --length 16", "eval": "--text text.txt --windows 2 --length 16"}
+
+
+def small(command: str) -> list[str]:
+    """Return the words of a command for the tiny models of this test."""
+    command = command.replace("path/to/", "").replace("--nproc-per-node=8", "--nproc-per-node=2")
+    kind = "prune" if "sparsekern prune" in command else "eval"
+    text = "" if "--calibration" in command or kind == "eval" else "--calibration text.txt"
+    return shlex.split(f"{command} {SMALL[kind]} {text} --device cpu")
+
+
+@pytest.mark.filterwarnings("ignore::sparsekern.SparsekernWarning")  # of few tokens
+def test_commands_for_large_models_run(workplace, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(tiny.TEXT, encoding="utf-8")
+    shutil.rmtree("pruned")
+    for command in map(small, COMMANDS):
+        out = Path(command[command.index("--out") + 1]) if "--out" in command else None
+        if out and "--resume" in command:
+            shutil.rmtree(out)
+            interrupted([word for word in command if word != "--resume"], monkeypatch)
+            assert len(list(out.glob("checkpoint/*.safetensors"))) == 1
+        if command[0] == "torchrun":
+            options = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            subprocess.run(options, env=environment, check=True, timeout=300)
+        else:
+            assert main(command[1:]) == 0
+        assert out is None or (out / "report.json").is_file()
+    assert any("--resume" in command for command in COMMANDS) and any("torchrun" in command for command in COMMANDS)
+
+
+def interrupted(command: list[str], monkeypatch) -> None:
+    """Run a command whose user presses Ctrl-C while the second block is solved."""
+    solve, calls = sparsekern.SparseGPT.solve, []
+
+    def stopped(self, *arguments):
+        calls.append(1)
+        if len(calls) == 10:  # of the seven linears of a block
+            raise KeyboardInterrupt
+        return solve(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sparsekern.SparseGPT, "solve", stopped)
+        assert main(command[1:]) == INTERRUPTED
 
 
 def sparsekern_ids():
