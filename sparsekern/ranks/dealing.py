@@ -8,14 +8,14 @@ LEAVES = 8  # of a sum under torchrun, so that 1, 2, 4 and 8 processes add in th
 
 
 def leaf_sizes(count: int, leaves: int) -> list[int]:
-    """Return how many of `count` batches belong to each leaf, as even as possible; the first leaves have one more.
+    """Return how many of `count` batches belong to each leaf, as even as possible, for each half of the leaves too.
 
     Example:
         >>> from sparsekern.ranks import leaf_sizes
         >>> leaf_sizes(10, 4)
-        [3, 3, 2, 2]
+        [2, 3, 2, 3]
     """
-    return [count // leaves + (leaf < count % leaves) for leaf in range(leaves)]
+    return [(leaf + 1) * count // leaves - leaf * count // leaves for leaf in range(leaves)]
 
 
 def deal(costs: Sequence[float], size: int) -> list[list[int]]:

@@ -102,8 +102,13 @@ def test_one_process_is_a_world_of_its_own():
 
 
 def test_batches_are_dealt_evenly_and_in_order():
-    assert leaf_sizes(3, 8) == [1, 1, 1, 0, 0, 0, 0, 0]
-    assert all(sum(leaf_sizes(count, 8)) == count for count in range(30))
+    assert leaf_sizes(2, 8) == [0, 0, 0, 1, 0, 0, 0, 1]
+    for count in range(30):
+        sizes = leaf_sizes(count, 8)
+        assert sum(sizes) == count
+        for own in (8, 4, 2, 1):  # the leaves of a rank
+            dealt = [sum(sizes[begin : begin + own]) for begin in range(0, 8, own)]
+            assert max(dealt) - min(dealt) <= 1
 
 
 def test_the_longest_work_goes_first_to_the_least_busy():
