@@ -49,9 +49,10 @@ def joined(arguments: argparse.Namespace, stopped: str) -> Iterator[None]:
     gpu = arguments.device.type == "cuda"
     if gpu:
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count or arguments.device.index is not None:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))  # the same for all ranks of the machine, so that all fail alike
+        if here > count or arguments.device.index is not None:
             raise ValueError(
-                f"torchrun: expected a GPU for each rank of a machine, got rank {local} of {count} GPUs and --device "
+                f"torchrun: expected a GPU for each rank of a machine, got {here} ranks, {count} GPUs and --device "
                 f"{arguments.device}; start fewer ranks, or give --device cpu"
             )
         arguments.device = torch.device("cuda", local)

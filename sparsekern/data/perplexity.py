@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
@@ -82,6 +83,9 @@ def perplexity(
         _check_model(model)
         length = window_length(model, length)
         windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
+        if world.size > 1:
+            digest = hashlib.sha256(torch.stack(windows).cpu().numpy().tobytes()).hexdigest()
+            world.check_alike({"ids": digest, "length": length})
         with evaluation_mode(model):
             together = _windows_together(model, length, max_memory)
             own = _losses(model, windows, world, together or len(windows), progress=progress)
@@ -175,9 +179,13 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
         yield from row[: len(row) // length * length].view(-1, length)
 
 
-@float32_products()
-@torch.no_grad()
 def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
+    """Return the summed negative log-likelihood of `window` `[1, length]`. It may run in a thread of its own."""
+    with torch.no_grad(), float32_products(model):
+        return _loss_of(model, window)
+
+
+def _loss_of(model: torch.nn.Module, window: torch.Tensor) -> float:
     """Return the summed negative log-likelihood of `window` `[1, length]`.
 
     The model runs with a head that sees the last position only, which keeps the logits small. Then the head's whole input is run

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 VARIABLE = "SPARSEKERN_FLOAT32_PRODUCTS"
@@ -26,16 +27,20 @@ logger = logging.getLogger("sparsekern")
 
 
 @contextmanager
-def float32_products() -> Iterator[None]:
+def float32_products(model: nn.Module | None = None) -> Iterator[None]:
     """Multiply many tokens in float32 within, in this thread, where the CPU has no arithmetic for their dtype.
 
     Sums are in float32 either way; the operands are exact, and results are rounded to the dtype once. Only products on a CPU without
     gradients are changed. The logger `sparsekern` says once that there was one. `SPARSEKERN_FLOAT32_PRODUCTS=0` changes nothing.
 
+    Args:
+        model: the model that runs within; nothing is changed for one without weights in bfloat16 or float16. None is any.
+
     Raises:
         ValueError: `SPARSEKERN_FLOAT32_PRODUCTS` is neither `0` nor `1`.
     """
-    if not switched_on():
+    halves = model is None or any(parameter.dtype in ARITHMETIC for parameter in model.parameters())
+    if not switched_on() or not halves:
         yield
         return
     with _Float32Products():

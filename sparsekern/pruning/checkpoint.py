@@ -220,8 +220,8 @@ class Checkpoint:
         if different == ["leaves"]:
             leaves = settings.get("leaves", 1)
             raise ValueError(
-                f"out: {self.folder} belongs to a run with leaves={leaves}; pass leaves={leaves} (--leaves {leaves}) to continue it, "
-                "or remove it to start over"
+                f"out: {self.folder} belongs to a run with leaves={leaves}; pass leaves={leaves} (--leaves {leaves}) to continue it "
+                f"with {'one process' if leaves == 1 else f'up to {leaves} processes'}, or remove it to start over"
             )
         if different:
             raise ValueError(

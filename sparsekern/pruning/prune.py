@@ -187,7 +187,11 @@ def prune(
         own: Checkpoint | None = None
         if out is not None or world.size > 1:
             settings["model"] = model_fingerprint(model)
-        check_same_run(world, {**settings, "out": out and str(out), "resume": resume, "format": format}, environment(model))
+        check_same_run(
+            world,
+            {**settings, "out": out and str(out), "resume": resume, "format": format, "max_memory": max_memory},
+            environment(model),
+        )
         if folder is not None:
             own = folder.checkpoint(model, settings, environment(model), resume=resume)
         checkpoint: Checkpoint | SharedBlocks | None = own

@@ -140,7 +140,7 @@ def _bytes_when_pruned(weight: torch.Tensor, pattern: Pattern, format: str) -> f
 def prepared(model: nn.Module, seed: int) -> Iterator[None]:
     """Prepare `model` to run within: evaluation mode, no gradients, seeded generators, fast products. Everything is restored."""
     device = next(model.parameters()).device
-    with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model), undivided(model), float32_products():
+    with torch.no_grad(), torch_generators_kept(device), evaluation_mode(model), undivided(model), float32_products(model):
         seed_torch(seed, device)
         yield
 

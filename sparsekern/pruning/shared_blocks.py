@@ -39,6 +39,7 @@ class SharedBlocks:
         self._finished = set(world.from_first("finished blocks", finished))
         self._new: list[int] = []
         self._followed = follow() if follow is not None and own is None else None
+        world.agree("followed")  # the first rank writes no block before all others have seen which were there
 
     def save(self, index: int, result: BlockResult) -> None:
         """Keep the result of block `index`, which is the same on all ranks."""

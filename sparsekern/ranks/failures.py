@@ -53,5 +53,5 @@ def lost(rank: int, error: BaseException) -> OSError:
     return ConnectionError(
         errno.ECONNRESET,
         f"rank {rank} ended or cannot be reached ({str(error).splitlines()[0] if str(error) else type(error).__name__}); blocks that "
-        "are finished are kept in out: start the same command with --resume (resume=True), with as many processes as you like",
+        "are finished are kept in out: start the same command with --resume (resume=True), with 1, 2, 4 or as many processes as divide the leaves",
     )

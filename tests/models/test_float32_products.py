@@ -118,6 +118,17 @@ def test_the_switch(monkeypatch, multiplied):
 
 
 @torch.no_grad()
+def test_a_model_without_half_weights_runs_as_ever(multiplied):
+    x, weight = operands(torch.bfloat16, (16, 24), (8, 24))
+    with float32_products(torch.nn.Linear(2, 2)):
+        F.linear(x, weight)
+    assert not multiplied
+    with float32_products(torch.nn.Linear(2, 2).bfloat16()):
+        F.linear(x, weight)
+    assert len(multiplied) == 1
+
+
+@torch.no_grad()
 def test_it_is_said_once(caplog):
     module._say.cache_clear()
     x, weight = operands(torch.bfloat16, (16, 24), (8, 24))

@@ -58,8 +58,17 @@ def unlike(rank: int, values):
         world.check_alike(values[rank])
 
 
-def perplexed(rank: int, folder: str, ids: torch.Tensor, length: int, stream: bool, nan_on: tuple[int, ...] = ()):
+def perplexed(
+    rank: int,
+    folder: str,
+    ids: torch.Tensor,
+    length: int,
+    stream: bool,
+    nan_on: tuple[int, ...] = (),
+    other_on: tuple[int, ...] = (),
+):
     model = sparsekern.load(folder, stream=stream)
+    ids = ids + 1 if rank in other_on else ids
     if rank in nan_on:
         model.get_input_embeddings().weight.data.fill_(float("nan"))
     return sparsekern.perplexity(model, ids, length)

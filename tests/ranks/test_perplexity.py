@@ -35,3 +35,10 @@ def test_bad_arguments_are_refused_alike(ranks, folder):
     answers = ranks.run(2, CASE, folder, torch.zeros(8, dtype=torch.int64), 16, False)
     assert [answer[0] for answer in answers] == ["ValueError"] * 2
     assert answers[0][1] == answers[1][1] == "ids: one window of length 16 needs 16 tokens, got 8"
+
+
+def test_ranks_with_other_windows_are_refused(ranks, folder):
+    answers = ranks.run(2, CASE, folder, torch.zeros(64, dtype=torch.int64), 16, False, (), (1,))
+    assert [answer[0] for answer in answers] == ["ValueError"] * 2
+    assert answers[0][1] == answers[1][1]
+    assert answers[0][1].startswith("ids: expected the same on all ranks, got another on rank 1")

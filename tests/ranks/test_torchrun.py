@@ -61,6 +61,7 @@ def test_a_killed_rank_ends_the_others_which_say_how_to_resume(command, alone, t
     assert done.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("sparsekern prune: ")]
     assert said and all("--resume" in line for line in said), errors
+    assert list((tmp_path / "out").rglob("block-00000*")), "no block was kept"
     assert main([*command, "--out", out, "--resume", "--leaves", "8"]) == 0
     assert digests(tmp_path / "out") == alone
 
