@@ -22,6 +22,7 @@ struct Block {
 struct Sweep {
   const SweepPattern& pattern;
   int64_t rows, columns;
+  bool among;            // N:M chooses among the weights that `keep` holds in the beginning
   Buffer<float> delta;   // D in panels; the columns of the current block first hold their pending sums
   Buffer<int8_t> keep;   // the mask in panels: -1 where kept, 0 where pruned
   Buffer<float> scores;  // scores of the current block, in panels
@@ -123,11 +124,12 @@ struct Recurrence {
   }
 
   // Chooses the n largest of each group of m columns from j on, by counting how many come before each; of equal ones the first
-  // wins.
+  // wins. Weights that may not be kept come last.
   SPARSEKERN_INLINE void choose_group(int64_t j, int64_t n, int64_t m) const {
     for (int64_t c = j; c < j + m; ++c) Columns::load(pending(c), stride).store(scratch + c * kLanes, weight_stride);
     solve(scratch, weight_stride, j, j + m);
     for (int64_t c = j; c < j + m; ++c) score(scratch, weight_stride, c);
+    for (int64_t c = j; c < (sweep.among ? j + m : j); ++c) put_last(scratch, c);
     for (int64_t c = j; c < j + m; ++c) {
       const Columns own = Columns::load(scratch + c * kLanes, weight_stride);
       Int before[kRegisters] = {};
@@ -138,8 +140,23 @@ struct Recurrence {
           if (other > c) before[r] -= theirs.part[r] > own.part[r];
         }
       }
-      for (int r = 0; r < kRegisters; ++r) store_keep(c, r, before[r] < static_cast<int32_t>(n));
+      for (int r = 0; r < kRegisters; ++r) {
+        const Int best = before[r] < static_cast<int32_t>(n);
+        store_keep(c, r, sweep.among ? best & load_keep(c, r) : best);
+      }
     }
+  }
+
+  // Gives weights of column j that may not be kept a score below all others.
+  SPARSEKERN_INLINE void put_last(float* scores, int64_t j) const {
+    Columns own = Columns::load(scores + j * kLanes, weight_stride);
+    for (int r = 0; r < kRegisters; ++r) {
+      const Int allowed = load_keep(j, r);
+      const Float below = Float{} - 1.0f;
+      const Int bits = (reinterpret_cast<const Int&>(own.part[r]) & allowed) | (reinterpret_cast<const Int&>(below) & ~allowed);
+      own.part[r] = reinterpret_cast<const Float&>(bits);
+    }
+    own.store(scores + j * kLanes, weight_stride);
   }
 
   SPARSEKERN_INLINE int8_t* keep_register(int64_t j, int r) const {

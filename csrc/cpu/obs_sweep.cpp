@@ -123,7 +123,7 @@ void keep_largest_of_rows(const float* scores, int64_t columns, int64_t kept, in
 template <class T>
 struct Matrices {
   const T* weight;
-  const uint8_t* mask;  // null: chosen by the pattern
+  const uint8_t* mask;  // null: chosen by the pattern; with N:M, the weights that it chooses among
   const float* factor;
   T* new_weight;
   uint8_t* new_mask;
@@ -283,11 +283,12 @@ void sweep_columns(
     const Matrices<T>& matrices, const SweepPattern& pattern, int64_t rows, int64_t columns, float* row_error,
     const Executor& executor) {
   const int64_t panels = ceil_div(rows, kLanes);
-  const int64_t step = std::min(block_columns(pattern, matrices.mask != nullptr), columns);
+  const int64_t step = std::min(block_columns(pattern, matrices.mask != nullptr && pattern.n == 0), columns);
   Sweep sweep{
       pattern,
       rows,
       columns,
+      matrices.mask != nullptr && pattern.n > 0,
       allocate<float>(panels * columns * kLanes),
       allocate<int8_t>(panels * columns * kLanes),
       allocate<float>(panels * step * kLanes),

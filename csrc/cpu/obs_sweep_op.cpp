@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> obs_sweep_of(
     check(same_shape(*mask, weight) && mask->scalar_type() == ScalarType::Bool, "mask: expected bool of the shape of weight");
     fixed = torch::stable::contiguous(*mask);
   }
-  const SweepPattern pattern{mask ? 0 : n, m, sparsity, scope_of(scope), block_size};
+  const SweepPattern pattern{n, m, sparsity, scope_of(scope), block_size};
   require_whole_groups(pattern, columns);
   const Tensor dense_weight = torch::stable::contiguous(weight), dense_factor = torch::stable::contiguous(factor);
   Tensor new_weight = torch::stable::new_empty(weight, batch.shape({rows, columns}));

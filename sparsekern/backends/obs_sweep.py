@@ -324,9 +324,11 @@ def _processors(device: torch.device) -> int:
 
 
 def _supports(weight, factor, *, n=0, m=0, mask=None, **options) -> Support:
-    if mask is None and m > MAX_GROUP:
+    if mask is not None and m:
+        return Support(False, "no implementation chooses N:M among the weights of a mask")
+    if m > MAX_GROUP:
         return Support(False, f"m is {m}, more than {MAX_GROUP}")
-    if mask is None and m and weight.shape[-1] % m:
+    if m and weight.shape[-1] % m:
         return Support(False, f"the input features, {weight.shape[-1]}, are not divisible by {m}")
     return YES
 

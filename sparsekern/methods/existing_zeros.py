@@ -22,7 +22,8 @@ def sweep_keeping_zeros(
     An N:M group with more zeros than the pattern prunes keeps them all. A sparsity is reached by the non-zeros in excess of it, which
     are taken from all blocks of columns in proportion to their non-zeros. A weight with more zeros than the sparsity is unchanged.
 
-    Rows without zeros are swept by the op where rows do not share a count, and so is a weight without zeros.
+    On a CPU the op chooses N:M groups among the non-zeros. Otherwise rows without zeros are swept by the op where rows do not share a
+    count, and so is a weight without zeros.
 
     Args:
         weight: as for `ops.obs_sweep`.
@@ -35,6 +36,8 @@ def sweep_keeping_zeros(
         ValueError: NaN or Inf in `weight` or `factor`.
     """
     options: dict[str, Any] = {"scope": scope, "block_size": block_size}
+    if isinstance(pattern, NM) and not weight.is_cuda:
+        return ops.obs_sweep(weight, factor, pattern, mask=weight != 0, **options)[::2]
     zero = weight == 0
     affected = zero.any(1)
     if not affected.any():

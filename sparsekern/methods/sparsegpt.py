@@ -126,7 +126,7 @@ class SparseGPT(LinearMethod):
             return ops.obs_sweep(weight, factor, mask=fixed, **options)[::2]
         if not self.keep_zeros or weight.all():
             return ops.obs_sweep(weight, factor, pattern, **options)[::2]
-        if weight.dim() == 2:
+        if weight.dim() == 2 or (isinstance(pattern, NM) and not weight.is_cuda):
             return sweep_keeping_zeros(weight, factor, pattern, **options)
         swept = [sweep_keeping_zeros(*own, pattern, **options) for own in zip(weight, factor, strict=True)]
         return torch.stack([new for new, _ in swept]), torch.stack([error for _, error in swept])

@@ -43,7 +43,8 @@ def obs_sweep(
             columns, chosen when the sweep reaches the block. `"row"`: the same for each row separately. `"matrix"`: the whole matrix,
             chosen from the initial weights. Of equal scores the lower index is kept. Ignored for N:M.
         block_size: columns of a block (SparseGPT: 128). It does not change the result for N:M.
-        mask: bool of the shape of `weight`, True where kept: a fixed mask instead of `pattern`.
+        mask: bool of the shape of `weight`, True where kept: a fixed mask instead of `pattern`. With an N:M pattern, False where a
+            weight is pruned in any case; each group is chosen among the others, and keeps fewer than N where fewer are left.
 
     Returns:
         `(new_weight, mask, row_error)`: the pruned weights in the dtype of `weight`; bool, True where kept; `[out_features]` float32,
@@ -52,7 +53,7 @@ def obs_sweep(
 
     Raises:
         TypeError: a wrong dtype or type.
-        ValueError: a wrong shape, device, pattern or scope; both or neither of `pattern` and `mask`; `in_features` not divisible by M;
+        ValueError: a wrong shape, device, pattern or scope; `mask` with a sparsity, or neither; `in_features` not divisible by M;
             NaN or Inf in `weight` or `factor`.
 
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1; the left-looking form with a reverse Cholesky factor is ours.
@@ -64,15 +65,16 @@ def obs_sweep(
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     check_whole("block_size", block_size, 1)
-    if mask is not None and pattern is None:
+    if mask is not None:
         check_tensor("mask", mask, ndim=ndim, dtypes=(torch.bool,), shape=tuple(weight.shape), device=weight.device)
-        return _op(weight, factor, scope=scope, block_size=block_size, mask=mask)
-    if pattern is None or mask is not None:
-        raise ValueError("pattern, mask: expected exactly one of them")
-    parsed = parse_pattern(pattern)
+        if pattern is None:
+            return _op(weight, factor, scope=scope, block_size=block_size, mask=mask)
+    parsed = None if pattern is None else parse_pattern(pattern)
+    if parsed is None or (mask is not None and not isinstance(parsed, NM)):
+        raise ValueError("pattern, mask: expected one of them, or an N:M pattern and a mask")
     parsed.check_features(weight.shape[-1])
     if isinstance(parsed, NM):
-        return _op(weight, factor, n=parsed.n, m=parsed.m, block_size=block_size)
+        return _op(weight, factor, n=parsed.n, m=parsed.m, block_size=block_size, mask=mask)
     return _op(weight, factor, sparsity=parsed.sparsity, scope=scope, block_size=block_size)
 
 
@@ -111,14 +113,14 @@ def reference(
     if mask is None and not m and scope == "matrix":
         keep = _keep_best(_score(start, diagonal, dead), rows * columns - pruned_count(rows * columns, sparsity), "matrix")
     row_error = torch.zeros(rows, dtype=start.dtype, device=weight.device)
-    step = m if m and mask is None else block_size
+    step = m or block_size
     for a in range(0, columns, step):
         b = min(a + step, columns)
         error = delta[:, :a] @ factor[:a, a:b]
-        if mask is None and (m or scope != "matrix"):
+        if m or (mask is None and scope != "matrix"):
             current = start[:, a:b] + _solve_right(error, factor[a:b, a:b], diagonal[a:b])
-            score = _score(current, diagonal[a:b], dead[a:b])
-            keep[:, a:b] = _choose(score, a, b, columns, n, m, sparsity, scope)
+            score = _score(current, diagonal[a:b], dead[a:b]).masked_fill(~keep[:, a:b], -1)
+            keep[:, a:b] &= _choose(score, a, b, columns, n, m, sparsity, scope)
         for j in range(a, b):
             pending = error[:, j - a] + delta[:, a:j] @ factor[a:j, j]
             now = torch.where(dead[j], torch.zeros_like(pending), start[:, j] + pending / diagonal[j])
@@ -172,6 +174,7 @@ def _samples(generator: torch.Generator):
         for scope in SCOPES:
             yield sample(weight, factor, sparsity=0.5, scope=scope, block_size=32)
         yield sample(weight, factor, mask=torch.rand(rows, columns, generator=generator) > 0.4)
+        yield sample(weight, factor, n=2, m=4, mask=torch.rand(rows, columns, generator=generator) > 0.4)
         if rows == 5:
             weights, factors = torch.stack((weight, weight.flip(0))), torch.stack((factor, 2 * factor))
             yield sample(weights, factors, n=2, m=4)

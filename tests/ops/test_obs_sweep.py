@@ -223,11 +223,39 @@ def test_values_that_are_not_finite_are_named(isa, function, bad):
         function(torch.ones(5, 8), factor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (3, 5), (12, 40)])
+def test_groups_are_chosen_among_the_weights_of_a_mask(generator, n, m, dtype):
+    rows, columns = 37, 120
+    x = torch.randn(3 * columns, columns, generator=generator)
+    factor = torch.linalg.cholesky((x.T @ x).flip(0, 1)).flip(0, 1).contiguous()
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    allowed = torch.rand(rows, columns, generator=generator) < torch.linspace(0, 1, rows)[:, None]
+    new, mask, error = obs_sweep(weight, factor, f"{n}:{m}", mask=allowed)
+    in_groups = [each.unflatten(1, (-1, m)) for each in (mask, allowed)]
+    assert not (mask & ~allowed).any()
+    assert torch.equal(in_groups[0].sum(2), in_groups[1].sum(2).clamp(max=n))
+    first = (weight[:, :m].double().abs() * factor.diagonal()[:m]).masked_fill(~allowed[:, :m], -1)
+    lowest_kept = first.masked_fill(~mask[:, :m], math.inf).amin(1)
+    assert (first.masked_fill(mask[:, :m], -math.inf).amax(1) <= lowest_kept).all()
+    again, _, same_error = obs_sweep(weight, factor, mask=mask)
+    torch.testing.assert_close(new, again)
+    torch.testing.assert_close(error, same_error)
+    batch = obs_sweep(
+        torch.stack((weight, weight)), torch.stack((factor, factor)), f"{n}:{m}", mask=torch.stack((allowed, allowed))
+    )
+    assert all(torch.equal(found[1], alone) for found, alone in zip(batch, (new, mask, error), strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ValueError, "pattern, mask: expected exactly one of them"),
-        ({"pattern": 0.5, "mask": torch.ones(4, 8) > 0}, ValueError, "pattern, mask: expected exactly one of them"),
+        ({}, ValueError, "pattern, mask: expected one of them, or an N:M pattern and a mask"),
+        (
+            {"pattern": 0.5, "mask": torch.ones(4, 8) > 0},
+            ValueError,
+            "pattern, mask: expected one of them, or an N:M pattern and a mask",
+        ),
         ({"pattern": "4:2"}, ValueError, "pattern: .* got '4:2'"),
         ({"pattern": "0:4"}, ValueError, "pattern: .* got '0:4'"),
         ({"pattern": 1.5}, ValueError, "pattern: .* got 1.5"),
