@@ -107,7 +107,7 @@ def _add_choice_of_weights(group) -> None:
         action="append",
         default=[],
         type=types.pattern_for,
-        metavar="GLOB=PATTERN",
+        metavar="GLOB=P",
         help="pattern of linears that match, or dense; first wins",
     )
     group.add_argument("--include", action="append", metavar="GLOB", help="prune only linears that match")
@@ -135,7 +135,7 @@ def _add_calibration(group) -> None:
         "--leaves",
         type=types.count,
         metavar="N",
-        help="parts that statistics are summed in (1; under torchrun 8), see large-models.md",
+        help="parts that sums are made of (1; under torchrun 8)",
     )
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
     group.add_argument(

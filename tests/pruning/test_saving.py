@@ -247,7 +247,7 @@ def test_a_checkpoint_of_another_program_is_left_alone(tmp_path, others, resume)
 def test_killed_while_it_stages_it_is_resumed(tmp_path, monkeypatch):
     out = tmp_path / "out"
 
-    def killed(model, folder, tokenizer):
+    def killed(model, folder, *more):
         (folder / ".tmpXy12Zw").write_bytes(b"half of the weights")
         patch.setattr(output.shutil, "rmtree", lambda *a, **k: None)
         raise Killed

@@ -68,7 +68,7 @@ class Solved:
     def take(self, linear: Linear, weight: torch.Tensor, layer: LayerReport) -> None:
         """Keep the result of one linear."""
         if self.in_place:
-            lost, before = lost_zeros(linear, weight)
+            lost, before = lost_zeros(linear, weight).tolist()
             self.lost = self.lost[0] + lost, self.lost[1] + before
             linear.weight.copy_(weight)
             weight = linear.weight
@@ -134,8 +134,8 @@ class Solver:
 
     def say_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
         """Warn once if weights that were zero before pruning are not zero afterwards. The model is still unchanged."""
-        counts = [lost_zeros(linear, weights[linear.name]) for linear in linears]
-        self.say_lost(linears, sum(lost for lost, _ in counts), sum(before for _, before in counts))
+        counts = torch.stack([lost_zeros(linear, weights[linear.name]) for linear in linears])
+        self.say_lost(linears, *counts.sum(0).tolist())
 
     def say_lost(self, linears: Sequence[Linear], count: int, before: int) -> None:
         """Warn once if `count` weights of some linears are not zero any more, of `before` that were."""
@@ -231,11 +231,10 @@ class Solver:
             result.take(linear, solution.weight, LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds))
 
 
-def lost_zeros(linear: Linear, weight: torch.Tensor) -> tuple[int, int]:
-    """Return how many weights of a linear are zero that are not zero in `weight`, and how many are zero."""
+def lost_zeros(linear: Linear, weight: torch.Tensor) -> torch.Tensor:
+    """Return how many weights of a linear are zero that are not zero in `weight`, and how many are zero, `[2]` int64."""
     zero = linear.weight == 0
-    lost, before = torch.stack([(zero & (weight != 0)).sum(), zero.sum()]).tolist()
-    return lost, before
+    return torch.stack([(zero & (weight != 0)).sum(), zero.sum()])
 
 
 @contextmanager
