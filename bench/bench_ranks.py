@@ -1,6 +1,6 @@
 """`prune` of SmolLM2-135M by two processes of one thread against one process of one thread: `python -m bench.bench_ranks`.
 
-Both sides sum in 8 leaves, so that their weights have the same bits, which is asserted first. Each run starts anew by `torchrun`; rounds
+Both sides sum in 8 leaves, so that their weights have the same bits, which is asserted first. `torchrun` starts new processes for each run; rounds
 take turns. The whole `prune` call is timed, without loading. Run it on a quiet machine with at least two cores.
 """
 

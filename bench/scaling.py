@@ -208,7 +208,7 @@ def sent_by(model: Model, machine: Machine, processes: int, tokens: int) -> tupl
 def _memory(model: Model, processes: int, tokens: int, leaves: int) -> float:
     """Return the bytes of a process: embeddings and head, two blocks, hidden states, and the Gram matrices of a block.
 
-    Of a sum, log2(leaves / processes) + 2 parts are held: those of the tree, and the leaf at hand. A factor is as large as one of them.
+    Of a sum, log2(leaves / processes) + 2 parts are held: those of the tree, and the current leaf. A factor is as large as one of them.
     """
     parts = (leaves // processes).bit_length() + 1
     grams = sum(4 * part.features**2 for part in model.inputs) * (parts + 1)

@@ -62,7 +62,7 @@ def main() -> None:
     limit = 1 if arguments.least_memory else None
     while True:  # a run refuses a limit that is too low, first for the model alone, then with what solving takes
         before, _ = current_and_peak(STATUS.read_text())
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         source.taken = 0
         start = time.perf_counter()
         try:

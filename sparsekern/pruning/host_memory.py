@@ -6,11 +6,10 @@ the same size. This takes an eighth of the time of a small model's forward.
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..models.freed_memory import give_back, glibc
 from .process import PutBack
 
 # mallopt's parameters and limits, from malloc.h and malloc/malloc.c of glibc
@@ -25,10 +24,10 @@ def freed_memory_kept() -> Iterator[None]:
 
     Afterwards the thresholds have the values that glibc's own adjustment reaches once large tensors have been freed.
     """
-    if platform.libc_ver()[0] != "glibc":
+    libc = glibc()
+    if libc is None:
         yield
         return
-    libc = ctypes.CDLL(None)
     with _allocator.kept(None):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, NEVER)
@@ -36,9 +35,9 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def _give_back() -> None:
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
-    libc.malloc_trim(0)
+    if libc := glibc():
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+        give_back()
 
 
 _allocator: PutBack[None, None] = PutBack(lambda _: None, lambda *_: _give_back())

@@ -66,7 +66,7 @@ def product(
     Args:
         x: `[tokens, columns]`, bfloat16, float16 or float32.
         experts: `[tokens, choices]` int64.
-        weight: packed weights in the dtype of `x`, with a first axis of experts but for the values.
+        weight: packed weights in the dtype of `x`, each with a first axis of experts, except the values.
         bias: `[experts, rows]` in the dtype of `x`, or None.
         status: int32 scalar, set if the packed tensors contradict each other or an id names no expert; None skips the check.
 

@@ -158,7 +158,7 @@ said = lambda name: int(re.search(name + r":\\s+(\\d+) kB", pathlib.Path("/proc/
 model, ids = sparsekern.load("model", device="cpu", stream=True), torch.arange(32).view(2, 16)
 sparsekern.perplexity(model, ids, length=16)
 before = said("VmRSS")
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 sparsekern.prune(model, "wanda", "2:4", ids, out="out", progress=False)
 print(said("VmHWM") - before)
 """

@@ -51,7 +51,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     activations: Activations  # set by `run` where statistics are gathered
     share: Share  # of the batches, likewise
-    dealt_experts: DealtExperts | None = None  # of the block at hand, where experts are dealt to ranks
+    dealt_experts: DealtExperts | None = None  # of the current block, where experts are dealt to ranks
 
     def __init__(self, context: RunContext[Plan, LinearMethod, Report, Blocks], memory: Memory | None = None) -> None:
         """Make the loop.
