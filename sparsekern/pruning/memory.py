@@ -36,7 +36,13 @@ class Memory:
 
 
 def planned_memory(
-    model: nn.Module, plan: object, method: Method, batches: Sequence[Batch], max_memory: int | str | None, folder: Path | None
+    model: nn.Module,
+    plan: object,
+    method: Method,
+    batches: Sequence[Batch],
+    max_memory: int | str | None,
+    folder: Path | None,
+    own_leaves: int = 1,
 ) -> Memory:
     """Return the limits of a run within `max_memory`. What a run does not need is for hidden states first.
 
@@ -47,13 +53,14 @@ def planned_memory(
         batches: the calibration data.
         max_memory: see `sparsekern.prune`.
         folder: a folder for hidden states.
+        own_leaves: leaves of the sums that this process adds, a power of two.
 
     Raises:
         ValueError: the limit is too low, or the hidden states of this model cannot leave the memory.
     """
     if max_memory is None:
         return Memory()
-    needs = _needs(plan, method) if isinstance(plan, Plan) else {}
+    needs = _needs(plan, method, own_leaves) if isinstance(plan, Plan) else {}
     needs[BATCH] = forward_bytes(model, max((math.prod(batch.shape) for batch in batches), default=0))
     room = room_beside(model, max_memory, needs)
     assert room is not None
@@ -69,7 +76,7 @@ def planned_memory(
 STATISTICS, EXPERT, SOLVING, BATCH = "the statistics of a block", "those of an expert", "solving a linear", "a batch in a block"
 
 
-def _needs(plan: Plan, method: Method) -> Needs:
+def _needs(plan: Plan, method: Method, own_leaves: int) -> Needs:
     needs: type[Statistic] | None = getattr(method, "needs", None)
     gathers = plan.course is not None
     grams = gathers and (needs is None or plan.measure_error or inputs_of(needs) is Gram)
@@ -83,16 +90,17 @@ def _needs(plan: Plan, method: Method) -> Needs:
         sizes = [linear.weight.shape.numel() for linear in part]
         found[SOLVING] = max([found[SOLVING], *(4 * COPIES * size for size in sizes)])
         if gathers:
-            found[STATISTICS] = max(found[STATISTICS], _statistics(plan, plain, needs, grams))
+            found[STATISTICS] = max(found[STATISTICS], _statistics(plan, plain, needs, grams, own_leaves))
             found[EXPERT] = max([found[EXPERT], *(bytes_of(own, needs, plan.measure_error) for own in experts.values())])
     return found
 
 
-def _statistics(plan: Plan, linears: Sequence[Linear], needs: type[Statistic] | None, grams: bool) -> int:
-    """Return the bytes of the statistics of the linears of a block with modules of their own, with factors."""
+def _statistics(plan: Plan, linears: Sequence[Linear], needs: type[Statistic] | None, grams: bool, own_leaves: int) -> int:
+    """Return the bytes of the statistics of the linears of a block with modules of their own, with factors or partial sums."""
+    parts = own_leaves.bit_length()  # of a sum in a tree, with the current leaf
     assert plan.course is not None
     inputs = {(plan.course.input_of(linear.name), linear.features) for linear in linears}
-    total = sum(2 * 4 * features**2 if grams else 4 * features for _, features in inputs)
+    total = sum(4 * features**2 * max(2, parts) if grams else 4 * features * parts for _, features in inputs)
     if needs is not None and issubclass(needs, Importance):
-        total += sum(4 * linear.weight.numel() for linear in linears)
+        total += sum(4 * linear.weight.numel() * parts for linear in linears)
     return total

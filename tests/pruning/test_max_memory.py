@@ -9,6 +9,7 @@ import transformers as tf
 import sparsekern
 from sparsekern.models.limits import memory_limit
 from sparsekern.models.streaming import stream_of
+from sparsekern.pruning import memory
 from sparsekern.pruning.blockwise import experts
 from sparsekern.pruning.blockwise.shelf import Shelf
 from tests.models.families import tiny_ids, tiny_model
@@ -109,3 +110,17 @@ def test_perplexity_takes_as_many_windows_at_once_as_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(stream_of(model), "_load", lambda names: read.append(stream_of(model).names.index(names)) or load(names))
     assert sparsekern.perplexity(model, ids, length=32, max_memory=needed) == expected
     assert len(read) > 3 * 3 and set(read) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("leaves", "parts"), [(1, 2), (2, 2), (8, 4)])
+def test_partial_sums_are_counted_where_there_are_more_of_them_than_a_gram_matrix_and_its_factor(
+    leaves, parts, tmp_path, monkeypatch
+):
+    needs, counted = {}, memory.room_beside
+    monkeypatch.setattr(memory, "room_beside", lambda model, limit, found=None: needs.update(found) or counted(model, limit, found))
+    folder = folder_of("llama", tmp_path / "model")
+    options = {"out": tmp_path / "out", "batch_size": 4, "progress": False, "max_memory": "8GB", "leaves": leaves}
+    report = sparsekern.prune(loaded(folder), "sparsegpt", "2:4", IDS, **options)
+    block = {layer.name: layer.shape[1] for layer in report.layers if layer.name.startswith("model.layers.0.")}
+    grams = [block[f"model.layers.0.{name}"] for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
+    assert needs[memory.STATISTICS] == parts * sum(4 * features**2 for features in grams)
