@@ -21,6 +21,7 @@ from .adapters import adapted
 from .devices import YES, Support, has_capability
 from .implementation import Implementation
 from .libraries import LIBRARIES
+from .products import full_float32
 from .values import BadValues, LeftToReference
 
 REFERENCE = "reference"
@@ -74,7 +75,7 @@ _ops: dict[str, _Known] = {}
 
 def add_op(op: str, reference: Callable, native: bool) -> None:
     """Add an op to the table: its reference, and whether it has a kernel for CPU tensors in `sparsekern._C`."""
-    _ops[op] = _Known(reference, native)
+    _ops[op] = _Known(full_float32()(reference), native)
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -276,6 +277,7 @@ def _check_name(where: str, op: str, backend: str) -> None:
 
 def dispatcher(op: str, reference: Callable) -> Callable:
     """Return the function that torch's dispatcher calls for `op` on a CUDA device."""
+    reference = full_float32()(reference)
 
     def run(*args, **kwargs):
         try:

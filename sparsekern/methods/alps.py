@@ -10,6 +10,7 @@ import torch
 from .. import ops
 from .._checks import check_finite
 from .._warnings import warn
+from ..backends.products import full_float32
 from ..pattern import Pattern
 from ._fields import choice, flag, number, whole
 from .base import LinearMethod, Solution, Work
@@ -135,6 +136,7 @@ class _Admm:
         self.mask = self._first.clone()
         self._factor(rho)
 
+    @full_float32()
     def run(self, iterations: int) -> float:
         """Run `iterations` steps. Return how many mask entries changed, relative to the kept or pruned ones, whichever are fewer."""
         before = self.mask.clone()

@@ -9,6 +9,7 @@ import torch
 
 from .. import ops
 from .._checks import check_finite
+from ..backends.products import full_float32
 from ..pattern import NM, Pattern, pruned_count
 
 COLUMNS = 128  # of N:M groups that share one product with all columns before them
@@ -57,6 +58,7 @@ def sweep_keeping_zeros(
     return new_weight, row_error
 
 
+@full_float32()
 def _sweep(
     weight: torch.Tensor, zero: torch.Tensor, factor: torch.Tensor, pattern: Pattern, scope: str, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 
 from .. import ops
 from .._activations import activate
+from ..backends.products import full_float32
 from ..pattern import Pattern
 from ._fields import choice, flag, method, number, whole
 from .base import (
@@ -122,6 +123,7 @@ class SparseLLM(BlockMethod):
         own = needs(weight, statistics) if needs is not None and issubclass(needs, Importance) else statistics
         return self.local.solve(weight, own, pattern)
 
+    @full_float32()
     def solve_feed_forward(self, problem: FeedForwardProblem) -> FeedForwardSolution:
         rounds = Alternation(self, problem)
         best = math.inf

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from .. import ops
+from ..backends.products import full_float32
 from ..ops.reverse_cholesky import alive
 
 ENERGY_COLUMNS = 256  # columns of a factor multiplied at a time by `row_energy`
@@ -181,6 +182,7 @@ class Gram:
         """Take the factor of another process, with its `damping` and `shift`, for one that `factor` has computed."""
         self._factor, self._damping, self._shift = factor, damping, shift
 
+    @full_float32()
     def solve(self, cross: torch.Tensor, damping: float) -> torch.Tensor:
         """Return the `W` of `W (G + shift I) = cross`; it is zero at features that were never active."""
         factor, dead = alive(self.factor(damping))
@@ -286,6 +288,7 @@ class GramImportance(Importance):
         self._importance: torch.Tensor | None = None
 
     @property
+    @full_float32()
     def importance(self) -> torch.Tensor:
         if self._importance is None:
             gram, weight = ops.gram_symmetrize_(self.inputs.gram.clone()), self.weight.float()
@@ -309,6 +312,7 @@ def inputs_of(needs: type[Statistic]) -> type[InputStatistic]:
     return needs.INPUTS if issubclass(needs, Importance) else needs
 
 
+@full_float32()
 def damped_energy(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Return `||row factor||^2` of each row, float64; both arguments may be batches. Zeros below the diagonal are left out."""
     features = factor.shape[-1]

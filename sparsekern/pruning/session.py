@@ -153,7 +153,15 @@ def environment(model: nn.Module) -> dict[str, object]:
         "transformers": metadata.version("transformers"),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
-        "float32_matmul": torch.get_float32_matmul_precision(),
+        "float32_matmul": _float32_matmul(),
         "float32_products": switched_on(),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
     }
+
+
+def _float32_matmul() -> str:
+    """Return the precision of float32 products that the user has set, through either of torch's interfaces."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through the newer interface, which the older one then refuses to read
+        return f"cuda: {torch.backends.cuda.matmul.fp32_precision}"
