@@ -101,6 +101,16 @@ class Experts(ABC):
         """The number of experts."""
         return self.stacked(DOWN).shape[0]
 
+    @property
+    def further(self) -> int:
+        """The number of choices of the router, behind the experts, that are no experts: they return their inputs (LongCat)."""
+        return self.stacked(self.parts[0]).shape[0] - self.count
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the experts."""
+        return self.parameter(DOWN).device
+
     @abstractmethod
     def parameter(self, part: str) -> nn.Parameter:
         """Return the parameter that holds `part` of all experts."""

@@ -19,9 +19,9 @@ from torch import nn
 
 from .expert_layouts import DbrxExperts, find_experts
 from .experts import Experts
-from .gates import listed_experts
 from .linears import is_unread, mark_unread
-from .streaming import stream_of
+from .listed_experts import ListedExperts, find_listed
+from .streaming import refuse_streamed, stream_of
 
 COUNTED = re.compile(r"(^|_)experts?($|_)")  # in names of config settings
 NOT_COUNTED = re.compile(r"per_tok|top|shared|active|layer|size|dim")
@@ -36,12 +36,14 @@ class Mixture:
         owner: name of the module that holds experts and router.
         groups: number of groups of consecutive experts, of which a token's router chooses some; 1 for no groups.
         chosen_groups: number of groups that a token's experts may come from.
+        further: number of choices of the router, behind the experts, that are no experts. They stay.
     """
 
-    experts: Experts
+    experts: Experts | ListedExperts
     owner: str
     groups: int = 1
     chosen_groups: int = 1
+    further: int = 0
 
 
 Change = Callable[[torch.Tensor, int, Mixture], torch.Tensor]
@@ -75,27 +77,37 @@ class Cut:
         """
 
         def choose(tensor: torch.Tensor, dim: int, mixture: Mixture) -> torch.Tensor:
-            each = torch.arange(tensor.shape[dim] // self.count)
-            rows = (kept[mixture.experts.name].cpu()[:, None] * len(each) + each).flatten()
+            each, further = self._places(tensor.shape[dim], mixture)
+            rows = (kept[mixture.experts.name].cpu()[:, None] * each + torch.arange(each)).flatten()
+            rows = torch.cat((rows, torch.arange(self.count * each, self.count * each + further)))
             return tensor.index_select(dim, rows.to(tensor.device))
 
         self._stream(choose)
         self._cut(choose)
+        for experts in self._listed():
+            experts.keep(kept[experts.name].tolist())
         for owner, name, value in self.numbers:
             setattr(owner, name, value)
 
     @contextmanager
     def rehearsed(self) -> Iterator[None]:
-        """Keep the first experts of each mixture within, by views that take no memory, and restore the model afterwards."""
+        """Keep some experts of each mixture within, by views that take no memory, and restore the model afterwards.
 
-        def narrow(tensor: torch.Tensor, dim: int, _: Mixture) -> torch.Tensor:
-            return tensor.narrow(dim, 0, tensor.shape[dim] // self.count * self.left)
+        They are the first ones, or the last where more is behind them.
+        """
+
+        def narrow(tensor: torch.Tensor, dim: int, mixture: Mixture) -> torch.Tensor:
+            each, further = self._places(tensor.shape[dim], mixture)
+            return tensor.narrow(dim, (self.count - self.left) * each if further else 0, self.left * each + further)
 
         tensors = [_tensor(module, name) for module, name, _, _ in self.tensors]
         numbers = [getattr(owner, name) for owner, name, _ in self.numbers]
+        lists = [(experts.module._modules, dict(experts.module._modules)) for experts in self._listed()]
         try:
             self._stream(narrow)
             self._cut(narrow)
+            for experts in self._listed():
+                experts.keep(range(self.left))
             for owner, name, value in self.numbers:
                 setattr(owner, name, value)
             yield
@@ -103,8 +115,19 @@ class Cut:
             self._stream(None)
             for (module, name, _, _), tensor in zip(self.tensors, tensors, strict=True):
                 _put(module, name, tensor)
+            for held, modules in lists:
+                held.clear()
+                held.update(modules)
             for (owner, name, _), value in zip(self.numbers, numbers, strict=True):
                 setattr(owner, name, value)
+
+    def _places(self, size: int, mixture: Mixture) -> tuple[int, int]:
+        """Return how many places each expert has along an axis of this size, and how many are behind those of all experts."""
+        further = mixture.further if size == self.count + mixture.further else 0
+        return (size - further) // self.count, further
+
+    def _listed(self) -> list[ListedExperts]:
+        return [mixture.experts for mixture in self.mixtures if isinstance(mixture.experts, ListedExperts)]
 
     def _cut(self, change: Change, modules: Container[nn.Module] | None = None) -> None:
         """Replace tensors of all modules, or of some, by what `change` makes of them."""
@@ -128,22 +151,21 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
     """Return the mixtures of a model, whose layers all have equally many experts.
 
     Raises:
-        ValueError: no fused experts, experts of an unknown layout, or layers of different numbers of experts.
+        ValueError: no experts, experts of an unknown layout, layers of different numbers of experts, or experts that are modules of
+            their own in a streamed model.
     """
     found = []
-    for experts in find_experts(model):
+    for experts in _experts_in(model):
         owner = experts.name.rpartition(".")[0]
         groups, chosen = (_number_in(model.get_submodule(owner), name) for name in ("num_group", "topk_group"))
-        found.append(Mixture(experts, owner, groups, chosen))
-    if not found and (lists := listed_experts(model, "")):
-        raise ValueError(
-            f"model: {next(iter(lists)).removeprefix('.')} holds experts that are modules of their own, which removal cannot score; "
-            "expected experts in parameters of three dimensions"
-        )
+        found.append(Mixture(experts, owner, groups, chosen, experts.further))
     if not found:
         raise ValueError(
-            f"model: expected a mixture of experts in parameters of three dimensions, got {type(model).__name__}, where none was found"
+            "model: expected a mixture of experts, in parameters of three dimensions or in a list of modules, got "
+            f"{type(model).__name__}, where none was found"
         )
+    if any(isinstance(mixture.experts, ListedExperts) for mixture in found):
+        refuse_streamed(model, "whose experts are modules of their own")
     for mixture in found:
         if mixture.experts.count != found[0].experts.count:
             raise ValueError(
@@ -160,13 +182,15 @@ def plan_cut(model: nn.Module, mixtures: list[Mixture], left: int) -> Cut:
         ValueError: no number in the config decides how many experts there are, or something that depends on it is not understood.
     """
     count, config = mixtures[0].experts.count, getattr(model, "config", None)
-    names = {f"{mixture.experts.name}": mixture for mixture in mixtures}
-    settings = [path for path in _counts(config, count) if _decides(model, path, left, names)]
+    settings = [path for path in _counts(config, count) if _decides(model, path, left, mixtures)]
     if not settings:
         raise ValueError(f"model: found no number in the config of {type(model).__name__} that makes {count} experts {left}")
     smaller = _built(model, settings, left)
     cut = Cut(mixtures, left, model, count)
+    gone = tuple(f"{experts.name}.{name}." for experts in cut._listed() for name in list(experts.members)[left:])
     for module_name, module in model.named_modules(remove_duplicate=False):
+        if f"{module_name}.".startswith(gone):
+            continue
         other = smaller.get_submodule(module_name)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor):
@@ -189,7 +213,9 @@ def _compare(cut: Cut, module_name: str, module: nn.Module, name: str, tensor: A
     sizes = [(tensor.shape[dim], other.shape[dim]) for dim in different]
     one_below_another = any(module in mixture.experts.holders for mixture in owners if isinstance(mixture.experts, DbrxExperts))
     rows = len(tensor) // cut.count if one_below_another else 1
-    if tensor.dim() != other.dim() or sizes != [(cut.count * rows, cut.left * rows)] or not owners:
+    further = max((mixture.further for mixture in owners), default=0)
+    expected = [[(cut.count * rows + behind, cut.left * rows + behind)] for behind in {0, further}]
+    if tensor.dim() != other.dim() or sizes not in expected or not owners:
         raise ValueError(
             f"model: {whole} depends on the number of experts in an unknown way: {tuple(tensor.shape)} becomes {tuple(other.shape)}"
         )
@@ -202,6 +228,13 @@ def _refuse_tables(model: nn.Module, cut: Cut) -> None:
         for name, tensor in (*(owner := model.get_submodule(mixture.owner)).named_parameters(), *owner.named_buffers()):
             if not tensor.is_floating_point() and tensor.numel() > 1:
                 raise ValueError(f"model: {mixture.owner}.{name} may hold indices of experts, which removal cannot renumber")
+
+
+def _experts_in(model: nn.Module) -> list[Experts | ListedExperts]:
+    """Return all experts of a model, fused or in lists, in its order."""
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    found: list[Experts | ListedExperts] = [*find_experts(model), *find_listed(model)]
+    return sorted(found, key=lambda experts: places[experts.name])
 
 
 def _number_in(module: nn.Module, name: str) -> int:
@@ -225,10 +258,17 @@ def _config_at(config: Any, path: tuple[str, ...]) -> Any:
     return config
 
 
-def _decides(model: nn.Module, path: tuple[str, ...], left: int, names: Mapping[str, Mixture]) -> bool:
+def _decides(model: nn.Module, path: tuple[str, ...], left: int, mixtures: list[Mixture]) -> bool:
     """Return whether a setting changes the number of any experts."""
-    smaller = _built(model, [path], left)
-    return any(found.count == left for found in find_experts(smaller) if found.name in names)
+    modules = dict(_built(model, [path], left).named_modules())
+    return any(_count_in(modules[mixture.experts.name], mixture.experts) == left for mixture in mixtures)
+
+
+def _count_in(module: nn.Module, experts: Experts | ListedExperts) -> int:
+    """Return how many experts a module holds that stands for that of `experts` in a smaller model without weights."""
+    if isinstance(experts, ListedExperts):
+        return sum(name in module._modules for name in experts.members)
+    return type(experts)(experts.name, module).count
 
 
 def _built(model: nn.Module, paths: list[tuple[str, ...]], left: int) -> nn.Module:

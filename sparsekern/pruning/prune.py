@@ -33,7 +33,7 @@ from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, re
 from .removal.loop import RemovalLoop
 from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
-from .session import check_module, check_seed, check_streamed, environment
+from .session import check_module, check_seed, check_streamed, environment, parameters_of
 from .shared_blocks import SharedBlocks, follow_written, shared_blocks
 
 
@@ -205,6 +205,8 @@ def prune(
             versions=environment(model),
             calibration_tokens=sum(batch.tokens for batch in batches or ()),
         )
+        if isinstance(report, Report):
+            report.model_parameters = parameters_of(model)
         dense_bytes = weight_bytes(model)
         shown: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "report": report, "progress": progress}
         shown |= {"memory": memory, "world": world, "leaves": leaves}

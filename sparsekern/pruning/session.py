@@ -145,6 +145,11 @@ def prepared(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
+def parameters_of(model: nn.Module) -> int:
+    """Return the number of weights of a model, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def environment(model: nn.Module) -> dict[str, object]:
     """Return the versions and settings of the process that the last bit of a result may depend on."""
     return {

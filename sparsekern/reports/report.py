@@ -96,6 +96,7 @@ class Report(BaseReport):
         layers: one entry for each pruned linear, in the order of the model.
         seconds: seconds of each phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks),
             `statistics`, `solve`, `write` (checkpoints and the final model) and `total`.
+        model_parameters: number of all weights of the model, pruned linears among them; 0 where it is not known.
         calibration_tokens: number of calibration tokens, without padding.
         resumed_blocks: number of blocks taken from a checkpoint. Their layers' seconds are those of the run that solved them.
         training: one entry for each optimizer step of a method that trains: the pruning `step`, the `sparsity`, the
@@ -113,6 +114,7 @@ class Report(BaseReport):
     kind: ClassVar[str] = "blocks"
 
     layers: list[LayerReport] = field(default_factory=list)
+    model_parameters: int = 0
     calibration_tokens: int = 0
     resumed_blocks: int = 0
     training: list[dict[str, float]] = field(default_factory=list)
@@ -122,6 +124,11 @@ class Report(BaseReport):
         """The share of zeros among the weights of all pruned linears; 0 where no linear was pruned."""
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         return sum(layer.zeros for layer in self.layers) / weights if weights else 0.0
+
+    @property
+    def model_sparsity(self) -> float | None:
+        """The share of zeros that the pruned linears have among all weights of the model; None where their number is not known."""
+        return sum(layer.zeros for layer in self.layers) / self.model_parameters if self.model_parameters else None
 
     def summary(self) -> dict[str, float | str]:
         """Return the share of zeros in the pruned linears."""
@@ -137,6 +144,7 @@ class Report(BaseReport):
             self._facts(
                 ("pattern", self.settings.get("pattern")),
                 ("zeros in the pruned linears", f"{self.sparsity:.1%}"),
+                ("zeros of all weights", None if self.model_sparsity is None else f"{self.model_sparsity:.1%}"),
                 ("linears", len(self.layers)),
                 ("calibration tokens", f"{self.calibration_tokens:,}" if self.calibration_tokens else None),
                 ("perplexity", f"{perplexity:.4g}" if isinstance(perplexity, (int, float)) else None),
@@ -173,16 +181,18 @@ class Report(BaseReport):
         return {"calibration_tokens": self.calibration_tokens, "resumed_blocks": self.resumed_blocks}
 
     def _results(self) -> dict[str, object]:
-        return {"sparsity": self.sparsity, "training": self.training}
+        shares = {"sparsity": self.sparsity, "model_parameters": self.model_parameters, "model_sparsity": self.model_sparsity}
+        return {**shares, "training": self.training}
 
     def _layers(self) -> list[dict[str, object]]:
         return [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
 
     @classmethod
     def _read(cls, run: Fields, results: Fields, layers: list[Fields]) -> dict[str, object]:
-        results.skip("sparsity")
+        results.skip("sparsity", "model_sparsity")
         return {
             "layers": [LayerReport.read(layer) for layer in layers],
+            "model_parameters": results.take("model_parameters", schema.whole, 0),
             "calibration_tokens": run.take("calibration_tokens", schema.whole),
             "resumed_blocks": run.take("resumed_blocks", schema.whole),
             "training": results.take("training", schema.listing(schema.mapping(schema.number))),
@@ -211,5 +221,6 @@ class Report(BaseReport):
         if self.training:
             first, last = self.training[0]["loss"], self.training[-1]["loss"]
             lines.append(f"{len(self.training)} optimizer steps, loss of their batches from {first:.3f} to {last:.3f}")
-        lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros; seconds: {phases(self.seconds)}")
+        of_all = "" if self.model_sparsity is None else f", {self.model_sparsity:.2%} of all weights"
+        lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros{of_all}; seconds: {phases(self.seconds)}")
         return "\n".join(lines)

@@ -233,7 +233,7 @@ def test_groups_too_small_to_choose_from():
 @pytest.mark.parametrize(
     ("model", "method", "message"),
     [
-        ("llama", "experts", "model: expected a mixture of experts in parameters of three dimensions, got LlamaForCausalLM"),
+        ("llama", "experts", "model: expected a mixture of experts, .*, got LlamaForCausalLM"),
         ("llama", "wanda", "then: expected None unless method removes experts, got 'magnitude' after 'wanda'"),
     ],
 )

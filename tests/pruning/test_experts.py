@@ -315,6 +315,9 @@ def test_experts_with_linears_of_their_own(tmp_path):
     with pytest.warns(sparsekern.SparsekernWarning, match=f"no calibration token reached {last}.0, {last}.2, .* by magnitude"):
         report = sparsekern.prune(model, "wanda", "2:4", ids, **QUIET)
     assert report.sparsity == 0.5 and len(report.layers) == 16
+    assert report.model_parameters == sum(p.numel() for p in model.parameters())
+    others = report.model_parameters - sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    assert others and report.model_sparsity == 0.5 * (1 - others / report.model_parameters)
     for layer, before in zip(model.layers, dense.layers, strict=True):
         assert torch.equal(layer.router.weight, before.router.weight)
         for found, own in ((layer.experts.expert_3[i].weight, before.experts.expert_3[i].weight) for i in (0, 2)):

@@ -68,7 +68,11 @@ def plots(page: str) -> list[ElementTree.Element]:
 def test_sparsity_is_over_all_pruned_weights(report):
     report.layers.append(LayerReport("model.layers.0.up", "0.25", (8, 8), 16, None, 0.25))
     assert [layer.sparsity for layer in report.layers] == [0.5, 0.75, 0.25]
-    assert report.sparsity == 56 / 128
+    assert report.sparsity == 56 / 128 and report.model_sparsity is None
+    report.model_parameters = 512
+    assert report.model_sparsity == 56 / 512
+    assert str(report).splitlines()[-1].startswith("3 layers, 43.75% zeros, 10.94% of all weights; seconds: ")
+    assert ("zeros of all weights", "10.9%") in report.page().facts
 
 
 def test_shares_of_a_removal():
@@ -103,7 +107,8 @@ def test_the_schema_of_the_file(report, tmp_path):
         "calibration_tokens": 64,
         "resumed_blocks": 0,
     }
-    assert written["results"] == {"sparsity": 0.625, "training": [], "size": {}, "measured": {"perplexity, pruned": 12.5}}
+    shares = {"sparsity": 0.625, "model_parameters": 0, "model_sparsity": None}
+    assert written["results"] == {**shares, "training": [], "size": {}, "measured": {"perplexity, pruned": 12.5}}
     assert written["layers"][0] == {
         "name": "model.layers.0.q",
         "pattern": "2:4",

@@ -96,6 +96,18 @@ def test_padding_is_left_out(pick, method):
     assert any(not torch.equal(a == 0, b == 0) for a, b in zip(found.parameters(), with_padding.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("pick", [boolean, numbers, selected, sorted_by_expert])
+def test_an_expert_that_is_called_without_a_row(pick):
+    batch, samples = padded_batch()
+    found, expected = made(pick), made(pick)
+    for model in (found, expected):
+        model.layers[0].router.bias.data[1] = -100
+    sparsekern.prune(found, "wanda", "2:4", [batch], progress=False)
+    sparsekern.prune(expected, "wanda", "2:4", samples, progress=False)
+    for (name, ours), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_rows_that_are_changed_on_the_way_are_refused_before_any_work():
     batch, samples = padded_batch()
     model = made(scaled)

@@ -132,7 +132,7 @@ class _RoutedInputs:
             tokens = self._tokens(x)
             if tokens is None:
                 raise ValueError(f"{name}: {unknown_tokens()}")
-            self._found[id(x)] = x, x.reshape(len(tokens), -1)[self._masks[name].flatten()[tokens]]
+            self._found[id(x)] = x, x.reshape(-1, x.shape[-1])[self._masks[name].flatten()[tokens]]
         return self._found[id(x)][1]
 
 

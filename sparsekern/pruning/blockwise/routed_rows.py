@@ -89,7 +89,7 @@ def followed(owners: Iterable[nn.Module], tokens: int | None = None) -> Iterator
         if found is None or x.shape[-1] != hidden[0].shape[-1]:
             return found
         given = hidden[0].reshape(-1, x.shape[-1])[found]
-        return found if torch.equal(given, x.reshape(len(found), -1)) else None
+        return found if torch.equal(given, x.reshape(given.shape)) else None
 
     with ExitStack() as stack:
         for owner in set(owners):

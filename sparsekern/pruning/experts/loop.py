@@ -7,6 +7,8 @@ fails leaves the model unchanged. A second method may then prune the smaller mod
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from ...methods import ExpertMethod, ExpertSums, LinearMethod
 from ...models import Blocks, find_blocks, find_linears
 from ...models.experts import Experts, ExpertsCall, watched
+from ...models.listed_experts import ListedExperts
 from ...models.mixtures import Cut, Mixture, find_mixtures, plan_cut
 from ...models.source import source_of
 from ...models.streaming import in_memory, lent_blocks, stream_of
@@ -32,8 +35,9 @@ from ..checkpoint import Checkpoint, StreamedCheckpoint
 from ..plan import Plan, Request, check_device
 from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext, running
-from ..session import batches_for, check_format_fits, prepared
+from ..session import batches_for, check_format_fits, parameters_of, prepared
 from ..shared_blocks import SharedBlocks
+from .listed_calls import ListedCall, watched_lists
 from .scores import ExpertScores
 
 EXPERT = re.compile(r"(^|[._])experts?[._]")  # in names of tensors
@@ -127,11 +131,11 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
 
     def run(self) -> None:
         report, model = self.context.report, self.context.model
-        before = _parameters(model)
+        before = parameters_of(model)
         self._score_all()
         report.experts = self.plan.cut.mixtures[0].experts.count, self.plan.cut.left
         self.plan.cut.apply(self.kept)
-        report.model_parameters = before, _parameters(model)
+        report.model_parameters = before, parameters_of(model)
         if isinstance(self.plan.request.then, LinearMethod):
             report.then = self._prune_what_is_left(self.plan.request.then)
 
@@ -164,7 +168,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         batches = [batch for batch in self.share.batches if index in course.traces[batch.given].order]
         masks = {experts.name: course.masks(experts.name, index)[0] for experts in found}
         scores = ExpertScores(found, self.share, batches, masks)
-        with self.context.clock.phase("score"), watched(found, scores.visit):
+        with self.context.clock.phase("score"), _all_watched(found, scores.visit):
             activations.advance(index)
         scores.check_complete()
         with self.context.clock.phase("exchange" if self.context.world.size > 1 else "score"):
@@ -225,7 +229,12 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         plan, batches = BlockLoop.make_plan(context.model, then, request)
         settings = {**BlockLoop.described(request), "method": then.settings(), "seed": context.seed, **plan.settings}
         tokens = sum(batch.tokens for batch in batches or ())
-        report = Report(settings=settings, versions=context.report.versions, calibration_tokens=tokens)
+        report = Report(
+            settings=settings,
+            versions=context.report.versions,
+            model_parameters=parameters_of(context.model),
+            calibration_tokens=tokens,
+        )
         options: dict[str, Any] = {
             "seed": context.seed,
             "checkpoint": self._checkpoint_of_then(),
@@ -248,9 +257,9 @@ def _course(model: nn.Module, blocks: Blocks, mixtures: tuple[tuple[Mixture, ...
     """
     linears = []
     for index, found in enumerate(mixtures):
-        names = {mixture.experts.name for mixture in found}
+        names = tuple(f"{mixture.experts.name}." for mixture in found)
         inside = find_linears(blocks.modules[index], blocks.block_name(index)) if found else []
-        linears.append([linear for linear in inside if linear.name.rpartition(".")[0].rpartition(".")[0] in names])
+        linears.append([linear for linear in inside if linear.name.startswith(names)])
     course = course_of(model, blocks, batches, linears)
     for index, found in enumerate(mixtures):
         if found and index not in course.order:
@@ -269,23 +278,21 @@ def _tensors(sums: dict[str, ExpertSums]) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, found in sums.items() for key, value in vars(found).items()}
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _check_routing(model: nn.Module, cut: Cut, batch: Batch, kind: str) -> None:
     """Raise `ValueError` if a token needs more experts than are left.
 
     The number of experts of a token is seen in a forward of a few tokens.
     """
     chosen: dict[str, int] = {}
-    with watched(
-        [mixture.experts for mixture in cut.mixtures], lambda experts, call: chosen.update({experts.name: _most(experts, call)})
-    ):
+
+    def visit(experts: Experts | ListedExperts, call: ExpertsCall | ListedCall) -> None:
+        chosen[experts.name] = _most(experts, call)
+
+    with _all_watched([mixture.experts for mixture in cut.mixtures], visit):
         forward(model, _few(batch))
     for mixture in cut.mixtures:
         top_k, in_group = chosen.get(mixture.experts.name, 1), cut.left // mixture.groups
-        reachable = min(cut.left, in_group * mixture.chosen_groups)
+        reachable = min(cut.left, in_group * mixture.chosen_groups) + mixture.further
         if top_k > reachable or (mixture.groups > 1 and in_group < 2):  # routers add the two best scores of each group
             of_groups = f" in {mixture.chosen_groups} of {mixture.groups} groups of {in_group}" if mixture.groups > 1 else ""
             raise ValueError(
@@ -294,9 +301,23 @@ def _check_routing(model: nn.Module, cut: Cut, batch: Batch, kind: str) -> None:
             )
 
 
-def _most(experts: Experts, call: ExpertsCall) -> int:
-    """Return how many experts a token of a call is routed to at most."""
-    valid = ((call.index >= 0) & (call.index < experts.count)).sum(1)
+@contextmanager
+def _all_watched(
+    found: Iterable[Experts | ListedExperts], visit: Callable[[Experts | ListedExperts, ExpertsCall | ListedCall], object]
+) -> Iterator[None]:
+    """Call `visit` with every call of these experts within."""
+    found = list(found)
+    fused = [experts for experts in found if isinstance(experts, Experts)]
+    listed = [experts for experts in found if isinstance(experts, ListedExperts)]
+    with watched(fused, visit), watched_lists(listed, visit):
+        yield
+
+
+def _most(experts: Experts | ListedExperts, call: ExpertsCall | ListedCall) -> int:
+    """Return how many experts, or what else its router chooses, a token of a call is routed to at most."""
+    if isinstance(call, ListedCall):
+        return int(torch.bincount(torch.cat(call.rows), minlength=1).max())
+    valid = ((call.index >= 0) & (call.index < experts.count + experts.further)).sum(1)
     by_token = valid.new_zeros(call.tokens)
     by_token.index_add_(0, torch.arange(len(valid), device=valid.device) % call.tokens, valid)
     return int(by_token.max())

@@ -8,16 +8,20 @@ import torch
 
 from ...methods import ExpertSums
 from ...models.experts import Experts, ExpertsCall
+from ...models.listed_experts import ListedExperts
 from ...ranks import TreeSum
 from ...ranks.sums import add_over_ranks
 from ..batches import Batch
 from ..blockwise.shares import Share
+from .listed_calls import ListedCall
 
 
 class ExpertScores:
-    """Sums of the experts of one block. `visit` adds one call of fused experts, batch after batch."""
+    """Sums of the experts of one block. `visit` adds one call of them, batch after batch."""
 
-    def __init__(self, found: Iterable[Experts], share: Share, batches: Sequence[Batch], masks: Mapping[str, str | None]) -> None:
+    def __init__(
+        self, found: Iterable[Experts | ListedExperts], share: Share, batches: Sequence[Batch], masks: Mapping[str, str | None]
+    ) -> None:
         """Make empty sums.
 
         Args:
@@ -28,12 +32,11 @@ class ExpertScores:
         """
         self.batches, self._share, self._masks = batches, share, masks
         self._sums = {
-            experts.name: {leaf: ExpertSums.zeros(experts.count, experts.stacked("down_proj").device) for leaf in share.leaves}
-            for experts in found
+            experts.name: {leaf: ExpertSums.zeros(experts.count, experts.device) for leaf in share.leaves} for experts in found
         }
         self._calls = dict.fromkeys(self._sums, 0)
 
-    def visit(self, experts: Experts, call: ExpertsCall) -> None:
+    def visit(self, experts: Experts | ListedExperts, call: ExpertsCall | ListedCall) -> None:
         """Add a call of `experts`, whose tokens are those of the next batch; padding is left out.
 
         Raises:
@@ -53,11 +56,9 @@ class ExpertScores:
             )
         sums = self._sums[experts.name][self._share.leaf_of(batch)]
         for expert, (rows, weights) in enumerate(call.by_expert(experts.count)):
-            if mask is not None:
-                real = mask.flatten()[rows % call.tokens]
-                rows, weights = rows[real], weights[real]
-            if len(rows):
-                outputs = experts.output(expert, call.hidden[rows])
+            real = rows >= 0 if mask is None else mask.flatten()[rows % call.tokens]
+            if real.any():
+                rows, weights, outputs = rows[real], weights[real], _outputs(experts, call, expert, rows, real)
                 sums.add(expert, outputs, weights)
                 if not torch.isfinite(sums.squares[expert]):
                     raise _not_finite(experts, expert, outputs, rows % call.tokens, call.tokens, batch)
@@ -82,7 +83,19 @@ class ExpertScores:
         return found
 
 
-def _not_finite(experts: Experts, expert: int, outputs: torch.Tensor, tokens: torch.Tensor, count: int, batch: Batch) -> ValueError:
+def _outputs(
+    experts: Experts | ListedExperts, call: ExpertsCall | ListedCall, expert: int, rows: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
+    """Return the outputs of an expert for those of the rows that are routed to it that are real."""
+    if isinstance(call, ListedCall):
+        return call.outputs[expert][real]
+    assert isinstance(experts, Experts)
+    return experts.output(expert, call.hidden[rows[real]])
+
+
+def _not_finite(
+    experts: Experts | ListedExperts, expert: int, outputs: torch.Tensor, tokens: torch.Tensor, count: int, batch: Batch
+) -> ValueError:
     """Return the error for NaN or Inf in an expert's output, or in the square of its norm."""
     bad = (~torch.isfinite(outputs.double().square().sum(1))).nonzero()
     sample = batch.sample_of_row(int(tokens[bad[0, 0]]), count) if len(bad) else None

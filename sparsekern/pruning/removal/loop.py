@@ -24,7 +24,7 @@ from ..checkpoint import Checkpoint
 from ..plan import Request, check_device, check_finite
 from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext
-from ..session import batches_for
+from ..session import batches_for, parameters_of
 from .objective import Answers, Objective
 
 
@@ -223,7 +223,7 @@ class RemovalLoop(Loop[RemovalPlan, KPrune, RemovalReport, Checkpoint]):
         """Return the FLOPs and the parameters of the heads and neurons, and the parameters of the model."""
         costs = (Costs.of(self.encoder, self.context.batches, budget) for budget in ("flops", "parameters"))
         flops, parameters = (cost.total(self.encoder) for cost in costs)
-        return flops, int(parameters), sum(parameter.numel() for parameter in self.context.model.parameters())
+        return flops, int(parameters), parameters_of(self.context.model)
 
     def _decide(self, index: int) -> Cut:
         sublayer = self.sublayers[index]
