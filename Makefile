@@ -1,5 +1,7 @@
 # make demo    prune SmolLM2-135M to 2:4 and compare it with the dense model
 # make test    build and run the tests             ARGS='-k gram' passes arguments to pytest, '-n 0' runs them in one process
+# make test-vllm   serve SmolLM2-135M pruned with vLLM for CPUs, in an environment of its own (VLLM=.venv-vllm)
+# make test-tasks  the tests that need lm-evaluation-harness
 # make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
 # make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
 #              torch must have CUDA, and installs nothing
@@ -16,6 +18,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?=
+VLLM   ?= .venv-vllm
 ARGS   ?=
 
 BIN := $(VENV)/bin
@@ -28,7 +31,7 @@ REQUIRED  := $(VENV)/.required-$(call digest,$(TORCH))
 INSTALLED := $(VENV)/.installed-$(call digest,$(TORCH) $(SPARSEKERN_BUILD) $(SPARSEKERN_CUDA) $(TORCH_CUDA_ARCH_LIST) $(DEBUG))
 SOURCES   := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test bench gpu lint types docs clean
+.PHONY: demo test test-vllm test-tasks bench gpu lint types docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -39,6 +42,13 @@ demo: $(INSTALLED)
 # A file of tests is one process's; most of them keep one core busy, and threads that wait must not keep the others from it.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-vllm: $(INSTALLED) $(VLLM)/.installed
+	$(BIN)/python -m tests.serving.vllm_check prepare $(VLLM)/models
+	$(VLLM)/bin/python -m tests.serving.vllm_check serve $(VLLM)/models
+
+test-tasks: $(INSTALLED) $(VENV)/.tasks
+	$(BIN)/python -m pytest tests/measure/test_tasks.py $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.cpu $(ARGS)
@@ -84,6 +94,14 @@ $(INSTALLED): $(REQUIRED) $(SOURCES)
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-$(VENV)/.lint $(VENV)/.types $(VENV)/.docs: $(VENV)/.%: $(VENV)/.made pyproject.toml
+# It uses the kernels that the other environment has built in place.
+$(VLLM)/.installed: $(INSTALLED) tools/install_vllm.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python tools/install_torch.py
+	$(VLLM)/bin/python tools/install_vllm.py
+	SPARSEKERN_BUILD=0 $(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.lint $(VENV)/.types $(VENV)/.docs $(VENV)/.tasks: $(VENV)/.%: $(VENV)/.made pyproject.toml
 	$(PIP) install --quiet $$($(BIN)/python tools/extra.py $*)
 	@touch $@

@@ -15,7 +15,7 @@ LAYERS = [
     {"", "__main__"},
     {"cli"},
     {"conversion"},
-    {"pruning", "measure"},
+    {"pruning", "measure", "serving"},
     {"reports"},
     {"runtime", "training", "data", "methods", "_info"},
     {"models"},

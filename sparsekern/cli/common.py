@@ -17,12 +17,14 @@ from ..models.limits import window_length
 from ..models.load import load, load_tokenizer
 from ..pattern import NM
 from ..runtime.card import CAUSAL, loader_of
+from ..runtime.hub import check_push, push
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEXT = "builtin:python-docs"
 DEFAULT_PATTERN = NM(2, 4)
+PUSH = "--push-to-hub"
 
 
 class HeldOutText:
@@ -102,6 +104,19 @@ saved to {folder}; to use it:
   output = model.generate(**prompt, max_new_tokens=20)
   print(tokenizer.decode(output[0]))
 """
+
+
+def check_push_option(arguments: argparse.Namespace) -> None:
+    """Raise unless the hub would take a push of `--push-to-hub`, if it is given."""
+    if arguments.push_to_hub is not None:
+        check_push(arguments.push_to_hub, PUSH)
+
+
+def push_result(arguments: argparse.Namespace) -> None:
+    """Push the finished folder if `--push-to-hub` is given, and print where it is."""
+    if arguments.push_to_hub is not None:
+        say(f"pushing {arguments.out} to {arguments.push_to_hub}")
+        print(f"pushed: {push(arguments.out, arguments.push_to_hub, argument=PUSH)}")
 
 
 def say(what: str) -> None:

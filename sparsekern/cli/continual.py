@@ -18,9 +18,11 @@ from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
     HeldOutText,
+    check_push_option,
     load_model,
     load_tokenizer_of,
     next_steps,
+    push_result,
 )
 from .settings import methods_of
 
@@ -40,6 +42,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         raise ValueError("--max-memory: expected one --calibration, whose run it limits")
     texts = _texts_to_evaluate(arguments)
     check_new_out(arguments.out, "--out")
+    check_push_option(arguments)
     check_isa()
     return partial(_prune, arguments, method, texts)
 
@@ -98,6 +101,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
     for of in held_out.values():
         print(f"evaluated on {of.description}")
     print(next_steps(model, out, packed=arguments.format != DENSE))
+    push_result(arguments)
 
 
 def _texts_to_evaluate(arguments: argparse.Namespace) -> dict[str, str]:

@@ -11,7 +11,6 @@ from ..models.load import DTYPES
 from ..pruning.continual.prune import STRATEGIES
 from ..pruning.mixtures import EQUAL, MAGNITUDE, UNSEEN, WEIGHTINGS
 from . import types
-from .common import DEFAULT_TEXT
 from .settings import method_help
 
 EVALUATED = "text to evaluate on (the held-out part of python-docs)"
@@ -69,6 +68,7 @@ def _add_prune(commands) -> argparse._ArgumentGroup:
     options.add_argument(
         "--format", default="dense", type=types.format_to_save, help="dense (default), packed (smaller), bitmask or N:M"
     )
+    options.add_argument("--push-to-hub", metavar="REPO", help="push the finished folder to user/name on the hub")
     options.add_argument("--resume", action="store_true", help="continue the unfinished run in --out, or --state")
     _add_loading(options)
     _add_stream(options)
@@ -126,7 +126,7 @@ def _add_calibration(group) -> None:
         "--calibration",
         action="append",
         metavar="SOURCE",
-        help=".txt, .jsonl, .parquet, hf:NAME[:split] or builtin:NAME (python-docs); repeat for several texts",
+        help=".txt, .jsonl, .parquet, hf:NAME, builtin:NAME; several",
     )
     group.add_argument("--samples", type=types.count, metavar="N", help="windows of text (128), sentences for kprune (1024)")
     group.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
@@ -157,8 +157,14 @@ def _add_calibration(group) -> None:
 
 
 def _add_eval(commands) -> argparse._ArgumentGroup:
-    options = _add_command(commands, "eval", "measure the perplexity of a model", model=True)
-    options.add_argument("--text", default=DEFAULT_TEXT, metavar="SOURCE", help=EVALUATED)
+    options = _add_command(commands, "eval", "measure the perplexity of a model, or its scores in tasks", model=True)
+    options.add_argument("--text", metavar="SOURCE", help=f"{EVALUATED}; without --tasks the default")
+    options.add_argument(
+        "--tasks", type=types.names, metavar="NAME,…", help="tasks of lm-evaluation-harness, or YAML files of tasks"
+    )
+    options.add_argument("--examples", type=types.count, metavar="N", help="the first N examples of each task only")
+    options.add_argument("--batch-size", type=types.count, metavar="N", help="requests of tasks at once (8)")
+    options.add_argument("--record", action="store_true", help="add the results to the report and card in MODEL, a pruned folder")
     _add_windows(options)
     options.add_argument("--length", type=types.count, metavar="N", help=LENGTH)
     _add_loading(options)

@@ -25,9 +25,11 @@ from .common import (
     DEFAULT_PATTERN,
     DEFAULT_TEXT,
     HeldOutText,
+    check_push_option,
     load_model,
     load_tokenizer_of,
     next_steps,
+    push_result,
 )
 from .settings import methods_of
 
@@ -47,6 +49,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         raise ValueError(f"--evaluate: perplexity is of causal language models, which {method.name} does not prune")
     if World.current().leads:
         check_out(arguments.out, "--out", resume=arguments.resume)
+        check_push_option(arguments)
     check_isa()
     return partial(_prune, arguments, method, then, pattern, source, text)
 
@@ -138,6 +141,7 @@ def _prune(
     else:
         print(next_steps(model, out, packed=arguments.format != DENSE))
     print(f"each layer's result: {out / 'report.html'}")
+    push_result(arguments)
 
 
 def _calibration(

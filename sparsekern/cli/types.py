@@ -83,6 +83,14 @@ def pattern_for(text: str) -> tuple[str, Pattern | None]:
     return glob, None if value == "dense" else parse_pattern(value)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Read names that commas separate."""
+    found = tuple(name.strip() for name in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return found
+
+
 def setting(text: str) -> tuple[str, str]:
     """Read `NAME=VALUE`."""
     name, separator, value = text.partition("=")

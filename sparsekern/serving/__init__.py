@@ -1,0 +1,1 @@
+"""Packed models in servers: a plugin of vLLM."""
