@@ -33,7 +33,7 @@ def output_error(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("blocksize", [128, 32])
+@pytest.mark.parametrize("blocksize", [32] if INTERPRETED else [128, 32])
 def test_equals_the_textbook_at_half(isa, generator, rows, columns, blocksize):
     weight, gram = correlated(rows, columns, generator)
     # The public program prunes one weight a block more than asked for, so it is asked for one less.
@@ -46,7 +46,7 @@ def test_equals_the_textbook_at_half(isa, generator, rows, columns, blocksize):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (16, 32)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (16, 32)] if INTERPRETED else [(2, 4), (1, 4), (4, 8), (16, 32)])
 def test_equals_the_textbook_at_n_of_m(isa, generator, n, m):
     weight, gram = correlated(ROWS, COLUMNS - COLUMNS % m, generator)
     expected, mask = textbook_sparsegpt(weight, gram.double(), n_zeros=m - n, m=m)
@@ -107,6 +107,7 @@ def test_row_error_is_the_damped_output_error(isa, generator, pattern):
     torch.testing.assert_close(error.double(), output_error(new - weight, hessian), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="it follows from the equality with the textbook")
 @pytest.mark.parametrize("pattern", [0.5, "2:4"])
 def test_compensation_pays(isa, generator, pattern):
     weight, gram = correlated(ROWS, COLUMNS, generator)
@@ -116,7 +117,7 @@ def test_compensation_pays(isa, generator, pattern):
 
 
 def test_a_fixed_mask_is_kept_to_the_bit(isa, generator):
-    weight, gram = correlated(33, 200, generator)
+    weight, gram = correlated(17 if INTERPRETED else 33, 200, generator)
     fixed = torch.rand(weight.shape, generator=generator) > 0.6
     factor = reverse_cholesky(gram)
     new, mask, _ = obs_sweep(weight, factor, mask=fixed)
@@ -128,7 +129,7 @@ def test_a_fixed_mask_is_kept_to_the_bit(isa, generator):
 def test_choosing_its_own_mask_again_gives_the_same_weights(isa, generator):
     weight, gram = correlated(ROWS, COLUMNS, generator)
     factor = reverse_cholesky(gram)
-    for pattern in (0.5, "2:4"):
+    for pattern in ("2:4",) if INTERPRETED else (0.5, "2:4"):
         new, mask, error = obs_sweep(weight, factor, pattern)
         fixed = obs_sweep(weight, factor, mask=mask)
         torch.testing.assert_close(fixed[0], new, rtol=1e-5, atol=1e-6)
@@ -168,13 +169,13 @@ def exact(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Te
     ("rows", "columns", "options"),
     [
         (3, 140, {"sparsity": 0.37}),
-        (70, 72, {"sparsity": 0.8, "block_size": 24}),
+        (34 if INTERPRETED else 70, 72, {"sparsity": 0.8, "block_size": 24}),
         (300, 20, {"sparsity": 0.25, "block_size": 10}),
-        (2100, 8, {"sparsity": 0.5}),
+        *([] if INTERPRETED else [(2100, 8, {"sparsity": 0.5})]),  # rows of other blocks: no program of Triton reads them
         (21, 150, {"sparsity": 0.3, "scope": "row"}),
         (9, 290, {"sparsity": 0.6, "scope": "row", "block_size": 280}),
         (9, 290, {"sparsity": 0.6, "block_size": 280}),
-        (40, 150, {"sparsity": 0.5, "scope": "matrix"}),
+        (17 if INTERPRETED else 40, 150, {"sparsity": 0.5, "scope": "matrix"}),
         *((17, 3 * m, {"n": n, "m": m}) for n, m in ((1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (3, 5), (20, 64))),
     ],
     ids=str,
@@ -197,7 +198,7 @@ def test_memory_may_begin_anywhere(isa, generator):
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS[1:2] if INTERPRETED else FLOATS[1:])
 def test_half_weights_are_computed_in_float32_and_rounded_once(isa, generator, dtype):
     weight, gram = correlated(min(30, ROWS), 128, generator)
     weight, factor = weight.to(dtype), reverse_cholesky(gram)
@@ -223,10 +224,10 @@ def test_values_that_are_not_finite_are_named(isa, function, bad):
         function(torch.ones(5, 8), factor)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS[1:2] if INTERPRETED else FLOATS[:2])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (3, 5), (12, 40)])
 def test_groups_are_chosen_among_the_weights_of_a_mask(generator, n, m, dtype):
-    rows, columns = 37, 120
+    rows, columns = 17 if INTERPRETED else 37, 120
     x = torch.randn(3 * columns, columns, generator=generator)
     factor = torch.linalg.cholesky((x.T @ x).flip(0, 1)).flip(0, 1).contiguous()
     weight = torch.randn(rows, columns, generator=generator).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,17 +44,6 @@ def alone(command, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_torchrun_prunes_with_the_bits_of_one_process_and_one_voice(command, alone, tmp_path):
-    done = torchrun("-m", "sparsekern", *command, "--out", str(tmp_path / "out"))
-    output, errors = done.communicate(timeout=WATCHDOG * 2)
-    assert done.returncode == 0, errors
-    assert digests(tmp_path / "out") == alone
-    assert output.count("saved to") == 1
-    assert errors.count("loading ") == 1
-    assert "MB by the formula" in output
-
-
-@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_which_say_how_to_resume(command, alone, tmp_path):
     out = str(tmp_path / "out")
     done = torchrun("tests/ranks/killed_rank.py", *command, "--out", out)
@@ -68,7 +58,10 @@ def test_a_killed_rank_ends_the_others_which_say_how_to_resume(command, alone, t
 
 @pytest.fixture
 def two_hosts():
-    """The `ip netns exec` prefixes of two network namespaces that reach one another."""
+    """The `ip netns exec` prefixes of two network namespaces that reach one another; none where this user may not make them."""
+    if shutil.which("ip") is None:
+        yield []
+        return
     names = [f"sparsekern-{os.getpid()}-{host}" for host in range(2)]
     ends = [f"sk{os.getpid() % 100000}-{host}" for host in range(2)]
     steps = [["netns", "add", name] for name in names]
@@ -81,29 +74,32 @@ def two_hosts():
         for step in steps:
             try:
                 subprocess.run(["ip", *step], check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                pytest.skip(f"no right to make network namespaces: {getattr(error, 'stderr', '') or error}".strip())
-        yield [("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}") for name, end in zip(names, ends, strict=True)]
+            except subprocess.CalledProcessError:  # no right to make them
+                ends = []
+                break
+        yield [("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}") for name, end in zip(names, ends, strict=False)]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 @pytest.mark.slow
-def test_two_machines_prune_together(two_hosts, command, alone, tmp_path):
+def test_torchrun_prunes_with_the_bits_of_one_process_and_one_voice(two_hosts, command, alone, tmp_path):
+    """On two machines where network namespaces can stand for them, else with two processes of one."""
+    program = ("-m", "sparsekern", *command, "--out", str(tmp_path / "out"))
+    together = "--nnodes=2", "--master-addr=10.93.7.1", "--master-port=29517"
     nodes = [
-        torchrun(
-            *("-m", "sparsekern", *command, "--out", str(tmp_path / "out")),
-            processes=1,
-            options=("--nnodes=2", f"--node-rank={host}", "--master-addr=10.93.7.1", "--master-port=29517"),
-            prefix=prefix,
-        )
+        torchrun(*program, processes=1, options=(*together, f"--node-rank={host}"), prefix=prefix)
         for host, prefix in enumerate(two_hosts)
-    ]
+    ] or [torchrun(*program)]
     try:
         said = [node.communicate(timeout=WATCHDOG * 2) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], said
+    assert not any(node.returncode for node in nodes), said
     assert digests(tmp_path / "out") == alone
+    output, errors = ("".join(part) for part in zip(*said, strict=True))
+    assert output.count("saved to") == 1
+    assert errors.count("loading ") == 1
+    assert "MB by the formula" in output
