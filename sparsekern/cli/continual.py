@@ -13,6 +13,7 @@ from ..methods import Method
 from ..models.limits import window_length
 from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
+from ..pruning.corrections import NONE
 from ..pruning.saving import check_new_out, described, rewrite_reports
 from ..runtime.save import DENSE
 from .common import (
@@ -40,6 +41,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     check_adds_up(method, arguments.strategy)
     if arguments.max_memory:
         raise ValueError("--max-memory: expected one --calibration, whose run it limits")
+    if arguments.correction != NONE:
+        raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
     texts = _texts_to_evaluate(arguments)
     check_new_out(arguments.out, "--out")
     check_push_option(arguments)

@@ -9,6 +9,7 @@ from .._version import __version__
 from ..methods import METHODS
 from ..models.load import DTYPES
 from ..pruning.continual.prune import STRATEGIES
+from ..pruning.corrections import CORRECTIONS, NONE
 from ..pruning.mixtures import EQUAL, MAGNITUDE, UNSEEN, WEIGHTINGS
 from . import types
 from .settings import method_help
@@ -74,12 +75,12 @@ def _add_prune(commands) -> argparse._ArgumentGroup:
     _add_stream(options)
     prune = commands.choices["prune"]
     _add_choice_of_weights(prune.add_argument_group("pruning"))
-    _add_calibration(prune.add_argument_group("calibration"))
-    evaluation = prune.add_argument_group("evaluation")
-    evaluation.add_argument("--evaluate", action="store_true", help="measure perplexity before and after pruning")
-    evaluation.add_argument("--text", action="append", metavar="SOURCE", help=EVALUATED)
-    _add_windows(evaluation)
-    evaluation.add_argument("--report-error", action="store_true", help="report layers' errors for wanda and magnitude too")
+    texts = prune.add_argument_group("calibration and evaluation")
+    _add_calibration(texts)
+    texts.add_argument("--evaluate", action="store_true", help="measure perplexity before and after pruning")
+    texts.add_argument("--text", action="append", metavar="SOURCE", help=EVALUATED)
+    _add_windows(texts)
+    texts.add_argument("--report-error", action="store_true", help="report layers' errors for wanda and magnitude too")
     return options
 
 
@@ -90,7 +91,7 @@ def _add_choice_of_weights(group) -> None:
         default=DEFAULT_METHOD,
         type=methods,
         metavar="NAME",
-        help=", ".join(f"{name} (default)" if name == DEFAULT_METHOD else name for name in sorted(METHODS)),
+        help=", ".join(f"[{name}]" if name == DEFAULT_METHOD else name for name in sorted(METHODS)),
     )
     group.add_argument("--set", action="append", default=[], type=types.setting, metavar="NAME=VALUE", help="setting of the method")
     group.add_argument("--help-method", action=_MethodHelp, type=methods, metavar="NAME", help="list a method's settings and exit")
@@ -144,6 +145,13 @@ def _add_calibration(group) -> None:
         type=types.one_of(WEIGHTINGS),
         metavar="NAME",
         help="weight of an expert's tokens: equal or routing",
+    )
+    group.add_argument(
+        "--correction",
+        default=NONE,
+        type=types.one_of(CORRECTIONS),
+        metavar="NAME",
+        help="of errors made before: none, sequential or dense",
     )
     group.add_argument("--state", type=types.path, metavar="DIR", help="folder for accumulated statistics, to add texts later")
     group.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state first")

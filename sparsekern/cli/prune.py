@@ -17,6 +17,7 @@ from ..methods import ExpertMethod, Method, RemovalMethod
 from ..models.limits import window_length
 from ..pattern import Pattern
 from ..pruning import prune
+from ..pruning.corrections import NONE
 from ..pruning.removal.loop import encoder_to_cut
 from ..pruning.saving import check_out, described, is_finished, rewrite_reports
 from ..ranks import World
@@ -81,7 +82,7 @@ def _prune(
     arguments: argparse.Namespace, method: Method, then: Method | None, pattern: Pattern | None, source: str, text: str
 ) -> None:
     start, out = time.perf_counter(), arguments.out
-    tokenizer = load_tokenizer_of(arguments, needed=method.needs_data or arguments.report_error or arguments.evaluate)
+    tokenizer = load_tokenizer_of(arguments, needed=_takes_text(arguments, method) or arguments.evaluate)
     model = load_model(arguments)
     if isinstance(method, RemovalMethod):
         encoder_to_cut(model)  # raises for a model that cannot be pruned, before the text is split
@@ -123,6 +124,7 @@ def _prune(
         then=then,
         max_memory=arguments.max_memory,
         leaves=arguments.leaves,
+        correction=arguments.correction,
     )
     if held_out:
         results["perplexity, pruned"] = held_out.perplexity(model, arguments.max_memory)
@@ -149,11 +151,16 @@ def _calibration(
 ) -> tuple[Any, str]:
     """Return the calibration data and their amount in words: sentences for encoders, windows of text for decoders."""
     sentences = isinstance(method, RemovalMethod)
-    if not method.needs_data and not arguments.report_error:
+    if not _takes_text(arguments, method):
         return None, ""
     options = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
     calibration = as_calibration(source, tokenizer=tokenizer, sentences=sentences, **options).read(model)
     return calibration, describe_calibration(calibration)
+
+
+def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:
+    """Return whether the run needs calibration text."""
+    return method.needs_data or arguments.report_error or arguments.correction != NONE
 
 
 def _only_text(arguments: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -64,6 +64,8 @@ class Batch:
         token_mask: `[samples, length]` bool, True at real tokens of the model's main sequence; None where there is no padding.
         decoder_mask: the same for the tokens of a decoder behind an encoder.
         main: the name of the main input, whose first dimension counts the samples.
+        held_out: True if nothing is fitted on its samples, see `windows.with_held_out`.
+        numbers: the number of each row among all calibration samples, where these do not follow one another; None where they do.
     """
 
     inputs: dict[str, Any]
@@ -71,6 +73,8 @@ class Batch:
     token_mask: torch.Tensor | None
     decoder_mask: torch.Tensor | None = None
     main: str = "input_ids"
+    held_out: bool = False
+    numbers: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,12 +102,50 @@ class Batch:
         """The inputs that are tensors."""
         return {name: value for name, value in self.inputs.items() if isinstance(value, torch.Tensor)}
 
+    @property
+    def is_divided(self) -> bool:
+        """True if the first dimension of every input divides it into samples."""
+        samples = self.shape[0]
+        return all(tensor.dim() and len(tensor) == samples for tensor in self.tensors.values())
+
     def first_sample_alone(self) -> dict[str, Any] | None:
         """Return the inputs of the first sample, or None where an input is not divided into samples by its first dimension."""
-        samples = self.shape[0]
-        if any(not tensor.dim() or len(tensor) != samples for tensor in self.tensors.values()):
+        if not self.is_divided:
             return None
         return {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()}
+
+    def part(self, samples: torch.Tensor) -> Batch:
+        """Return a batch of some of the samples.
+
+        Args:
+            samples: their places in this batch, int64.
+
+        Raises:
+            ValueError: an input is not divided into samples by its first dimension.
+        """
+        if not self.is_divided:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items())
+            raise ValueError(
+                f"calibration: expected inputs that their first dimension divides into samples, of which some are held out; got {shapes}"
+            )
+
+        def chosen(value: Any) -> Any:
+            return value[samples.to(value.device)] if isinstance(value, torch.Tensor) else value
+
+        inputs = {name: chosen(value) for name, value in self.inputs.items()}
+        numbers = tuple(self._number(place) for place in samples.tolist())
+        return replace(
+            self,
+            inputs=inputs,
+            first_sample=numbers[0],
+            token_mask=chosen(self.token_mask),
+            decoder_mask=chosen(self.decoder_mask),
+            numbers=numbers,
+        )
+
+    def _number(self, place: int) -> int:
+        """Return the number among all calibration samples of the sample at `place`."""
+        return self.first_sample + place if self.numbers is None else self.numbers[place]
 
     def mask(self, name: str | None = TOKENS) -> torch.Tensor | None:
         """Return the padding mask `name`; None where there is no padding, or no mask of that name."""
@@ -143,8 +185,8 @@ class Batch:
     def sample_of_row(self, row: int, rows: int, mask: str | None = TOKENS) -> int | None:
         """Return the calibration sample of row `row` of `rows`, or None where the rows do not follow the samples."""
         if (mask or "").endswith(BY_POSITION) and not rows % (self.shape[0] * self.shape[1]):
-            return self.first_sample + row // (rows // (self.shape[0] * self.shape[1])) % self.shape[0]
-        return None if rows % self.shape[0] else self.first_sample + row // (rows // self.shape[0])
+            return self._number(row // (rows // (self.shape[0] * self.shape[1])) % self.shape[0])
+        return None if rows % self.shape[0] else self._number(row // (rows // self.shape[0]))
 
 
 def fitted(shape: Sequence[int], mask: Sequence[int]) -> list[int] | None:

@@ -23,6 +23,7 @@ from ..models.linears import is_unread
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
 from .batches import Calibration
+from .corrections import NONE
 from .left_dense import check_experts, say_what_stays_dense, say_which_stacks_stay_dense, shortened
 from .mixtures import ROUTING, ExpertRules
 from .session import check_format_fits
@@ -52,6 +53,7 @@ class Request:
         seed: see `prune`.
         rules: `weighting` and `unseen`, see `prune`.
         then: see `prune`.
+        correction: see `prune`.
     """
 
     pattern: Pattern | None = None
@@ -66,6 +68,7 @@ class Request:
     seed: int = 0
     rules: ExpertRules = field(default_factory=ExpertRules)
     then: Method | None = None
+    correction: str = NONE
 
     @property
     def default_pattern(self) -> Pattern:
@@ -87,6 +90,7 @@ class Plan:
         listed: the names of the linears of experts that are modules of their own.
         rules: how experts are calibrated.
         course: the course of the model's forwards; None until it is observed.
+        correction: what is done about the error of what is pruned already, see `corrections`.
     """
 
     blocks: Blocks
@@ -98,6 +102,7 @@ class Plan:
     listed: frozenset[str] = frozenset()
     rules: ExpertRules = field(default_factory=ExpertRules)
     course: Course | None = None
+    correction: str = NONE
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
@@ -118,7 +123,8 @@ class Plan:
     def settings(self) -> dict[str, object]:
         """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
         patterns = {name: str(value) for name, value in self.patterns.items()}
-        return {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts}
+        corrected = {} if self.correction == NONE else {"correction": self.correction}
+        return {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts, **corrected}
 
     @property
     def settings_of_experts(self) -> dict[str, object]:

@@ -23,6 +23,7 @@ from ..runtime.save import DENSE, check_format
 from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
 from .checkpoint import Checkpoint, model_fingerprint
+from .corrections import NONE, check_correction
 from .experts.loop import ExpertLoop
 from .gradual.loop import GradualLoop
 from .memory import planned_memory
@@ -62,6 +63,7 @@ def prune(
     then: str | Method | None = None,
     leaves: int | None = None,
     max_memory: int | str | None = None,
+    correction: str = NONE,
 ) -> Report:
     """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
@@ -111,6 +113,11 @@ def prune(
         max_memory: the most memory of the host that the run of a streamed model may take, in bytes or as `"8GB"`. Hidden states that
             do not fit are kept in a file in `out`, which has no name and is gone when the run ends in whatever way. A limit that is too
             low is refused with what it must be.
+        correction: what is done about the error of what is pruned already. `"none"` takes the inputs of a whole block while it is
+            dense. `"sequential"` takes those of each linear once the linears in front of it are pruned. `"dense"` also corrects the
+            target: the linear comes as close as it can to its outputs in the dense model. Of every eight calibration samples one is
+            then held out, to choose how far to correct each linear. It takes about three times the forwards, and `"sequential"`
+            twice. Experts of a mixture keep their own weights as targets.
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -163,6 +170,7 @@ def prune(
         saves=out is not None,
         seed=seed,
         then=None if then is None else resolve_method(then),
+        correction=correction,
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     if not isinstance(request.then or method, LinearMethod):
@@ -173,6 +181,7 @@ def prune(
     world = World.current()
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method, request.then)
+    check_correction(correction, request.then or method, model, leaves)
     if isinstance(method, ExpertMethod) and stream_of(model) is not None:
         refuse_ranks("model", "experts of a streamed model are removed by one process")
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:

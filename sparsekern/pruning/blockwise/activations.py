@@ -93,6 +93,24 @@ class Activations:
         for number, batch in enumerate(self.batches):
             yield batch, *_record_inputs(linears, experts, order, partial(self._forwards.finish, number))
 
+    @property
+    def is_chain(self) -> bool:
+        """True if each block takes the output of the one before, which `hidden` returns."""
+        return isinstance(self._forwards, Chain)
+
+    def hidden(self, number: int) -> torch.Tensor:
+        """Return the hidden states of batch `number` in front of the current block of a chain."""
+        assert isinstance(self._forwards, Chain)
+        return self._forwards.hidden(number)
+
+    def runs(self, number: int, index: int) -> bool:
+        """Return whether batch `number` runs block `index` next."""
+        return self._forwards.waits(number, index)
+
+    def run(self, number: int, index: int) -> object:
+        """Return the output of block `index` for batch `number`, with its current weights."""
+        return self._forwards.run(number, index)
+
     def advance(self, index: int) -> None:
         """Run block `index` for the batches that run it, and go on to the next block."""
         for number in range(len(self.batches)):

@@ -79,6 +79,10 @@ class Chain:
             )
             shared.next_batch()
 
+    def hidden(self, batch: int) -> torch.Tensor:
+        """Return the hidden states of a batch in front of the current block."""
+        return self._shelf.get(batch)
+
     def run(self, batch: int, index: int) -> torch.Tensor:
         """Return the output of block `index` for a batch."""
         return self._calls[batch][self._places[index]].run(self._blocks[index], self._shelf.get(batch))

@@ -7,7 +7,7 @@ nothing is run twice. Fused experts are solved a few at a time, see `experts.py`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Protocol
@@ -21,22 +21,27 @@ from ...models import Linear
 from ...models.streaming import in_memory, lent_blocks, stream_of
 from ...reports import LayerReport, Report
 from ..batches import BY_POSITION, TOKENS, Batch
+from ..corrections import DENSE, NONE
 from ..plan import Plan, Request, check_finite, plan_linears
 from ..run import BlockResult, Blocks, Loop, RunContext
 from ..seeds import seeded
 from ..session import batches_for, prepared
+from ..windows import with_held_out
 from .activations import Activations
 from .course import Course
 from .dealt_experts import DealtExperts
+from .dense_stream import DenseStream
 from .experts import ExpertStatistics, expert_bytes, experts_in, parted
 from .feed_forward import FeedForwardRun, networks_of
 from .observation import observed
 from .routed_rows import owners_of
+from .sequential import SequentialBlock
 from .shares import Share, SummedStatistics
 from .sharing import SharedSolve, shares_work
 from .shelf import Shelf
 from .solving import Job, Solved, Solver
 from .statistics import SharedStatistics
+from .written import restored, write, written_meanwhile
 
 
 class Memory(Protocol):
@@ -51,6 +56,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     activations: Activations  # set by `run` where statistics are gathered
     share: Share  # of the batches, likewise
+    dense: DenseStream | None = None  # the dense model's forwards, where targets are taken from it
     dealt_experts: DealtExperts | None = None  # of the current block, where experts are dealt to ranks
 
     def __init__(self, context: RunContext[Plan, LinearMethod, Report, Blocks], memory: Memory | None = None) -> None:
@@ -63,16 +69,19 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         super().__init__(context)
         self.memory = memory
         self.solver = Solver(self.method, self.plan, context.seed, context.clock)
-        self.gathers = self.method.needs is not None or self.plan.measure_error
+        self.corrects = self.plan.correction != NONE
+        self.gathers = self.method.needs is not None or self.plan.measure_error or self.corrects
 
     @classmethod
     def make_plan(cls, model: nn.Module, method: LinearMethod, request: Request) -> tuple[Plan, list[Batch] | None]:
-        plan = replace(plan_linears(model, method, request), measure_error=request.report_error)
-        if not method.needs_data and not request.report_error:
+        plan = replace(plan_linears(model, method, request), measure_error=request.report_error, correction=request.correction)
+        if not method.needs_data and not request.report_error and request.correction == NONE:
             request.rules.check_unweighted(method)
             return plan, None
         plan = plan.calibrated(request.rules)
         batches = batches_for(model, method, request.calibration, request.batch_size)
+        if request.correction == DENSE:
+            batches = with_held_out(batches, request.seed)
         with prepared(model, request.seed), lent_blocks(model):
             plan = observed(model, plan, batches)
             if isinstance(method, BlockMethod):
@@ -96,6 +105,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 self.share = Share(context.world, batches, context.leaves)
                 shelf = Shelf(context.memory.hidden, context.memory.folder)
                 self.activations = Activations(context.model, self.share.batches, self.course, shelf)
+                if self.plan.correction == DENSE:
+                    self.dense = DenseStream(context.model, self.share.batches, self.course)
             order = [*self.course.order, len(parts) - 1]
         with self._blocks_on_disk():
             self._run_blocks(order, bool(batches))
@@ -109,6 +120,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             if not parts[index] and not forwards:
                 continue
             with in_memory(context.model, index):
+                if self.dense is not None:
+                    self.dense.keep(parts[index])
                 if linears := parts[index]:
                     resuming = resuming and self._restore(index, linears)
                     if not resuming:
@@ -117,6 +130,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                     break
                 if forwards:
                     with context.clock.phase("forward"):
+                        if self.dense is not None:
+                            self.dense.advance(index)
                         self.activations.advance(index)
 
     @contextmanager
@@ -138,7 +153,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         found = self.context.checkpoint.load(index, linears) if self.context.checkpoint else None
         if found is None:
             return False
-        _write(linears, found.weights)
+        write(linears, found.weights)
         self.context.report.resumed_blocks += 1
         self.context.record(found.layers)
         return True
@@ -152,11 +167,13 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 self.context.checkpoint.save(index, result)
         self.context.world.agree(f"block {index}")
         self.solver.say_lost_zeros(linears, result.weights)
-        _write(linears, result.weights)
+        write(linears, result.weights)
         self.context.record(result.layers)
 
     def solve_block(self, index: int, linears: Sequence[Linear]) -> BlockResult:
         """Return the result of block `index`, or of the linears outside the blocks. The model is unchanged, unless it is streamed."""
+        if self.corrects:
+            return self._solve_in_stages(index, linears)
         network = self.plan.network(index)
         together = network.linears if network else ()
         alone = [linear for linear in linears if linear not in together]
@@ -170,13 +187,30 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         else:
             if alone:
                 self._solve_alone(alone, *self._gather(index, alone), result)
-            with _written_meanwhile(alone, result.weights):
+            with written_meanwhile(alone, result.weights):
                 run = self._start_run(index)
                 shared, _ = self._gather(index, together, run)
         if run is not None and shared is not None:
             self._solve_together(run, shared, result)
         if shared is not None and self.memory is not None:
             result.totals |= shared.totals()
+        self.solver.say_lost(linears, *result.lost)
+        return BlockResult(result.weights, [result.layers[linear.name] for linear in linears], result.totals)
+
+    def _solve_in_stages(self, index: int, linears: Sequence[Linear]) -> BlockResult:
+        """Return the result of a block whose linears are solved one after another, the experts last, all at once."""
+        context = self.context
+        streamed = stream_of(context.model) is not None
+        plain, experts = parted(linears)
+        listed = [linear for linear in plain if linear.name in self.plan.listed]
+        alone = [linear for linear in plain if linear.name not in self.plan.listed]
+        result = Solved(in_place=streamed)
+        with nullcontext() if streamed else restored(alone):
+            SequentialBlock(index, context, self.solver, self.activations, self.course, self.dense).solve(alone, result)
+            if last := [*listed, *experts]:
+                gathers = self.method.needs is not None or self.plan.measure_error
+                shared, routed = self._gather(index, last) if gathers else (None, None)
+                self._solve_alone(last, shared, routed, result)
         self.solver.say_lost(linears, *result.lost)
         return BlockResult(result.weights, [result.layers[linear.name] for linear in linears], result.totals)
 
@@ -337,19 +371,3 @@ def _jobs(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
         measured = inputs if inputs.tokens or inputs.sum_squares.any() else None
         jobs += [Job(linear, shared.of(linear, inputs), measured) for linear in members if linear not in unseen]
     return jobs, unseen
-
-
-@contextmanager
-def _written_meanwhile(linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give `linears` new weights within, and restore their own afterwards, so that a failure leaves the block unchanged."""
-    dense = {linear.name: linear.weight.clone() for linear in linears}
-    _write(linears, weights)
-    try:
-        yield
-    finally:
-        _write(linears, dense)
-
-
-def _write(linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
-    for linear in linears:
-        linear.weight.copy_(weights[linear.name])

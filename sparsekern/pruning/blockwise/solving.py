@@ -11,6 +11,7 @@ import torch
 
 from ..._warnings import warnings_about
 from ...methods import Gram, LinearMethod, Magnitude, Solution
+from ...methods.correction import Correction
 from ...methods.statistics import InputStatistic, Statistic, inputs_of
 from ...models import Linear
 from ...pattern import NM, Pattern, Unstructured
@@ -30,11 +31,18 @@ class Job:
         linear: the linear.
         statistics: what the method needs; None for a method without calibration data.
         inputs: the statistic of its inputs, to measure the error; None where it is not measured.
+        target: what is pruned in place of its weight; None prunes its weight.
     """
 
     linear: Linear
     statistics: Statistic | None = None
     inputs: InputStatistic | None = None
+    target: Correction | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight to prune."""
+        return self.linear.weight if self.target is None else self.target.weight
 
 
 class RowFigures(NamedTuple):
@@ -157,13 +165,22 @@ class Solver:
                 f"{name}: {dead} of {features} input features were never active in calibration; their weights are pruned first",
             )
 
-    def outcome(self, linear: Linear, solution: Solution, inputs: InputStatistic | None) -> tuple[int, float | None]:
+    def outcome(
+        self, linear: Linear, solution: Solution, inputs: InputStatistic | None, weight: torch.Tensor | None = None
+    ) -> tuple[int, float | None]:
         """Return the number of zeros, and the relative error if it is known. The device is read once for each linear.
+
+        Args:
+            linear: the linear.
+            solution: its solution.
+            inputs: the statistic of its inputs.
+            weight: the weight that was solved for; None is that of the linear.
 
         Raises:
             ValueError: the solution is not pruned to the pattern of the linear.
         """
-        return self._judged(linear, solution.weight, self.row_figures(linear.weight, solution, inputs))
+        weight = linear.weight if weight is None else weight
+        return self._judged(linear, solution.weight, self.row_figures(weight, solution, inputs))
 
     def row_figures(self, weight: torch.Tensor, solution: Solution, inputs: InputStatistic | None) -> RowFigures | None:
         """Return the figures of each row of a solution; None where they are not measured.
@@ -214,7 +231,7 @@ class Solver:
             with warnings_about(name), seeded(self.seed, name), named(name):
                 yield
 
-        weights, statistics = [job.linear.weight for job in jobs], [job.statistics for job in jobs]
+        weights, statistics = [job.weight for job in jobs], [job.statistics for job in jobs]
         solutions = solve_many(method, weights, statistics, pattern, about)
         if len(solutions) != len(jobs):
             raise TypeError(
@@ -223,8 +240,8 @@ class Solver:
         outcomes = []
         for job, solution in zip(jobs, solutions, strict=True):
             with named(job.linear.name):
-                check_solution(method, solution, job.linear.weight)
-                outcomes.append(self.outcome(job.linear, solution, job.inputs))
+                check_solution(method, solution, job.weight)
+                outcomes.append(self.outcome(job.linear, solution, job.inputs, job.weight))
         seconds = (self.clock.now() - start) / len(jobs)
         for job, solution, (zeros, error) in zip(jobs, solutions, outcomes, strict=True):
             linear = job.linear

@@ -83,13 +83,13 @@ class SharedStatistics:
         Raises:
             ValueError: NaN or Inf in an input, naming the linear and the calibration sample.
         """
-        self._split(lambda linear: tuple(map(_identity, inputs[linear.name])))
+        self._split(lambda linear: tuple(map(identity, inputs[linear.name])))
         for members, statistic in self.groups:
             name = members[0].name
             masks = self._masks.get(name, (TOKENS,))
             for call, x in enumerate(inputs[name]):
                 mask = masks[min(call, len(masks) - 1)]
-                _add_input(statistic, name, x, batch, mask)
+                add_input(statistic, name, x, batch, mask)
                 for linear in members if self._own else ():
                     _add_importance(self._own[linear.name], linear.name, *batch.flatten(x, mask))
 
@@ -186,7 +186,12 @@ class SharedStatistics:
         self.groups = refined
 
 
-def _add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Rows, mask: str | None) -> None:
+def add_input(statistic: FeatureNorm | Gram, name: str, x: torch.Tensor, batch: Rows, mask: str | None) -> None:
+    """Add one input of the linear `name` to a statistic.
+
+    Raises:
+        ValueError: NaN or Inf in a row that is no padding, naming the linear and the calibration sample.
+    """
     try:
         rows, row_mask = batch.flatten(x, mask)
     except ValueError as error:
@@ -222,6 +227,6 @@ def _named(
     )
 
 
-def _identity(x: torch.Tensor) -> tuple:
+def identity(x: torch.Tensor) -> tuple:
     """Return a key that two live tensors share only if they have the same values in the same memory."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype

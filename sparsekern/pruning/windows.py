@@ -1,0 +1,41 @@
+"""Calibration samples that are held out: what is fitted on the others is judged on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .batches import Batch
+from .seeds import derived_seed
+
+ONE_OF = 8  # samples, of which one is held out
+
+
+def with_held_out(batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """Return the samples of `batches` in batches that are either held out or not.
+
+    Which samples are held out depends on their number and `seed`, not on how they are divided into batches.
+
+    Args:
+        batches: all calibration data, in order.
+        seed: draws the samples.
+
+    Raises:
+        ValueError: there is a single sample, or a batch that its first dimension does not divide into samples.
+    """
+    samples = sum(batch.shape[0] for batch in batches)
+    if samples < 2:
+        raise ValueError(f"calibration: expected at least 2 samples, of which one is held out to judge on, got {samples}")
+    generator = torch.Generator(device="cpu").manual_seed(derived_seed(seed, "held out"))
+    drawn = torch.randperm(samples, generator=generator, device="cpu")[: max(1, samples // ONE_OF)]
+    held_out = torch.zeros(samples, dtype=torch.bool, device="cpu")
+    held_out[drawn] = True
+    found: list[Batch] = []
+    for own, batch in zip(held_out.split([batch.shape[0] for batch in batches]), batches, strict=True):
+        if own.all() or not own.any():
+            found.append(replace(batch, held_out=bool(own.all())))
+            continue
+        found += [batch.part((~own).nonzero().flatten()), replace(batch.part(own.nonzero().flatten()), held_out=True)]
+    return found

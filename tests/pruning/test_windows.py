@@ -1,0 +1,42 @@
+"""Samples that are held out: the same ones however they are batched, drawn by the seed, each with its number and its padding."""
+
+import pytest
+import torch
+
+from sparsekern.pruning.batches import as_batches
+from sparsekern.pruning.windows import with_held_out
+
+IDS = torch.arange(20 * 3).reshape(20, 3)
+
+
+def samples(batches, held_out: bool) -> list[int]:
+    return [int(row[0]) // 3 for batch in batches if batch.held_out is held_out for row in batch.inputs["input_ids"]]
+
+
+def batches_of(size: int, ids=IDS):
+    return as_batches(ids, size, torch.device("cpu"), None)
+
+
+def test_one_of_eight_is_held_out_whatever_the_batches():
+    found = [with_held_out(batches_of(size), 3) for size in (1, 4, 7, 20)]
+    assert len({tuple(samples(batches, True)) for batches in found}) == 1
+    assert all(sorted(samples(batches, True) + samples(batches, False)) == list(range(20)) for batches in found)
+    assert len(samples(found[0], True)) == 2
+    assert samples(with_held_out(batches_of(4), 4), True) != samples(found[0], True)
+
+
+def test_numbers_and_padding_follow_the_samples():
+    mask = torch.ones(20, 3, dtype=torch.long)
+    mask[::2, 2] = 0
+    given = {"input_ids": IDS, "attention_mask": mask}
+    for batch in with_held_out(batches_of(20, [given]), 0):
+        rows = batch.inputs["input_ids"]
+        assert torch.equal(batch.token_mask, mask[rows[:, 0] // 3].bool())
+        for place, row in enumerate(rows):
+            assert batch.sample_of_row(3 * place + 2, rows.numel()) == int(row[0]) // 3
+
+
+def test_inputs_that_are_not_divided_into_samples_are_refused():
+    given = {"input_ids": IDS, "pixel_values": torch.zeros(7, 2)}
+    with pytest.raises(ValueError, match=r"calibration: expected inputs that their first dimension divides into samples"):
+        with_held_out(batches_of(20, [given]), 0)
