@@ -40,6 +40,30 @@ def _largest(size: torch.Tensor, pattern: str | float, scope: str) -> torch.Tens
     return size > torch.kthvalue(size.flatten(), int(pattern * size.numel())).values
 
 
+def plain_masked_adamw(
+    optimizer: torch.optim.AdamW, weight: torch.Tensor, mask: torch.Tensor, half: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Take a step of torch's fused AdamW on a fixed mask: the gradient is masked in front of it, and the weight behind it."""
+    weight.grad.mul_(mask)
+    optimizer.step()
+    with torch.no_grad():
+        weight.mul_(mask)
+        if half is not None:
+            half.copy_(weight)
+    return weight
+
+
+def plain_linear_kl(
+    x: torch.Tensor, head: torch.Tensor, teacher_x: torch.Tensor, teacher_head: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the divergence of each token and its gradient for `x` by autograd through stored logits."""
+    hidden = x.detach().requires_grad_()
+    teacher = F.log_softmax(teacher_x @ teacher_head.T, 1)
+    divergence = F.kl_div(F.log_softmax(hidden @ head.T, 1), teacher, reduction="none", log_target=True).sum(1)
+    (grad,) = torch.autograd.grad(divergence.sum(), hidden)
+    return divergence.detach(), grad
+
+
 def plain_alps(weight: torch.Tensor, gram: torch.Tensor, pattern: str | float, damping: float = 0.01) -> torch.Tensor:
     """Prune by ALPS in plain PyTorch, without what the public program wastes.
 

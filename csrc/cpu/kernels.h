@@ -140,6 +140,36 @@ int64_t admm_step_(
     float* offset, float* dual, uint8_t* mask, const float* weight, const StepPattern& pattern, int64_t rows, int64_t columns,
     const Executor& executor);
 
+struct AdamTensors {
+  float* weight;
+  const void* grad;
+  DType grad_dtype;
+  float *exp_avg, *exp_avg_sq;
+  const uint8_t* mask;  // null: every weight is kept
+  const float* anchor;  // null: no proximal term
+  void* half;           // null: no copy
+  DType half_dtype;
+};
+struct AdamStep {
+  float beta1, rest1, beta2, rest2;  // rest: 1 - beta
+  float decay;                       // factor of the weight
+  float rate, root_scale;            // the learning rate and the root's factor, both corrected for the step
+  float eps, grad_scale, pull;
+};
+// `columns` only names places in errors.
+void masked_adamw_(const AdamTensors& tensors, const AdamStep& step, int64_t count, int64_t columns, const Executor& executor);
+
+// Hidden states [tokens, features], and the head [vocabulary, features] that makes their logits, both of one dtype.
+struct Logits {
+  const void *x, *head;
+  DType dtype;
+  int64_t features;
+};
+// Writes KL(teacher || student) of each token and its gradient, [tokens, features] of the student. Logits are divided by `temperature`.
+void linear_kl(
+    const Logits& student, const Logits& teacher, int64_t tokens, int64_t vocabulary, double temperature, float* kl, float* grad,
+    const Executor& executor);
+
 // Writes V and returns the damping used; a negative value (or -inf for 0) says that float64 arithmetic was needed. A pivot counts
 // as not positive below `smallest_pivot` of its entry of the damped diagonal, in units of the arithmetic's epsilon.
 double reverse_cholesky(

@@ -16,6 +16,8 @@ from .gram_inverse import gram_inverse
 from .gram_solve import gram_solve
 from .gram_symmetrize import gram_symmetrize_
 from .head_neuron_scores import head_neuron_scores
+from .linear_kl import linear_kl
+from .masked_adamw import masked_adamw_
 from .masked_lstsq import masked_lstsq
 from .nm_experts_linear import nm_experts_linear
 from .nm_linear import nm_linear
@@ -50,6 +52,8 @@ __all__ = [
     "gram_solve",
     "gram_symmetrize_",
     "head_neuron_scores",
+    "linear_kl",
+    "masked_adamw_",
     "masked_lstsq",
     "nm_experts_linear",
     "nm_linear",

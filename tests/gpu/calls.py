@@ -19,6 +19,8 @@ CAPTURABLE = (
     "gram_",
     "gram_symmetrize_",
     "head_neuron_scores",
+    "linear_kl",
+    "masked_adamw_",
     "nm_experts_linear",
     "nm_linear",
     "nm_mask",

@@ -63,6 +63,16 @@ def nm_linear(generator: torch.Generator) -> Sample:
     return sample(randn(generator, 40, 1024, dtype=torch.bfloat16), *ops.nm_pack(weight, 2, 4).values(), 2, 4)
 
 
+def linear_kl(generator: torch.Generator) -> Sample:
+    head = randn(generator, 1100, 64)
+    return sample(randn(generator, 70, 64), head, randn(generator, 70, 64), head)
+
+
+def masked_adamw(generator: torch.Generator) -> Sample:
+    weight, grad, mean = (randn(generator, 80, 512) for _ in range(3))
+    return sample(weight, grad, mean, mean**2, step=2, lr=0.1, mask=grad > 0)
+
+
 def masked_lstsq(generator: torch.Generator) -> Sample:
     weight = randn(generator, 160, 96)
     return sample(weight, gram_matrix(generator, 96), weight > 0)
@@ -93,6 +103,8 @@ LARGE: dict[str, Callable[[torch.Generator], Sample]] = {
     "gram_inverse": lambda g: sample(gram_matrix(g, 200)),
     "gram_solve": lambda g: sample(gram_matrix(g, 200), randn(g, 100, 200)),
     "gram_symmetrize_": lambda g: sample(randn(g, 600, 600)),
+    "linear_kl": linear_kl,
+    "masked_adamw_": masked_adamw,
     "masked_lstsq": masked_lstsq,
     "nm_experts_linear": nm_experts_linear,
     "nm_linear": nm_linear,

@@ -21,7 +21,10 @@ BIT_EXACT = {
     "admm_step_", "bitmask_pack", "bitmask_unpack", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_unpack", "semi_structured_pack", "semi_structured_prune_pack", "semi_structured_unpack", "topk_mask",
 }  # fmt: skip
 RELATIVE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-ROUNDED = {"sensitivity_"}  # on a device what lies between two products has the dtype of the inputs, whatever that of the result
+ROUNDED = {
+    "linear_kl",
+    "sensitivity_",
+}  # on a device what lies between two products has the dtype of the inputs, whatever that of the result
 WITHOUT_ISA = {"gram_symmetrize_"}  # moves data only: one code for every instruction set
 
 EVERYWHERE = {name: op for name, op in OPS.items() if not op.only_on_cuda}
