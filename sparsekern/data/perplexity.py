@@ -122,6 +122,7 @@ def _losses(model: torch.nn.Module, windows: list[torch.Tensor], world: World, t
     losses = chain.from_iterable(in_step(model, calls[start : start + together]) for start in range(0, len(own), together))
     found: list[float] = []
     for loss in tqdm(losses, total=len(own), desc="perplexity", disable=not (progress and world.leads), leave=False):
+        world.check()
         if not math.isfinite(loss):
             raise ValueError(f"perplexity: the model's output for window {begin + len(found)} holds NaN or Inf")
         found.append(loss)

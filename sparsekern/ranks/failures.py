@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, KeyError, IndexError, ArithmeticError, NotImplementedError, RuntimeError, MemoryError)
 }
+
+REMEDY = (
+    "blocks that are finished are kept in out: start the same command with --resume (resume=True), with 1, 2, 4 or as many processes "
+    "as divide the leaves"
+)
 
 
 def as_text(error: BaseException) -> dict[str, Any]:
@@ -44,14 +49,29 @@ def shared(failures: Sequence[Mapping[str, Any] | None]) -> Exception:
     kind = KINDS[failure["kind"]]
     own = failure["class"]
     if own != kind.__name__ and kind is RuntimeError:
-        text = f"{own}: {text}"
+        text = f"{own}: {text}" if text else own
     return kind(f"{whose}{text}")
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those that it was raised from or because of."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def lost(rank: int, error: BaseException) -> OSError:
     """Return the exception for a process that ended or cannot be reached."""
-    return ConnectionError(
-        errno.ECONNRESET,
-        f"rank {rank} ended or cannot be reached ({str(error).splitlines()[0] if str(error) else type(error).__name__}); blocks that "
-        "are finished are kept in out: start the same command with --resume (resume=True), with 1, 2, 4 or as many processes as divide the leaves",
-    )
+    return _end(f"rank {rank} ended or cannot be reached ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+
+
+def silence(why: str) -> OSError:
+    """Return the exception for ranks that cannot exchange anything any more."""
+    return ConnectionError(errno.ECONNRESET, why) if REMEDY in why else _end(why)
+
+
+def _end(what: str) -> OSError:
+    return ConnectionError(errno.ECONNRESET, f"{what}; {REMEDY}")

@@ -3,19 +3,23 @@
 Every exchange begins with a short message of each rank to rank 0 and back, which says what the rank is about to do, or that it failed.
 So a failure on one rank, wherever it happens, is the same exception on all ranks at their next exchange. Ranks wait for one another
 only there: data are sent once all are known to be ready, so that no timeout of a collective depends on how long a rank works or writes.
+Ranks that work when another one fails are stopped, see `watch.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 
-from .failures import as_text, lost, shared
+from .failures import as_text, causes, lost, shared, silence
+from .watch import Stopped, Watch
 
 PATIENCE = timedelta(hours=24)  # for a rank that works; one that ended is noticed at once
 _worlds: list[tuple[object, World]] = []  # of the default process group that was used last
@@ -41,7 +45,10 @@ class World:
         """
         self.rank, self.size, self._group = rank, size, group
         self.sent, self.formula = 0, 0.0
-        self._failed = False
+        self._exchanges = 0  # that are over
+        self._talking = False  # with others, so that an interrupt would leave a message half read
+        self._shared: BaseException | None = None  # the last exception that all ranks have raised
+        self._watch: Watch | None = None
 
     @classmethod
     def current(cls) -> World:
@@ -56,7 +63,9 @@ class World:
         default = distributed.group.WORLD
         if not _worlds or _worlds[0][0] is not default:
             group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-            _worlds[:] = [(default, cls(distributed.get_rank(), distributed.get_world_size(), group))]
+            world = cls(distributed.get_rank(), distributed.get_world_size(), group)
+            world._begin_to_watch()
+            _worlds[:] = [(default, world)]
         return _worlds[0][1]
 
     @property
@@ -68,19 +77,44 @@ class World:
     def together(self) -> Iterator[None]:
         """Turn an exception of any rank within into the same exception on all ranks, which names the rank.
 
-        The other ranks raise it at their next exchange, at the latest at the end of the block.
+        The other ranks raise it at their next exchange, at the latest at the end of the block; those that work are stopped. An
+        interrupt or exit of one rank is a `RuntimeError` on the others.
         """
-        if self.size == 1:
+        if self._watch is None:
             yield
             return
-        self._failed = False
-        try:
+        with self._watch.looking():
+            try:
+                yield
+                self.agree("end")
+            except BaseException as error:
+                if isinstance(error, GeneratorExit) or self.has_raised(error):
+                    raise
+                if self._talking:
+                    self._watch.tell_silence(f"rank {self.rank} was interrupted: {type(error).__name__}")
+                    raise
+                if isinstance(error, Stopped):
+                    self.agree("stopped")
+                self._watch.tell_failure()
+                self._exchange("", None, as_text(error), error)
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Return whether all ranks have raised an exception, or one that it follows from."""
+        return any(cause is self._shared for cause in causes(error))
+
+    def check(self) -> None:
+        """Stop working if another rank has failed: raise what `together` turns into its exception."""
+        if self._watch is not None:
+            self._watch.check()
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Stop anywhere within if another rank fails. Nothing is changed in place within, and nothing exchanged."""
+        if self._watch is None:
             yield
-            self.agree("end")
-        except Exception as error:
-            if self._failed:
-                raise
-            self._exchange("", None, as_text(error), error)
+            return
+        with self._watch.stoppable():
+            yield
 
     def agree(self, at: str) -> None:
         """Wait until all ranks are here, and raise the same exception on all of them if one has failed instead.
@@ -131,11 +165,12 @@ class World:
             operations.append(distributed.P2POp(distributed.isend, send, rank, group))
         if into.numel():
             operations.append(distributed.P2POp(distributed.irecv, receive, rank, group))
-        try:
+
+        def exchange() -> None:
             for work in distributed.batch_isend_irecv(operations) if operations else ():
                 work.wait()
-        except RuntimeError as error:
-            raise self._lost(rank, error) from error
+
+        self._talk(exchange, rank, tensor)
         if receive is not into:
             into.copy_(receive)
 
@@ -148,10 +183,7 @@ class World:
         if self.rank == source:
             self.sent += tensor.nbytes
         staged = self._staged(tensor)
-        try:
-            distributed.broadcast(staged, source, self._channel(tensor))
-        except RuntimeError as error:
-            raise self._lost(source, error) from error
+        self._talk(partial(distributed.broadcast, staged, source, self._channel(tensor)), source, tensor)
         if staged is not tensor:
             tensor.copy_(staged)
 
@@ -162,53 +194,97 @@ class World:
         """Return a tensor that its group can send: itself, or a copy in host memory."""
         return tensor if tensor.device.type == "cpu" or _has_nccl(tensor) else tensor.cpu()
 
+    def _begin_to_watch(self) -> None:
+        """Let the ranks leave notes for one another in the store of the default process group. All ranks call this."""
+        from torch import distributed
+
+        self._watch = Watch(distributed.HashStore(), lambda: self._exchanges)
+        name = self.from_first("watch", uuid.uuid4().hex)  # of another world, notes may be left
+        store = distributed.distributed_c10d._get_default_store()
+        self._watch = Watch(distributed.PrefixStore(f"sparsekern {name}", store), lambda: self._exchanges)
+
+    @contextmanager
+    def _conversation(self) -> Iterator[Watch]:
+        """Mark what an interrupt would leave half done. A rank that others have given up waiting for is a `ConnectionError`."""
+        assert self._watch is not None
+        self._talking = True
+        try:
+            yield self._watch
+        except ConnectionAbortedError as error:
+            raise self._ended(silence(str(error))) from None
+        self._talking = False
+
+    def _talk(self, call: Callable[[], object], rank: int, tensor: torch.Tensor) -> None:
+        """Call what sends or receives a tensor, and raise an exception that names `rank` if there is no answer."""
+        with self._conversation() as watch:
+            try:
+                if _has_nccl(tensor):
+                    call()  # of this thread's device and stream; it does not wait here
+                else:
+                    watch.waited(call)
+            except RuntimeError as error:
+                raise self._lost(rank, error) from error
+
     def _lost(self, rank: int, error: BaseException) -> OSError:
-        self._failed = True
-        return lost(rank, error)
+        """Return the exception for a rank that cannot be reached; there is no exchange from now on."""
+        return self._ended(lost(rank, error))
+
+    def _ended(self, error: OSError) -> OSError:
+        assert self._watch is not None
+        self._watch.tell_silence(str(error.args[1]))
+        self._shared, self._talking = error, False
+        return error
 
     def _exchange(self, at: str, value: Any, failure: dict[str, Any] | None, cause: BaseException | None) -> list[Any]:
         """Return the values of all ranks, or raise the exception of those that failed."""
         own = json.dumps({"at": at, "value": value, "failure": failure}).encode()
-        answer = json.loads(self._collect(own) if self.leads else self._report(own))
-        if answer["lost"] is not None:
-            self._failed = True
-            raise ConnectionError(*answer["lost"])
+        with self._conversation() as watch:
+            if watch.silent is not None:
+                raise self._ended(silence(watch.silent))
+            answer = json.loads(self._collect(own, watch) if self.leads else self._report(own, watch))
+            if answer["lost"] is not None:
+                raise self._ended(ConnectionError(*answer["lost"]))
+        self._exchanges += 1
         found = [json.loads(text) for text in answer["found"]]
         failures = [one["failure"] for one in found]
         if any(failures):
-            self._failed = True
-            error = shared(failures)
-            if failures[self.rank] is not None and all(other == failures[self.rank] for other in failures) and cause is not None:
-                raise cause
+            error: BaseException = shared(failures)
+            alike = failures[self.rank] is not None and all(other == failures[self.rank] for other in failures)
+            if cause is not None and (alike or not isinstance(cause, Exception)):
+                error, cause = cause, cause.__cause__
+            self._shared = error
             raise error from cause
         if {one["at"] for one in found} != {at}:
-            self._failed = True
             places = ", ".join(f"rank {rank} at {one['at']!r}" for rank, one in enumerate(found))
-            raise RuntimeError(f"ranks: expected all at one place, got {places}")
+            self._shared = RuntimeError(f"ranks: expected all at one place, got {places}")
+            raise self._shared
         return [one["value"] for one in found]
 
-    def _collect(self, own: bytes) -> bytes:
-        """Receive the messages of all ranks, and answer each with all of them."""
-        found, gone = [own], None
-        for rank in range(1, self.size):
-            try:
-                found.append(self._receive(rank))
-            except RuntimeError as error:
-                gone = gone or (rank, error)
-        missing = None if gone is None else list(lost(*gone).args)
-        answer = json.dumps({"found": [text.decode() for text in found], "lost": missing}).encode()
-        for rank in range(1, self.size):
-            try:
-                self._send(answer, rank)
-            except RuntimeError as error:
-                if gone is None:
-                    raise self._lost(rank, error) from error
+    def _collect(self, own: bytes, watch: Watch) -> bytes:
+        """Receive the messages of all ranks as they come, and answer each with all of them."""
+        found, gone = {0: own}, None
+        for place, message, error in watch.outcomes([partial(self._receive, rank) for rank in range(1, self.size)]):
+            if error is None:
+                found[place + 1] = message
+                continue
+            if not isinstance(error, RuntimeError):
+                raise error
+            gone = gone or lost(place + 1, error)
+            watch.tell_failure()  # for those that work, so that they come here
+        texts = [found[rank].decode() for rank in sorted(found)]
+        answer = json.dumps({"found": texts, "lost": None if gone is None else list(gone.args)}).encode()
+        for rank, _, error in watch.outcomes([partial(self._send, answer, rank) for rank in range(1, self.size)]):
+            if error is not None and gone is None:
+                raise self._lost(rank + 1, error) from error
         return answer
 
-    def _report(self, own: bytes) -> bytes:
-        try:
+    def _report(self, own: bytes, watch: Watch) -> bytes:
+        def report() -> bytes:
             self._send(own, 0)
             return self._receive(0)
+
+        try:
+            return watch.waited(report)
         except RuntimeError as error:
             raise self._lost(0, error) from error
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
 import torch
 
 import sparsekern
@@ -43,7 +47,8 @@ def failing(rank: int, where: dict):
         if rank in where:
             raise where[rank]
         world.agree("after")
-        raise AssertionError("an exchange ended although a rank had failed")
+        if where:
+            raise AssertionError("an exchange ended although a rank had failed")
 
 
 def out_of_step(rank: int):
@@ -72,3 +77,44 @@ def perplexed(
     if rank in nan_on:
         model.get_input_embeddings().weight.data.fill_(float("nan"))
     return sparsekern.perplexity(model, ids, length)
+
+
+def busy(rank: int, victim: int, error: BaseException, looks: bool):
+    """One rank fails while the others work, which never end by themselves."""
+    world = World.current()
+    with caught() as found, world.together():
+        if rank == victim:
+            raise error
+        if looks:
+            while True:
+                world.check()
+        with world.stoppable():
+            while True:
+                pass
+    return found
+
+
+def interrupted(rank: int, victim: int, busy: int):
+    """One rank is interrupted in the middle of an exchange. Another works, the others wait for the answer."""
+    world = World.current()
+    with caught() as found, world.together(), ExitStack() as stack:
+        if rank == victim:
+            stack.enter_context(mock.patch.object(World, "_receive", side_effect=KeyboardInterrupt))
+        while rank == busy:
+            world.check()
+        world.agree("here")
+    again: list[str] = []
+    if rank != victim:
+        with caught() as again, world.together():
+            world.agree("again")
+    return found, again
+
+
+@contextmanager
+def caught() -> Iterator[list[str]]:
+    """The class and message of an exception within, interrupts included."""
+    found: list[str] = []
+    try:
+        yield found
+    except BaseException as error:
+        found += [type(error).__name__, str(error)]

@@ -62,6 +62,10 @@ class Pool:
             raise AssertionError(f"ranks {sorted(set(range(size)) - set(found))} hang; the others: {found}") from None
         return [found[rank] for rank in range(size)]
 
+    def renew(self) -> None:
+        """Make a new group for the next case, since the ranks of this one cannot reach one another any more."""
+        self._size = 0
+
     def close(self) -> None:
         for tasks in self._tasks:
             tasks.put(None)

@@ -90,17 +90,35 @@ def resumed(rank: int, method, out, **options):
     return pruned(rank, method, out, resume=True, **options)
 
 
+def traffic(rank: int):
+    """What the report says of each rank, for one block whose rounding to whole panels of rows is small."""
+    model = llama(num_hidden_layers=1, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
+    report = sparsekern.prune(model, "sparsegpt", "2:4", tokens(8), batch_size=1, progress=False)
+    return [text for name, text in report.measured.items() if name.startswith("rank ")]
+
+
+def resumed_text(rank: int, source: str, text: str, out):
+    """Go on with a streamed run of the command line in `test_torchrun.py`."""
+    options = {"tokenizer": sparsekern.load_tokenizer(source), "samples": 9, "length": 16, "batch_size": 1}
+    return sparsekern.prune(
+        sparsekern.load(source, stream=True), "wanda", "2:4", text, **options, out=out, resume=True, progress=False
+    )
+
+
 @dataclass(frozen=True)
 class FailsAt(sparsekern.methods.LinearMethod):
     """A user's method with a bug on one rank."""
 
     rank: int = 0
+    others_end: bool = True
     name = "fails"
     needs = sparsekern.methods.FeatureNorm
 
     def solve(self, weight, statistics, pattern):
         if World.current().rank == self.rank:
             raise ZeroDivisionError("a bug of the user's")
+        while not self.others_end:
+            weight.sum()
         return sparsekern.Wanda().solve(weight, statistics, pattern)
 
 
@@ -113,8 +131,8 @@ def failing(rank: int, kind: str, out, victim: int):
     with ExitStack() as stack:
         if kind == "nan" and rank == victim:
             stack.callback(model.model.embed_tokens.register_forward_hook(lambda *_: torch.full((1, 12, 32), math.nan)).remove)
-        if kind == "method":
-            method = FailsAt(rank=victim)
+        if kind in ("method", "endless"):
+            method = FailsAt(rank=victim, others_end=kind == "method")
         if kind == "disk" and rank == victim:
             stack.enter_context(mock.patch.object(InFolder, "put", side_effect=OSError(errno.ENOSPC, "no space left", "file")))
         if kind == "seed":

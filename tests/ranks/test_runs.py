@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import sparsekern
@@ -58,6 +60,7 @@ def test_a_run_is_not_resumed_with_other_leaves(tmp_path):
     [
         ("nan", "ValueError", "rank 3: model.layers.0.self_attn.q_proj: its input is nan in calibration sample 6"),
         ("method", "ArithmeticError", "rank 3: a bug of the user's"),
+        ("endless", "ArithmeticError", "rank 3: a bug of the user's"),  # the others would work for ever
         ("seed", "ValueError", "seed: expected the same on all ranks, got another on rank 3 than on rank 0 (1 and 0)"),
         ("data", "ValueError", "calibration: expected the same on all ranks, got another on rank 3 than on rank 0"),
         ("model", "ValueError", "model: expected the same on all ranks, got another on rank 3 than on rank 0"),
@@ -125,3 +128,20 @@ def test_reports_say_what_each_rank_did(ranks):
         assert report["run"]["versions"]["ranks"] == 2
         assert "solve" in report["results"]["measured"]["rank 1"]
         assert "MB by the formula" in report["results"]["measured"]["rank 1"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_send_what_the_formula_says(ranks, size):
+    """Of a block with inputs of 256, 256, 256 and 512 features; factors are passed on where rows of others need them."""
+    shapes = [(256, 256), (128, 256), (128, 256), (256, 256), (512, 256), (512, 256), (256, 512)]
+    triangles = sum(4 * width * (width + 1) // 2 for width in (256, 256, 256, 512))
+    solved = sum(rows * (4 * features + 16) for rows, features in shapes)
+    least = 2 * (size - 1) * triangles + solved
+    sent = formula = 0.0
+    for line in succeeded(ranks.run(size, f"{RUNS}:traffic"))[0]:
+        found = re.search(r"([\d.]+) MB sent a block, ([\d.]+) MB by the formula", line)
+        own = [1e6 * float(text) for text in found.groups()]
+        assert own[0] <= 1.2 * own[1]
+        sent, formula = sent + own[0], formula + own[1]
+    assert least - 1e4 <= formula <= least + triangles + 1e4
+    assert formula <= sent + 1e4

@@ -111,9 +111,10 @@ class Activations:
         """Return the output of block `index` for batch `number`, with its current weights."""
         return self._forwards.run(number, index)
 
-    def advance(self, index: int) -> None:
-        """Run block `index` for the batches that run it, and go on to the next block."""
+    def advance(self, index: int, check: Callable[[], None] = lambda: None) -> None:
+        """Run block `index` for the batches that run it, and go on to the next block. `check` is called in front of each batch."""
         for number in range(len(self.batches)):
+            check()
             if self._forwards.waits(number, index):
                 self._forwards.advance(number, index)
 

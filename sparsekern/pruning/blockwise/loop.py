@@ -68,7 +68,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         """
         super().__init__(context)
         self.memory = memory
-        self.solver = Solver(self.method, self.plan, context.seed, context.clock)
+        self.solver = Solver(self.method, self.plan, context.seed, context.clock, context.world)
         self.corrects = self.plan.correction != NONE
         self.gathers = self.method.needs is not None or self.plan.measure_error or self.corrects
 
@@ -131,8 +131,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 if forwards:
                     with context.clock.phase("forward"):
                         if self.dense is not None:
-                            self.dense.advance(index)
-                        self.activations.advance(index)
+                            self.dense.advance(index, context.world.check)
+                        self.activations.advance(index, context.world.check)
 
     @contextmanager
     def _blocks_on_disk(self) -> Iterator[None]:
@@ -332,6 +332,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         else:
             batches = self.activations.inputs_outside(plain, order, experts)
         while True:
+            self.context.world.check()
             with self.context.clock.phase("forward"):
                 step = next(batches, None)
             if step is None:

@@ -15,6 +15,7 @@ from ...methods.correction import Correction
 from ...methods.statistics import InputStatistic, Statistic, inputs_of
 from ...models import Linear
 from ...pattern import NM, Pattern, Unstructured
+from ...ranks import World
 from ...reports import LayerReport
 from ..mixtures import DENSE, ERROR
 from ..plan import Plan, shortened
@@ -86,8 +87,8 @@ class Solved:
 class Solver:
     """The method of a run, and all that it needs to solve linears."""
 
-    def __init__(self, method: LinearMethod, plan: Plan, seed: int, clock: Clock) -> None:
-        self.method, self.plan, self.seed, self.clock = method, plan, seed, clock
+    def __init__(self, method: LinearMethod, plan: Plan, seed: int, clock: Clock, world: World | None = None) -> None:
+        self.method, self.plan, self.seed, self.clock, self.world = method, plan, seed, clock, world or World()
         self.notices = Notices()
         self._unseen: list[str] = []
 
@@ -228,7 +229,7 @@ class Solver:
         @contextmanager
         def about(index: int) -> Iterator[None]:
             name = jobs[index].linear.name
-            with warnings_about(name), seeded(self.seed, name), named(name):
+            with warnings_about(name), seeded(self.seed, name), named(name), self.world.stoppable():
                 yield
 
         weights, statistics = [job.weight for job in jobs], [job.statistics for job in jobs]
