@@ -2,17 +2,7 @@
 
 from ._fields import Setting, check_choice, settings_of, settings_table
 from .alps import ALPS
-from .base import (
-    BlockMethod,
-    ExpertMethod,
-    GradualMethod,
-    LinearMethod,
-    Method,
-    RemovalMethod,
-    Solution,
-    Work,
-    check_method,
-)
+from .base import BlockMethod, ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, check_method
 from .copal import COPAL
 from .experts import ExpertPruning
 from .gradual import Gradual
@@ -20,6 +10,7 @@ from .kprune import KPrune
 from .magnitude import Magnitude
 from .random import Random
 from .random_numbers import generator
+from .solution import Solution, Team, Work
 from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
 from .statistics import ExpertSums, FeatureNorm, Gram, GramImportance, HasGram, HasImportance, HasNorms, SampleImportance
@@ -77,6 +68,7 @@ __all__ = [
     "SparseGPT",
     "SparseLLM",
     "Structured",
+    "Team",
     "Wanda",
     "Work",
     "check_choice",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,10 +12,11 @@ from .. import ops
 from .._checks import check_finite
 from .._warnings import warn
 from ..backends.products import full_float32
-from ..pattern import Pattern
+from ..pattern import NM, Pattern
 from ._fields import choice, flag, number, whole
-from .base import LinearMethod, Solution, Work
-from .selection import keep_mask
+from .base import LinearMethod
+from .selection import keep_mask, keep_mask_of_team
+from .solution import Solution, Team, Work
 from .statistics import Gram, HasGram
 
 LOOK_EVERY = 3  # iterations between two looks at the mask, at which its change is measured and the penalty adapted
@@ -62,6 +64,14 @@ class ALPS(LinearMethod):
     )
 
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
+        return self.solve_tiles(weight, [slice(0, len(weight))], statistics, pattern, Team())
+
+    def solves_tiles(self, pattern: Pattern) -> bool:
+        return True
+
+    def solve_tiles(
+        self, weight: torch.Tensor, tiles: Sequence[slice], statistics: HasGram, pattern: Pattern, team: Team
+    ) -> Solution:
         check_finite("weight", weight)
         check_finite("gram", statistics.gram.tril())
         basis = _unit_basis(statistics.gram, self.damping)
@@ -69,18 +79,28 @@ class ALPS(LinearMethod):
         mask = keep_mask(target.abs(), pattern, self.scope)
         zero = weight == 0
         held = zero if self.keep_zeros and zero.any() else None
+        rows = slice(tiles[0].start, tiles[-1].stop) if tiles else slice(0, 0)
+        tiles = [slice(tile.start - rows.start, tile.stop - rows.start) for tile in tiles]
+        kept, total = int(mask.sum()), mask.numel()
+        weight, target, mask = weight[rows], target[rows], mask[rows]
+        held = None if held is None else held[rows]
         start = None
-        if 0 < int(mask.sum()) < mask.numel():  # otherwise there is nothing to choose
-            start, mask = self._find_support(_Admm(target, mask, basis.gram, pattern, self.scope, self.rho, held))
+        if 0 < kept < total:  # otherwise there is nothing to choose
+            problem = _Problem(target, mask, basis.gram, pattern, self.scope, held, tiles, team, kept, total)
+            start, mask = self._find_support(_Admm(problem, self.rho))
         if held is not None:
             mask = mask & ~held  # where a group has fewer weights than the pattern keeps
-        found, _ = ops.masked_lstsq(target, basis.gram, mask, start=start)
-        new_weight = (found * basis.inverse_scale).to(weight.dtype)
-        return Solution(new_weight, statistics.row_energy(new_weight.float() - weight.float()))
+        new_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        row_error = target.new_empty(len(target), dtype=torch.float64)
+        for tile in tiles:
+            found, _ = ops.masked_lstsq(target[tile], basis.gram, mask[tile], start=None if start is None else start[tile])
+            new_weight[tile] = (found * basis.inverse_scale).to(weight.dtype)
+            row_error[tile] = statistics.row_energy(new_weight[tile].float() - weight[tile].float())
+        return Solution(new_weight, row_error)
 
     def work(self, rows: int, features: int) -> Work:
         """Return the work of some sixty iterations with twenty penalties, and of the fit, which is as much as twenty iterations."""
-        return Work(0.0, 10.0 * features**3 + 80.0 * rows * features**2)
+        return Work(0.0, 80.0 * rows * features**2, 10.0 * features**3)
 
     def _find_support(self, admm: _Admm) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sparse weights that ADMM ends with, and their mask."""
@@ -103,6 +123,34 @@ class ALPS(LinearMethod):
         return admm.solution(), admm.mask
 
 
+class _Problem(NamedTuple):
+    """Rows of one weight in the basis of a unit diagonal, and what ADMM must know of the rest.
+
+    Attributes:
+        target: `[rows, in_features]`, the dense weights.
+        first: bool, the mask to begin with.
+        gram: the Gram matrix.
+        pattern: the pattern to prune to.
+        scope: where a sparsity is counted.
+        held: bool, True at zeros of `target` that the projection leaves zero; None where there are none.
+        tiles: the rows that are multiplied at once, all of them.
+        team: the processes that solve other rows.
+        kept: how many weights of all rows are kept,
+        total: of so many.
+    """
+
+    target: torch.Tensor
+    first: torch.Tensor
+    gram: torch.Tensor
+    pattern: Pattern
+    scope: str
+    held: torch.Tensor | None
+    tiles: Sequence[slice]
+    team: Team
+    kept: int
+    total: int
+
+
 class _Admm:
     """The state of ADMM on one weight, as `ops.admm_step_` describes it, and its penalty `rho`.
 
@@ -111,29 +159,19 @@ class _Admm:
         rho: the current penalty.
     """
 
-    def __init__(
-        self,
-        target: torch.Tensor,
-        first: torch.Tensor,
-        gram: torch.Tensor,
-        pattern: Pattern,
-        scope: str,
-        rho: float,
-        held: torch.Tensor | None,
-    ) -> None:
-        """Begin with the mask `first`. `held` is True at zeros of `target` that the projection leaves zero; None where there are none."""
-        self._held = held
-        self._target, self._first, self._gram, self._pattern, self._scope = target, first, gram, pattern, scope
-        kept = int(first.sum())
-        self._fewer, self._live = min(kept, first.numel() - kept), float(gram.diagonal().mean()) or 1.0
-        self._product = torch.empty_like(target)
+    def __init__(self, problem: _Problem, rho: float) -> None:
+        self._problem = problem
+        self._fewer = min(problem.kept, problem.total - problem.kept)
+        self._live = float(problem.gram.diagonal().mean()) or 1.0
+        self._product = torch.empty_like(problem.target)
         self.restart(rho)
 
     def restart(self, rho: float) -> None:
         """Begin again from the first mask, with penalty `rho`."""
-        self._offset = -self._target.masked_fill(self._first, 0)
-        self._dual = torch.zeros_like(self._target)
-        self.mask = self._first.clone()
+        target, first = self._problem.target, self._problem.first
+        self._offset = -target.masked_fill(first, 0)
+        self._dual = torch.zeros_like(target)
+        self.mask = first.clone()
         self._factor(rho)
 
     @full_float32()
@@ -141,23 +179,40 @@ class _Admm:
         """Run `iterations` steps. Return how many mask entries changed, relative to the kept or pruned ones, whichever are fewer."""
         before = self.mask.clone()
         for left in range(iterations, 0, -1):
-            self._offset, self._product = torch.mm(self._offset, self._step, out=self._product), self._offset
+            for tile in self._problem.tiles:
+                torch.mm(self._offset[tile], self._step, out=self._product[tile])
+            self._offset, self._product = self._product, self._offset
             mask = before if left == 1 else self.mask  # the last step counts what all steps have changed
             changed = self._project(mask)
         self.mask = before
-        return int(changed) / self._fewer
+        return int(self._problem.team.total(changed)) / self._fewer
 
     def _project(self, mask: torch.Tensor) -> torch.Tensor:
         """Take the step of `ops.admm_step_`, in which held zeros are not candidates: all of their value goes to the dual."""
-        dual = None
-        if self._held is not None:
-            dual = (self._offset + self._dual).masked_fill_(~self._held, 0)
-            self._offset.masked_fill_(self._held, 0)
-            self._dual.masked_fill_(self._held, 0)
-        changed = ops.admm_step_(self._offset, self._dual, mask, self._target, self._pattern, scope=self._scope)
+        held, dual = self._problem.held, None
+        if held is not None:
+            dual = (self._offset + self._dual).masked_fill_(~held, 0)
+            self._offset.masked_fill_(held, 0)
+            self._dual.masked_fill_(held, 0)
+        changed = self._step_of_team(mask)
         if dual is not None:
             self._dual.add_(dual)
             self._offset.sub_(dual)
+        return changed
+
+    def _step_of_team(self, mask: torch.Tensor) -> torch.Tensor:
+        """Take the step of `ops.admm_step_`, whose mask may be counted over the rows of other processes too."""
+        problem = self._problem
+        target, pattern, scope, team = problem.target, problem.pattern, problem.scope, problem.team
+        if team.size == 1 or scope != "matrix" or isinstance(pattern, NM):
+            return ops.admm_step_(self._offset, self._dual, mask, target, pattern, scope=scope)
+        z = target + self._offset + self._dual
+        check_finite("dual", z)
+        kept = keep_mask_of_team(z.abs(), problem.kept, team)
+        torch.sub(torch.where(kept, z, -z), target, out=self._offset)
+        self._dual.copy_(z.masked_fill_(kept, 0))
+        changed = (kept != mask).sum()
+        mask.copy_(kept)
         return changed
 
     def set_penalty(self, rho: float) -> None:
@@ -170,12 +225,12 @@ class _Admm:
 
     def solution(self) -> torch.Tensor:
         """Return the sparse weights, zero outside the mask."""
-        return (self._offset + self._target).masked_fill_(~self.mask, 0)
+        return (self._offset + self._problem.target).masked_fill_(~self.mask, 0)
 
     def _factor(self, rho: float) -> None:
         """Set the penalty and `rho (gram + rho I)^-1`, which maps the target's offset to the solution's."""
         self.rho = rho
-        self._step = ops.gram_inverse(self._gram, rho / self._live).mul_(rho)
+        self._step = ops.gram_inverse(self._problem.gram, rho / self._live).mul_(rho)
 
 
 class _Basis(NamedTuple):

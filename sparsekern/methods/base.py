@@ -19,36 +19,11 @@ from ..models import Linear
 from ..models.decoder_units import Units
 from ..pattern import Pattern
 from ._fields import Settings
+from .solution import Solution, Team, Work
 from .statistics import ExpertSums, FeatureNorm, Gram, HasGram, Importance, Statistic, inputs_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Solution(NamedTuple):
-    """A pruned weight matrix.
-
-    Attributes:
-        weight: the pruned weight, of the same shape and dtype as the weight given to `solve`.
-        row_error: `[out_features]` float64, the squared output error of each row over the calibration tokens. It is `d G d^T` with
-            the change `d` of the row, rounded to the weight's dtype, and the undamped Gram matrix `G`. None where the method does
-            not compute it.
-    """
-
-    weight: torch.Tensor
-    row_error: torch.Tensor | None = None
-
-
-class Work(NamedTuple):
-    """An amount of work, in multiply-adds.
-
-    Attributes:
-        shared: the part that is done once for all linears with the same inputs.
-        own: the part of one linear, in proportion to its rows where they are solved alone.
-    """
-
-    shared: float
-    own: float
 
 
 class Method(Settings, ABC):
@@ -138,6 +113,28 @@ class LinearMethod(Method):
             pattern: the pattern to prune to.
         """
         return False
+
+    def solves_tiles(self, pattern: Pattern) -> bool:
+        """Return whether the method has a `solve_tiles` for a pattern. False is safe.
+
+        Args:
+            pattern: the pattern to prune to.
+        """
+        return False
+
+    def solve_tiles(self, weight: torch.Tensor, tiles: Sequence[slice], statistics: Any, pattern: Pattern, team: Team) -> Solution:
+        """Return some rows of a solution, where the rows of the whole weight share no more than counts.
+
+        The tiles decide the bits of a solution; how they are dealt to the processes of a team does not.
+
+        Args:
+            weight: the whole weight.
+            tiles: its rows that are to be solved, one tile behind the other; there may be none.
+            statistics: as for `solve`.
+            pattern: the pattern to prune to.
+            team: adds up counts over the processes that solve the other tiles meanwhile.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.solve_tiles")
 
     def work(self, rows: int, features: int) -> Work:
         """Return about how much work a linear of `[rows, features]` is. Several processes divide the linears of a block by it."""

@@ -10,8 +10,9 @@ import torch
 
 from ..pattern import Pattern
 from ._fields import choice, number
-from .base import LinearMethod, Solution
+from .base import LinearMethod
 from .selection import keep_mask
+from .solution import Solution
 from .statistics import GramImportance, HasImportance, SampleImportance
 
 GRADIENTS_AT_ONCE = 1 << 24  # entries of the per-token gradients that are held together

@@ -1,4 +1,8 @@
-"""SparseGPT's sweep of a weight that has zeros already: they stay zero, and count as pruned before any other weight."""
+"""SparseGPT's sweep where the op does not choose the mask.
+
+Zeros that a weight has already stay zero, and count as pruned before any other weight. Rows that other processes sweep take part in the
+choice.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ import torch
 from .. import ops
 from .._checks import check_finite
 from ..backends.products import full_float32
-from ..pattern import NM, Pattern, pruned_count
+from ..pattern import NM, Pattern, Unstructured, pruned_count
+from .selection import keep_mask_of_team
+from .solution import Team
 
 COLUMNS = 128  # of N:M groups that share one product with all columns before them
 
@@ -56,6 +62,58 @@ def sweep_keeping_zeros(
     if not affected.all():
         new_weight[~affected], row_error[~affected] = ops.obs_sweep(weight[~affected], factor, pattern, **options)[::2]
     return new_weight, row_error
+
+
+@full_float32()
+def sweep_tiles(
+    weight: torch.Tensor,
+    tiles: Sequence[slice],
+    factor: torch.Tensor,
+    sparsity: float,
+    block_size: int,
+    zero: torch.Tensor,
+    team: Team,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return some rows of the new weight, and their errors, where all rows of each block of columns share a count.
+
+    Args:
+        weight: the whole weight.
+        tiles: the rows, see `LinearMethod.solve_tiles`.
+        factor: as for `ops.obs_sweep`.
+        sparsity: the share of zeros.
+        block_size: columns of a block.
+        zero: bool of the shape of `weight`, True at weights that stay zero.
+        team: the processes that sweep the other rows.
+    """
+    check_finite("weight", weight)
+    check_finite("factor", factor)
+    columns, rows = weight.shape[1], slice(tiles[0].start, tiles[-1].stop) if tiles else slice(0, 0)
+    tiles = [slice(tile.start - rows.start, tile.stop - rows.start) for tile in tiles]
+    counts = iter(_kept_of_blocks(zero, sparsity, block_size))
+    start, zero, dead = weight[rows].float(), zero[rows], torch.signbit(factor.diagonal())
+    delta, new_weight = torch.zeros_like(start), torch.zeros_like(start)  # delta is start - new_weight
+    row_error = start.new_zeros(len(start))
+    for a in range(0, columns, block_size):
+        b = min(a + block_size, columns)
+        own, current = factor[a:b, a:b].contiguous(), start[:, a:b].contiguous()
+        for tile in tiles:
+            current[tile] += _divided(delta[tile, :a] @ factor[:a, a:b], own)
+        mask = keep_mask_of_team(_score(current, own), next(counts), team, never=zero[:, a:b])
+        for tile in tiles:
+            new_weight[tile, a:b], _, found = ops.obs_sweep(current[tile], own, mask=mask[tile])
+            row_error[tile] += found
+        delta[:, a:b] = (start[:, a:b] - new_weight[:, a:b]).masked_fill(dead[a:b], 0)
+    return new_weight.to(weight.dtype), row_error
+
+
+def _kept_of_blocks(zero: torch.Tensor, sparsity: float, block_size: int) -> list[int]:
+    """Return how many weights of each block of columns are kept."""
+    rows, columns = zero.shape
+    if zero.any():
+        return [int(kept) for kept in _kept_counts(zero, Unstructured(sparsity), "block", block_size)]
+    borders = [*range(0, columns, block_size), columns]
+    pruned = [pruned_count(rows * border, sparsity) for border in borders]
+    return [rows * (b - a) - gone + before for a, b, before, gone in zip(borders, borders[1:], pruned, pruned[1:], strict=False)]
 
 
 @full_float32()

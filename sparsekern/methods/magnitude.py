@@ -12,8 +12,9 @@ import torch
 from ..models import Linear
 from ..pattern import NM, Pattern, Unstructured
 from ._fields import choice
-from .base import LinearMethod, PlannedBlock, Solution
+from .base import LinearMethod, PlannedBlock
 from .selection import global_kept_counts, keep_mask
+from .solution import Solution
 
 
 @dataclass(frozen=True)

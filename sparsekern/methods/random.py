@@ -9,9 +9,10 @@ import torch
 
 from ..pattern import Pattern
 from ._fields import choice
-from .base import LinearMethod, Solution
+from .base import LinearMethod
 from .random_numbers import generator
 from .selection import keep_mask
+from .solution import Solution
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from .. import ops
 from ..pattern import NM, Pattern, pruned_count
+from .solution import Team
 
 
 def keep_mask(scores: torch.Tensor, pattern: Pattern, scope: str) -> torch.Tensor:
@@ -25,6 +26,34 @@ def keep_mask(scores: torch.Tensor, pattern: Pattern, scope: str) -> torch.Tenso
         return ops.nm_mask(scores, pattern)
     total = scores.shape[1] if scope == "row" else scores.numel()
     return ops.topk_mask(scores, total - pruned_count(total, pattern.sparsity), scope=scope)
+
+
+def keep_mask_of_team(scores: torch.Tensor, keep: int, team: Team, never: torch.Tensor | None = None) -> torch.Tensor:
+    """Return this process's rows of the mask of the `keep` highest scores in the rows of all processes.
+
+    Of equal scores the one of the lower row-major index is kept. Histograms of the scores' bits are all that the processes exchange.
+
+    Args:
+        scores: `[rows, in_features]` float32 of at least 0.
+        keep: the number of scores to keep in all rows.
+        team: the processes. All of them call this.
+        never: bool, True at scores that are kept last; None for none.
+    """
+    bits = scores.contiguous().view(torch.int32)
+    if never is not None:
+        bits = (bits + 1).masked_fill_(never, 0)
+    upper = team.total(torch.bincount((bits >> 16).flatten(), minlength=1 << 15).cpu())
+    if keep in (0, total := int(upper.sum())):
+        return torch.full_like(bits, keep == total, dtype=torch.bool)
+    high, above = _bin_of(upper, keep)
+    lower = team.total(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).cpu())
+    low, above_low = _bin_of(lower, keep - above)
+    threshold = high << 16 | low
+    equal = (bits == threshold).flatten()
+    found = torch.zeros(team.size, dtype=torch.int64)
+    found[team.place] = int(equal.sum())
+    left = keep - above - above_low - int(team.total(found)[: team.place].sum())  # of equal ones for this process and later ones
+    return (bits > threshold) | (equal & (equal.cumsum(0) <= left)).view_as(bits)
 
 
 def global_kept_counts(scores: Sequence[Callable[[], torch.Tensor]], sparsity: float) -> list[int]:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from .. import ops
-from ..pattern import NM, Pattern, pruned_count
+from ..pattern import NM, Pattern, Unstructured, pruned_count
 from ._fields import choice, flag, number, whole
-from .base import LinearMethod, Solution
-from .existing_zeros import sweep_keeping_zeros
+from .base import LinearMethod
+from .existing_zeros import sweep_keeping_zeros, sweep_tiles
 from .magnitude import Magnitude
+from .solution import Solution, Team
 from .statistics import Gram, HasGram, square_norms
 from .together import Staging, energies_together, factor_together, shifts_of, stacked
 from .wanda import Wanda
@@ -62,15 +63,35 @@ class SparseGPT(LinearMethod):
             return True
         return self.mask is None and self.scope == "row"
 
+    def solves_tiles(self, pattern: Pattern) -> bool:
+        return isinstance(pattern, Unstructured) and self.mask is None and self.scope == "block"
+
+    def solve_tiles(
+        self, weight: torch.Tensor, tiles: Sequence[slice], statistics: HasGram, pattern: Pattern, team: Team
+    ) -> Solution:
+        assert isinstance(pattern, Unstructured)  # see `solves_tiles`
+        factor = statistics.factor(self.damping)
+        zero = weight == 0 if self.keep_zeros else torch.zeros_like(weight, dtype=torch.bool)
+        new_weight, damped_error = sweep_tiles(weight, tiles, factor, pattern.sparsity, self.block_size, zero, team)
+        row_error, begin = damped_error.double(), tiles[0].start if tiles else 0
+        for tile in tiles:
+            own = slice(tile.start - begin, tile.stop - begin)
+            row_error[own] = self._row_error(weight[tile], new_weight[own], damped_error[own], statistics)
+        return Solution(new_weight, row_error)
+
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         factor = statistics.factor(self.damping)
         new_weight, damped_error = self._sweep(weight, factor, pattern, self._fixed_mask(weight, statistics, pattern))
+        return Solution(new_weight, self._row_error(weight, new_weight, damped_error, statistics))
+
+    @staticmethod
+    def _row_error(weight: torch.Tensor, new_weight: torch.Tensor, damped_error: torch.Tensor, statistics: HasGram) -> torch.Tensor:
         delta = new_weight.float() - weight.float()
         if weight.dtype == torch.float32:
             row_error = damped_error.double() - statistics.shift * square_norms(delta)
         else:  # the sweep's own error does not include the rounding to a half dtype
             row_error = statistics.row_energy(delta)
-        return Solution(new_weight, row_error.clamp_(min=0))
+        return row_error.clamp_(min=0)
 
     def solve_many(
         self,

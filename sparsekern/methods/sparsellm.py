@@ -14,16 +14,8 @@ from .._activations import activate
 from ..backends.products import full_float32
 from ..pattern import Pattern
 from ._fields import choice, flag, method, number, whole
-from .base import (
-    BlockMethod,
-    FeedForwardProblem,
-    FeedForwardSolution,
-    Layer,
-    LinearMethod,
-    PlannedBlock,
-    Solution,
-    Work,
-)
+from .base import BlockMethod, FeedForwardProblem, FeedForwardSolution, Layer, LinearMethod, PlannedBlock
+from .solution import Solution, Work
 from .statistics import Gram, HasGram, Importance
 
 

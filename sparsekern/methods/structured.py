@@ -11,7 +11,8 @@ import torch
 from ..models.decoder_units import Units
 from ..pattern import Pattern, Unstructured, pruned_count
 from ._fields import choice
-from .base import LinearMethod, PlannedBlock, Solution
+from .base import LinearMethod, PlannedBlock
+from .solution import Solution
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..pattern import Pattern
-from .base import LinearMethod, Solution
+from .base import LinearMethod
 from .selection import keep_mask
+from .solution import Solution
 from .statistics import FeatureNorm, HasNorms
 
 

@@ -7,7 +7,8 @@ import torch
 
 from sparsekern import NM, Magnitude, SparseGPT, SparseLLM, Unstructured
 from sparsekern._activations import activate
-from sparsekern.methods.base import FeedForwardProblem, Layer, Solution
+from sparsekern.methods import Solution
+from sparsekern.methods.base import FeedForwardProblem, Layer
 from sparsekern.methods.sparsellm import Alternation
 from sparsekern.methods.statistics import Gram
 

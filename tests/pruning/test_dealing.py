@@ -6,7 +6,7 @@ import pytest
 
 from sparsekern import ALPS, SparseGPT
 from sparsekern.methods import LinearMethod
-from sparsekern.pruning.blockwise.dealing import SharedWork, deal, tiles_of
+from sparsekern.pruning.blockwise.dealing import TOGETHER, SharedWork, TeamWork, deal, tiles_of
 
 # Rows of the linears with the same inputs, and the number of these inputs.
 SMOLLM2 = [(576, [576, 192, 192]), (576, [576]), (576, [1536, 1536]), (1536, [576])]
@@ -22,7 +22,7 @@ def works_of(sets: list[tuple[int, list[int]]], method: LinearMethod, *, tiles: 
     found = []
     for features, linears in sets:
         works = [(method.work(rows, features), tiles_of(rows, 8) if tiles else [slice(0, rows)], rows) for rows in linears]
-        pieces = [work.own * (tile.stop - tile.start) / rows for work, own, rows in works for tile in own]
+        pieces = [work.fixed + work.own * (tile.stop - tile.start) / rows for work, own, rows in works for tile in own]
         found.append(SharedWork(works[0][0].shared, tuple(pieces)))
     return found
 
@@ -83,6 +83,26 @@ def test_nothing_but_the_longest_factor_is_waited_for(sets, size):
     longest = max(works, key=lambda work: work.factor)
     rest = max(sum(work.total for work in works) / size, longest.factor + sum(longest.pieces) / size)
     assert deal(works, size).longest <= 1.15 * rest
+
+
+@pytest.mark.parametrize("sets", [SMOLLM2, LLAMA_7B, LLAMA_70B])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_alps_divides_its_longest_linears(sets, size):
+    """What is left is the inverses of the widest linear, which each process computes for itself."""
+    method = ALPS()
+    works = works_of(sets, method, tiles=False)
+    found = {
+        (index, number): method.work(rows, features)
+        for index, (features, linears) in enumerate(sets)
+        for number, rows in enumerate(linears)
+    }
+    divisible = {key: TeamWork(work.fixed, work.own, len(tiles_of(sets[key[0]][1][key[1]], 8))) for key, work in found.items()}
+    dealt = deal(works, size, divisible)
+    share = sum(work.total for work in works) / size
+    repeated = sum(divisible[i, n].fixed for i, own in enumerate(dealt.places) for n, at in enumerate(own) if at.turn == TOGETHER)
+    assert dealt.longest <= min(1.3 * (share + repeated), deal(works, size).longest)
+    if size > 2:
+        assert dealt.longest < 0.8 * deal(works, size).longest
 
 
 def test_linears_without_a_factor_go_to_the_least_busy_process():

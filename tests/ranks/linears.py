@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 
-from sparsekern.methods import LinearMethod
+from sparsekern import ops
+from sparsekern.methods import ALPS, LinearMethod
 from sparsekern.methods.statistics import Gram
 from sparsekern.models import Linear, find_linears
 from sparsekern.pattern import parse_pattern
@@ -67,3 +69,17 @@ def solve_shared(rank: int, method: LinearMethod, pattern: str, dtype: torch.dty
     assert all(layer.seconds > 0 for layer in result.layers.values())
     weights = {name: weight.view(torch.int32 if dtype == torch.float32 else torch.int16) for name, weight in result.weights.items()}
     return weights, {name: layer.error for name, layer in result.layers.items()}, world.sent - before
+
+
+def fail_together(rank: int, victim: int):
+    """Solve by ALPS on four ranks, of which one fails in the rows that it solves of a linear of all."""
+    found, step = linears(torch.float32), ops.admm_step_
+
+    def failing(*args, **options):
+        if rank == victim and len(args[0]) < SHAPES["down"][0]:
+            raise ValueError("dual: a bug")
+        return step(*args, **options)
+
+    world = World.current()
+    with mock.patch.object(ops, "admm_step_", failing), world.together():
+        SharedSolve(solver_of(ALPS(), "2:4", found), world, 8, jobs_of(found)).solve(Solved())

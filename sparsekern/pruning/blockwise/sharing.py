@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from ..._warnings import warnings_about
-from ...methods import Gram, Solution
-from ...ranks import World
-from ...ranks.sums import packed_lower, unpack_lower
+from ...methods import Gram, Solution, Team
+from ...ranks import World, leaf_sizes
+from ...ranks.sums import add_over_ranks, packed_lower, unpack_lower
 from ..seeds import seeded
-from .dealing import Dealt, Place, SharedWork, deal, tiles_of
+from .dealing import TOGETHER, Dealt, Place, SharedWork, TeamWork, deal, tiles_of
 from .solving import Job, RowFigures, Solved, Solver, check_solution, named
+
+FEW = 64  # counts are sent as a message, more of them as a tensor
 
 
 @dataclass
@@ -26,17 +28,54 @@ class _Linear:
 
     Attributes:
         job: the linear.
-        tiles: the rows of each piece.
+        pieces: the tiles of rows that are solved in one call, each in the order of the rows.
+        in_tiles: True if the method solves tiles of a piece in steps that share counts.
         weight: the new weight, filled in piece by piece.
         figures: the errors and energies of the rows, `[2, out_features]` float64.
-        seconds: by piece, those that this process took.
+        seconds: what the solution took, on all ranks together.
     """
 
     job: Job
-    tiles: list[slice]
+    pieces: list[list[slice]]
+    in_tiles: bool
     weight: torch.Tensor
     figures: torch.Tensor
-    seconds: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one linear that one rank solves.
+
+    Attributes:
+        linear: the linear.
+        tiles: the rows; none for a rank without any.
+        place: when and where.
+    """
+
+    linear: _Linear
+    tiles: Sequence[slice]
+    place: Place
+
+    @property
+    def rows(self) -> slice:
+        """All rows of the tiles, which follow one another."""
+        return slice(self.tiles[0].start, self.tiles[-1].stop) if self.tiles else slice(0, 0)
+
+
+class _Ranks(Team):
+    """All ranks, which solve one linear together."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self.place, self.size = world, world.rank, world.size
+
+    def total(self, counts: torch.Tensor) -> torch.Tensor:
+        self._world.check()
+        if counts.numel() > FEW:
+            add_over_ranks(self._world, counts)
+            return counts
+        found = self._world.gather("counts", counts.tolist())
+        return torch.tensor(found, dtype=counts.dtype).sum(0)
 
 
 class SharedSolve:
@@ -53,67 +92,115 @@ class SharedSolve:
         for job in jobs:
             by_statistic.setdefault(id(job.statistics), []).append(self._begun(job))
         self._sets = list(by_statistic.values())
-        self.dealt: Dealt = deal([self._work(linears) for linears in self._sets], world.size)
+        works: list[SharedWork] = []
+        divisible: dict[tuple[int, int], TeamWork] = {}
+        for index, linears in enumerate(self._sets):
+            work, teams = self._work(linears)
+            works.append(work)
+            divisible |= {(index, number): team for number, team in teams.items()}
+        self.dealt: Dealt = deal(works, world.size, divisible)
+        self._pieces = [piece for index in range(len(self._sets)) for piece in self._placed(index)]
 
     def solve(self, result: Solved) -> None:
         """Solve all of them. Every process calls this with the same jobs."""
-        self._solve_turn(0)
+        taken: dict[int, float] = {}
+        self._solve_turn(TOGETHER, taken)
+        self._solve_turn(0, taken)
         self._pass_factors_on()
-        self._solve_turn(1)
-        self._exchange()
+        self._solve_turn(1, taken)
+        self._exchange(taken)
         for linears in self._sets:
             for linear in linears:
                 figures = RowFigures(*linear.figures) if isinstance(linear.job.inputs, Gram) else None
-                seconds = sum(linear.seconds.values())
                 with named(linear.job.linear.name):
-                    self._solver.take(linear.job, linear.weight, figures, seconds, result)
+                    self._solver.take(linear.job, linear.weight, figures, linear.seconds, result)
 
     def _begun(self, job: Job) -> _Linear:
         weight, pattern = job.linear.weight, self._solver.plan.patterns[job.linear.name]
-        rows = len(weight)
-        tiles = tiles_of(rows, self._leaves) if self._solver.method.solves_rows_alone(pattern) else [slice(0, rows)]
+        rows, method = len(weight), self._solver.method
+        tiles, in_tiles = tiles_of(rows, self._leaves), False
+        if method.solves_rows_alone(pattern):
+            pieces = [[tile] for tile in tiles]
+        else:
+            in_tiles = method.solves_tiles(pattern)
+            pieces = [tiles if in_tiles else [slice(0, rows)]]
         figures = torch.zeros(2, rows, dtype=torch.float64, device=weight.device)
-        return _Linear(job, tiles, torch.empty_like(weight, memory_format=torch.contiguous_format), figures)
+        return _Linear(job, pieces, in_tiles, torch.empty_like(weight, memory_format=torch.contiguous_format), figures)
 
-    def _work(self, linears: Sequence[_Linear]) -> SharedWork:
-        """Return the work on linears with the same statistic."""
-        method, costs, factor = self._solver.method, [], 0.0
+    def _work(self, linears: Sequence[_Linear]) -> tuple[SharedWork, dict[int, TeamWork]]:
+        """Return the work on linears with the same statistic, and that on the pieces that can be divided, by their numbers."""
+        method, factor = self._solver.method, 0.0
+        costs: list[float] = []
+        teams: dict[int, TeamWork] = {}
         for linear in linears:
             rows, features = linear.job.linear.shape
             work = method.work(rows, features)
             measures = isinstance(linear.job.inputs, Gram) and linear.job.inputs is not linear.job.statistics
             factor = work.shared or (features**3 / 6 if measures else 0.0)
-            costs += [work.own * (tile.stop - tile.start) / rows for tile in linear.tiles]
-        return SharedWork(factor, tuple(costs))
+            if linear.in_tiles:
+                teams[len(costs)] = TeamWork(work.fixed, work.own, len(linear.pieces[0]))
+            shares = [sum(tile.stop - tile.start for tile in piece) / rows for piece in linear.pieces]
+            costs += [work.fixed + work.own * share for share in shares]
+        return SharedWork(factor, tuple(costs)), teams
 
-    def _pieces(self) -> list[tuple[_Linear, int, Place]]:
-        """Return each piece of each linear with its place, in the same order on all ranks."""
-        found = []
-        for linears, places in zip(self._sets, self.dealt.places, strict=True):
-            pieces = [(linear, number) for linear in linears for number in range(len(linear.tiles))]
-            found += [(linear, number, place) for (linear, number), place in zip(pieces, places, strict=True)]
-        return found
+    def _placed(self, index: int) -> Iterator[_Piece]:
+        """Yield the pieces of a set with their places, in the same order on all ranks."""
+        pieces = [(linear, tiles) for linear in self._sets[index] for tiles in linear.pieces]
+        for (linear, tiles), place in zip(pieces, self.dealt.places[index], strict=True):
+            if place.turn != TOGETHER:
+                yield _Piece(linear, tiles, place)
+                continue
+            begin = 0
+            for rank, count in enumerate(leaf_sizes(len(tiles), self._world.size)):
+                yield _Piece(linear, tiles[begin : begin + count], Place(TOGETHER, rank))
+                begin += count
 
-    def _solve_turn(self, turn: int) -> None:
+    def _solve_turn(self, turn: int, taken: dict[int, float]) -> None:
+        """Solve the pieces of this rank in a turn. `taken` is given the seconds of each, by its number."""
         own = Place(turn, self._world.rank)
         with self._solver.clock.phase("solve"):
-            for linear, number, place in self._pieces():
-                if place == own:
-                    self._solve_piece(linear, number)
+            for number, piece in enumerate(self._pieces):
+                if piece.place == own:
+                    start = self._solver.clock.now()
+                    self._solve_piece(piece)
+                    taken[number] = self._solver.clock.now() - start
 
-    def _solve_piece(self, linear: _Linear, number: int) -> None:
-        solver, job, rows = self._solver, linear.job, linear.tiles[number]
-        name, start = job.linear.name, solver.clock.now()
+    def _solve_piece(self, piece: _Piece) -> None:
+        solver, job = self._solver, piece.linear.job
+        name, rows = job.linear.name, piece.rows
         weight = job.linear.weight[rows]
         with ExitStack() as stack:
-            for context in (warnings_about(name), seeded(solver.seed, name), named(name)):
+            for context in (warnings_about(name), seeded(solver.seed, name), self._named(name)):
                 stack.enter_context(context)
-            solution: Solution = solver.method.solve(weight, job.statistics, solver.plan.patterns[name])
+            solution = self._solution(piece)
             check_solution(solver.method, solution, weight)
-            if figures := solver.row_figures(weight, solution, job.inputs):
-                linear.figures[:, rows] = torch.stack(figures)
-        linear.weight[rows] = solution.weight
-        linear.seconds[number] = solver.clock.now() - start
+            for tile in piece.tiles:
+                inside = slice(tile.start - rows.start, tile.stop - rows.start)
+                error = None if solution.row_error is None else solution.row_error[inside]
+                if figures := solver.row_figures(weight[inside], Solution(solution.weight[inside], error), job.inputs):
+                    piece.linear.figures[:, tile] = torch.stack(figures)
+        piece.linear.weight[rows] = solution.weight
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Put the name of a linear in front of the messages of this rank's errors. In those of others it is there."""
+        try:
+            yield
+        except ValueError as error:
+            if self._world.has_raised(error):
+                raise
+            with named(name):
+                raise
+
+    def _solution(self, piece: _Piece) -> Solution:
+        method, job = self._solver.method, piece.linear.job
+        weight, pattern = job.linear.weight, self._solver.plan.patterns[job.linear.name]
+        if piece.place.turn == TOGETHER:
+            return method.solve_tiles(weight, piece.tiles, job.statistics, pattern, _Ranks(self._world))
+        with self._world.stoppable():
+            if piece.linear.in_tiles:
+                return method.solve_tiles(weight, piece.tiles, job.statistics, pattern, Team())
+            return method.solve(weight[piece.rows], job.statistics, pattern)
 
     def _pass_factors_on(self) -> None:
         world, passed = self._world, [index for index in range(len(self._sets)) if self.dealt.passed_on(index)]
@@ -136,27 +223,29 @@ class SharedSolve:
                     unpack_lower(packed, factor.T)
                     gram.take_factor(factor, *known[owner][index])
 
-    def _exchange(self) -> None:
+    def _exchange(self, taken: dict[int, float]) -> None:
         """Give every rank the results of all."""
-        world, pieces = self._world, self._pieces()
-        seconds = [linear.seconds.get(number) for linear, number, place in pieces if place.rank == world.rank]
+        world = self._world
         with self._solver.clock.phase("exchange"):
-            found = [iter(own) for own in world.gather("solved", seconds)]
+            for own in world.gather("solved", list(taken.items())):
+                for number, seconds in own:
+                    self._pieces[number].linear.seconds += seconds
             if world.size == 1:
                 return
-            for linear, number, place in pieces:
-                linear.seconds[number] = next(found[place.rank])
-                rows = linear.tiles[number]
-                world.broadcast(linear.weight[rows].view(torch.uint8), place.rank)
-                if place.rank == world.rank:
-                    world.formula += linear.weight[rows].nbytes + linear.figures[:, rows].nbytes
+            for piece in (piece for piece in self._pieces if piece.tiles):
+                weight = piece.linear.weight[piece.rows]
+                world.broadcast(weight.view(torch.uint8), piece.place.rank)
+                if piece.place.rank == world.rank:
+                    world.formula += weight.nbytes + piece.linear.figures[:, piece.rows].nbytes
             for rank in range(world.size):
-                own = [linear.figures[:, linear.tiles[number]] for linear, number, place in pieces if place.rank == rank]
-                if not own:
+                figures = [
+                    piece.linear.figures[:, piece.rows] for piece in self._pieces if piece.place.rank == rank and piece.tiles
+                ]
+                if not figures:
                     continue
-                joined = torch.cat([part.reshape(-1) for part in own])
+                joined = torch.cat([part.reshape(-1) for part in figures])
                 world.broadcast(joined, rank)
-                for part, values in zip(own, joined.split([part.numel() for part in own]), strict=True):
+                for part, values in zip(figures, joined.split([part.numel() for part in figures]), strict=True):
                     part.copy_(values.view_as(part))
 
 
