@@ -13,7 +13,6 @@ from ..backends.libraries import check_isa
 from ..data import as_calibration
 from ..methods import ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
 from ..models.memory import room_beside
-from ..models.streaming import stream_of
 from ..pattern import parse_pattern
 from ..ranks import World
 from ..reports.report import Report
@@ -30,7 +29,7 @@ from .memory import planned_memory
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
 from .plan import Choice, PatternLike, Request
-from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, refuse_ranks, say_idle
+from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, say_idle
 from .removal.loop import RemovalLoop
 from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
@@ -182,8 +181,6 @@ def prune(
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method, request.then)
     check_correction(correction, request.then or method, model, leaves)
-    if isinstance(method, ExpertMethod) and stream_of(model) is not None:
-        refuse_ranks("model", "experts of a streamed model are removed by one process")
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
@@ -208,7 +205,8 @@ def prune(
         checkpoint: Checkpoint | SharedBlocks | None = own
         if out is not None and world.size > 1:
             path = checked_path(out, "out")
-            checkpoint = shared_blocks(world, own, len(plan.parts), model, path, settings, format)
+            writes = not isinstance(method, ExpertMethod)
+            checkpoint = shared_blocks(world, own, len(plan.parts), model, path, settings, format, writes=writes)
         report = loop.REPORT(
             settings={**loop.described(request), **settings},
             versions=environment(model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..models import Linear
 from ..models.stored_files import Part
-from ..models.streaming import stream_of
+from ..models.streaming import Stream, stream_of
 from ..models.weight_files import weight_files
 from ..ranks import World
 from ..reports.report import LayerReport
@@ -20,11 +20,50 @@ from .checkpoint import Checkpoint, ReportLike, StreamedCheckpoint
 from .run import BlockResult
 
 
+@dataclass(frozen=True)
+class StreamedBlocks:
+    """How all ranks read the finished blocks of a streamed model from the output folder, which all of them see.
+
+    Attributes:
+        model: the model.
+        stream: its stream.
+        out: the output folder.
+        settings: everything that the result depends on.
+        format: the format that the blocks are written in.
+    """
+
+    model: nn.Module
+    stream: Stream
+    out: Path
+    settings: dict
+    format: str
+
+    def read_only(self, stage: str) -> StreamedCheckpoint:
+        """Return the checkpoint of the first rank for another one.
+
+        Raises:
+            ValueError: the rank does not see the folder.
+        """
+        found = Checkpoint.read_only(self.out, self.settings)
+        return self.of(found.for_stage(stage) if stage else found)
+
+    def of(self, checkpoint: Checkpoint) -> StreamedCheckpoint:
+        """Return the same checkpoint, from which the model reads finished blocks."""
+        return StreamedCheckpoint(checkpoint, self.model, self.stream, self.format)
+
+
 class SharedBlocks:
     """The checkpoint of the first rank, to which all ranks refer in the same order. See `Blocks`."""
 
     def __init__(
-        self, world: World, own: Checkpoint | None, count: int, follow: Callable[[], StreamedCheckpoint] | None = None
+        self,
+        world: World,
+        own: Checkpoint | None,
+        count: int,
+        streamed: StreamedBlocks | None = None,
+        *,
+        stage: str = "",
+        writes: bool = True,
     ) -> None:
         """Tell all ranks which blocks are finished.
 
@@ -32,13 +71,15 @@ class SharedBlocks:
             world: the ranks.
             own: the checkpoint, on the first rank; None on the others.
             count: the number of blocks, one more for the linears outside them.
-            follow: makes the checkpoint that a streamed model of another rank reads finished blocks from; None for a model in memory.
+            streamed: how the ranks read finished blocks of a streamed model; None for a model in memory.
+            stage: the stage of the checkpoint, see `Checkpoint.for_stage`.
+            writes: False if this stage leaves the blocks as they are, so that a streamed model reads none from it.
         """
-        self._world, self._own, self._count = world, own, count
+        self._world, self._own, self._count, self._streamed = world, own, count, streamed
         finished = [] if own is None else [index for index in range(count) if own.holds(index)]
         self._finished = set(world.from_first("finished blocks", finished))
         self._new: list[int] = []
-        self._followed = follow() if follow is not None and own is None else None
+        self._followed = streamed.read_only(stage) if streamed is not None and writes and own is None else None
         world.agree("followed")  # the first rank writes no block before all others have seen which were there
 
     def save(self, index: int, result: BlockResult) -> None:
@@ -81,7 +122,10 @@ class SharedBlocks:
 
     def for_stage(self, stage: str) -> SharedBlocks:
         """Return the blocks of a method that runs after the first one, see `Checkpoint.for_stage`. All ranks call this."""
-        return SharedBlocks(self._world, None if self._own is None else self._own.for_stage(stage), self._count + 1)
+        own = None if self._own is None else self._own.for_stage(stage)
+        if own is not None and self._streamed is not None:
+            own = self._streamed.of(own)
+        return SharedBlocks(self._world, own, self._count + 1, self._streamed, stage=stage)
 
     def read(
         self, index: int, make_report: Callable[[dict], ReportLike]
@@ -110,7 +154,15 @@ class SharedBlocks:
 
 
 def shared_blocks(
-    world: World, own: Checkpoint | None, count: int, model: nn.Module, out: Path, settings: dict, format: str
+    world: World,
+    own: Checkpoint | None,
+    count: int,
+    model: nn.Module,
+    out: Path,
+    settings: dict,
+    format: str,
+    *,
+    writes: bool = True,
 ) -> SharedBlocks:
     """Return the finished blocks of a run for this rank. All ranks call this.
 
@@ -122,14 +174,14 @@ def shared_blocks(
         out: the output folder, which all ranks must see if the model is streamed.
         settings: everything that the result depends on.
         format: the format that the blocks of a streamed model are written in.
+        writes: False if the method itself leaves the blocks as they are.
 
     Raises:
         ValueError: the model is streamed, and a rank does not see the folder.
     """
     stream = stream_of(model)
-    if stream is None:
-        return SharedBlocks(world, own, count)
-    return SharedBlocks(world, own, count, lambda: StreamedCheckpoint(Checkpoint.read_only(out, settings), model, stream, format))
+    streamed = None if stream is None else StreamedBlocks(model, stream, out, settings, format)
+    return SharedBlocks(world, own, count, streamed, writes=writes)
 
 
 def follow_written(world: World, model: nn.Module, out: Path, parts: Sequence[Part] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -24,12 +25,20 @@ def pruned(
     return None if stream else state_digest(model), layers
 
 
-def removed(rank: int, folder: str, method, out=None, options: Mapping = MappingProxyType({})):
-    """Return the digest of the smaller model on this rank, the scores and removed experts of each layer, and the report of `then`."""
-    model = sparsekern.load(folder)
+def removed(rank: int, folder: str, method, out=None, options: Mapping = MappingProxyType({}), stream: bool = False):
+    """Return the digest of the smaller model on this rank, the scores and removed experts of each layer, and the report of `then`.
+
+    The digest of a streamed model is that of its logits.
+    """
+    model = sparsekern.load(folder, stream=stream)
     ids = torch.randint(300, (12, 20), generator=torch.Generator().manual_seed(1))
     arguments = {"calibration": ids, "batch_size": 1, "progress": False, "leaves": 8} | dict(options)
     report = sparsekern.prune(model, method, out=out, **arguments)
     layers = [(layer.name, layer.scores, layer.tokens, layer.removed) for layer in report.layers]
     after = [(layer.name, layer.zeros, layer.error) for layer in report.then.layers] if report.then else []
-    return state_digest(model), layers, after, report.resumed_blocks
+    return logits_digest(model, ids) if stream else state_digest(model), layers, after, report.resumed_blocks
+
+
+def logits_digest(model, ids: torch.Tensor) -> str:
+    with torch.no_grad():
+        return hashlib.sha256(model(ids[:1]).logits.numpy().tobytes()).hexdigest()

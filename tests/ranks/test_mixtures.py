@@ -62,6 +62,14 @@ def test_four_ranks_remove_the_experts_that_one_does(ranks, folder, tmp_path):
     assert digests(tmp_path / "4") == digests(tmp_path / "1")
 
 
+def test_ranks_remove_experts_of_a_streamed_model(ranks, folder, tmp_path):
+    arguments = {"then": "wanda", "pattern": "2:4"}, True
+    expected = removed(0, folder, ExpertPruning(remove=0.3), tmp_path / "1", *arguments)
+    answers = succeeded(ranks.run(2, REMOVE, folder, ExpertPruning(remove=0.3), tmp_path / "2", *arguments))
+    assert answers == [expected] * 2
+    assert digests(tmp_path / "2") == digests(tmp_path / "1")
+
+
 def test_scores_are_those_of_one_process(ranks, folder):
     _, alone, _, _ = removed(0, folder, ExpertPruning(), None, {"leaves": 1})
     (_, found, _, _), _ = succeeded(ranks.run(2, REMOVE, folder, ExpertPruning()))

@@ -157,7 +157,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
                         self._score(index, activations)
                     elif index != planned[-1]:
                         with context.clock.phase("score"):
-                            activations.advance(index)
+                            activations.advance(index, context.world.check)
             if index == planned[-1]:
                 break
 
@@ -169,7 +169,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         masks = {experts.name: course.masks(experts.name, index)[0] for experts in found}
         scores = ExpertScores(found, self.share, batches, masks)
         with self.context.clock.phase("score"), _all_watched(found, scores.visit):
-            activations.advance(index)
+            activations.advance(index, self.context.world.check)
         scores.check_complete()
         with self.context.clock.phase("exchange" if self.context.world.size > 1 else "score"):
             sums = scores.result()
@@ -228,7 +228,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         context, request = self.context, self.plan.request
         plan, batches = BlockLoop.make_plan(context.model, then, request)
         settings = {**BlockLoop.described(request), "method": then.settings(), "seed": context.seed, **plan.settings}
-        tokens = sum(batch.tokens for batch in batches or ())
+        tokens, checkpoint = sum(batch.tokens for batch in batches or ()), self._checkpoint_of_then()
         report = Report(
             settings=settings,
             versions=context.report.versions,
@@ -237,7 +237,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         )
         options: dict[str, Any] = {
             "seed": context.seed,
-            "checkpoint": self._checkpoint_of_then(),
+            "checkpoint": checkpoint,
             "report": report,
             "progress": context.progress.enabled,
             "world": context.world,
@@ -245,6 +245,8 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         }
         with running(context.model, plan, then, batches, **options) as inner:
             BlockLoop(inner).run()
+        if isinstance(checkpoint, SharedBlocks):
+            checkpoint.follow()
         report.seconds = inner.clock.seconds
         return report
 
