@@ -15,6 +15,7 @@ from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
 from ..pruning.corrections import NONE
 from ..pruning.saving import check_new_out, described, rewrite_reports
+from ..ranks import World
 from ..runtime.save import DENSE
 from .common import (
     DEFAULT_PATTERN,
@@ -44,7 +45,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.correction != NONE:
         raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
     texts = _texts_to_evaluate(arguments)
-    check_new_out(arguments.out, "--out")
+    if World.current().leads:
+        check_new_out(arguments.out, "--out")
     check_push_option(arguments)
     check_isa()
     return partial(_prune, arguments, method, texts)
@@ -90,7 +92,10 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         length=window_length(model) if held_out else None,
         out=out,
         format=arguments.format,
+        leaves=arguments.leaves,
     )
+    if not World.current().leads:
+        return
     settings = {
         "model": arguments.model,
         "method": f"{described(method.settings())}, {arguments.strategy}",

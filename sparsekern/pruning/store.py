@@ -14,6 +14,7 @@ import torch
 from .._files import disk_errors, remove_temporary, replace_atomically
 from ..models import Linear
 from ..pattern import NM, Unstructured, parse_pattern, pruned_count
+from ..ranks import World
 from ..reports.report import LayerReport
 
 Tensors = dict[str, torch.Tensor]
@@ -127,6 +128,41 @@ class InFolder:
     def path(self, name: str) -> Path:
         """Return the file of an entry."""
         return self.folder / f"{name}.safetensors"
+
+
+class OfRanks:
+    """A store in a folder that all ranks see. The first one writes to it; the others wait until it has."""
+
+    def __init__(self, world: World, folder: Path, argument: str, remedy: str) -> None:
+        """Open the store.
+
+        Args:
+            world: the ranks. All of them store and remove the same entries, in the same order.
+            folder: see `InFolder`.
+            argument: likewise.
+            remedy: likewise.
+        """
+        self._world, self._own = world, InFolder(folder, argument, remedy, held=world.leads)
+
+    def put(self, name: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
+        if self._world.leads:
+            self._own.put(name, tensors, note)
+        self._world.agree(f"put {name}")
+
+    def get(self, name: str, prefix: str = "") -> tuple[Tensors, Any]:
+        return self._own.get(name, prefix)
+
+    def holds(self, name: str) -> bool:
+        return self._own.holds(name)
+
+    def drop(self, prefix: str) -> None:
+        self._world.agree(f"drop {prefix}")  # nobody reads them any more
+        if self._world.leads:
+            self._own.drop(prefix)
+        self._world.agree(f"dropped {prefix}")
+
+    def place(self, name: str) -> str:
+        return self._own.place(name)
 
 
 def _sort_metadata(path: Path) -> None:

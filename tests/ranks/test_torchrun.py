@@ -13,7 +13,7 @@ import pytest
 from sparsekern.cli.main import main
 from tests.tiny import TEXT, save_folder
 
-from .pool import WATCHDOG
+from .pool import WATCHDOG, succeeded
 from .runs import digests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,16 +44,21 @@ def alone(command, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_others_which_say_how_to_resume(command, alone, tmp_path):
-    out = str(tmp_path / "out")
-    done = torchrun("tests/ranks/killed_rank.py", *command, "--out", out)
+def test_a_killed_rank_ends_the_others_and_any_number_goes_on(ranks, command, tmp_path):
+    killed, text = tmp_path / "killed", command[command.index("--calibration") + 1]
+    done = torchrun("tests/ranks/killed_rank.py", *command, "--stream", "--out", str(killed))
     _, errors = done.communicate(timeout=WATCHDOG * 2)
     assert done.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("sparsekern prune: ")]
     assert said and all("--resume" in line for line in said), errors
-    assert list((tmp_path / "out").rglob("block-00000*")), "no block was kept"
-    assert main([*command, "--out", out, "--resume", "--leaves", "8"]) == 0
-    assert digests(tmp_path / "out") == alone
+    assert list(killed.rglob("block-00000*")) and not list(killed.rglob("block-00001.safetensors"))
+    assert main([*command, "--stream", "--out", str(tmp_path / "streamed"), "--leaves", "8"]) == 0
+    expected = digests(tmp_path / "streamed")
+    shutil.copytree(killed, tmp_path / "by four")
+    assert main([*command, "--stream", "--out", str(killed), "--resume", "--leaves", "8"]) == 0
+    assert digests(killed) == expected
+    succeeded(ranks.run(4, "tests.ranks.runs:resumed_text", command[1], text, tmp_path / "by four"))
+    assert digests(tmp_path / "by four") == expected
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from ...data.perplexity import evaluation_windows, perplexity
 from ...methods import LinearMethod
 from ...models import Linear
 from ...models.streaming import in_memory, stream_of
+from ...ranks import World
 from ...reports.continual import ContinualStep
 from ...reports.report import Report
 from ..batches import Batch, fingerprint
@@ -79,9 +80,12 @@ class ContinualLoop:
         state: State,
         evaluation: Evaluation,
         progress: bool,
+        world: World,
+        leaves: int,
     ) -> None:
         self.model, self.plan, self.method, self.seed = model, plan, method, seed
         self.strategy, self.state, self.evaluation, self.progress = strategy, state, evaluation, progress
+        self.world, self.leaves = world, leaves
         self.parts = [(i, part) for i, part in enumerate(plan.parts) if part]
 
     def run(self, datasets: Sequence[tuple[str, list[Batch]]]) -> None:
@@ -183,6 +187,8 @@ class ContinualLoop:
             checkpoint=blocks,
             report=report,
             progress=self.progress,
+            world=self.world,
+            leaves=self.leaves,
         ) as context:
             BlockLoop(context, memory).run()
             if stream_of(self.model) is not None:  # it keeps no block that is pruned

@@ -15,25 +15,29 @@ from ...data.perplexity import as_evaluation, evaluation_windows
 from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
 from ...models.limits import window_length
 from ...models.streaming import stream_of
+from ...ranks import World
 from ...reports.continual import ContinualReport
 from ...runtime import check_format, weight_bytes
 from ...runtime.output import checked_path
 from ...runtime.save import DENSE
 from ..batches import Batch, Calibration, fingerprint
+from ..blockwise.experts import parted
 from ..blockwise.observation import check_complete, observed
 from ..checkpoint import model_fingerprint
 from ..mixtures import EQUAL, MAGNITUDE, ExpertRules
 from ..modes import plain_modes
 from ..plan import Choice, PatternLike, Plan, make_plan
-from ..processes import refuse_ranks
+from ..processes import check_same_run, checked_leaves, on_all_ranks, refuse_ranks
 from ..saving import DENSE_FITS, RunFolder
 from ..session import batches_for, check_format_fits, check_module, check_seed, environment, prepared
+from ..shared_blocks import follow_written
 from .loop import ContinualLoop, Evaluation
 from .state import State
 
 STRATEGIES = ("accumulate", "dense", "carry")
 
 
+@on_all_ranks
 def prune_continually(
     model: nn.Module,
     calibrations: Mapping[str, Calibration],
@@ -58,6 +62,7 @@ def prune_continually(
     weighting: str = EQUAL,
     unseen: str = MAGNITUDE,
     format: str = DENSE,
+    leaves: int | None = None,
 ) -> ContinualReport:
     """Prune a transformers model in place for one dataset after another. It ends pruned for all of them.
 
@@ -101,6 +106,7 @@ def prune_continually(
         weighting: as for `prune`.
         unseen: as for `prune`, for linears that no token of any dataset so far reached.
         format: format of the weights in `out`, as for `prune`.
+        leaves: as for `prune`. It is a setting of the state.
 
     Returns:
         A `ContinualReport` of every dataset that the state has seen: the matrix of perplexities, their average after the last step,
@@ -124,7 +130,6 @@ def prune_continually(
     Source: the setting of Malla, Choi and Choi, COPAL, ICML 2024. `COPAL` lists which parts are theirs.
     """
     check_module(model)
-    refuse_ranks("calibrations", "datasets in turn are not shared by ranks yet")
     if state is None and stream_of(model) is not None:
         raise ValueError(
             "state: expected a folder (--state), which holds the weights of a streamed model between datasets; got None"
@@ -133,11 +138,15 @@ def prune_continually(
     check_seed(seed)
     check_isa()
     check_format(format)
+    world = World.current()
+    leaves = checked_leaves(leaves, world, method)
     remedy = "the model in memory is pruned"
     if state is not None:
         remedy = f"what is pruned is kept in {state}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     with plain_modes(model) as model:
         plan = _with_rules(make_plan(model, pattern, patterns, include, exclude), method, ExpertRules(weighting, unseen))
+        if method.needs is not None and strategy == "accumulate" and parted(plan.linears)[1]:
+            refuse_ranks("model", "sums of statistics of fused experts are kept by one process")
         datasets = _datasets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
         plan = _observed(model, plan, method, datasets, seed)
         if length is not None and not evaluate and not any(map(is_source, calibrations.values())):
@@ -152,8 +161,8 @@ def prune_continually(
         if out is not None and state is not None and checked_path(out, "out") == checked_path(state, "state"):
             raise ValueError(f"out: expected another folder than state, got {str(out)!r} for both")
         with (
-            RunFolder.opened(out, model, tokenizer=tokenizer, format=format, remedy=remedy) as folder,
-            State.opened(state) as known,
+            RunFolder.opened(out if world.leads else None, model, tokenizer=tokenizer, format=format, remedy=remedy) as folder,
+            State.opened(state, world) as known,
         ):
             names = {name for name, _ in known.seen} | datasets.keys()
             evaluate = _checked_evaluation(model, evaluate, names, length, tokenizer)
@@ -166,9 +175,19 @@ def prune_continually(
                 state=known,
                 evaluation=Evaluation(model, evaluate, length),
                 progress=progress,
+                world=world,
+                leaves=leaves,
             )
             dense_bytes = weight_bytes(model)
             settings = {**_settings(model, plan, method), "strategy": strategy, "seed": seed}
+            if leaves > 1 and method.needs is not None:
+                settings["leaves"] = leaves
+            told = {
+                "calibrations": {name: fingerprint(batches) for name, batches in datasets.items()},
+                "evaluate": loop.evaluation.digests,
+            }
+            told |= {"out": out and str(out), "state": state and str(state), "resume": resume, "abandon": abandon, "format": format}
+            check_same_run(world, {**settings, **told}, environment(model))
             loop.check(settings, abandon=abandon)
             abandoned = known.abandon() if abandon else None
             loop.check_evaluation()
@@ -181,8 +200,11 @@ def prune_continually(
             report = ContinualReport(
                 settings=dict(known.settings), versions=environment(model), dense=known.dense, steps=known.steps
             )
+            parts = None
             if folder is not None:
-                folder.write(model, report, dense_bytes=dense_bytes)
+                parts = folder.write(model, report, dense_bytes=dense_bytes)
+            if out is not None:
+                follow_written(world, model, checked_path(out, "out"), parts)
         return report
 
 

@@ -4,6 +4,8 @@
 `step-0002-00003.safetensors` holds its weights after the second dataset, the totals so far, and the digests of that dataset and of
 the run's settings. Every file appears by an atomic rename and never changes. The files of a step are removed once the next one is in
 `state.json`. A call holds the lock `.lock` throughout, so that no other call works on the state.
+
+Of several ranks the first one writes; the others read its files. Without a folder, each rank keeps all in its memory.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import torch
 
 from ..._files import locked, write_atomically
 from ...models import Linear
+from ...ranks import World
 from ...reports.continual import ContinualStep
 from ...reports.report import LayerReport
 from ...runtime.output import checked_path
 from ..mixtures import DENSE
 from ..run import BlockResult
-from ..store import InFolder, InMemory, Store, check_finite_tensors, check_pruned, check_specs, digest_of
+from ..store import InMemory, OfRanks, Store, check_finite_tensors, check_pruned, check_specs, digest_of
 
 STATE, LOCK = "state.json", ".lock"
 FORMAT = 1
@@ -46,10 +49,14 @@ class State:
         seen: name and digest of each dataset; one more than `steps` while a step is under way.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.store: Store = InMemory() if folder is None else InFolder(folder, "state", REMEDY)
-        self._unfinished: Store = self.store if folder is None else InFolder(folder, "state", REMEDY_UNFINISHED)
+    def __init__(self, folder: Path | None, world: World | None = None) -> None:
+        self.folder, self._leads = folder, world is None or world.leads
+        self.store: Store = InMemory()
+        self._unfinished: Store = self.store
+        if folder is not None:
+            self.store, self._unfinished = (
+                OfRanks(world or World(), folder, "state", remedy) for remedy in (REMEDY, REMEDY_UNFINISHED)
+            )
         self.settings: dict[str, object] = {}
         self.dense: dict[str, float] = {}
         self.evaluation: dict[str, list] = {}
@@ -60,17 +67,27 @@ class State:
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: str | os.PathLike | None) -> Iterator[State]:
+    def opened(cls, folder: str | os.PathLike | None, world: World | None = None) -> Iterator[State]:
         """Yield the state in `folder`, which may be missing or empty, and hold its lock; None keeps everything in memory.
 
+        Args:
+            folder: the folder.
+            world: the ranks, all of which call this and see the folder. None is a single process.
+
         Raises:
-            ValueError: the folder holds something else, or a state that is damaged, of another version or in use.
+            ValueError: the folder holds something else, or a state that is damaged, of another version or in use; or ranks see
+                different states.
             OSError: the folder cannot be made or written to.
         """
         if folder is None:
             yield cls(None)
             return
         folder = checked_path(folder, "state")
+        world = world or World()
+        if not world.leads:
+            world.agree("state held")
+            yield cls._read_by_all(folder, world)
+            return
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"state: {folder} is not a folder")
         is_new = not folder.exists()
@@ -82,11 +99,19 @@ class State:
             raise ValueError(f"state: {folder} holds no {STATE}, so it is not a state of prune_continually")
         try:
             with locked(folder / LOCK, f"state: {folder}"):
-                yield cls(folder)
+                world.agree("state held")
+                yield cls._read_by_all(folder, world)
         finally:
             if is_new:
                 with suppress(OSError):  # it holds a state
                     folder.rmdir()
+
+    @classmethod
+    def _read_by_all(cls, folder: Path, world: World) -> State:
+        """Return the state, once all ranks have read it."""
+        state = cls(folder, world)
+        world.check_alike({"state": [state.settings, state.seen, [asdict(step) for step in state.steps]]})
+        return state
 
     @property
     def is_new(self) -> bool:
@@ -100,7 +125,7 @@ class State:
 
     def write(self) -> None:
         """Write `state.json`, if there is a folder."""
-        if self.folder is not None:
+        if self.folder is not None and self._leads:
             steps = [asdict(step) for step in self.steps]
             whole = {"format": FORMAT, "settings": self.settings, "dense": self.dense, "evaluation": self.evaluation}
             whole |= {"steps": steps, "seen": self.seen}
