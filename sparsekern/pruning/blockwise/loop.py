@@ -131,7 +131,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 if forwards:
                     with context.clock.phase("forward"):
                         if self.dense is not None:
-                            self.dense.advance(index, context.world.check)
+                            self.dense.advance(index)
                         self.activations.advance(index, context.world.check)
 
     @contextmanager
