@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/nm_q4.h"
 #include "common/semi_structured.h"
 #include "cpu/activation.h"
 #include "cpu/isa.h"
@@ -73,6 +74,25 @@ void nm_linear(
     const void* x, DType dtype, int64_t tokens, int64_t columns, const NmRows& packed,
     const void* bias,  // null: none
     void* y, const Executor& executor);
+
+// N:M weights with 4-bit values, in blocks of common/nm_q4.h, whatever they hold.
+struct NmQ4Rows {
+  const uint8_t* blocks;
+  int64_t rows;
+  nm_q4::Layout layout;
+};
+constexpr int64_t kFewQ4Tokens = 16;  // most tokens that are multiplied by packed blocks
+void nm_q4_linear(
+    const void* x, DType dtype, int64_t tokens, int64_t columns, const NmQ4Rows& packed,
+    const void* bias,  // null: none
+    void* y, const Executor& executor);
+// Rounds each weight to the nearest multiple of its scale, [rows, blocks] float16; throws unless all are finite and the rounded
+// weight is N:M.
+void nm_q4_pack(
+    const void* weight, DType dtype, const void* scales, int64_t rows, int64_t columns, const nm_q4::Layout& layout,
+    uint8_t* blocks, const Executor& executor);
+// Writes the dense weight and its scales; throws unless the blocks are what packing makes.
+void nm_q4_unpack(const NmQ4Rows& packed, int64_t columns, float* weight, void* scales, const Executor& executor);
 
 // The experts of each token, [tokens, choices]. Packed weights of experts are stored one after another: those of the first one are given,
 // with its rows; values of a bitmask are shared.
@@ -203,6 +223,16 @@ void obs_sweep(
     const uint8_t* mask,  // null: chosen by the pattern
     const SweepPattern& pattern, int64_t rows, int64_t columns, void* new_weight, uint8_t* new_mask, float* row_error,
     const Executor& executor);
+
+// The sweep with a fixed mask that rounds each kept weight to the nearest of -8 to 7 times its scale, [rows, blocks of 64 columns] float16.
+void obs_quantize(
+    const float* weight, const float* factor, const uint8_t* mask, const void* scales, int64_t rows, int64_t columns,
+    float* new_weight, float* row_error, const Executor& executor);
+
+// Lowers the error of kept weights on their grids, one weight at a time. `residual` is (weight - target) H, with the symmetric `hessian` H.
+void quantize_descent_(
+    float* weight, float* residual, const float* hessian, const uint8_t* mask, const void* scales, int64_t rows, int64_t columns,
+    int64_t passes, const Executor& executor);
 
 // The arguments of the splits of SparseLLM (cpu/split.h): arrays of `entries` elements of `dtype`.
 struct SplitProblem {

@@ -27,11 +27,15 @@ struct Sweep {
   Buffer<int8_t> keep;   // the mask in panels: -1 where kept, 0 where pruned
   Buffer<float> scores;  // scores of the current block, in panels
   std::vector<double> row_error;
+  const float* scales = nullptr;  // of 4-bit values, in panels of blocks of 64 columns; null: kept weights are not rounded
 
   int64_t panels() const { return ceil_div(rows, kLanes); }
   int64_t panel_stride() const { return columns * kLanes; }
   float* delta_at(int64_t panel, int64_t column) const { return delta.get() + panel * panel_stride() + column * kLanes; }
   int8_t* keep_at(int64_t panel, int64_t column) const { return keep.get() + panel * panel_stride() + column * kLanes; }
+  const float* scales_at(int64_t panel, int64_t column) const {
+    return scales + (panel * nm_q4::blocks(columns) + column / nm_q4::kColumns) * kLanes;
+  }
 };
 
 // Several panels of rows in one block, in panels of the block's columns: the weights, given on entry and pruned on exit, and
@@ -169,6 +173,17 @@ struct Recurrence {
     return __builtin_convertvector(*reinterpret_cast<const Byte*>(keep_register(j, r)), Int);
   }
 
+  // Returns register r of column j rounded to the nearest of -8 to 7 times the scales of its rows.
+  SPARSEKERN_INLINE Float rounded(Float now, int64_t j, int r) const {
+    const float* scales = sweep.scales_at(panel + r / Columns::kParts, block.begin + j) + r % Columns::kParts * Target::kWidth;
+    const Float scale = *reinterpret_cast<const Float*>(scales);
+    const Float zero{}, one = zero + 1.0f, least = zero - 8.0f, most = zero + 7.0f, rounder = zero + 0x1.8p23f;
+    Float code = now / (scale == zero ? one : scale);
+    code = code < least ? least : code > most ? most : code;
+    code = (code + rounder) - rounder;
+    return scale * code + zero;  // no -0.0
+  }
+
   // Finishes column j, whose pending sum is complete: prunes it, records the change of its weights, and adds to the rows' errors.
   SPARSEKERN_INLINE void finish_column(int64_t j, Columns& error) const {
     const Columns sum = Columns::load(pending(j), stride);
@@ -177,7 +192,8 @@ struct Recurrence {
     const bool dead = block.diagonal[j] == 0.0f;
     for (int r = 0; r < kRegisters; ++r) {
       const Float now = start.part[r] + sum.part[r] * block.reciprocal[j];
-      const Int kept_bits = reinterpret_cast<const Int&>(now) & load_keep(j, r);
+      const Float value = sweep.scales == nullptr ? now : rounded(now, j, r);
+      const Int kept_bits = reinterpret_cast<const Int&>(value) & load_keep(j, r);
       const Float kept = dead ? Float{} : reinterpret_cast<const Float&>(kept_bits);
       const Float column_error = dead ? Float{} : (now - kept) * block.diagonal[j];
       error.part[r] += column_error * column_error;

@@ -126,7 +126,7 @@ struct Matrices {
   const uint8_t* mask;  // null: chosen by the pattern; with N:M, the weights that it chooses among
   const float* factor;
   T* new_weight;
-  uint8_t* new_mask;
+  uint8_t* new_mask;  // null: not wanted
 };
 
 // Chooses the mask before the sweep, from the initial weights. D is not used yet and holds the scores.
@@ -259,6 +259,7 @@ class BlockSweeper {
       from_panel(
           tile.weight + p * tile.weight_stride(block), rows, block.size(), matrices_.new_weight + offset, sweep_.columns,
           [](float value) { return from_float<T>(value); });
+      if (matrices_.new_mask == nullptr) continue;
       from_panel(
           sweep_.keep_at(tile.panel + p, block.begin), rows, block.size(), matrices_.new_mask + offset, sweep_.columns,
           [](int8_t kept) { return static_cast<uint8_t>(kept != 0); });
@@ -281,7 +282,7 @@ int64_t block_columns(const SweepPattern& pattern, bool fixed_mask) {
 template <class T>
 void sweep_columns(
     const Matrices<T>& matrices, const SweepPattern& pattern, int64_t rows, int64_t columns, float* row_error,
-    const Executor& executor) {
+    const Executor& executor, const float* scales = nullptr) {
   const int64_t panels = ceil_div(rows, kLanes);
   const int64_t step = std::min(block_columns(pattern, matrices.mask != nullptr && pattern.n == 0), columns);
   Sweep sweep{
@@ -292,7 +293,8 @@ void sweep_columns(
       allocate<float>(panels * columns * kLanes),
       allocate<int8_t>(panels * columns * kLanes),
       allocate<float>(panels * step * kLanes),
-      std::vector<double>(static_cast<size_t>(rows), 0.0)};
+      std::vector<double>(static_cast<size_t>(rows), 0.0),
+      scales};
   if (matrices.mask == nullptr && pattern.n == 0 && pattern.scope == Scope::matrix) choose_matrix(matrices, sweep, executor);
   BlockSweeper<T> sweeper(matrices, sweep, executor);
   const int64_t span = std::max<int64_t>(1, kSpan / step) * step;
@@ -327,6 +329,25 @@ void obs_sweep(
     const Matrices<T> matrices{static_cast<const T*>(weight), mask, factor, static_cast<T*>(new_weight), new_mask};
     sweep_columns(matrices, pattern, rows, columns, row_error, executor);
   });
+}
+
+void obs_quantize(
+    const float* weight, const float* factor, const uint8_t* mask, const void* scales, int64_t rows, int64_t columns,
+    float* new_weight, float* row_error, const Executor& executor) {
+  std::fill_n(row_error, rows, 0.0f);
+  if (rows == 0 || columns == 0) return;
+  const int64_t blocks = nm_q4::blocks(columns), panel = blocks * kLanes;
+  require_finite("weight", weight, DType::f32, rows, columns, nullptr, executor);
+  require_finite("factor", factor, DType::f32, columns, columns, nullptr, executor);
+  require_finite("scales", scales, DType::f16, rows, blocks, nullptr, executor);
+  const auto in_panels = allocate<float>(ceil_div(rows, kLanes) * panel);
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    to_panel(
+        static_cast<const Half*>(scales) + row * blocks, std::min(kLanes, rows - row), blocks, blocks,
+        in_panels.get() + row / kLanes * panel, [](Half scale) { return to_float(scale); });
+  }
+  const Matrices<float> matrices{weight, mask, factor, new_weight, nullptr};
+  sweep_columns(matrices, {0, 0, 0.0, Scope::row, kBlock}, rows, columns, row_error, executor, in_panels.get());
 }
 
 }  // namespace sparsekern::cpu

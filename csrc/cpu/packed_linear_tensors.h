@@ -30,9 +30,13 @@ struct LinearTensors {
   int64_t tokens, columns;
 
   LinearTensors(const Tensor& x_, const Tensor& values, int64_t rows, const std::optional<Tensor>& bias_)
+      : LinearTensors(x_, rows, bias_) {
+    check(values.scalar_type() == x.scalar_type(), "values: expected the dtype of x");
+  }
+
+  LinearTensors(const Tensor& x_, int64_t rows, const std::optional<Tensor>& bias_)
       : x(dense(x_)), y(x), dtype(dtype_of(x_, "x: expected dtype float32, bfloat16 or float16")), tokens(1) {
     check(x.dim() > 0, "x: expected at least 1 dimension");
-    check(values.scalar_type() == x.scalar_type(), "values: expected the dtype of x");
     columns = x.size(x.dim() - 1);
     std::vector<int64_t> shape;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) {

@@ -23,9 +23,14 @@ from .nm_experts_linear import nm_experts_linear
 from .nm_linear import nm_linear
 from .nm_mask import nm_mask
 from .nm_pack import nm_pack
+from .nm_q4_linear import nm_q4_linear
+from .nm_q4_pack import nm_q4_pack
+from .nm_q4_unpack import nm_q4_unpack
 from .nm_unpack import nm_unpack
+from .obs_quantize import obs_quantize
 from .obs_sweep import obs_sweep
 from .plain_split import plain_split
+from .quantize_descent import quantize_descent_
 from .reverse_cholesky import reverse_cholesky
 from .semi_structured_pack import semi_structured_pack
 from .semi_structured_prune_pack import semi_structured_prune_pack
@@ -59,9 +64,14 @@ __all__ = [
     "nm_linear",
     "nm_mask",
     "nm_pack",
+    "nm_q4_linear",
+    "nm_q4_pack",
+    "nm_q4_unpack",
     "nm_unpack",
+    "obs_quantize",
     "obs_sweep",
     "plain_split",
+    "quantize_descent_",
     "reverse_cholesky",
     "semi_structured_pack",
     "semi_structured_prune_pack",

@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 
 from sparsekern import ops
+from sparsekern.layouts.nm_q4 import nearest_multiple
 from sparsekern.layouts.packed_experts import join_bitmask_experts
 from sparsekern.ops._registry import Sample, sample
+from sparsekern.ops.obs_quantize import problem
 
 
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,6 +75,25 @@ def masked_adamw(generator: torch.Generator) -> Sample:
     return sample(weight, grad, mean, mean**2, step=2, lr=0.1, mask=grad > 0)
 
 
+def nm_q4_blocks(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
+    return ops.nm_q4_pack(semi_sparse(generator, rows, columns), torch.full((rows, columns // 64), 0.25).half(), 2, 4)
+
+
+def nm_q4_linear(generator: torch.Generator) -> Sample:
+    return sample(randn(generator, 24, 1024, dtype=torch.bfloat16), nm_q4_blocks(generator, 96, 1024), 2, 4, 96)
+
+
+def quantize_descent(generator: torch.Generator) -> Sample:
+    target, hessian, mask, scales = problem(64, 128, generator)
+    weight = nearest_multiple(target, scales.float().repeat_interleave(64, 1)) * mask
+    return sample(weight, (weight - target) @ hessian, hessian, mask, scales, 2)
+
+
+def obs_quantize(generator: torch.Generator) -> Sample:
+    weight, hessian, mask, scales = problem(160, 96, generator)
+    return sample(weight, torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).contiguous(), mask, scales)
+
+
 def masked_lstsq(generator: torch.Generator) -> Sample:
     weight = randn(generator, 160, 96)
     return sample(weight, gram_matrix(generator, 96), weight > 0)
@@ -110,9 +131,14 @@ LARGE: dict[str, Callable[[torch.Generator], Sample]] = {
     "nm_linear": nm_linear,
     "nm_mask": lambda g: sample(randn(g, 256, 512).round(), 2, 4),
     "nm_pack": lambda g: sample(semi_sparse(g, 256, 512), 2, 4),
+    "nm_q4_linear": nm_q4_linear,
+    "nm_q4_pack": lambda g: sample(semi_sparse(g, 256, 512), torch.full((256, 8), 0.25).half(), 2, 4),
+    "nm_q4_unpack": lambda g: sample(nm_q4_blocks(g, 256, 512), 2, 4, 256, 512),
     "nm_unpack": lambda g: sample(*ops.nm_pack(semi_sparse(g, 512, 512), 2, 4).values(), 2, 4, 512),
+    "obs_quantize": obs_quantize,
     "obs_sweep": obs_sweep,
     "plain_split": plain_split,
+    "quantize_descent_": quantize_descent,
     "reverse_cholesky": lambda g: sample(gram_matrix(g, 200)),
     "semi_structured_pack": lambda g: sample(semi_sparse(g, 256, 512)),
     "semi_structured_prune_pack": lambda g: sample(randn(g, 256, 512, dtype=torch.bfloat16)),

@@ -18,7 +18,7 @@ from .large_samples import LARGE
 from .strategies import INTERPRETED
 
 BIT_EXACT = {
-    "admm_step_", "bitmask_pack", "bitmask_unpack", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_unpack", "semi_structured_pack", "semi_structured_prune_pack", "semi_structured_unpack", "topk_mask",
+    "admm_step_", "bitmask_pack", "bitmask_unpack", "gram_symmetrize_", "nm_mask", "nm_pack", "nm_q4_pack", "nm_q4_unpack", "nm_unpack", "semi_structured_pack", "semi_structured_prune_pack", "semi_structured_unpack", "topk_mask",
 }  # fmt: skip
 RELATIVE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 ROUNDED = {
