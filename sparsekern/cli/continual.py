@@ -40,8 +40,6 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """
     method, _ = methods_of(arguments)  # of those that add up, none takes another one behind it
     check_adds_up(method, arguments.strategy)
-    if arguments.max_memory:
-        raise ValueError("--max-memory: expected one --calibration, whose run it limits")
     if arguments.correction != NONE:
         raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
     texts = _texts_to_evaluate(arguments)
@@ -93,6 +91,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         out=out,
         format=arguments.format,
         leaves=arguments.leaves,
+        max_memory=arguments.max_memory,
     )
     if not World.current().leads:
         return

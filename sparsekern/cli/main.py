@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = partial(_show_warning, heard)
         try:
             code = 2  # an error before any work is one of usage
-            with joined(arguments, f"sparsekern {arguments.name}: rank {rank()} stopped{_hint(arguments)}"):
+            with joined(arguments, lambda: f"sparsekern {arguments.name}: rank {rank()} stopped{_hint(arguments)}"):
                 world = World.current()
                 with world.together():
                     work = _prepared(arguments)

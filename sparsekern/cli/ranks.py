@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
@@ -29,12 +29,12 @@ def ranks() -> int:
 
 
 @contextmanager
-def joined(arguments: argparse.Namespace, stopped: str) -> Iterator[None]:
+def joined(arguments: argparse.Namespace, stopped: Callable[[], str]) -> Iterator[None]:
     """Join the process group of all ranks within. Only the first rank prints, and each rank has a GPU of its own.
 
     Args:
         arguments: the command line, whose device becomes that of the rank.
-        stopped: printed if `torchrun` ends this rank because another one ended.
+        stopped: returns what is printed if `torchrun` ends this rank because another one ended.
 
     Raises:
         ValueError: a command that ranks cannot share, or more ranks than GPUs.
@@ -92,7 +92,7 @@ def _one_voice() -> Iterator[None]:
 
 
 @contextmanager
-def _told_to_stop(message: str) -> Iterator[None]:
+def _told_to_stop(message: Callable[[], str]) -> Iterator[None]:
     """Print a message and end the process at once when SIGTERM comes, even if the main thread waits for another rank."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -102,7 +102,7 @@ def _told_to_stop(message: str) -> Iterator[None]:
     def wait() -> None:
         while number := os.read(reading, 1):
             if number[0] == signal.SIGTERM:
-                print(message, file=sys.__stderr__, flush=True)
+                print(message(), file=sys.__stderr__, flush=True)
                 os._exit(TERMINATED)
         os.close(reading)
 

@@ -87,15 +87,21 @@ def perplexity(
             digest = hashlib.sha256(torch.stack(windows).cpu().numpy().tobytes()).hexdigest()
             world.check_alike({"ids": digest, "length": length})
         with evaluation_mode(model):
-            together = _windows_together(model, length, max_memory)
+            together = windows_together(model, length, max_memory)
             own = _losses(model, windows, world, together or len(windows), progress=progress)
         losses = [loss for found in world.gather("perplexity", own) for loss in found]
     mean = reduce(add, losses) / (len(windows) * (length - 1))  # one after another, whoever computed them
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _windows_together(model: torch.nn.Module, length: int, max_memory: int | str | None) -> int | None:
+def windows_together(model: torch.nn.Module, length: int, max_memory: int | str | None, *, edited: bool = False) -> int | None:
     """Return how many windows go through a streamed model together within a limit; None where there is none.
+
+    Args:
+        model: the model.
+        length: tokens in a window.
+        max_memory: the limit.
+        edited: blocks will be changed whenever they have been read.
 
     Raises:
         TypeError: `max_memory` is not a limit.
@@ -108,7 +114,7 @@ def _windows_together(model: torch.nn.Module, length: int, max_memory: int | str
     window = WINDOW_COPIES * length * embeddings.shape[1] * embeddings.element_size()
     logits = 2 * 4 * min(length, LOGIT_ROWS) * embeddings.shape[0]
     more = {"a window in a block": forward_bytes(model, length), "logits": logits, "the hidden states of a window": window}
-    room = room_beside(model, max_memory, more)
+    room = room_beside(model, max_memory, more, edited=edited)
     assert room is not None
     return 1 + room // window
 

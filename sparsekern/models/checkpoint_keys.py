@@ -1,6 +1,6 @@
 """The tensors of a checkpoint that a model takes, by transformers' own rules of renaming and fusing.
 
-Only this file and `streaming.py` use transformers' conversion rules, which are half private.
+Only this file and `checkpoint_conversion.py` use these rules, which are half private.
 """
 
 from __future__ import annotations

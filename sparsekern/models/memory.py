@@ -8,22 +8,27 @@ from itertools import chain
 
 from torch import nn
 
+from .checkpoint_conversion import joins_tensors
 from .limits import memory_limit
 from .linears import is_unread
-from .streaming import stream_of
+from .streaming import Stream, stream_of
+from .weight_files import dtype_of
 
 PROGRAM = 400_000_000  # bytes of the interpreter, its libraries and what is not counted
 ROUTED = 4  # experts of a layer at once, with some to spare: one after another, most programs run them
 Needs = dict[str, int]  # bytes by what they are for
 
 
-def room_beside(model: nn.Module, max_memory: int | str | None, more: Mapping[str, int] | None = None) -> int | None:
+def room_beside(
+    model: nn.Module, max_memory: int | str | None, more: Mapping[str, int] | None = None, *, edited: bool = False
+) -> int | None:
     """Return how many bytes a limit leaves beside what a call needs in any case; None without a limit.
 
     Args:
         model: the model, whose blocks are on disk.
         max_memory: the limit, as `memory_limit` takes it.
         more: the bytes that the call needs beside the program and the model, by what they are for.
+        edited: the call changes blocks whenever they have been read.
 
     Raises:
         TypeError: `max_memory` is not a limit.
@@ -34,15 +39,18 @@ def room_beside(model: nn.Module, max_memory: int | str | None, more: Mapping[st
         return None
     if stream_of(model) is None:
         raise ValueError("max_memory: expected a streamed model, got one in memory; load it with stream=True (--stream)")
-    needs = {**needs_of(model), **(more or {})}
+    needs = {**needs_of(model, edited=edited), **(more or {})}
     if (needed := sum(needs.values())) > limit:
         parts = ", ".join(f"{_shown(size)} for {what}" for what, size in needs.items() if size)
         raise ValueError(f"max_memory: expected at least {_shown(needed)} ({parts}), got {limit / 1e6:,.1f} MB")
     return limit - needed
 
 
-def needs_of(model: nn.Module) -> Needs:
-    """Return the bytes of the program, of what is outside the blocks of a streamed model, and of two blocks.
+def needs_of(model: nn.Module, *, edited: bool = False) -> Needs:
+    """Return the bytes of the program, of what is outside the blocks of a streamed model, and of the blocks that are in memory at once.
+
+    These are two: the one at hand, and the next or the last one, which is read or written. A third is a copy of one in another form, where
+    the checkpoint has another than the model, or where blocks are changed whenever they have been read (`edited`).
 
     Raises:
         ValueError: the model is not streamed.
@@ -55,7 +63,9 @@ def needs_of(model: nn.Module) -> Needs:
     outside = sum(t.nbytes for t in chain(model.parameters(), model.buffers()) if id(t) not in inside and not is_unread(t))
     sizes = [_bytes_of_block(block) for block in blocks]
     largest = max((max(size, stream.size(index)) for index, size in enumerate(sizes)), default=0)
-    return {"the program": PROGRAM, "what is outside the blocks": outside, "two blocks": 2 * largest}
+    copied = edited or any(_makes_copies(model, stream, index) for index in range(len(blocks)))
+    held = {"two blocks and a copy of one": 3 * largest} if copied else {"two blocks": 2 * largest}
+    return {"the program": PROGRAM, "what is outside the blocks": outside, **held}
 
 
 def forward_bytes(model: nn.Module, tokens: int) -> int:
@@ -71,6 +81,13 @@ def forward_bytes(model: nn.Module, tokens: int) -> int:
         widths = (sum(p.shape[-2:]) * p.element_size() * (1 if p.dim() == 2 else ROUTED) for p in matrices)
         found.append(tokens * sum(widths))
     return max(found)
+
+
+def _makes_copies(model: nn.Module, stream: Stream, index: int) -> bool:
+    """Return whether a block has other tensors than the checkpoint, or of another dtype, so that reading or writing it copies it."""
+    stored = {dtype_of(stream.stored[name]) for name in stream.names[index]}
+    held = {parameter.dtype for parameter in model.get_submodule(stream.blocks[index]).parameters()}
+    return stream.is_edited(index) or joins_tensors(model) or stored != held
 
 
 def _bytes_of_block(block: nn.Module) -> int:

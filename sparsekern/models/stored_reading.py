@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+
 from .stored_files import Tensors
 from .weight_files import Stored
 
@@ -34,6 +36,30 @@ class Stamps:
         for name, entry in stored.items():
             if entry.start + entry.nbytes > self._stamps[entry.path][0]:
                 raise ValueError(f"model: {entry.path} is damaged: it ends before {name}")
+
+    def read_into(self, entry: Stored, begin: int, target: torch.Tensor) -> None:
+        """Read bytes of a tensor into memory.
+
+        Args:
+            entry: the place of the tensor.
+            begin: the first byte to read, counted from the tensor's own first.
+            target: `[bytes]` uint8 on the CPU.
+
+        Raises:
+            ValueError: the file has fewer bytes, or cannot be read.
+        """
+        left = target.numpy().data
+        try:
+            with entry.path.open("rb", buffering=0) as file:
+                file.seek(entry.start + begin)
+                while left:
+                    if not (count := file.readinto(left)):
+                        raise ValueError(
+                            f"model: {entry.path} can no longer be read: it ends before byte {file.tell() + len(left):,}"
+                        )
+                    left = left[count:]
+        except OSError as error:
+            raise ValueError(f"model: {entry.path} can no longer be read: {error}") from error
 
     def read(self, stored: Mapping[str, Stored]) -> Tensors:
         """Return tensors in memory of their own. A mapped file would count as memory until it is closed.

@@ -18,10 +18,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from .checkpoint_conversion import convert, converted_back
 from .checkpoint_keys import names_in
 from .freed_memory import give_back
 from .lent import Lent
 from .linears import mark_unread
+from .staging import Staged, Staging, staging_for
 from .stored_files import Part, Tensors
 from .stored_reading import Stamps, digest_of
 from .weight_files import Stored, dtype_of, tensors_in
@@ -118,7 +120,8 @@ class Stream:
             self.outside.append(name)
             if targets:
                 self._known.append(name)
-        self._ahead: dict[int, Future[Tensors]] = {}
+        self._ahead: dict[int, Future[Tensors | Staged]] = {}
+        self._staging: Staging | None = staging_for(self._device)
         self._files: ThreadPoolExecutor | None = None
         self._holders = [0] * len(self.blocks)
         self._wait: Callable[[int], None] | None = None
@@ -130,8 +133,8 @@ class Stream:
     def fill(self, model: Any) -> Any:
         """Read what belongs to no block, put tensors without values in the place of the rest, and return transformers' loading info."""
         empty = {name: torch.empty(stored.shape, dtype=dtype_of(stored), device=META) for name, stored in self.stored.items()}
-        info = _convert(model, empty, dataclasses.replace(self._settings, device_map={"": META}))
-        self._convert(model, self._load(self._known))
+        info = convert(model, empty, dataclasses.replace(self._settings, device_map={"": META}))
+        self._convert(model, self._arrived(self._load(self._known)))
         blocks = [model.get_submodule(name) for name in self.blocks]
         self._buffers = [[(m, name) for m in b.modules() for name, held in m._buffers.items() if _is_empty(held)] for b in blocks]
         for index in range(len(self.blocks)):
@@ -217,9 +220,7 @@ class Stream:
 
     def named_as_stored(self, model: Any, state: Mapping[str, torch.Tensor]) -> Tensors:
         """Return weights of the model under the names and in the shapes of the checkpoint."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        return revert_weight_conversion(model, dict(state))
+        return converted_back(model, state)
 
     def differing(self, tensors: Tensors) -> set[str]:
         """Return the names of those tensors whose dtype or shape is another than in the checkpoint."""
@@ -319,6 +320,8 @@ class Stream:
             self._files.shutdown(wait=True, cancel_futures=True)
             self._files = None
         self._ahead.clear()
+        if self._staging is not None:
+            self._staging.close()
 
     def _block_of(self, target: str) -> int | None:
         return next((index for index, block in enumerate(self.blocks) if target.startswith(f"{block}.")), None)
@@ -341,11 +344,12 @@ class Stream:
         block = model.get_submodule(self.blocks[index])
         if self.lent is not None and self.lent.fill(block):
             return
-        tensors = (self._ahead.pop(index, None) or self.later(lambda: self._load(self.names[index]))).result()
+        tensors = self._arrived((self._ahead.pop(index, None) or self.later(lambda: self._load(self.names[index]))).result())
         change, before = self._edits.get(index, (None, []))
         for held, own in before:
             held.update(own)  # in the shapes that the checkpoint gives them
         self._fill(model, tensors, self.parts.get(index))
+        del tensors  # of which `change` may make copies
         if change is not None:
             change(index)
         if self.lent is not None:
@@ -355,8 +359,19 @@ class Stream:
         if self._settings.hf_quantizer is not None:
             self._settings.hf_quantizer.check_block(block, self.blocks[index])
 
-    def _load(self, names: Iterable[str]) -> Tensors:
-        return self._stamps.read({name: self.stored[name] for name in names})
+    def _load(self, names: Iterable[str]) -> Tensors | Staged:
+        """Read tensors, and begin to copy them to a GPU."""
+        stored = {name: self.stored[name] for name in names}
+        if self._staging is None:
+            return self._stamps.read(stored)
+        self._stamps.check({entry.path for entry in stored.values()})
+        return self._staging.load(stored, self._stamps.read_into)
+
+    def _arrived(self, loaded: Tensors | Staged) -> Tensors:
+        if isinstance(loaded, Staged):
+            assert self._staging is not None
+            return self._staging.arrived(loaded)
+        return loaded
 
     def _fill(self, model: Any, tensors: Tensors, part: Part | None) -> None:
         unpacked: Tensors = {}
@@ -375,7 +390,7 @@ class Stream:
 
     def _convert(self, model: Any, tensors: Tensors) -> None:
         conversions = getattr(model, "_weight_conversions", None)
-        info = _convert(model, tensors, self._settings)
+        info = convert(model, tensors, self._settings)
         model._weight_conversions = conversions  # of the whole checkpoint, not only of these tensors
         if failed := next(iter(info.conversion_errors), None):
             raise ValueError(f"model: {failed} of the checkpoint cannot be loaded: {info.conversion_errors[failed]}")
@@ -383,16 +398,3 @@ class Stream:
 
 def _is_empty(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.is_meta
-
-
-def _convert(model: Any, tensors: Tensors, settings: Any) -> Any:
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # there would be one for each block
-    try:
-        return convert_and_load_state_dict_in_model(model, tensors, settings)[0]
-    finally:
-        if shown:
-            logging.enable_progress_bar()

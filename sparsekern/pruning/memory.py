@@ -9,15 +9,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ..methods import Method
+from ..methods import LinearMethod, Method
 from ..methods.statistics import Gram, Importance, Statistic, inputs_of
 from ..models import Linear
 from ..models.memory import Needs, forward_bytes, room_beside
 from .batches import Batch
 from .blockwise.experts import bytes_of, expert_of, is_expert
+from .experts.plan import ExpertPlan
 from .plan import Plan
 
-COPIES = 4  # of a weight in float32 that solving it takes at most
+ENERGY = 8  # bytes for each entry of a factor: its norm is taken in float64
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def planned_memory(
     max_memory: int | str | None,
     folder: Path | None,
     own_leaves: int = 1,
+    *,
+    has_state: bool = False,
 ) -> Memory:
     """Return the limits of a run within `max_memory`. What a run does not need is for hidden states first.
 
@@ -54,26 +57,38 @@ def planned_memory(
         max_memory: see `sparsekern.prune`.
         folder: a folder for hidden states.
         own_leaves: leaves of the sums that this process adds, a power of two.
+        has_state: a run over several datasets, which reads and keeps weights and totals in a state.
 
     Raises:
         ValueError: the limit is too low, or the hidden states of this model cannot leave the memory.
     """
     if max_memory is None:
         return Memory()
-    needs = _needs(plan, method, own_leaves) if isinstance(plan, Plan) else {}
+    course, solved = (plan.course, plan) if isinstance(plan, Plan) else (None, None)
+    if isinstance(plan, ExpertPlan):
+        course, solved, method = plan.course, plan.then, plan.request.then or method
+    needs = {} if solved is None else _needs(solved, method, own_leaves)
+    if solved is not None and has_state:
+        weights = max(sum(linear.weight.nbytes for linear in part) for part in solved.parts)
+        needs[STATE] = STATE_COPIES * weights + needs[STATISTICS]  # and the totals of the datasets before
     needs[BATCH] = forward_bytes(model, max((math.prod(batch.shape) for batch in batches), default=0))
-    room = room_beside(model, max_memory, needs)
+    room = room_beside(model, max_memory, needs, edited=has_state)
     assert room is not None
-    if isinstance(plan, Plan) and plan.course is not None and not plan.course.chain:
+    if course is not None and not course.chain:
         raise ValueError(
             f"max_memory: expected None for {type(model).__name__}, whose blocks take more than the output of the one before, so the "
             "hidden states stay in memory"
         )
-    one = needs.get(EXPERT, 0)
-    return Memory(room // 2 if one else room, one + room // 2 if one else None, folder)
+    if not (one := needs.get(EXPERT, 0)):
+        return Memory(room, None, folder)
+    assert solved is not None
+    share = min(_statistics_of_expert(own, method, solved) / _bytes_of_expert(own, method, solved) for own in _experts(solved))
+    return Memory(room // 2, int((one + room // 2) * share), folder)
 
 
 STATISTICS, EXPERT, SOLVING, BATCH = "the statistics of a block", "those of an expert", "solving a linear", "a batch in a block"
+STATE = "what the state holds of a block"
+STATE_COPIES = 2  # of a block's weights, beside that of a block that is changed: of other steps, or pruned ones
 
 
 def _needs(plan: Plan, method: Method, own_leaves: int) -> Needs:
@@ -83,16 +98,37 @@ def _needs(plan: Plan, method: Method, own_leaves: int) -> Needs:
     found = {STATISTICS: 0, EXPERT: 0, SOLVING: 0}
     for part in plan.parts:
         plain = [linear for linear in part if not is_expert(linear)]
-        experts: dict[object, list[Linear]] = {}
-        for linear in part:
-            if is_expert(linear):
-                experts.setdefault((expert_of(linear).experts.name, expert_of(linear).expert), []).append(linear)
-        sizes = [linear.weight.shape.numel() for linear in part]
-        found[SOLVING] = max([found[SOLVING], *(4 * COPIES * size for size in sizes)])
+        found[SOLVING] = max([found[SOLVING], *(_solving(linear, method, plan) for linear in part)])
         if gathers:
             found[STATISTICS] = max(found[STATISTICS], _statistics(plan, plain, needs, grams, own_leaves))
-            found[EXPERT] = max([found[EXPERT], *(bytes_of(own, needs, plan.measure_error) for own in experts.values())])
+    if gathers:
+        found[EXPERT] = max([0, *(_bytes_of_expert(own, method, plan) for own in _experts(plan))])
     return found
+
+
+def _solving(linear: Linear, method: Method, plan: Plan) -> int:
+    """Return the bytes that solving a linear and measuring its error take at most."""
+    assert isinstance(method, LinearMethod)
+    rows, features = linear.shape
+    return max(method.solving_bytes(rows, features), ENERGY * features**2 if plan.measure_error else 0)
+
+
+def _experts(plan: Plan) -> list[list[Linear]]:
+    """Return the matrices of each fused expert."""
+    found: dict[object, list[Linear]] = {}
+    for linear in plan.linears:
+        if is_expert(linear):
+            found.setdefault((expert_of(linear).experts.name, expert_of(linear).expert), []).append(linear)
+    return list(found.values())
+
+
+def _statistics_of_expert(own: Sequence[Linear], method: Method, plan: Plan) -> int:
+    return max(1, bytes_of(own, getattr(method, "needs", None), plan.measure_error))
+
+
+def _bytes_of_expert(own: Sequence[Linear], method: Method, plan: Plan) -> int:
+    """Return the bytes of the statistics of an expert, and of solving its matrices together with those of others."""
+    return _statistics_of_expert(own, method, plan) + max(_solving(linear, method, plan) for linear in own)
 
 
 def _statistics(plan: Plan, linears: Sequence[Linear], needs: type[Statistic] | None, grams: bool, own_leaves: int) -> int:

@@ -184,9 +184,8 @@ def prune(
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
-        memory = planned_memory(
-            model, plan, method, batches or [], max_memory, folder.path if folder else None, leaves // world.size
-        )
+        place = None if out is None else checked_path(out, "out")  # of all ranks, of which only the first holds the folder
+        memory = planned_memory(model, plan, method, batches or [], max_memory, place, leaves // world.size)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
         settings["calibration"] = batches and fingerprint(batches)
         if batches and leaves > 1:

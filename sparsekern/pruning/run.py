@@ -16,7 +16,7 @@ from ..models import Linear
 from ..ranks import World
 from ..reports import ExpertReport, LayerReport, MixtureReport, RemovalReport, Report, SubLayerReport
 from .batches import Batch
-from .host_memory import freed_memory_kept
+from .host_memory import freed_memory_kept, freed_memory_returned
 from .memory import Memory
 from .plan import Request
 from .progress import Clock, Progress
@@ -134,11 +134,10 @@ def running(
     world = world or World()
     bar = Progress(plan.steps, progress and world.leads)
     clock = Clock(next(model.parameters()).device)
+    memory = memory or Memory()
     try:
-        with prepared(model, seed), freed_memory_kept():
-            yield RunContext(
-                model, plan, method, batches or [], seed, checkpoint, report, bar, clock, world, leaves, memory or Memory()
-            )
+        with prepared(model, seed), freed_memory_kept() if memory.hidden is None else freed_memory_returned():
+            yield RunContext(model, plan, method, batches or [], seed, checkpoint, report, bar, clock, world, leaves, memory)
     finally:
         bar.close()
 

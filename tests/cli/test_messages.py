@@ -1,13 +1,18 @@
 """What the command line says of arguments that make no sense: one line that names the option, and the exit code."""
 
 import argparse
+import io
 import logging
+import os
+import signal
+import sys
+import threading
 import warnings
 
 import pytest
 
 from sparsekern import SparsekernWarning
-from sparsekern.cli import common, evaluate, main
+from sparsekern.cli import common, evaluate, main, ranks
 from sparsekern.methods import METHODS
 from tests.cli.conftest import exit_code
 
@@ -170,3 +175,14 @@ def test_the_bar_of_a_gguf_file_s_tensors_is_not_printed(monkeypatch, capsys):
     assert len(common.load_model(arguments)) == 200
     assert capsys.readouterr().err == "loading model.gguf …\n"
     assert gguf.tqdm is bar
+
+
+def test_a_rank_that_is_stopped_says_what_is_there_by_then(monkeypatch):
+    said, ended, known = io.StringIO(), threading.Event(), ["run the same command again"]
+    monkeypatch.setattr(sys, "__stderr__", said)
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    with ranks._told_to_stop(lambda: known[0]):
+        known[0] = "the pruned model is complete"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(60)
+    assert said.getvalue() == "the pruned model is complete\n"

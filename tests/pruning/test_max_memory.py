@@ -8,6 +8,7 @@ import transformers as tf
 
 import sparsekern
 from sparsekern.models.limits import memory_limit
+from sparsekern.models.memory import needs_of
 from sparsekern.models.streaming import stream_of
 from sparsekern.pruning import memory
 from sparsekern.pruning.blockwise import experts
@@ -15,8 +16,9 @@ from sparsekern.pruning.blockwise.shelf import Shelf
 from tests.models.families import tiny_ids, tiny_model
 from tests.models.test_streaming import folder_of, of
 from tests.pruning.test_streamed import equal, tensors_of
+from tests.pruning.test_streamed_output import THEN, continued, removed, told
 
-IDS = tiny_ids(60, 16)
+IDS = tiny_ids(60, 48)
 
 
 def loaded(folder):
@@ -27,7 +29,11 @@ def least(call):
     """Return the limit that the refusal of a low one asks for."""
     with pytest.raises(ValueError, match=r"max_memory: expected at least") as error:
         call("1MB")
-    return re.search(r"at least ([\d,.]+) MB", str(error.value))[1].replace(",", "") + "MB", str(error.value)
+    return least_of(error.value), str(error.value)
+
+
+def least_of(error):
+    return re.search(r"^max_memory: expected at least ([\d,.]+) MB", str(error))[1].replace(",", "") + "MB"
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -117,10 +123,77 @@ def test_partial_sums_are_counted_where_there_are_more_of_them_than_a_gram_matri
     leaves, parts, tmp_path, monkeypatch
 ):
     needs, counted = {}, memory.room_beside
-    monkeypatch.setattr(memory, "room_beside", lambda model, limit, found=None: needs.update(found) or counted(model, limit, found))
+    monkeypatch.setattr(
+        memory,
+        "room_beside",
+        lambda model, limit, found=None, **more: needs.update(found or {}) or counted(model, limit, found, **more),
+    )
     folder = folder_of("llama", tmp_path / "model")
     options = {"out": tmp_path / "out", "batch_size": 4, "progress": False, "max_memory": "8GB", "leaves": leaves}
     report = sparsekern.prune(loaded(folder), "sparsegpt", "2:4", IDS, **options)
     block = {layer.name: layer.shape[1] for layer in report.layers if layer.name.startswith("model.layers.0.")}
     grams = [block[f"model.layers.0.{name}"] for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
     assert needs[memory.STATISTICS] == parts * sum(4 * features**2 for features in grams)
+
+
+def lowest(run):
+    """Call `run` with the limit that each refusal asks for, until there is none. Return what it returns, and the last message."""
+    limit, message = "1MB", ""
+    while True:
+        try:
+            return run(limit), message
+        except ValueError as error:
+            asked, message = least_of(error), str(error)
+            assert float(asked[:-2]) > float(limit[:-2])
+            limit = asked
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The keys of the tensors that shelves have put on disk."""
+    found, write = [], Shelf._write
+    monkeypatch.setattr(Shelf, "_write", lambda self, key, tensor: found.append(key) or write(self, key, tensor))
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, THEN], ids=["alone", "then wanda"])
+def test_a_removal_of_experts_keeps_to_the_limit_before_and_after(options, written, tmp_path):
+    folder = folder_of("qwen3_moe", tmp_path / "model")
+    calibration = {"calibration": IDS, "batch_size": 4}
+    _, expected = removed(folder, tmp_path / "whole", stream=True, **options, **calibration)
+    assert not written
+
+    def run(limit):
+        return removed(folder, tmp_path / "out", stream=True, max_memory=limit, **options, **calibration)[1]
+
+    report, message = lowest(run)
+    assert "two blocks and a copy of one" in message and ("those of an expert" in message) == bool(options)
+    assert len(written) > (100 if options else 20)  # of batches in front of blocks, at both stages
+    assert [layer.scores for layer in report.layers] == [layer.scores for layer in expected.layers]
+    assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
+
+
+def test_a_run_over_several_texts_keeps_to_the_limit(written, tmp_path):
+    folder = folder_of("llama", tmp_path / "model")
+    texts = {"a": IDS[:32], "b": IDS[32:]}
+
+    def run(place, limit):
+        (tmp_path / place).mkdir(exist_ok=True)
+        options = {"texts": texts, "batch_size": 4, "out": tmp_path / place / "out", "max_memory": limit}
+        return continued(folder, tmp_path / place, stream=True, method="sparsegpt", **options)[1]
+
+    expected = run("whole", None)
+    assert not written
+    report, message = lowest(lambda limit: run("limited", limit))
+    assert "what the state holds of a block" in message or "the hidden states of a window" in message
+    assert told(report) == told(expected)
+    assert len(written) >= 3 * len(IDS) // 4
+    assert equal(tensors_of(tmp_path / "limited" / "out"), tensors_of(tmp_path / "whole" / "out"))
+
+
+def test_a_checkpoint_in_another_form_than_the_model_needs_a_third_block(tmp_path):
+    folder = folder_of("llama", tmp_path / "model")
+    kept, _ = needs_of(loaded(folder)), folder_of("mixtral", tmp_path / "mixture")
+    wider = needs_of(sparsekern.load(folder, device="cpu", stream=True, dtype="float32"))
+    assert 3 * kept["two blocks"] == wider["two blocks and a copy of one"]
+    assert "two blocks and a copy of one" in needs_of(loaded(tmp_path / "mixture"))

@@ -1,14 +1,9 @@
 """Runs of streamed models: the same files and bits as those of a model in memory, however often they are killed."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file
 
 import sparsekern
@@ -145,29 +140,3 @@ def test_what_needs_the_weights_in_memory_says_so(call, tmp_path):
     model = sparsekern.load(folder_of("llama", tmp_path / "model"), device="cpu", stream=True)
     with pytest.raises(ValueError, match="model: expected one in memory, got a streamed one, .* load it without stream=True"):
         call(model)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of a part of a program")
-def test_the_peak_of_memory_is_that_of_two_blocks(tmp_path):
-    """A model of 24 blocks of 10 MB in a process of its own. The bound leaves room for eight of them.
-
-    A block is computed while the next one is read and the last one is written, so the peak depends on their timing.
-    """
-    config = tf.LlamaConfig(vocab_size=96, hidden_size=512, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=8)
-    tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    program = """
-import pathlib, re, torch, sparsekern
-said = lambda name: int(re.search(name + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
-model, ids = sparsekern.load("model", device="cpu", stream=True), torch.arange(32).view(2, 16)
-sparsekern.perplexity(model, ids, length=16)
-before = said("VmRSS")
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-sparsekern.prune(model, "wanda", "2:4", ids, out="out", progress=False)
-print(said("VmHWM") - before)
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(sparsekern.__file__).parents[1])}
-    told = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    block = (tmp_path / "model" / "model.safetensors").stat().st_size / 24
-    assert 10e6 < block and 0 < int(told.stdout) < 8 * block

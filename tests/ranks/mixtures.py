@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from types import MappingProxyType
+from unittest import mock
 
 import torch
 
 import sparsekern
+from sparsekern.pruning.blockwise import experts, loop
+from sparsekern.pruning.blockwise.shelf import Shelf
 
 from .runs import state_digest
 
@@ -42,3 +45,22 @@ def removed(rank: int, folder: str, method, out=None, options: Mapping = Mapping
 def logits_digest(model, ids: torch.Tensor) -> str:
     with torch.no_grad():
         return hashlib.sha256(model(ids[:1]).logits.numpy().tobytes()).hexdigest()
+
+
+def pruned_with_unequal_memory(rank: int, folder: str, method, out, options: Mapping = MappingProxyType({})):
+    """A run of which the second rank has memory for a single expert, as of a smaller GPU."""
+    with mock.patch.object(loop, "expert_bytes", lambda device, limit=None: 1 if rank == 1 else experts.EXPERT_BYTES):
+        return pruned(rank, folder, method, out, options)
+
+
+def shelves(rank: int, folder: str, out):
+    """Return the folders that a limited run of a streamed model keeps its hidden states in."""
+    found, make = [], Shelf.__init__
+
+    def made(self, limit=None, place=None):
+        found.append(None if place is None else str(place))
+        make(self, limit, place)
+
+    with mock.patch.object(Shelf, "__init__", made):
+        pruned(rank, folder, "wanda", out, {"max_memory": "8GB"}, stream=True)
+    return found

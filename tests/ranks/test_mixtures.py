@@ -38,6 +38,18 @@ def test_the_result_has_the_same_bits_for_every_number_of_ranks(ranks, folder, t
         assert digests(out) == digests(tmp_path / "1")
 
 
+def test_ranks_of_unequal_memory_agree_on_what_is_solved_together(ranks, folder, tmp_path):
+    expected = pruned(0, folder, "sparsegpt", tmp_path / "1")
+    case = "tests.ranks.mixtures:pruned_with_unequal_memory"
+    assert succeeded(ranks.run(2, case, folder, "sparsegpt", tmp_path / "2")) == [expected] * 2
+    assert digests(tmp_path / "2") == digests(tmp_path / "1")
+
+
+def test_every_rank_keeps_hidden_states_in_the_folder_of_the_run(ranks, folder, tmp_path):
+    out = tmp_path / "out"
+    assert succeeded(ranks.run(2, "tests.ranks.mixtures:shelves", folder, out)) == [[str(out)]] * 2
+
+
 def test_experts_are_solved_as_in_one_process_without_leaves(ranks, folder):
     """Their tokens come in the order of the batches, however many leaves there are; other linears differ in the last bits."""
     _, alone = pruned(0, folder, "wanda", None, {"leaves": 1})

@@ -50,9 +50,11 @@ def test_the_solution_is_that_of_whole_linears(method, pattern, dtype):
         assert errors[name] == pytest.approx(alone.layers[name].error, rel=1e-4)
 
 
-def test_the_cases_pass_a_factor_on():
+@pytest.mark.parametrize("method", [SparseGPT(), Wanda()], ids=str)
+def test_the_cases_pass_a_factor_on(method):
+    """That of Wanda measures the errors, and is computed once all the same."""
     found = linears(torch.float32)
-    dealt = SharedSolve(solver_of(SparseGPT(), "2:4", found), World(0, 2), 8, jobs_of(found)).dealt
+    dealt = SharedSolve(solver_of(method, "2:4", found), World(0, 2), 8, jobs_of(found)).dealt
     assert any(dealt.passed_on(index) for index in range(3))
     assert {place.rank for places in dealt.places for place in places} == {0, 1}
 

@@ -246,7 +246,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self._solve_dealt_experts(self.dealt_experts, result)
             self._solve_unseen(routed.unseen(), result)
             return
-        groups = routed.groups(expert_bytes(next(self.context.model.parameters()).device, self.context.memory.experts))
+        groups = routed.groups(self._expert_bytes())
         while True:
             with self.context.clock.phase("statistics"):
                 group = next(groups, None)
@@ -255,12 +255,14 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self._solve_group(group, result)
             group.clear()  # before the statistics of the next are made
 
+    def _expert_bytes(self) -> int:
+        return expert_bytes(next(self.context.model.parameters()).device, self.context.memory.experts)
+
     def _solve_dealt_experts(self, dealt: DealtExperts, result: Solved) -> None:
         """Solve the experts of a block that are dealt to this rank, pack by pack, and receive those of the others."""
         context = self.context
-        packs = dealt.packs(expert_bytes(next(context.model.parameters()).device, context.memory.experts), context.leaves)
+        packs = dealt.packs(context.leaves)
         for turn in zip_longest(*packs):
-            context.world.agree("experts")  # a rank that failed sends no tokens
             with context.clock.phase("statistics"):
                 group = dealt.statistics(turn)
             self._solve_group(group, result)
@@ -348,7 +350,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             shared = summed.result()
         self.dealt_experts = None
         if routed is not None and self.context.leaves > 1:
-            self.dealt_experts = DealtExperts(routed, self.context.world, self.context.batches)
+            self.dealt_experts = DealtExperts(routed, self.context.world, self.context.batches, self._expert_bytes())
         for members, statistic in shared.groups:
             if statistic.tokens:
                 self.solver.check_statistic(members, statistic)

@@ -135,7 +135,7 @@ class SharedSolve:
         for linear in linears:
             rows, features = linear.job.linear.shape
             work = method.work(rows, features)
-            measures = isinstance(linear.job.inputs, Gram) and linear.job.inputs is not linear.job.statistics
+            measures = isinstance(linear.job.inputs, Gram)  # the error, by a factor that the method may not need
             factor = work.shared or (features**3 / 6 if measures else 0.0)
             if linear.in_tiles:
                 teams[len(costs)] = TeamWork(work.fixed, work.own, len(linear.pieces[0]))

@@ -22,6 +22,7 @@ from ...reports.report import Report
 from ..batches import Batch, fingerprint
 from ..blockwise.loop import BlockLoop
 from ..checkpoint import differences
+from ..memory import Memory
 from ..plan import Plan, check_finite
 from ..run import Blocks, running
 from .state import State, StepFiles
@@ -35,11 +36,13 @@ class Evaluation:
         model: the model.
         ids: token ids, by dataset.
         length: tokens in a window.
+        max_memory: the most memory that a streamed model may take, see `perplexity`.
     """
 
     model: nn.Module
     ids: Mapping[str, torch.Tensor]
     length: int
+    max_memory: int | str | None = None
 
     @cached_property
     def digests(self) -> dict[str, list]:
@@ -48,7 +51,7 @@ class Evaluation:
 
     def perplexity(self, name: str) -> float:
         """Return the current perplexity of the model on the dataset `name`."""
-        return perplexity(self.model, self.ids[name], self.length)
+        return perplexity(self.model, self.ids[name], self.length, max_memory=self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class ContinualLoop:
         progress: bool,
         world: World,
         leaves: int,
+        memory: Memory | None = None,
     ) -> None:
+        self.memory = memory
         self.model, self.plan, self.method, self.seed = model, plan, method, seed
         self.strategy, self.state, self.evaluation, self.progress = strategy, state, evaluation, progress
         self.world, self.leaves = world, leaves
@@ -177,7 +182,7 @@ class ContinualLoop:
         self._write_weights(before if self.strategy == "carry" else None)
         needs, report = self.method.needs, Report()
         blocks: Blocks = files
-        memory = Earlier(before) if self.strategy == "accumulate" and needs is not None else None
+        earlier = Earlier(before) if self.strategy == "accumulate" and needs is not None else None
         with running(
             self.model,
             self.plan,
@@ -189,8 +194,9 @@ class ContinualLoop:
             progress=self.progress,
             world=self.world,
             leaves=self.leaves,
+            memory=self.memory,
         ) as context:
-            BlockLoop(context, memory).run()
+            BlockLoop(context, earlier).run()
             if stream_of(self.model) is not None:  # it keeps no block that is pruned
                 self._write_weights(files)
             changed = None if before is None else self._changed(before)

@@ -11,9 +11,10 @@ from torch import nn
 
 from ...backends.libraries import check_isa
 from ...data import as_calibration, is_source
-from ...data.perplexity import as_evaluation, evaluation_windows
+from ...data.perplexity import as_evaluation, evaluation_windows, windows_together
 from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
 from ...models.limits import window_length
+from ...models.memory import room_beside
 from ...models.streaming import stream_of
 from ...ranks import World
 from ...reports.continual import ContinualReport
@@ -24,6 +25,7 @@ from ..batches import Batch, Calibration, fingerprint
 from ..blockwise.experts import parted
 from ..blockwise.observation import check_complete, observed
 from ..checkpoint import model_fingerprint
+from ..memory import planned_memory
 from ..mixtures import EQUAL, MAGNITUDE, ExpertRules
 from ..modes import plain_modes
 from ..plan import Choice, PatternLike, Plan, make_plan
@@ -63,6 +65,7 @@ def prune_continually(
     unseen: str = MAGNITUDE,
     format: str = DENSE,
     leaves: int | None = None,
+    max_memory: int | str | None = None,
 ) -> ContinualReport:
     """Prune a transformers model in place for one dataset after another. It ends pruned for all of them.
 
@@ -107,6 +110,7 @@ def prune_continually(
         unseen: as for `prune`, for linears that no token of any dataset so far reached.
         format: format of the weights in `out`, as for `prune`.
         leaves: as for `prune`. It is a setting of the state.
+        max_memory: as for `prune`. Hidden states that do not fit are kept in a nameless file in `state`.
 
     Returns:
         A `ContinualReport` of every dataset that the state has seen: the matrix of perplexities, their average after the last step,
@@ -140,6 +144,7 @@ def prune_continually(
     check_format(format)
     world = World.current()
     leaves = checked_leaves(leaves, world, method)
+    room_beside(model, max_memory)
     remedy = "the model in memory is pruned"
     if state is not None:
         remedy = f"what is pruned is kept in {state}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
@@ -158,6 +163,9 @@ def prune_continually(
             raise ValueError(f"{'resume' if resume else 'abandon'}: expected state, the folder of the run to continue")
         if resume and abandon:
             raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
+        place = None if state is None else checked_path(state, "state")
+        every = [batch for batches in datasets.values() for batch in batches]
+        memory = planned_memory(model, plan, method, every, max_memory, place, leaves // world.size, has_state=True)
         if out is not None and state is not None and checked_path(out, "out") == checked_path(state, "state"):
             raise ValueError(f"out: expected another folder than state, got {str(out)!r} for both")
         with (
@@ -166,6 +174,8 @@ def prune_continually(
         ):
             names = {name for name, _ in known.seen} | datasets.keys()
             evaluate = _checked_evaluation(model, evaluate, names, length, tokenizer)
+            if evaluate:
+                windows_together(model, length, max_memory, edited=True)  # raises if the limit is too low
             loop = ContinualLoop(
                 model,
                 plan,
@@ -173,10 +183,11 @@ def prune_continually(
                 seed=seed,
                 strategy=strategy,
                 state=known,
-                evaluation=Evaluation(model, evaluate, length),
+                evaluation=Evaluation(model, evaluate, length, max_memory),
                 progress=progress,
                 world=world,
                 leaves=leaves,
+                memory=memory,
             )
             dense_bytes = weight_bytes(model)
             settings = {**_settings(model, plan, method), "strategy": strategy, "seed": seed}
@@ -187,6 +198,7 @@ def prune_continually(
                 "evaluate": loop.evaluation.digests,
             }
             told |= {"out": out and str(out), "state": state and str(state), "resume": resume, "abandon": abandon, "format": format}
+            told |= {"max_memory": max_memory}
             check_same_run(world, {**settings, **told}, environment(model))
             loop.check(settings, abandon=abandon)
             abandoned = known.abandon() if abandon else None

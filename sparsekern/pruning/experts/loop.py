@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -30,53 +30,19 @@ from ..blockwise.course import Course
 from ..blockwise.loop import BlockLoop
 from ..blockwise.observation import course_of
 from ..blockwise.shares import Share
+from ..blockwise.shelf import Shelf
 from ..blockwise.trace import forward
 from ..checkpoint import Checkpoint, StreamedCheckpoint
-from ..plan import Plan, Request, check_device
+from ..plan import Request, check_device
 from ..progress import Notices
 from ..run import BlockResult, Loop, RunContext, running
 from ..session import batches_for, check_format_fits, parameters_of, prepared
 from ..shared_blocks import SharedBlocks
 from .listed_calls import ListedCall, watched_lists
+from .plan import ExpertPlan
 from .scores import ExpertScores
 
 EXPERT = re.compile(r"(^|[._])experts?[._]")  # in names of tensors
-
-
-@dataclass(frozen=True)
-class ExpertPlan:
-    """The plan of a removal of experts.
-
-    Attributes:
-        course: the course of the model's forwards.
-        mixtures: the mixtures of each block.
-        cut: what is cut.
-        request: the request of the method that follows.
-        then: the plan of the method that follows, as it will be for the smaller model; None for none.
-    """
-
-    course: Course
-    mixtures: tuple[tuple[Mixture, ...], ...]
-    cut: Cut
-    request: Request
-    then: Plan | None = None
-
-    @property
-    def parts(self) -> tuple[tuple[Mixture, ...], ...]:
-        """What is reported of each block."""
-        return self.mixtures
-
-    @property
-    def steps(self) -> int:
-        """The number of mixtures, each of which is reported."""
-        return len(self.cut.mixtures)
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
-        if self.then is None or self.request.then is None:
-            return {}
-        return {"then": self.request.then.settings(), **self.then.settings}
 
 
 class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | SharedBlocks]):
@@ -147,7 +113,8 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         if len(held) < len(planned):
             with context.clock.phase("capture"):
                 self.share = Share(context.world, context.batches, context.leaves)
-                activations = Activations(context.model, self.share.batches, plan.course)
+                shelf = Shelf(context.memory.hidden, context.memory.folder)
+                activations = Activations(context.model, self.share.batches, plan.course, shelf)
         for index in plan.course.order:
             if index in held:
                 self._restore(index)
@@ -242,6 +209,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
             "progress": context.progress.enabled,
             "world": context.world,
             "leaves": context.leaves,
+            "memory": context.memory,
         }
         with running(context.model, plan, then, batches, **options) as inner:
             BlockLoop(inner).run()
