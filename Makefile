@@ -5,6 +5,7 @@
 # make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
 # make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
 #              torch must have CUDA, and installs nothing
+# make test-triton  the tests that compile Triton kernels, under another Triton (TRITON) in a virtual environment of its own
 # make lint    the formatters and the linter, at the versions that pyproject.toml pins; the same as .pre-commit-config.yaml
 # make types   mypy, over the package
 # make docs    build the documentation into docs/_build, warnings being errors
@@ -13,12 +14,14 @@
 # Each but gpu sets up its own virtual environment first; the second time there is nothing to do.
 # VENV=DIR     its folder (.venv)
 # PYTHON=...   what it is made with (python3; 3.10 or later)
+# TRITON='...' pip arguments that install what test-triton tests; torch on GPUs brings a Triton of its own
 # TORCH='...'  pip arguments that install torch, such as TORCH='torch==2.11.0' (see tools/install_torch.py for the default)
 
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?=
 VLLM   ?= .venv-vllm
+TRITON ?= triton==3.6.0
 ARGS   ?=
 
 BIN := $(VENV)/bin
@@ -31,7 +34,7 @@ REQUIRED  := $(VENV)/.required-$(call digest,$(TORCH))
 INSTALLED := $(VENV)/.installed-$(call digest,$(TORCH) $(SPARSEKERN_BUILD) $(SPARSEKERN_CUDA) $(TORCH_CUDA_ARCH_LIST) $(DEBUG))
 SOURCES   := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-vllm test-tasks bench gpu lint types docs clean
+.PHONY: demo test test-vllm test-tasks test-triton bench gpu lint types docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -49,6 +52,15 @@ test-vllm: $(INSTALLED) $(VLLM)/.installed
 
 test-tasks: $(INSTALLED) $(VENV)/.tasks
 	$(BIN)/python -m pytest tests/measure/test_tasks.py $(ARGS)
+
+# Without native code: Triton needs none, and the tests compile only.
+test-triton:
+	$(MAKE) $(VENV)-triton/.triton-$(call digest,$(TRITON)) VENV=$(VENV)-triton SPARSEKERN_BUILD=0
+	$(VENV)-triton/bin/python -m pytest -n 0 tests/native/test_triton_compiled.py $(ARGS)
+
+$(VENV)/.triton-$(call digest,$(TRITON)): $(INSTALLED)
+	$(PIP) install --quiet --no-deps '$(TRITON)'
+	@touch $@
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.cpu $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,10 +31,16 @@ def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
     """Return whether a device has compute capability `least`; a CPU, where only tests run kernels, has all capabilities."""
     if device.type != "cuda":
         return YES
-    found = torch.cuda.get_device_capability(device)
+    found = _capability(device)
     if found >= least:
         return YES
     return Support(False, f"it needs compute capability {least[0]}.{least[1]}, and this device has {found[0]}.{found[1]}")
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a device; torch looks it up anew each time, which one token of a layer notices."""
+    return torch.cuda.get_device_capability(device)
 
 
 def can_place_columns(name: str, columns: int) -> Support:

@@ -1,12 +1,24 @@
-"""`nm_linear` on a CUDA device: the Triton kernel for few tokens, a dense product for many."""
+"""`nm_linear` on a CUDA device: the C++ kernel for few tokens and 2:4, the Triton kernel for the others, a dense product for many."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import linear
 
+from .decode import as_tokens, supports_tokens
 from .devices import Support, can_place_columns
 from .implementation import Implementation
+
+STEP_COLUMNS = 128  # of the C++ kernel, which takes whole steps
+
+
+def _cuda(
+    x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    y = torch.ops.sparsekern_cuda.nm_linear.default(
+        as_tokens(x, STEP_COLUMNS), values.contiguous(), codes.contiguous(), None if bias is None else bias.contiguous()
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], len(values))
 
 
 def _triton(
@@ -20,8 +32,16 @@ def _triton(
     return linear(x, nm_linear.unpacked(values, codes, n, m, x.shape[-1]), bias)
 
 
+def _supports_few(x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, *args, **kwargs) -> Support:
+    if (n, m) != (2, 4):
+        return Support(False, f"the pattern is {n}:{m}, not 2:4")
+    if x.shape[-1] % STEP_COLUMNS:
+        return Support(False, f"x has {x.shape[-1]} input features, not a multiple of {STEP_COLUMNS}")
+    return supports_tokens("nm_linear", x)
+
+
 def _supports(x: torch.Tensor, *args, **kwargs) -> Support:
     return can_place_columns("x", x.shape[-1])
 
 
-IMPLEMENTATIONS = (Implementation("triton", _triton, _supports),)
+IMPLEMENTATIONS = (Implementation("cuda", _cuda, _supports_few), Implementation("triton", _triton, _supports))

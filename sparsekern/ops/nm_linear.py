@@ -86,6 +86,7 @@ def _samples(generator: torch.Generator):
         (33, 136, 2, 4, torch.bfloat16, (2, 3)),
         (7, 80, 3, 8, torch.bfloat16, (40,)),
         (18, 330, 1, 3, torch.float16, (3,)),
+        (20, 384, 2, 4, torch.bfloat16, (9,)),
     ):
         packed = tuple(pack_nm_rows(sparse_weight(rows, columns, n, m, dtype, generator), n, m).values())
         x = torch.randn(*tokens, columns, generator=generator).to(dtype)

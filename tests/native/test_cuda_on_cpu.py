@@ -28,7 +28,10 @@ def package(tmp_path_factory) -> Path:
 
 
 # In reversed order, a thread reads what another should have written before: looked for where threads share their work.
-SHARING = ("contracts", "obs_sweep", "topk_mask", "nm_mask", "semi_structured_prune_pack", "gram_symmetrize")
+SHARING = (
+    *("contracts", "obs_sweep", "topk_mask", "nm_mask", "semi_structured_prune_pack", "gram_symmetrize"),
+    "bitmask_linear",
+)
 ORDERS = {"forward": ("tests/ops",), "reversed": tuple(f"tests/ops/test_{name}.py" for name in SHARING)}
 
 
@@ -67,8 +70,18 @@ assert torch.equal(mask, expected), "wrong mask"
 """
 
 
-SYMMETRIZE, TOPK = "gram_symmetrize.cu", "topk_mask.cu"
-PROGRAMS = {SYMMETRIZE: MIRROR, TOPK: SELECT}
+# Without zeros: a slot holds the k-th value of two rows. One step for a warp, and none for the others.
+MULTIPLY = """
+weight, x = torch.randn(16, 128).bfloat16(), torch.randn(3, 128).bfloat16()
+values = torch.cat((weight.view(8, 2, 128).transpose(1, 2).flatten(), torch.zeros(128).bfloat16()))
+places = torch.full((16, 2), -1), torch.tensor([0, 8 * 128]), torch.arange(16, dtype=torch.int32)
+y = torch.ops.sparsekern_cuda.bitmask_linear(x, values, *places, None, None)
+assert torch.allclose(y.float(), x.float() @ weight.float().T, rtol=1e-2, atol=1e-2), "wrong product"
+"""
+
+
+SYMMETRIZE, TOPK, BITMASK = "gram_symmetrize.cu", "topk_mask.cu", "bitmask_linear.cu"
+PROGRAMS = {SYMMETRIZE: MIRROR, TOPK: SELECT, BITMASK: MULTIPLY}
 INLINED = {TOPK: "select.cuh"}  # the header that holds the kernel's barriers and sums, so that faults can be planted there
 PLANTED = """#include <cstdlib>
 namespace {
@@ -80,6 +93,7 @@ bool planted(int fault) {
 """
 BARRIER = "  __syncthreads();\n"
 CLEARED = "  bins.clear();\n" + BARRIER
+WAIT, READY = "    wait_for_copies<1>();\n", "    __syncwarp();\n#pragma unroll 1\n"
 SCAN = "  Count before = block_scan<kThreads>(sum, scratch.scan).before;\n"
 
 
@@ -129,6 +143,10 @@ FAULTS = {
         SCAN,
         SCAN.replace("= block_scan", "= FAULT ? Count(warp_inclusive_scan(sum) - sum) : block_scan"),
         "wrong mask",
+    ),
+    "a copy that is not waited for": Fault(BITMASK, WAIT, "    if (!FAULT) wait_for_copies<1>();\n", "wrong product"),
+    "lanes that do not wait for others' records": Fault(
+        BITMASK, READY, "    if (!FAULT) __syncwarp();\n#pragma unroll 1\n", "load of misaligned address"
     ),
 }
 

@@ -71,6 +71,21 @@ def test_many_rows_on_threads(isa, threads, generator, tokens, dtype):
     assert_close_to_exact(bitmask_linear(x, *packed_of(weight)), x, weight)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens", [2, 16])
+def test_neighbouring_rows_with_zeros_in_other_places(isa, poisoned, generator, tokens, dtype):
+    """The rows that share slots need other slots for the same columns; the last columns are dense."""
+    columns = 64 * 11
+    half = torch.arange(columns) < columns // 2
+    weight = torch.randn(18, columns, generator=generator)
+    weight[0::2] *= half
+    weight[1::2] *= ~half
+    weight[16:] = torch.randn(2, columns, generator=generator)
+    weight = weight.to(dtype)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    assert_close_to_exact(bitmask_linear(x, *packed_of(weight)), x, weight)
+
+
 def test_sizes_of_zero_and_leading_dimensions(isa, generator):
     for shape, rows, columns in (
         ((3, 0), 4, 0),

@@ -57,6 +57,17 @@ def test_equals_the_dense_product(isa, poisoned, generator, n, m, dtype):
             assert_close_to_exact(nm_linear(x, *packed, n, m, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
+def test_whole_steps_of_columns(isa, poisoned, generator, tokens, dtype):
+    """What the kernel of CUDA devices takes: a single step, several for each warp, and rows that few blocks share."""
+    for rows, groups in ((19, 32), (5, 32 * 9), (33, 64)):
+        weight = nm_weight(rows, groups, 2, 4, dtype, generator)
+        x = torch.randn(tokens, groups * 4, generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator).to(dtype)
+        assert_close_to_exact(nm_linear(x, *pack_nm_rows(weight, 2, 4).values(), 2, 4, bias), x, weight, bias)
+
+
 def test_sizes_of_zero_and_leading_dimensions(isa, generator):
     for shape, rows, groups in (((3, 0), 4, 0), ((0, 8), 2, 2), ((2, 8), 0, 2), ((8,), 3, 2), ((2, 0, 8), 3, 2), ((2, 3, 8), 3, 2)):
         weight = nm_weight(rows, groups, 2, 4, torch.float32, generator)

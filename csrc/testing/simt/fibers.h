@@ -57,12 +57,21 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
 };
 
+// 16 bytes on their way to shared memory (tensor_core.h).
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  unsigned group;
+};
+
 struct Fiber {
   Block* block = nullptr;
   dim3 index;
   unsigned linear = 0;
   Stack stack;
   bool finished = false;
+  std::vector<AsyncCopy> copies;
+  unsigned copy_groups = 0;  // that are complete: further copies belong to the next
 };
 
 // Runs blocks: one after the other, or all at once for a cooperative launch.

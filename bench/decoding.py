@@ -1,0 +1,150 @@
+"""A model on paper: the products of one token with packed weights on a GPU, by what bounds them. Nothing here is measured.
+
+`python -m bench.decoding` writes docs/decoding.md. Bytes follow from the layouts. Instructions are those of the machine code for sm_90,
+which tests/native/test_decode_machine_code.py counts. Reads of shared memory that meet in a bank are drawn at random.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "decoding.md"
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+SPARSITIES = (0.5, 0.6, 0.7)
+LANES = BANKS = 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a product of one token is measured against.
+
+    Attributes:
+        bytes_a_second: that a copy reaches.
+        multiprocessors: their number; each issues four instructions of a warp, and reads 128 bytes of shared memory, a cycle.
+        cycles_a_second: of a multiprocessor.
+        issued: share of the issue slots that a kernel uses.
+        latency: seconds until the first bytes arrive.
+    """
+
+    bytes_a_second: float
+    multiprocessors: int
+    cycles_a_second: float
+    issued: float
+    latency: float
+
+
+H200 = Device(bytes_a_second=0.9 * 4.8e12, multiprocessors=132, cycles_a_second=1.83e9, issued=0.8, latency=0.7e-6)
+UNIT, STEP = 300 / 64, 241 / 128  # instructions for each weight of bitmask rows: of the loop over units, and of a step around it
+STORED = 229 / 64  # instructions for each stored value of 2:4 rows
+TRITON = {"bitmask": 10.6, "2:4": 17.7 / 2}  # instructions of a thread for each weight, zeros included
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The seconds of a product that each bound takes, and those of the whole."""
+
+    memory: float
+    issue: float
+    shared: float
+    latency: float
+
+    @property
+    def seconds(self) -> float:
+        """The slowest bound, after the latency of what has to arrive first."""
+        return max(self.memory, self.issue, self.shared) + self.latency
+
+    @property
+    def bound(self) -> str:
+        """Name of the slowest bound."""
+        return max(("memory", "issue", "shared"), key=lambda name: getattr(self, name))
+
+
+def dense(rows: int, columns: int, device: Device = H200) -> Estimate:
+    return Estimate(2 * rows * columns / device.bytes_a_second, 0.0, 0.0, device.latency)
+
+
+def bitmask(rows: int, columns: int, sparsity: float, device: Device = H200) -> Estimate:
+    """Return the estimate of bitmask rows. The bits arrive before it is known where the values begin: two latencies."""
+    weights = rows * columns
+    stored = 2 * weights * (1 - sparsity)
+    # Of 1024 weights: 32 gathers, 4 reads of records and x, and the copy.
+    waves = weights / 1024 * (32 * conflicts(1 - sparsity) + 4) + 1.125 * stored / 128
+    return _estimate(stored + weights / 8, weights * (UNIT + STEP), waves, 2 * device.latency, device)
+
+
+def two_of_four(rows: int, columns: int, device: Device = H200) -> Estimate:
+    weights = rows * columns
+    packed = weights * 9 / 8
+    return _estimate(packed, weights / 2 * STORED, 2 * packed / 128, device.latency, device)
+
+
+def _estimate(packed: float, instructions: float, waves: float, latency: float, device: Device) -> Estimate:
+    cycles = device.multiprocessors * device.cycles_a_second
+    return Estimate(packed / device.bytes_a_second, instructions / LANES / 4 / cycles / device.issued, waves / cycles, latency)
+
+
+def conflicts(density: float, trials: int = 1000) -> float:
+    """Return the cycles that a warp's read takes if each lane reads with probability `density` from a random bank."""
+    draw, total = random.Random(0), 0
+    for _ in range(trials):
+        banks = [0] * BANKS
+        for _ in range(LANES):
+            if draw.random() < density:
+                banks[draw.randrange(BANKS)] += 1
+        total += max(banks)
+    return total / trials
+
+
+def page() -> str:
+    """Return docs/decoding.md."""
+    lines = [HEAD]
+    for rows, columns in SHAPES:
+        whole = dense(rows, columns)
+        shape = f"{rows} x {columns}"
+        lines.append(f"| {shape} | dense | {_us(whole.memory)} | | | {_us(whole.seconds)} | 1 | memory |")
+        for sparsity in SPARSITIES:
+            lines.append(_row(shape, f"bitmask, {sparsity:.0%}", bitmask(rows, columns, sparsity), whole))
+        lines.append(_row(shape, "2:4", two_of_four(rows, columns), whole))
+    return "\n".join(lines) + "\n" + TAIL
+
+
+def _row(shape: str, what: str, found: Estimate, whole: Estimate) -> str:
+    bounds = " | ".join(_us(seconds) for seconds in (found.memory, found.issue, found.shared, found.seconds))
+    return f"| {shape} | {what} | {bounds} | {whole.seconds / found.seconds:.2f} | {found.bound} |"
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}"
+
+
+HEAD = f"""\
+<!-- Written by python -m bench.decoding; do not edit. -->
+
+# One token on a GPU, on paper
+
+**This page is a model, not a measurement: the kernels have not run on a GPU.** `bench/decoding.py` counts bytes, instructions and reads of
+shared memory, and divides them by rates of an H200: 4.8 TB/s (NVIDIA's data sheet), of which a copy is taken to reach 90 %; 132
+multiprocessors at 1.83 GHz, from 989 TFLOP/s in bfloat16; 80 % of the issue slots; 0.7 us until the first bytes arrive, twice for a
+bitmask, whose bits say where the values are. Weights are bfloat16. Times are in microseconds; the last but one column is dense / packed.
+
+The machine code for sm_90 has {UNIT:.1f} instructions for each weight of a bitmask, zeros included, and {STEP:.1f} around that; the Triton kernel
+has {TRITON["bitmask"]:.1f}. Of 2:4 it has {STORED:.1f} for each stored value, and the Triton kernel {2 * TRITON["2:4"]:.1f}.
+
+| weight | format | memory | issue | shared memory | total | against dense | bound by |
+|---|---|---|---|---|---|---|---|"""
+
+TAIL = """
+* A bitmask is bound by shared memory: each value is a read of two bytes at a place that follows from the bits. Where lanes meet in a
+  bank, the read takes another cycle.
+* At 50 % that is 9 instructions for each stored value. Below 4 no kernel gets with this layout: reading a value, moving on, clearing what
+  has no value and joining two halves are 3 instructions for each weight, 6 for each value at 50 %.
+* 2:4 weights have no such reads: the sparse tensor cores take values and positions as they are stored.
+* Up to 8 tokens take the same instructions. For 9 to 16 the columns of `x` are read again by every tile of 16 rows, as many bytes
+  from the second-level cache as a dense weight has.
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,27 @@
+"""The model on paper of one token on a GPU: its page is that of the code, and its counts are those of the layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.decoding import H200, PAGE, bitmask, conflicts, dense, page, two_of_four
+from sparsekern.runtime.formats import format_of
+
+
+def test_the_page_is_that_of_the_code():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m bench.decoding writes it"
+
+
+def test_bytes_are_those_of_the_formats():
+    rows, columns = 64, 1024
+    kept = torch.arange(columns) % 2 == 0
+    weight = torch.ones(rows, columns, dtype=torch.bfloat16) * kept
+    for estimate, name in ((bitmask(rows, columns, 0.5), "bitmask"), (two_of_four(rows, columns), "2:4")):
+        assert estimate.memory * H200.bytes_a_second == pytest.approx(format_of(name).packed_bytes(weight), rel=0.02)
+    assert dense(rows, columns).memory * H200.bytes_a_second == pytest.approx(weight.nbytes)
+
+
+def test_lanes_that_meet_in_a_bank_wait():
+    assert conflicts(0.0, 10) == 0 and conflicts(1 / 32) < 1.5
+    assert 2 < conflicts(0.5) < 3 < conflicts(1.0) < 4  # one ball for each of 32 boxes: 3.5 in the fullest
