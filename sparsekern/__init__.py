@@ -5,7 +5,21 @@ from ._version import __version__
 from ._warnings import SparsekernWarning
 from .conversion import moefy
 from .data import perplexity
-from .methods import ALPS, COPAL, ExpertPruning, Gradual, KPrune, Magnitude, Method, Random, SparseGPT, SparseLLM, Structured, Wanda
+from .methods import (
+    ALPS,
+    COPAL,
+    BlockTuning,
+    ExpertPruning,
+    Gradual,
+    KPrune,
+    Magnitude,
+    Method,
+    Random,
+    SparseGPT,
+    SparseLLM,
+    Structured,
+    Wanda,
+)
 from .models.load import load, load_tokenizer
 from .pattern import NM, Unstructured
 from .pruning import prune, prune_continually
@@ -16,6 +30,7 @@ from .training import keep_sparsity, merge_adapter_
 __all__ = [
     "ALPS",
     "COPAL",
+    "BlockTuning",
     "Gradual",
     "NM",
     "ContinualReport",

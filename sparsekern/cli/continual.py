@@ -42,6 +42,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     check_adds_up(method, arguments.strategy)
     if arguments.correction != NONE:
         raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
+    if arguments.tune:
+        raise ValueError("--tune: expected one --calibration and no --state, whose blocks are tuned")
     texts = _texts_to_evaluate(arguments)
     if World.current().leads:
         check_new_out(arguments.out, "--out")

@@ -102,6 +102,7 @@ def _add_choice_of_weights(group) -> None:
         metavar="NAME",
         help="method for what experts leaves (--set then.NAME=VALUE)",
     )
+    group.add_argument("--tune", action="store_true", help="tune each block behind the method (--set tune.NAME=VALUE)")
     group.add_argument("--pattern", type=types.pattern, help="N:M keeps N of M (2:4); 0.5 is the share of zeros")
     group.add_argument(
         "--pattern-for",

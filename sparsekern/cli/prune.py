@@ -32,7 +32,7 @@ from .common import (
     next_steps,
     push_result,
 )
-from .settings import methods_of
+from .settings import methods_of, tuning_of
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -125,6 +125,7 @@ def _prune(
         max_memory=arguments.max_memory,
         leaves=arguments.leaves,
         correction=arguments.correction,
+        tune=tuning_of(arguments),
     )
     if held_out:
         results["perplexity, pruned"] = held_out.perplexity(model, arguments.max_memory)
@@ -160,7 +161,7 @@ def _calibration(
 
 def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:
     """Return whether the run needs calibration text."""
-    return method.needs_data or arguments.report_error or arguments.correction != NONE
+    return method.needs_data or arguments.report_error or arguments.correction != NONE or arguments.tune
 
 
 def _only_text(arguments: argparse.Namespace) -> str:

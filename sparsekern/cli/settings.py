@@ -6,8 +6,11 @@ import argparse
 import inspect
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
-from ..methods import METHODS, ExpertMethod, Method, settings_of
+from ..methods import METHODS, BlockTuning, ExpertMethod, Method, settings_of
+
+TUNE = "tune."  # begins the settings of --tune
 
 
 def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
@@ -54,8 +57,9 @@ def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:
         if "remove" not in settings_of(METHODS[arguments.method]):
             raise ValueError(f"--remove: expected --method experts or kprune, got {arguments.method}, which makes weights zero")
         assignments.append(("remove", repr(arguments.remove)))
+    tuning_of(arguments)  # raises for a setting that it does not accept
     prefix = "then."
-    own = [(name, value) for name, value in assignments if not name.startswith(prefix)]
+    own = [(name, value) for name, value in assignments if not name.startswith((prefix, TUNE))]
     later = [(name.removeprefix(prefix), value) for name, value in assignments if name.startswith(prefix)]
     method = configured(arguments.method, own)
     if arguments.then is None:
@@ -65,6 +69,28 @@ def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:
     if not isinstance(method, ExpertMethod):
         raise ValueError(f"--then: expected --method experts, got {method.name}")
     return method, configured(arguments.then, later)
+
+
+def tuning_of(arguments: argparse.Namespace) -> BlockTuning | None:
+    """Return the settings of `--tune`, None without it.
+
+    Raises:
+        ValueError: a setting without `--tune`, twice, or one that it does not accept.
+    """
+    assignments = [(name.removeprefix(TUNE), value) for name, value in arguments.set if name.startswith(TUNE)]
+    if not arguments.tune:
+        if assignments:
+            raise ValueError(f"--set: expected --tune, which has the setting {TUNE}{assignments[0][0]}")
+        return None
+    rules = settings_of(BlockTuning)
+    given: dict[str, Any] = {}
+    for name, text in assignments:
+        if name in given:
+            raise ValueError(f"--set: {TUNE}{name} is given twice")
+        if name not in rules:
+            raise ValueError(f"--set: --tune has no setting {name!r}, only {', '.join(rules)}")
+        given[name] = rules[name].from_text(f"--set {TUNE}{name}", text)
+    return BlockTuning(**given)
 
 
 def method_help(name: str) -> str:

@@ -15,6 +15,7 @@ from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
 from .statistics import ExpertSums, FeatureNorm, Gram, GramImportance, HasGram, HasImportance, HasNorms, SampleImportance
 from .structured import Structured
+from .tuning import BlockTuning
 from .wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
@@ -45,6 +46,7 @@ __all__ = [
     "COPAL",
     "METHODS",
     "BlockMethod",
+    "BlockTuning",
     "ExpertMethod",
     "ExpertPruning",
     "ExpertSums",

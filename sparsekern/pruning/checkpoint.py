@@ -8,8 +8,6 @@ and recomputes only the hidden states behind them, so it continues with the same
 from __future__ import annotations
 
 import copy
-import hashlib
-import itertools
 import json
 import shutil
 import warnings
@@ -27,8 +25,9 @@ from .._files import is_temporary, write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear, find_linears
 from ..models.stored_files import Part
-from ..models.streaming import Stream, stream_of
+from ..models.streaming import Stream
 from ..models.zeros import count_block
+from ..reports import schema
 from ..reports.report import LayerReport
 from ..runtime.streamed import made_part, stored_part
 from .mixtures import DENSE
@@ -38,13 +37,9 @@ from .store import InFolder, check_finite_tensors, check_pruned, check_specs, di
 FOLDER = "checkpoint"
 STATE = "state.json"
 FORMAT = 2
+OTHERS = "others/"  # a prefix of the tensors that tuning changed besides the weights
 NO_TENSOR = "\0"  # a prefix that no name has
 REMEDY = "remove it to redo its part of the run"
-# Settings of a config that change no result: where the model came from, and what a forward returns beside it.
-NOT_COMPUTED = {
-    "_name_or_path", "architectures", "dtype", "output_attentions", "output_hidden_states", "return_dict", "transformers_version",
-    "use_cache",
-}  # fmt: skip
 ReportLike = TypeVar("ReportLike")
 
 
@@ -151,7 +146,9 @@ class Checkpoint:
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write the result of block `index`."""
-        self.put(self._name(index), result.weights, {"layers": [asdict(layer) for layer in result.layers]})
+        tuned = {} if result.tuning is None else {"tuning": result.tuning}
+        tensors = {**result.weights, **{OTHERS + name: tensor for name, tensor in result.others.items()}}
+        self.put(self._name(index), tensors, {"layers": [asdict(layer) for layer in result.layers], **tuned})
 
     def finish(self) -> None:
         """Do nothing: `save` returns once a block is on disk."""
@@ -170,14 +167,30 @@ class Checkpoint:
         found = self.read(index, LayerReport.from_dict)
         if found is None:
             return None
-        weights, layers = found
+        tensors, layers = found
+        others = {name.removeprefix(OTHERS): tensor for name, tensor in tensors.items() if name.startswith(OTHERS)}
+        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHERS)}
         try:
             place = self.store.place(self._name(index))
             check_specs(place, weights, linears)
             check_pruned(place, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
-        return BlockResult(weights, layers)
+        return BlockResult(weights, layers, others=others, tuning=self._tuning(index))
+
+    def _tuning(self, index: int) -> dict[str, float] | None:
+        """Return the entry of a block in `Report.tuning`.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        found = self.store.get(self._name(index), prefix=NO_TENSOR)[1].get("tuning")
+        if found is None:
+            return None
+        try:
+            return schema.mapping(schema.number)(found)
+        except TypeError as error:
+            raise self.damaged(index, f"tuning: {error}") from error
 
     def read(
         self, index: int, make_report: Callable[[dict], ReportLike]
@@ -339,38 +352,6 @@ class StreamedCheckpoint(Checkpoint):
             self._stream.take(self.store.path(self._name(index)), part)
         except ValueError as error:
             raise self.damaged(index, error) from error
-
-
-def model_fingerprint(model: nn.Module, without: Sequence[nn.Parameter] = ()) -> str:
-    """Return a digest of a model's tensors and of its config.
-
-    Of each parameter and buffer it holds the name, shape and dtype, the sum of the bits and a sample of values. The config, such as the
-    base of rotary positions, can change what a model computes without changing a tensor.
-
-    Args:
-        model: the model.
-        without: parameters to leave out.
-    """
-    digest = hashlib.sha256(type(model).__name__.encode())
-    left_out = set(map(id, without))
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        known = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPUTED}
-        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    if (stream := stream_of(model)) is not None:
-        digest.update(stream.fingerprint(model, without).encode())
-        return digest.hexdigest()
-    for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if id(parameter) in left_out:
-            continue
-        flat = parameter.detach().flatten()
-        if flat.is_complex():
-            flat = torch.view_as_real(flat).flatten()
-        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        some = bits[:: max(1, len(bits) // 256)].cpu().contiguous().numpy().tobytes()
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))};".encode())
-        digest.update(some)
-    return digest.hexdigest()
 
 
 def differences(found: dict, expected: dict) -> list[str]:

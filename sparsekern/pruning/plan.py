@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._warnings import SparsekernWarning
+from ..methods import BlockTuning
 from ..methods.base import GradualMethod, LinearMethod, Method, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
@@ -54,6 +55,7 @@ class Request:
         rules: `weighting` and `unseen`, see `prune`.
         then: see `prune`.
         correction: see `prune`.
+        tune: see `prune`.
     """
 
     pattern: Pattern | None = None
@@ -69,6 +71,7 @@ class Request:
     rules: ExpertRules = field(default_factory=ExpertRules)
     then: Method | None = None
     correction: str = NONE
+    tune: BlockTuning | None = None
 
     @property
     def default_pattern(self) -> Pattern:
@@ -91,6 +94,7 @@ class Plan:
         rules: how experts are calibrated.
         course: the course of the model's forwards; None until it is observed.
         correction: what is done about the error of what is pruned already, see `corrections`.
+        tune: how each block is tuned behind the method; None does not.
     """
 
     blocks: Blocks
@@ -103,6 +107,7 @@ class Plan:
     rules: ExpertRules = field(default_factory=ExpertRules)
     course: Course | None = None
     correction: str = NONE
+    tune: BlockTuning | None = None
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
@@ -124,7 +129,8 @@ class Plan:
         """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
         patterns = {name: str(value) for name, value in self.patterns.items()}
         corrected = {} if self.correction == NONE else {"correction": self.correction}
-        return {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts, **corrected}
+        tuned = {} if self.tune is None else {"tune": self.tune.settings()}
+        return {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts, **corrected, **tuned}
 
     @property
     def settings_of_experts(self) -> dict[str, object]:

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..backends.libraries import check_isa
 from ..data import as_calibration
-from ..methods import ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
+from ..methods import BlockTuning, ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
+from ..models.fingerprint import model_fingerprint
 from ..models.memory import room_beside
 from ..pattern import parse_pattern
 from ..ranks import World
@@ -21,7 +22,7 @@ from ..runtime.output import checked_path
 from ..runtime.save import DENSE, check_format
 from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
-from .checkpoint import Checkpoint, model_fingerprint
+from .checkpoint import Checkpoint
 from .corrections import NONE, check_correction
 from .experts.loop import ExpertLoop
 from .gradual.loop import GradualLoop
@@ -35,6 +36,7 @@ from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
 from .session import check_module, check_seed, check_streamed, environment, parameters_of
 from .shared_blocks import SharedBlocks, follow_written, shared_blocks
+from .tuning.checks import check_tuning
 
 
 @on_all_ranks
@@ -63,6 +65,7 @@ def prune(
     leaves: int | None = None,
     max_memory: int | str | None = None,
     correction: str = NONE,
+    tune: BlockTuning | None = None,
 ) -> Report:
     """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
@@ -117,6 +120,8 @@ def prune(
             target: the linear comes as close as it can to its outputs in the dense model. Of every eight calibration samples one is
             then held out, to choose how far to correct each linear. It takes about three times the forwards, and `"sequential"`
             twice. Experts of a mixture keep their own weights as targets.
+        tune: settings of the tuning of each block behind the method, such as `BlockTuning(passes=2)`. None tunes nothing. The dense
+            model's hidden states are then kept beside those of the pruned one, and `batch_size` bounds an optimizer step from below.
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -170,6 +175,7 @@ def prune(
         seed=seed,
         then=None if then is None else resolve_method(then),
         correction=correction,
+        tune=tune,
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     if not isinstance(request.then or method, LinearMethod):
@@ -181,6 +187,7 @@ def prune(
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method, request.then)
     check_correction(correction, request.then or method, model, leaves)
+    check_tuning(tune, request.then or method, model, leaves)
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)

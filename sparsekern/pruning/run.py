@@ -43,11 +43,15 @@ class BlockResult:
         weights: the pruned weights, by linear name.
         layers: a report of each layer.
         totals: the sums over datasets, see `SharedStatistics.totals`; empty where none are kept.
+        others: the parameters that tuning changed besides the weights, by name.
+        tuning: the entry of `Report.tuning`; None where the block was not tuned.
     """
 
     weights: Mapping[str, torch.Tensor]
     layers: Sequence[LayerReport] | Sequence[SubLayerReport] | Sequence[MixtureReport]
     totals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tuning: dict[str, float] | None = None
 
 
 class Blocks(Protocol):

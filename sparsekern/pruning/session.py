@@ -53,8 +53,17 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
-def batches_for(model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
+def batches_for(
+    model: nn.Module, method: Method, calibration: Calibration | None, batch_size: int | None, most_tokens: int | None = None
+) -> list[Batch]:
     """Return the calibration data as batches for `model`, and read them first if they are a text.
+
+    Args:
+        model: the model.
+        method: the method that needs them.
+        calibration: see `prune`.
+        batch_size: see `prune`.
+        most_tokens: tokens in a batch where `batch_size` is None and one sample has no more; None chooses.
 
     Raises:
         TypeError: see `as_batches`.
@@ -73,6 +82,8 @@ def batches_for(model: nn.Module, method: Method, calibration: Calibration | Non
             )
         calibration = calibration.read(model)
     device = next(model.parameters()).device
+    if most_tokens is not None and batch_size is None and isinstance(calibration, torch.Tensor) and calibration.dim() == 2:
+        batch_size = max(1, most_tokens // max(1, calibration.shape[1]))
     return as_batches(calibration, batch_size, device, vocabulary(model), positions(model), expected)
 
 

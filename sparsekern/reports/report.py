@@ -10,10 +10,12 @@ from . import schema
 from .base import BaseReport, error_text, phases
 from .experts import starred
 from .html import Page, Section, by_block, lines_section, perplexity_section, seconds_section, shown, size_section, table
+from .plots import Point
 from .schema import Fields
 
 FLAT = 5e-4  # sparsities that differ by less are one number, not a plot
 ERROR_NOTE = "Relative squared error of each linear's output over the calibration tokens; the scale is logarithmic."
+TUNING_NOTE = "Mean relative squared error of a held-out token's hidden state behind each block; the scale is logarithmic."
 COLUMNS = {
     "linear": lambda layer: layer.name,
     "shape": lambda layer: " × ".join(map(str, layer.shape)),
@@ -101,6 +103,8 @@ class Report(BaseReport):
         resumed_blocks: number of blocks taken from a checkpoint. Their layers' seconds are those of the run that solved them.
         training: one entry for each optimizer step of a method that trains: the pruning `step`, the `sparsity`, the
             `learning_rate`, and the `loss` of the step's batch before it was trained on.
+        tuning: one entry for each block that was tuned: its number `block`, the held-out errors `before` and `after`, the optimizer
+            `steps` and the `seconds`.
 
     Example:
         >>> report = sparsekern.prune(model, "magnitude", 0.5, progress=False)
@@ -118,6 +122,7 @@ class Report(BaseReport):
     calibration_tokens: int = 0
     resumed_blocks: int = 0
     training: list[dict[str, float]] = field(default_factory=list)
+    tuning: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -161,6 +166,7 @@ class Report(BaseReport):
                     log=True,
                 ),
                 self._sparsity_section(),
+                *self._tuning_sections(),
                 seconds_section("Time by phase", self.seconds),
             ],
             table(f"All {len(self.layers)} linears", self.layers, COLUMNS),
@@ -177,12 +183,23 @@ class Report(BaseReport):
         series = by_block(((layer.name, layer.sparsity) for layer in self.layers), ".2%")
         return lines_section("Zeros by layer", series, x_label="block", note="Share of each linear's weights.")
 
+    def _tuning_sections(self) -> list[Section]:
+        if not self.tuning:
+            return []
+        series = {
+            name: [
+                Point(block["block"], block[name], f"block {block['block']:g} {name}: {block[name]:.3e}") for block in self.tuning
+            ]
+            for name in ("before", "after")
+        }
+        return [lines_section("Error of blocks before and after tuning", series, x_label="block", note=TUNING_NOTE, log=True)]
+
     def _run(self) -> dict[str, object]:
         return {"calibration_tokens": self.calibration_tokens, "resumed_blocks": self.resumed_blocks}
 
     def _results(self) -> dict[str, object]:
         shares = {"sparsity": self.sparsity, "model_parameters": self.model_parameters, "model_sparsity": self.model_sparsity}
-        return {**shares, "training": self.training}
+        return {**shares, "training": self.training, "tuning": self.tuning}
 
     def _layers(self) -> list[dict[str, object]]:
         return [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
@@ -196,6 +213,7 @@ class Report(BaseReport):
             "calibration_tokens": run.take("calibration_tokens", schema.whole),
             "resumed_blocks": run.take("resumed_blocks", schema.whole),
             "training": results.take("training", schema.listing(schema.mapping(schema.number))),
+            "tuning": results.take("tuning", schema.listing(schema.mapping(schema.number)), list[dict[str, float]]()),
         }
 
     def __str__(self) -> str:
@@ -222,5 +240,8 @@ class Report(BaseReport):
             first, last = self.training[0]["loss"], self.training[-1]["loss"]
             lines.append(f"{len(self.training)} optimizer steps, loss of their batches from {first:.3f} to {last:.3f}")
         of_all = "" if self.model_sparsity is None else f", {self.model_sparsity:.2%} of all weights"
+        if self.tuning:
+            before, after = (sum(block[name] for block in self.tuning) / len(self.tuning) for name in ("before", "after"))
+            lines.append(f"{len(self.tuning)} blocks tuned, mean held-out error from {before:.3e} to {after:.3e}")
         lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros{of_all}; seconds: {phases(self.seconds)}")
         return "\n".join(lines)

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from sparsekern import ALPS, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, Wanda
+from sparsekern import ALPS, BlockTuning, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, Wanda
 from sparsekern.cli import main
 from sparsekern.cli.parser import make_parser
-from sparsekern.cli.settings import configured
+from sparsekern.cli.settings import configured, methods_of, tuning_of
 from sparsekern.methods import METHODS, settings_of
 from sparsekern.pattern import parse_pattern
 
@@ -52,6 +52,32 @@ def test_every_setting_is_read_from_what_help_shows_as_its_default(method, capsy
     assert all(f"{name} {' '.join(rule.help.split())}" in printed for name, rule in rules.items())
     assert configured(method, list(zip(rules, defaults, strict=True))) == METHODS[method]()
     assert ("NAME=VALUE gives a setting of the" in printed) == (method in ("gradual", "sparsellm"))
+
+
+def tuning(*words):
+    return make_parser().parse_args(["prune", "model", "--out", "out", *words])
+
+
+def test_settings_of_tuning_are_its_own():
+    options = tuning("--tune", "--set", "tune.passes=2", "--set", "damping=0.1", "--set", "tune.clip=3")
+    assert tuning_of(options) == BlockTuning(passes=2, clip=3.0)
+    assert methods_of(options)[0] == SparseGPT(damping=0.1)
+    assert tuning_of(tuning()) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "tune.passes=2"), "--set: expected --tune, which has the setting tune.passes"),
+        (("--tune", "--set", "tune.passes=0"), "BlockTuning.passes: expected a whole number of at least 1, got 0"),
+        (("--tune", "--set", "tune.passes=x"), "--set tune.passes: expected a whole number of at least 1, got 'x'"),
+        (("--tune", "--set", "tune.speed=1"), "--set: --tune has no setting 'speed', only learning_rate, passes"),
+        (("--tune", "--set", "tune.clip=1", "--set", "tune.clip=2"), "--set: tune.clip is given twice"),
+    ],
+)
+def test_bad_settings_of_tuning_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        methods_of(tuning(*words))
 
 
 @pytest.mark.parametrize(("glob", "pattern"), [("*.up_proj", "2:4"), ("*.a=b", "0.5"), ("[=]", "dense")])

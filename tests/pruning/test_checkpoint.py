@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import sparsekern
 from sparsekern import SparseGPT, SparsekernWarning, SparseLLM
 from sparsekern import _files as files
+from sparsekern.models.fingerprint import model_fingerprint
 from sparsekern.pruning import checkpoint
 from tests.models.families import tiny_ids, tiny_model
 
@@ -184,20 +185,20 @@ def more_state(model):
 @pytest.mark.parametrize("change", [scaled_rotary, other_base, other_window, more_state], ids=lambda change: change.__name__)
 def test_what_no_parameter_holds_makes_another_model_too(change):
     model, same = tiny_model("llama"), tiny_model("llama")
-    before = checkpoint.model_fingerprint(model)
+    before = model_fingerprint(model)
     same.config.use_cache, same.config._name_or_path = False, "elsewhere"
-    assert checkpoint.model_fingerprint(same) == before
+    assert model_fingerprint(same) == before
     change(model)
-    assert checkpoint.model_fingerprint(model) != before
+    assert model_fingerprint(model) != before
 
 
 def test_the_same_values_at_other_places_are_another_model():
     """The sum of their bits is the same."""
     model = tiny_model("llama")
-    before = checkpoint.model_fingerprint(model)
+    before = model_fingerprint(model)
     weight = model.model.layers[0].mlp.up_proj.weight.data
     weight.copy_(weight.flip(0))
-    assert checkpoint.model_fingerprint(model) != before
+    assert model_fingerprint(model) != before
 
 
 def test_another_environment_is_said(unfinished):

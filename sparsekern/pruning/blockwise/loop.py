@@ -41,6 +41,7 @@ from .sharing import SharedSolve, shares_work
 from .shelf import Shelf
 from .solving import Job, Solved, Solver
 from .statistics import SharedStatistics
+from .tuned import BlockTuner, check_tunable, restore_others
 from .written import restored, write, written_meanwhile
 
 
@@ -57,6 +58,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     activations: Activations  # set by `run` where statistics are gathered
     share: Share  # of the batches, likewise
     dense: DenseStream | None = None  # the dense model's forwards, where targets are taken from it
+    tuner: BlockTuner | None = None  # where blocks are tuned
     dealt_experts: DealtExperts | None = None  # of the current block, where experts are dealt to ranks
 
     def __init__(self, context: RunContext[Plan, LinearMethod, Report, Blocks], memory: Memory | None = None) -> None:
@@ -74,16 +76,20 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     @classmethod
     def make_plan(cls, model: nn.Module, method: LinearMethod, request: Request) -> tuple[Plan, list[Batch] | None]:
-        plan = replace(plan_linears(model, method, request), measure_error=request.report_error, correction=request.correction)
-        if not method.needs_data and not request.report_error and request.correction == NONE:
+        plan = replace(plan_linears(model, method, request), correction=request.correction, tune=request.tune)
+        plan = replace(plan, measure_error=request.report_error)
+        if not method.needs_data and not request.report_error and request.correction == NONE and request.tune is None:
             request.rules.check_unweighted(method)
             return plan, None
         plan = plan.calibrated(request.rules)
-        batches = batches_for(model, method, request.calibration, request.batch_size)
-        if request.correction == DENSE:
+        least = None if request.tune is None else request.tune.batch_tokens
+        batches = batches_for(model, method, request.calibration, request.batch_size, least)
+        if request.correction == DENSE or request.tune is not None:
             batches = with_held_out(batches, request.seed)
         with prepared(model, request.seed), lent_blocks(model):
             plan = observed(model, plan, batches)
+            if plan.tune is not None:
+                check_tunable(model, plan.course is not None and plan.course.chain)
             if isinstance(method, BlockMethod):
                 plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
         return plan, batches
@@ -105,8 +111,10 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 self.share = Share(context.world, batches, context.leaves)
                 shelf = Shelf(context.memory.hidden, context.memory.folder)
                 self.activations = Activations(context.model, self.share.batches, self.course, shelf)
-                if self.plan.correction == DENSE:
+                if self.plan.correction == DENSE or self.plan.tune is not None:
                     self.dense = DenseStream(context.model, self.share.batches, self.course)
+                if self.dense is not None and self.plan.tune is not None:
+                    self.tuner = BlockTuner(context, self.plan.tune, self.activations, self.course, self.dense)
             order = [*self.course.order, len(parts) - 1]
         with self._blocks_on_disk():
             self._run_blocks(order, bool(batches))
@@ -153,6 +161,11 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         found = self.context.checkpoint.load(index, linears) if self.context.checkpoint else None
         if found is None:
             return False
+        if self.dense is not None and index < len(self.plan.blocks.modules):
+            with self.context.clock.phase("forward"):
+                self.dense.advance(index)  # while the block is dense
+        if found.tuning is not None:
+            self._restore_tuned(index, linears, found)
         write(linears, found.weights)
         self.context.report.resumed_blocks += 1
         self.context.record(found.layers)
@@ -162,13 +175,22 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         for linear in linears if stream_of(self.context.model) else ():
             check_finite(linear)
         result = self.solve_block(index, linears)
+        self.solver.say_lost_zeros(linears, result.weights)
+        if self.tuner is not None and index < len(self.plan.blocks.modules):
+            result = self.tuner.tune(index, linears, result)
         if self.context.checkpoint:
             with self.context.clock.phase("write"):
                 self.context.checkpoint.save(index, result)
         self.context.world.agree(f"block {index}")
-        self.solver.say_lost_zeros(linears, result.weights)
         write(linears, result.weights)
         self.context.record(result.layers)
+        if result.tuning is not None:
+            self.context.report.tuning.append(result.tuning)
+
+    def _restore_tuned(self, index: int, linears: Sequence[Linear], found: BlockResult) -> None:
+        assert found.tuning is not None
+        restore_others(self.plan.blocks, index, linears, found.others)
+        self.context.report.tuning.append(found.tuning)
 
     def solve_block(self, index: int, linears: Sequence[Linear]) -> BlockResult:
         """Return the result of block `index`, or of the linears outside the blocks. The model is unchanged, unless it is streamed."""

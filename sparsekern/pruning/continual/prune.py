@@ -13,6 +13,7 @@ from ...backends.libraries import check_isa
 from ...data import as_calibration, is_source
 from ...data.perplexity import as_evaluation, evaluation_windows, windows_together
 from ...methods import METHODS, BlockMethod, LinearMethod, Magnitude, Method, check_choice, resolve_method
+from ...models.fingerprint import model_fingerprint
 from ...models.limits import window_length
 from ...models.memory import room_beside
 from ...models.streaming import stream_of
@@ -24,7 +25,6 @@ from ...runtime.save import DENSE
 from ..batches import Batch, Calibration, fingerprint
 from ..blockwise.experts import parted
 from ..blockwise.observation import check_complete, observed
-from ..checkpoint import model_fingerprint
 from ..memory import planned_memory
 from ..mixtures import EQUAL, MAGNITUDE, ExpertRules
 from ..modes import plain_modes

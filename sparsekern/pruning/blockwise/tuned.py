@@ -1,0 +1,128 @@
+"""Tuning behind the method: what the block loop gives to `tune_block`, and what it keeps of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+
+from ..._warnings import SparsekernWarning
+from ...methods import BlockTuning
+from ...models import Blocks, Linear
+from ..run import BlockResult, RunContext
+from ..seeds import derived_seed
+from ..tuning.block import Samples, trained_of, tune_block
+from .activations import Activations
+from .course import Course
+from .dense_stream import DenseStream
+from .written import write
+
+
+class BlockTuner:
+    """Tunes each block once it is solved."""
+
+    def __init__(
+        self, context: RunContext, settings: BlockTuning, activations: Activations, course: Course, dense: DenseStream
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            context: the run.
+            settings: see `BlockTuning`.
+            activations: the hidden states of the pruned model.
+            course: the course of the forwards.
+            dense: the hidden states of the dense model.
+        """
+        self._context, self._settings = context, settings
+        self._activations, self._course, self._dense = activations, course, dense
+
+    def tune(self, index: int, linears: Sequence[Linear], result: BlockResult) -> BlockResult:
+        """Write the result of block `index` to the model, tune the block, and return its result with what tuning changed.
+
+        After an error the block is dense again.
+        """
+        clock = self._context.clock
+        block, name = self._course.blocks.modules[index], self._course.blocks.block_name(index)
+        with clock.phase("forward"):
+            self._dense.advance(index)  # with the weights from before
+        others = other_parameters(block, name, linears)
+        before = {name: tensor.clone() for name, tensor in others.items()}
+        dense = {linear.name: linear.weight.clone() for linear in linears}
+        start = clock.now()
+        with clock.phase("tune"):
+            try:
+                write(linears, result.weights)
+                trained = trained_of(block, linears, name)
+                seed = derived_seed(self._context.seed, f"tune {name}")
+                found = tune_block(block, trained, self._samples(index), self._settings, seed)
+            except BaseException:
+                write(linears, dense)
+                _copy(others, before)
+                raise
+        if found.failure:
+            warnings.warn(
+                f"{name}: {found.failure}, so it keeps the weights of the method; lower BlockTuning.learning_rate",
+                SparsekernWarning,
+                stacklevel=2,
+            )
+        row = {"block": index, "before": found.before, "after": found.after, "steps": found.steps, "seconds": clock.now() - start}
+        weights = {linear.name: linear.weight.clone() for linear in linears}
+        return replace(result, weights=weights, others={name: own.clone() for name, own in others.items()}, tuning=row)
+
+    def _samples(self, index: int) -> Samples:
+        activations, dense = self._activations, self._dense.activations
+        numbers = [number for number in range(len(activations.batches)) if activations.runs(number, index)]
+        mask = self._course.run_of(index).mask
+
+        def run(number: int) -> torch.Tensor:
+            return cast("torch.Tensor", activations.run(number, index))
+
+        return Samples(
+            run=run,
+            target=dense.hidden,
+            tokens=partial(_tokens, activations, mask),
+            fitted=[number for number in numbers if not activations.batches[number].held_out],
+            held_out=[number for number in numbers if activations.batches[number].held_out],
+        )
+
+
+def _tokens(activations: Activations, mask: str | None, number: int) -> torch.Tensor | None:
+    return activations.batches[number].mask(mask)
+
+
+def _copy(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
+def check_tunable(model: nn.Module, chain: bool) -> None:
+    """Raise `ValueError` unless each block takes the output of the one before."""
+    if not chain:
+        raise ValueError(
+            f"tune: expected a model whose blocks take nothing but the output of the one before, got {type(model).__name__}"
+        )
+
+
+def other_parameters(block: nn.Module, name: str, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
+    """Return the parameters of a block that tuning changes besides its linears, by name."""
+    parameters = {linear.parameter for linear in linears}
+    return {of.name: of.parameter.detach() for of in trained_of(block, (), name) if of.parameter not in parameters}
+
+
+def restore_others(blocks: Blocks, index: int, linears: Sequence[Linear], others: Mapping[str, torch.Tensor]) -> None:
+    """Write what tuning had changed of block `index` besides its linears.
+
+    Raises:
+        ValueError: it is not of this block.
+    """
+    own = other_parameters(blocks.modules[index], blocks.block_name(index), linears)
+    for name in own.keys() | others.keys():
+        found = others.get(name)
+        if name not in own or found is None or found.shape != own[name].shape or found.dtype != own[name].dtype:
+            raise ValueError(f"out: block {index} of the checkpoint is damaged: {name} is missing, or not of this model")
+    _copy(own, others)

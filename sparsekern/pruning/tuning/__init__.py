@@ -1,0 +1,1 @@
+"""Training behind a method: of one block at a time, and of the whole model."""

@@ -1,0 +1,42 @@
+"""Parameters in float32 while they are trained, and the ones that have gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def float32_masters(parameters: Iterable[nn.Parameter]) -> Iterator[torch.autocast]:
+    """Make 16-bit parameters float32 within, and round them back afterwards. Yield an autocast that lets them compute in bfloat16."""
+    parameters = list(parameters)
+    dtypes = {parameter: parameter.dtype for parameter in parameters if parameter.dtype in (torch.bfloat16, torch.float16)}
+    device = parameters[0].device.type
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield torch.autocast(device, torch.bfloat16, enabled=bool(dtypes))
+    finally:
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def only_these_require_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let `parameters` alone require gradients within `module`, and restore all flags afterwards. No gradient is left behind."""
+    wanted = set(parameters)
+    before = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    held = {parameter: parameter.grad for parameter in before}
+    try:
+        for parameter in before:
+            parameter.grad = None
+            parameter.requires_grad_(parameter in wanted)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.grad = None
+            parameter.requires_grad_(required)
+            parameter.grad = held[parameter]

@@ -1,0 +1,121 @@
+"""AdamW over parameters of which some weights are pruned, by the op `masked_adamw_`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..models import Linear
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A parameter to train.
+
+    Attributes:
+        name: its name in the model.
+        parameter: the parameter, float32.
+        mask: True where a weight is kept, in the layout of the parameter; None keeps all.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    mask: torch.Tensor | None = None
+
+
+class MaskedAdamW:
+    """AdamW whose pruned weights stay exactly zero.
+
+    Attributes:
+        trained: the parameters.
+        steps: the steps that were taken.
+    """
+
+    def __init__(
+        self, trained: Iterable[Trained], *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        """Begin with moments of zero. `weight_decay` is that of matrices; norms and biases do not decay."""
+        self.trained = tuple(trained)
+        self.steps = 0
+        self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
+        self._moments = {
+            f"{moment}/{of.name}": torch.zeros_like(of.parameter, dtype=torch.float32) for of in self.trained for moment in MOMENTS
+        }
+
+    def step(self, lr: float, clip: float | None = None) -> float:
+        """Take a step along the gradients that the parameters hold, and drop these.
+
+        Args:
+            lr: the learning rate.
+            clip: the largest norm of the gradient of all kept weights together; None clips nothing.
+
+        Returns:
+            That norm, in front of clipping; NaN where a gradient is not finite. Then nothing is changed.
+        """
+        held = [of for of in self.trained if of.parameter.grad is not None]
+        norm = self._norm(held)
+        if not norm < float("inf"):
+            return float("nan")
+        self.steps += 1
+        scale = 1.0 if clip is None or norm <= clip else clip / norm
+        with torch.no_grad():
+            for of in held:
+                assert of.parameter.grad is not None
+                ops.masked_adamw_(
+                    of.parameter,
+                    of.parameter.grad,
+                    *(self._moments[f"{moment}/{of.name}"] for moment in MOMENTS),
+                    step=self.steps,
+                    lr=lr,
+                    mask=of.mask,
+                    beta1=self._betas[0],
+                    beta2=self._betas[1],
+                    eps=self._eps,
+                    weight_decay=self._weight_decay if of.parameter.dim() > 1 else 0.0,
+                    grad_scale=scale,
+                )
+                of.parameter.grad = None
+        return norm
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the moments, by `exp_avg/NAME` and `exp_avg_sq/NAME`; the number of steps is the caller's to keep."""
+        return dict(self._moments)
+
+    def restore(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Take the moments that `state` returned after `steps` steps.
+
+        Raises:
+            ValueError: moments are missing, or of another shape.
+        """
+        for name, own in self._moments.items():
+            if name not in moments or moments[name].shape != own.shape:
+                raise ValueError(f"moments: expected {name} of shape {tuple(own.shape)}")
+        for name, own in self._moments.items():
+            own.copy_(moments[name])
+        self.steps = steps
+
+    @staticmethod
+    def _norm(held: Iterable[Trained]) -> float:
+        squares = []
+        for of in held:
+            assert of.parameter.grad is not None
+            if of.mask is not None:
+                of.parameter.grad.masked_fill_(~of.mask, 0)
+            squares.append(torch.linalg.vector_norm(of.parameter.grad, dtype=torch.float32))
+        return float(torch.linalg.vector_norm(torch.stack(squares))) if squares else 0.0
+
+
+def kept_weights(linears: Iterable[Linear]) -> dict[nn.Parameter, torch.Tensor]:
+    """Return the mask of each parameter that stores pruned linears: True where a weight is not zero, or not of these linears."""
+    masks: dict[nn.Parameter, torch.Tensor] = {}
+    for linear in linears:
+        if linear.parameter not in masks:
+            masks[linear.parameter] = torch.ones_like(linear.parameter, dtype=torch.bool)
+        linear.part_of(masks[linear.parameter]).copy_(linear.part_of(linear.parameter.detach()) != 0)
+    return masks
