@@ -8,7 +8,10 @@ from typing import Any
 
 KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (ValueError, TypeError, KeyError, IndexError, ArithmeticError, NotImplementedError, RuntimeError, MemoryError)
+    for kind in (
+        *(ValueError, TypeError, KeyError, IndexError, ArithmeticError, NotImplementedError, RuntimeError, MemoryError),
+        *(FileExistsError, FileNotFoundError, PermissionError, OSError),  # made with a text alone
+    )
 }
 
 REMEDY = (
@@ -43,7 +46,7 @@ def shared(failures: Sequence[Mapping[str, Any] | None]) -> Exception:
     rank, failure = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
     whose = "" if all(other == failure for other in failures) else f"rank {rank}: "
     text = str(failure["text"])
-    if failure["kind"] == "OSError":
+    if "errno" in failure:
         number = int(failure["errno"])
         return OSError(number, f"{whose}{text}", failure["file"])
     kind = KINDS[failure["kind"]]

@@ -7,7 +7,7 @@ adds the other, so that each entry is added once, in the order of the tree. Then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -48,11 +48,22 @@ def add_over_ranks(world: World, tensor: torch.Tensor, *, lower: bool = False) -
         tensor: the sum over this rank's leaves.
         lower: only the lower triangle of a square matrix is added and sent.
     """
+    add_all_over_ranks(world, [(tensor, lower)])
+
+
+def add_all_over_ranks(world: World, tensors: Sequence[tuple[torch.Tensor, bool]]) -> None:
+    """Do what `add_over_ranks` does for several tensors, each with its `lower`, with a single wait for the other ranks."""
     if world.size == 1:
         return
+    world.agree("sum")  # nothing can fail between here and the last swap but the other rank
+    for tensor, lower in tensors:
+        _add(world, tensor, lower=lower)
+
+
+def _add(world: World, tensor: torch.Tensor, *, lower: bool) -> None:
+    """Replace a tensor by its sum, once all ranks are ready."""
     flat = packed_lower(tensor) if lower else tensor.reshape(-1).contiguous()
     buffer = flat.new_empty((len(flat) + 1) // 2)
-    world.agree("sum")  # nothing can fail between here and the last swap but the other rank
     spans = [(0, len(flat))]
     step = 1
     while step < world.size:

@@ -22,6 +22,7 @@ from .failures import as_text, causes, lost, shared, silence
 from .watch import Stopped, Watch
 
 PATIENCE = timedelta(hours=24)  # for a rank that works; one that ended is noticed at once
+SHORT = 40  # characters of a value that a message shows
 _worlds: list[tuple[object, World]] = []  # of the default process group that was used last
 
 
@@ -138,14 +139,14 @@ class World:
         return self.gather(at, value if self.leads else None)[0]
 
     def check_alike(self, values: Mapping[str, Any]) -> None:
-        """Raise `ValueError` on all ranks if a value differs between them. The message names it and the ranks."""
-        found = self.gather("arguments", dict(values))
-        for name in sorted({name for own in found for name in own}):
-            others = [rank for rank, own in enumerate(found) if own.get(name) != found[0].get(name)]
-            if others:
+        """Raise `ValueError` on all ranks if values differ between them. The message names all that do, and a rank."""
+        first, *others = self.gather("arguments", dict(values))
+        for rank, own in enumerate(others, start=1):
+            if names := sorted(name for name in {**first, **own} if own.get(name) != first.get(name)):
+                shown = [text for name in names if (text := _shown(name, own.get(name), first.get(name)))]
+                values_shown = f" ({', '.join(shown)})" if shown else ""
                 raise ValueError(
-                    f"{name}: expected the same on all ranks, got another on rank {others[0]} than on rank 0"
-                    f"{_shown(found[others[0]].get(name), found[0].get(name))}"
+                    f"{', '.join(names)}: expected the same on all ranks, got another on rank {rank} than on rank 0{values_shown}"
                 )
 
     def swap(self, tensor: torch.Tensor, rank: int, into: torch.Tensor) -> None:
@@ -311,7 +312,6 @@ def _has_nccl(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and "nccl" in str(distributed.get_backend_config())
 
 
-def _shown(value: Any, first: Any) -> str:
-    """Return two values for a message if they are short."""
-    texts = str(value), str(first)
-    return f" ({texts[0]} and {texts[1]})" if max(map(len, texts)) <= 80 else ""
+def _shown(name: str, value: Any, first: Any) -> str:
+    """Return two values for a message if they are short, so no digests."""
+    return f"{name} {value} and {first}" if max(len(str(value)), len(str(first))) <= SHORT else ""

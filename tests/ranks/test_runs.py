@@ -61,7 +61,7 @@ def test_a_run_is_not_resumed_with_other_leaves(tmp_path):
         ("nan", "ValueError", "rank 3: model.layers.0.self_attn.q_proj: its input is nan in calibration sample 6"),
         ("method", "ArithmeticError", "rank 3: a bug of the user's"),
         ("endless", "ArithmeticError", "rank 3: a bug of the user's"),  # the others would work for ever
-        ("seed", "ValueError", "seed: expected the same on all ranks, got another on rank 3 than on rank 0 (1 and 0)"),
+        ("seed", "ValueError", "seed: expected the same on all ranks, got another on rank 3 than on rank 0 (seed 1 and 0)"),
         ("data", "ValueError", "calibration: expected the same on all ranks, got another on rank 3 than on rank 0"),
         ("model", "ValueError", "model: expected the same on all ranks, got another on rank 3 than on rank 0"),
         ("pattern", "ValueError", "patterns: expected the same on all ranks, got another on rank 3 than on rank 0"),

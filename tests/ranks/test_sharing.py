@@ -59,7 +59,7 @@ def test_the_cases_pass_a_factor_on(method):
     assert {place.rank for places in dealt.places for place in places} == {0, 1}
 
 
-@pytest.mark.parametrize(("size", "expected"), [(1, []), (2, []), (4, ["down"])])
+@pytest.mark.parametrize(("size", "expected"), [(1, []), (2, []), (4, ["down", "q"])])
 def test_the_longest_linears_are_solved_together_where_that_takes_less_time(size, expected):
     found = linears(torch.float32)
     shared = SharedSolve(solver_of(ALPS(), "2:4", found), World(0, size), 8, jobs_of(found))

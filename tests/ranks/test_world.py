@@ -64,6 +64,7 @@ def test_values_of_all_ranks_are_gathered_and_tensors_broadcast(ranks):
         (ValueError("up_proj: its input is nan"), ("ValueError", "rank 3: up_proj: its input is nan")),
         (KeyError("x"), ("KeyError", "\"rank 3: 'x'\"")),
         (OSError(errno.ENOSPC, "no space left", "out/x"), ("OSError", "[Errno 28] rank 3: no space left: 'out/x'")),
+        (FileExistsError("out: there is one"), ("FileExistsError", "rank 3: out: there is one")),
         (AssertionError("own"), ("RuntimeError", "rank 3: AssertionError: own")),
     ],
 )
@@ -88,8 +89,11 @@ def test_ranks_at_different_places_are_refused(ranks):
 
 
 def test_values_that_differ_are_named(ranks):
-    values = [{"seed": 0, "pattern": "2:4"}] * 2 + [{"seed": 1, "pattern": "2:4"}] + [{"seed": 0, "pattern": "2:4"}]
-    message = "seed: expected the same on all ranks, got another on rank 2 than on rank 0 (1 and 0)"
+    values = [{"seed": 0, "pattern": "2:4"}] * 2 + [{"seed": 1, "pattern": "2:4"}] + [{"seed": 0, "pattern": "1:4"}]
+    message = "seed: expected the same on all ranks, got another on rank 2 than on rank 0 (seed 1 and 0)"
+    assert [answer[:2] for answer in ranks.run(4, f"{CASES}:unlike", values)] == [("ValueError", message)] * 4
+    values[1] = {"seed": 2, "pattern": "2:4", "calibration": 64 * "0"}  # a digest is not shown
+    message = "calibration, seed: expected the same on all ranks, got another on rank 1 than on rank 0 (seed 2 and 0)"
     assert [answer[:2] for answer in ranks.run(4, f"{CASES}:unlike", values)] == [("ValueError", message)] * 4
     assert ranks.run(4, f"{CASES}:unlike", values[:1] * 4) == [None] * 4
 

@@ -19,6 +19,7 @@ from ..seeds import seeded
 from .dealing import TOGETHER, Dealt, Place, SharedWork, TeamWork, deal, tiles_of
 from .solving import Job, RowFigures, Solved, Solver, check_solution, named
 
+MESSAGE = 2**25  # bytes of results that are sent at once
 FEW = 64  # counts are sent as a message, more of them as a tensor
 
 
@@ -136,6 +137,8 @@ class SharedSolve:
             rows, features = linear.job.linear.shape
             work = method.work(rows, features)
             measures = isinstance(linear.job.inputs, Gram)  # the error, by a factor that the method may not need
+            if measures:
+                work = work._replace(own=work.own + rows * features**2 / 2)  # the energies of the dense rows
             factor = work.shared or (features**3 / 6 if measures else 0.0)
             if linear.in_tiles:
                 teams[len(costs)] = TeamWork(work.fixed, work.own, len(linear.pieces[0]))
@@ -232,21 +235,36 @@ class SharedSolve:
                     self._pieces[number].linear.seconds += seconds
             if world.size == 1:
                 return
-            for piece in (piece for piece in self._pieces if piece.tiles):
-                weight = piece.linear.weight[piece.rows]
-                world.broadcast(weight.view(torch.uint8), piece.place.rank)
-                if piece.place.rank == world.rank:
-                    world.formula += weight.nbytes + piece.linear.figures[:, piece.rows].nbytes
             for rank in range(world.size):
-                figures = [
-                    piece.linear.figures[:, piece.rows] for piece in self._pieces if piece.place.rank == rank and piece.tiles
-                ]
-                if not figures:
-                    continue
-                joined = torch.cat([part.reshape(-1) for part in figures])
-                world.broadcast(joined, rank)
-                for part, values in zip(figures, joined.split([part.numel() for part in figures]), strict=True):
-                    part.copy_(values.view_as(part))
+                own = [piece for piece in self._pieces if piece.place.rank == rank and piece.tiles]
+                parts = [piece.linear.weight[piece.rows] for piece in own] + [piece.linear.figures[:, piece.rows] for piece in own]
+                for together in _messages(parts):
+                    _pass_on(world, together, rank)
+
+
+def _messages(parts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Yield tensors a few at a time: a message for each one takes ten times as long, one for all takes the memory of a block."""
+    together: list[torch.Tensor] = []
+    for part in parts:
+        if together and sum(other.nbytes for other in together) + part.nbytes > MESSAGE:
+            yield together
+            together = []
+        together.append(part)
+    if together:
+        yield together
+
+
+def _pass_on(world: World, parts: Sequence[torch.Tensor], source: int) -> None:
+    """Replace tensors by those of the rank `source`, in one message."""
+    sizes = [part.nbytes for part in parts]
+    message = torch.empty(sum(sizes), dtype=torch.uint8, device=parts[0].device)
+    if world.rank == source:
+        torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts], out=message)
+        world.formula += len(message)
+    world.broadcast(message, source)
+    if world.rank != source:
+        for part, found in zip(parts, message.split(sizes), strict=True):
+            part.copy_(found.clone().view(part.dtype).view(part.shape))
 
 
 def shares_work(jobs: Sequence[Job]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from ...methods.statistics import FeatureNorm, Gram, Importance, InputStatistic, Statistic, inputs_of
 from ...models import Linear
 from ...ranks import World
-from ...ranks.sums import add_over_ranks
+from ...ranks.sums import add_all_over_ranks
 from ..batches import TOKENS
 
 BETWEEN_NAMES = "|"
@@ -123,11 +123,9 @@ class SharedStatistics:
             for members, statistic in self.groups:
                 statistic.tokens = tokens[members[0].name]
         self.groups.sort(key=lambda group: self._places[group[0][0].name])
-        for _, statistic in self.groups:
-            add_over_ranks(world, statistic.total, lower=isinstance(statistic, Gram))
-        for own in self._own.values():
-            if own.SEES_TOKENS:
-                add_over_ranks(world, own.total)
+        sums = [(statistic.total, isinstance(statistic, Gram)) for _, statistic in self.groups]
+        sums += [(own.total, False) for own in self._own.values() if own.SEES_TOKENS]
+        add_all_over_ranks(world, sums)
 
     def unseen(self) -> list[Linear]:
         """Return the linears that no token reached, in this dataset or in those included."""
