@@ -85,6 +85,8 @@ def timed(benchmark, read_bandwidth, sgemm_rate, toy):
             return
         stats = benchmark.stats.stats
         benchmark.extra_info |= {"threads": torch.get_num_threads()}
+        if problem.of_dense:
+            benchmark.extra_info["of_dense"] = problem.of_dense
         if theirs:
             timed_rounds = baseline_seconds[-case.rounds :]
             median = statistics.median(timed_rounds)

@@ -46,6 +46,7 @@ def _row(benchmark: dict) -> Row:
     extra, median = benchmark["extra_info"], benchmark["stats"]["median"]
     goal, ratio = extra["goal"], extra["ratio"]
     shares = [f"{share:.0%} of {name.removeprefix('share_of_')}" for name, share in extra.items() if name.startswith("share_of_")]
+    shares += [f"{share:.0%} of the dense {name}" for name, share in extra.get("of_dense", {}).items()]
     return Row(
         "ops",
         benchmark["group"],

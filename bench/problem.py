@@ -65,6 +65,7 @@ class Problem:
         written: The least bytes that a call writes.
         unit: "fp32" or "bf16", the unit of a GPU whose rate bounds the operations; kernels on a CPU compute in float32.
         captured: Whether a CUDA graph can hold a call, which gives its time on the device alone.
+        of_dense: Sizes of ours as shares of the dense ones, by what has them; `check` may fill it in.
     """
 
     calls: Sequence[Call]
@@ -75,6 +76,7 @@ class Problem:
     written: float = 0.0
     unit: str = "fp32"
     captured: bool = True
+    of_dense: dict[str, float] = field(default_factory=dict)
 
 
 class Turns:

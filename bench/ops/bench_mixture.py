@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -12,7 +14,7 @@ import sparsekern
 from sparsekern.measure.generate import generate
 from sparsekern.models.expert_layouts import find_experts
 from sparsekern.models.linears import find_linears
-from sparsekern.runtime.packing import weight_bytes
+from sparsekern.runtime.packing import is_packed, weight_bytes
 
 from ..problem import Case, Place, Problem
 
@@ -82,12 +84,21 @@ def fastest(model: torch.nn.Module, prompt: torch.Tensor, new: int) -> str:
     return min(seconds, key=lambda name: seconds[name])
 
 
+def saved_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all files of a model's folder."""
+    with tempfile.TemporaryDirectory(prefix="sparsekern-mixture-") as folder:
+        sparsekern.save(model, Path(folder) / "model", format="packed" if is_packed(model) else "dense")
+        return sum(file.stat().st_size for file in (Path(folder) / "model").iterdir())
+
+
 def decoding(place: Place, new: int, **shape: int) -> Problem:
     """Generation of `new` tokens after a prompt of one."""
     dense, packed = models(**shape)
     prompt = torch.tensor([[5]])
     best = fastest(dense, prompt, new)
     dense.set_experts_implementation(best)
+
+    of_dense: dict[str, float] = {}
 
     def check(result: torch.Tensor) -> None:
         """Tokens and logits of the dense model, and its size at most in part. Sizes of toys are those of their embeddings.
@@ -101,8 +112,9 @@ def decoding(place: Place, new: int, **shape: int) -> Problem:
         assert (found - exact).norm() < 0.05 * exact.norm()
         chosen = exact.gather(1, result[:, None])[:, 0]
         assert (chosen > exact.amax(1) - 0.1 * exact.std(1)).all(), "not the most likely tokens"
+        of_dense.update({"memory": weight_bytes(packed) / weight_bytes(dense), "files": saved_bytes(packed) / saved_bytes(dense)})
         if not place.toy:
-            assert weight_bytes(packed) <= LARGEST * weight_bytes(dense)
+            assert max(of_dense.values()) <= LARGEST, of_dense
 
     active = shape["layers"] * shape["choices"] * 3 * shape["hidden"] * shape["intermediate"]
     return Problem(
@@ -112,6 +124,7 @@ def decoding(place: Place, new: int, **shape: int) -> Problem:
         flops=new * active,
         read=new * active * (1 + 1 / 8),
         captured=False,
+        of_dense=of_dense,
     )
 
 

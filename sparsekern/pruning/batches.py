@@ -300,7 +300,7 @@ def _as_batch(given: object, first_sample: int, device: torch.device, vocabulary
     inputs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {expected.main: given}
     if expected.decodes and not isinstance(given, Mapping) and expected.main == "input_ids":
         inputs["decoder_input_ids"] = given
-    tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()]
+    tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim() and name != "labels"]
     main = next((name for name in (*SEQUENCES, expected.main, *tensors) if name in tensors), None)
     if main is None:
         kind = type(given).__name__

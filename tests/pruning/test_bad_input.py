@@ -51,6 +51,11 @@ def model():
         ({"calibration": torch.zeros(8, 0, dtype=torch.long)}, ValueError, r"expected at least one token, got shape \(8, 0\)"),
         ({"calibration": torch.zeros(8, dtype=torch.long)}, ValueError, r"of shape \[samples, length\], got \(8,\)"),
         ({"calibration": torch.zeros(2, 8)}, TypeError, "calibration: expected token ids of dtype int64, got float32"),
+        (
+            {"calibration": [{"labels": tiny_ids(2, 8)}]},
+            TypeError,
+            "expected token tensors or mappings of the model's inputs with tensors, got dict",
+        ),
         ({"calibration": ["text"]}, TypeError, "expected token tensors or mappings of the model's inputs with tensors, got str"),
         ({"calibration": torch.full((2, 8), 96)}, ValueError, "token ids from 0 to 95, got 96; is this the model's own tokenizer"),
         ({"calibration": torch.full((2, 8), -1)}, ValueError, "token ids from 0 to 95, got -1"),
