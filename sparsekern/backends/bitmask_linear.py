@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..layouts.packed_rows import WORD
-from .decode import as_tokens, supports_tokens
+from .decode import as_tokens, raw, supports_tokens
 from .devices import Support, can_place_columns
 from .implementation import Implementation
 from .sound import Sound
@@ -28,9 +28,15 @@ def _cuda(
     packed = values, bitmask, starts, order
 
     def product(status: torch.Tensor | None) -> torch.Tensor:
-        dense = (tensor.contiguous() for tensor in packed)
-        own = None if bias is None else bias.contiguous()
-        return torch.ops.sparsekern_cuda.bitmask_linear.default(as_tokens(x, WORD), *dense, own, status)
+        return raw("bitmask_linear")(
+            as_tokens(x, WORD),
+            values.contiguous(),
+            bitmask.contiguous(),
+            starts.contiguous(),
+            order.contiguous(),
+            None if bias is None else bias.contiguous(),
+            status,
+        )
 
     y = _checked(product, x, *packed)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(order))
@@ -69,7 +75,7 @@ def _checked(product: Callable[[torch.Tensor | None], torch.Tensor], x: torch.Te
 
 
 def _supports_few(x: torch.Tensor, *args, **kwargs) -> Support:
-    able = _supports(x)
+    able = can_place_columns("x", x.shape[-1])
     return supports_tokens("bitmask_linear", x) if able.ok else able
 
 

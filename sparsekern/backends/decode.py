@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import pad
@@ -16,7 +17,7 @@ LEAST = (8, 0)
 
 def supports_tokens(op: str, x: torch.Tensor) -> Support:
     """Return whether the kernel of `op` multiplies `x`: 16-bit values of at most 16 tokens, on a device with its instructions."""
-    if not _is_built(op):
+    if not is_built(op):
         return Support(False, "the compiled library has no kernel for it: it was built from another version")
     if x.dtype not in HALF:
         return Support(False, f"x is {str(x.dtype).removeprefix('torch.')}, not of 16 bits")
@@ -26,8 +27,16 @@ def supports_tokens(op: str, x: torch.Tensor) -> Support:
 
 
 @functools.cache
-def _is_built(op: str) -> bool:
+def is_built(op: str) -> bool:
+    """Return whether the compiled library has a kernel of `op`."""
     return hasattr(torch.ops.sparsekern_cuda, op)
+
+
+@functools.cache
+def raw(op: str) -> Callable[..., torch.Tensor]:
+    """Return the C++ kernel of `op`, which is built."""
+    kernel: Callable[..., torch.Tensor] = getattr(torch.ops.sparsekern_cuda, op).default._op
+    return kernel
 
 
 def as_tokens(x: torch.Tensor, multiple: int) -> torch.Tensor:

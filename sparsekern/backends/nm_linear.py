@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from .decode import as_tokens, supports_tokens
+from .decode import as_tokens, raw, supports_tokens
 from .devices import Support, can_place_columns
 from .implementation import Implementation
 
@@ -15,7 +15,7 @@ STEP_COLUMNS = 128  # of the C++ kernel, which takes whole steps
 def _cuda(
     x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    y = torch.ops.sparsekern_cuda.nm_linear.default(
+    y = raw("nm_linear")(
         as_tokens(x, STEP_COLUMNS), values.contiguous(), codes.contiguous(), None if bias is None else bias.contiguous()
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(values))

@@ -107,9 +107,10 @@ def define_op(
     if not only_on_cuda:
         backends.add_op(name, reference, native)
         torch.library.register_kernel(qualified, "default")(backends.last_resort(name))
-    if backends.has_implementations(name):
-        torch.library.register_kernel(qualified, "cuda")(backends.dispatcher(name, reference))
+    on_cuda = backends.dispatcher(name, reference) if backends.has_implementations(name) else None
+    if on_cuda is not None:
+        torch.library.register_kernel(qualified, "cuda")(on_cuda)
     torch.library.register_fake(qualified)(fake)
-    call = complete(getattr(getattr(torch.ops, NAMESPACE), name).default, gradients)
+    call = complete(getattr(getattr(torch.ops, NAMESPACE), name).default, gradients, on_cuda)
     OPS[name] = Op(name, reference, fake, samples, friendly, only_on_cuda, call)
     return call

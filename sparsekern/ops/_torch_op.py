@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from ._memory import check_memory
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
@@ -29,11 +30,14 @@ class Gradients(NamedTuple):
     formula: Callable[[Mapping[str, object], Mapping[str, torch.Size], torch.Tensor, set[str]], dict[str, torch.Tensor]]
 
 
-def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable:
+def complete(op: torch._ops.OpOverload, gradients: Gradients | None, on_cuda: Callable | None = None) -> Callable:
     """Register autograd, version counters and autocast for `op`, and return the function that its wrapper calls.
 
     The registered kernels are in Python and take longer than a small product. The returned function does their work itself where no
     gradient is wanted and nothing is traced.
+
+    `on_cuda` is what the dispatcher calls for CUDA tensors, in Python too. Where nothing observes the operations of this thread, the
+    function calls it directly.
 
     Without `gradients`, the backward pass through a floating-point result of inputs that require gradients raises, as for torch's ops
     without a derivative. Tensors that an op writes to must not require gradients. Tensors that it only accumulates may; their graph is
@@ -54,7 +58,7 @@ def complete(op: torch._ops.OpOverload, gradients: Gradients | None) -> Callable
         LIBRARY.impl(name, without_autocast, key)
     if not written:
         LIBRARY.impl(name, _differentiable(op, gradients, with_names), "Autograd", with_keyset=True)
-        return without_autograd(op)
+        return without_autograd(op, on_cuda)
 
     def takes_no_gradients(keyset, *args, **kwargs):
         given = with_names(args, kwargs)
@@ -161,17 +165,32 @@ def _refuse_tangents(name: str, given: Mapping) -> None:
         raise RuntimeError(f"{name}: has no forward-mode gradient, but an input carries a tangent")
 
 
-def without_autograd(op: torch._ops.OpOverload) -> Callable:
-    """Return a call of `op` that bypasses the Python autograd kernel unless gradients are wanted: it takes longer than a token."""
+def without_autograd(op: torch._ops.OpOverload, on_cuda: Callable | None = None) -> Callable:
+    """Return a call of `op` that bypasses the Python autograd kernel unless gradients are wanted: it takes longer than a token.
+
+    It also bypasses the dispatcher for plain CUDA tensors: that calls `on_cuda` after converting every argument twice.
+    """
     below, exclude_autograd = op._op, torch._C._AutoDispatchBelowAutograd
 
     def call(*args, **kwargs):
         if _is_traced_or_differentiated(args, kwargs):
             return op(*args, **kwargs)
         with exclude_autograd():
+            if on_cuda is not None and args and args[0].is_cuda and _is_plain(args[0]):
+                return on_cuda(*args, **kwargs)
             return below(*args, **kwargs)
 
     return call
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Return whether only the kernels see a call with `x`: no mode, transform, subclass or autocast takes part in it."""
+    return (
+        type(x) in PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_any_autocast_enabled()
+    )
 
 
 def _is_traced_or_differentiated(args: tuple, kwargs: dict) -> bool:

@@ -192,7 +192,9 @@ class SparseLinear(PackedWeight):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         tensors = self._held()
-        bias, x = tensors["bias"], self.cast(x)
+        bias = tensors["bias"]
+        if x.dtype != tensors[self._values].dtype:
+            x = self.cast(x)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)
         return self._product(x, tensors, bias)

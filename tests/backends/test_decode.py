@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekern.backends import decode, implementations
+from sparsekern import SparseLinear
+from sparsekern.backends import bitmask_linear, decode, dispatcher, implementations, nm_linear, table
+from sparsekern.backends.devices import YES
 from sparsekern.layouts.packed_rows import pack_bitmask_rows, pack_nm_rows
-from sparsekern.ops import OPS
+from sparsekern.ops import OPS, _torch_op
+from sparsekern.runtime import formats
 
 
 @pytest.fixture(autouse=True)
 def built(monkeypatch):
-    monkeypatch.setattr(decode, "_is_built", lambda op: True)
+    monkeypatch.setattr(decode, "is_built", lambda op: True)
 
 
 def support_of(op: str, *arguments):
@@ -46,7 +52,7 @@ def test_what_2_4_supports(tokens, columns, dtype, pattern, reason):
 
 
 def test_a_library_without_the_kernel(monkeypatch):
-    monkeypatch.setattr(decode, "_is_built", lambda op: False)
+    monkeypatch.setattr(decode, "is_built", lambda op: False)
     packed = pack_bitmask_rows(torch.zeros(4, 64).half()).values()
     assert "built from another version" in support_of("bitmask_linear", torch.zeros(1, 64).half(), *packed).reason
 
@@ -56,3 +62,62 @@ def test_tokens_are_contiguous_and_padded_with_zeros():
     padded = decode.as_tokens(x, 64)
     assert padded.shape == (6, 128) and torch.equal(padded[:, :70], x.view(6, 70)) and not padded[:, 70:].any()
     assert decode.as_tokens(x[0].T.contiguous().T, 70).is_contiguous()
+
+
+MOST_CALLS = {"bitmask": 31, "2:4": 25}  # of Python functions, by a call of a layer; each takes some 0.1 us
+
+
+@pytest.mark.parametrize(
+    ("format", "op", "module"), [("bitmask", "bitmask_linear", bitmask_linear), ("2:4", "nm_linear", nm_linear)]
+)
+def test_a_call_of_a_layer_makes_few_calls(format, op, module, monkeypatch):
+    """All that runs in Python before the launch, which is stubbed: the layer, the choice among implementations, the checks."""
+    linear = torch.nn.Linear(256, 32, bias=False, dtype=torch.bfloat16)
+    linear.weight.data.view(-1, 4)[:, ::2] = 0
+    layer, x, launches = SparseLinear.from_linear(linear, format), torch.ones(1, 256, dtype=torch.bfloat16), []
+    monkeypatch.setitem(table.AVAILABILITY, "cuda", lambda: YES)
+    monkeypatch.setattr(module, "raw", lambda op: lambda x, *arguments: launches.append(op) or x.new_zeros(1, 32))
+    monkeypatch.setattr(formats, op.upper(), dispatcher(op, OPS[op].reference))
+    calls = 0
+
+    def profile(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    with torch.no_grad():
+        layer(x)  # checks the weight
+        sys.setprofile(profile)
+        layer(x)
+        sys.setprofile(None)
+    assert launches == [op, op] and 0 < calls <= MOST_CALLS[format]
+
+
+class OnDevice:
+    """Passes for a CUDA tensor."""
+
+    is_cuda = True
+    requires_grad = False
+
+
+def test_plain_tensors_of_a_device_go_past_the_dispatcher(monkeypatch):
+    run = _torch_op.without_autograd(OPS["nm_mask"].overload, lambda *args: "direct")
+    monkeypatch.setattr(_torch_op, "_is_plain", lambda x: True)
+    with torch.no_grad():
+        assert run(OnDevice(), 2, 4) == "direct"
+        assert isinstance(run(torch.rand(2, 4), 2, 4), torch.Tensor)
+        monkeypatch.setattr(_torch_op, "_is_plain", lambda x: False)
+        with pytest.raises(RuntimeError):
+            run(OnDevice(), 2, 4)
+
+
+def test_what_is_plain():
+    x = torch.ones(2)
+    assert _torch_op._is_plain(x) and _torch_op._is_plain(torch.nn.Parameter(x))
+    seen = []
+    with TorchDispatchMode():
+        seen.append(_torch_op._is_plain(x))
+    with torch.autocast("cpu"):
+        seen.append(_torch_op._is_plain(x))
+    torch.func.vmap(lambda row: seen.append(_torch_op._is_plain(x)) or row)(torch.ones(2, 2))
+    assert seen == [False, False, False]
+    assert not _torch_op._is_plain(torch.ones(2).as_subclass(type("Own", (torch.Tensor,), {})))
