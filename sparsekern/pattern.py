@@ -118,6 +118,12 @@ def _parse_text(text: str) -> Pattern:
     return Unstructured(value / 100 if percent else value)
 
 
+def share_with_zeros(zeros: int, total: int) -> Unstructured:
+    """Return the share that makes exactly `zeros` of `total` weights zero."""
+    # half a weight more, so that rounding of the product cannot change the count
+    return Unstructured((zeros + 0.5) / total if zeros else 0.0)
+
+
 def pruned_count(total: int, sparsity: float) -> int:
     """Return the number of zeros among `total` weights: the floor of the product, corrected for rounding (0.29 * 100 is 29)."""
     return math.floor(total * sparsity + 1e-9)

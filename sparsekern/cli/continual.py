@@ -10,6 +10,7 @@ from functools import partial
 from ..backends.libraries import check_isa
 from ..data import as_calibration, describe_calibration
 from ..methods import Method
+from ..methods.allocation import UNIFORM
 from ..models.limits import window_length
 from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
@@ -26,7 +27,7 @@ from .common import (
     next_steps,
     push_result,
 )
-from .settings import methods_of
+from .settings import methods_of, take_quality
 
 BUILTIN = "builtin:"
 
@@ -38,12 +39,15 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         ValueError: options contradict each other, or the method takes a single dataset only.
         OSError: the output folder cannot be written to.
     """
+    take_quality(arguments)
     method, _ = methods_of(arguments)  # of those that add up, none takes another one behind it
     check_adds_up(method, arguments.strategy)
     if arguments.correction != NONE:
         raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
     if arguments.tune:
         raise ValueError("--tune: expected one --calibration and no --state, whose blocks are tuned")
+    if arguments.allocation != UNIFORM:
+        raise ValueError(f"--allocation: expected one --calibration and no --state, got {arguments.allocation!r}")
     texts = _texts_to_evaluate(arguments)
     if World.current().leads:
         check_new_out(arguments.out, "--out")

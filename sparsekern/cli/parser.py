@@ -7,15 +7,16 @@ from typing import Any, NoReturn
 
 from .._version import __version__
 from ..methods import METHODS
+from ..methods.allocation import ALLOCATIONS, UNIFORM
 from ..models.load import DTYPES
 from ..pruning.continual.prune import STRATEGIES
 from ..pruning.corrections import CORRECTIONS, NONE
 from ..pruning.mixtures import EQUAL, MAGNITUDE, UNSEEN, WEIGHTINGS
+from ..pruning.quality import DEFAULT_METHOD, PRESETS
 from . import types
 from .settings import method_help
 
 EVALUATED = "text to evaluate on (the held-out part of python-docs)"
-DEFAULT_METHOD = "sparsegpt"
 LENGTH = "tokens in a window (2048, or the model's positions)"
 
 
@@ -74,7 +75,7 @@ def _add_prune(commands) -> argparse._ArgumentGroup:
     _add_loading(options)
     _add_stream(options)
     prune = commands.choices["prune"]
-    _add_choice_of_weights(prune.add_argument_group("pruning"))
+    _add_choice_of_weights(options)
     texts = prune.add_argument_group("calibration and evaluation")
     _add_calibration(texts)
     texts.add_argument("--evaluate", action="store_true", help="measure perplexity before and after pruning")
@@ -88,10 +89,15 @@ def _add_choice_of_weights(group) -> None:
     methods = types.one_of(sorted(METHODS))
     group.add_argument(
         "--method",
-        default=DEFAULT_METHOD,
         type=methods,
         metavar="NAME",
         help=", ".join(f"[{name}]" if name == DEFAULT_METHOD else name for name in sorted(METHODS)),
+    )
+    group.add_argument(
+        "--quality",
+        type=types.one_of(PRESETS),
+        metavar="NAME",
+        help="fast (sparsegpt), good (alps, dense) or best (fisher)",
     )
     group.add_argument("--set", action="append", default=[], type=types.setting, metavar="NAME=VALUE", help="setting of the method")
     group.add_argument("--help-method", action=_MethodHelp, type=methods, metavar="NAME", help="list a method's settings and exit")
@@ -102,7 +108,7 @@ def _add_choice_of_weights(group) -> None:
         metavar="NAME",
         help="method for what experts leaves (--set then.NAME=VALUE)",
     )
-    group.add_argument("--tune", action="store_true", help="tune each block behind the method (--set tune.NAME=VALUE)")
+    group.add_argument("--tune", action="store_true", help="tune each block afterwards (--set tune.NAME=VALUE)")
     group.add_argument("--pattern", type=types.pattern, help="N:M keeps N of M (2:4); 0.5 is the share of zeros")
     group.add_argument(
         "--pattern-for",
@@ -146,6 +152,13 @@ def _add_calibration(group) -> None:
         type=types.one_of(WEIGHTINGS),
         metavar="NAME",
         help="weight of an expert's tokens: equal or routing",
+    )
+    group.add_argument(
+        "--allocation",
+        default=UNIFORM,
+        type=types.one_of(ALLOCATIONS),
+        metavar="NAME",
+        help="of zeros to linears: uniform or fisher (least cost)",
     )
     group.add_argument(
         "--correction",

@@ -14,6 +14,7 @@ import torch
 from ..backends.libraries import check_isa
 from ..data import as_calibration, describe_calibration
 from ..methods import ExpertMethod, Method, RemovalMethod
+from ..methods.allocation import UNIFORM
 from ..models.limits import window_length
 from ..pattern import Pattern
 from ..pruning import prune
@@ -32,7 +33,7 @@ from .common import (
     next_steps,
     push_result,
 )
-from .settings import methods_of, tuning_of
+from .settings import methods_of, take_quality, tuning_of
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -42,6 +43,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         ValueError: options contradict each other, or the method does not accept its settings.
         OSError: the output folder cannot be written to.
     """
+    take_quality(arguments)
     (source,) = arguments.calibration
     text = _only_text(arguments)
     method, then = methods_of(arguments)
@@ -126,6 +128,7 @@ def _prune(
         leaves=arguments.leaves,
         correction=arguments.correction,
         tune=tuning_of(arguments),
+        allocation=arguments.allocation,
     )
     if held_out:
         results["perplexity, pruned"] = held_out.perplexity(model, arguments.max_memory)
@@ -161,7 +164,8 @@ def _calibration(
 
 def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:
     """Return whether the run needs calibration text."""
-    return method.needs_data or arguments.report_error or arguments.correction != NONE or arguments.tune
+    asked = arguments.report_error or arguments.correction != NONE or arguments.allocation != UNIFORM or arguments.tune
+    return method.needs_data or asked
 
 
 def _only_text(arguments: argparse.Namespace) -> str:

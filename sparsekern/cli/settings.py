@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..methods import METHODS, BlockTuning, ExpertMethod, Method, settings_of
+from ..pruning.quality import DEFAULT_METHOD, Preset, with_quality
 
 TUNE = "tune."  # begins the settings of --tune
 
@@ -46,22 +47,34 @@ def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
     return kind(**given | {part: _configured_inside(name, part, inside, inner)})
 
 
+def take_quality(arguments: argparse.Namespace) -> None:
+    """Replace `--quality` by the options that it stands for, and a method that is not given by the default.
+
+    Raises:
+        ValueError: an option is given that `--quality` chooses.
+    """
+    given = Preset(correction=arguments.correction, allocation=arguments.allocation)
+    chosen = with_quality(arguments.quality, arguments.pattern, arguments.method, given)
+    for name, value in vars(chosen).items():
+        setattr(arguments, name, value)
+
+
 def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:
     """Return the method of a command line, and the one of `--then` if there is one.
 
     Raises:
         ValueError: `--then` without a method that removes experts, or a setting that a method does not accept.
     """
-    assignments = list(arguments.set)
+    assignments, name = list(arguments.set), arguments.method or DEFAULT_METHOD
     if arguments.remove is not None:
-        if "remove" not in settings_of(METHODS[arguments.method]):
-            raise ValueError(f"--remove: expected --method experts or kprune, got {arguments.method}, which makes weights zero")
+        if "remove" not in settings_of(METHODS[name]):
+            raise ValueError(f"--remove: expected --method experts or kprune, got {name}, which makes weights zero")
         assignments.append(("remove", repr(arguments.remove)))
     tuning_of(arguments)  # raises for a setting that it does not accept
     prefix = "then."
     own = [(name, value) for name, value in assignments if not name.startswith((prefix, TUNE))]
     later = [(name.removeprefix(prefix), value) for name, value in assignments if name.startswith(prefix)]
-    method = configured(arguments.method, own)
+    method = configured(name, own)
     if arguments.then is None:
         if later:
             raise ValueError(f"--set: expected --then, the method of the setting {prefix}{later[0][0]}")

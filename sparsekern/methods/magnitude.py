@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..models import Linear
-from ..pattern import NM, Pattern, Unstructured
+from ..pattern import NM, Pattern, Unstructured, share_with_zeros
 from ._fields import choice
 from .base import LinearMethod, PlannedBlock
 from .selection import global_kept_counts, keep_mask
@@ -82,6 +82,5 @@ def _shares(linears: Sequence[Linear], pattern: Unstructured) -> dict[str, Patte
             raise ValueError(
                 f"Magnitude.scope='global': a sparsity of {pattern} leaves nothing of {linear.name}; ask for less, or for scope='matrix'"
             )
-        # half a weight more, so that rounding of the product cannot change the count
-        shares[linear.name] = Unstructured((total - count + 0.5) / total if count < total else 0.0)
+        shares[linear.name] = share_with_zeros(total - count, total)
     return shares

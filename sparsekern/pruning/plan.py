@@ -13,6 +13,7 @@ from torch import nn
 
 from .._warnings import SparsekernWarning
 from ..methods import BlockTuning
+from ..methods.allocation import UNIFORM
 from ..methods.base import GradualMethod, LinearMethod, Method, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
 from ..models.decoder_units import Units, find_units
@@ -56,6 +57,7 @@ class Request:
         then: see `prune`.
         correction: see `prune`.
         tune: see `prune`.
+        allocation: see `prune`.
     """
 
     pattern: Pattern | None = None
@@ -72,6 +74,7 @@ class Request:
     then: Method | None = None
     correction: str = NONE
     tune: BlockTuning | None = None
+    allocation: str = UNIFORM
 
     @property
     def default_pattern(self) -> Pattern:
@@ -95,6 +98,7 @@ class Plan:
         course: the course of the model's forwards; None until it is observed.
         correction: what is done about the error of what is pruned already, see `corrections`.
         tune: how each block is tuned behind the method; None does not.
+        allocation: how the patterns were shared out among the linears, see `prune`.
     """
 
     blocks: Blocks
@@ -108,6 +112,7 @@ class Plan:
     course: Course | None = None
     correction: str = NONE
     tune: BlockTuning | None = None
+    allocation: str = UNIFORM
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
@@ -128,9 +133,10 @@ class Plan:
     def settings(self) -> dict[str, object]:
         """The settings of the result besides method, seed, calibration and model, as values that JSON can hold."""
         patterns = {name: str(value) for name, value in self.patterns.items()}
-        corrected = {} if self.correction == NONE else {"correction": self.correction}
-        tuned = {} if self.tune is None else {"tune": self.tune.settings()}
-        return {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts, **corrected, **tuned}
+        found: dict[str, object] = {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts}
+        found |= {} if self.correction == NONE else {"correction": self.correction}
+        found |= {} if self.tune is None else {"tune": self.tune.settings()}
+        return found | ({} if self.allocation == UNIFORM else {"allocation": self.allocation})
 
     @property
     def settings_of_experts(self) -> dict[str, object]:

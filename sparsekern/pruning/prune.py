@@ -12,6 +12,7 @@ from torch import nn
 from ..backends.libraries import check_isa
 from ..data import as_calibration
 from ..methods import BlockTuning, ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
+from ..methods.allocation import UNIFORM
 from ..models.fingerprint import model_fingerprint
 from ..models.memory import room_beside
 from ..pattern import parse_pattern
@@ -20,6 +21,7 @@ from ..reports.report import Report
 from ..runtime import weight_bytes
 from ..runtime.output import checked_path
 from ..runtime.save import DENSE, check_format
+from .allocation import check_allocation
 from .batches import Calibration, fingerprint
 from .blockwise.loop import BlockLoop
 from .checkpoint import Checkpoint
@@ -31,6 +33,7 @@ from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
 from .plan import Choice, PatternLike, Request
 from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, say_idle
+from .quality import Preset, with_quality
 from .removal.loop import RemovalLoop
 from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
@@ -42,7 +45,7 @@ from .tuning.checks import check_tuning
 @on_all_ranks
 def prune(
     model: nn.Module,
-    method: str | Method = "sparsegpt",
+    method: str | Method | None = None,
     pattern: PatternLike | None = None,
     calibration: Calibration | None = None,
     *,
@@ -66,6 +69,8 @@ def prune(
     max_memory: int | str | None = None,
     correction: str = NONE,
     tune: BlockTuning | None = None,
+    allocation: str = UNIFORM,
+    quality: str | None = None,
 ) -> Report:
     """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
@@ -77,6 +82,7 @@ def prune(
         model: a transformers `PreTrainedModel` (or any module with the same call) on one device, in float32, bfloat16 or float16.
         method: `"magnitude"`, `"random"`, `"structured"`, `"wanda"`, `"sparsegpt"`, `"alps"`, `"sparsellm"`, `"copal"`, `"gradual"`,
             `"kprune"` (encoders), `"experts"` (mixtures), a config such as `SparseGPT(damping=0.01)`, or a config of your own class.
+            None is `"sparsegpt"`, or the method of `quality`.
         pattern: `"N:M"` keeps N of every M consecutive inputs. A float is the share of zeros. Pattern objects are taken too. None is
             `"2:4"`. `KPrune` and `ExpertPruning` take only None, since their `remove` is the share to remove.
         calibration: token ids, LongTensor `[samples, length]`, or an iterable of batches: LongTensors, or mappings of whatever the
@@ -122,6 +128,12 @@ def prune(
             twice. Experts of a mixture keep their own weights as targets.
         tune: settings of the tuning of each block behind the method, such as `BlockTuning(passes=2)`. None tunes nothing. The dense
             model's hidden states are then kept beside those of the pruned one, and `batch_size` bounds an optimizer step from below.
+        allocation: how zeros are shared out among the linears of the blocks whose pattern is a share. `"uniform"` gives each the share
+            that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
+            same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
+            backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT.
+        quality: a name for method, correction and allocation in place of these arguments. `"fast"` is SparseGPT. `"good"` is ALPS
+            with the correction `"dense"`. `"best"` is the same with the allocation `"fisher"` where the pattern is a share.
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -146,7 +158,9 @@ def prune(
     """
     start = time.perf_counter()
     check_module(model)
-    method = resolve_method(method)
+    pattern = None if pattern is None else parse_pattern(pattern)
+    chosen = with_quality(quality, pattern, method, Preset(correction=correction, allocation=allocation))
+    method = resolve_method(chosen.method)
     check_seed(seed)
     check_isa()
     check_format(format)
@@ -155,7 +169,7 @@ def prune(
     if resume and out is None:
         raise ValueError("resume: expected out, the folder of the run to continue")
     request = Request(
-        pattern=None if pattern is None else parse_pattern(pattern),
+        pattern=pattern,
         calibration=as_calibration(
             calibration,
             tokenizer=tokenizer,
@@ -174,8 +188,9 @@ def prune(
         saves=out is not None,
         seed=seed,
         then=None if then is None else resolve_method(then),
-        correction=correction,
+        correction=chosen.correction,
         tune=tune,
+        allocation=chosen.allocation,
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     if not isinstance(request.then or method, LinearMethod):
@@ -186,8 +201,9 @@ def prune(
     world = World.current()
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method, request.then)
-    check_correction(correction, request.then or method, model, leaves)
+    check_correction(chosen.correction, request.then or method, model, leaves)
     check_tuning(tune, request.then or method, model, leaves)
+    check_allocation(chosen.allocation, request.then or method, model, leaves)
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)

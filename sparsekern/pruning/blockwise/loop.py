@@ -17,9 +17,11 @@ from torch import nn
 
 from ..._warnings import warnings_about
 from ...methods import BlockMethod, LinearMethod, Solution
+from ...methods.allocation import UNIFORM
 from ...models import Linear
 from ...models.streaming import in_memory, lent_blocks, stream_of
 from ...reports import LayerReport, Report
+from ..allocation import with_allocation
 from ..batches import BY_POSITION, TOKENS, Batch
 from ..corrections import DENSE, NONE
 from ..plan import Plan, Request, check_finite, plan_linears
@@ -39,7 +41,7 @@ from .sequential import SequentialBlock
 from .shares import Share, SummedStatistics
 from .sharing import SharedSolve, shares_work
 from .shelf import Shelf
-from .solving import Job, Solved, Solver
+from .solving import Job, Solved, Solver, jobs_of
 from .statistics import SharedStatistics
 from .tuned import BlockTuner, check_tunable, restore_others
 from .written import restored, write, written_meanwhile
@@ -78,7 +80,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     def make_plan(cls, model: nn.Module, method: LinearMethod, request: Request) -> tuple[Plan, list[Batch] | None]:
         plan = replace(plan_linears(model, method, request), correction=request.correction, tune=request.tune)
         plan = replace(plan, measure_error=request.report_error)
-        if not method.needs_data and not request.report_error and request.correction == NONE and request.tune is None:
+        asked = request.report_error or request.correction != NONE or request.tune is not None or request.allocation != UNIFORM
+        if not method.needs_data and not asked:
             request.rules.check_unweighted(method)
             return plan, None
         plan = plan.calibrated(request.rules)
@@ -90,6 +93,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             plan = observed(model, plan, batches)
             if plan.tune is not None:
                 check_tunable(model, plan.course is not None and plan.course.chain)
+            if request.allocation != UNIFORM:
+                plan = with_allocation(model, plan, batches, request.seed)
             if isinstance(method, BlockMethod):
                 plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
         return plan, batches
@@ -251,7 +256,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             for linear in linears:
                 self.solver.solve(Job(linear), result)
             return
-        jobs, unseen = _jobs(shared)
+        jobs, unseen = jobs_of(shared)
         jobs = [job for job in jobs if job.linear in linears]
         if self.context.leaves > 1 and shares_work(jobs):
             SharedSolve(self.solver, self.context.world, self.context.leaves, jobs).solve(result)
@@ -295,7 +300,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     def _solve_group(self, group: Sequence[SharedStatistics], result: Solved) -> None:
         jobs: list[Job] = []
         for shared in group:
-            found, unseen = _jobs(shared)
+            found, unseen = jobs_of(shared)
             jobs += found
             for members, inputs in shared.groups:
                 if inputs.tokens:  # otherwise no token of this dataset reached the expert
@@ -386,13 +391,3 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if self.method.needs is not None:
             self.solver.refuse_unseen([*unseen, *(routed.unseen() if routed else [])])
         return shared, routed
-
-
-def _jobs(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
-    """Return the linears to solve with their statistics, and those that no token reached."""
-    unseen = shared.unseen()
-    jobs = []
-    for members, inputs in shared.groups:
-        measured = inputs if inputs.tokens or inputs.sum_squares.any() else None
-        jobs += [Job(linear, shared.of(linear, inputs), measured) for linear in members if linear not in unseen]
-    return jobs, unseen

@@ -22,6 +22,7 @@ from ..plan import Plan, shortened
 from ..progress import Clock, Notices
 from ..seeds import seeded
 from ..store import STAYED_DENSE, has_zeros_of
+from .statistics import SharedStatistics
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,16 @@ class Solver:
         for job, solution, (zeros, error) in zip(jobs, solutions, outcomes, strict=True):
             linear = job.linear
             result.take(linear, solution.weight, LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds))
+
+
+def jobs_of(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
+    """Return the linears to solve with their statistics, and those that no token reached."""
+    unseen = shared.unseen()
+    jobs = []
+    for members, inputs in shared.groups:
+        measured = inputs if inputs.tokens or inputs.sum_squares.any() else None
+        jobs += [Job(linear, shared.of(linear, inputs), measured) for linear in members if linear not in unseen]
+    return jobs, unseen
 
 
 def lost_zeros(linear: Linear, weight: torch.Tensor) -> torch.Tensor:

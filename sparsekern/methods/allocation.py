@@ -1,0 +1,93 @@
+"""Shares of zeros by linear, for a number of zeros that holds exactly: where one more zero costs least, there it goes.
+
+The cost of a linear is what its error adds to the KL divergence from the dense model, to second order: the squared error of each output
+times the mean square of the loss's gradient there (the diagonal of the Fisher information).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+UNIFORM, FISHER = "uniform", "fisher"
+ALLOCATIONS = (UNIFORM, FISHER)
+POINTS = 64  # of each curve, between its levels
+TINY = 1e-30  # of a cost, whose logarithm is taken
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The cost of one linear by its number of zeros.
+
+    Attributes:
+        weights: number of its weights.
+        zeros: numbers of zeros, ascending.
+        costs: the cost of each.
+    """
+
+    weights: int
+    zeros: Sequence[int]
+    costs: Sequence[float]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Some more zeros of one linear. All costs of a convex curve rise from step to step."""
+
+    slope: float
+    linear: int
+    place: int
+    zeros: int
+
+
+def allocated_zeros(curves: Sequence[Curve], budget: int) -> list[int]:
+    """Return the number of zeros of each linear that cost least together, within the ends of the curves.
+
+    Between its levels a cost is interpolated by its logarithm. The convex hull of each curve is taken, so the steps of all linears in
+    the order of their slopes are the least of the total for every budget.
+
+    Args:
+        curves: the cost of each linear.
+        budget: the sum of all zeros.
+
+    Raises:
+        ValueError: the curves begin above the budget, or end below it.
+    """
+    found = [curve.zeros[0] for curve in curves]
+    most = sum(curve.zeros[-1] for curve in curves)
+    if not sum(found) <= budget <= most:
+        raise ValueError(f"budget: expected from {sum(found):,} to {most:,} zeros, got {budget:,}")
+    left = budget - sum(found)
+    steps = [step for number, curve in enumerate(curves) for step in _steps(number, curve)]
+    for step in sorted(steps, key=lambda step: (step.slope, step.linear, step.place)):
+        taken = min(step.zeros, left)
+        found[step.linear] += taken
+        left -= taken
+    return found
+
+
+def _steps(number: int, curve: Curve) -> list[_Step]:
+    first, last = curve.zeros[0], curve.zeros[-1]
+    zeros = sorted({first + round((last - first) * place / (POINTS - 1)) for place in range(POINTS)})
+    points = [(count, _cost(curve, count)) for count in zeros]
+    corners: list[tuple[int, float]] = []
+    for point in points:
+        while len(corners) > 1 and _slope(corners[-1], point) <= _slope(corners[-2], corners[-1]):
+            corners.pop()
+        corners.append(point)
+    return [_Step(_slope(a, b), number, a[0], b[0] - a[0]) for a, b in pairwise(corners)]
+
+
+def _cost(curve: Curve, zeros: int) -> float:
+    """Return the cost of a number of zeros, by the logarithms of the two levels around it."""
+    after = min(max(bisect_right(curve.zeros, zeros), 1), len(curve.zeros) - 1)
+    (a, b), (low, high) = curve.zeros[after - 1 : after + 1], curve.costs[after - 1 : after + 1]
+    share = (zeros - a) / (b - a)
+    return math.exp((1 - share) * math.log(max(low, TINY)) + share * math.log(max(high, TINY)))
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

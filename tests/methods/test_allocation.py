@@ -1,0 +1,56 @@
+"""Zeros by linear for a budget: exact, within the ends of the curves, and as cheap as an exhaustive search finds them."""
+
+import itertools
+import math
+
+import pytest
+
+from sparsekern.methods.allocation import Curve, allocated_zeros
+
+
+def exponential(weights: int, scale: float, growth: float) -> Curve:
+    zeros = [round(weights * share) for share in (0.35, 0.425, 0.5, 0.575, 0.65)]
+    return Curve(weights, zeros, [scale * math.exp(growth * count / weights) for count in zeros])
+
+
+def test_the_budget_holds_exactly_and_so_do_the_ends():
+    curves = [exponential(1000 + 37 * number, 10.0**number, 5 + number) for number in range(4)]
+    lowest, highest = (sum(curve.zeros[end] for curve in curves) for end in (0, -1))
+    for budget in (lowest, lowest + 1, (lowest + highest) // 2, highest - 1, highest):
+        found = allocated_zeros(curves, budget)
+        assert sum(found) == budget
+        assert all(curve.zeros[0] <= count <= curve.zeros[-1] for curve, count in zip(curves, found, strict=True))
+
+
+def test_no_other_division_costs_less():
+    curves = [exponential(64, 3.0, 4.0), exponential(64, 1.0, 9.0), exponential(40, 0.2, 7.0)]
+    budget = 84
+
+    def cost(counts):
+        return sum(
+            curve.costs[0] * (curve.costs[-1] / curve.costs[0]) ** ((count - curve.zeros[0]) / (curve.zeros[-1] - curve.zeros[0]))
+            for curve, count in zip(curves, counts, strict=True)
+        )
+
+    ranges = [range(curve.zeros[0], curve.zeros[-1] + 1) for curve in curves]
+    cheapest = min(cost(counts) for counts in itertools.product(*ranges) if sum(counts) == budget)
+    assert cost(allocated_zeros(curves, budget)) <= cheapest * (1 + 1e-9)
+
+
+def test_equal_curves_share_alike_and_an_expensive_one_keeps_its_weights():
+    same = allocated_zeros([exponential(1000, 1.0, 5.0)] * 3, 1500)
+    assert max(same) - min(same) <= 10  # one step of the curves
+    cheap, dear = allocated_zeros([exponential(1000, 1.0, 5.0), exponential(1000, 1e6, 5.0)], 1000)
+    assert (cheap, dear) == (650, 350)
+
+
+def test_costs_of_zero_and_bends_are_no_trouble():
+    flat = Curve(100, [10, 20, 30], [0.0, 0.0, 1.0])
+    bent = Curve(100, [10, 20, 30], [1.0, 3.0, 3.1])  # the hull leaves the middle out
+    assert sum(allocated_zeros([flat, bent], 45)) == 45
+
+
+def test_a_budget_that_no_division_meets_is_refused():
+    for budget in (699, 1301):
+        with pytest.raises(ValueError, match=f"budget: expected from 700 to 1,300 zeros, got {budget:,}"):
+            allocated_zeros([exponential(1000, 1.0, 5.0)] * 2, budget)
