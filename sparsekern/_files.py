@@ -46,8 +46,9 @@ def replace_atomically(path: Path, write: Callable[[Path], object], what: str = 
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"no space left while writing {what}; earlier files are intact"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            why = "the system allows no file as large" if error.errno == errno.EFBIG else "no space left"
+            message = f"{why} while writing {what}; earlier files are intact"
             raise OSError(error.errno, message, str(path)) from error
         raise
     finally:
@@ -117,6 +118,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
             lock.acquire()
         except Timeout as error:
             raise ValueError(in_use) from error
+        except OSError as error:  # such as a full disk
+            raise OSError(error.errno, f"{what} cannot be written to ({error.strerror})") from error
         if not _is_at(descriptor, path):  # the holder finished and removed the file after it was opened here
             raise ValueError(in_use)
         try:

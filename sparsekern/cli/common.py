@@ -14,7 +14,7 @@ import torch
 
 from ..data import evaluation_ids, perplexity
 from ..models.limits import window_length
-from ..models.load import load, load_tokenizer
+from ..models.load import check_streamable, load, load_tokenizer
 from ..pattern import NM
 from ..runtime.card import CAUSAL, loader_of
 from ..runtime.hub import check_push, push
@@ -74,6 +74,8 @@ def load_tokenizer_of(arguments: argparse.Namespace, *, needed: bool = True) -> 
         arguments: the command line.
         needed: whether a text is read. If not, a model without a tokenizer is not an error, and the result is None.
     """
+    if getattr(arguments, "stream", False):
+        check_streamable(arguments.model)
     try:
         return load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
     except ValueError as error:

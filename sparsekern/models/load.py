@@ -81,11 +81,9 @@ def load(
         torch.bfloat16
     """
     device = device_of(device)
+    if stream:
+        check_streamable(source)
     place, gguf = _locate(source)
-    if stream and (gguf or not any(Path(place).glob("*.safetensors"))):
-        raise ValueError(
-            f"stream: expected a local folder with safetensors files, which can be read block by block, got {str(source)!r}"
-        )
     options: dict[str, Any] = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if gguf:
         kind, was_cut, was_quantized = _causal_class(), False, False
@@ -113,6 +111,15 @@ def load(
     else:
         _remember_source(model, loading, source, place, trust_remote_code)
     return model.eval() if stream else model.eval().to(device)
+
+
+def check_streamable(source: str | Path) -> None:
+    """Raise `ValueError` unless `source` is a folder that blocks can be read from. Whether they are sound is not looked at."""
+    place, gguf = _locate(source)
+    if gguf or not any(Path(place).glob("*.safetensors")):
+        raise ValueError(
+            f"stream: expected a local folder with safetensors files, which can be read block by block, got {str(source)!r}"
+        )
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -322,7 +329,9 @@ def _from_pretrained(kind: Any, source: str | Path, place: str, gguf: Path | Non
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error, SafetensorError) as error:
         # All but the first two: a damaged file, or a config that the code of the model stumbles over.
-        reason = str(error).strip().partition("\n")[0]
+        reason, _, more = str(error).strip().partition("\n")
+        if reason.endswith(":"):  # of a list
+            reason += f" {' '.join(more.split())}"
         if "trust_remote_code" in str(error):
             reason += " (trust_remote_code=True or --trust-remote-code allows it)"
         if gguf or Path(place).is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .weight_files import INDEX, SINGLE, Stored, tensors_in
+from .weight_files import INDEX, SINGLE, Stored, bits_of, tensors_in
 
 CHUNK = 8 << 20  # bytes that are in memory at once while a tensor is copied
 Tensors = dict[str, torch.Tensor]
@@ -91,7 +90,7 @@ def write_file(path: Path, stored: Mapping[str, Stored]) -> None:
     """Write a safetensors file of tensors from other files, a chunk at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    stored = dict(sorted(stored.items(), key=lambda item: (-_bits(item[1].dtype), item[0])))  # so that each is aligned
+    stored = dict(sorted(stored.items(), key=lambda item: (-bits_of(item[1].dtype), item[0])))  # so that each is aligned
     for name, entry in stored.items():
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.nbytes]}
         end += entry.nbytes
@@ -101,12 +100,6 @@ def write_file(path: Path, stored: Mapping[str, Stored]) -> None:
         output.write(len(text).to_bytes(8, "little") + text)
         for name, entry in stored.items():
             _copy(name, entry, output)
-
-
-def _bits(dtype: str) -> int:
-    """Return the bits of a value of a dtype as safetensors names it, such as `"BF16"` or `"F8_E4M3"`."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8
 
 
 def _copy(name: str, entry: Stored, output: Any) -> None:

@@ -14,6 +14,10 @@ from .weight_files import Stored
 SAMPLE = 64  # bytes of each tensor that a digest reads
 
 
+class SourceError(ValueError):
+    """A fault of a checkpoint's files, whoever comes upon it."""
+
+
 class Stamps:
     """The size, time and number of files when they were opened."""
 
@@ -29,13 +33,13 @@ class Stamps:
         """Raise `ValueError` if one of the files has changed since it was opened."""
         for path in paths:
             if not path.exists() or _stamp(path) != self._stamps[path]:
-                raise ValueError(f"model: {path} has changed since it was opened")
+                raise SourceError(f"model: {path} has changed since it was opened")
 
     def check_lengths(self, stored: Mapping[str, Stored]) -> None:
         """Raise `ValueError` if a file ends before one of these tensors does."""
         for name, entry in stored.items():
             if entry.start + entry.nbytes > self._stamps[entry.path][0]:
-                raise ValueError(f"model: {entry.path} is damaged: it ends before {name}")
+                raise SourceError(f"model: {entry.path} is damaged: it ends before {name}")
 
     def read_into(self, entry: Stored, begin: int, target: torch.Tensor) -> None:
         """Read bytes of a tensor into memory.
@@ -54,12 +58,12 @@ class Stamps:
                 file.seek(entry.start + begin)
                 while left:
                     if not (count := file.readinto(left)):
-                        raise ValueError(
+                        raise SourceError(
                             f"model: {entry.path} can no longer be read: it ends before byte {file.tell() + len(left):,}"
                         )
                     left = left[count:]
         except OSError as error:
-            raise ValueError(f"model: {entry.path} can no longer be read: {error}") from error
+            raise SourceError(f"model: {entry.path} can no longer be read: {error}") from error
 
     def read(self, stored: Mapping[str, Stored]) -> Tensors:
         """Return tensors in memory of their own. A mapped file would count as memory until it is closed.
@@ -80,7 +84,7 @@ class Stamps:
                     for name in own:
                         found[name] = opened.get_tensor(name)
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"model: {path} can no longer be read: {error}") from error
+                raise SourceError(f"model: {path} can no longer be read: {error}") from error
         return found
 
 

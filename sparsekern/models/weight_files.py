@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -64,10 +66,23 @@ def tensors_in(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def dtype_of(stored: Stored) -> torch.dtype:
-    """Return the dtype of a tensor in a file."""
+    """Return the dtype of a tensor in a file.
+
+    Raises:
+        ValueError: torch has no such dtype, as safetensors knows it.
+    """
     from safetensors.torch import _TYPES
 
-    return cast("dict[str, torch.dtype]", _TYPES)[stored.dtype]
+    found = cast("dict[str, torch.dtype]", _TYPES).get(stored.dtype)
+    if found is None:
+        raise ValueError(f"{stored.path.name}: expected dtypes that torch reads, got {stored.dtype}")
+    return found
+
+
+def bits_of(dtype: str) -> int:
+    """Return the bits of a value of a dtype as safetensors names it, such as `"BF16"` or `"F8_E4M3"`."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
 
 
 def _files_of_index(path: Path) -> list[Path]:
@@ -92,11 +107,26 @@ def _header(path: Path) -> dict[str, Stored]:
                 raise ValueError(f"a header of {length:,} bytes")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        return {name: _stored(path, 8 + length, entry) for name, entry in entries.items()}
+        found = {name: _stored(path, 8 + length, name, entry) for name, entry in entries.items()}
+        _check_places(found, 8 + length)
+        return found
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name}: the file is damaged (its header: {error})") from error
 
 
-def _stored(path: Path, offset: int, entry: dict) -> Stored:
+def _stored(path: Path, offset: int, name: str, entry: dict) -> Stored:
     begin, end = entry["data_offsets"]
-    return Stored(path, entry["dtype"], tuple(entry["shape"]), offset + begin, end - begin)
+    stored = Stored(path, entry["dtype"], tuple(entry["shape"]), offset + begin, end - begin)
+    if any(size < 0 for size in stored.shape):
+        raise ValueError(f"{name} of shape {list(stored.shape)}")
+    if 8 * stored.nbytes != math.prod(stored.shape) * bits_of(stored.dtype):
+        raise ValueError(f"{name} of {stored.nbytes:,} bytes, which are no {stored.dtype} {list(stored.shape)}")
+    return stored
+
+
+def _check_places(stored: Mapping[str, Stored], start: int) -> None:
+    """Raise `ValueError` unless each tensor begins where the one before ends."""
+    for name, entry in sorted(stored.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != start:
+            raise ValueError(f"{name} begins at byte {entry.start:,}, expected {start:,}")
+        start += entry.nbytes

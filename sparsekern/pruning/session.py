@@ -42,7 +42,7 @@ def check_streamed(model: nn.Module, methods: Iterable[Method | None], out: obje
     for method in methods:
         by_block = isinstance(method, ExpertMethod) or (isinstance(method, LinearMethod) and not method.needs_whole_model)
         if method is not None and not by_block:
-            raise ValueError(f"method: expected one that works block by block for a streamed model, got {type(method).__name__}")
+            raise ValueError(f"method: expected one that works block by block for a streamed model, got {method!r}")
     if out is None:
         raise ValueError("out: expected a folder, which holds the pruned blocks of a streamed model; got None")
 

@@ -208,7 +208,7 @@ def check_saveable(model: torch.nn.Module, tokenizer: Any, folder: OutputFolder)
             "load it with sparsekern.load, or save it dense and load that"
         )
     of = cast("PreTrainedModel", model)
-    with folder.scratch() as scratch:
+    with _disk_of(folder), folder.scratch() as scratch:
         with _refusals("model"):
             if hasattr(of, "config"):
                 of.config.save_pretrained(scratch)
@@ -216,6 +216,17 @@ def check_saveable(model: torch.nn.Module, tokenizer: Any, folder: OutputFolder)
                 of.generation_config.save_pretrained(scratch)
             _check_shared_weights(model)
         _write_tokenizer(tokenizer, scratch)
+
+
+@contextmanager
+def _disk_of(folder: OutputFolder) -> Iterator[None]:
+    """Name the output folder in errors of its disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"out: the folder {str(folder.path)!r} cannot be written to ({error.strerror})") from error
 
 
 def _check_shared_weights(model: torch.nn.Module) -> None:

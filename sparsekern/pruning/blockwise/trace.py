@@ -20,6 +20,7 @@ from ...models import Blocks, Linear
 from ...models.expert_checks import verified
 from ...models.experts import watched
 from ...models.linears import is_plain_linear, multiplies
+from ...models.stored_reading import SourceError
 from ...models.streaming import in_memory
 from ...models.unsupported import CannotFollow
 from ..batches import BY_POSITION, DECODED, FITTING, SEQUENCES, TOKENS, Batch, fitted, unclear
@@ -140,7 +141,9 @@ def forward(model: nn.Module, inputs: dict[str, Any]) -> object:
 
 
 def refused(model: nn.Module, batch: Batch, number: int, error: Exception) -> ValueError:
-    """Return the error for a batch that the model's forward refuses."""
+    """Return the error for a batch that the model's forward refuses, or that of the files that a streamed model is read from."""
+    if isinstance(error, SourceError):
+        return SourceError(str(error))
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     hint = "; an encoder-decoder may need decoder_input_ids or labels" if decodes and not batch.given & DECODER_INPUTS else ""
     name = type(model).__name__
