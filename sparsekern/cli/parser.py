@@ -97,7 +97,7 @@ def _add_choice_of_weights(group) -> None:
         "--quality",
         type=types.one_of(PRESETS),
         metavar="NAME",
-        help="fast (sparsegpt), good (alps, dense) or best (fisher)",
+        help="fast (sparsegpt), good (alps, dense) or best (tuned)",
     )
     group.add_argument("--set", action="append", default=[], type=types.setting, metavar="NAME=VALUE", help="setting of the method")
     group.add_argument("--help-method", action=_MethodHelp, type=methods, metavar="NAME", help="list a method's settings and exit")

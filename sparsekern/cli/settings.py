@@ -53,10 +53,10 @@ def take_quality(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: an option is given that `--quality` chooses.
     """
-    given = Preset(correction=arguments.correction, allocation=arguments.allocation)
+    given = Preset(correction=arguments.correction, allocation=arguments.allocation, tune=tuning_of(arguments))
     chosen = with_quality(arguments.quality, arguments.pattern, arguments.method, given)
-    for name, value in vars(chosen).items():
-        setattr(arguments, name, value)
+    arguments.method, arguments.correction, arguments.allocation = chosen.method, chosen.correction, chosen.allocation
+    arguments.tune = chosen.tune is not None  # its settings stay in `set`
 
 
 def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:

@@ -132,8 +132,9 @@ def prune(
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
             backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT.
-        quality: a name for method, correction and allocation in place of these arguments. `"fast"` is SparseGPT. `"good"` is ALPS
-            with the correction `"dense"`. `"best"` is the same with the allocation `"fisher"` where the pattern is a share.
+        quality: a name for method, correction, allocation and tune in place of these arguments. `"fast"` is SparseGPT. `"good"` is
+            ALPS with the correction `"dense"`. `"best"` is the same with `BlockTuning()`, and with the allocation `"fisher"` where
+            the pattern is a share.
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -159,7 +160,7 @@ def prune(
     start = time.perf_counter()
     check_module(model)
     pattern = None if pattern is None else parse_pattern(pattern)
-    chosen = with_quality(quality, pattern, method, Preset(correction=correction, allocation=allocation))
+    chosen = with_quality(quality, pattern, method, Preset(correction=correction, allocation=allocation, tune=tune))
     method = resolve_method(chosen.method)
     check_seed(seed)
     check_isa()
@@ -189,7 +190,7 @@ def prune(
         seed=seed,
         then=None if then is None else resolve_method(then),
         correction=chosen.correction,
-        tune=tune,
+        tune=chosen.tune,
         allocation=chosen.allocation,
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
@@ -202,7 +203,7 @@ def prune(
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method, request.then)
     check_correction(chosen.correction, request.then or method, model, leaves)
-    check_tuning(tune, request.then or method, model, leaves)
+    check_tuning(chosen.tune, request.then or method, model, leaves)
     check_allocation(chosen.allocation, request.then or method, model, leaves)
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)

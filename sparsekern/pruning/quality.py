@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
-from ..methods import Method
+from ..methods import BlockTuning, Method
 from ..methods.allocation import FISHER, UNIFORM
 from ..pattern import Pattern, Unstructured
 from .corrections import DENSE, NONE
@@ -20,12 +20,13 @@ class Preset:
     method: str | Method = DEFAULT_METHOD
     correction: str = NONE
     allocation: str = UNIFORM
+    tune: BlockTuning | None = None
 
 
 PRESETS = {
     FAST: Preset("sparsegpt"),
     GOOD: Preset("alps", DENSE),
-    BEST: Preset("alps", DENSE, FISHER),
+    BEST: Preset("alps", DENSE, FISHER, BlockTuning()),
 }
 
 
@@ -45,7 +46,7 @@ def with_quality(quality: str | None, pattern: Pattern | None, method: str | Met
         return given if method is None else replace(given, method=method)
     if quality not in PRESETS:
         raise ValueError(f"quality: expected one of {', '.join(map(repr, PRESETS))} or None, got {quality!r}")
-    plain = asdict(Preset())
+    plain = vars(Preset())
     other = [name for name, value in vars(given).items() if value != plain[name]]
     if method is not None or other:
         raise ValueError(

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for:sparsek
     [
         ("fast", {"method": "sparsegpt"}),
         ("good", {"method": "alps", "correction": "dense"}),
-        ("best", {"method": "alps", "correction": "dense", "allocation": "fisher"}),
+        ("best", {"method": "alps", "correction": "dense", "allocation": "fisher", "tune": sparsekern.BlockTuning()}),
     ],
 )
 def test_a_name_gives_the_bits_of_its_settings(quality, settings):
@@ -42,6 +42,7 @@ def test_zeros_are_allocated_only_where_the_pattern_is_a_share():
     [
         ({"quality": "better"}, "quality: expected one of 'fast', 'good', 'best' or None, got 'better'"),
         ({"quality": "good", "method": "wanda"}, "quality: expected None beside method, which it chooses, got 'good'"),
+        ({"quality": "best", "tune": sparsekern.BlockTuning()}, "quality: expected None beside tune, which it chooses, got 'best'"),
         ({"quality": "fast", "correction": "dense"}, "quality: expected None beside correction, which it chooses, got 'fast'"),
     ],
 )
