@@ -15,9 +15,11 @@ from ..models import Linear
 from ..models.memory import Needs, forward_bytes, room_beside
 from .batches import Batch
 from .blockwise.experts import bytes_of, expert_of, is_expert
+from .corrections import NONE
 from .experts.plan import ExpertPlan
 from .plan import Plan
 
+DRIFTS = 5  # square matrices of a corrected stage: two Gram matrices, two cross products and a factor
 ENERGY = 8  # bytes for each entry of a factor: its norm is taken in float64
 
 
@@ -94,7 +96,7 @@ STATE_COPIES = 2  # of a block's weights, beside that of a block that is changed
 def _needs(plan: Plan, method: Method, own_leaves: int) -> Needs:
     needs: type[Statistic] | None = getattr(method, "needs", None)
     gathers = plan.course is not None
-    grams = gathers and (needs is None or plan.measure_error or inputs_of(needs) is Gram)
+    grams = gathers and (needs is None or plan.measure_error or plan.correction != NONE or inputs_of(needs) is Gram)
     found = {STATISTICS: 0, EXPERT: 0, SOLVING: 0}
     for part in plan.parts:
         plain = [linear for linear in part if not is_expert(linear)]
@@ -135,6 +137,8 @@ def _statistics(plan: Plan, linears: Sequence[Linear], needs: type[Statistic] | 
     """Return the bytes of the statistics of the linears of a block with modules of their own, with factors or partial sums."""
     parts = own_leaves.bit_length()  # of a sum in a tree, with the current leaf
     assert plan.course is not None
+    if plan.correction != NONE:  # of one stage at a time
+        return max((DRIFTS * 4 * linear.features**2 for linear in linears), default=0)
     inputs = {(plan.course.input_of(linear.name), linear.features) for linear in linears}
     total = sum(4 * features**2 * max(2, parts) if grams else 4 * features * parts for _, features in inputs)
     if needs is not None and issubclass(needs, Importance):

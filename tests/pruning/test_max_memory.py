@@ -118,6 +118,22 @@ def test_perplexity_takes_as_many_windows_at_once_as_fit(tmp_path, monkeypatch):
     assert len(read) > 3 * 3 and set(read) == {0, 1, 2}
 
 
+def test_a_corrected_run_counts_the_sums_of_one_stage(tmp_path, monkeypatch):
+    needs, counted = {}, memory.room_beside
+    monkeypatch.setattr(
+        memory,
+        "room_beside",
+        lambda model, limit, found=None, **more: needs.update(found or {}) or counted(model, limit, found, **more),
+    )
+    folder = folder_of("llama", tmp_path / "model")
+    options = {"batch_size": 4, "progress": False, "correction": "sequential"}
+    sparsekern.prune(loaded(folder), "wanda", "2:4", IDS, out=tmp_path / "whole", **options)
+    limit = {"max_memory": "8GB"}
+    report = sparsekern.prune(loaded(folder), "wanda", "2:4", IDS, out=tmp_path / "out", **options, **limit)
+    assert needs[memory.STATISTICS] == 5 * 4 * max(layer.shape[1] for layer in report.layers) ** 2
+    assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(("leaves", "parts"), [(1, 2), (2, 2), (8, 4)])
 def test_partial_sums_are_counted_where_there_are_more_of_them_than_a_gram_matrix_and_its_factor(
     leaves, parts, tmp_path, monkeypatch
