@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "-k", dest="selection", default="", metavar="TEXT", help="only benchmarks and test files whose name has TEXT in it"
     )
-    parser.add_argument("--no-build", action="store_true", help="use the extensions that are built already")
+    parser.add_argument("--no-build", action="store_true", help="use the extensions that are built already, if they load here")
     parser.add_argument(
         "--profile", action="store_true", help="e2e under torch's profiler: the kernels that take longest, in bench.log"
     )
@@ -71,8 +71,7 @@ def _run(options: argparse.Namespace, folder: Path, logs: Path) -> int:
         print(f"{len(rows)} rows in {table}, {budget.left:.0f} s left", flush=True)
 
     if not options.rehearse:
-        failed = None if options.no_build else checks.build(budget, logs / "build.log")
-        if failed := failed or checks.loads(logs / "build.log", budget.share(SECONDS_TO_LOAD)):
+        if failed := checks.libraries(budget, logs / "build.log", budget.share(SECONDS_TO_LOAD), options.no_build):
             record([failed])
             return _say(found, budget)
     if "tests" in parts and not options.rehearse:

@@ -41,6 +41,13 @@ def build(budget: Budget, log: Path) -> Row | None:
     return Row(SECTION, "build", f"**failed**: {why}; see {log.name}", met=False)
 
 
+def libraries(budget: Budget, log: Path, seconds: float, taken_along: bool) -> Row | None:
+    """Make the extensions ready; return a row where that fails. Those that were taken along are built here only if they do not load."""
+    if taken_along and loads(log, seconds) is None:
+        return None
+    return build(budget, log) or loads(log, seconds)
+
+
 LOADED = """
 from sparsekern.backends.libraries import LIBRARIES
 missing = [f"{name}: {library.reason}" for name, library in LIBRARIES.items() if not library.loaded]

@@ -248,6 +248,23 @@ def test_a_library_that_does_not_load_is_a_failure(tmp_path, monkeypatch):
     assert checks.loads(tmp_path / "log", 60) is None
 
 
+@pytest.mark.parametrize(
+    ("taken_along", "loading", "done"),
+    [
+        (True, [True], ["load"]),
+        (True, [False, True], ["load", "build", "load"]),  # made for another system
+        (True, [False, False], ["load", "build", "load"]),
+        (False, [True], ["build", "load"]),
+    ],
+)
+def test_extensions_that_were_taken_along_are_built_where_they_do_not_load(tmp_path, monkeypatch, taken_along, loading, done):
+    bad, did, left = Row("checks", "loading", "**failed**", met=False), [], list(loading)
+    monkeypatch.setattr(checks, "build", lambda budget, log: did.append("build"))
+    monkeypatch.setattr(checks, "loads", lambda log, seconds: did.append("load") or (None if left.pop(0) else bad))
+    found = checks.libraries(Budget(60), tmp_path / "log", 10, taken_along)
+    assert did == done and found is (None if loading[-1] else bad)
+
+
 def test_every_part_that_is_checked_exists():
     for path in ("tests/ops", "tests/gpu", "setup.py"):
         assert (ROOT / path).exists()
