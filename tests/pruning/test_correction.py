@@ -15,6 +15,7 @@ from tests.models.families import tiny_ids, tiny_model
 from tests.models.test_experts import tiny_mixture
 
 from .stack_models import calls, toy
+from .test_streamed import tensors_of
 from .unfinished import QUIET, Interrupted, interrupted_run, run
 
 STAGES = (
@@ -193,6 +194,36 @@ def test_a_linear_outside_the_blocks_is_corrected_too():
     dense = tiny_model("llama").lm_head.weight.detach()
     new = model.lm_head.weight.detach()
     assert not torch.equal(new[new != 0], dense[new != 0])
+
+
+def test_a_streamed_model_is_pruned_in_stages_with_the_same_bits_but_has_no_dense_blocks(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    found = {}
+    for stream in (False, True):
+        model = sparsekern.load(tmp_path / "model", device="cpu", stream=stream)
+        out = tmp_path / f"out-{stream}"
+        sparsekern.prune(model, "sparsegpt", "2:4", tiny_ids(), out=out, correction="sequential", **QUIET)
+        found[stream] = tensors_of(out)
+    assert all(torch.equal(value, found[True][name]) for name, value in found[False].items())
+    model = sparsekern.load(tmp_path / "model", device="cpu", stream=True)
+    with pytest.raises(
+        ValueError, match="correction: expected 'none' or 'sequential' for a streamed model, whose dense blocks are not"
+    ):
+        sparsekern.prune(model, "wanda", "2:4", tiny_ids(), out=tmp_path / "other", correction="dense", **QUIET)
+
+
+def test_padding_counts_neither_in_the_sums_nor_among_held_out_tokens():
+    ids = tiny_ids(16, 16)
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    padded, plain = tiny_model("llama"), tiny_model("llama")
+    sparsekern.prune(padded, "magnitude", "2:4", [{"input_ids": ids, "attention_mask": mask}], correction="dense", **QUIET)
+    sparsekern.prune(plain, "magnitude", "2:4", ids[:, :12], correction="dense", **QUIET)
+    for name, weight in plain.state_dict().items():
+        own = padded.state_dict()[name]
+        same = (own != 0) == (weight != 0)
+        assert same.float().mean() > 0.99, name
+        torch.testing.assert_close(own[same], weight[same], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
