@@ -44,8 +44,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     check_adds_up(method, arguments.strategy)
     if arguments.correction != NONE:
         raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
-    if arguments.tune:
-        raise ValueError("--tune: expected one --calibration and no --state, whose blocks are tuned")
+    for option in ("tune", "distill"):
+        if getattr(arguments, option):
+            raise ValueError(f"--{option}: expected one --calibration and no --state")
     if arguments.allocation != UNIFORM:
         raise ValueError(f"--allocation: expected one --calibration and no --state, got {arguments.allocation!r}")
     texts = _texts_to_evaluate(arguments)

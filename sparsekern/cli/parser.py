@@ -109,6 +109,7 @@ def _add_choice_of_weights(group) -> None:
         help="method for what experts leaves (--set then.NAME=VALUE)",
     )
     group.add_argument("--tune", action="store_true", help="tune each block afterwards (--set tune.NAME=VALUE)")
+    group.add_argument("--distill", type=types.count, metavar="STEPS", help="train towards the dense model (--set distill.NAME=…)")
     group.add_argument("--pattern", type=types.pattern, help="N:M keeps N of M (2:4); 0.5 is the share of zeros")
     group.add_argument(
         "--pattern-for",

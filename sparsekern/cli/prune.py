@@ -33,7 +33,7 @@ from .common import (
     next_steps,
     push_result,
 )
-from .settings import methods_of, take_quality, tuning_of
+from .settings import methods_of, take_quality, training_of
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -106,6 +106,7 @@ def _prune(
     if amount:
         settings["calibration"] = f"{amount} of {source}, seed {arguments.seed}"
 
+    tune, distill = training_of(arguments)
     report = prune(
         model,
         method,
@@ -127,7 +128,8 @@ def _prune(
         max_memory=arguments.max_memory,
         leaves=arguments.leaves,
         correction=arguments.correction,
-        tune=tuning_of(arguments),
+        tune=tune,
+        distill=distill,
         allocation=arguments.allocation,
     )
     if held_out:
@@ -164,8 +166,8 @@ def _calibration(
 
 def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:
     """Return whether the run needs calibration text."""
-    asked = arguments.report_error or arguments.correction != NONE or arguments.allocation != UNIFORM or arguments.tune
-    return method.needs_data or asked
+    corrected = arguments.correction != NONE or arguments.allocation != UNIFORM
+    return bool(method.needs_data or arguments.report_error or corrected or arguments.tune or arguments.distill)
 
 
 def _only_text(arguments: argparse.Namespace) -> str:

@@ -6,12 +6,13 @@ import argparse
 import inspect
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from ..methods import METHODS, BlockTuning, ExpertMethod, Method, settings_of
+from ..methods import METHODS, BlockTuning, Distill, ExpertMethod, Method, Training, settings_of
 from ..pruning.quality import DEFAULT_METHOD, Preset, with_quality
 
-TUNE = "tune."  # begins the settings of --tune
+TRAINING = ("tune.", "distill.")  # begin the settings of --tune and --distill
+TrainingT = TypeVar("TrainingT", bound=Training)
 
 
 def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
@@ -53,7 +54,7 @@ def take_quality(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: an option is given that `--quality` chooses.
     """
-    given = Preset(correction=arguments.correction, allocation=arguments.allocation, tune=tuning_of(arguments))
+    given = Preset(correction=arguments.correction, allocation=arguments.allocation, tune=training_of(arguments)[0])
     chosen = with_quality(arguments.quality, arguments.pattern, arguments.method, given)
     arguments.method, arguments.correction, arguments.allocation = chosen.method, chosen.correction, chosen.allocation
     arguments.tune = chosen.tune is not None  # its settings stay in `set`
@@ -70,9 +71,9 @@ def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:
         if "remove" not in settings_of(METHODS[name]):
             raise ValueError(f"--remove: expected --method experts or kprune, got {name}, which makes weights zero")
         assignments.append(("remove", repr(arguments.remove)))
-    tuning_of(arguments)  # raises for a setting that it does not accept
+    training_of(arguments)  # raises for a setting that it does not accept
     prefix = "then."
-    own = [(name, value) for name, value in assignments if not name.startswith((prefix, TUNE))]
+    own = [(name, value) for name, value in assignments if not name.startswith((prefix, *TRAINING))]
     later = [(name.removeprefix(prefix), value) for name, value in assignments if name.startswith(prefix)]
     method = configured(name, own)
     if arguments.then is None:
@@ -84,26 +85,41 @@ def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:
     return method, configured(arguments.then, later)
 
 
-def tuning_of(arguments: argparse.Namespace) -> BlockTuning | None:
-    """Return the settings of `--tune`, None without it.
+def training_of(arguments: argparse.Namespace) -> tuple[BlockTuning | None, Distill | None]:
+    """Return the settings of `--tune` and `--distill`, None without them.
 
     Raises:
-        ValueError: a setting without `--tune`, twice, or one that it does not accept.
+        ValueError: a setting without its option, twice, or one that the option does not accept.
     """
-    assignments = [(name.removeprefix(TUNE), value) for name, value in arguments.set if name.startswith(TUNE)]
-    if not arguments.tune:
-        if assignments:
-            raise ValueError(f"--set: expected --tune, which has the setting {TUNE}{assignments[0][0]}")
-        return None
-    rules = settings_of(BlockTuning)
+    tune = _training("tune", BlockTuning, arguments.set) if _asked("tune", arguments.tune, arguments.set) else None
+    if not _asked("distill", arguments.distill, arguments.set):
+        return tune, None
+    steps = ("distill.steps", str(arguments.distill))
+    return tune, _training("distill", Distill, [*arguments.set, steps])
+
+
+def _asked(option: str, given: object, assignments: Sequence[tuple[str, str]]) -> bool:
+    """Return whether an option is given; raise `ValueError` for its settings without it."""
+    found = next((name for name, _ in assignments if name.startswith(f"{option}.")), None)
+    if not given and found is not None:
+        raise ValueError(f"--set: expected --{option}, which has the setting {found}")
+    return bool(given)
+
+
+def _training(option: str, kind: type[TrainingT], assignments: Sequence[tuple[str, str]]) -> TrainingT:
+    """Return the settings of an option, such as `tune.passes`."""
+    rules = settings_of(kind)
     given: dict[str, Any] = {}
-    for name, text in assignments:
+    for whole, text in assignments:
+        prefix, dot, name = whole.partition(".")
+        if prefix != option or not dot:
+            continue
         if name in given:
-            raise ValueError(f"--set: {TUNE}{name} is given twice")
+            raise ValueError(f"--set: {whole} is given twice")
         if name not in rules:
-            raise ValueError(f"--set: --tune has no setting {name!r}, only {', '.join(rules)}")
-        given[name] = rules[name].from_text(f"--set {TUNE}{name}", text)
-    return BlockTuning(**given)
+            raise ValueError(f"--set: --{option} has no setting {name!r}, only {', '.join(rules)}")
+        given[name] = rules[name].from_text(f"--set {whole}", text)
+    return kind(**given)
 
 
 def method_help(name: str) -> str:

@@ -15,7 +15,7 @@ from .sparsegpt import SparseGPT
 from .sparsellm import SparseLLM
 from .statistics import ExpertSums, FeatureNorm, Gram, GramImportance, HasGram, HasImportance, HasNorms, SampleImportance
 from .structured import Structured
-from .tuning import BlockTuning
+from .tuning import BlockTuning, Distill, Training
 from .wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
@@ -47,6 +47,7 @@ __all__ = [
     "METHODS",
     "BlockMethod",
     "BlockTuning",
+    "Distill",
     "ExpertMethod",
     "ExpertPruning",
     "ExpertSums",
@@ -70,6 +71,7 @@ __all__ = [
     "SparseGPT",
     "SparseLLM",
     "Structured",
+    "Training",
     "Team",
     "Wanda",
     "Work",

@@ -1,4 +1,4 @@
-"""What may follow a method: tuning of each block's kept weights."""
+"""What may follow a method: tuning of each block's kept weights, and distillation of the whole model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from ._fields import Settings, number, settings_of, whole
 
 
 @dataclass(frozen=True)
-class BlockTuning(Settings):
+class Training(Settings):
+    """Base of the settings of what trains a pruned model."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """The minimum of tokens in an optimizer step."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings by name, as values that JSON can hold."""
+        return {name: getattr(self, name) for name in settings_of(type(self))}
+
+
+@dataclass(frozen=True)
+class BlockTuning(Training):
     """Tune the kept weights, norms and biases of each block once it is pruned, so that it computes what the dense model computes there.
 
     The block takes the hidden states of the pruned model. It is to return those of the dense model behind the same block. The error of
@@ -36,6 +50,34 @@ class BlockTuning(Settings):
     clip: float = number(1.0, above=0, help="largest norm of the gradient")
     patience: int = whole(2, at_least=1, help="passes without a smaller held-out error after which a block is done")
 
-    def settings(self) -> dict[str, object]:
-        """Return the settings by name, as values that JSON can hold."""
-        return {name: getattr(self, name) for name in settings_of(type(self))}
+
+@dataclass(frozen=True)
+class Distill(Training):
+    """Train the whole pruned model, once it is done, to predict what the dense one predicts.
+
+    The loss is the Kullback-Leibler divergence of the next token's distribution from that of the dense model, a copy of which stays in
+    memory. No logits are stored. Pruned weights stay zero. Embeddings and the head are frozen, and experts that are not pruned. AdamW's
+    learning rate rises linearly over the `warmup` share of the steps, and falls along half a cosine to zero.
+
+    Of every eight samples one is held out. Its divergence is reported as the training goes on. If it has not fallen at the end, the
+    weights from before are kept. With `out` in `prune`, a killed run resumes to the same bits.
+
+    Example:
+        >>> text = {"calibration": "text.txt", "tokenizer": tokenizer, "samples": 32, "length": 16}
+        >>> distill = sparsekern.Distill(steps=2, batch_tokens=128)
+        >>> report = sparsekern.prune(model, "wanda", "2:4", distill=distill, progress=False, **text)
+        >>> report.distillation[-1]["kl"] < report.distillation[0]["kl"]
+        True
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+
+    steps: int = whole(200, at_least=1, help="optimizer steps")
+    learning_rate: float = number(3e-4, above=0, help="highest learning rate of AdamW")
+    warmup: float = number(0.05, at_least=0, below=1, help="share of the steps in which the learning rate rises")
+    batch_tokens: int = whole(2048, at_least=1, help="minimum of tokens in an optimizer step; whole batches are accumulated")
+    temperature: float = number(1.0, above=0, help="divisor of the logits of both models")
+    beta1: float = number(0.9, at_least=0, below=1, help="decay of AdamW's first moment")
+    beta2: float = number(0.95, at_least=0, below=1, help="decay of AdamW's second moment")
+    weight_decay: float = number(0.0, at_least=0, help="weight decay of AdamW, on matrices only")
+    clip: float = number(1.0, above=0, help="largest norm of the gradient")

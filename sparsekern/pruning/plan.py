@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._warnings import SparsekernWarning
-from ..methods import BlockTuning
+from ..methods import BlockTuning, Distill
 from ..methods.allocation import UNIFORM
 from ..methods.base import GradualMethod, LinearMethod, Method, PlannedBlock
 from ..models import Blocks, FeedForward, Linear, find_blocks, find_linears
@@ -58,6 +58,7 @@ class Request:
         correction: see `prune`.
         tune: see `prune`.
         allocation: see `prune`.
+        distill: see `prune`.
     """
 
     pattern: Pattern | None = None
@@ -75,6 +76,7 @@ class Request:
     correction: str = NONE
     tune: BlockTuning | None = None
     allocation: str = UNIFORM
+    distill: Distill | None = None
 
     @property
     def default_pattern(self) -> Pattern:
@@ -99,6 +101,7 @@ class Plan:
         correction: what is done about the error of what is pruned already, see `corrections`.
         tune: how each block is tuned behind the method; None does not.
         allocation: how the patterns were shared out among the linears, see `prune`.
+        distill: how the whole model is trained at the end; None does not.
     """
 
     blocks: Blocks
@@ -113,6 +116,7 @@ class Plan:
     correction: str = NONE
     tune: BlockTuning | None = None
     allocation: str = UNIFORM
+    distill: Distill | None = None
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:
@@ -135,7 +139,8 @@ class Plan:
         patterns = {name: str(value) for name, value in self.patterns.items()}
         found: dict[str, object] = {"patterns": patterns, "report_error": self.measure_error, **self.settings_of_experts}
         found |= {} if self.correction == NONE else {"correction": self.correction}
-        found |= {} if self.tune is None else {"tune": self.tune.settings()}
+        training = {"tune": self.tune, "distill": self.distill}
+        found |= {name: config.settings() for name, config in training.items() if config is not None}
         return found | ({} if self.allocation == UNIFORM else {"allocation": self.allocation})
 
     @property

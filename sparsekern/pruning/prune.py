@@ -11,7 +11,7 @@ from torch import nn
 
 from ..backends.libraries import check_isa
 from ..data import as_calibration
-from ..methods import BlockTuning, ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
+from ..methods import BlockTuning, Distill, ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
 from ..methods.allocation import UNIFORM
 from ..models.fingerprint import model_fingerprint
 from ..models.memory import room_beside
@@ -39,7 +39,9 @@ from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
 from .session import check_module, check_seed, check_streamed, environment, parameters_of
 from .shared_blocks import SharedBlocks, follow_written, shared_blocks
-from .tuning.checks import check_tuning
+from .tuning.checks import check_training
+from .tuning.distill import Distillation
+from .tuning.reader import dense_copy
 
 
 @on_all_ranks
@@ -71,6 +73,7 @@ def prune(
     tune: BlockTuning | None = None,
     allocation: str = UNIFORM,
     quality: str | None = None,
+    distill: Distill | None = None,
 ) -> Report:
     """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
@@ -132,9 +135,7 @@ def prune(
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
             backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT.
-        quality: a name for method, correction, allocation and tune in place of these arguments. `"fast"` is SparseGPT. `"good"` is
-            ALPS with the correction `"dense"`. `"best"` is the same with `BlockTuning()`, and with the allocation `"fisher"` where
-            the pattern is a share.
+    check_training(chosen.tune, distill, request.then or method, model, leaves)
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -142,6 +143,7 @@ def prune(
 
     Raises:
         TypeError: bad arguments. They are refused before any work is done.
+        MemoryError: the dense copy that `distill` needs does not fit, before any work is done.
         ValueError: bad arguments, or a model that cannot be pruned in this way, before any work is done. Also NaN or Inf in an
             activation, which the message locates by linear and calibration sample. Then the current block is unchanged, and the
             earlier ones are pruned (and on disk with `out`). Training (`Gradual`) whose loss or weights do not stay finite leaves
@@ -192,18 +194,20 @@ def prune(
         correction=chosen.correction,
         tune=chosen.tune,
         allocation=chosen.allocation,
+        distill=distill,
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     if not isinstance(request.then or method, LinearMethod):
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
+    options["trains"] = distill is not None
     check_streamed(model, (method, request.then), out)
     room_beside(model, max_memory)
     world = World.current()
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method, request.then)
     check_correction(chosen.correction, request.then or method, model, leaves)
-    check_tuning(chosen.tune, request.then or method, model, leaves)
+    check_training(chosen.tune, distill, request.then or method, model, leaves)
     check_allocation(chosen.allocation, request.then or method, model, leaves)
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
@@ -241,8 +245,11 @@ def prune(
         shown: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "report": report, "progress": progress}
         shown |= {"memory": memory, "world": world, "leaves": leaves}
         with running(model, plan, method, batches, **shown) as context:
+            teacher = None if distill is None else dense_copy(model)
             try:
                 loop(context).run()
+                if distill is not None and teacher is not None:
+                    Distillation(cast("Any", context), teacher, distill, own).run()
             except (TypeError, ValueError):
                 if checkpoint is not None:
                     checkpoint.drop_unused()

@@ -55,6 +55,7 @@ class RunFolder:
         method: Method | None = None,
         resume: bool = False,
         remedy: str,
+        trains: bool = False,
     ) -> Iterator[RunFolder | None]:
         """Lock the folder within, and check everything that could make the end of the run fail.
 
@@ -66,6 +67,7 @@ class RunFolder:
             method: the method of a run that keeps its blocks in `out`; None for a run that does not.
             resume: continue an unfinished run in `out`.
             remedy: the end of the message if the pruned model cannot be saved: where it is kept, and how to save it.
+            trains: whether the state of a training is kept too, beside that of the method.
 
         Raises:
             FileExistsError: `out` is a file, or holds a finished run or other files.
@@ -86,7 +88,7 @@ class RunFolder:
                 check(folder.path)
             check_saveable(model, tokenizer, folder)
             written = sum(file.stat().st_size for file in (folder.path / FOLDER).glob("*.safetensors"))
-            check_space(model, folder.path, extra=carried_bytes(model) + _checkpoint_bytes(model, method) - written)
+            check_space(model, folder.path, extra=carried_bytes(model) + _checkpoint_bytes(model, method, trains) - written)
             yield cls(folder, tokenizer, format, remedy, method)
 
     def checkpoint(self, model: nn.Module, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
@@ -273,11 +275,13 @@ def _size_rows(model: nn.Module, report: BaseReport, format: str) -> dict[str, o
     return rows
 
 
-def _checkpoint_bytes(model: nn.Module, method: Method | None) -> int:
-    """Return the bytes that a run keeps beside the finished model: each block once, or training's state twice while replaced."""
+def _checkpoint_bytes(model: nn.Module, method: Method | None, trains: bool) -> int:
+    """Return the bytes that a run keeps beside the finished model: each block once, and training's state twice while replaced."""
+    training = 2 * TRAINING_BYTES * sum(parameter.numel() for parameter in model.parameters())
     if isinstance(method, GradualMethod):
-        return 2 * TRAINING_BYTES * sum(parameter.numel() for parameter in model.parameters()) if method.trains else 0
-    return 0 if method is None or stream_of(model) is not None else weight_bytes(model)
+        return training if method.trains else 0
+    blocks = 0 if method is None or stream_of(model) is not None else weight_bytes(model)
+    return blocks + (training if trains else 0)
 
 
 def check_finished(path: Path, argument: str) -> None:

@@ -16,6 +16,7 @@ from .schema import Fields
 FLAT = 5e-4  # sparsities that differ by less are one number, not a plot
 ERROR_NOTE = "Relative squared error of each linear's output over the calibration tokens; the scale is logarithmic."
 TUNING_NOTE = "Mean relative squared error of a held-out token's hidden state behind each block; the scale is logarithmic."
+DISTILLATION_NOTE = "Mean Kullback-Leibler divergence of the held-out tokens' predictions from those of the dense model, in nats."
 COLUMNS = {
     "linear": lambda layer: layer.name,
     "shape": lambda layer: " × ".join(map(str, layer.shape)),
@@ -105,6 +106,8 @@ class Report(BaseReport):
             `learning_rate`, and the `loss` of the step's batch before it was trained on.
         tuning: one entry for each block that was tuned: its number `block`, the held-out errors `before` and `after`, the optimizer
             `steps` and the `seconds`.
+        distillation: one entry for each evaluation of the distillation: the `step` in front of it, the `learning_rate` there, and the
+            mean divergence `kl` of the held-out tokens from the dense model, in nats.
 
     Example:
         >>> report = sparsekern.prune(model, "magnitude", 0.5, progress=False)
@@ -123,6 +126,7 @@ class Report(BaseReport):
     resumed_blocks: int = 0
     training: list[dict[str, float]] = field(default_factory=list)
     tuning: list[dict[str, float]] = field(default_factory=list)
+    distillation: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -166,7 +170,7 @@ class Report(BaseReport):
                     log=True,
                 ),
                 self._sparsity_section(),
-                *self._tuning_sections(),
+                *self._training_sections(),
                 seconds_section("Time by phase", self.seconds),
             ],
             table(f"All {len(self.layers)} linears", self.layers, COLUMNS),
@@ -183,23 +187,26 @@ class Report(BaseReport):
         series = by_block(((layer.name, layer.sparsity) for layer in self.layers), ".2%")
         return lines_section("Zeros by layer", series, x_label="block", note="Share of each linear's weights.")
 
-    def _tuning_sections(self) -> list[Section]:
+    def _training_sections(self) -> list[Section]:
+        curve = [Point(entry["step"], entry["kl"], f"step {entry['step']:g}: {entry['kl']:.4f}") for entry in self.distillation]
+        distilled = [lines_section("Distillation", {"divergence": curve}, x_label="step", note=DISTILLATION_NOTE)] if curve else []
         if not self.tuning:
-            return []
+            return distilled
         series = {
             name: [
                 Point(block["block"], block[name], f"block {block['block']:g} {name}: {block[name]:.3e}") for block in self.tuning
             ]
             for name in ("before", "after")
         }
-        return [lines_section("Error of blocks before and after tuning", series, x_label="block", note=TUNING_NOTE, log=True)]
+        tuned = lines_section("Error of blocks before and after tuning", series, x_label="block", note=TUNING_NOTE, log=True)
+        return [tuned, *distilled]
 
     def _run(self) -> dict[str, object]:
         return {"calibration_tokens": self.calibration_tokens, "resumed_blocks": self.resumed_blocks}
 
     def _results(self) -> dict[str, object]:
         shares = {"sparsity": self.sparsity, "model_parameters": self.model_parameters, "model_sparsity": self.model_sparsity}
-        return {**shares, "training": self.training, "tuning": self.tuning}
+        return {**shares, "training": self.training, "tuning": self.tuning, "distillation": self.distillation}
 
     def _layers(self) -> list[dict[str, object]]:
         return [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
@@ -213,6 +220,7 @@ class Report(BaseReport):
             "calibration_tokens": run.take("calibration_tokens", schema.whole),
             "resumed_blocks": run.take("resumed_blocks", schema.whole),
             "training": results.take("training", schema.listing(schema.mapping(schema.number))),
+            "distillation": results.take("distillation", schema.listing(schema.mapping(schema.number)), list[dict[str, float]]()),
             "tuning": results.take("tuning", schema.listing(schema.mapping(schema.number)), list[dict[str, float]]()),
         }
 
@@ -243,5 +251,8 @@ class Report(BaseReport):
         if self.tuning:
             before, after = (sum(block[name] for block in self.tuning) / len(self.tuning) for name in ("before", "after"))
             lines.append(f"{len(self.tuning)} blocks tuned, mean held-out error from {before:.3e} to {after:.3e}")
+        if self.distillation:
+            start, end = self.distillation[0], self.distillation[-1]
+            lines.append(f"{end['step']:g} steps of distillation, held-out divergence from {start['kl']:.4f} to {end['kl']:.4f}")
         lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros{of_all}; seconds: {phases(self.seconds)}")
         return "\n".join(lines)

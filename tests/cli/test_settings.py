@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from sparsekern import ALPS, BlockTuning, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, Wanda
+from sparsekern import ALPS, BlockTuning, Distill, Gradual, KPrune, Magnitude, SparseGPT, SparseLLM, Structured, Wanda
 from sparsekern.cli import main
 from sparsekern.cli.parser import make_parser
-from sparsekern.cli.settings import configured, methods_of, tuning_of
+from sparsekern.cli.settings import configured, methods_of, training_of
 from sparsekern.methods import METHODS, settings_of
 from sparsekern.pattern import parse_pattern
 
@@ -60,15 +60,18 @@ def tuning(*words):
 
 def test_settings_of_tuning_are_its_own():
     options = tuning("--tune", "--set", "tune.passes=2", "--set", "damping=0.1", "--set", "tune.clip=3")
-    assert tuning_of(options) == BlockTuning(passes=2, clip=3.0)
+    assert training_of(options) == (BlockTuning(passes=2, clip=3.0), None)
     assert methods_of(options)[0] == SparseGPT(damping=0.1)
-    assert tuning_of(tuning()) is None
+    assert training_of(tuning()) == (None, None)
+    assert training_of(tuning("--distill", "30", "--set", "distill.clip=2")) == (None, Distill(steps=30, clip=2.0))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--set", "tune.passes=2"), "--set: expected --tune, which has the setting tune.passes"),
+        (("--set", "distill.clip=2"), "--set: expected --distill, which has the setting distill.clip"),
+        (("--distill", "9", "--set", "distill.steps=8"), "--set: distill.steps is given twice"),
         (("--tune", "--set", "tune.passes=0"), "BlockTuning.passes: expected a whole number of at least 1, got 0"),
         (("--tune", "--set", "tune.passes=x"), "--set tune.passes: expected a whole number of at least 1, got 'x'"),
         (("--tune", "--set", "tune.speed=1"), "--set: --tune has no setting 'speed', only learning_rate, passes"),

@@ -62,6 +62,7 @@ def test_several_texts_packed(prune, text, tmp_path, capsys):
     [
         (["--calibration", "a.txt", "--calibration", "a.txt"], "--calibration: a.txt is given twice"),
         (["--state", "state", "--report-error"], "--report-error: expected one --calibration and no --state"),
+        (["--state", "state", "--distill", "5"], "--distill: expected one --calibration and no --state"),
         (["--state", "state", "--tune"], "--tune: expected one --calibration and no --state"),
         (["--calibration", "a.txt", "--resume"], "--resume: expected --state, the folder of the run to continue"),
         (["--abandon"], "--abandon: expected --state, the folder with the unfinished step"),

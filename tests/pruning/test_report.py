@@ -108,7 +108,14 @@ def test_the_schema_of_the_file(report, tmp_path):
         "resumed_blocks": 0,
     }
     shares = {"sparsity": 0.625, "model_parameters": 0, "model_sparsity": None}
-    assert written["results"] == {**shares, "training": [], "tuning": [], "size": {}, "measured": {"perplexity, pruned": 12.5}}
+    assert written["results"] == {
+        **shares,
+        "training": [],
+        "tuning": [],
+        "distillation": [],
+        "size": {},
+        "measured": {"perplexity, pruned": 12.5},
+    }
     assert written["layers"][0] == {
         "name": "model.layers.0.q",
         "pattern": "2:4",

@@ -43,7 +43,7 @@ from .sharing import SharedSolve, shares_work
 from .shelf import Shelf
 from .solving import Job, Solved, Solver, jobs_of
 from .statistics import SharedStatistics
-from .tuned import BlockTuner, check_tunable, restore_others
+from .tuned import BlockTuner, check_trained, restore_others
 from .written import restored, write, written_meanwhile
 
 
@@ -79,20 +79,20 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     @classmethod
     def make_plan(cls, model: nn.Module, method: LinearMethod, request: Request) -> tuple[Plan, list[Batch] | None]:
         plan = replace(plan_linears(model, method, request), correction=request.correction, tune=request.tune)
-        plan = replace(plan, measure_error=request.report_error)
-        asked = request.report_error or request.correction != NONE or request.tune is not None or request.allocation != UNIFORM
+        plan = replace(plan, measure_error=request.report_error, distill=request.distill)
+        trainings = [config for config in (request.tune, request.distill) if config is not None]
+        asked = request.report_error or request.correction != NONE or request.allocation != UNIFORM or trainings
         if not method.needs_data and not asked:
             request.rules.check_unweighted(method)
             return plan, None
         plan = plan.calibrated(request.rules)
-        least = None if request.tune is None else request.tune.batch_tokens
-        batches = batches_for(model, method, request.calibration, request.batch_size, least)
-        if request.correction == DENSE or request.tune is not None:
+        most_tokens = min((config.batch_tokens for config in trainings), default=None)
+        batches = batches_for(model, method, request.calibration, request.batch_size, most_tokens)
+        if request.correction == DENSE or trainings:
             batches = with_held_out(batches, request.seed)
         with prepared(model, request.seed), lent_blocks(model):
             plan = observed(model, plan, batches)
-            if plan.tune is not None:
-                check_tunable(model, plan.course is not None and plan.course.chain)
+            check_trained(model, plan, batches)
             if request.allocation != UNIFORM:
                 plan = with_allocation(model, plan, batches, request.seed)
             if isinstance(method, BlockMethod):

@@ -14,9 +14,12 @@ from torch import nn
 from ..._warnings import SparsekernWarning
 from ...methods import BlockTuning
 from ...models import Blocks, Linear
+from ..batches import Batch
+from ..plan import Plan
 from ..run import BlockResult, RunContext
 from ..seeds import derived_seed
 from ..tuning.block import Samples, trained_of, tune_block
+from ..tuning.trainable import check_trainable
 from .activations import Activations
 from .course import Course
 from .dense_stream import DenseStream
@@ -100,9 +103,21 @@ def _copy(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor
         tensor.copy_(values[name])
 
 
-def check_tunable(model: nn.Module, chain: bool) -> None:
-    """Raise `ValueError` unless each block takes the output of the one before."""
-    if not chain:
+def check_trained(model: nn.Module, plan: Plan, batches: list[Batch]) -> None:
+    """Raise unless the model can be trained as a plan says.
+
+    Args:
+        model: the model.
+        plan: what follows the method.
+        batches: the calibration data.
+
+    Raises:
+        ValueError: blocks are tuned that take more than the output of the one before, or a model is distilled that predicts no next
+            tokens.
+    """
+    if plan.distill is not None:
+        check_trainable(model, batches, "Distill")
+    if plan.tune is not None and (plan.course is None or not plan.course.chain):
         raise ValueError(
             f"tune: expected a model whose blocks take nothing but the output of the one before, got {type(model).__name__}"
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ from ..plan import Plan, Request, plan_linears, planned_blocks
 from ..run import Loop, RunContext
 from ..seeds import derived_seed, seeded, torch_seeded
 from ..session import batches_for, prepared
+from ..tuning.masters import float32_masters
+from ..tuning.trainable import check_trainable, not_finite, predicted_tokens, target_mask
 from .interrupt import interrupt_deferred
 from .training_state import TrainingState
-
-PROBE_TOKENS = 8
 
 
 class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
@@ -32,8 +32,8 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
     def __init__(self, context: RunContext[Plan, Gradual, Report, Checkpoint]) -> None:
         super().__init__(context)
         self.model, self.bar = context.model, context.progress
-        self.batches = [batch for batch in context.batches if _predicted(batch)]
-        self.state = TrainingState(context.checkpoint, context.model)
+        self.batches = [batch for batch in context.batches if predicted_tokens(batch)]
+        self.state = TrainingState(context.checkpoint, dict(context.model.named_parameters()))
 
     @classmethod
     def make_plan(cls, model: nn.Module, method: Gradual, request: Request) -> tuple[Plan, list[Batch] | None]:
@@ -51,7 +51,7 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
         clock = self.context.clock
         if self.method.trains:
             self.bar.count_steps(sum(len(self._batches_of_steps(step)) for step in range(1, self.method.steps + 1)))
-        with _float32_masters(self.model) as autocast, interrupt_deferred() as interrupted:
+        with float32_masters(self.model.parameters()) as autocast, interrupt_deferred() as interrupted:
             done, masks = self.state.load()
             self.context.report.training = self.state.curve
             self.bar.steps_done(len(self.state.curve))
@@ -107,7 +107,7 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
                     )
                 self.state.curve.append({"step": step, "sparsity": keeper.sparsity, "learning_rate": rate, "loss": loss})
                 self.bar.step_done(f"step {step}/{self.method.steps} loss {loss:.3f}")
-                self.state.save_now_and_then(step, index + 1, optimizer, keeper, now=interrupted())
+                self.state.save_now_and_then(step, index + 1, partial(self.state.tensors_of, optimizer, keeper), now=interrupted())
                 if interrupted():
                     raise KeyboardInterrupt
             self._check_finite()  # the last step's loss was taken before it
@@ -116,7 +116,7 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
             self.model.zero_grad()
 
     def _check_finite(self, rounded: str = "") -> None:
-        if found := _not_finite(self.model):
+        if found := not_finite(self.model):
             when = f"after {len(self.state.curve)} optimizer steps{rounded}"
             raise ValueError(f"Gradual.learning_rate: expected finite weights, got {found} {when}; lower it")
 
@@ -124,7 +124,7 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: list[Batch], autocast: torch.autocast
     ) -> float:
         """Take one step on the mean loss of all predicted tokens of `batches`, and return the loss before it."""
-        predicted = sum(map(_predicted, batches))
+        predicted = sum(map(predicted_tokens, batches))
         total = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
         for batch in batches:
             with torch.enable_grad():
@@ -147,7 +147,7 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
             gathered: list[int] = []
             for index in torch.randperm(len(self.batches), generator=generator).tolist():
                 gathered.append(index)
-                if sum(_predicted(self.batches[i]) for i in gathered) >= self.method.batch_tokens:
+                if sum(predicted_tokens(self.batches[i]) for i in gathered) >= self.method.batch_tokens:
                     steps.append(gathered)
                     gathered = []
             if gathered:
@@ -160,63 +160,8 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
         return LayerReport(linear.name, str(self.plan.patterns[linear.name]), linear.shape, zeros, None, 0.0)
 
 
-def check_trainable(model: nn.Module, batches: list[Batch]) -> None:
-    """Raise unless `model` predicts next tokens and can be trained, and `batches` hold tokens to predict.
-
-    Raises:
-        ValueError: no parameter requires a gradient, or one that does is not finite; every sample is shorter than two tokens; the
-            model returns no logits for each position, or those of a position change with the tokens behind it.
-    """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("model: Gradual trains it, but none of its parameters requires a gradient (requires_grad_())")
-    if found := _not_finite(model):
-        raise ValueError(f"model: expected finite weights to train, got {found}")
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if decodes or any(batch.main != "input_ids" for batch in batches):
-        found = (
-            type(model).__name__ if decodes else f"batches of {next(batch.main for batch in batches if batch.main != 'input_ids')}"
-        )
-        raise ValueError(f"model: Gradual trains causal language models on token ids, got {found}")
-    batch = next(filter(_predicted, batches), None)
-    if batch is None:
-        raise ValueError(
-            "calibration: Gradual predicts tokens from those before, so it needs samples of at least two tokens, got none"
-        )
-    ids = batch.inputs["input_ids"][:1, :PROBE_TOKENS]
-    other = ids.clone()
-    other[:, -1] = (ids[:, -1] == 0).to(ids.dtype)  # token 1 instead of 0, 0 instead of any other
-    logits, changed = (getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other))
-    if logits is None or changed is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
-        raise ValueError(
-            f"model: Gradual trains causal language models, but {type(model).__name__} returns no logits for each token"
-        )
-    if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"model: Gradual trains causal language models, but in {type(model).__name__} the logits of a token change with those behind it"
-        )
-
-
-def _not_finite(model: nn.Module) -> str | None:
-    """Return the first NaN or Inf of the parameters that are trained, and where it is."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not (finite := torch.isfinite(parameter)).all():
-            return f"{float(parameter.detach()[~finite][0])} in {name}"
-    return None
-
-
-def _predicted(batch: Batch) -> int:
-    """Return the number of tokens of a batch that are predicted: real tokens behind a real token."""
-    mask = _target_mask(batch)
-    samples, length = batch.shape
-    return samples * max(length - 1, 0) if mask is None else int(mask.sum())
-
-
-def _target_mask(batch: Batch) -> torch.Tensor | None:
-    return None if batch.token_mask is None else batch.token_mask[:, 1:] & batch.token_mask[:, :-1]
-
-
 def _summed_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    mask = _target_mask(batch)
+    mask = target_mask(batch)
     logits, targets = logits[:, :-1], batch.inputs["input_ids"][:, 1:].long()
     logits, targets = (logits.flatten(0, 1), targets.flatten()) if mask is None else (logits[mask], targets[mask])
     return F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -233,17 +178,3 @@ def _rate_share(index: int, steps: int, warmup: float) -> float:
     """Return the learning rate of optimizer step `index` of `steps`, as a share of the highest."""
     rising = round(warmup * steps)
     return (index + 1) / rising if index < rising else (steps - index) / (steps - rising)
-
-
-@contextmanager
-def _float32_masters(model: nn.Module) -> Iterator[torch.autocast]:
-    """Make parameters float32 within, and round them back afterwards. Yield an autocast that lets them compute in bfloat16."""
-    dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)}
-    device = next(model.parameters()).device.type
-    for parameter in dtypes:
-        parameter.data = parameter.data.float()
-    try:
-        yield torch.autocast(device, torch.bfloat16, enabled=bool(dtypes))
-    finally:
-        for parameter, dtype in dtypes.items():
-            parameter.data = parameter.data.to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -27,16 +27,23 @@ class TrainingState:
         steps_done: the optimizer steps that are done of the current pruning step.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, model: nn.Module) -> None:
-        self._checkpoint = checkpoint
-        self._parameters = dict(model.named_parameters())
+    def __init__(self, checkpoint: Checkpoint | None, parameters: Mapping[str, nn.Parameter], name: str = NAME) -> None:
+        """Begin with no progress.
+
+        Args:
+            checkpoint: holds the state; None keeps nothing.
+            parameters: what is trained, by name.
+            name: the name of the entry.
+        """
+        self._checkpoint, self._name = checkpoint, name
+        self._parameters = dict(parameters)
         self._moments: dict[str, torch.Tensor] = {}
         self._written, self._cost = time.monotonic(), 0.0
         self.curve: list[dict] = []
         self.steps_done = 0
 
     def load(self) -> tuple[int, dict[str, torch.Tensor] | None]:
-        """Give the model the weights of the checkpoint, where it holds any.
+        """Give the parameters the weights of the checkpoint, where it holds any.
 
         Returns:
             The number of pruning steps that are done, and the masks by linear name of the step in which the run was killed. The
@@ -46,18 +53,18 @@ class TrainingState:
             ValueError: the file is damaged, of another run, or holds another model's weights, NaN or Inf. The model is unchanged then.
         """
         checkpoint = self._checkpoint
-        found = checkpoint.get(NAME) if checkpoint else None
+        found = checkpoint.get(self._name) if checkpoint else None
         if checkpoint is None or found is None:
             return 0, None
         tensors, note = found
-        where = checkpoint.store.place(NAME)
+        where = checkpoint.store.place(self._name)
         check_finite_tensors(where, {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)})
         try:
             done, steps_done, curve = note["done"], note["steps_done"], list(note["curve"])
         except (KeyError, TypeError) as error:
-            raise checkpoint.damaged(NAME, error) from error
+            raise checkpoint.damaged(self._name, error) from error
         if problem := self._mismatch(tensors):
-            raise checkpoint.damaged(NAME, problem)
+            raise checkpoint.damaged(self._name, problem)
         self.steps_done, self.curve = steps_done, curve
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors.pop(WEIGHT + name))
@@ -95,25 +102,32 @@ class TrainingState:
                 for moment in MOMENTS:
                     state[moment] = self._moments.pop(f"{moment}/{name}").to(parameter.device)
 
+    def take_moments(self) -> dict[str, torch.Tensor]:
+        """Return the moments that `load` found, by `exp_avg/NAME` and the like, and forget them."""
+        moments, self._moments = self._moments, {}
+        return moments
+
     def save_now_and_then(
-        self, step: int, steps_done: int, optimizer: torch.optim.AdamW, keeper: SparsityKeeper, *, now: bool
+        self, step: int, steps_done: int, tensors: Callable[[], Mapping[str, torch.Tensor]], *, now: bool
     ) -> None:
         """Write everything if the last write was long enough ago for the time that writing takes.
 
         Args:
             step: the current pruning step.
             steps_done: its finished optimizer steps.
-            optimizer: holds the moments.
-            keeper: holds the masks.
+            tensors: returns moments and masks, by `exp_avg/NAME`, `mask/NAME` and the like.
             now: write in any case.
         """
         self.steps_done = steps_done
         checkpoint = self._checkpoint
         if checkpoint and (now or time.monotonic() - self._written > max(LEAST_SECONDS, self._cost / MOST_SHARE)):
-            names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
-            moments = {f"{m}/{names[p]}": state[m] for p, state in optimizer.state.items() for m in MOMENTS}
-            masks = {MASK + name: mask for name, mask in keeper.masks.items()}
-            self._write(checkpoint, step - 1, {**moments, **masks})
+            self._write(checkpoint, step - 1, tensors())
+
+    def tensors_of(self, optimizer: torch.optim.AdamW, keeper: SparsityKeeper) -> dict[str, torch.Tensor]:
+        """Return the moments of an optimizer and the masks of a keeper, as `save_now_and_then` takes them."""
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
+        moments = {f"{m}/{names[p]}": state[m] for p, state in optimizer.state.items() for m in MOMENTS}
+        return {**moments, **{MASK + name: mask for name, mask in keeper.masks.items()}}
 
     def finish_step(self, step: int) -> None:
         """Write the weights after pruning step `step`."""
@@ -125,6 +139,6 @@ class TrainingState:
         start = time.monotonic()
         weights = {WEIGHT + name: parameter for name, parameter in self._parameters.items()}
         note = {"done": done, "steps_done": self.steps_done, "curve": self.curve}
-        checkpoint.put(NAME, {**tensors, **weights}, note)
+        checkpoint.put(self._name, {**tensors, **weights}, note)
         self._written = time.monotonic()
         self._cost = self._written - start

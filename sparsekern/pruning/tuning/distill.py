@@ -1,0 +1,183 @@
+"""Distillation: the whole pruned model is trained towards the dense one, on masks that do not change."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from ..._warnings import SparsekernWarning
+from ...methods import Distill, LinearMethod
+from ...models import Linear
+from ...reports import Report
+from ...training.divergence import divergence, divergence_of_logits
+from ...training.masked_adamw import MaskedAdamW, Trained, kept_weights
+from ..batches import Batch
+from ..checkpoint import Checkpoint
+from ..gradual.interrupt import interrupt_deferred
+from ..gradual.training_state import TrainingState
+from ..plan import Plan
+from ..run import Blocks, RunContext
+from ..seeds import derived_seed
+from .masters import float32_masters, only_these_require_gradients
+from .reader import Reader, frozen_parameters
+
+NAME = "distillation"
+MARKS = 10  # evaluations of the held-out samples, besides the one in front
+
+
+class Distillation:
+    """The training of a pruned model towards its teacher.
+
+    Attributes:
+        curve: an entry for each evaluation: the `step` in front of which it was made, the `learning_rate` there, and the mean
+            divergence `kl` of the held-out tokens.
+    """
+
+    def __init__(
+        self,
+        context: RunContext[Plan, LinearMethod, Report, Blocks],
+        teacher: nn.Module,
+        settings: Distill,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Prepare the training.
+
+        Args:
+            context: the run, whose model is pruned. Some of its samples are held out.
+            teacher: the dense model, see `dense_copy`.
+            settings: see `Distill`.
+            checkpoint: keeps the progress; None keeps none.
+        """
+        model, batches = context.model, context.batches
+        self._context, self._settings, self._progress = context, settings, context.progress
+        self._student, self._teacher = Reader(model, batches[0]), Reader(teacher, batches[0])
+        self._fitted = [batch for batch in batches if not batch.held_out]
+        self._held_out = [batch for batch in batches if batch.held_out]
+        self._model = model
+        self._trained = trained_of(model, context.plan.linears)
+        self._state = TrainingState(checkpoint, {of.name: of.parameter for of in self._trained}, NAME)
+        self.curve: list[dict[str, float]] = []
+
+    def run(self) -> None:
+        """Train the model in place. One that is no closer to its teacher on the held-out samples afterwards gets its weights back.
+
+        Raises:
+            ValueError: a loss or a gradient is not finite. The model has its weights from before then.
+            KeyboardInterrupt: Ctrl-C; the step that it fell in is kept in the checkpoint.
+        """
+        parameters = [of.parameter for of in self._trained]
+        first = [parameter.detach().clone() for parameter in parameters]
+        settings, finished = self._settings, False
+        self._progress.count_steps(settings.steps)
+        try:
+            with (
+                self._context.clock.phase("distill"),
+                float32_masters(parameters) as autocast,
+                only_these_require_gradients(self._model, parameters),
+                interrupt_deferred() as interrupted,
+            ):
+                optimizer = MaskedAdamW(self._trained, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
+                self._train(optimizer, autocast, interrupted)
+            self._evaluate(settings.steps, 0.0, nullcontext())
+            finished = self.curve[-1]["kl"] < self.curve[0]["kl"]
+            if not finished:
+                warnings.warn(
+                    f"distillation: the divergence of the held-out samples went from {self.curve[0]['kl']:.4g} to "
+                    f"{self.curve[-1]['kl']:.4g}, so the weights from before are kept; lower Distill.learning_rate or use more text",
+                    SparsekernWarning,
+                    stacklevel=4,
+                )
+            self._context.report.distillation = self.curve
+        finally:
+            if not finished:
+                for parameter, value in zip(parameters, first, strict=True):
+                    parameter.data.copy_(value)
+
+    def _train(self, optimizer: MaskedAdamW, autocast: torch.autocast, interrupted: Callable[[], bool]) -> None:
+        settings, state = self._settings, self._state
+        state.load()
+        self.curve = state.curve
+        if moments := state.take_moments():
+            optimizer.restore(moments, state.steps_done)
+        self._progress.steps_done(state.steps_done)
+        every = max(1, math.ceil(settings.steps / MARKS))
+        steps = self._steps()
+        for step in range(settings.steps):
+            numbers = next(steps)
+            if step < state.steps_done:
+                continue
+            lr = settings.learning_rate * _share(step, settings.steps, settings.warmup)
+            if step % every == 0:
+                self._evaluate(step, lr, autocast)
+            loss = self._step(optimizer, [self._fitted[number] for number in numbers], lr, autocast)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"Distill.learning_rate: expected a finite loss, got {loss} in step {step + 1} of {settings.steps}; lower it"
+                )
+            self._progress.step_done(f"divergence {loss:.4f}, held out {self.curve[-1]['kl']:.4f}")
+            state.save_now_and_then(0, step + 1, optimizer.state, now=interrupted())
+            if interrupted():
+                raise KeyboardInterrupt
+        state.save_now_and_then(0, settings.steps, optimizer.state, now=True)
+
+    def _step(self, optimizer: MaskedAdamW, batches: Sequence[Batch], lr: float, autocast: torch.autocast) -> float:
+        """Take one step on the mean divergence of all tokens of `batches`, and return it; NaN where a gradient is not finite."""
+        tokens, total = sum(batch.tokens for batch in batches), 0.0
+        for batch in batches:
+            with torch.enable_grad():
+                loss = self._divergence(batch, autocast) / tokens
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total if math.isfinite(optimizer.step(lr, self._settings.clip)) else math.nan
+
+    def _evaluate(self, step: int, lr: float, autocast: AbstractContextManager[object]) -> None:
+        """Add the mean divergence of the held-out tokens to the curve."""
+        total = sum(float(self._divergence(batch, autocast)) for batch in self._held_out)
+        kl = total / sum(batch.tokens for batch in self._held_out)
+        self.curve.append({"step": float(step), "learning_rate": lr, "kl": kl})
+
+    def _divergence(self, batch: Batch, autocast: AbstractContextManager[object]) -> torch.Tensor:
+        """Return the divergence of a batch, summed over its real tokens."""
+        temperature = self._settings.temperature
+        with torch.no_grad():
+            teacher = self._teacher.read(batch)
+        with autocast:
+            student = self._student.read(batch)
+        if self._student.head is not None and self._teacher.head is not None:
+            return divergence(student, self._student.head, teacher, self._teacher.head, temperature)
+        return divergence_of_logits(student, teacher, temperature)
+
+    def _steps(self) -> Iterator[list[int]]:
+        """Yield the batches of each optimizer step. Each pass over the samples is shuffled."""
+        generator = torch.Generator(device="cpu").manual_seed(derived_seed(self._context.seed, "distillation"))
+        gathered: list[int] = []
+        while True:
+            for number in torch.randperm(len(self._fitted), generator=generator, device="cpu").tolist():
+                gathered.append(number)
+                if sum(self._fitted[number].tokens for number in gathered) >= self._settings.batch_tokens:
+                    yield gathered
+                    gathered = []
+
+
+def trained_of(model: nn.Module, linears: Sequence[Linear]) -> list[Trained]:
+    """Return what distillation changes: everything but embeddings, the head and stacked weights that are not pruned."""
+    masks = kept_weights(linears)
+    frozen = frozen_parameters(model)
+    return [
+        Trained(name, parameter, masks.get(parameter))
+        for name, parameter in model.named_parameters()
+        if parameter in masks or (parameter not in frozen and parameter.dim() <= 2)
+    ]
+
+
+def _share(step: int, steps: int, warmup: float) -> float:
+    """Return the learning rate of a step, as a share of the highest: a linear rise, then half a cosine."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))

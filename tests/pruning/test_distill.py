@@ -1,0 +1,154 @@
+"""`distill=Distill()`: the whole model is trained towards the dense one on its masks; runs resume to the same bits."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+
+import sparsekern
+from sparsekern import Distill, SparsekernWarning, Wanda
+from sparsekern.pruning.gradual import training_state
+from sparsekern.pruning.session import batches_for
+from sparsekern.pruning.tuning import checks, distill, reader
+from sparsekern.pruning.windows import with_held_out
+from tests.models.families import tiny_ids, tiny_model
+
+from .unfinished import QUIET, Interrupted, run
+
+FAST = Distill(steps=6, batch_tokens=64, learning_rate=3e-4)
+
+
+def ids():
+    return tiny_ids(24, 16)
+
+
+def prune(model=None, method="wanda", settings=FAST, **arguments):
+    model = tiny_model("llama") if model is None else model
+    return model, sparsekern.prune(model, method, "2:4", ids(), distill=settings, **QUIET, **arguments)
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def held_out_divergence(model, family="llama", temperature=1.0) -> float:
+    """The mean over the held-out tokens, in float64, from whole logits."""
+    dense = tiny_model(family)
+    batches = with_held_out(batches_for(dense, Wanda(), ids(), 1), 0)
+    chosen = torch.cat([batch.inputs["input_ids"] for batch in batches if batch.held_out])
+    with torch.no_grad():
+        wanted, found = (F.log_softmax(m(input_ids=chosen).logits.double() / temperature, -1) for m in (dense, model))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "phi"])
+def test_the_model_comes_closer_to_the_dense_one_on_its_masks(family):
+    """Of these, Gemma 2 bounds its logits and Phi's head has a bias: their logits are compared whole."""
+    model, report = prune(tiny_model(family))
+    plain, _ = prune(tiny_model(family), settings=None)
+    curve = report.distillation
+    assert curve[0]["kl"] == pytest.approx(held_out_divergence(plain, family), rel=1e-3)
+    assert curve[-1]["kl"] == pytest.approx(held_out_divergence(model, family), rel=1e-3)
+    assert curve[-1]["kl"] < curve[0]["kl"] and [row["step"] for row in curve] == [0, 1, 2, 3, 4, 5, 6]
+    for name, value in model.named_parameters():
+        assert not value[plain.get_parameter(name) == 0].any(), name
+    embeddings = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    dense = tiny_model(family)
+    assert torch.equal(embeddings[0], dense.get_input_embeddings().weight) and torch.equal(
+        embeddings[1], dense.get_output_embeddings().weight
+    )
+    assert "steps of distillation, held-out divergence from" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["results"]["distillation"] == curve
+
+
+def test_heads_are_found_where_they_are_the_end():
+    batch = batches_for(tiny_model("llama"), Wanda(), ids(), 2)[0]
+    heads = {family: reader.Reader(tiny_model(family), batch).head for family in ("llama", "gemma2", "phi")}
+    assert heads["llama"] is not None and heads["gemma2"] is None and heads["phi"] is None
+
+
+def test_temperature_divides_both_logits():
+    plain, _ = prune(settings=None)
+    _, report = prune(settings=Distill(steps=1, batch_tokens=32, temperature=2.0, learning_rate=1e-4))
+    assert report.distillation[0]["kl"] == pytest.approx(held_out_divergence(plain, temperature=2.0), rel=1e-3)
+
+
+def test_a_model_that_gets_worse_keeps_its_weights():
+    with pytest.warns(SparsekernWarning, match="distillation: the divergence of the held-out samples went from .* are kept"):
+        model, _ = prune(settings=Distill(steps=2, batch_tokens=32, learning_rate=0.5, warmup=0))
+    assert same(model, prune(settings=None)[0])
+
+
+def stopped_after(steps: int, monkeypatch):
+    """Write the state after each step, and stop the run behind the write of step `steps`."""
+
+    def write(self, checkpoint, done, tensors, own=training_state.TrainingState._write):
+        own(self, checkpoint, done, tensors)
+        if self.steps_done == steps:
+            raise Interrupted
+
+    monkeypatch.setattr(training_state.TrainingState, "_write", write)
+    monkeypatch.setattr(training_state, "LEAST_SECONDS", -1.0)
+    monkeypatch.setattr(training_state, "MOST_SHARE", 1e9)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, steps):
+    arguments = {"method": "wanda", "ids": ids(), "distill": FAST}
+    whole, report = run(tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        stopped_after(steps, patch)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out", **arguments)
+    resumed, again = run(tmp_path / "out", resume=True, **arguments)
+    assert again.resumed_blocks == 3 and same(whole, resumed) and again.distillation == report.distillation
+    assert sparsekern.Report.from_json(tmp_path / "out" / "report.json").distillation == again.distillation
+
+
+def test_a_loss_that_is_not_finite_names_the_step(monkeypatch):
+    steps = []
+
+    def step(self, lr, clip=None, own=distill.MaskedAdamW.step):
+        steps.append(lr)
+        return float("nan") if len(steps) == 3 else own(self, lr, clip)
+
+    monkeypatch.setattr(distill.MaskedAdamW, "step", step)
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"Distill.learning_rate: expected a finite loss, got nan in step 3 of 6; lower it"):
+        prune(model)
+    assert same(model, prune(settings=None)[0])
+
+
+def test_half_precision_is_trained_in_float32():
+    model, report = prune(tiny_model("llama").bfloat16(), settings=Distill(steps=6, batch_tokens=64, learning_rate=3e-4))
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    assert report.distillation[-1]["kl"] < report.distillation[0]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"settings": 5}, TypeError, r"distill: expected a config such as Distill\(\), or None, got 5"),
+        ({"method": "gradual"}, ValueError, "distill: expected None for Gradual, which leaves no masks block by block"),
+        ({"leaves": 2}, ValueError, "distill: expected None for sums in 2 parts"),
+    ],
+)
+def test_refusals(arguments, error, message):
+    model = tiny_model("llama")
+    with pytest.raises(error, match=message):
+        prune(model, **arguments)
+    assert same(model, tiny_model("llama"))
+
+
+def test_a_teacher_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(checks, "free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"distill: expected 0.0 GB for a dense copy of the model .* 0.0 GB that are free on cpu"):
+        prune()
+
+
+def test_a_model_that_predicts_no_tokens_is_refused():
+    config = tf.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    with pytest.raises(ValueError, match="model: Distill trains causal language models"):
+        sparsekern.prune(tf.BertModel(config).eval(), "magnitude", "2:4", ids(), distill=FAST, **QUIET)
