@@ -42,6 +42,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     take_quality(arguments)
     method, _ = methods_of(arguments)  # of those that add up, none takes another one behind it
     check_adds_up(method, arguments.strategy)
+    if arguments.values is not None:
+        raise ValueError(f"--values: expected one --calibration and no --state, got {arguments.values!r}")
     if arguments.correction != NONE:
         raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
     for option in ("tune", "distill"):

@@ -6,7 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from .._version import __version__
-from ..methods import METHODS
+from ..methods import INT4, METHODS
 from ..methods.allocation import ALLOCATIONS, UNIFORM
 from ..models.load import DTYPES
 from ..pruning.continual.prune import STRATEGIES
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | bench | info")
     for options in (_add_prune(commands), _add_eval(commands), _add_bench(commands), _add_info(commands)):
         options.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        options.add_argument("-h", "--help", action="help", help="show this help")
+        options.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # who reads it knows
     return parser
 
 
@@ -167,6 +167,9 @@ def _add_calibration(group) -> None:
         type=types.one_of(CORRECTIONS),
         metavar="NAME",
         help="of errors made before: none, sequential or dense",
+    )
+    group.add_argument(
+        "--values", type=types.one_of((INT4,)), metavar="NAME", help="int4: round what 2:4, 1:4 or 4:16 keeps to 4 bits"
     )
     group.add_argument("--state", type=types.path, metavar="DIR", help="folder for accumulated statistics, to add texts later")
     group.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state first")

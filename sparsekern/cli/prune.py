@@ -131,6 +131,7 @@ def _prune(
         tune=tune,
         distill=distill,
         allocation=arguments.allocation,
+        values=arguments.values,
     )
     if held_out:
         results["perplexity, pruned"] = held_out.perplexity(model, arguments.max_memory)
@@ -166,7 +167,7 @@ def _calibration(
 
 def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:
     """Return whether the run needs calibration text."""
-    corrected = arguments.correction != NONE or arguments.allocation != UNIFORM
+    corrected = arguments.correction != NONE or arguments.allocation != UNIFORM or arguments.values is not None
     return bool(method.needs_data or arguments.report_error or corrected or arguments.tune or arguments.distill)
 
 

@@ -5,6 +5,7 @@ from .alps import ALPS
 from .base import BlockMethod, ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, check_method
 from .copal import COPAL
 from .experts import ExpertPruning
+from .four_bits import INT4, FourBits, with_values
 from .gradual import Gradual
 from .kprune import KPrune
 from .magnitude import Magnitude
@@ -44,6 +45,7 @@ def resolve_method(method: str | Method) -> Method:
 __all__ = [
     "ALPS",
     "COPAL",
+    "INT4",
     "METHODS",
     "BlockMethod",
     "BlockTuning",
@@ -52,6 +54,7 @@ __all__ = [
     "ExpertPruning",
     "ExpertSums",
     "FeatureNorm",
+    "FourBits",
     "Gradual",
     "GradualMethod",
     "Gram",
@@ -80,4 +83,5 @@ __all__ = [
     "resolve_method",
     "settings_of",
     "settings_table",
+    "with_values",
 ]

@@ -15,10 +15,13 @@ class Solution(NamedTuple):
         row_error: `[out_features]` float64, the squared output error of each row over the calibration tokens. It is `d G d^T` with
             the change `d` of the row, rounded to the weight's dtype, and the undamped Gram matrix `G`. None where the method does
             not compute it.
+        values_error: `[out_features]` float64, the part of `row_error` that rounding the kept weights made; None where they are not
+            rounded.
     """
 
     weight: torch.Tensor
     row_error: torch.Tensor | None = None
+    values_error: torch.Tensor | None = None
 
 
 class Work(NamedTuple):

@@ -11,7 +11,17 @@ from torch import nn
 
 from ..backends.libraries import check_isa
 from ..data import as_calibration
-from ..methods import BlockTuning, Distill, ExpertMethod, GradualMethod, LinearMethod, Method, RemovalMethod, resolve_method
+from ..methods import (
+    BlockTuning,
+    Distill,
+    ExpertMethod,
+    GradualMethod,
+    LinearMethod,
+    Method,
+    RemovalMethod,
+    resolve_method,
+    with_values,
+)
 from ..methods.allocation import UNIFORM
 from ..models.fingerprint import model_fingerprint
 from ..models.memory import room_beside
@@ -74,6 +84,7 @@ def prune(
     allocation: str = UNIFORM,
     quality: str | None = None,
     distill: Distill | None = None,
+    values: str | None = None,
 ) -> Report:
     """Prune the linears of a transformers model in place, or remove experts or an encoder's units, and return a report.
 
@@ -163,7 +174,7 @@ def prune(
     check_module(model)
     pattern = None if pattern is None else parse_pattern(pattern)
     chosen = with_quality(quality, pattern, method, Preset(correction=correction, allocation=allocation, tune=tune))
-    method = resolve_method(chosen.method)
+    method = with_values(resolve_method(chosen.method), values)
     check_seed(seed)
     check_isa()
     check_format(format)
@@ -209,6 +220,10 @@ def prune(
     check_correction(chosen.correction, request.then or method, model, leaves)
     check_training(chosen.tune, distill, request.then or method, model, leaves)
     check_allocation(chosen.allocation, request.then or method, model, leaves)
+    if values is not None and (chosen.tune is not None or distill is not None):
+        raise ValueError(f"values: expected None with tune or distill, which move weights off the grid of 4 bits, got {values!r}")
+    if values is not None and leaves > 1:
+        raise ValueError(f"values: expected None for sums in {leaves} parts (several processes, or leaves), got {values!r}")
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)

@@ -42,6 +42,8 @@ class LayerReport:
             network that was solved as a whole has an equal share of the network's time.
         output_error: relative squared error of the network's output, at the last linear of such a network; None elsewhere.
         output_error_alone: the same error with the network pruned linear by linear by the solver inside.
+        values_error: the part of `error` that rounding the kept weights to 4 bits made, relative to the same output; None where they
+            are not rounded.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LayerReport:
     seconds: float
     output_error: float | None = None
     output_error_alone: float | None = None
+    values_error: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -80,6 +83,7 @@ class LayerReport:
             fields.take("seconds", schema.number),
             fields.take("output_error", error, None),
             fields.take("output_error_alone", error, None),
+            fields.take("values_error", error, None),
         )
         fields.skip("sparsity")
         fields.end()

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..models.source import source_of
 from ..models.units import recorded_units
-from .hf_config import METHOD, VERSION
+from .hf_config import METHOD, version_of
 from .output import CONFIG
 from .sparse_linear import SparseLinear
 
@@ -50,7 +50,7 @@ def correct_config(model: nn.Module, folder: Path) -> None:
         if "auto_map" in part and not _is_there(part["auto_map"], folder):
             del part["auto_map"]
     if recorded_units(getattr(model, "config", None)) is not None:
-        entries.setdefault(QUANTIZATION, {"quant_method": METHOD, "version": VERSION, "layers": {}})
+        entries.setdefault(QUANTIZATION, {"quant_method": METHOD, "version": version_of(None), "layers": {}})
     if json.dumps(entries, sort_keys=True) != before:
         path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

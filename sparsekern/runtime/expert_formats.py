@@ -14,7 +14,7 @@ from ..layouts.packed_experts import bitmask_rows_of, check_bitmask_experts, che
 from ..ops import OPS
 from ..ops.bitmask_pack import bitmask_pack
 from ..ops.nm_pack import nm_pack
-from .formats import BITMASK_UNPACK, NM_UNPACK, Bitmask, Format, NMPacked, Shape, Spec, Tensors, format_of
+from .formats import BITMASK_UNPACK, NM_UNPACK, Bitmask, Format, NMPacked, NMQ4Packed, Shape, Spec, Tensors, format_of
 
 BITMASK_EXPERTS, NM_EXPERTS = OPS["bitmask_experts_linear"].call, OPS["nm_experts_linear"].call
 
@@ -116,6 +116,8 @@ def experts_format_of(name: str) -> ExpertsFormat:
         ValueError: no format has this name.
     """
     found = format_of(name)
+    if isinstance(found, NMQ4Packed):
+        raise ValueError(f"format: expected 'bitmask' or 'N:M' for experts, got {name!r}")
     return NMExperts(found.n, found.m) if isinstance(found, NMPacked) else BitmaskExperts()
 
 

@@ -14,14 +14,20 @@ import torch
 
 from .._checks import HALF_OR_FLOAT, check_tensor
 from ..layouts import packed_rows as rows_layout
+from ..layouts.nm_q4 import COLUMNS, PATTERNS, Q4Layout, check_q4
+from ..layouts.q4_grid import grid_scales, is_on_grid
 from ..ops import OPS
 from ..ops.bitmask_pack import bitmask_pack
 from ..ops.nm_linear import check_pattern
 from ..ops.nm_pack import nm_pack
+from ..ops.nm_q4_linear import check_q4_pattern
+from ..ops.nm_q4_pack import nm_q4_pack
 from ..pattern import NM, parse_pattern
 
 BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].call, OPS["bitmask_unpack"].overload
 NM_LINEAR, NM_UNPACK = OPS["nm_linear"].call, OPS["nm_unpack"].overload
+Q4_LINEAR, Q4_UNPACK = OPS["nm_q4_linear"].call, OPS["nm_q4_unpack"].overload
+Q4 = "-q4"  # ends the names of formats of 4-bit values
 
 Tensors = Mapping[str, torch.Tensor]
 Shape = tuple[int, ...]
@@ -86,14 +92,17 @@ class Format(ABC):
             ValueError: `x` and the weight differ in input features.
         """
         self.check_input(x, tensors, shape)
-        return self._multiply(x, tensors, bias)
+        return self._multiply(x, tensors, shape, bias)
 
     def check_input(self, x: torch.Tensor, tensors: Tensors, shape: Shape) -> None:
         """Raise `TypeError` or `ValueError` unless `x` has the weight's dtype and input features."""
-        if x.dtype != tensors["values"].dtype:
-            raise TypeError(f"x: expected {tensors['values'].dtype}, the dtype of the packed values, got {x.dtype}")
+        self._check_input_dtype(x, tensors)
         if x.dim() == 0 or x.shape[-1] != shape[1]:
             raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1] if x.dim() else 'a scalar'}")
+
+    def _check_input_dtype(self, x: torch.Tensor, tensors: Tensors) -> None:
+        if x.dtype != tensors["values"].dtype:
+            raise TypeError(f"x: expected {tensors['values'].dtype}, the dtype of the packed values, got {x.dtype}")
 
     @abstractmethod
     def packed_bytes(self, weight: torch.Tensor) -> int:
@@ -103,6 +112,10 @@ class Format(ABC):
             TypeError: as in `pack`.
             ValueError: as in `pack`.
         """
+
+    def stored_values(self, tensors: Tensors, shape: Shape) -> int:
+        """Return the number of stored values: the non-zeros and the padding of the format."""
+        return tensors["values"].numel()
 
     def stored(self, tensors: Tensors) -> int | None:
         """Return the number of stored values if `specs` needs it beside shape and dtype, else None."""
@@ -145,7 +158,7 @@ class Format(ABC):
             raise ValueError(f"tensors: expected {', '.join(self.tensor_names)}, got {', '.join(sorted(tensors)) or 'none'}")
 
     @abstractmethod
-    def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x W^T + b` from tensors that passed `check`."""
 
     def _check_sizes(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
@@ -173,7 +186,7 @@ class Bitmask(Format):
     def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         return BITMASK_UNPACK(tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], shape[1])
 
-    def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None) -> torch.Tensor:
         return BITMASK_LINEAR(x, tensors["values"], tensors["bitmask"], tensors["starts"], tensors["order"], bias)
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
@@ -228,7 +241,7 @@ class NMPacked(Format):
     def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         return NM_UNPACK(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
-    def _multiply(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None) -> torch.Tensor:
         return NM_LINEAR(x, tensors["values"], tensors["codes"], self.n, self.m, bias)
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
@@ -257,6 +270,76 @@ class NMPacked(Format):
         rows_layout.check_nm_rows(tensors["values"], tensors["codes"], self.n, self.m, shape[1])
 
 
+@dataclass(frozen=True)
+class NMQ4Packed(Format):
+    """The format of N values of 4 bits of every M inputs, with a scale for each row and 64 inputs: blocks of `layouts.nm_q4`.
+
+    A product rounds its input to 8 bits. The weight has no dtype of its own: its layer has one.
+
+    Attributes:
+        n: stored values of a group.
+        m: inputs of a group.
+    """
+
+    n: int
+    m: int
+    tensor_names = ("blocks",)
+
+    def __post_init__(self) -> None:
+        check_q4_pattern(self.n, self.m)
+
+    @property
+    def name(self) -> str:
+        return f"{self.n}:{self.m}{Q4}"
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._check_weight(weight)
+        scales = grid_scales(weight.detach())
+        if scales is None:
+            raise ValueError(
+                f"weight: expected values of 4 bits for format {self.name!r}, multiples of a scale for each row and {COLUMNS} inputs, "
+                "as prune(values='int4') makes them"
+            )
+        return {"blocks": nm_q4_pack(weight.detach(), scales, self.n, self.m)}
+
+    def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        weight: torch.Tensor = Q4_UNPACK(tensors["blocks"], self.n, self.m, shape[0], shape[1])[0]
+        return weight.to(dtype)
+
+    def _check_input_dtype(self, x: torch.Tensor, tensors: Tensors) -> None:
+        if x.dtype not in HALF_OR_FLOAT:
+            raise TypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+
+    def packed_bytes(self, weight: torch.Tensor) -> int:
+        self._check_weight(weight)
+        rows_layout.check_fits(weight, self.n, self.m)
+        if not is_on_grid(weight.detach()):
+            raise ValueError(f"weight: expected values of 4 bits for format {self.name!r}")
+        return sum(spec.nbytes for spec in self.specs((weight.shape[0], weight.shape[1]), weight.dtype).values())
+
+    def stored_values(self, tensors: Tensors, shape: Shape) -> int:
+        return shape[0] * shape[1] // self.m * self.n
+
+    def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
+        rows, columns = check_shape(shape)
+        self._check_columns(columns)
+        return {"blocks": Spec(Q4Layout(self.n, self.m).shape(rows, columns), torch.uint8)}
+
+    def _check_columns(self, columns: int) -> None:
+        if columns % self.m:
+            raise ValueError(f"weight: expected input features divisible by {self.m} for format {self.name!r}, got {columns}")
+
+    def _check_weight(self, weight: torch.Tensor) -> None:
+        check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
+        self._check_columns(weight.shape[1])
+
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None) -> torch.Tensor:
+        return Q4_LINEAR(x, tensors["blocks"], self.n, self.m, shape[0], bias)
+
+    def _check_contents(self, tensors: Tensors, shape: Shape) -> None:
+        check_q4(tensors["blocks"], self.n, self.m, shape[0], shape[1])
+
+
 def check_shape(shape: Shape) -> tuple[int, int]:
     """Return `shape` as a tuple; raise `ValueError` unless it is two whole numbers of at least 0."""
     whole = isinstance(shape, (tuple, list)) and all(
@@ -269,13 +352,20 @@ def check_shape(shape: Shape) -> tuple[int, int]:
 
 
 def format_of(name: str) -> Format:
-    """Return the format of a name: `"bitmask"`, or `"N:M"` with M of at most 16.
+    """Return the format of a name: `"bitmask"`, `"N:M"` with M of at most 16, or `"N:M-q4"` for 2:4, 1:4 and 4:16.
 
     Raises:
         ValueError: no format has this name.
     """
     if name == Bitmask.name:
         return Bitmask()
-    if not isinstance(name, str) or ":" not in name or not isinstance(pattern := parse_pattern(name), NM):
-        raise ValueError(f"format: expected 'bitmask' or 'N:M', got {name!r}")
-    return NMPacked(pattern.n, pattern.m)
+    plain = name.removesuffix(Q4) if isinstance(name, str) else ""
+    if ":" not in plain or not isinstance(pattern := parse_pattern(plain), NM):
+        raise ValueError(f"format: expected 'bitmask', 'N:M' or 'N:M{Q4}', got {name!r}")
+    return NMPacked(pattern.n, pattern.m) if plain == name else NMQ4Packed(pattern.n, pattern.m)
+
+
+def q4_names(weight: torch.Tensor) -> tuple[str, ...]:
+    """Return the formats of 4-bit values that may fit a weight, the smallest first."""
+    fitting = [(n, m) for n, m in sorted(PATTERNS, key=lambda p: p[0] / p[1]) if weight.dim() == 2 and weight.shape[1] % m == 0]
+    return tuple(f"{n}:{m}{Q4}" for n, m in fitting)

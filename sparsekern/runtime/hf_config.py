@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from .expert_formats import layout_of
-from .formats import Shape, Spec, check_shape
+from .formats import Q4, Shape, Spec, check_shape
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import SparseExperts
 from .sparse_linear import SparseLinear
 
 METHOD = "sparsekern"  # quantization_config.quant_method
-VERSION = 1  # of the layouts and of these entries
+VERSION = 2  # the newest of the layouts and of these entries; 1 has no 4-bit values
 
 DTYPE_OF_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-MARKS = ("bitmask", "codes")  # every packed layer has one of these tensors beside its values
+MARKS = ("bitmask", "codes")  # every packed layer has one of these tensors beside its values, or blocks of bytes
 NAME_IN_HEADER = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -89,7 +89,8 @@ class PackedLayer:
 
     def empty(self, bias: nn.Parameter | None, *, conv1d: bool) -> SparseLinear:
         """Return a layer on the meta device to load into."""
-        return SparseLinear(self.format, check_shape(self.shape), self._tensors_on_meta(), bias, conv1d=conv1d)
+        tensors = self._tensors_on_meta()
+        return SparseLinear(self.format, check_shape(self.shape), tensors, bias, conv1d=conv1d, dtype=self.dtype)
 
     def empty_experts(self, stored: torch.Size, *, transposed: bool) -> SparseExperts:
         """Return the weights of experts on the meta device to load into; see `SparseExperts` for the arguments."""
@@ -108,8 +109,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, object]]:
 
 def check_entries(version: object, unknown: Iterable[str] = ()) -> None:
     """Raise `ValueError` unless `quantization_config` has this version of the layouts, and no other entries."""
-    if type(version) is not int or version != VERSION:
-        raise ValueError(f"config.json: quantization_config.version: this sparsekern reads {VERSION}, got {version!r}")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"config.json: quantization_config.version: this sparsekern reads 1 to {VERSION}, got {version!r}")
     if unknown := sorted(unknown):
         raise ValueError(f"config.json: quantization_config: unknown entry {unknown[0]!r}")
 
@@ -119,6 +120,11 @@ def parse_layers(layers: object) -> dict[str, PackedLayer]:
     if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):
         raise ValueError(f"config.json: quantization_config.layers: expected an entry for each packed layer, got {layers!r}")
     return {name: PackedLayer.from_dict(name, entry) for name, entry in layers.items()}
+
+
+def version_of(layers: Mapping[str, Mapping[str, object]] | None) -> int:
+    """Return the version of folders with these entries: the oldest that has their formats."""
+    return VERSION if any(str(entry["format"]).endswith(Q4) for entry in (layers or {}).values()) else 1
 
 
 def names_of(layer: str, prefix: str) -> tuple[str, str, str]:
@@ -180,7 +186,8 @@ def _check_all_named(held: Mapping[str, tuple[str, tuple[int, ...], str]], expec
     named = {name.rpartition(".")[0] for name in expected}
     for name in sorted(held):
         layer, _, part = name.rpartition(".")
-        if part in MARKS and f"{layer}.values" in held and layer not in named:
+        marks = (part in MARKS and f"{layer}.values" in held) or (part == "blocks" and held[name][2] == "U8")
+        if marks and layer not in named:
             raise ValueError(f"{held[name][0]}: {name}: belongs to a packed layer, but quantization_config.layers has no {layer!r}")
 
 

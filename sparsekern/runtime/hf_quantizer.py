@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..models.linears import is_conv1d, is_plain_linear, is_unread
 from ..models.streaming import stream_of
 from ..models.units import check_units, cut_to_size, is_sized, recorded_units
-from .hf_config import METHOD, VERSION, PackedLayer, check_entries, check_headers, describe, names_of, parse_layers
+from .hf_config import METHOD, PackedLayer, check_entries, check_headers, describe, names_of, parse_layers, version_of
 from .packable import Packable, PackableExperts, find_packables
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import PREFIX, SparseExperts, pack_experts
@@ -37,13 +37,13 @@ class SparsekernConfig(QuantizationConfigMixin):
     def __init__(
         self,
         layers: dict[str, dict[str, object]] | None = None,
-        version: int = VERSION,
+        version: int = 1,
         quant_method: str = METHOD,
         **unknown: object,
     ) -> None:
         check_entries(version, unknown)
         parse_layers(layers)
-        self.version, self.layers = version, layers
+        self.version, self.layers = version_of(layers), layers
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum lists only its own methods
 
 
@@ -160,7 +160,8 @@ class SparsekernQuantizer(HfQuantizer):
         """Leave the state dict to `save_pretrained`, after describing the current layers in the config."""
         streamed = stream_of(model) is not None  # whose weights are not saved by transformers
         if not streamed:
-            self.quantization_config.layers = describe(model)
+            layers = describe(model)
+            self.quantization_config.layers, self.quantization_config.version = layers, version_of(layers)
         model.config.quantization_config = self.quantization_config
         return ({} if streamed else None), {}
 

@@ -28,14 +28,32 @@ class PackedWeight(nn.Module):
         trainable: whether the dense weight took gradients, as the unpacked one then does.
     """
 
-    def __init__(self, format: str, shape: Shape, tensors: Mapping[str, torch.Tensor], *, trainable: bool = True) -> None:
+    def __init__(
+        self,
+        format: str,
+        shape: Shape,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        trainable: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Make a weight from packed tensors.
+
+        Args:
+            format: name of the packed format.
+            shape: shape of the dense weight.
+            tensors: the packed tensors by name.
+            trainable: whether the dense weight took gradients.
+            dtype: dtype of the weight, where none of the tensors has it.
+        """
         super().__init__()
         self.layout: Format = layout_of(format, shape)
         self.layout.check_names(tensors)
         self.format, self.trainable = format, trainable
         self.shape = self.layout.check_shape(shape)
         self._names = tuple(tensors)
-        self._values = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        self._values = next((name for name, tensor in tensors.items() if tensor.is_floating_point()), None)
+        self._dtype = dtype
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -74,17 +92,20 @@ class PackedWeight(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weight."""
-        return self._held()[self._values].dtype
+        return self._dtype_in(self._held())
+
+    def _dtype_in(self, held: Mapping[str, torch.Tensor]) -> torch.dtype:
+        return self._dtype if self._values is None else held[self._values].dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weight."""
-        return self._held()[self._values].device
+        return self._held()[self._names[0]].device
 
     @property
     def stored_values(self) -> int:
         """The number of stored values: the non-zeros and the padding of the format."""
-        return sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())
+        return self.layout.stored_values(self.tensors, self.shape)
 
     @property
     def density(self) -> float:
@@ -105,7 +126,10 @@ class PackedWeight(nn.Module):
         after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
         self._check_move(before, after)
         self._before_move()
-        if after.itemsize == before.itemsize:
+        if self._values is None:
+            super()._apply(fn, recurse)
+            self._dtype = after
+        elif after.itemsize == before.itemsize:
             super()._apply(fn, recurse)
         else:  # half values share a slot of four bytes, so float32 has another layout
             self._repack(fn, recurse)
@@ -121,7 +145,7 @@ class PackedWeight(nn.Module):
                 f"{kind}: expected float32, bfloat16 or float16, got {str(after).removeprefix('torch.')}; "
                 "sparsekern.unpack makes dense layers, which take any dtype"
             )
-        if self.device.type == "meta" and after.itemsize != before.itemsize:
+        if self.device.type == "meta" and self._values is not None and after.itemsize != before.itemsize:
             raise NotImplementedError(f"{kind}: a layer without data cannot be converted to {str(after).removeprefix('torch.')}")
 
     def _repack(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool) -> None:

@@ -15,7 +15,7 @@ from ..models.globs import Globs
 from ..models.streaming import refuse_streamed, stream_of
 from ..models.zeros import count_stored
 from .expert_formats import layout_of
-from .formats import format_of
+from .formats import format_of, q4_names
 from .packable import Packable, check_no_hooks, check_not_offloaded, chosen_packables, find_packables
 from .packed_weight import PackedWeight
 
@@ -39,7 +39,8 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
             its base.
         format: `"packed"` chooses the smallest format that each weight fits, and leaves packed layers unchanged. For a pattern such as
             1:4 that format may be slower on a CPU than `"bitmask"`. `"bitmask"` or `"N:M"` uses that format only: layers in another
-            are repacked, or made dense if they do not fit.
+            are repacked, or made dense if they do not fit. Weights that `prune(values="int4")` made fit `"2:4-q4"`, `"1:4-q4"` or
+            `"4:16-q4"`, whose products round their input to 8 bits.
         include: names or globs of linears to pack, such as `"*.mlp.*"`. None is all linears.
         exclude: names or globs of linears to leave unchanged.
 
@@ -138,7 +139,7 @@ def check_packed_format(format: str) -> None:
         try:
             format_of(format)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"format: expected 'packed', 'bitmask' or 'N:M', got {format!r}") from error
+            raise ValueError(f"format: expected 'packed', 'bitmask', 'N:M' or 'N:M-q4', got {format!r}") from error
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -186,6 +187,7 @@ def smallest(weight: torch.Tensor, format: str = PACKED) -> str | None:
 
 
 def _fitting(weight: torch.Tensor) -> Iterator[str]:
+    yield from q4_names(weight)
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
     for m in (4, 8, 16):
         if weight.shape[-1] % m == 0 and weight.numel():

@@ -55,6 +55,7 @@ class SparseLinear(PackedWeight):
         *,
         conv1d: bool = False,
         trainable: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Make a layer from packed tensors, whose contents only `check` checks. `from_linear` packs a dense layer.
 
@@ -65,12 +66,13 @@ class SparseLinear(PackedWeight):
             bias: `[out_features]` parameter, or None.
             conv1d: whether the layer replaces a `Conv1D`.
             trainable: whether the dense weight of `to_linear` takes gradients.
+            dtype: dtype of the layer, where none of the packed tensors has it: in a format of 4-bit values.
 
         Raises:
             ValueError: the format is unknown, has other tensors, or `shape` is not that of a matrix.
         """
         check_shape(shape)
-        super().__init__(format, shape, tensors, trainable=trainable)
+        super().__init__(format, shape, tensors, trainable=trainable, dtype=dtype)
         self.conv1d = conv1d
         self.register_parameter("bias", bias)
         self.keeps_compressed, self._compressed_from = False, None
@@ -82,7 +84,7 @@ class SparseLinear(PackedWeight):
 
         Args:
             linear: the dense layer, which is not changed.
-            format: `"bitmask"`, or `"N:M"` with M of at most 16.
+            format: `"bitmask"`, `"N:M"` with M of at most 16, or for values of 4 bits `"2:4-q4"`, `"1:4-q4"` or `"4:16-q4"`.
 
         Raises:
             TypeError: `linear` is another module, or its dtype cannot be packed.
@@ -99,6 +101,7 @@ class SparseLinear(PackedWeight):
             linear.bias,
             conv1d=is_conv1d(linear),
             trainable=linear.weight.requires_grad,
+            dtype=weight.dtype,
         )
         return layer.train(linear.training)
 
@@ -193,7 +196,7 @@ class SparseLinear(PackedWeight):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         tensors = self._held()
         bias = tensors["bias"]
-        if x.dtype != tensors[self._values].dtype:
+        if x.dtype != self._dtype_in(tensors):
             x = self.cast(x)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)

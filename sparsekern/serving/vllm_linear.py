@@ -271,7 +271,7 @@ def packed_form(prefix: str, weight: torch.Tensor, format: str = PACKED) -> Spar
     best = smallest(weight.data, format) or smallest(weight.data)
     if best is None:
         return None
-    return SparseLinear(best, (weight.shape[0], weight.shape[1]), format_of(best).pack(weight.data)).eval()
+    return SparseLinear(best, (weight.shape[0], weight.shape[1]), format_of(best).pack(weight.data), dtype=weight.dtype).eval()
 
 
 def multiply(sparse: SparseLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

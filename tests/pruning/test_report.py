@@ -125,6 +125,7 @@ def test_the_schema_of_the_file(report, tmp_path):
         "seconds": 0.5,
         "output_error": None,
         "output_error_alone": None,
+        "values_error": None,
         "sparsity": 0.5,
     }
 

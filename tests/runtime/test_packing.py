@@ -173,7 +173,7 @@ def test_copies_share_what_is_dense_and_leave_the_model_alone():
 def test_bad_input():
     with pytest.raises(TypeError, match="model: expected a module, got str"):
         sparsekern.pack("gpt2")
-    with pytest.raises(ValueError, match="format: expected 'packed', 'bitmask' or 'N:M', got 'csr'"):
+    with pytest.raises(ValueError, match="format: expected 'packed', 'bitmask', 'N:M' or 'N:M-q4', got 'csr'"):
         sparsekern.pack(packed.llama(), "csr")
     model = packed.llama()
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)

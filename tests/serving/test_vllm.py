@@ -243,7 +243,7 @@ def test_other_layers_are_left_to_the_server(plugin):
 
 def test_what_the_config_refuses(plugin):
     checkpoint = Checkpoint({"m.down_proj": (16, "2:4")})
-    with pytest.raises(ValueError, match=r"quantization_config\.version: this sparsekern reads \d+, got 99"):
+    with pytest.raises(ValueError, match=r"quantization_config\.version: this sparsekern reads 1 to \d+, got 99"):
         checkpoint.config(plugin, version=99)
     experts = {"format": "2:4", "shape": [2, 16, 64], "dtype": "float32"}
     with pytest.raises(ValueError, match="expected packed linears, got packed experts .m.packed_down_proj."):

@@ -239,15 +239,24 @@ class Solver:
             raise TypeError(
                 f"method: expected {type(method).__name__}.solve_many to return {len(jobs)} solutions, got {len(solutions)}"
             )
-        outcomes = []
+        outcomes: list[tuple[int, float | None, float | None]] = []
         for job, solution in zip(jobs, solutions, strict=True):
             with named(job.linear.name):
                 check_solution(method, solution, job.weight)
-                outcomes.append(self.outcome(job.linear, solution, job.inputs, job.weight))
+                outcomes.append((*self.outcome(job.linear, solution, job.inputs, job.weight), _values_error(solution, job)))
         seconds = (self.clock.now() - start) / len(jobs)
-        for job, solution, (zeros, error) in zip(jobs, solutions, outcomes, strict=True):
+        for job, solution, (zeros, error, values_error) in zip(jobs, solutions, outcomes, strict=True):
             linear = job.linear
-            result.take(linear, solution.weight, LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds))
+            layer = LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds, values_error=values_error)
+            result.take(linear, solution.weight, layer)
+
+
+def _values_error(solution: Solution, job: Job) -> float | None:
+    """Return the part of the relative error that rounding made; None where nothing is rounded or measured."""
+    if solution.values_error is None or not isinstance(job.inputs, Gram):
+        return None
+    energy = float(job.inputs.row_energy(job.weight).sum())
+    return float(solution.values_error.sum()) / energy if energy else 0.0
 
 
 def jobs_of(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
