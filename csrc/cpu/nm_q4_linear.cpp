@@ -6,8 +6,8 @@
 // The positions of 32 values are bytes, so one shuffle of 16 columns of x fetches the factors of 32 values: of 4 rows of 2:4, or of 8
 // rows of the others. No tables and no counts are needed, and no block depends on the one before. Values are stored plus 8, because
 // vpmaddubsw multiplies unsigned by signed bytes; 8 times the fetched factors is subtracted. For 2:4 with AVX2, 64 weights take a
-// shift, two masks, an `or`, a shuffle, two products, two sums, and a share of loads and of the 14 instructions that end a block: 0.21
-// instructions a weight, and half of that with AVX-512.
+// shift, two masks, an `or`, a shuffle, two products, two sums, and a share of loads and of the 14 instructions that end a block: 0.22
+// instructions a weight.
 //
 // Up to kMostTokens tokens share the unpacking. Many tokens are a dense product with the expanded weight (packed_linear.h), of x as its
 // 8 bits represent it: how many tokens a call has does not change a token's result, but for the order of sums.
