@@ -135,7 +135,7 @@ def _add_calibration(group) -> None:
         "--calibration",
         action="append",
         metavar="SOURCE",
-        help=".txt, .jsonl, .parquet, hf:NAME, builtin:NAME; several",
+        help="text file, hf:NAME, builtin:NAME or self:200k; several",
     )
     group.add_argument("--samples", type=types.count, metavar="N", help="windows of text (128), sentences for kprune (1024)")
     group.add_argument("--length", type=types.count, metavar="N", help=LENGTH)

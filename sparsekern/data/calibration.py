@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..models.limits import check_count, window_length
+from .own_samples import own_windows
 from .sentences import SENTENCES, sentence_batches
-from .sources import check_source, read_documents
+from .sources import check_source, is_own, read_documents
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -39,8 +40,8 @@ class CalibrationText:
     """A text to calibrate on, read after the model was loaded and checked.
 
     Attributes:
-        source: anything that `read_documents` takes.
-        tokenizer: the model's transformers tokenizer.
+        source: anything that `read_documents` takes, or the tokens that the model writes itself, such as `"self:200k"`.
+        tokenizer: the model's transformers tokenizer; None where the model writes the text.
         samples: number of windows or sentences. None is 128 windows or 1024 sentences.
         length: tokens in a window, or the most tokens of a sentence. None is 2048, or the model's positions if they are fewer.
         seed: seed of the choice of windows or sentences.
@@ -55,9 +56,10 @@ class CalibrationText:
     sentences: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokenizer is None:
+        if self.tokenizer is None and not is_own(self.source):
             raise ValueError(f"tokenizer: expected the model's tokenizer to read calibration={str(self.source)!r} with, got None")
-        check_tokenizer(self.tokenizer)
+        if self.tokenizer is not None:
+            check_tokenizer(self.tokenizer)
         for name, value in (("samples", self.samples), ("length", self.length)):
             if value is not None:
                 check_count(name, value)
@@ -74,6 +76,10 @@ class CalibrationText:
             OSError: the text cannot be read; see `read_documents`.
         """
         length = window_length(model, self.length)
+        if is_own(self.source):
+            if self.sentences:
+                raise ValueError(f"calibration: expected a text for {type(model).__name__}, which writes none, got {self.source!r}")
+            return own_windows(model, str(self.source), samples=self.samples, length=length, seed=self.seed)
         if self.sentences:
             samples = SENTENCES if self.samples is None else self.samples
             return sentence_batches(self.source, self.tokenizer, samples=samples, length=length, seed=self.seed)

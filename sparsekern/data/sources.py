@@ -12,6 +12,8 @@ from typing import Any
 
 BUILTIN = "builtin:python-docs"
 BUILTIN_SOURCE = "builtin:python-source"
+OWN = "self:"  # begins the name of what the model writes itself
+UNITS = {"": 1, "k": 1000, "M": 1_000_000}
 PARTS = ("calibration", "held-out")
 HELD_OUT_EVERY = 5  # every fifth document of a built-in text is held out
 SOURCES = f"a .txt, .jsonl or .parquet file, hf:NAME[:split], {BUILTIN} or {BUILTIN_SOURCE}"
@@ -51,6 +53,8 @@ def read_documents(source: str | os.PathLike, part: str = "calibration") -> list
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
     check_source(source)
     name = os.fsdecode(source)
+    if is_own(name):
+        raise ValueError(f"text: expected {SOURCES}; {name} is for calibration alone, since a model writes it")
     documents: Iterable[str]
     if name in BUILTINS:
         documents = _builtin_documents(BUILTINS[name](), part)
@@ -67,7 +71,9 @@ def read_documents(source: str | os.PathLike, part: str = "calibration") -> list
 def check_source(source: str | os.PathLike) -> None:
     """Raise what `read_documents` raises for an unknown built-in text, and for a file that is not there, without reading anything."""
     name = os.fsdecode(source)
-    if name in BUILTINS or name.startswith("hf:"):
+    if is_own(name):
+        own_tokens(name)
+    if is_own(name) or name in BUILTINS or name.startswith("hf:"):
         return
     if name.startswith("builtin:"):
         raise ValueError(f"text: expected one of the built-in texts {', '.join(BUILTINS)}, got {name!r}")
@@ -76,6 +82,23 @@ def check_source(source: str | os.PathLike) -> None:
         raise ValueError(f"text: {path} is a folder (expected {SOURCES})")
     if not path.is_file():
         raise FileNotFoundError(f"text: no file {str(path)!r} (expected {SOURCES})")
+
+
+def is_own(source: object) -> bool:
+    """Return whether a calibration source asks for the model's own samples."""
+    return isinstance(source, str) and source.startswith(OWN)
+
+
+def own_tokens(source: str) -> int:
+    """Return the number of tokens that a source such as `"self:200k"` asks for.
+
+    Raises:
+        ValueError: it is no such source.
+    """
+    found = re.fullmatch(r"self:([1-9]\d*)([kM]?)", source)
+    if found is None:
+        raise ValueError(f"calibration: expected a number of tokens such as 'self:200k' or 'self:2M', got {source!r}")
+    return int(found[1]) * UNITS[found[2]]
 
 
 def _path(name: str) -> Path:

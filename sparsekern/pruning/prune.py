@@ -103,7 +103,8 @@ def prune(
             model's forward takes, such as `input_ids`, `pixel_values` or `decoder_input_ids`. Padding by `attention_mask` and
             `decoder_attention_mask` is left out of every statistic, and `labels` only give decoder ids. An encoder with a decoder takes
             ids alone on both sides. A model of images or sound takes a tensor of its main input. A text that `sparsekern.data.read_documents` takes is
-            given by name, such as `"wiki.txt"`, `"hf:NAME"` or `"builtin:python-docs"`. Magnitude needs none.
+            given by name, such as `"wiki.txt"`, `"hf:NAME"` or `"builtin:python-docs"`. `"self:200k"` is 200,000 tokens that the dense model
+            writes itself, which are kept in a cache. Magnitude needs none.
         tokenizer: the model's tokenizer, to read a text. It is also saved to `out`.
         samples: number of windows of a text (None is 128), or of sentences for `KPrune` (None is 1024).
         length: tokens in a window of a text, and the most tokens of a sentence. None is 2048, or the model's positions if they are
