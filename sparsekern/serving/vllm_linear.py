@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from ..models.units import recorded_units
-from ..runtime.formats import format_of
+from ..runtime.formats import Q4, format_of
 from ..runtime.hf_config import METHOD, PackedLayer
 from ..runtime.packed_weight import DTYPES
 from ..runtime.packing import PACKED, smallest
@@ -148,7 +148,7 @@ class DenseLinear(UnquantizedLinearMethod):  # type: ignore[misc]
         """Pack the weight, or prepare it for vLLM's own product."""
         self.config.check_loaded()
         if not self.config.layers:
-            layer.sparse = packed_form(self.prefix, layer.weight)
+            layer.sparse = packed_form(self.prefix, layer.weight.data, layer.weight.dtype)
             self.packed, self.waits = layer.sparse is not None, False
             self.config.note(self.prefix, layer.sparse)
             self.config.check_packed()
@@ -194,7 +194,10 @@ class PackedLinear(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Register empty parameters under the names of the packed tensors, whose loaders take what arrives."""
         shape = (sum(output_partition_sizes), input_size_per_partition)
-        self._make_whole = partial(_dense_weight, shape, params_dtype, {**attributes, "weight_loader": weight_loader})
+        self._dtype = params_dtype
+        four_bits = any(known.format.endswith(Q4) for known in self._described.values())
+        exact = torch.float32 if four_bits else params_dtype  # in which the scales of 4-bit values are found again
+        self._make_whole = partial(_dense_weight, shape, exact, {**attributes, "weight_loader": weight_loader})
         expected = {name: spec.dtype for known in self._described.values() for name, spec in known.tensors().items()}
         if len(self._described) < len(self.parts):
             expected["weight"] = params_dtype
@@ -253,7 +256,8 @@ class PackedLinear(LinearMethodBase):  # type: ignore[misc]
         """Pack the whole weight, so that only one is dense at a time."""
         formats = {known.format for known in self._described.values()}
         common = formats.pop() if len(formats) == 1 and len(self._described) == len(self.parts) else PACKED
-        self._result = packed_form(self.prefix, weight, common) or nn.Parameter(weight, requires_grad=False)
+        sparse = packed_form(self.prefix, weight, self._dtype, common)
+        self._result = sparse or nn.Parameter(weight.to(self._dtype), requires_grad=False)
         self._whole = None
 
     def _part(self, shard: str | int | None) -> str:
@@ -264,14 +268,24 @@ class PackedLinear(LinearMethodBase):  # type: ignore[misc]
         return self.parts[place]
 
 
-def packed_form(prefix: str, weight: torch.Tensor, format: str = PACKED) -> SparseLinear | None:
-    """Return a weight `[out_features, in_features]` packed in `format`, else in the smallest one; None if dense is smaller."""
+def packed_form(prefix: str, weight: torch.Tensor, dtype: torch.dtype, format: str = PACKED) -> SparseLinear | None:
+    """Return a weight `[out_features, in_features]` packed in `format`, else in the smallest one; None if dense is smaller.
+
+    Args:
+        prefix: name of the linear.
+        weight: the weight, in float32 if its values may be of 4 bits, else in `dtype`.
+        dtype: dtype of the linear.
+        format: the format.
+    """
     if prefix.endswith(READ_BY_ATTENTION):
         return None
-    best = smallest(weight.data, format) or smallest(weight.data)
+    best = smallest(weight, format)
+    if best is None or not best.endswith(Q4):
+        weight = weight.to(dtype)
+        best = smallest(weight, format) or smallest(weight)
     if best is None:
         return None
-    return SparseLinear(best, (weight.shape[0], weight.shape[1]), format_of(best).pack(weight.data), dtype=weight.dtype).eval()
+    return SparseLinear(best, (weight.shape[0], weight.shape[1]), format_of(best).pack(weight), dtype=dtype).eval()
 
 
 def multiply(sparse: SparseLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -302,4 +316,4 @@ def _unpacked(part: str, known: PackedLayer, tensors: dict[str, torch.Tensor]) -
         layout.check(tensors, known.shape, known.dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{part}.{error}") from error
-    return layout.unpack(tensors, known.shape, known.dtype)
+    return layout.unpack(tensors, known.shape, torch.float32 if known.format.endswith(Q4) else known.dtype)

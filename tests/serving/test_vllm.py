@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsekern import SparseLinear
+from sparsekern.runtime.formats import format_of
 from sparsekern.runtime.hf_config import METHOD, PackedLayer
 from sparsekern.serving.served import VARIABLE
 from sparsekern.serving.vllm import register
@@ -38,6 +39,11 @@ def pruned(rows: int, columns: int, format: str, dtype: torch.dtype = torch.floa
     with torch.no_grad():
         if format == "2:4":
             linear.weight.view(rows, -1, 4)[..., ::2] = 0
+        elif format == "2:4-q4":
+            codes = torch.randint(-8, 8, (rows, columns)).view(rows, -1, 4)
+            codes[..., 0] = 7  # so that the scales are found again
+            codes[..., [1, 3]] = 0
+            linear.weight.copy_(codes.view(rows, columns) * torch.rand(rows, 1).half().float())
         elif format == "bitmask":
             linear.weight[torch.rand(rows, columns) < 0.6] = 0
     return linear
@@ -84,7 +90,9 @@ def rows_of(weight: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
     return weight.chunk(ranks)[rank]
 
 
-@pytest.mark.parametrize("formats", ["2:4 2:4 2:4", "2:4 2:4 bitmask", "bitmask 2:4 dense", "dense bitmask dense"])
+@pytest.mark.parametrize(
+    "formats", ["2:4 2:4 2:4", "2:4 2:4 bitmask", "bitmask 2:4 dense", "dense bitmask dense", "2:4-q4 2:4-q4 2:4-q4"]
+)
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2)])
 def test_fused_parts_are_those_of_the_checkpoint(plugin, formats, rank, ranks):
     kinds = dict(zip(MAPPING["qkv_proj"], formats.split(), strict=True))
@@ -93,8 +101,12 @@ def test_fused_parts_are_those_of_the_checkpoint(plugin, formats, rank, ranks):
     layer.quant_method.process_weights_after_loading(layer)
     expected = torch.cat([rows_of(weight, rank, ranks) for weight in checkpoint.weights.values()])
     assert torch.equal(layer.sparse.dense_weight(), expected)
-    assert [name for name, _ in layer.named_parameters()] and "weight" not in dict(layer.named_parameters(recurse=False))
+    assert layer.state_dict().keys() == {f"sparse.{name}" for name in layer.sparse.tensors}
+    assert ("q4" in layer.sparse.format) == ("q4" in formats)
     x, bias = torch.randn(3, IN), torch.randn(len(expected))
+    if "q4" in formats:  # its products round their input to 8 bits
+        assert torch.equal(layer(x, bias), format_of("2:4-q4").linear(x, layer.sparse.tensors, expected.shape, bias))
+        return
     torch.testing.assert_close(layer(x, bias), F.linear(x.double(), expected.double(), bias.double()).float())
 
 
