@@ -155,13 +155,17 @@ def test_a_signal_leaves_no_process_and_no_copy_of_the_model(tmp_path, name):
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "temporary").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "python")], env=environment)
+    number = getattr(signal, name)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path / "python")],
+        env=environment,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has it ignored, which a program must leave so
+    )
     try:
         while not (tmp_path / "pid").exists():
             assert process.poll() is None, "it has ended by itself"
             time.sleep(0.02)
         assert list((tmp_path / "temporary").iterdir())
-        number = getattr(signal, name)
         process.send_signal(number)
         assert process.wait() == 128 + number
     finally:
