@@ -1,0 +1,89 @@
+"""Perplexity of SmolLM2-135M by what is done beside solving each linear: `python -m bench.methods.stages FOLDER --only "SparseGPT 2:4, corrected"`.
+
+FOLDER holds `valid.txt` and `test.txt` of WikiText-2. A figure is stored as soon as it is measured, with the minutes that `prune` took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import sparsekern
+
+from .. import quality, smollm2
+from . import Unavailable, shown, store, stored
+
+NAME = "stages"
+PATTERNS: dict[str, str | float] = {"2:4": "2:4", "50 %": 0.5, "70 %": 0.7}
+METHODS = {"SparseGPT": sparsekern.SparseGPT, "ALPS": sparsekern.ALPS}
+STAGES: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "corrected": {"correction": "dense"},
+    "tuned": {"tune": sparsekern.BlockTuning()},
+    "corrected, tuned": {"correction": "dense", "tune": sparsekern.BlockTuning()},
+}
+CASES = [f"{method} {pattern}, {stages}" for pattern in PATTERNS for method in METHODS for stages in STAGES]
+
+
+def run(wikitext: Path | None, quick: bool) -> str:
+    if wikitext is None:
+        raise Unavailable("it needs --wikitext")
+    return section(measure(wikitext, CASES[:2] if quick else CASES, quick))
+
+
+def measure(wikitext: Path, cases: list[str], quick: bool = False) -> dict[str, object]:
+    """Return perplexities and minutes by case. Each is stored when it is known, unless `quick`."""
+    tokenizer = smollm2.tokenizer()
+    ids, evaluation = quality.calibration(wikitext, tokenizer), quality.evaluation(wikitext, tokenizer)
+    if quick:
+        ids, evaluation = ids[:8], evaluation[: smollm2.WINDOW]
+    figures: dict[str, object] = {}
+    for case in cases:
+        solver, _, stages = case.partition(", ")
+        method, _, pattern = solver.partition(" ")
+        model, start = smollm2.dense_model(), time.perf_counter()
+        sparsekern.prune(model, METHODS[method](), PATTERNS[pattern], ids, progress=False, **STAGES[stages])
+        minutes = (time.perf_counter() - start) / 60
+        found = {case: sparsekern.perplexity(model, evaluation, length=smollm2.WINDOW), f"{case}, minutes": minutes}
+        if not quick:
+            store(NAME, found)
+        figures |= found
+    return figures
+
+
+def section(figures: dict[str, object]) -> str:
+    def cell(case: str) -> str:
+        minutes: Any = figures.get(f"{case}, minutes")
+        perplexity: Any = figures.get(case)
+        return shown(perplexity, ".2f") + ("" if minutes is None else f" ({minutes:.1f} min)")
+
+    lines = [
+        "## Stages beside the solver",
+        "",
+        f"SmolLM2-135M-Instruct (float32); calibration {smollm2.SAMPLES} x {smollm2.LENGTH} tokens of WikiText-2 `valid`, seed 0; perplexity of",
+        f'the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test` (dense {quality.TARGETS["dense"][2]}). Corrected is `correction="dense"`,',
+        "tuned `tune=BlockTuning()`, all settings the defaults. In parentheses the minutes of `prune`.",
+        "",
+        f"| pattern | method | {' | '.join(STAGES)} |",
+        f"|---|---|{'---|' * len(STAGES)}",
+    ]
+    for pattern in PATTERNS:
+        for method in METHODS:
+            cells = [cell(f"{method} {pattern}, {stages}") for stages in STAGES]
+            lines.append(f"| {pattern} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", action="append", choices=CASES, metavar="CASE", help="may be given more than once")
+    arguments = parser.parse_args()
+    measure(arguments.folder, arguments.only or CASES)
+    print(section(stored(NAME)))
+
+
+if __name__ == "__main__":
+    main()
