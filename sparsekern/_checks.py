@@ -137,3 +137,8 @@ def _name(dtype: torch.dtype) -> str:
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(_name(d) for d in dtypes)
+
+
+def on_one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

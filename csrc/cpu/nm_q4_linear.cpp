@@ -10,7 +10,7 @@
 // instructions a weight.
 //
 // Up to kMostTokens tokens share the unpacking. Many tokens are a dense product with the expanded weight (packed_linear.h), of x as its
-// 8 bits represent it: how many tokens a call has does not change a token's result, but for the order of sums.
+// 8 bits represent it. Of a token's result, only the order of sums depends on how many tokens a call has.
 #include <algorithm>
 #include <type_traits>
 

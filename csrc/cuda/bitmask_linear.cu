@@ -8,8 +8,8 @@
 //   registers of one lane. The lane has 32 neighbouring columns of both, and walks along the slots of each: a value is read where a
 //   bit is set, which moves the place by one slot.
 // * A warp takes steps of 256 columns. It counts their bits, so that every 32 columns of a row have a record of their bits and of
-//   their first slot, and copies the slots of the step by 16 bytes, a step ahead. The two rows of a group need the same slots but for a
-//   few at the ends.
+//   their first slot, and copies the slots of the step by 16 bytes, a step ahead. The two rows of a group need the same slots, except
+//   for a few at the ends.
 // * Where those few are many (the zeros of the two rows lie very differently), or too many bits are set, the step is made of shorter
 //   ones, which always fit.
 #include "common/packed_rows.h"

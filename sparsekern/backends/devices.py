@@ -39,7 +39,7 @@ def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a device; torch looks it up anew each time, which one token of a layer notices."""
+    """Return the compute capability of a device. torch looks it up anew in each call, which takes a notable part of one token's product."""
     return torch.cuda.get_device_capability(device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from .._version import __version__
@@ -121,13 +122,11 @@ def _add_choice_of_weights(group) -> None:
     )
     group.add_argument("--include", action="append", metavar="GLOB", help="prune only linears that match")
     group.add_argument("--exclude", action="append", metavar="GLOB", help="leave linears that match dense")
-    group.add_argument(
-        "--unseen",
-        default=MAGNITUDE,
-        type=types.one_of(UNSEEN),
-        metavar="NAME",
-        help="experts no token reached: magnitude, dense or error",
-    )
+    _add_choice(group, "--unseen", UNSEEN, MAGNITUDE, "experts no token reached: magnitude, dense or error")
+
+
+def _add_choice(group, option: str, names: Iterable[str], default: str, help: str) -> None:
+    group.add_argument(option, default=default, type=types.one_of(names), metavar="NAME", help=help)
 
 
 def _add_calibration(group) -> None:
@@ -147,39 +146,15 @@ def _add_calibration(group) -> None:
         help="parts that sums are made of (1; under torchrun 8)",
     )
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
-    group.add_argument(
-        "--weighting",
-        default=EQUAL,
-        type=types.one_of(WEIGHTINGS),
-        metavar="NAME",
-        help="weight of an expert's tokens: equal or routing",
-    )
-    group.add_argument(
-        "--allocation",
-        default=UNIFORM,
-        type=types.one_of(ALLOCATIONS),
-        metavar="NAME",
-        help="of zeros to linears: uniform or fisher (least cost)",
-    )
-    group.add_argument(
-        "--correction",
-        default=NONE,
-        type=types.one_of(CORRECTIONS),
-        metavar="NAME",
-        help="of errors made before: none, sequential or dense",
-    )
+    _add_choice(group, "--weighting", WEIGHTINGS, EQUAL, "weight of an expert's tokens: equal or routing")
+    _add_choice(group, "--allocation", ALLOCATIONS, UNIFORM, "of zeros to linears: uniform or fisher (least cost)")
+    _add_choice(group, "--correction", CORRECTIONS, NONE, "of errors made before: none, sequential or dense")
     group.add_argument(
         "--values", type=types.one_of((INT4,)), metavar="NAME", help="int4: round what 2:4, 1:4 or 4:16 keeps to 4 bits"
     )
     group.add_argument("--state", type=types.path, metavar="DIR", help="folder for accumulated statistics, to add texts later")
     group.add_argument("--abandon", action="store_true", help="drop the unfinished step in --state first")
-    group.add_argument(
-        "--strategy",
-        default="accumulate",
-        type=types.one_of(STRATEGIES),
-        metavar="NAME",
-        help="with several texts: accumulate, dense or carry",
-    )
+    _add_choice(group, "--strategy", STRATEGIES, "accumulate", "with several texts: accumulate, dense or carry")
 
 
 def _add_eval(commands) -> argparse._ArgumentGroup:

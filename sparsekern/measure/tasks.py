@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._checks import on_one_line
 from ..models.evaluation import evaluation_mode
 from ..models.float32_products import float32_products
 from ..models.streaming import stream_of
@@ -73,9 +74,8 @@ class Tasks:
             except (KeyError, StopIteration) as error:
                 raise ValueError(f"tasks: expected tasks of lm-evaluation-harness, or YAML files, got {name!r}") from error
             except Exception as error:  # of the package datasets, which raises those of any network library
-                reason = " ".join(str(error).split()) or type(error).__name__
                 raise OSError(
-                    f"tasks: the data of {name} cannot be loaded: {reason}; fetch them once where there is a network"
+                    f"tasks: the data of {name} cannot be loaded: {on_one_line(error)}; fetch them once where there is a network"
                 ) from error
             group = found.get("groups", {}).get(name)
             self._loaded += found["tasks"].values() if group is None else [group]

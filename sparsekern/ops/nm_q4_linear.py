@@ -19,8 +19,8 @@ def nm_q4_linear(
 ) -> torch.Tensor:
     """Multiply by a packed N:M weight with 4-bit values: `nm_q4_linear(x, nm_q4_pack(w, scales, n, m), n, m, len(w))` is about `x @ w.T`.
 
-    `x` is rounded to 8 bits: for each token and 64 columns, to multiples of their largest magnitude divided by 127. A token's result
-    does not depend on how many tokens a call has, but for the order in which float32 sums are added. A NaN or Inf of `x` makes the
+    `x` is rounded to 8 bits: for each token and 64 columns, to multiples of their largest magnitude divided by 127. Of a token's
+    result, only the order in which float32 sums are added depends on how many tokens a call has. A NaN or Inf of `x` makes the
     token's outputs NaN. The gradient of `x` is that of the product without rounding.
 
     The kernels only ensure that they stay inside the packed tensor. `nm_q4_unpack`, and loading a packed model, check the contents.

@@ -6,6 +6,8 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
+from .._checks import on_one_line
+
 ARGUMENT = "push_to_hub"
 MESSAGE = "Model pruned with sparsekern"
 
@@ -42,9 +44,9 @@ def check_push(repo: str, argument: str = ARGUMENT) -> None:
     try:
         account = HfApi().whoami()
     except HfHubHTTPError as error:
-        raise ValueError(f"{argument}: expected a token that the hub accepts; it says: {_reason(error)}") from error
+        raise ValueError(f"{argument}: expected a token that the hub accepts; it says: {on_one_line(error)}") from error
     except Exception as error:  # of the HTTP library, whose errors have no common base with those of the hub
-        raise OSError(f"{argument}: the hub at {constants.ENDPOINT} cannot be reached: {_reason(error)}") from error
+        raise OSError(f"{argument}: the hub at {constants.ENDPOINT} cannot be reached: {on_one_line(error)}") from error
     owners = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
     if owner not in owners:
         raise ValueError(f"{argument}: expected a repository of {' or '.join(owners)}, whose token this is, got {repo!r}")
@@ -75,12 +77,7 @@ def push(folder: Path, repo: str, files: Iterable[str] = ("*",), argument: str =
         )
     except Exception as error:  # of the hub or of the HTTP library
         raise OSError(
-            f"{argument}: the model is complete in {str(folder)!r}, but could not be pushed to {repo}: {_reason(error)}; "
+            f"{argument}: the model is complete in {str(folder)!r}, but could not be pushed to {repo}: {on_one_line(error)}; "
             f"push it later: hf upload {repo} {folder}"
         ) from error
     return str(done.commit_url)
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from .._checks import on_one_line
 from .._files import disk_errors
 from ..models.adapters import check_no_adapter
 from ..models.scaled_weights import restore_scales
@@ -257,8 +258,7 @@ def _refusals(argument: str) -> Iterator[None]:
     except (OSError, SafetensorError, MemoryError):
         raise
     except Exception as error:  # the tokenizers package raises bare exceptions
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{argument}: expected one that transformers can save; it says: {reason}") from error
+        raise ValueError(f"{argument}: expected one that transformers can save; it says: {on_one_line(error)}") from error
 
 
 def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:

@@ -121,7 +121,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not the
             )
 
     def note(self, prefix: str, sparse: SparseLinear | None) -> None:
-        """Make the format of a linear part of what vLLM's cache of compiled models goes by: the graph of another calls other ops."""
+        """Add the format of a linear to the key of vLLM's cache of compiled models, since each format calls other ops."""
         further = getattr(self._served, "additional_config", None)
         if isinstance(further, dict):
             further.setdefault(METHOD, {})[prefix] = None if sparse is None else sparse.format
