@@ -286,6 +286,16 @@ def test_only_a_transformers_model_can_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_refusal_without_a_message_is_told_by_its_type(tmp_path):
+    class Silent:
+        def save_pretrained(self, folder):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="tokenizer: expected one that transformers can save; it says: NotImplementedError"):
+        sparsekern.save(tiny.llama(), tmp_path / "out", tokenizer=Silent())
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_transformers_refuses_to_save_is_named(tmp_path):
     model = tiny.llama()
     model.generation_config.temperature = 0.6
