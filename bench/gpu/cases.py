@@ -1,4 +1,4 @@
-"""Benchmarks that only a GPU has: 2:4 linears by sparse tensor cores, and the Triton product that the sweep multiplies with."""
+"""Benchmarks that only a GPU has: 2:4 linears by sparse tensor cores, and float32 products by tensor cores."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import torch
 from torch.nn import functional
 
 from sparsekern import ops
+from sparsekern.backends import products
 from sparsekern.runtime import semi_structured_linear, to_semi_structured
 
 from ..inputs import CHECKED, assert_close, n_of_m
 from ..problem import Call, Case, NotHere, Place, Problem
 from .device import seconds_of
 
+PIECES, TRITON = "from TF32 pieces", "in Triton"
 DENSE, BEST_PLAN, ADDMM = "dense cuBLAS", "best cuSPARSELt plan", "addmm in float32"
 TOKEN_MULTIPLE = 8  # of cuSPARSELt's dense operands of two bytes
 
@@ -56,12 +58,16 @@ def linear(place: Place, tokens: int, rows: int, columns: int) -> Problem:
     )
 
 
-def triton_product(place: Place, size: int) -> Problem:
-    """Make the problem of the product between the blocks of a sweep, where that is not cuBLAS."""
+def float32_product(place: Place, size: int, by: str) -> Problem:
+    """Make the problem of a large product of a sweep: from pieces by cuBLAS, as it is computed, or by one kernel in Triton."""
     if place.device.type != "cuda":
         raise NotHere("Triton's kernels need a GPU")
-    from sparsekern.triton_kernels.matmul import add_product
+    from sparsekern.triton_kernels import matmul
 
+    def in_pieces(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        products.add_product(out, left, right, begins=False)
+
+    add_product = {PIECES: in_pieces, TRITON: matmul.add_product}[by]
     a, b = place.randn(size, size), place.randn(size, size)
     ours, theirs = torch.zeros_like(a), torch.zeros_like(a)
 
@@ -99,5 +105,8 @@ CASES = [
     case(4096, 11008, 4096, 10, {DENSE: 1.4, BEST_PLAN: 1.0}),
     case(4096, 4096, 11008, 10, {DENSE: None, BEST_PLAN: None}),
     case(1, 11008, 4096, 6, {DENSE: None}),  # where 2:4 pays least
-    Case("float32 product 4096x4096x4096 in Triton", triton_product, {"size": 4096}, {}, cuda={ADDMM: None}),
+    *(
+        Case(f"float32 product 4096x4096x4096 {by}", float32_product, {"size": 4096, "by": by}, {}, cuda={ADDMM: None})
+        for by in (PIECES, TRITON)
+    ),
 ]

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import torch
 
+from sparsekern import backends
+from sparsekern.ops._registry import OPS
+
 from ..results import Row
 from .budget import Budget
 from .run import ROOT, TIMED_OUT, last_lines, run
 
 SECTION = "checks"
-AT_ONCE = 6  # test files; most of their time is Python's
+AT_ONCE = 14  # test files; most of their time is Python's, on one thread
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # torch's threads would wait for a core, spinning
 SECONDS_A_FILE = 150.0
 SANITIZERS = {"racecheck": ("cuda",), "memcheck": ("cuda", "triton")}  # tool -> implementations it is run on
 SECONDS_A_SANITIZER = 100.0
@@ -78,7 +82,7 @@ class TestRun:
     def row(self, budget: Budget, folder: Path) -> Row:
         log = folder / f"{Path(self.path).stem}-{self.kernels or 'plain'}.log"
         arguments = ["-v", "--tb=short", "-p", "no:cacheprovider", *([f"--kernels={self.kernels}"] if self.kernels else [])]
-        code = run([sys.executable, "-m", "pytest", self.path, *arguments], log, budget.share(SECONDS_A_FILE))
+        code = run([sys.executable, "-m", "pytest", self.path, *arguments], log, budget.share(SECONDS_A_FILE), ONE_THREAD)
         return as_row(self.name, code, log.read_text(errors="replace"))
 
 
@@ -107,12 +111,7 @@ def _reasons(output: str) -> list[str]:
 
 def tests(budget: Budget, log: Path, selection: str = "") -> list[Row]:
     """Run what is marked `gpu`, and tests/ops with every tensor on the device: by the implementations chosen there, and without C++."""
-    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("ops/test_*.py"))
-    on_device = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("gpu/test_*.py"))
-    runs = [TestRun(path, None) for path in on_device] + [
-        TestRun(path, kernels) for kernels in ("gpu", "gpu-triton") for path in files
-    ]
-    runs = [one for one in runs if selection in one.name]
+    runs = [one for one in all_runs() if selection in one.name]
     # What takes longest starts first.
     runs.sort(key=lambda one: "contracts" not in one.path)
     folder = log.parent / "tests"
@@ -128,6 +127,26 @@ def tests(budget: Budget, log: Path, selection: str = "") -> list[Row]:
     log.write_text("".join(f"==== {part.stem}\n{part.read_text(errors='replace')}\n" for part in sorted(folder.glob("*.log"))))
     shutil.rmtree(folder)
     return rows
+
+
+def all_runs() -> list[TestRun]:
+    """Return the runs of tests. Without C++, only files of ops that have a kernel in C++: the others run the same kernels either way."""
+    files, on_device = (
+        sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob(pattern))
+        for pattern in ("ops/test_*.py", "gpu/test_*.py")
+    )
+    without_cpp = [path for path in files if {"cuda", "triton"} <= kinds_of(Path(path).stem.removeprefix("test_"))]
+    return [
+        *(TestRun(path, None) for path in on_device),
+        *(TestRun(path, "gpu") for path in files),
+        *(TestRun(path, "gpu-triton") for path in without_cpp),
+    ]
+
+
+def kinds_of(op: str) -> set[str]:
+    """Return the kinds of implementations that an op has; those of all ops where a file of tests is about no op."""
+    known = [name for name in OPS if name.rstrip("_") == op] or OPS
+    return {implementation.name for name in known for implementation in backends.implementations(name)}
 
 
 def kernel_names(backend: str) -> list[str]:

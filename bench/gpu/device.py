@@ -5,6 +5,7 @@ Everything runs on a CPU too, where `python -m bench.gpu --rehearse` tries it ou
 
 from __future__ import annotations
 
+import gc
 import platform
 import shutil
 import statistics
@@ -73,6 +74,21 @@ def _driver() -> str:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Free what the last benchmark has left over, on the device too.
+
+    Torch before 2.12 takes a capture that failed for one under way, and then keeps the device's memory with an internal error.
+    """
+    gc.collect()
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        if "captures_underway" not in str(error):
+            raise
 
 
 def seconds_of(calls: Sequence[Call], device: torch.device) -> float:

@@ -7,7 +7,6 @@ takes only this process with it; `bench.gpu.measure` sees which benchmark it was
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from ..ops import all_cases
 from ..results import Row
 from . import cases, e2e
 from .crossing import SWEEPS
-from .device import Ceilings, measure_ceilings
+from .device import Ceilings, give_memory_back, measure_ceilings
 from .rows import DeviceCase, DevicePlace
 
 FIRST = ("obs_sweep", "gram_")  # ops whose times decide how long `prune` takes
@@ -93,9 +92,7 @@ def main() -> None:
             tell(start=name)
             for row in run(name, place):
                 tell_row(row)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            give_memory_back(device)
         tell(start=None)
 
 

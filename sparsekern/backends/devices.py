@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,12 @@ def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
 def _capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a device. torch looks it up anew in each call, which takes a notable part of one token's product."""
     return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def has_triton() -> Support:
+    """Return whether Triton is installed."""
+    return YES if importlib.util.find_spec("triton") is not None else Support(False, "triton is not installed")
 
 
 def can_place_columns(name: str, columns: int) -> Support:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .adapters import adapted
-from .devices import YES, Support, has_capability
+from .devices import YES, Support, has_capability, has_triton
 from .implementation import Implementation
 from .libraries import LIBRARIES
 from .products import full_float32
@@ -34,16 +34,10 @@ def _cuda_library() -> Support:
     return Support(library.loaded, library.reason)
 
 
-@functools.cache
-def _triton_package() -> Support:
-    found = importlib.util.find_spec("triton") is not None
-    return YES if found else Support(False, "triton is not installed")
-
-
 LEAST_CAPABILITY = {"triton": (8, 0)}  # needed by all kernels of a backend
 logger = logging.getLogger("sparsekern")
 
-AVAILABILITY: dict[str, Callable[[], Support]] = {"cuda": _cuda_library, "triton": _triton_package}
+AVAILABILITY: dict[str, Callable[[], Support]] = {"cuda": _cuda_library, "triton": has_triton}
 
 
 def availability(backend: str) -> Support:

@@ -11,7 +11,7 @@ import torch
 from .. import ops
 from .._checks import check_finite
 from .._warnings import warn
-from ..backends.products import full_float32
+from ..backends.products import add_product, full_float32
 from ..pattern import NM, Pattern
 from ._fields import choice, flag, number, whole
 from .base import LinearMethod
@@ -183,7 +183,7 @@ class _Admm:
         before = self.mask.clone()
         for left in range(iterations, 0, -1):
             for tile in self._problem.tiles:
-                torch.mm(self._offset[tile], self._step, out=self._product[tile])
+                add_product(self._product[tile], self._offset[tile], self._step, begins=True)
             self._offset, self._product = self._product, self._offset
             mask = before if left == 1 else self.mask  # the last step counts what all steps have changed
             changed = self._project(mask)

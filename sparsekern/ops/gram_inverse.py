@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from .._checks import check_finite_number, check_square
+from ..backends.products import add_product
 from ._registry import define_op, sample
 from .reverse_cholesky import RESOLVED_PIVOT, alive, factorise, report_departure
 
+PANEL = 1024  # columns of a panel; more would waste more on zeros, fewer make products too small for their overhead
 SCHEMA = "(Tensor gram, float damping=0.01) -> (Tensor inverse, Tensor damping_used)"
 
 
@@ -39,10 +41,31 @@ def reference(gram: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, 
     """Return the inverse and the damping used, in the convention of `reverse_cholesky.reference`."""
     factor, damping_used = factorise(gram, damping, RESOLVED_PIVOT)
     factor, dead = alive(factor)
-    identity = torch.diag_embed(torch.where(dead, 0.0, torch.ones_like(factor.diagonal())))
-    root = torch.linalg.solve_triangular(factor, identity, upper=True)
-    inverse = root.T @ root
+    inverse = _gram_of_upper(_inverse_of_upper(factor, torch.where(dead, 0.0, torch.ones_like(factor.diagonal()))))
     return torch.tril(inverse) + torch.tril(inverse, -1).T, damping_used
+
+
+def _inverse_of_upper(factor: torch.Tensor, ones: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of an upper triangle times the diagonal `ones`, by halves: all but the blocks of `PANEL` is in products."""
+    features = len(factor)
+    if features <= PANEL:
+        return torch.linalg.solve_triangular(factor, torch.diag_embed(ones), upper=True)
+    middle = -(-features // (2 * PANEL)) * PANEL
+    inverse, product = torch.zeros_like(factor), torch.empty_like(factor[:middle, middle:])
+    inverse[:middle, :middle] = _inverse_of_upper(factor[:middle, :middle], ones[:middle])
+    inverse[middle:, middle:] = _inverse_of_upper(factor[middle:, middle:], ones[middle:])
+    add_product(product, factor[:middle, middle:], inverse[middle:, middle:], begins=True)
+    add_product(inverse[:middle, middle:], inverse[:middle, :middle], product.neg_(), begins=True)
+    return inverse
+
+
+def _gram_of_upper(root: torch.Tensor) -> torch.Tensor:
+    """Return `root^T root` of an upper triangle, its lower triangle: without the zeros, a third to a sixth of the arithmetic."""
+    gram = torch.empty_like(root)
+    for begin in range(0, len(root), PANEL):
+        end = min(begin + PANEL, len(root))
+        add_product(gram[begin:, begin:end], root[:end, begin:].T, root[:end, begin:end], begins=True)
+    return gram
 
 
 def _fake(gram, damping=0.01):

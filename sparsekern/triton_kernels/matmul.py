@@ -1,6 +1,8 @@
-"""A float32 product on the tensor cores with the error of float32, which cuBLAS computes only without tensor cores.
+"""A float32 product on the tensor cores with the error of float32, in one kernel.
 
-Floor, on an H200: three TF32 products, at most 131 TFLOP/s; the float32 product of cuBLAS reaches about 50. The kernel is in `_product.py`.
+`backends.products` computes it by cuBLAS, from pieces; a benchmark compares the two.
+
+Floor, on an H200: three TF32 products, at most 131 TFLOP/s. The kernel is in `_product.py`.
 `[4096, k] @ [k, 128]` has 32 tiles, so its depth is split over 128 of the 132 multiprocessors.
 """
 

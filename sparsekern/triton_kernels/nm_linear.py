@@ -151,12 +151,19 @@ def unpack(
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Write the values of some rows to the dense weight, which holds zeros."""
+    """Write some rows of the dense weight: zeros, and then the values, while the second-level cache still has the zeros.
+
+    Memory is therefore written once. 16 rows of 4096 columns on each of 132 multiprocessors are 17 MB, a third of that cache.
+    """
     first = tl.program_id(0).to(tl.int64) * ROWS
     values += first * stored
     codes += first * (stored * BITS // 32)
     weight += first * columns
     row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, VALUES)[None, :]
+    zeros = tl.zeros([ROWS, VALUES], weight.dtype.element_ty)
+    for begin in range(0, columns, VALUES):
+        tl.store(weight + row * columns + begin + lane, zeros, mask=(begin + lane < columns) & (first + row < rows))
+    tl.debug_barrier()  # other threads store the values
     for begin in range(0, kept, VALUES):
         k = begin + lane
         inside = (k < kept) & (first + row < rows)
@@ -221,7 +228,7 @@ def unpacked(values: torch.Tensor, codes: torch.Tensor, n: int, m: int, columns:
     """
     rows = len(values)
     _check(values, codes, columns, n, m, values)
-    weight = values.new_zeros((rows, columns))
+    weight = values.new_empty((rows, columns))
     if rows:
         kept = columns // m * n
         tiles = config(rows, kept, 1, device_of(values).multiprocessors)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
-import types
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekern.backends import products
 from sparsekern.backends.obs_sweep import (
     LAUNCH_COLUMNS,
     MAX_WARPS,
@@ -83,41 +79,6 @@ def test_few_multiprocessors_idle_while_others_have_rows_to_give_away(rows, proc
     warps = warps_for(rows, processors)
     blocks = -(-rows // (ROWS_PER_WARP * warps))
     assert warps in (1, 2, 4, MAX_WARPS) and (warps == 1 or 2 * blocks > processors)
-
-
-def test_tf32_is_off_inside_and_as_it_was_afterwards():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        for allowed in ("tf32", "ieee"):
-            matmul.fp32_precision = allowed
-            with pytest.raises(KeyError), products.full_float32():
-                assert matmul.fp32_precision == "ieee"
-                raise KeyError
-            assert matmul.fp32_precision == allowed
-    finally:
-        matmul.fp32_precision = before
-
-
-def test_cublas_has_all_products_until_the_tensor_cores_are_measured(monkeypatch):
-    assert products.product_for(1 << 20, 1 << 20, 1 << 20) == "cublas"
-    monkeypatch.setattr(products, "TENSOR_CORES_FROM", 1 << 32)
-    assert products.product_for(4096, 1024, 1024) == "triton" and products.product_for(4096, 512, 512) == "cublas"
-
-
-@pytest.mark.parametrize("begins", [False, True])
-def test_a_product_on_the_tensor_cores_is_added_to_what_is_there(monkeypatch, begins):
-    triton_kernels = types.SimpleNamespace(add_product=lambda out, left, right: out.add_(left @ right))
-    monkeypatch.setitem(sys.modules, "sparsekern.triton_kernels.matmul", triton_kernels)
-    left, right = torch.randn(3, 4), torch.randn(4, 5)
-    sums = []
-    for least in (0, 1000):
-        monkeypatch.setattr(products, "TENSOR_CORES_FROM", least)
-        out = torch.full((3, 5), math.nan) if begins else torch.ones(3, 5)
-        products.add_product(out, left, right, begins)
-        sums.append(out)
-    torch.testing.assert_close(*sums)
-    torch.testing.assert_close(sums[0], left @ right + (0 if begins else 1))
 
 
 DEFAULTS = {

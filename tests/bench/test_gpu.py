@@ -50,22 +50,6 @@ def test_without_torch_it_says_so_in_a_line():
     assert done.stderr.startswith("bench.gpu: this Python has no torch; ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (None, "is built without CUDA; run with a Python whose torch has it"),
-        ("13.0", "has CUDA 13.0 but sees no device; is there a GPU, and does its driver fit?"),
-    ],
-)
-def test_what_is_wrong_with_cuda_is_told(monkeypatch, version, message):
-    monkeypatch.setattr(torch.version, "cuda", version)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert message in device.problem_with_cuda()
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device.problem_with_cuda() is None
-
-
 def test_a_budget_is_spent_and_names_what_it_cut(budget):
     assert budget.left == 300 and budget.share(100) == 100 and budget.allows("first", 200)
     part = budget.part(0.4)
@@ -263,6 +247,15 @@ def test_extensions_that_were_taken_along_are_built_where_they_do_not_load(tmp_p
     monkeypatch.setattr(checks, "loads", lambda log, seconds: did.append("load") or (None if left.pop(0) else bad))
     found = checks.libraries(Budget(60), tmp_path / "log", 10, taken_along)
     assert did == done and found is (None if loading[-1] else bad)
+
+
+def test_without_cpp_only_ops_with_a_kernel_in_cpp_run_again():
+    runs = checks.all_runs()
+    again = {run.path for run in runs if run.kernels == "gpu-triton"}
+    assert {f"tests/ops/test_{name}.py" for name in ("obs_sweep", "bitmask_linear", "nm_linear", "contracts")} <= again
+    assert not {f"tests/ops/test_{name}.py" for name in ("gram", "masked_lstsq", "topk_mask")} & again
+    assert {run.path for run in runs if run.kernels == "gpu"} > again
+    assert "tests/gpu/test_calls.py" in {run.path for run in runs if run.kernels is None}
 
 
 def test_every_part_that_is_checked_exists():

@@ -15,12 +15,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 AWKWARD = (0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 2.0**-14, -(2.0**-14), 2.0**-24, 3.0, 60000.0, math.inf, -math.inf)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds where a kernel takes microseconds
+ON_GPU = torch.get_default_device().type == "cuda"  # --kernels=gpu or gpu-triton
+FEW_KERNELS = (
+    INTERPRETED or ON_GPU
+)  # dtypes, patterns and numbers of tokens: Triton compiles most of their combinations for seconds
 
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 # Values are compared by all examples natively, and for the CUDA kernels in the forward order of threads. The sanitized CPU kernels and
 # the reversed order look for other faults, which depend on sizes more than on values.
 FORWARD = os.environ.get("SPARSEKERN_SIMT_ORDER") == "forward"
-EXAMPLES = 3 if INTERPRETED else 10 if SANITIZED and not FORWARD else 50
+EXAMPLES = 3 if INTERPRETED else 8 if ON_GPU else 10 if SANITIZED and not FORWARD else 50
 
 # The `isa` fixture sets an environment variable once for all examples, which is what is wanted.
 PROPERTY = settings(
@@ -64,6 +68,12 @@ def with_nan(matrix: torch.Tensor, *places: tuple[int, int]) -> torch.Tensor:
     for place in places:
         matrix[place] = math.nan
     return matrix
+
+
+def assert_rounded_once(got: torch.Tensor, full: torch.Tensor) -> None:
+    """Compare with a call in float32, to the bit. On a GPU to a unit in the last place: Triton contracts each dtype's code by itself."""
+    ulp = torch.finfo(got.dtype).eps if got.is_cuda else 0
+    torch.testing.assert_close(got, full.to(got.dtype), rtol=ulp, atol=0)
 
 
 def misaligned(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,17 @@ def test_as_accurate_as_pytorch_and_exactly_symmetric(isa, generator, features, 
     ours = gram_inverse(gram, damping)
     assert torch.equal(ours, ours.T)
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("features", [130, 200])
+def test_panels_of_a_large_matrix(monkeypatch, generator, features):
+    monkeypatch.setattr(sys.modules["sparsekern.ops.gram_inverse"], "PANEL", 48)
+    gram, _ = problem(1, features, generator)
+    gram[7] = gram[:, 7] = 0
+    exact = torch.linalg.inv(damped(gram, 0.1))
+    exact[7, 7] = 0
+    inverse, _ = reference(gram, 0.1)
+    assert torch.equal(inverse, inverse.T) and (inverse - exact).norm() <= 1e-5 * exact.norm()
 
 
 def test_only_the_lower_triangle_is_read(isa, generator):

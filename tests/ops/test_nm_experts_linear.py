@@ -9,12 +9,12 @@ from sparsekern.layouts.packed_rows import pack_nm_rows
 from sparsekern.ops import nm_experts_linear
 
 from .experts import EXACT_CASES, assert_close_to_exact, choice
-from .strategies import INTERPRETED
+from .strategies import FEW_KERNELS, INTERPRETED
 from .test_nm_linear import nm_weight
 
 PROBLEMS = [(2, 4, torch.bfloat16, case) for case in EXACT_CASES]
 PROBLEMS += [(3, 8, torch.float32, EXACT_CASES[2]), (2, 4, torch.float16, EXACT_CASES[3])]
-if not INTERPRETED:
+if not FEW_KERNELS:
     PROBLEMS += [
         (1, 3, torch.bfloat16, EXACT_CASES[3]),
         (8, 16, torch.float16, EXACT_CASES[2]),

@@ -13,7 +13,7 @@ from sparsekern.ops.obs_sweep import SCOPES, reference
 from sparsekern.pattern import pruned_count
 from tests.conftest import COMPILED
 
-from .strategies import FLOATS, INTERPRETED, PROPERTY
+from .strategies import FEW_KERNELS, FLOATS, INTERPRETED, PROPERTY, assert_rounded_once
 
 PATTERNS = ("2:4", "1:4", "4:8", "1:2", "3:5", "5:64")
 # In Triton's interpreter a program, of up to 16 rows, takes as long as all rows take elsewhere. Columns are those of two launches at least.
@@ -33,7 +33,7 @@ def output_error(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("blocksize", [32] if INTERPRETED else [128, 32])
+@pytest.mark.parametrize("blocksize", [32] if FEW_KERNELS else [128, 32])
 def test_equals_the_textbook_at_half(isa, generator, rows, columns, blocksize):
     weight, gram = correlated(rows, columns, generator)
     # The public program prunes one weight a block more than asked for, so it is asked for one less.
@@ -46,7 +46,7 @@ def test_equals_the_textbook_at_half(isa, generator, rows, columns, blocksize):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (16, 32)] if INTERPRETED else [(2, 4), (1, 4), (4, 8), (16, 32)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (16, 32)] if FEW_KERNELS else [(2, 4), (1, 4), (4, 8), (16, 32)])
 def test_equals_the_textbook_at_n_of_m(isa, generator, n, m):
     weight, gram = correlated(ROWS, COLUMNS - COLUMNS % m, generator)
     expected, mask = textbook_sparsegpt(weight, gram.double(), n_zeros=m - n, m=m)
@@ -198,12 +198,14 @@ def test_memory_may_begin_anywhere(isa, generator):
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", FLOATS[1:2] if INTERPRETED else FLOATS[1:])
+@pytest.mark.parametrize("dtype", FLOATS[1:2] if FEW_KERNELS else FLOATS[1:])
 def test_half_weights_are_computed_in_float32_and_rounded_once(isa, generator, dtype):
     weight, gram = correlated(min(30, ROWS), 128, generator)
     weight, factor = weight.to(dtype), reverse_cholesky(gram)
     half, full = obs_sweep(weight, factor, "2:4"), obs_sweep(weight.float(), factor, "2:4")
-    assert torch.equal(half[0], full[0].to(dtype)) and torch.equal(half[1], full[1]) and torch.equal(half[2], full[2])
+    assert half[0].dtype == dtype and torch.equal(half[1], full[1])
+    assert_rounded_once(half[0], full[0])
+    assert_rounded_once(half[2], full[2])
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
@@ -224,7 +226,7 @@ def test_values_that_are_not_finite_are_named(isa, function, bad):
         function(torch.ones(5, 8), factor)
 
 
-@pytest.mark.parametrize("dtype", FLOATS[1:2] if INTERPRETED else FLOATS[:2])
+@pytest.mark.parametrize("dtype", FLOATS[1:2] if FEW_KERNELS else FLOATS[:2])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (3, 5), (12, 40)])
 def test_groups_are_chosen_among_the_weights_of_a_mask(generator, n, m, dtype):
     rows, columns = 17 if INTERPRETED else 37, 120

@@ -75,6 +75,10 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 // Lanes 0 and 1 of every four bring the positions of the first and of the last eight stored values of two rows, with `selector` 1
 // lanes 2 and 3.
+//
+// Source: PTX ISA, "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", whose figure of the metadata LLVM's test
+// mlir/test/Integration/Dialect/SparseTensor/GPU/CUDA/sparse-mma-2-4-f16.mlir puts into words and runs on a GPU. The layout that
+// CUTLASS's kernels read agrees (testing/sparse_tensor_core.cpp).
 template <class T>
 void multiply_add_sparse(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions, unsigned selector) {
   const unsigned lane = Scheduler::running->current().linear % kWarp;
