@@ -1,6 +1,7 @@
 """The documentation: its programs run, its generated pages are those of the code, and the messages that it explains exist."""
 
 import importlib.util
+import inspect
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import sparsekern
+from sparsekern import ops
 from sparsekern.cli.main import INTERRUPTED, main
 from tests import encoders, tiny
 
@@ -139,3 +141,14 @@ def test_every_page_is_in_the_table_of_contents():
     listed = set(re.findall(r"^([\w-]+)$", index, re.MULTILINE))
     linked = set(re.findall(r"\]\(([\w-]+)\.md\)", (DOCS / "benchmarks.md").read_text(encoding="utf-8")))
     assert {page.removesuffix(".md") for page in PAGES} - {"index"} <= listed | linked
+
+
+@pytest.mark.parametrize("name", [f"sparsekern.{name}" for name in sparsekern.__all__] + [f"sparsekern.ops.{name}" for name in ops.__all__])
+def test_the_docstring_describes_every_argument(name):
+    thing = getattr(ops if name.startswith("sparsekern.ops.") else sparsekern, name.rpartition(".")[2])
+    functions = vars(thing).values() if inspect.isclass(thing) else [thing]
+    for function in filter(inspect.isfunction, functions):
+        section = re.search(r"^Args:\n((?: {4}.*\n|\n)*)", (inspect.getdoc(function) or "") + "\n", re.MULTILINE)
+        if section:
+            arguments = [argument for argument in inspect.signature(function).parameters if argument != "self"]
+            assert re.findall(r"^ {4}(\w+): ", section[1], re.MULTILINE) == arguments, function.__qualname__

@@ -161,8 +161,10 @@ def _calibration(
     if not _takes_text(arguments, method):
         return None, ""
     options = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
-    calibration = as_calibration(source, tokenizer=tokenizer, sentences=sentences, **options).read(model)
-    return calibration, describe_calibration(calibration)
+    text = as_calibration(source, tokenizer=tokenizer, sentences=sentences, **options)
+    read = text.read(model)
+    distill = training_of(arguments)[1]
+    return text if distill is not None and distill.samples is not None else read, describe_calibration(read)
 
 
 def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..backends.libraries import check_isa
-from ..data import as_calibration
+from ..data import CalibrationText, as_calibration
 from ..methods import (
     BlockTuning,
     Distill,
@@ -32,7 +32,7 @@ from ..runtime import weight_bytes
 from ..runtime.output import checked_path
 from ..runtime.save import DENSE, check_format
 from .allocation import check_allocation
-from .batches import Calibration, fingerprint
+from .batches import Batch, Calibration, fingerprint
 from .blockwise.loop import BlockLoop
 from .checkpoint import Checkpoint
 from .corrections import NONE, check_correction
@@ -50,7 +50,7 @@ from .saving import DENSE_FITS, RunFolder
 from .session import check_module, check_seed, check_streamed, environment, parameters_of
 from .shared_blocks import SharedBlocks, follow_written, shared_blocks
 from .tuning.checks import check_training
-from .tuning.distill import Distillation
+from .tuning.distill import Distillation, batches_to_train_on
 from .tuning.reader import dense_copy
 
 
@@ -147,7 +147,13 @@ def prune(
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
             backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT.
-    check_training(chosen.tune, distill, request.then or method, model, leaves)
+        quality: a name for method, correction, allocation and tune in place of these arguments. `"fast"` is SparseGPT. `"good"` is
+            ALPS with the correction `"dense"`. `"best"` is the same with `BlockTuning()`, and with the allocation `"fisher"` where
+            the pattern is a share.
+        distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. A
+            dense copy of the model is then kept in memory, as its teacher.
+        values: `"int4"` rounds what the method keeps to 4 bits, for the formats `"2:4-q4"`, `"1:4-q4"` and `"4:16-q4"`. None keeps the
+            model's dtype.
 
     Returns:
         A `Report` of each layer's pattern, sparsity, error and seconds, for `KPrune` a `RemovalReport`, for `ExpertPruning` an
@@ -221,6 +227,10 @@ def prune(
     check_correction(chosen.correction, request.then or method, model, leaves)
     check_training(chosen.tune, distill, request.then or method, model, leaves)
     check_allocation(chosen.allocation, request.then or method, model, leaves)
+    if distill is not None and distill.samples is not None and not isinstance(request.calibration, CalibrationText):
+        raise ValueError(
+            f"Distill.samples: expected None unless calibration is a text, got {distill.samples} for {type(calibration).__name__}"
+        )
     if values is not None and (chosen.tune is not None or distill is not None):
         raise ValueError(f"values: expected None with tune or distill, which move weights off the grid of 4 bits, got {values!r}")
     if values is not None and leaves > 1:
@@ -232,6 +242,10 @@ def prune(
         memory = planned_memory(model, plan, method, batches or [], max_memory, place, leaves // world.size)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
         settings["calibration"] = batches and fingerprint(batches)
+        trained_on: list[Batch] = []
+        if distill is not None:
+            trained_on = batches_to_train_on(model, cast(LinearMethod, request.then or method), request, distill, batches or [])
+            settings["distill"] |= {"calibration": fingerprint(trained_on)} if distill.samples else {}
         if batches and leaves > 1:
             settings["leaves"] = leaves
             say_idle(world, batches)
@@ -265,7 +279,7 @@ def prune(
             try:
                 loop(context).run()
                 if distill is not None and teacher is not None:
-                    Distillation(cast("Any", context), teacher, distill, own).run()
+                    Distillation(cast("Any", context), teacher, distill, own, trained_on).run()
             except (TypeError, ValueError):
                 if checkpoint is not None:
                     checkpoint.drop_unused()

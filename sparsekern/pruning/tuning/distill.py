@@ -6,11 +6,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from ..._warnings import SparsekernWarning
+from ...data import CalibrationText
 from ...methods import Distill, LinearMethod
 from ...models import Linear
 from ...reports import Report
@@ -20,14 +23,17 @@ from ..batches import Batch
 from ..checkpoint import Checkpoint
 from ..gradual.interrupt import interrupt_deferred
 from ..gradual.training_state import TrainingState
-from ..plan import Plan
+from ..plan import Plan, Request
 from ..run import Blocks, RunContext
 from ..seeds import derived_seed
+from ..session import batches_for
+from ..windows import with_held_out
 from .masters import float32_masters, only_these_require_gradients
 from .reader import Reader, frozen_parameters
 
 NAME = "distillation"
-MARKS = 10  # evaluations of the held-out samples, besides the one in front
+MARKS = 5  # evaluations of the held-out samples, besides the one in front
+JUDGED = 4096  # tokens of held-out samples that are evaluated; all other samples are trained on
 
 
 class Distillation:
@@ -44,20 +50,21 @@ class Distillation:
         teacher: nn.Module,
         settings: Distill,
         checkpoint: Checkpoint | None,
+        batches: Sequence[Batch],
     ) -> None:
         """Prepare the training.
 
         Args:
-            context: the run, whose model is pruned. Some of its samples are held out.
+            context: the run, whose model is pruned.
             teacher: the dense model, see `dense_copy`.
             settings: see `Distill`.
             checkpoint: keeps the progress; None keeps none.
+            batches: the samples to train on, of which some are held out.
         """
-        model, batches = context.model, context.batches
+        model = context.model
         self._context, self._settings, self._progress = context, settings, context.progress
         self._student, self._teacher = Reader(model, batches[0]), Reader(teacher, batches[0])
-        self._fitted = [batch for batch in batches if not batch.held_out]
-        self._held_out = [batch for batch in batches if batch.held_out]
+        self._fitted, self._held_out = divided(batches)
         self._model = model
         self._trained = trained_of(model, context.plan.linears)
         self._state = TrainingState(checkpoint, {of.name: of.parameter for of in self._trained}, NAME)
@@ -173,6 +180,26 @@ def trained_of(model: nn.Module, linears: Sequence[Linear]) -> list[Trained]:
         for name, parameter in model.named_parameters()
         if parameter in masks or (parameter not in frozen and parameter.dim() <= 2)
     ]
+
+
+def batches_to_train_on(
+    model: nn.Module, method: LinearMethod, request: Request, settings: Distill, batches: list[Batch]
+) -> list[Batch]:
+    """Return what `Distill.samples` asks for: windows of the calibration text, or the batches that the method has."""
+    if settings.samples is None:
+        return batches
+    text = replace(cast("CalibrationText", request.calibration), samples=settings.samples)
+    found = batches_for(model, method, text, request.batch_size, settings.batch_tokens)
+    return with_held_out(found, request.seed)
+
+
+def divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches to train on, and those to judge on: the first held-out ones that have `JUDGED` tokens together."""
+    fitted, judged = [], []
+    for batch in batches:
+        judges = batch.held_out and sum(of.tokens for of in judged) < JUDGED
+        (judged if judges else fitted).append(batch)
+    return fitted, judged
 
 
 def _share(step: int, steps: int, warmup: float) -> float:
