@@ -143,7 +143,9 @@ def test_every_page_is_in_the_table_of_contents():
     assert {page.removesuffix(".md") for page in PAGES} - {"index"} <= listed | linked
 
 
-@pytest.mark.parametrize("name", [f"sparsekern.{name}" for name in sparsekern.__all__] + [f"sparsekern.ops.{name}" for name in ops.__all__])
+@pytest.mark.parametrize(
+    "name", [f"sparsekern.{name}" for name in sparsekern.__all__] + [f"sparsekern.ops.{name}" for name in ops.__all__]
+)
 def test_the_docstring_describes_every_argument(name):
     thing = getattr(ops if name.startswith("sparsekern.ops.") else sparsekern, name.rpartition(".")[2])
     functions = vars(thing).values() if inspect.isclass(thing) else [thing]

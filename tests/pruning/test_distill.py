@@ -156,7 +156,11 @@ def test_half_precision_is_trained_in_float32():
         ({"settings": 5}, TypeError, r"distill: expected a config such as Distill\(\), or None, got 5"),
         ({"method": "gradual"}, ValueError, "distill: expected None for Gradual, which leaves no masks block by block"),
         ({"leaves": 2}, ValueError, "distill: expected None for sums in 2 parts"),
-        ({"settings": Distill(samples=8)}, ValueError, "Distill.samples: expected None unless calibration is a text, got 8 for Tensor"),
+        (
+            {"settings": Distill(samples=8)},
+            ValueError,
+            "Distill.samples: expected None unless calibration is a text, got 8 for Tensor",
+        ),
     ],
 )
 def test_refusals(arguments, error, message):

@@ -195,7 +195,8 @@ def batches_to_train_on(
 
 def divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Return the batches to train on, and those to judge on: the first held-out ones that have `JUDGED` tokens together."""
-    fitted, judged = [], []
+    fitted: list[Batch] = []
+    judged: list[Batch] = []
     for batch in batches:
         judges = batch.held_out and sum(of.tokens for of in judged) < JUDGED
         (judged if judges else fitted).append(batch)
