@@ -64,6 +64,21 @@ def sweep_keeping_zeros(
     return new_weight, row_error
 
 
+def best_of_matrix(weight: torch.Tensor, factor: torch.Tensor, sparsity: float, zero: torch.Tensor) -> torch.Tensor:
+    """Return the mask of a sweep that chooses from the initial weights of the whole matrix, True where a weight is kept.
+
+    Args:
+        weight: as for `ops.obs_sweep`.
+        factor: as for `ops.obs_sweep`.
+        sparsity: the share of zeros.
+        zero: bool of the shape of `weight`, True at weights that stay zero, which are pruned first.
+    """
+    check_finite("weight", weight)
+    check_finite("factor", factor)
+    (kept,) = _kept_of_blocks(zero, sparsity, weight.shape[1])
+    return keep_mask_of_team(_score(weight.float(), factor), kept, Team(), never=zero)
+
+
 @full_float32()
 def sweep_tiles(
     weight: torch.Tensor,

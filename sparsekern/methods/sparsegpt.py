@@ -13,7 +13,7 @@ from .. import ops
 from ..pattern import NM, Pattern, Unstructured, pruned_count
 from ._fields import choice, flag, number, whole
 from .base import LinearMethod
-from .existing_zeros import sweep_keeping_zeros, sweep_tiles
+from .existing_zeros import best_of_matrix, sweep_keeping_zeros, sweep_tiles
 from .magnitude import Magnitude
 from .solution import Solution, Team
 from .statistics import Gram, HasGram, square_norms
@@ -64,7 +64,7 @@ class SparseGPT(LinearMethod):
         return self.mask is None and self.scope == "row"
 
     def solves_tiles(self, pattern: Pattern) -> bool:
-        return isinstance(pattern, Unstructured) and self.mask is None and self.scope == "block"
+        return not self.solves_rows_alone(pattern)
 
     def solve_tiles(
         self, weight: torch.Tensor, tiles: Sequence[slice], statistics: HasGram, pattern: Pattern, team: Team
@@ -72,7 +72,14 @@ class SparseGPT(LinearMethod):
         assert isinstance(pattern, Unstructured)  # see `solves_tiles`
         factor = statistics.factor(self.damping)
         zero = weight == 0 if self.keep_zeros else torch.zeros_like(weight, dtype=torch.bool)
-        new_weight, damped_error = sweep_tiles(weight, tiles, factor, pattern.sparsity, self.block_size, zero, team)
+        if self.mask is not None or self.scope == "matrix":
+            mask = self._fixed_mask(weight, statistics, pattern)
+            if mask is None:
+                mask = best_of_matrix(weight, factor, pattern.sparsity, zero)
+            swept = [ops.obs_sweep(weight[tile], factor, mask=mask[tile])[::2] for tile in tiles]
+            new_weight, damped_error = (torch.cat(parts) for parts in zip((weight[:0], factor.new_empty(0)), *swept, strict=True))
+        else:
+            new_weight, damped_error = sweep_tiles(weight, tiles, factor, pattern.sparsity, self.block_size, zero, team)
         row_error, begin = damped_error.double(), tiles[0].start if tiles else 0
         for tile in tiles:
             own = slice(tile.start - begin, tile.stop - begin)
