@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from baselines.sparsellm import ROUNDS, public_sparsellm
 from sparsekern import SparseLLM
 from sparsekern.data import calibration_ids
-from sparsekern.methods.base import FeedForwardProblem, Layer
+from sparsekern.methods.network import FeedForwardProblem, Layer
 from sparsekern.methods.statistics import Gram
 from sparsekern.pattern import Unstructured
 from sparsekern.pruning.blockwise.feed_forward import TILE, MappedRows
@@ -36,7 +36,7 @@ def our_sparsellm(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor, down: t
         hidden.add(F.silu(x[tile] @ gate.T) * (x[tile] @ up.T), None)
     layers = [Layer(weight, None, Unstructured(sparsity)) for weight in (up, gate, down)]
     problem = FeedForwardProblem(
-        *layers, "silu", inputs, hidden, rows, lambda width: MappedRows(tokens, width, x.dtype, cpu), tiles
+        *layers, "silu", inputs, hidden, rows, lambda width: MappedRows(tokens, width, x.dtype, cpu), lambda sums_of: sums_of(tiles)
     )
     solution = SparseLLM(iterations=ROUNDS, keep="last").solve_feed_forward(problem)
     return [solution.up, solution.gate, solution.down]

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -19,8 +19,9 @@ from ..models import Linear
 from ..models.decoder_units import Units
 from ..pattern import Pattern
 from ._fields import Settings
+from .network import FeedForwardProblem, FeedForwardSolution
 from .solution import Solution, Team, Work
-from .statistics import ExpertSums, FeatureNorm, Gram, HasGram, Importance, Statistic, inputs_of
+from .statistics import ExpertSums, FeatureNorm, Gram, Importance, Statistic, inputs_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -179,76 +180,6 @@ class LinearMethod(Method):
             with about(index):
                 solutions.append(self.solve(weight, statistic, pattern))
         return solutions
-
-
-class Rows(Protocol):
-    """`[tokens, width]` in the model's dtype, kept outside the device's memory (see `sparsekern.pruning.blockwise.feed_forward`)."""
-
-    def read(self, rows: slice) -> torch.Tensor:
-        """Return `rows` in float32 on the model's device."""
-
-    def write(self, rows: slice, values: torch.Tensor) -> None:
-        """Replace `rows` by `values`, rounded to the model's dtype."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear of a feed-forward network.
-
-    Attributes:
-        weight: `[out_features, in_features]`, dense.
-        bias: `[out_features]`; None where there is none.
-        pattern: the pattern to prune to.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    pattern: Pattern
-
-
-@dataclass(frozen=True)
-class FeedForwardProblem:
-    """A network `down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where there is a gate, with all its calibration inputs `x`.
-
-    Attributes:
-        up: the up projection.
-        gate: the gate projection; None where there is none.
-        down: the down projection.
-        activation: the name of `act`, as `sparsekern.ops` takes it.
-        inputs: statistics of the inputs of up and gate.
-        hidden: statistics of the inputs of down, while all three linears are dense.
-        x: the inputs of every calibration token.
-        new_rows: makes room for `width` numbers a token.
-        tiles: slices of the tokens, each small enough for the device.
-    """
-
-    up: Layer
-    gate: Layer | None
-    down: Layer
-    activation: str
-    inputs: HasGram
-    hidden: HasGram
-    x: Rows
-    new_rows: Callable[[int], Rows]
-    tiles: Sequence[slice]
-
-
-class FeedForwardSolution(NamedTuple):
-    """The pruned weights of a feed-forward network, and the relative squared error of its output over all tokens, without the bias.
-
-    Attributes:
-        up: weight of the up projection.
-        gate: weight of the gate projection; None where there is none.
-        down: weight of the down projection.
-        error: the error with these weights.
-        alone: the error with each linear solved on its own.
-    """
-
-    up: torch.Tensor
-    gate: torch.Tensor | None
-    down: torch.Tensor
-    error: float
-    alone: float
 
 
 class BlockMethod(LinearMethod):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -14,7 +14,8 @@ from .._activations import activate
 from ..backends.products import full_float32
 from ..pattern import Pattern
 from ._fields import choice, flag, method, number, whole
-from .base import BlockMethod, FeedForwardProblem, FeedForwardSolution, Layer, LinearMethod, PlannedBlock
+from .base import BlockMethod, LinearMethod, PlannedBlock
+from .network import FeedForwardProblem, FeedForwardSolution, Layer
 from .solution import Solution, Work
 from .statistics import Gram, HasGram, Importance
 
@@ -107,6 +108,10 @@ class SparseLLM(BlockMethod):
     def work(self, rows: int, features: int) -> Work:
         return self.local.work(rows, features)
 
+    def solving_bytes(self, rows: int, features: int) -> int:
+        wide = max(rows, features)  # of a network whose other side is the narrow one
+        return 72 * rows * features + 16 * wide**2 + 100_000 * wide  # of three matrices; the last is that of a tile
+
     def solves_rows_alone(self, pattern: Pattern) -> bool:
         return self.local.solves_rows_alone(pattern)
 
@@ -132,6 +137,43 @@ class SparseLLM(BlockMethod):
         return FeedForwardSolution(weights[0], weights[1] if problem.gate else None, weights[-1], best, errors[0])
 
 
+@dataclass
+class _Sums:
+    """Sums over some of the tokens.
+
+    Attributes:
+        squares: a sum of squares, `[1]` float64.
+        hidden: statistics of `p`; None where they are not taken.
+        crosses: the sums for `fit`, one for each weight, likewise.
+    """
+
+    squares: torch.Tensor
+    hidden: Gram | None
+    crosses: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, square: float, hidden: Gram | None = None, crosses: Sequence[torch.Tensor] = ()) -> _Sums:
+        """Return sums with this sum of squares."""
+        return cls(torch.tensor([square], dtype=torch.float64), hidden, list(crosses))
+
+    @property
+    def square(self) -> float:
+        """The sum of squares."""
+        return float(self.squares)
+
+    def plus(self, later: _Sums) -> _Sums:
+        self.squares += later.squares
+        for own, added in zip(self.crosses, later.crosses, strict=True):
+            own += added
+        if self.hidden is not None and later.hidden is not None:
+            self.hidden.include(later.hidden.total)
+        return self
+
+    def tensors(self) -> list[tuple[torch.Tensor, bool]]:
+        found = [(tensor, False) for tensor in (self.squares, *self.crosses)]
+        return found if self.hidden is None else [*found, (self.hidden.total, True)]
+
+
 class Alternation:
     """The state of one network between the updates.
 
@@ -150,14 +192,19 @@ class Alternation:
         self.states = [problem.new_rows(features) for _ in self.firsts]
         self.target = problem.new_rows(outputs)  # without the bias, as everywhere here
         self.hidden = problem.hidden
-        self.energy = 0.0
         self.crosses: list[torch.Tensor] = []  # of the last update, for the fit that follows
-        for rows, _, outputs_of in self._tiles():
+        self.energy = problem.over_tokens(self._begin).square
+
+    def _begin(self, tiles: Iterable[slice]) -> _Sums:
+        """Keep the outputs of the dense network, and return their squared norm."""
+        energy = 0.0
+        for rows, _, outputs_of in self._tiles(tiles):
             target = self._activated(outputs_of) @ self.weights[-1].T
-            self.energy += _energy(target)
+            energy += _energy(target)
             self.target.write(rows, target)
             for state, value in zip(self.states, outputs_of, strict=True):
                 state.write(rows, value)
+        return _Sums.of(energy)
 
     def prune(self) -> None:
         """Prune each linear by the local solver: up and gate from the statistics of the inputs, down from those of `p`."""
@@ -168,7 +215,11 @@ class Alternation:
 
     def error(self) -> float:
         """Return the relative squared error of the network's output with the current weights."""
-        return sum(self._squared_error(rows, outputs) for rows, _, outputs in self._tiles()) / (self.energy or 1.0)
+
+        def sums_of(tiles: Iterable[slice]) -> _Sums:
+            return _Sums.of(sum(self._squared_error(rows, outputs) for rows, _, outputs in self._tiles(tiles)))
+
+        return self.problem.over_tokens(sums_of).square / (self.energy or 1.0)
 
     def update(self) -> float:
         """Update `p`, `z` and `s` in one pass over the tokens, accumulate the sums for `fit`, and return `error()` before the update.
@@ -181,23 +232,31 @@ class Alternation:
         kernel.diagonal().add_(ratio)
         cholesky = torch.linalg.cholesky(kernel)
         pull = torch.cholesky_solve(down, cholesky)
-        self.hidden = self.problem.hidden.empty()
-        crosses = [torch.zeros_like(weight) for weight in self.weights]
-        squared_error = 0.0
-        for rows, x, outputs in self._tiles():
-            squared_error += self._squared_error(rows, outputs)
-            states = [state.read(rows) for state in self.states]
-            activated = self._activated(states)
-            missing = self.target.read(rows) - activated @ down.T
-            activated.addmm_(missing, pull)  # from here on p
-            self.hidden.add(activated, None)
-            ops.cross_gram_(crosses[-1], missing, activated)
-            for i, value in enumerate(self._split(activated, outputs, states)):
-                self.states[i].write(rows, value)
-                ops.cross_gram_(crosses[i], value - outputs[i], x)
-        crosses[-1] = torch.cholesky_solve(crosses[-1], cholesky).mul_(ratio)
-        self.crosses = crosses
-        return squared_error / (self.energy or 1.0)
+        self.hidden = self.problem.hidden  # so that the last ones are freed
+        self.crosses = []
+
+        def sums_of(tiles: Iterable[slice]) -> _Sums:
+            hidden, crosses = self.problem.hidden.empty(), [torch.zeros_like(weight) for weight in self.weights]
+            squared_error = 0.0
+            for rows, x, outputs in self._tiles(tiles):
+                squared_error += self._squared_error(rows, outputs)
+                states = [state.read(rows) for state in self.states]
+                activated = self._activated(states)
+                missing = self.target.read(rows) - activated @ down.T
+                activated.addmm_(missing, pull)  # from here on p
+                hidden.add(activated, None)
+                ops.cross_gram_(crosses[-1], missing, activated)
+                for i, value in enumerate(self._split(activated, outputs, states)):
+                    self.states[i].write(rows, value)
+                    ops.cross_gram_(crosses[i], value - outputs[i], x)
+            return _Sums.of(squared_error, hidden, crosses)
+
+        found = self.problem.over_tokens(sums_of)
+        assert found.hidden is not None
+        self.hidden, self.crosses = found.hidden, found.crosses
+        self.hidden.tokens = self.problem.hidden.tokens
+        self.crosses[-1] = torch.cholesky_solve(self.crosses[-1], cholesky).mul_(ratio)
+        return found.square / (self.energy or 1.0)
 
     def fit(self) -> None:
         """Fit dense weights to the auxiliary activations by damped least squares."""
@@ -208,9 +267,9 @@ class Alternation:
                 fitted, _, _ = ops.obs_sweep(fitted, statistic.factor(self.config.damping), mask=self.nonzeros[i])
             self.weights[i] = fitted
 
-    def _tiles(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-        """Yield for each tile its rows, `x`, and the outputs of up (and gate)."""
-        for rows in self.problem.tiles:
+    def _tiles(self, tiles: Iterable[slice]) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
+        """Yield for each of some tiles its rows, `x`, and the outputs of up (and gate)."""
+        for rows in tiles:
             x = self.problem.x.read(rows)
             yield rows, x, [_linear(x, weight, layer) for weight, layer in zip(self.weights, self.firsts, strict=False)]
 

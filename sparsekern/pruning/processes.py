@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from .._warnings import SparsekernWarning
-from ..methods import BlockMethod, ExpertMethod, LinearMethod, Method
+from ..methods import ExpertMethod, LinearMethod, Method
 from ..ranks import LEAVES, World
 from ..reports.base import BaseReport, phases
 from .batches import Batch
@@ -37,14 +37,13 @@ def refuse_ranks(what: str, why: str) -> None:
         raise ValueError(f"{what}: expected a single process, got {world.size} ranks; {why}")
 
 
-def checked_leaves(leaves: int | None, world: World, method: Method, then: Method | None = None) -> int:
+def checked_leaves(leaves: int | None, world: World, method: Method) -> int:
     """Return the number of leaves of sums over batches, see `prune`.
 
     Args:
         leaves: the number, or None.
         world: the ranks.
         method: the method.
-        then: the method that runs after it; None for none.
 
     Raises:
         TypeError: it is not a whole number.
@@ -58,9 +57,6 @@ def checked_leaves(leaves: int | None, world: World, method: Method, then: Metho
         if leaves not in (None, 1):
             raise ValueError(f"leaves: expected None for {type(method).__name__}, which does not work block by block, got {leaves}")
         refuse_ranks("method", f"{type(method).__name__} does not work block by block")
-    for argument, own in (("method", method), ("then", then)):
-        if isinstance(own, BlockMethod):
-            refuse_ranks(argument, f"{type(own).__name__} needs the inputs of all tokens in one place")
     found = leaves or (LEAVES if world.size > 1 else 1)
     if found % world.size:
         raise ValueError(

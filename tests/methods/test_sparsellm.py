@@ -8,7 +8,7 @@ import torch
 from sparsekern import NM, Magnitude, SparseGPT, SparseLLM, Unstructured
 from sparsekern._activations import activate
 from sparsekern.methods import Solution
-from sparsekern.methods.base import FeedForwardProblem, Layer
+from sparsekern.methods.network import FeedForwardProblem, Layer
 from sparsekern.methods.sparsellm import Alternation
 from sparsekern.methods.statistics import Gram
 
@@ -47,7 +47,9 @@ def make_problem(activation: str, gated: bool, sparsity: float | NM = 0.6, tile:
     grams[0].add(x, None)
     grams[1].add(hidden, None)
     tiles = [slice(start, min(start + tile, TOKENS)) for start in range(0, TOKENS, tile)]
-    return FeedForwardProblem(up, gate, down, activation, *grams, Rows(x), lambda width: Rows(torch.empty(TOKENS, width)), tiles)
+    return FeedForwardProblem(
+        up, gate, down, activation, *grams, Rows(x), lambda width: Rows(torch.empty(TOKENS, width)), lambda sums_of: sums_of(tiles)
+    )
 
 
 class Watched(Alternation):
@@ -204,7 +206,7 @@ def test_half_precision_weights_and_a_dead_feature():
         Layer(layer.weight.bfloat16(), layer.bias.bfloat16(), layer.pattern) for layer in (problem.up, problem.gate, problem.down)
     ]
     solution = SparseLLM().solve_feed_forward(
-        FeedForwardProblem(*half, "silu", grams, problem.hidden, problem.x, problem.new_rows, problem.tiles)
+        FeedForwardProblem(*half, "silu", grams, problem.hidden, problem.x, problem.new_rows, problem.over_tokens)
     )
     assert solution.up.dtype == solution.down.dtype == torch.bfloat16
     assert (solution.up[:, 3] == 0).all() and solution.error < 1

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import IO, cast
 
 import torch
 from torch import nn
 
-from ...methods.base import BlockMethod, FeedForwardProblem, FeedForwardSolution, Layer
+from ...methods.base import BlockMethod
+from ...methods.network import FeedForwardProblem, FeedForwardSolution, Layer, Sums
 from ...methods.statistics import Gram, InputStatistic
 from ...models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
 from ...models.experts import ExpertLinear
+from ...ranks import TreeSum
+from ...ranks.sums import add_all_over_ranks
 from ..batches import TOKENS, Batch
 from ..plan import Plan
+from .shares import Share
 from .trace import forward
 
 PROBE_ROWS = 8
@@ -108,8 +112,9 @@ class MappedRows:
     def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         size = tokens * width * dtype.itemsize
         with tempfile.NamedTemporaryFile(prefix="sparsekern-") as file:
-            _reserve(file, max(size, 1))
-            self._rows = torch.from_file(file.name, shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
+            _reserve(file, max(size, dtype.itemsize))
+            whole = torch.from_file(file.name, shared=True, size=max(tokens * width, 1), dtype=dtype)
+        self._rows = whole[: tokens * width].view(tokens, width)
         self._device = device
 
     def read(self, rows: slice) -> torch.Tensor:
@@ -137,24 +142,31 @@ def _reserve(file: IO, size: int) -> None:
 
 
 class FeedForwardRun:
-    """The feed-forward network of one block. It gathers the network's inputs batch by batch, and solves it by a method."""
+    """The feed-forward network of one block. It gathers the network's inputs batch by batch, and solves it by a method.
 
-    def __init__(self, network: FeedForward, method: BlockMethod, plan: Plan, tokens: int, mask: str | None = TOKENS) -> None:
+    Each process keeps the tokens of its own batches. Sums over tokens are taken leaf by leaf, and added in the tree of `TreeSum`.
+    """
+
+    def __init__(
+        self, network: FeedForward, method: BlockMethod, plan: Plan, share: Share, tokens: int, mask: str | None = TOKENS
+    ) -> None:
         """Make room for the inputs.
 
         Args:
             network: the network.
             method: solves it.
             plan: gives each linear its pattern.
+            share: the batches of this process.
             tokens: the number of tokens that `add` is expected to get.
             mask: the padding mask that the network's inputs follow, see `Batch.flatten`.
         """
         self.network, self._method, self._plan, self._tokens, self._seen = network, method, plan, tokens, 0
-        self._mask = mask
+        self._mask, self._share = mask, share
+        self._ends = dict.fromkeys(share.leaves, 0)  # how many tokens were seen after each leaf
         self._x = self._new_rows(network.up.features)
 
     def add(self, batch: Batch, inputs: Sequence[torch.Tensor]) -> None:
-        """Add the inputs of the up projection in `batch`, without padding."""
+        """Add the inputs of the up projection in `batch`, without padding. The batches of a leaf follow one another."""
         for x in inputs:
             rows, row_mask = batch.flatten(x, self._mask)
             rows = rows if row_mask is None else rows[row_mask]
@@ -165,6 +177,7 @@ class FeedForwardRun:
                 self._x.copy_(fewer)
             self._x.write(slice(self._seen, seen), rows)
             self._seen = seen
+        self._ends[self._share.leaf_of(batch)] = self._seen
 
     def solve(self, statistics: Mapping[str, InputStatistic]) -> tuple[dict[str, torch.Tensor], FeedForwardSolution]:
         """Return the new weights by name, and the solution.
@@ -182,11 +195,28 @@ class FeedForwardRun:
             cast(Gram, statistics[network.down.name]),
             self._x,
             self._new_rows,
-            [slice(start, min(start + TILE, self._seen)) for start in range(0, self._seen, TILE)],
+            self._over_tokens,
         )
         solution = self._method.solve_feed_forward(problem)
         named = ((network.up, solution.up), (network.gate, solution.gate), (network.down, solution.down))
         return {linear.name: weight for linear, weight in named if linear is not None and weight is not None}, solution
+
+    def _over_tokens(self, sums_of: Callable[[Iterable[slice]], Sums]) -> Sums:
+        """Return the sums over the tokens of all processes, see `FeedForwardProblem.over_tokens`."""
+        tree: TreeSum[Sums] = TreeSum(lambda earlier, later: earlier.plus(later))
+        begin = 0
+        for end in self._ends.values():
+            end = max(begin, end)  # a leaf without batches has no tokens
+            tree.put(sums_of(self._tiles(begin, end)))
+            begin = end
+        found = tree.result()
+        add_all_over_ranks(self._share.world, found.tensors())
+        return found
+
+    def _tiles(self, begin: int, end: int) -> Iterator[slice]:
+        for start in range(begin, end, TILE):
+            self._share.world.check()
+            yield slice(start, min(start + TILE, end))
 
     def _layer(self, linear: Linear) -> Layer:
         return Layer(linear.weight, linear.bias, self._plan.patterns[linear.name])
