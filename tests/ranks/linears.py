@@ -13,6 +13,7 @@ from sparsekern.methods import ALPS, LinearMethod
 from sparsekern.methods.statistics import Gram
 from sparsekern.models import Linear, find_linears
 from sparsekern.pattern import parse_pattern
+from sparsekern.pruning.blockwise import messages
 from sparsekern.pruning.blockwise.sharing import SharedSolve
 from sparsekern.pruning.blockwise.solving import Job, Solved, Solver
 from sparsekern.pruning.progress import Clock
@@ -59,16 +60,30 @@ def solve_alone(method: LinearMethod, pattern: str, dtype: torch.dtype) -> Solve
 
 def solve_shared(rank: int, method: LinearMethod, pattern: str, dtype: torch.dtype, bad_on: int | None = None):
     """Return the new weights, the layers' errors, and the bytes that this rank has sent."""
-    world, found, result = World.current(), linears(dtype), Solved()
-    before, jobs = world.sent, jobs_of(found)
-    if rank == bad_on:
-        for job in jobs:
-            job.inputs.gram.fill_(float("nan"))
+    found, before = linears(dtype), World.current().sent
+    weights, errors, _ = shared(found, method, pattern, Solved(), bad=rank == bad_on)
+    return weights, errors, World.current().sent - before
+
+
+def solve_in_place(rank: int, method: LinearMethod, pattern: str, dtype: torch.dtype):
+    """Return the new weights of the model, the layers' errors, and what `Solved.lost` counts. Messages hold a few rows each."""
+    found = linears(dtype)
+    with mock.patch.object(messages, "MESSAGE", 1000):
+        weights, errors, lost = shared(found, method, pattern, Solved(in_place=True))
+    assert all(weights[linear.name].data_ptr() == linear.weight.data_ptr() for linear in found)
+    return weights, errors, lost
+
+
+def shared(found: list[Linear], method: LinearMethod, pattern: str, result: Solved, bad: bool = False):
+    world, jobs = World.current(), jobs_of(found)
+    for job in jobs if bad else ():
+        job.inputs.gram.fill_(float("nan"))
     with world.together():
-        SharedSolve(solver_of(method, pattern, found), world, 8, jobs).solve(result)
+        SharedSolve(solver_of(method, pattern, found), world, 8, jobs, in_place=result.in_place).solve(result)
     assert all(layer.seconds > 0 for layer in result.layers.values())
-    weights = {name: weight.view(torch.int32 if dtype == torch.float32 else torch.int16) for name, weight in result.weights.items()}
-    return weights, {name: layer.error for name, layer in result.layers.items()}, world.sent - before
+    bits = torch.int32 if found[0].weight.dtype == torch.float32 else torch.int16
+    weights = {name: weight.view(bits) for name, weight in result.weights.items()}
+    return weights, {name: layer.error for name, layer in result.layers.items()}, result.lost
 
 
 def fail_together(rank: int, victim: int):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -88,6 +89,20 @@ def killed(rank: int, at: int, method, out, **options):
 
 def resumed(rank: int, method, out, **options):
     return pruned(rank, method, out, resume=True, **options)
+
+
+def elsewhere(rank: int, source, folder):
+    """A streamed run whose `out` is another folder for each rank. Returns the error."""
+    (place := Path(folder, str(rank))).mkdir()
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        pruned(rank, "wanda", "out", source)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        os.chdir(before)
+    raise AssertionError("the run was not refused")
 
 
 def traffic(rank: int):

@@ -16,7 +16,15 @@ RUNS = "tests.ranks.runs"
 RUN = f"{RUNS}:pruned"
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "copal", "magnitude"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("sparsegpt", "wanda", "copal", "magnitude"),
+        sparsekern.SparseLLM(iterations=2),
+        sparsekern.SparseLLM(iterations=2, attention="pruned", solver="wanda"),
+    ],
+    ids=str,
+)
 def test_the_result_has_the_same_bits_for_every_number_of_ranks(ranks, tmp_path, method):
     expected, alone = pruned(0, method, out=tmp_path / "1")
     for size in (2, 4):
@@ -27,13 +35,23 @@ def test_the_result_has_the_same_bits_for_every_number_of_ranks(ranks, tmp_path,
         assert digests(out) == digests(tmp_path / "1")
 
 
-@pytest.mark.parametrize("format", ["dense", "packed"])
-def test_a_streamed_model_gives_the_same_files(ranks, tmp_path, format):
+def test_networks_that_ranks_solve_are_those_of_one_sum():
+    """But for rounding: without leaves, sums over tokens are taken one batch after another."""
+    shared, whole = (pruned(0, sparsekern.SparseLLM(), leaves=leaves)[1] for leaves in (8, None))
+    for layer, expected in zip(shared["layers"], whole["layers"], strict=True):
+        assert layer["error"] == pytest.approx(expected["error"], rel=0.05)
+        assert layer["output_error"] == (expected["output_error"] and pytest.approx(expected["output_error"], rel=0.05))
+
+
+@pytest.mark.parametrize(
+    ("method", "format"), [("wanda", "dense"), ("wanda", "packed"), ("sparsegpt", "dense"), ("sparsellm", "dense")]
+)
+def test_a_streamed_model_gives_the_same_files(ranks, tmp_path, method, format):
     source = save_folder(tmp_path / "source", num_hidden_layers=2)
-    pruned(0, "wanda", tmp_path / "1", source, format=format)
+    pruned(0, method, tmp_path / "1", source, format=format)
     for size in (2, 4):
         out = tmp_path / str(size)
-        succeeded(ranks.run(size, RUN, "wanda", out, source, 11, format))
+        succeeded(ranks.run(size, RUN, method, out, source, 11, format))
         assert digests(out) == digests(tmp_path / "1")
 
 
@@ -80,6 +98,14 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_block_unchanged(ranks, tmp_pa
         assert answer == ("OSError", "[Errno 28] rank 0: no space left: 'file'", True)
 
 
+def test_a_folder_that_a_rank_does_not_see_is_refused_before_any_work(ranks, tmp_path):
+    """As on two machines that share no disk, or with a relative path in another folder."""
+    source = save_folder(tmp_path / "source", num_hidden_layers=1)
+    for name, text in ranks.run(2, f"{RUNS}:elsewhere", source, tmp_path):
+        assert name == "ValueError" and text.startswith("rank 1: out: expected a folder that all ranks see, from which a streamed")
+    assert not list(tmp_path.glob("*/out/**/*.safetensors"))
+
+
 def test_two_runs_with_one_folder_refuse_each_other(ranks, tmp_path):
     from sparsekern.runtime.output import OutputFolder
 
@@ -101,7 +127,7 @@ def test_more_ranks_than_batches_are_said(ranks):
     ("size", "options", "message"),
     [
         (2, {"method": "gradual"}, "method: expected a single process, got 2 ranks; Gradual does not work block by block"),
-        (2, {"method": "sparsellm"}, "method: expected a single process, got 2 ranks; SparseLLM needs the inputs of all tokens"),
+        (2, {"method": "kprune"}, "method: expected a single process, got 2 ranks; KPrune does not work block by block"),
         (3, {}, "leaves: expected a power of two that the number of ranks divides, got 8 for 3 ranks; start 1, 2, 4 or 8"),
         (2, {"leaves": 1}, "leaves: expected a power of two that the number of ranks divides, got 1 for 2 ranks"),
     ],

@@ -6,19 +6,23 @@ import pytest
 import torch
 
 from sparsekern import ALPS, SparseGPT, Wanda
+from sparsekern.pruning.blockwise import messages
 from sparsekern.pruning.blockwise.dealing import TOGETHER
 from sparsekern.pruning.blockwise.sharing import SharedSolve
 from sparsekern.ranks import World
 
-from .linears import SHAPES, jobs_of, linears, solve_alone, solve_shared, solver_of
+from .linears import SHAPES, jobs_of, linears, solve_alone, solve_in_place, solve_shared, solver_of
 
-SHARED = "tests.ranks.linears:solve_shared"
+SHARED, IN_PLACE = "tests.ranks.linears:solve_shared", "tests.ranks.linears:solve_in_place"
 CASES = [
     (SparseGPT(), "2:4", torch.float32),
     (SparseGPT(), "2:4", torch.bfloat16),
     (SparseGPT(block_size=24), "0.5", torch.float32),  # one count in each block of columns, for all rows
     (SparseGPT(), "0.3", torch.bfloat16),
-    (SparseGPT(scope="matrix"), "0.5", torch.float32),  # whole linears
+    (SparseGPT(scope="matrix"), "0.5", torch.float32),  # a mask of the whole matrix, rows by tiles
+    (SparseGPT(scope="matrix", keep_zeros=False), "0.3", torch.bfloat16),
+    (SparseGPT(mask="magnitude"), "0.5", torch.float32),
+    (SparseGPT(mask="zeros"), "0.001", torch.float32),
     (SparseGPT(scope="row"), "0.5", torch.float32),
     (ALPS(), "2:4", torch.float32),
     (ALPS(), "0.5", torch.float32),  # one count for all rows, some of which other processes solve
@@ -38,6 +42,29 @@ def test_the_number_of_processes_changes_no_bit(ranks, method, pattern, dtype):
             assert found == errors
             total += sent
         assert total >= sum(rows * features for rows, features in SHAPES.values()) * dtype.itemsize  # each piece once
+
+
+@pytest.mark.parametrize("method", [SparseGPT(), SparseGPT(keep_zeros=False), ALPS(keep_zeros=False)], ids=str)
+def test_results_may_be_written_to_the_model_piece_by_piece(ranks, method):
+    expected, errors, _ = solve_shared(0, method, "2:4", torch.float32)
+    zeros = {linear.name: linear.weight == 0 for linear in linears(torch.float32)}
+    lost = sum(int((zero & (expected[name] != 0)).sum()) for name, zero in zeros.items())
+    assert bool(lost) != method.keep_zeros
+    for answers in ([solve_in_place(0, method, "2:4", torch.float32)], ranks.run(4, IN_PLACE, method, "2:4", torch.float32)):
+        for weights, found, counted in answers:
+            assert all(torch.equal(weights[name], expected[name]) for name in expected) and found == errors
+            assert tuple(counted) == (lost, sum(int(zero.sum()) for zero in zeros.values()))
+
+
+@pytest.mark.parametrize("size", [40, 1000, 10**6])
+def test_no_message_is_longer_than_the_limit_unless_a_row_is(size, monkeypatch):
+    monkeypatch.setattr(messages, "MESSAGE", size)
+    rows = torch.arange(60.0).view(6, 10)
+    found = [part for part in messages.split_rows(rows)] + [torch.zeros(2, 3)]
+    together = list(messages.messages(found))
+    assert [id(part) for parts in together for part in parts] == [id(part) for part in found]
+    assert torch.equal(torch.cat(found[:-1]), rows)
+    assert all(sum(part.nbytes for part in parts) <= max(size, 40) for parts in together)
 
 
 @pytest.mark.parametrize(("method", "pattern", "dtype"), CASES, ids=str)

@@ -17,9 +17,10 @@ from ...ranks import World, leaf_sizes
 from ...ranks.sums import add_over_ranks, packed_lower, unpack_lower
 from ..seeds import seeded
 from .dealing import TOGETHER, Dealt, Place, SharedWork, TeamWork, deal, tiles_of
-from .solving import Job, RowFigures, Solved, Solver, check_solution, named
+from .messages import messages, pass_on, split_rows
+from .solving import Job, RowFigures, Solved, Solver, check_solution, lost_zeros, named
 
-MESSAGE = 2**25  # bytes of results that are sent at once
+Taken = tuple[float, int, int]  # by a piece: seconds, and its zeros where they are counted
 FEW = 64  # counts are sent as a message, more of them as a tensor
 
 
@@ -31,9 +32,10 @@ class _Linear:
         job: the linear.
         pieces: the tiles of rows that are solved in one call, each in the order of the rows.
         in_tiles: True if the method solves tiles of a piece in steps that share counts.
-        weight: the new weight, filled in piece by piece.
+        weight: the new weight, filled in piece by piece. It is that of the model where results are written in place.
         figures: the errors and energies of the rows, `[2, out_features]` float64.
         seconds: what the solution took, on all ranks together.
+        lost: the zeros that were lost and those that were there before, see `Solved.lost`, where results are written in place.
     """
 
     job: Job
@@ -42,6 +44,12 @@ class _Linear:
     weight: torch.Tensor
     figures: torch.Tensor
     seconds: float = 0.0
+    lost: tuple[int, int] = (0, 0)
+
+    def take(self, seconds: float, lost: int, before: int) -> None:
+        """Add what the solution of a piece took, and its zeros."""
+        self.seconds += seconds
+        self.lost = self.lost[0] + lost, self.lost[1] + before
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,17 @@ class SharedSolve:
         dealt: who solves what.
     """
 
-    def __init__(self, solver: Solver, world: World, leaves: int, jobs: Sequence[Job]) -> None:
-        """Deal `jobs`, which are the same on all ranks, to the ranks of `world`, in a run with so many leaves."""
-        self._solver, self._world, self._leaves = solver, world, leaves
+    def __init__(self, solver: Solver, world: World, leaves: int, jobs: Sequence[Job], *, in_place: bool = False) -> None:
+        """Deal work.
+
+        Args:
+            solver: solves the pieces of this rank.
+            world: the ranks.
+            leaves: the number of leaves of the run.
+            jobs: the linears, the same on all ranks.
+            in_place: write each piece to the model as it is solved, see `Solved.in_place`.
+        """
+        self._solver, self._world, self._leaves, self._in_place = solver, world, leaves, in_place
         by_statistic: dict[int, list[_Linear]] = {}
         for job in jobs:
             by_statistic.setdefault(id(job.statistics), []).append(self._begun(job))
@@ -104,7 +120,7 @@ class SharedSolve:
 
     def solve(self, result: Solved) -> None:
         """Solve all of them. Every process calls this with the same jobs."""
-        taken: dict[int, float] = {}
+        taken: dict[int, Taken] = {}
         self._solve_turn(TOGETHER, taken)
         self._solve_turn(0, taken)
         self._pass_factors_on()
@@ -114,7 +130,8 @@ class SharedSolve:
             for linear in linears:
                 figures = RowFigures(*linear.figures) if isinstance(linear.job.inputs, Gram) else None
                 with named(linear.job.linear.name):
-                    self._solver.take(linear.job, linear.weight, figures, linear.seconds, result)
+                    lost = linear.lost if self._in_place else None
+                    self._solver.take(linear.job, linear.weight, figures, linear.seconds, result, lost)
 
     def _begun(self, job: Job) -> _Linear:
         weight, pattern = job.linear.weight, self._solver.plan.patterns[job.linear.name]
@@ -126,7 +143,8 @@ class SharedSolve:
             in_tiles = method.solves_tiles(pattern)
             pieces = [tiles if in_tiles else [slice(0, rows)]]
         figures = torch.zeros(2, rows, dtype=torch.float64, device=weight.device)
-        return _Linear(job, pieces, in_tiles, torch.empty_like(weight, memory_format=torch.contiguous_format), figures)
+        new = weight if self._in_place else torch.empty_like(weight, memory_format=torch.contiguous_format)
+        return _Linear(job, pieces, in_tiles, new, figures)
 
     def _work(self, linears: Sequence[_Linear]) -> tuple[SharedWork, dict[int, TeamWork]]:
         """Return the work on linears with the same statistic, and that on the pieces that can be divided, by their numbers."""
@@ -158,17 +176,18 @@ class SharedSolve:
                 yield _Piece(linear, tiles[begin : begin + count], Place(TOGETHER, rank))
                 begin += count
 
-    def _solve_turn(self, turn: int, taken: dict[int, float]) -> None:
-        """Solve the pieces of this rank in a turn. `taken` is given the seconds of each, by its number."""
+    def _solve_turn(self, turn: int, taken: dict[int, Taken]) -> None:
+        """Solve the pieces of this rank in a turn. `taken` is given the seconds and zeros of each, by its number."""
         own = Place(turn, self._world.rank)
         with self._solver.clock.phase("solve"):
             for number, piece in enumerate(self._pieces):
                 if piece.place == own:
                     start = self._solver.clock.now()
-                    self._solve_piece(piece)
-                    taken[number] = self._solver.clock.now() - start
+                    lost, before = self._solve_piece(piece)
+                    taken[number] = self._solver.clock.now() - start, lost, before
 
-    def _solve_piece(self, piece: _Piece) -> None:
+    def _solve_piece(self, piece: _Piece) -> tuple[int, int]:
+        """Solve a piece. Return its zeros, see `Solved.lost`, where results are written in place."""
         solver, job = self._solver, piece.linear.job
         name, rows = job.linear.name, piece.rows
         weight = job.linear.weight[rows]
@@ -182,7 +201,9 @@ class SharedSolve:
                 error = None if solution.row_error is None else solution.row_error[inside]
                 if figures := solver.row_figures(weight[inside], Solution(solution.weight[inside], error), job.inputs):
                     piece.linear.figures[:, tile] = torch.stack(figures)
+        lost, before = lost_zeros(weight, solution.weight).tolist() if self._in_place else (0, 0)
         piece.linear.weight[rows] = solution.weight
+        return lost, before
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -226,45 +247,21 @@ class SharedSolve:
                     unpack_lower(packed, factor.T)
                     gram.take_factor(factor, *known[owner][index])
 
-    def _exchange(self, taken: dict[int, float]) -> None:
+    def _exchange(self, taken: dict[int, Taken]) -> None:
         """Give every rank the results of all."""
         world = self._world
         with self._solver.clock.phase("exchange"):
             for own in world.gather("solved", list(taken.items())):
-                for number, seconds in own:
-                    self._pieces[number].linear.seconds += seconds
+                for number, found in own:
+                    self._pieces[number].linear.take(*found)
             if world.size == 1:
                 return
             for rank in range(world.size):
                 own = [piece for piece in self._pieces if piece.place.rank == rank and piece.tiles]
-                parts = [piece.linear.weight[piece.rows] for piece in own] + [piece.linear.figures[:, piece.rows] for piece in own]
-                for together in _messages(parts):
-                    _pass_on(world, together, rank)
-
-
-def _messages(parts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Yield tensors a few at a time: a message for each one takes ten times as long, one for all takes the memory of a block."""
-    together: list[torch.Tensor] = []
-    for part in parts:
-        if together and sum(other.nbytes for other in together) + part.nbytes > MESSAGE:
-            yield together
-            together = []
-        together.append(part)
-    if together:
-        yield together
-
-
-def _pass_on(world: World, parts: Sequence[torch.Tensor], source: int) -> None:
-    """Replace tensors by those of the rank `source`, in one message."""
-    sizes = [part.nbytes for part in parts]
-    message = torch.empty(sum(sizes), dtype=torch.uint8, device=parts[0].device)
-    if world.rank == source:
-        torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts], out=message)
-        world.formula += len(message)
-    world.broadcast(message, source)
-    if world.rank != source:
-        for part, found in zip(parts, message.split(sizes), strict=True):
-            part.copy_(found.clone().view(part.dtype).view(part.shape))
+                weights = [part for piece in own for part in split_rows(piece.linear.weight[piece.rows])]
+                parts = weights + [piece.linear.figures[:, piece.rows] for piece in own]
+                for together in messages(parts):
+                    pass_on(world, together, rank)
 
 
 def shares_work(jobs: Sequence[Job]) -> bool:

@@ -75,12 +75,20 @@ class Solved:
     totals: dict[str, torch.Tensor] = field(default_factory=dict)
     lost: tuple[int, int] = (0, 0)
 
-    def take(self, linear: Linear, weight: torch.Tensor, layer: LayerReport) -> None:
-        """Keep the result of one linear."""
+    def take(self, linear: Linear, weight: torch.Tensor, layer: LayerReport, lost: tuple[int, int] | None = None) -> None:
+        """Keep the result of one linear.
+
+        Args:
+            linear: the linear.
+            weight: its new weight.
+            layer: its report.
+            lost: what `Solved.lost` counts, of a weight that is in the model already; None where it is not.
+        """
         if self.in_place:
-            lost, before = lost_zeros(linear, weight).tolist()
-            self.lost = self.lost[0] + lost, self.lost[1] + before
-            linear.weight.copy_(weight)
+            gone, before = lost_zeros(linear.weight, weight).tolist() if lost is None else lost
+            self.lost = self.lost[0] + gone, self.lost[1] + before
+            if lost is None:
+                linear.weight.copy_(weight)
             weight = linear.weight
         self.weights[linear.name], self.layers[linear.name] = weight, layer
 
@@ -144,7 +152,7 @@ class Solver:
 
     def say_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
         """Warn once if weights that were zero before pruning are not zero afterwards. The model is still unchanged."""
-        counts = torch.stack([lost_zeros(linear, weights[linear.name]) for linear in linears])
+        counts = torch.stack([lost_zeros(linear.weight, weights[linear.name]) for linear in linears])
         self.say_lost(linears, *counts.sum(0).tolist())
 
     def say_lost(self, linears: Sequence[Linear], count: int, before: int) -> None:
@@ -199,8 +207,16 @@ class Solver:
             error = inputs.row_energy(solution.weight.float() - weight.float())
         return RowFigures(error.double(), inputs.row_energy(weight))
 
-    def take(self, job: Job, weight: torch.Tensor, figures: RowFigures | None, seconds: float, result: Solved) -> None:
-        """Check a new weight, and keep it with its report.
+    def take(
+        self,
+        job: Job,
+        weight: torch.Tensor,
+        figures: RowFigures | None,
+        seconds: float,
+        result: Solved,
+        lost: tuple[int, int] | None = None,
+    ) -> None:
+        """Check a new weight, and keep it with its report. See `Solved.take` for `lost`.
 
         Raises:
             ValueError: the weight is not pruned to the pattern of the linear.
@@ -208,7 +224,7 @@ class Solver:
         linear = job.linear
         zeros, error = self._judged(linear, weight, figures)
         pattern = str(self.plan.patterns[linear.name])
-        result.take(linear, weight, LayerReport(linear.name, pattern, linear.shape, zeros, error, seconds))
+        result.take(linear, weight, LayerReport(linear.name, pattern, linear.shape, zeros, error, seconds), lost)
 
     def _judged(self, linear: Linear, weight: torch.Tensor, figures: RowFigures | None) -> tuple[int, float | None]:
         pattern = self.plan.patterns[linear.name]
@@ -269,9 +285,9 @@ def jobs_of(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
     return jobs, unseen
 
 
-def lost_zeros(linear: Linear, weight: torch.Tensor) -> torch.Tensor:
-    """Return how many weights of a linear are zero that are not zero in `weight`, and how many are zero, `[2]` int64."""
-    zero = linear.weight == 0
+def lost_zeros(before: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return how many entries are zero in `before` and not in `weight`, and how many are zero in `before`, `[2]` int64."""
+    zero = before == 0
     return torch.stack([(zero & (weight != 0)).sum(), zero.sum()])
 
 
