@@ -16,6 +16,7 @@ from .weight_files import dtype_of
 
 PROGRAM = 400_000_000  # bytes of the interpreter, its libraries and what is not counted
 ROUTED = 4  # experts of a layer at once, with some to spare: one after another, most programs run them
+SCORES = 3  # copies of the products of queries and keys in an eager attention: scaled, masked, and their softmax
 Needs = dict[str, int]  # bytes by what they are for
 
 
@@ -81,6 +82,14 @@ def forward_bytes(model: nn.Module, tokens: int) -> int:
         widths = (sum(p.shape[-2:]) * p.element_size() * (1 if p.dim() == 2 else ROUTED) for p in matrices)
         found.append(tokens * sum(widths))
     return max(found)
+
+
+def score_bytes(model: nn.Module, samples: int, length: int) -> int:
+    """Return the bytes of the products of queries and keys of a block, where the model's attention holds all of them at once."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return 0
+    return SCORES * 4 * samples * int(getattr(config, "num_attention_heads", 1)) * length**2
 
 
 def _makes_copies(model: nn.Module, stream: Stream, index: int) -> bool:

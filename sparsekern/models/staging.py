@@ -35,7 +35,13 @@ class Device(Protocol):
         """Return memory of the device that copies may write to at once."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Begin a copy of pinned memory to the device, after all copies begun before."""
+        """Begin a copy between pinned memory and the device, after all copies begun before."""
+
+    def follow(self) -> None:
+        """Let the copies that are begun from now on wait for the computation enqueued so far."""
+
+    def lent(self, tensor: torch.Tensor) -> None:
+        """Keep the memory of a tensor that was computed, once it is released, until the copies begun by now have ended."""
 
     def copied(self) -> Event:
         """Return an event that happens once all copies begun so far are done."""
@@ -138,6 +144,12 @@ class CudaDevice:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
+
+    def follow(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def lent(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self._stream)
 
     def copied(self) -> Event:
         return self._stream.record_event()

@@ -223,7 +223,7 @@ def prune(
     room_beside(model, max_memory)
     world = World.current()
     traffic = Traffic(world)
-    leaves = checked_leaves(leaves, world, method, request.then)
+    leaves = checked_leaves(leaves, world, method)
     check_correction(chosen.correction, request.then or method, model, leaves)
     check_training(chosen.tune, distill, request.then or method, model, leaves)
     check_allocation(chosen.allocation, request.then or method, model, leaves)
@@ -239,7 +239,7 @@ def prune(
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
         place = None if out is None else checked_path(out, "out")  # of all ranks, of which only the first holds the folder
-        memory = planned_memory(model, plan, method, batches or [], max_memory, place, leaves // world.size)
+        memory = planned_memory(model, plan, method, batches or [], max_memory, place, leaves // world.size, ranks=world.size)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
         settings["calibration"] = batches and fingerprint(batches)
         trained_on: list[Batch] = []

@@ -31,9 +31,11 @@ class Memory:
     """Memory that was taken at once, and all uses of it."""
 
     bytes: torch.Tensor
+    owner: str  # who takes it again without waiting for others, as streams do
     uses: list[Use] = field(default_factory=list)
     free: bool = False
-    ends_after: dict[str, int] | None = None  # what must have happened before it is given away again
+    holders: set[str] = field(default_factory=set)  # whose use must have ended before it is given away again
+    ends_after: dict[str, int] = field(default_factory=dict)  # what that is, once it is free
 
 
 class FakeDevice:
@@ -52,17 +54,11 @@ class FakeDevice:
     # What `sparsekern.models.staging.Device` asks for.
 
     def pinned(self, size: int) -> torch.Tensor:
-        return self._taken(size)
+        return self._taken(HOST, size)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
-        for memory in self._memories:
-            if memory.free and len(memory.bytes) == size:
-                memory.free = False
-                if memory.ends_after is not None:
-                    self._learn(COPIES, memory.ends_after)
-                return memory.bytes.fill_(POISON).view(dtype).view(shape)
-        return self._taken(size).view(dtype).view(shape)
+        return self._given(COPIES, size).view(dtype).view(shape)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._learn(COPIES, self._known[HOST])  # it is enqueued now
@@ -83,7 +79,14 @@ class FakeDevice:
         self._learn(COMPUTATION, event)
 
     def used(self, tensor: torch.Tensor) -> None:
-        self._memory_of(tensor).ends_after = {}
+        self._memory_of(tensor).holders.add(COMPUTATION)
+
+    def follow(self) -> None:
+        self._learn(COPIES, self._known[HOST])
+        self._learn(COPIES, self._known[COMPUTATION])
+
+    def lent(self, tensor: torch.Tensor) -> None:
+        self._memory_of(tensor).holders.add(COPIES)
 
     # What a test does.
 
@@ -99,12 +102,31 @@ class FakeDevice:
     def release(self, tensor: torch.Tensor) -> None:
         """Give memory of the device back, to be taken by the next `empty` of this size."""
         memory = self._memory_of(tensor)
-        memory.free = True
-        if memory.ends_after is not None:
-            memory.ends_after = dict(self._known[COMPUTATION])
+        memory.free, memory.ends_after = True, {}
+        for holder in memory.holders:
+            known = self._known[holder].items()
+            memory.ends_after |= {actor: max(time, memory.ends_after.get(actor, 0)) for actor, time in known}
 
-    def _taken(self, size: int) -> torch.Tensor:
-        self._memories.append(Memory(torch.full((size,), POISON, dtype=torch.uint8)))
+    def computed(self, values: torch.Tensor) -> torch.Tensor:
+        """Enqueue a computation that makes a tensor."""
+        self._learn(COMPUTATION, self._known[HOST])
+        found = self._given(COMPUTATION, values.nbytes).view(values.dtype).view(values.shape)
+        self._used(COMPUTATION, found, writes=True)
+        return found.copy_(values)
+
+    def _given(self, actor: str, size: int) -> torch.Tensor:
+        """Return memory of the device to an actor, that of a released tensor where there is one of this size."""
+        for memory in self._memories:
+            if memory.free and memory.owner == actor and len(memory.bytes) == size:
+                memory.free = False
+                self._move_until({COPIES: 0} | memory.ends_after)
+                self._learn(actor, memory.ends_after)
+                memory.holders.clear()
+                return memory.bytes.fill_(POISON)
+        return self._taken(actor, size)
+
+    def _taken(self, actor: str, size: int) -> torch.Tensor:
+        self._memories.append(Memory(torch.full((size,), POISON, dtype=torch.uint8), actor))
         return self._memories[-1].bytes
 
     def _learn(self, actor: str, event: dict[str, int]) -> None:

@@ -94,15 +94,39 @@ def test_only_a_streamed_model_has_a_limit(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_whose_forwards_are_replayed_is_refused(tmp_path):
-    config = tf.T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
+def encoder_decoder(kind, folder):
+    sizes = {"vocab_size": 96, "d_model": 16}
+    if kind == "t5":
+        config = tf.T5Config(**sizes, d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=2, num_heads=2)
+    else:
+        ends = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        config = tf.BartConfig(**sizes, **ends, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64)
     torch.manual_seed(0)
-    tf.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"max_memory: expected None for T5ForConditionalGeneration, whose blocks take more than"):
-        sparsekern.prune(
-            loaded(tmp_path / "model"), "wanda", "2:4", tiny_ids(2, 8), out=tmp_path / "out", max_memory="8GB", progress=False
-        )
-    assert not (tmp_path / "out" / "checkpoint").exists()
+    (tf.T5ForConditionalGeneration if kind == "t5" else tf.BartForConditionalGeneration)(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_what_an_encoder_and_its_decoder_hand_on_is_on_disk_too(kind, written, tmp_path):
+    folder = encoder_decoder(kind, tmp_path / "model")
+    padding = torch.ones_like(IDS)
+    padding[::3, 25:] = 0
+    padding[20:40, 30:] = 0  # so that the masks of batches differ
+    given = {"input_ids": IDS, "attention_mask": padding, "decoder_input_ids": IDS}
+    data = [{name: ids[begin : begin + 20] for name, ids in given.items()} for begin in (0, 20, 40)]
+
+    def run(out, limit, stream=True):
+        model = loaded(folder) if stream else sparsekern.load(folder, device="cpu")
+        sparsekern.prune(model, "sparsegpt", "2:4", data, out=tmp_path / out, progress=False, max_memory=limit)
+
+    run("resident", None, stream=False)
+    run("whole", None)
+    assert not written
+    _, message = lowest(lambda limit: run("limited", limit))
+    assert "what blocks hand on of a batch" in message
+    assert len(written) > 5  # of batches in front of blocks, and what the decoder's blocks take of the encoder
+    expected = tensors_of(tmp_path / "resident")
+    assert equal(tensors_of(tmp_path / "whole"), expected) and equal(tensors_of(tmp_path / "limited"), expected)
 
 
 def test_perplexity_takes_as_many_windows_at_once_as_fit(tmp_path, monkeypatch):

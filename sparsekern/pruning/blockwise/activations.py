@@ -51,7 +51,7 @@ class Activations:
 
     Attributes:
         batches: the calibration data.
-        shelf: holds the hidden states, and what else is kept for every batch.
+        shelf: holds the hidden states, the tensors of other arguments, and what else is kept for every batch.
     """
 
     def __init__(self, model: nn.Module, batches: list[Batch], course: Course, shelf: Shelf | None = None) -> None:
@@ -61,13 +61,13 @@ class Activations:
             model: the model.
             batches: the calibration data.
             course: what was observed of the model's forwards.
-            shelf: holds the hidden states, those of forwards that are replayed excepted; None keeps them in memory.
+            shelf: holds the tensors that blocks are called with; None keeps them in memory.
 
         Raises:
             ValueError: the forward refuses a batch, or does not run the blocks as it was observed to.
         """
         self.batches, self.shelf = batches, shelf or Shelf()
-        self._forwards: Forwards = Chain(model, batches, course, self.shelf) if course.chain else Replay(model, batches, course)
+        self._forwards: Forwards = (Chain if course.chain else Replay)(model, batches, course, self.shelf)
 
     def inputs_of(
         self, index: int, linears: Sequence[Linear], order: list[str], experts: Sequence[Experts] = (), routed: Routed | None = None

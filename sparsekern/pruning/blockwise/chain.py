@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from ..batches import Batch
-from ..values import with_own_caches
+from ..values import replaced, with_own_caches
 from .course import Course
-from .shelf import Shelf
+from .shelf import Kept, Loaded, Shelf
 from .stand_ins import SharedTensors, replaced_forwards
 from .trace import HIDDEN, Stop, forward, refused, stopped
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of one call of a block, except the hidden states.
+    """The arguments of one call of a block, except the hidden states. Its tensors may be on a shelf.
 
     Attributes:
         args: positional arguments.
@@ -40,7 +40,7 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output of `block` for the hidden states `hidden` with these arguments."""
-        args, kwargs = with_own_caches((self.args, self.kwargs))
+        args, kwargs = with_own_caches(replaced((self.args, self.kwargs), Kept, Loaded().tensor))
         if self.hidden_name is None:
             return _first(block(hidden, *args, **kwargs))
         return _first(block(**{self.hidden_name: hidden}, **kwargs))
@@ -61,7 +61,7 @@ class Chain:
         self._returns_tuple = bool(course.order) and course.run_of(course.order[0]).returns_tuple
         self._shelf = shelf  # the hidden states, by the number of the batch
         self._calls: list[list[BlockCall]] = []
-        shared = SharedTensors()
+        shared = SharedTensors(shelf)
         for number, batch in enumerate(batches if course.order else ()):
             calls: list[BlockCall] = []
             ran: list[int] = []
@@ -85,7 +85,10 @@ class Chain:
 
     def run(self, batch: int, index: int) -> torch.Tensor:
         """Return the output of block `index` for a batch."""
-        return self._calls[batch][self._places[index]].run(self._blocks[index], self._shelf.get(batch))
+        hidden = self._shelf.get(batch)
+        if (following := (batch + 1) % len(self._batches)) != batch:
+            self._shelf.expect(following)
+        return self._calls[batch][self._places[index]].run(self._blocks[index], hidden)
 
     def waits(self, batch: int, index: int) -> bool:
         """Return True: every batch runs every block."""

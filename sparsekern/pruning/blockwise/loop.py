@@ -40,7 +40,6 @@ from .routed_rows import owners_of
 from .sequential import SequentialBlock
 from .shares import Share, SummedStatistics
 from .sharing import SharedSolve, shares_work
-from .shelf import Shelf
 from .solving import Job, Solved, Solver, jobs_of
 from .statistics import SharedStatistics
 from .tuned import BlockTuner, check_trained, restore_others
@@ -114,7 +113,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if batches:
             with context.clock.phase("capture"):
                 self.share = Share(context.world, batches, context.leaves)
-                shelf = Shelf(context.memory.hidden, context.memory.folder)
+                shelf = context.memory.shelf(context.model)
                 self.activations = Activations(context.model, self.share.batches, self.course, shelf)
                 if self.plan.correction == DENSE or self.plan.tune is not None:
                     self.dense = DenseStream(context.model, self.share.batches, self.course)
@@ -246,8 +245,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if network is None or not isinstance(self.method, BlockMethod):
             return None
         mask = self.course.masks(network.up.name, index)[0]
-        tokens = sum(batch.tokens for batch in self.context.batches) if (mask or "").removesuffix(BY_POSITION) == TOKENS else 0
-        return FeedForwardRun(network, self.method, self.plan, tokens, mask)
+        tokens = sum(batch.tokens for batch in self.share.batches) if (mask or "").removesuffix(BY_POSITION) == TOKENS else 0
+        return FeedForwardRun(network, self.method, self.plan, self.share, tokens, mask)
 
     def _solve_alone(
         self, linears: Sequence[Linear], shared: SharedStatistics | None, routed: ExpertStatistics | None, result: Solved
@@ -259,7 +258,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         jobs, unseen = jobs_of(shared)
         jobs = [job for job in jobs if job.linear in linears]
         if self.context.leaves > 1 and shares_work(jobs):
-            SharedSolve(self.solver, self.context.world, self.context.leaves, jobs).solve(result)
+            world, leaves = self.context.world, self.context.leaves
+            SharedSolve(self.solver, world, leaves, jobs, in_place=result.in_place).solve(result)
         else:
             for job in jobs:
                 self.solver.solve(job, result)
@@ -327,6 +327,8 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 with warnings_about(down), seeded(self.context.seed, down):
                     solved, solution = run.solve(inputs)
             except ValueError as error:
+                if self.context.world.has_raised(error):
+                    raise
                 raise ValueError(f"{', '.join(linear.name for linear in linears)}: {error}") from error
         seconds = (clock.now() - start) / len(linears)
         for linear in linears:

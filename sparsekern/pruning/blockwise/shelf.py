@@ -1,4 +1,8 @@
-"""Tensors that wait until they are needed again: in memory up to a limit, in a nameless file beyond it."""
+"""Tensors that wait until they are needed again: in memory up to a limit, in a nameless file beyond it.
+
+Those of a GPU are copied there and back while it computes, see `carried.py`: the one that is expected next is on its way back, and one is
+on its way to the file.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+
+from .carried import Carried, Carrier, Returning
 
 ALIGNED = mmap.ALLOCATIONGRANULARITY  # of which the place of a tensor is a multiple, so that it can be mapped
 
@@ -46,14 +52,18 @@ class Shelf:
         in_memory: the bytes of the tensors that are in memory.
     """
 
-    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+    def __init__(self, limit: int | None = None, folder: Path | None = None, carrier: Carrier | None = None) -> None:
         """Begin with no tensors.
 
         Args:
             limit: the most bytes to keep in memory; None keeps all, on their devices.
             folder: where the file is made, once it is needed; None is the folder for temporary files.
+            carrier: copies to and from the GPU that the tensors are on; None for a CPU.
         """
-        self._limit, self._folder = limit, folder
+        self._limit, self._folder, self._carrier = limit, folder, carrier
+        self._carried: dict[Hashable, Carried] = {}
+        self._returning: dict[Hashable, Returning] = {}
+        self._leaving: tuple[Hashable, Slot, Carried] | None = None  # on its way to the file
         self._kept: dict[Hashable, tuple[torch.Tensor, torch.device]] = {}
         self._slots: dict[Hashable, Slot] = {}
         self._free: dict[int, list[int]] = {}  # starts of slots without a tensor, by their size
@@ -71,7 +81,10 @@ class Shelf:
         if self._limit is None:
             self._kept[key] = tensor, tensor.device
         elif self.in_memory + tensor.nbytes <= self._limit:
-            self._kept[key] = tensor.to("cpu").contiguous(), tensor.device
+            if (carrier := self._carrier_of(tensor.device)) is not None:
+                self._carried[key] = carrier.away(tensor)
+            else:
+                self._kept[key] = tensor.to("cpu").contiguous(), tensor.device
             self.in_memory += tensor.nbytes
         elif tensor.numel():
             self._write(key, tensor)
@@ -83,17 +96,35 @@ class Shelf:
         if key in self._kept:
             tensor, device = self._kept[key]
             return tensor.to(device)
+        self.expect(key)
+        if self._carrier is not None and key in self._returning:
+            return self._carrier.arrived(self._returning.pop(key))
         slot = self._slots[key]
         found = torch.empty(slot.shape, dtype=slot.dtype)
         self._transfer(slot, found, FileIO.readinto)
         return found.to(slot.device)
+
+    def expect(self, key: Hashable) -> None:
+        """Begin to bring the tensor of a key to the GPU, if it is elsewhere and not on its way."""
+        if self._carrier is None or key in self._returning:
+            return
+        carried, slot = self._carried.get(key), self._slots.get(key)
+        if carried is None and slot is not None and self._carrier_of(slot.device) is not None:
+            self._finish_leaving(key)
+            carried = self._carrier.room(slot.shape, slot.dtype)
+            self._transfer(slot, carried.host, FileIO.readinto)
+        if carried is not None:
+            self._returning[key] = self._carrier.back(carried)
 
     def rows(self, key: Hashable, rows: torch.Tensor) -> torch.Tensor:
         """Return some rows of the tensor of a key. Of a tensor in the file only these are read."""
         if key in self._kept:
             tensor, device = self._kept[key]
             return tensor[rows.to(tensor.device)].to(device)
+        if self._carrier is not None and key in self._carried:
+            return self._carrier.values(self._carried[key])[rows.cpu()].to(self._carrier.place)
         slot = self._slots[key]
+        self._finish_leaving(key)
         assert self._file is not None
         with mmap.mmap(self._file.fileno(), _bytes_of(slot), access=mmap.ACCESS_WRITE, offset=slot.start) as mapped:
             view = memoryview(mapped)
@@ -108,6 +139,11 @@ class Shelf:
         if key in self._kept:
             tensor, _ = self._kept.pop(key)
             self.in_memory -= 0 if self._limit is None else tensor.nbytes
+        if key in self._carried:
+            self.in_memory -= self._carried.pop(key).host.nbytes
+        self._returning.pop(key, None)
+        if self._leaving is not None and self._leaving[0] == key:
+            self._leaving = None
         if key in self._slots:
             slot = self._slots.pop(key)
             self._free.setdefault(slot.size, []).append(slot.start)
@@ -117,18 +153,38 @@ class Shelf:
         free = self._free.get(size)
         start = free.pop() if free else self._end
         slot = Slot(start, size, tensor.shape, tensor.dtype, tensor.device)
+        if (carrier := self._carrier_of(tensor.device)) is not None:
+            carried = carrier.away(tensor)
+            self._finish_leaving()
+            self._leaving = key, slot, carried
+        else:
+            self._store(slot, tensor.cpu().contiguous())
+        self._end = max(self._end, start + size)
+        self._slots[key] = slot
+
+    def _carrier_of(self, device: torch.device) -> Carrier | None:
+        return self._carrier if self._carrier is not None and self._carrier.place == device else None
+
+    def _finish_leaving(self, key: Hashable | None = None) -> None:
+        """Write the tensor that is on its way to the file, if there is one, or if it is that of a key."""
+        if self._leaving is None or self._carrier is None or key not in (None, self._leaving[0]):
+            return
+        (_, slot, carried), self._leaving = self._leaving, None
+        self._store(slot, self._carrier.values(carried))
+
+    def _store(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """Write a tensor to its place in the file, which is made with the first one."""
+        end = slot.start + slot.size
         try:
             if self._file is None:
                 self._file = cast(FileIO, tempfile.TemporaryFile(buffering=0, prefix="sparsekern-", dir=self._folder))
                 weakref.finalize(self, self._file.close)
-            self._transfer(slot, tensor.cpu().contiguous(), FileIO.write)
-            self._file.truncate(max(self._end, start + size))
+            self._transfer(slot, tensor, FileIO.write)
+            self._file.truncate(max(os.fstat(self._file.fileno()).st_size, end))
         except OSError as error:
             where = self._folder or tempfile.gettempdir()
-            message = f"{error.strerror}: {where} needs {start + size:,} bytes for hidden states that exceed max_memory"
+            message = f"{error.strerror}: {where} needs {end:,} bytes for hidden states that exceed max_memory"
             raise OSError(error.errno, message) from error
-        self._end = max(self._end, start + size)
-        self._slots[key] = slot
 
     def _transfer(self, slot: Slot, tensor: torch.Tensor, move: Any) -> None:
         """Read or write the bytes of a tensor, with as many calls of `move` as the system takes."""
@@ -140,6 +196,47 @@ class Shelf:
             if not moved:
                 raise OSError(f"the file for hidden states ends at byte {self._file.tell():,}")
             left = left[moved:]
+
+
+class Kept:
+    """A tensor that is on a shelf as long as there is a reference to this object.
+
+    Attributes:
+        shape: shape of the tensor.
+        dtype: its dtype.
+    """
+
+    def __init__(self, shelf: Shelf, tensor: torch.Tensor) -> None:
+        """Put a tensor on a shelf. It must not be changed afterwards."""
+        key = object()
+        shelf.put(key, tensor)
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self._shelf, self._key = shelf, key
+        weakref.finalize(self, shelf.drop, key).atexit = False
+
+    def get(self) -> torch.Tensor:
+        """Return the tensor."""
+        return self._shelf.get(self._key)
+
+
+class Loaded:
+    """Tensors of a shelf in use: those of one place are one object, whose place is known."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._tensors: dict[int, tuple[Kept, torch.Tensor]] = {}  # by the id of the place
+        self._places: dict[int, Kept] = {}  # by the id of the tensor
+
+    def tensor(self, kept: Kept) -> torch.Tensor:
+        """Return the tensor of a place, which is read when it is asked for first."""
+        if id(kept) not in self._tensors:
+            found = kept.get()
+            self._tensors[id(kept)], self._places[id(found)] = (kept, found), kept
+        return self._tensors[id(kept)][1]
+
+    def place(self, tensor: torch.Tensor) -> Kept | None:
+        """Return the place of a tensor that `tensor` has returned; None of any other."""
+        return self._places.get(id(tensor))
 
 
 def _bytes_of(slot: Slot) -> int:

@@ -10,28 +10,35 @@ import torch
 from torch import nn
 
 from ..values import replaced
+from .shelf import Kept, Shelf
 
 
 class SharedTensors:
-    """A cache that keeps one copy of arguments that are equal in successive batches, such as rotary tables and masks."""
+    """The tensors of arguments, on a shelf. Of those that are equal in successive batches, such as rotary tables and masks, one is kept.
 
-    def __init__(self) -> None:
-        self._previous: list[torch.Tensor] = []
-        self._current: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (the tensor itself, kept alive; its stand-in)
+    Those of the first batch stay where they are, as they may be those of all batches.
+    """
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._later, self._shelf = shelf, Shelf()
+        self._previous: list[Kept] = []
+        self._current: dict[int, tuple[torch.Tensor, Kept]] = {}  # id -> (the tensor itself, kept alive; its place)
 
     def next_batch(self) -> None:
         """Begin a new batch, whose tensors are compared with those of the one before."""
         self._previous = [kept for _, kept in self._current.values()]
-        self._current = {}
+        self._current, self._shelf = {}, self._later
 
     def replace(self, value: Any) -> Any:
-        """Return arguments of any type with each tensor replaced by an equal one of the batch before."""
-        return replaced(value, torch.Tensor, self._one)
+        """Return arguments of any type with the place of each tensor in place of it."""
+        return replaced(value, torch.Tensor, self.place)
 
-    def _one(self, tensor: torch.Tensor) -> torch.Tensor:
+    def place(self, tensor: torch.Tensor) -> Kept:
+        """Return the place of a tensor, or that of an equal one of the batch before."""
         if id(tensor) not in self._current:
-            same = (t for t in self._previous if t.dtype == tensor.dtype and torch.equal(t, tensor))
-            self._current[id(tensor)] = (tensor, next(same, tensor))
+            alike = (kept for kept in self._previous if kept.dtype == tensor.dtype and kept.shape == tensor.shape)
+            same = next((kept for kept in alike if torch.equal(kept.get(), tensor)), None)
+            self._current[id(tensor)] = (tensor, same or Kept(self._shelf, tensor))
         return self._current[id(tensor)][1]
 
 

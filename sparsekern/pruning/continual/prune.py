@@ -165,7 +165,9 @@ def prune_continually(
             raise ValueError("abandon: expected resume=False, since resume=True goes on with the unfinished step")
         place = None if state is None else checked_path(state, "state")
         every = [batch for batches in datasets.values() for batch in batches]
-        memory = planned_memory(model, plan, method, every, max_memory, place, leaves // world.size, has_state=True)
+        memory = planned_memory(
+            model, plan, method, every, max_memory, place, leaves // world.size, ranks=world.size, has_state=True
+        )
         if out is not None and state is not None and checked_path(out, "out") == checked_path(state, "state"):
             raise ValueError(f"out: expected another folder than state, got {str(out)!r} for both")
         with (

@@ -30,7 +30,6 @@ from ..blockwise.course import Course
 from ..blockwise.loop import BlockLoop
 from ..blockwise.observation import course_of
 from ..blockwise.shares import Share
-from ..blockwise.shelf import Shelf
 from ..blockwise.trace import forward
 from ..checkpoint import Checkpoint, StreamedCheckpoint
 from ..plan import Request, check_device
@@ -113,7 +112,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         if len(held) < len(planned):
             with context.clock.phase("capture"):
                 self.share = Share(context.world, context.batches, context.leaves)
-                shelf = Shelf(context.memory.hidden, context.memory.folder)
+                shelf = context.memory.shelf(context.model)
                 activations = Activations(context.model, self.share.batches, plan.course, shelf)
         for index in plan.course.order:
             if index in held:
