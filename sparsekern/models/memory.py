@@ -43,7 +43,8 @@ def room_beside(
     needs = {**needs_of(model, edited=edited), **(more or {})}
     if (needed := sum(needs.values())) > limit:
         parts = ", ".join(f"{_shown(size)} for {what}" for what, size in needs.items() if size)
-        raise ValueError(f"max_memory: expected at least {_shown(needed)} ({parts}), got {limit / 1e6:,.1f} MB")
+        rest = " and what the call needs beside the model" if more is None else ""
+        raise ValueError(f"max_memory: expected at least {_shown(needed)} ({parts}){rest}, got {limit / 1e6:,.1f} MB")
     return limit - needed
 
 
