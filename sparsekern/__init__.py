@@ -5,6 +5,7 @@ from ._version import __version__
 from ._warnings import SparsekernWarning
 from .conversion import moefy
 from .data import perplexity
+from .export import export_gguf
 from .methods import (
     ALPS,
     COPAL,
@@ -52,6 +53,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "__version__",
+    "export_gguf",
     "info",
     "keep_sparsity",
     "load",

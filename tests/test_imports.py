@@ -15,7 +15,7 @@ LAYERS = [
     {"", "__main__"},
     {"cli"},
     {"conversion"},
-    {"pruning", "measure", "serving"},
+    {"pruning", "measure", "serving", "export"},
     {"reports"},
     {"runtime", "training", "data", "methods", "_info"},
     {"models"},

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from .._version import __version__
+from ..export.gguf_tensors import AUTO, TYPES
 from ..methods import INT4, METHODS
 from ..methods.allocation import ALLOCATIONS, UNIFORM
 from ..models.load import DTYPES
@@ -49,8 +50,8 @@ def make_parser() -> Parser:
     """Return the parser of the whole command line. It stores the command as `name`."""
     parser = Parser(prog="sparsekern", description="Prune pretrained transformers, fast.")
     parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | bench | info")
-    for options in (_add_prune(commands), _add_eval(commands), _add_bench(commands), _add_info(commands)):
+    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | bench | export | info")
+    for options in (_add_prune(commands), _add_eval(commands), _add_bench(commands), _add_export(commands), _add_info(commands)):
         options.add_argument("--debug", action="store_true", help="show the traceback of an error")
         options.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # who reads it knows
     return parser
@@ -184,6 +185,18 @@ def _add_bench(commands) -> argparse._ArgumentGroup:
     options.add_argument("--no-rss", action="store_true", help="skip resident memory, which takes a copy of each model")
     options.add_argument("--json", action="store_true", help="print JSON")
     options.add_argument("--plot", type=types.svg_file, metavar="FILE.svg", help="write the ratios as a plot, too")
+    _add_loading(options)
+    return options
+
+
+def _add_export(commands) -> argparse._ArgumentGroup:
+    options = _add_command(commands, "export", "write a model for llama.cpp", model=True, usage="--gguf FILE")
+    options.add_argument("--gguf", required=True, type=types.path, metavar="FILE", help="the file, which ends in .gguf")
+    _add_choice(
+        options, "--type", TYPES, AUTO, "of matrices without 4-bit values: auto (as they are), f32, f16, bf16, q8_0 or q4_0"
+    )
+    options.add_argument("--no-tokenizer", action="store_true", help="write no vocabulary: such a file runs on token ids only")
+    options.add_argument("--overwrite", action="store_true", help="replace a file")
     _add_loading(options)
     return options
 

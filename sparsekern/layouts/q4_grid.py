@@ -1,4 +1,4 @@
-"""The grid that the values of a weight lie on: scales found again from a dense weight of 4-bit values."""
+"""The grid that the values of a weight lie on: found again from a dense weight of 4-bit values, and fitted to a weight that moves."""
 
 from __future__ import annotations
 
@@ -33,11 +33,34 @@ def grid_scales(weight: torch.Tensor) -> torch.Tensor | None:
 
 def is_on_grid(weight: torch.Tensor) -> bool:
     """Return whether `weight` has values of 4 bits, and uses enough of them to tell it from a weight of few distinct values."""
+    return telling_scales(weight) is not None
+
+
+def telling_scales(weight: torch.Tensor) -> torch.Tensor | None:
+    """Return the scales of a weight that `is_on_grid`, None for another; see `grid_scales`."""
     scales = grid_scales(weight)
     if scales is None:
-        return False
+        return None
     codes = nearest_code(weight.float(), scales.float().repeat_interleave(COLUMNS, 1)[:, : weight.shape[1]])
-    return bool((codes.abs() > FEWEST_LEVELS).any())
+    return scales if bool((codes.abs() > FEWEST_LEVELS).any()) else None
+
+
+def on_refitted_grid(weight: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round weights to the nearest multiples of their scales, then fit each scale to its weights by least squares.
+
+    Args:
+        weight: `[rows, columns]` float32.
+        scales: `[rows, ceil(columns / 64)]` float16.
+
+    Returns:
+        The weight on the grid of the new scales, never `-0.0`, and these scales. A group without a code beside 0 keeps its scale.
+    """
+    rows, columns = weight.shape
+    groups = torch.nn.functional.pad(weight, (0, -columns % COLUMNS)).view(rows, -1, COLUMNS)
+    codes = nearest_code(groups, scales.float().unsqueeze(-1))
+    fitted = ((groups * codes).sum(-1) / codes.square().sum(-1).clamp(min=1)).half()
+    fitted = torch.where((fitted != 0) & fitted.isfinite(), fitted, scales)
+    return (fitted.float().unsqueeze(-1) * codes + 0.0).flatten(1)[:, :columns], fitted
 
 
 def _of_rows(weight: torch.Tensor) -> torch.Tensor | None:
