@@ -152,7 +152,8 @@ def prune(
             the pattern is a share.
         distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. A
             dense copy of the model is then kept in memory, as its teacher.
-        values: `"int4"` rounds what the method keeps to 4 bits, for the formats `"2:4-q4"`, `"1:4-q4"` and `"4:16-q4"`. None keeps the
+        values: `"int4"` rounds what the method keeps to 4 bits, for the formats `"2:4-q4"`, `"1:4-q4"` and `"4:16-q4"`: to -8 to 7 times
+            a scale for each row and 64 columns. `tune` and `distill` then train the rounded weights, straight-through. None keeps the
             model's dtype.
 
     Returns:
@@ -231,8 +232,6 @@ def prune(
         raise ValueError(
             f"Distill.samples: expected None unless calibration is a text, got {distill.samples} for {type(calibration).__name__}"
         )
-    if values is not None and (chosen.tune is not None or distill is not None):
-        raise ValueError(f"values: expected None with tune or distill, which move weights off the grid of 4 bits, got {values!r}")
     if values is not None and leaves > 1:
         raise ValueError(f"values: expected None for sums in {leaves} parts (several processes, or leaves), got {values!r}")
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:

@@ -10,8 +10,10 @@ from torch import nn
 
 from .. import ops
 from ..models import Linear
+from .grid import Grid
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER, SCALES = "master", "scales"  # kinds of state of parameters on a grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,15 +24,19 @@ class Trained:
         name: its name in the model.
         parameter: the parameter, float32.
         mask: True where a weight is kept, in the layout of the parameter; None keeps all.
+        grid: the grid that the parameter stays on; None for any value.
     """
 
     name: str
     parameter: nn.Parameter
     mask: torch.Tensor | None = None
+    grid: Grid | None = None
 
 
 class MaskedAdamW:
     """AdamW whose pruned weights stay exactly zero.
+
+    Of a parameter on a grid it moves a float32 master, and rounds it after each step; see `Grid`.
 
     Attributes:
         trained: the parameters.
@@ -47,6 +53,7 @@ class MaskedAdamW:
         self._moments = {
             f"{moment}/{of.name}": torch.zeros_like(of.parameter, dtype=torch.float32) for of in self.trained for moment in MOMENTS
         }
+        self._masters = {of.name: of.parameter.detach().clone() for of in self.trained if of.grid is not None}
 
     def step(self, lr: float, clip: float | None = None) -> float:
         """Take a step along the gradients that the parameters hold, and drop these.
@@ -67,8 +74,9 @@ class MaskedAdamW:
         with torch.no_grad():
             for of in held:
                 assert of.parameter.grad is not None
+                weight = self._masters.get(of.name, of.parameter)
                 ops.masked_adamw_(
-                    of.parameter,
+                    weight,
                     of.parameter.grad,
                     *(self._moments[f"{moment}/{of.name}"] for moment in MOMENTS),
                     step=self.steps,
@@ -81,23 +89,33 @@ class MaskedAdamW:
                     grad_scale=scale,
                 )
                 of.parameter.grad = None
+                if of.grid is not None:
+                    of.grid.round_(of.parameter, weight)
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the moments, by `exp_avg/NAME` and `exp_avg_sq/NAME`; the number of steps is the caller's to keep."""
-        return dict(self._moments)
+        """Return the moments, by `exp_avg/NAME` and `exp_avg_sq/NAME`, and of parameters on a grid `master/NAME` and `scales/NAME`.
+
+        The number of steps is the caller's to keep.
+        """
+        masters = {f"{MASTER}/{name}": master for name, master in self._masters.items()}
+        scales = {f"{SCALES}/{of.name}": of.grid.scales for of in self.trained if of.grid is not None}
+        return {**self._moments, **masters, **scales}
 
     def restore(self, moments: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Take the moments that `state` returned after `steps` steps.
+        """Take what `state` returned after `steps` steps.
 
         Raises:
-            ValueError: moments are missing, or of another shape.
+            ValueError: a tensor is missing, or of another shape.
         """
-        for name, own in self._moments.items():
+        for name, own in self.state().items():
             if name not in moments or moments[name].shape != own.shape:
                 raise ValueError(f"moments: expected {name} of shape {tuple(own.shape)}")
-        for name, own in self._moments.items():
+        for name, own in self.state().items():
             own.copy_(moments[name])
+        for of in self.trained:
+            if of.grid is not None:
+                of.grid.scales = moments[f"{SCALES}/{of.name}"].to(of.parameter.device)
         self.steps = steps
 
     @staticmethod

@@ -152,7 +152,6 @@ def test_what_is_refused_before_anything_changes(generator):
         ({"values": "int4", "method": "sparsellm"}, "values: expected None, or a method that solves one linear at a time"),
         ({"values": "int4", "method": "gradual"}, "values: expected None, or a method that solves one linear at a time"),
         ({"values": "int4", "leaves": 2}, "values: expected None for sums in 2 parts"),
-        ({"values": "int4", "tune": sparsekern.BlockTuning()}, "values: expected None with tune or distill"),
         ({"values": "int4", "calibration": None}, "calibration: expected token ids"),
     ):
         arguments = {"method": "magnitude", "pattern": "2:4", "calibration": ids, "progress": False} | options

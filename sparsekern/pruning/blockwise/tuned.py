@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..._warnings import SparsekernWarning
-from ...methods import BlockTuning
+from ...methods import BlockTuning, FourBits
 from ...models import Blocks, Linear
 from ..batches import Batch
 from ..plan import Plan
@@ -60,7 +60,7 @@ class BlockTuner:
         with clock.phase("tune"):
             try:
                 write(linears, result.weights)
-                trained = trained_of(block, linears, name)
+                trained = trained_of(block, linears, name, on_grid=isinstance(self._context.method, FourBits))
                 seed = derived_seed(self._context.seed, f"tune {name}")
                 found = tune_block(block, trained, self._samples(index), self._settings, seed)
             except BaseException:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...training.keep_sparsity import SparsityKeeper
+from ...training.masked_adamw import MASTER, SCALES
 from ..checkpoint import Checkpoint
 from ..store import check_finite_tensors
 
@@ -84,11 +85,11 @@ class TrainingState:
                     return f"{key} is not a mask"
                 continue
             parameter = self._parameters.get(name)
-            if parameter is None or (kind != "step" and tensor.shape != parameter.shape):
+            if parameter is None or (kind not in ("step", SCALES) and tensor.shape != parameter.shape):
                 return f"{key} of shape {tuple(tensor.shape)} is not of this model"
             if kind == "weight" and tensor.dtype != parameter.dtype:
                 return f"{key} is {tensor.dtype}, expected {parameter.dtype}"
-            if kind not in ("weight", *MOMENTS):
+            if kind not in ("weight", MASTER, SCALES, *MOMENTS):
                 return f"{key} is none of its tensors"
         return None
 

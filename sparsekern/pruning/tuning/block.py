@@ -10,6 +10,7 @@ from torch import nn
 
 from ...methods import BlockTuning
 from ...models import Linear
+from ...training.grid import grids_of
 from ...training.masked_adamw import MaskedAdamW, Trained, kept_weights
 from .masters import float32_masters, only_these_require_gradients
 
@@ -52,11 +53,18 @@ class Outcome:
     failure: str = ""
 
 
-def trained_of(block: nn.Module, linears: Sequence[Linear], name: str) -> list[Trained]:
-    """Return what tuning changes of a block: the parameters of `linears`, on their kept weights, and all vectors."""
-    masks = kept_weights(linears)
+def trained_of(block: nn.Module, linears: Sequence[Linear], name: str, *, on_grid: bool = False) -> list[Trained]:
+    """Return what tuning changes of a block: the parameters of `linears`, on their kept weights, and all vectors.
+
+    Args:
+        block: the block.
+        linears: its pruned linears.
+        name: its name in the model.
+        on_grid: whether the linears keep values of 4 bits.
+    """
+    masks, grids = kept_weights(linears), grids_of(linears if on_grid else ())
     return [
-        Trained(f"{name}.{own_name}", parameter, masks.get(parameter))
+        Trained(f"{name}.{own_name}", parameter, masks.get(parameter), grids.get(parameter))
         for own_name, parameter in block.named_parameters()
         if parameter in masks or parameter.dim() < 2
     ]

@@ -14,10 +14,11 @@ from torch import nn
 
 from ..._warnings import SparsekernWarning
 from ...data import CalibrationText
-from ...methods import Distill, LinearMethod
+from ...methods import Distill, FourBits, LinearMethod
 from ...models import Linear
 from ...reports import Report
 from ...training.divergence import divergence, divergence_of_logits
+from ...training.grid import grids_of
 from ...training.masked_adamw import MaskedAdamW, Trained, kept_weights
 from ..batches import Batch
 from ..checkpoint import Checkpoint
@@ -66,7 +67,7 @@ class Distillation:
         self._student, self._teacher = Reader(model, batches[0]), Reader(teacher, batches[0])
         self._fitted, self._held_out = divided(batches)
         self._model = model
-        self._trained = trained_of(model, context.plan.linears)
+        self._trained = trained_of(model, context.plan.linears, on_grid=isinstance(context.method, FourBits))
         self._state = TrainingState(checkpoint, {of.name: of.parameter for of in self._trained}, NAME)
         self.curve: list[dict[str, float]] = []
 
@@ -171,12 +172,18 @@ class Distillation:
                     gathered = []
 
 
-def trained_of(model: nn.Module, linears: Sequence[Linear]) -> list[Trained]:
-    """Return what distillation changes: everything but embeddings, the head and stacked weights that are not pruned."""
-    masks = kept_weights(linears)
+def trained_of(model: nn.Module, linears: Sequence[Linear], *, on_grid: bool = False) -> list[Trained]:
+    """Return what distillation changes: everything but embeddings, the head and stacked weights that are not pruned.
+
+    Args:
+        model: the pruned model.
+        linears: its pruned linears.
+        on_grid: whether the linears keep values of 4 bits.
+    """
+    masks, grids = kept_weights(linears), grids_of(linears if on_grid else ())
     frozen = frozen_parameters(model)
     return [
-        Trained(name, parameter, masks.get(parameter))
+        Trained(name, parameter, masks.get(parameter), grids.get(parameter))
         for name, parameter in model.named_parameters()
         if parameter in masks or (parameter not in frozen and parameter.dim() <= 2)
     ]
