@@ -229,6 +229,9 @@ void obs_quantize(
     const float* weight, const float* factor, const uint8_t* mask, const void* scales, int64_t rows, int64_t columns,
     float* new_weight, float* row_error, const Executor& executor);
 
+// Writes the best of 24 scales of each row and 64 columns, [rows, blocks] float16; throws unless all values are finite and the weights fit.
+void q4_scales(const float* weight, const float* importance, int64_t rows, int64_t columns, void* scales, const Executor& executor);
+
 // Lowers the error of kept weights on their grids, one weight at a time. `residual` is (weight - target) H, with the symmetric `hessian` H.
 void quantize_descent_(
     float* weight, float* residual, const float* hessian, const uint8_t* mask, const void* scales, int64_t rows, int64_t columns,

@@ -30,6 +30,7 @@ from .nm_unpack import nm_unpack
 from .obs_quantize import obs_quantize
 from .obs_sweep import obs_sweep
 from .plain_split import plain_split
+from .q4_scales import q4_scales
 from .quantize_descent import quantize_descent_
 from .reverse_cholesky import reverse_cholesky
 from .semi_structured_pack import semi_structured_pack
@@ -71,6 +72,7 @@ __all__ = [
     "obs_quantize",
     "obs_sweep",
     "plain_split",
+    "q4_scales",
     "quantize_descent_",
     "reverse_cholesky",
     "semi_structured_pack",

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from sparsekern import ops
-from sparsekern.layouts.nm_q4 import COLUMNS
 from sparsekern.layouts.q4_grid import grid_scales
 from sparsekern.methods import ALPS, FourBits, Gram, KPrune, Magnitude, SparseGPT, SparseLLM, Wanda, with_values
-from sparsekern.methods.four_bits import search_scales
 from sparsekern.pattern import NM
 
 
@@ -41,30 +39,13 @@ def test_compensation_beats_rounding(problem):
     weight, gram, x = problem
     mask = ops.nm_mask(weight.abs(), "2:4")
     fitted, _ = ops.masked_lstsq(weight, gram.gram, mask, damping=0.01)
-    scales = search_scales(fitted, torch.ones(96))
+    scales = ops.q4_scales(fitted, torch.ones(96))
     plain = ops.nm_q4_unpack(ops.nm_q4_pack(fitted, scales, 2, 4), 2, 4, *weight.shape)[0]
     errors = [float((x @ (fitted - plain).double().T).square().sum())]
     for passes in (0, 3):
         found = FourBits(Magnitude(), passes=passes).solve(weight, gram, NM(2, 4))
         errors.append(float(found.values_error.sum()))
     assert errors[0] > 1.1 * errors[2] and all(later < earlier for earlier, later in itertools.pairwise(errors))
-
-
-def test_no_scale_that_is_tried_is_better(generator):
-    weight, importance = torch.randn(5, 100, generator=generator), torch.rand(100, generator=generator)
-    weight[1, :COLUMNS], weight[2] = 0, weight[2].abs()
-    found = search_scales(weight, importance).double()
-    assert found[1, 0] == 0
-    for row in range(5):
-        for block in range(2):
-            own, costs = (value[..., block * 64 : block * 64 + 64].double() for value in (weight[row], importance))
-            extreme = float(own[own.abs().argmax()])
-
-            def cost(scale, own=own, costs=costs):
-                return float(((own - scale * (own / (scale or 1)).round().clamp(-8, 7)).square() * costs).sum())
-
-            tried = [float(torch.tensor(-extreme / 8 * (1 - step / 46)).half()) for step in range(24)]
-            assert cost(float(found[row, block])) <= min(map(cost, tried)) * (1 + 1e-5)
 
 
 def test_what_is_refused():
@@ -74,5 +55,3 @@ def test_what_is_refused():
             with_values(method, "int4")
     with pytest.raises(ValueError, match="values: expected 'int4' or None, got 'int8'"):
         with_values(Magnitude(), "int8")
-    with pytest.raises(ValueError, match="weight: expected magnitudes up to 524,032, which 4 bits and a float16 scale hold"):
-        search_scales(torch.full((1, 4), 6e5), torch.ones(4))

@@ -83,6 +83,10 @@ def nm_q4_linear(generator: torch.Generator) -> Sample:
     return sample(randn(generator, 24, 1024, dtype=torch.bfloat16), nm_q4_blocks(generator, 96, 1024), 2, 4, 96)
 
 
+def q4_scales(generator: torch.Generator) -> Sample:
+    return sample(randn(generator, 24, 1024), torch.rand(1024, generator=generator))
+
+
 def quantize_descent(generator: torch.Generator) -> Sample:
     target, hessian, mask, scales = problem(64, 128, generator)
     weight = nearest_multiple(target, scales.float().repeat_interleave(64, 1)) * mask
@@ -138,6 +142,7 @@ LARGE: dict[str, Callable[[torch.Generator], Sample]] = {
     "obs_quantize": obs_quantize,
     "obs_sweep": obs_sweep,
     "plain_split": plain_split,
+    "q4_scales": q4_scales,
     "quantize_descent_": quantize_descent,
     "reverse_cholesky": lambda g: sample(gram_matrix(g, 200)),
     "semi_structured_pack": lambda g: sample(semi_sparse(g, 256, 512)),
