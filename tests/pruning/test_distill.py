@@ -10,6 +10,7 @@ import transformers as tf
 import sparsekern
 from sparsekern import Distill, SparsekernWarning, Wanda
 from sparsekern.data import calibration_ids
+from sparsekern.pruning.blockwise import loop
 from sparsekern.pruning.gradual import training_state
 from sparsekern.pruning.session import batches_for
 from sparsekern.pruning.tuning import checks, distill, reader
@@ -102,6 +103,12 @@ def test_it_trains_on_more_windows_of_the_text_than_the_method_has(tmp_path, mon
     found = torch.cat([batch.inputs["input_ids"] for batch in seen])
     assert report.calibration_tokens == 4 * 8
     assert sorted(found.tolist()) == sorted(wanted.tolist()) and sum(len(b.inputs["input_ids"]) for b in seen if b.held_out) == 2
+
+
+def test_a_method_without_data_takes_no_hidden_states_for_the_training(monkeypatch):
+    monkeypatch.delattr(loop.Activations, "advance")
+    _, report = prune(method="magnitude")
+    assert report.distillation[-1]["kl"] < report.distillation[0]["kl"] and "capture" not in report.seconds
 
 
 def stopped_after(steps: int, monkeypatch):

@@ -108,8 +108,9 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         context, parts = self.context, self.plan.parts
         order = list(range(len(parts)))
         batches = context.batches
-        if context.checkpoint and all(context.checkpoint.holds(index) for index in order if parts[index]):
-            batches = []  # no block is left to solve, so no hidden states are needed
+        solved = context.checkpoint and all(context.checkpoint.holds(index) for index in order if parts[index])
+        if solved or not (self.gathers or self.plan.tune):
+            batches = []  # no hidden states are needed
         if batches:
             with context.clock.phase("capture"):
                 self.share = Share(context.world, batches, context.leaves)
