@@ -43,6 +43,8 @@ class Part:
 def write_stored_tensors(stored: Mapping[str, Stored], folder: Path) -> None:
     """Write weight files with tensors of other files, and an index. A file all of whose tensors are wanted is linked, if that is possible.
 
+    The files of the user come first, then those of the unfinished run, each by name. Where the folders lie does not matter.
+
     Args:
         stored: the place of each tensor, by name.
         folder: the folder to write to.
@@ -55,8 +57,8 @@ def write_stored_tensors(stored: Mapping[str, Stored], folder: Path) -> None:
     for tensor, entry in stored.items():
         by_path.setdefault(entry.path, {})[tensor] = entry
     weight_map: dict[str, str] = {}
-    for number, (path, entries) in enumerate(sorted(by_path.items()), 1):
-        name = shard_name(number, len(by_path))
+    for number, path in enumerate(sorted(by_path, key=lambda path: (_is_of_run(path, folder), path.name, path)), 1):
+        name, entries = shard_name(number, len(by_path)), by_path[path]
         weight_map |= dict.fromkeys(entries, name)
         if tensors_in([path]).keys() != entries.keys() or not _linked(path, folder / name):
             write_file(folder / name, entries)
@@ -72,13 +74,18 @@ def write_index(folder: Path, weight_map: Mapping[str, str], size: int) -> None:
 
 def _linked(path: Path, target: Path) -> bool:
     """Give a file of an unfinished run a second name, and return whether that worked. Files of the user are copied."""
-    if path.parent.parent not in (target.parent, target.parent.parent):
+    if not _is_of_run(path, target.parent):
         return False
     try:
         os.link(path, target)
     except OSError:  # the file system has no links
         return False
     return True
+
+
+def _is_of_run(path: Path, folder: Path) -> bool:
+    """Return whether a file is one of the unfinished run whose output `folder` is."""
+    return path.parent.parent in (folder, folder.parent)
 
 
 def shard_name(number: int, count: int) -> str:

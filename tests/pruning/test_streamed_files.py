@@ -90,3 +90,14 @@ def test_the_card_has_the_zeros_of_all_blocks(tmp_path):
     model = sparsekern.load(tmp_path / "streamed", device="cpu", stream=True)
     expected = sum(int((tensor == 0).sum()) for tensor in tensors_of(tmp_path / "streamed").values())
     assert count_stored(model)[0] == expected
+
+
+def test_the_files_are_the_same_wherever_the_folders_lie(tmp_path):
+    folder = folder_of("llama", tmp_path / "model", "20KB")
+    for out in ("before", "one"):
+        pruned(folder, tmp_path / out, stream=True)
+    first, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / out).iterdir() if path.name.startswith("model")}
+        for out in ("before", "one")
+    )
+    assert len(first) > 3 and other == first
