@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-F32, Q4_0, Q8_0 = 0, 2, 8  # numbers of ggml's types
+F32, Q4_0, Q8_0, Q6_K = 0, 2, 8, 14  # numbers of ggml's types
+BLOCKS = {Q4_0: (32, 18), Q8_0: (32, 34), Q6_K: (256, 210)}  # weights and bytes of a block
 
 
 class _InitParams(ctypes.Structure):
@@ -68,8 +69,8 @@ class Ggml:
     def quantised(self, kind: int, weight: torch.Tensor) -> torch.Tensor:
         """Return a float32 weight in a type of ggml's, rounded as ggml does."""
         rows, columns = weight.shape
-        bytes_of_32 = {Q4_0: 18, Q8_0: 34}[kind]
-        out = torch.empty(rows * columns // 32 * bytes_of_32, dtype=torch.uint8)
+        weights, size = BLOCKS[kind]
+        out = torch.empty(rows * columns // weights * size, dtype=torch.uint8)
         self.quantize_chunk(kind, weight.contiguous().data_ptr(), out.data_ptr(), 0, rows, columns, None)
         return out
 

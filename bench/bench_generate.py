@@ -1,0 +1,190 @@
+"""`generate()` with 2:4 weights of 4 bits against llama.cpp's Q4_0: `python -m bench.bench_generate --llama-cpp BUILD`.
+
+BUILD is a folder in which llama.cpp was built for this CPU with shared libraries and the target `llama-bench`, as `bench.peers` says.
+
+A LLaMA-shaped model of a billion random weights is run by three sides, which take turns: packed, dense in bfloat16, and as Q4_0 by
+`llama-bench`. The linears of ours and of llama.cpp hold the same numbers, the dense ones round them. The head, which is tied to the embeddings, is bfloat16 on our sides and Q6_K in
+llama.cpp's file, as `llama-quantize` stores it. A token's time is split into that of the packed linears called one after another, that
+of the head alone, and the rest: attention, norms and the Python of transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsekern.measure.generate import generate, random_prompt
+from sparsekern.runtime import SparseLinear
+
+from . import results
+from .ggml import Q6_K, Ggml
+from .llama_model import Sizes, dense_model, packed_model, write_gguf
+from .results import Row
+
+SECTION = "4-bit values against llama.cpp"
+VOCABULARIES = (32_000, 128_256)
+GOALS = {"llama.cpp Q4_0": 0.9, "dense bfloat16": 4.0}
+THREADS = 2
+FOLLOWERS = ("k_proj", "v_proj", "up_proj")  # which read the tensor of the linear before them
+
+
+@dataclass
+class Taken:
+    """Seconds of one token, in each round.
+
+    Attributes:
+        sides: of each side that generates.
+        parts: of the parts of our token.
+    """
+
+    sides: dict[str, list[float]] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+
+def measure(sides: dict[str, Callable[[], float]], parts: dict[str, Callable[[], float]], rounds: int) -> Taken:
+    """Time sides and parts in turns, after one round that warms up."""
+    taken = Taken()
+    for turn in range(rounds + 1):
+        for kept, given in ((taken.sides, sides), (taken.parts, parts)):
+            for name, run in given.items():
+                seconds = run()
+                if turn:
+                    kept.setdefault(name, []).append(seconds)
+    return taken
+
+
+def seconds_of_token(model: nn.Module, tokens: int) -> float:
+    """Return the seconds of one token of `generate`, without those of the prompt and the first token."""
+    prompt, taken = random_prompt(model, 1), []
+    for count in (1, tokens + 1):
+        begin = time.perf_counter()
+        generate(model, prompt, count)
+        taken.append(time.perf_counter() - begin)
+    return (taken[1] - taken[0]) / tokens
+
+
+@torch.no_grad()
+def seconds_of_linears(model: nn.Module) -> float:
+    """Return the seconds that the packed linears of one token take with nothing between them."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseLinear)]
+    given = {layer.in_features: torch.randn(1, 1, layer.in_features, dtype=torch.bfloat16) for _, layer in layers}
+    begin = time.perf_counter()
+    for name, layer in layers:
+        if not name.endswith(FOLLOWERS):
+            x = given[layer.in_features].clone()  # another tensor, as in the model
+        layer(x)
+    return time.perf_counter() - begin
+
+
+@torch.no_grad()
+def seconds_of_head(model: nn.Module) -> float:
+    """Return the seconds that the head takes for one token."""
+    head = model.lm_head
+    x = torch.randn(1, 1, head.in_features, dtype=torch.bfloat16)
+    begin = time.perf_counter()
+    head(x)
+    return time.perf_counter() - begin
+
+
+def seconds_of_llama_cpp(program: Path, file: Path, tokens: int) -> float:
+    """Return the seconds of one token as `llama-bench` measures them."""
+    command = [program, "-m", file, "-t", THREADS, "-p", 0, "-n", tokens, "-r", 1, "-o", "json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    (found,) = json.loads(done.stdout)
+    return 1.0 / found["avg_ts"]
+
+
+def rows_of(what: str, taken: Taken) -> list[Row]:
+    """Return a row for each side that ours is compared with, and one of the parts of our token."""
+    ours = taken.sides["ours"]
+    found = []
+    for name, theirs in taken.sides.items():
+        if name == "ours":
+            continue
+        ratio, goal = min(statistics.median(theirs) / statistics.median(ours), min(theirs) / min(ours)), GOALS[name]
+        found.append(
+            Row(
+                SECTION,
+                f"{what}: generate(), one token at a time, {THREADS} threads, against {name}",
+                f"{ratio:.2f}x ({1 / statistics.median(ours):.1f} tokens/s)",
+                f"{name} {1 / statistics.median(theirs):.1f} tokens/s",
+                f">= {goal}x",
+                ratio >= goal,
+                {"ours": ours, "theirs": theirs, "goal": goal},
+            )
+        )
+    medians = {name: statistics.median(seconds) for name, seconds in taken.parts.items()}
+    rest = statistics.median(ours) - sum(medians.values())
+    split = ", ".join(f"{name} {results.seconds(seconds)}" for name, seconds in [*medians.items(), ("the rest", rest)])
+    found.append(Row(SECTION, f"{what}: parts of a token", split, details={"parts": taken.parts}))
+    return found
+
+
+def compare(build: Path | None, vocabulary: int, tokens: int, rounds: int) -> list[Row]:
+    """Check and time the sides for a size of the vocabulary."""
+    sizes = Sizes(vocabulary=vocabulary)
+    dense = dense_model(sizes)
+    packed = packed_model(dense)
+    check_logits(dense, packed)
+    sides = {"ours": partial(seconds_of_token, packed, tokens), "dense bfloat16": partial(seconds_of_token, dense, tokens)}
+    parts = {"linears": partial(seconds_of_linears, packed), "head": partial(seconds_of_head, packed)}
+    with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
+        if build is not None:
+            file, ggml = Path(folder) / "model.gguf", Ggml(build)
+            write_gguf(dense, sizes, file, (Q6_K, lambda weight: ggml.quantised(Q6_K, weight).view(len(weight), -1)))
+            sides["llama.cpp Q4_0"] = partial(seconds_of_llama_cpp, program_of(build), file, tokens)
+        taken = measure(sides, parts, rounds)
+    count = sum(weight.numel() for weight in dense.parameters()) / 1e9
+    return rows_of(f"LLaMA-shaped, {count:.2f} B random weights, vocabulary {vocabulary:,}, 2:4 with 4-bit values", taken)
+
+
+@torch.no_grad()
+def check_logits(dense: nn.Module, packed: nn.Module) -> None:
+    """Raise AssertionError unless the packed model's logits are the dense one's, but for activations of 8 bits."""
+    prompt = random_prompt(dense, 4)
+    expected, found = (model(input_ids=prompt, use_cache=False).logits.float() for model in (dense, packed))
+    error = float((found - expected).norm() / expected.norm())
+    assert error < 0.1, f"logits: expected those of the dense model within 10 %, got {error:.1%}"
+
+
+def program_of(build: Path) -> Path:
+    """Return the path of `llama-bench`; raise `FileNotFoundError` if it was not built."""
+    found = next((path for path in sorted(build.rglob("llama-bench")) if path.is_file() and os.access(path, os.X_OK)), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"--llama-cpp: expected a folder with the program llama-bench, got {build}; build its target llama-bench"
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-cpp", type=Path, metavar="BUILD", help="without it, only our own sides are compared")
+    parser.add_argument("--vocabulary", type=int, action="append", help="may be given more than once; 32000 and 128256 by default")
+    parser.add_argument("--tokens", type=int, default=32, help="to generate")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the figures go; nowhere by default")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    run, found = results.this_run(), []
+    for vocabulary in arguments.vocabulary or VOCABULARIES:
+        found += compare(arguments.llama_cpp, vocabulary, arguments.tokens, arguments.rounds)
+    print(results.as_table(results.title_of(run), [replace(row, run=run) for row in found]))
+    if arguments.out:
+        print(results.record(found, arguments.out, run))
+
+
+if __name__ == "__main__":
+    main()
