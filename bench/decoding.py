@@ -38,6 +38,7 @@ class Device:
 H200 = Device(bytes_a_second=0.9 * 4.8e12, multiprocessors=132, cycles_a_second=1.83e9, issued=0.8, latency=0.7e-6)
 UNIT, STEP = 300 / 64, 241 / 128  # instructions for each weight of bitmask rows: of the loop over units, and of a step around it
 STORED = 229 / 64  # instructions for each stored value of 2:4 rows
+FOUR_BITS = 414 / 64  # likewise of values of 4 bits, of a step with its copies; 70 / 16 of a block by itself
 TRITON = {"bitmask": 10.6, "2:4": 17.7 / 2}  # instructions of a thread for each weight, zeros included
 
 
@@ -80,6 +81,13 @@ def two_of_four(rows: int, columns: int, device: Device = H200) -> Estimate:
     return _estimate(packed, weights / 2 * STORED, 2 * packed / 128, device.latency, device)
 
 
+def four_bits(rows: int, columns: int, device: Device = H200) -> Estimate:
+    """Return the estimate of 2:4 rows with values of 4 bits. A kernel before it rounds the token: two latencies."""
+    weights = rows * columns
+    packed = weights * 13 / 32
+    return _estimate(packed, weights / 2 * FOUR_BITS, 2 * packed / 128, 2 * device.latency, device)
+
+
 def _estimate(packed: float, instructions: float, waves: float, latency: float, device: Device) -> Estimate:
     cycles = device.multiprocessors * device.cycles_a_second
     return Estimate(packed / device.bytes_a_second, instructions / LANES / 4 / cycles / device.issued, waves / cycles, latency)
@@ -107,6 +115,7 @@ def page() -> str:
         for sparsity in SPARSITIES:
             lines.append(_row(shape, f"bitmask, {sparsity:.0%}", bitmask(rows, columns, sparsity), whole))
         lines.append(_row(shape, "2:4", two_of_four(rows, columns), whole))
+        lines.append(_row(shape, "2:4, 4 bits", four_bits(rows, columns), whole))
     return "\n".join(lines) + "\n" + TAIL
 
 
@@ -130,7 +139,8 @@ multiprocessors at 1.83 GHz, from 989 TFLOP/s in bfloat16; 80 % of the issue slo
 bitmask, whose bits say where the values are. Weights are bfloat16. Times are in microseconds; the last but one column is dense / packed.
 
 The machine code for sm_90 has {UNIT:.1f} instructions for each weight of a bitmask, zeros included, and {STEP:.1f} around that; the Triton kernel
-has {TRITON["bitmask"]:.1f}. Of 2:4 it has {STORED:.1f} for each stored value, and the Triton kernel {2 * TRITON["2:4"]:.1f}.
+has {TRITON["bitmask"]:.1f}. Of 2:4 it has {STORED:.1f} for each stored value, and the Triton kernel {2 * TRITON["2:4"]:.1f}. With values of 4 bits
+it has {FOUR_BITS:.1f}; a short kernel before it rounds the token to 8 bits.
 
 | weight | format | memory | issue | shared memory | total | against dense | bound by |
 |---|---|---|---|---|---|---|---|"""

@@ -41,7 +41,7 @@ def product(place: Place, n: int, m: int, rows: int, columns: int, tokens: int) 
     )
 
 
-def case(pattern: str, tokens: int, shape: tuple[int, int], goal: float | None) -> Case:
+def case(pattern: str, tokens: int, shape: tuple[int, int], goal: float | None, device_goal: float | None = None) -> Case:
     n, m = map(int, pattern.split(":"))
     some = f"{tokens} token{'s' * (tokens > 1)}"
     return Case(
@@ -51,12 +51,13 @@ def case(pattern: str, tokens: int, shape: tuple[int, int], goal: float | None) 
         TOY | {"tokens": min(tokens, 40)},
         op="nm_q4_linear",
         cpu={DENSE: goal},
+        cuda={DENSE: device_goal} if pattern == "2:4" and tokens <= 16 else None,
         rounds=41 if tokens == 1 else 5,
     )
 
 
 CASES = [
-    *(case("2:4", 1, shape, 4.0) for shape in SHAPES),
+    *(case("2:4", 1, shape, 4.0, 2.0) for shape in SHAPES),
     *(case(pattern, 1, SHAPES[0], None) for pattern in ("1:4", "4:16")),
     *(case("2:4", tokens, SHAPES[0], None) for tokens in (4, 16, 64, 512)),
 ]

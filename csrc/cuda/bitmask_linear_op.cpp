@@ -8,6 +8,7 @@ namespace {
 Tensor bitmask_linear_of(
     Tensor x, Tensor values, Tensor bitmask, Tensor starts, Tensor order, std::optional<Tensor> bias,
     std::optional<Tensor> status) {
+  check_half(x);
   check(order.dim() == 1 && order.scalar_type() == ScalarType::Int, "order: expected int32 [rows]");
   const int64_t rows = order.size(0), columns = as_tokens(x).size(1);
   DecodeTensors tensors(x, rows, bias, packed_rows::kWordColumns);

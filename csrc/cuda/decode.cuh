@@ -1,4 +1,4 @@
-// What the products of at most 16 tokens with a packed weight share (bitmask_linear.cu, nm_linear.cu).
+// What the products of at most 16 tokens with a packed weight share (bitmask_linear.cu, nm_linear.cu, nm_q4_linear.cu).
 //
 // A thread block has a tile of 16 rows. Its warps share the columns: each has a range of steps, and copies what it needs for them by
 // itself, so that no warp waits for another before the end. Where tiles are fewer than multiprocessors, several thread blocks share

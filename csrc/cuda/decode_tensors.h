@@ -1,4 +1,4 @@
-// Tensors of the products of a few tokens with a packed weight (bitmask_linear_op.cpp, nm_linear_op.cpp).
+// Tensors of the products of a few tokens with a packed weight (bitmask_linear_op.cpp, nm_linear_op.cpp, nm_q4_linear_op.cpp).
 #pragma once
 
 #include <optional>
@@ -18,8 +18,7 @@ struct __attribute__((visibility("hidden"))) DecodeTensors {
 
   DecodeTensors(const Tensor& given, int64_t rows, const std::optional<Tensor>& given_bias, int64_t columns_multiple)
       : x(aligned(given)), y(torch::stable::new_empty(given, {given.size(0), rows})), bias(given_bias) {
-    const DType dtype = dtype_of(given, "x: expected dtype bfloat16 or float16");
-    check(dtype != DType::f32, "x: expected dtype bfloat16 or float16");
+    const DType dtype = dtype_of(given, "x: expected dtype bfloat16, float16 or float32");
     check(given.size(0) <= kMostTokens, "x: expected at most 16 tokens");
     check(given.size(1) % columns_multiple == 0, "x: expected whole steps of columns");
     if (bias.has_value()) {
@@ -46,6 +45,10 @@ struct __attribute__((visibility("hidden"))) DecodeTensors {
     call.partials = data_of<float>(*partials);
   }
 };
+
+inline void check_half(const Tensor& x) {
+  check(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, "x: expected dtype bfloat16 or float16");
+}
 
 // Raises unless x is a matrix, before anything is made from its sizes.
 inline const Tensor& as_tokens(const Tensor& x) {

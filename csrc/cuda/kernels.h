@@ -74,7 +74,7 @@ void obs_sweep_scores(const ObsBlock& block, cudaStream_t stream);
 // Flags NaN and infinities.
 void obs_sweep_check_factor(const float* factor, int64_t count, int* status, cudaStream_t stream);
 
-// A product of at most 16 tokens with a packed weight of 16-bit values.
+// A product of at most 16 tokens with a packed weight.
 struct Decode {
   const void* x;     // [tokens, columns], rows of whole 128 bytes, 16-byte aligned
   const void* bias;  // [rows] or null
@@ -82,10 +82,10 @@ struct Decode {
   float* partials;   // as many floats as the op's workspace function says
   int64_t rows, columns;
   int tokens;
-  DType dtype;  // bf16 or f16
+  DType dtype;
 };
 
-// Bitmask rows (common/packed_rows.h); `columns` is a multiple of 64. All pointers are 16-byte aligned.
+// Bitmask rows of 16-bit values (common/packed_rows.h); `columns` is a multiple of 64. All pointers are 16-byte aligned.
 struct DecodeBitmask {
   const uint32_t* slots;
   int64_t slot_count;  // the spare ones included
@@ -97,8 +97,12 @@ struct DecodeBitmask {
 void bitmask_linear(const Decode& call, const DecodeBitmask& weight, cudaStream_t stream);
 int64_t bitmask_linear_workspace(const Decode& call);
 
-// 2:4 rows (common/packed_rows.h); `columns` is a multiple of 128. `values` and `codes` are 16-byte aligned.
+// 2:4 rows of 16-bit values (common/packed_rows.h); `columns` is a multiple of 128. `values` and `codes` are 16-byte aligned.
 void nm_linear(const Decode& call, const void* values, const uint32_t* codes, cudaStream_t stream);
 int64_t nm_linear_workspace(const Decode& call);
+
+// 2:4 rows with values of 4 bits (common/nm_q4.h); `columns` is a multiple of 64. `blocks` is 16-byte aligned.
+void nm_q4_linear(const Decode& call, const void* blocks, cudaStream_t stream);
+int64_t nm_q4_linear_workspace(const Decode& call);
 
 }  // namespace sparsekern::cuda

@@ -7,6 +7,7 @@ namespace {
 constexpr int64_t kStepColumns = 128;
 
 Tensor nm_linear_of(Tensor x, Tensor values, Tensor codes, std::optional<Tensor> bias) {
+  check_half(x);
   check(values.dim() == 2 && values.scalar_type() == x.scalar_type(), "values: expected [rows, stored] of the dtype of x");
   const int64_t rows = values.size(0), columns = as_tokens(x).size(1);
   DecodeTensors tensors(x, rows, bias, kStepColumns);

@@ -1,7 +1,10 @@
 #include <initializer_list>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
+#include "cuda/addmm.h"
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
 
@@ -68,12 +71,7 @@ void set_results(ObsBlock& block, const Tensor& delta, const Tensor& mask, const
   block.row_error = data_of<float>(row_error);
 }
 
-void obs_sweep_block_of(
-    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, int64_t begin,
-    int64_t end, std::string choice, int64_t kept, int64_t group, int64_t warps) {
-  ObsBlock block = block_of(weight, factor, status, begin, end);
-  set_warps(block, warps);
-  set_results(block, delta, mask, new_weight, row_error);
+void set_choice(ObsBlock& block, const std::string& choice, int64_t kept, int64_t group) {
   check(choice == "given" || choice == "group" || choice == "row", "choice: expected given, group or row");
   block.choice = choice == "given" ? ObsChoice::given : choice == "group" ? ObsChoice::group : ObsChoice::row;
   if (choice == "group") {
@@ -84,8 +82,83 @@ void obs_sweep_block_of(
   }
   check(kept >= 0 && kept <= kMaxColumns, "kept: expected a number of weights of a group or of a row");
   block.kept = kept;
+}
+
+void obs_sweep_block_of(
+    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, int64_t begin,
+    int64_t end, std::string choice, int64_t kept, int64_t group, int64_t warps) {
+  ObsBlock block = block_of(weight, factor, status, begin, end);
+  set_warps(block, warps);
+  set_results(block, delta, mask, new_weight, row_error);
+  set_choice(block, choice, kept, group);
   const DeviceGuard guard(weight);
   obs_sweep_block(block, current_stream(weight));
+}
+
+// Neighbouring blocks of columns of a sweep: block `i` begins at `borders[i]` and ends at `ends[i]`, and its padding at the next border.
+struct Blocks {
+  std::vector<int64_t> borders, ends, kept;
+
+  Blocks(std::vector<int64_t> given_borders, std::vector<int64_t> given_ends, std::vector<int64_t> given_kept)
+      : borders(std::move(given_borders)), ends(std::move(given_ends)), kept(std::move(given_kept)) {
+    check(
+        borders.size() == ends.size() + 1 && kept.size() == ends.size(),
+        "borders, ends, kept: expected one more border than blocks");
+    for (size_t i = 0; i < ends.size(); ++i) {
+      check(borders[i] <= ends[i] && ends[i] <= borders[i + 1], "borders, ends: expected ascending columns");
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(ends.size()); }
+};
+
+// Prunes blocks by halves, as `by_halves` of sparsekern/backends/obs_sweep.py: `prune(i)` for each, and one product before each but the
+// first. With `fresh`, nothing is pending yet, so that products from the first block are the first to write their columns.
+class ByHalves {
+ public:
+  ByHalves(const Blocks& blocks, const Tensor& delta, const Tensor& factor, bool fresh)
+      : blocks_(blocks), delta_(delta), factor_(factor), fresh_(fresh) {}
+
+  template <class Prune>
+  void run(int64_t first, int64_t last, const Prune& prune) {
+    if (last - first < 2) {
+      if (last != first) prune(first);
+      return;
+    }
+    int64_t middle = first + 1;
+    while (2 * (middle - first) < last - first) middle += middle - first;
+    run(first, middle, prune);
+    update(first, middle, last);
+    run(middle, last, prune);
+  }
+
+ private:
+  void update(int64_t first, int64_t middle, int64_t last) {
+    const int64_t a = blocks_.borders[first], b = blocks_.borders[middle], c = blocks_.borders[last];
+    Tensor rows = torch::stable::narrow(factor_, 0, a, b - a);
+    add_product(
+        torch::stable::narrow(delta_, 1, b, c - b), torch::stable::narrow(delta_, 1, a, b - a),
+        torch::stable::narrow(rows, 1, b, c - b), fresh_ && first == 0);
+  }
+
+  const Blocks& blocks_;
+  Tensor delta_, factor_;
+  bool fresh_;
+};
+
+void obs_sweep_blocks_of(
+    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status,
+    std::vector<int64_t> borders, std::vector<int64_t> ends, std::vector<int64_t> kept, std::string choice, int64_t group,
+    int64_t warps, bool fresh) {
+  const Blocks blocks(std::move(borders), std::move(ends), std::move(kept));
+  const DeviceGuard guard(weight);
+  ByHalves(blocks, delta, factor, fresh).run(0, blocks.count(), [&](int64_t i) {
+    ObsBlock block = block_of(weight, factor, status, blocks.borders[i], blocks.ends[i]);
+    set_warps(block, warps);
+    set_results(block, delta, mask, new_weight, row_error);
+    set_choice(block, choice, blocks.kept[i], group);
+    obs_sweep_block(block, current_stream(weight));
+  });
 }
 
 // Returns the workspace of obs_sweep_competing_block: zeroed words for each of `calls` calls, and words that the calls share. The
@@ -99,11 +172,7 @@ std::tuple<Tensor, Tensor, int64_t> obs_sweep_workspace_of(Tensor weight, int64_
   return {cleared, shared, obs_sweep_tiles(weight.size(0))};
 }
 
-void obs_sweep_competing_block_of(
-    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, Tensor cleared,
-    Tensor shared, int64_t begin, int64_t end, int64_t kept, int64_t tiles, int64_t call) {
-  ObsBlock block = block_of(weight, factor, status, begin, end);
-  set_results(block, delta, mask, new_weight, row_error);
+void set_competition(ObsBlock& block, const Tensor& cleared, const Tensor& shared, int64_t kept, int64_t tiles, int64_t call) {
   check(
       cleared.dim() == 2 && cleared.size(1) == obs_sweep_cleared_words() && cleared.scalar_type() == ScalarType::Int &&
           cleared.is_contiguous(),
@@ -120,8 +189,30 @@ void obs_sweep_competing_block_of(
   block.tiles = static_cast<int>(tiles);
   block.cleared = data_of<uint32_t>(cleared) + call * obs_sweep_cleared_words();
   block.shared = data_of<uint32_t>(shared);
+}
+
+void obs_sweep_competing_block_of(
+    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, Tensor cleared,
+    Tensor shared, int64_t begin, int64_t end, int64_t kept, int64_t tiles, int64_t call) {
+  ObsBlock block = block_of(weight, factor, status, begin, end);
+  set_results(block, delta, mask, new_weight, row_error);
+  set_competition(block, cleared, shared, kept, tiles, call);
   const DeviceGuard guard(weight);
   obs_sweep_block(block, current_stream(weight));
+}
+
+void obs_sweep_competing_blocks_of(
+    Tensor weight, Tensor factor, Tensor delta, Tensor mask, Tensor new_weight, Tensor row_error, Tensor status, Tensor cleared,
+    Tensor shared, std::vector<int64_t> borders, std::vector<int64_t> ends, std::vector<int64_t> kept, int64_t tiles, int64_t call,
+    bool fresh) {
+  const Blocks blocks(std::move(borders), std::move(ends), std::move(kept));
+  const DeviceGuard guard(weight);
+  ByHalves(blocks, delta, factor, fresh).run(0, blocks.count(), [&](int64_t i) {
+    ObsBlock block = block_of(weight, factor, status, blocks.borders[i], blocks.ends[i]);
+    set_results(block, delta, mask, new_weight, row_error);
+    set_competition(block, cleared, shared, blocks.kept[i], tiles, call + i);
+    obs_sweep_block(block, current_stream(weight));
+  });
 }
 
 void obs_sweep_scores_of(
@@ -168,6 +259,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern_cuda, m) {
       "obs_sweep_competing_block(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, "
       "Tensor(d!) row_error, Tensor(e!) status, Tensor(f!) cleared, Tensor(g!) shared, int begin, int end, int kept, int tiles, "
       "int call) -> ()");
+  m.def(
+      "obs_sweep_blocks(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, Tensor(d!) "
+      "row_error, Tensor(e!) status, int[] borders, int[] ends, int[] kept, str choice, int group, int warps, bool fresh) -> ()");
+  m.def(
+      "obs_sweep_competing_blocks(Tensor weight, Tensor factor, Tensor(a!) delta, Tensor(b!) mask, Tensor(c!) new_weight, "
+      "Tensor(d!) row_error, Tensor(e!) status, Tensor(f!) cleared, Tensor(g!) shared, int[] borders, int[] ends, int[] kept, "
+      "int tiles, int call, bool fresh) -> ()");
   m.def("obs_sweep_check_factor(Tensor factor, Tensor(a!) status) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) {
@@ -175,6 +273,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern_cuda, SPARSEKERN_DEVICE_KEY, m) {
   m.impl("obs_sweep_scores", TORCH_BOX(&obs_sweep_scores_of));
   m.impl("obs_sweep_workspace", TORCH_BOX(&obs_sweep_workspace_of));
   m.impl("obs_sweep_competing_block", TORCH_BOX(&obs_sweep_competing_block_of));
+  m.impl("obs_sweep_blocks", TORCH_BOX(&obs_sweep_blocks_of));
+  m.impl("obs_sweep_competing_blocks", TORCH_BOX(&obs_sweep_competing_blocks_of));
   m.impl("obs_sweep_check_factor", TORCH_BOX(&check_factor_of));
 }
 

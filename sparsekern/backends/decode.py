@@ -1,9 +1,9 @@
-"""The C++ kernels for at most 16 tokens and packed weights of 16-bit values: what they support, and `x` as they read it."""
+"""The C++ kernels for at most 16 tokens and packed weights: what they support, and `x` as they read it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch.nn.functional import pad
@@ -15,11 +15,11 @@ HALF = (torch.bfloat16, torch.float16)
 LEAST = (8, 0)
 
 
-def supports_tokens(op: str, x: torch.Tensor) -> Support:
-    """Return whether the kernel of `op` multiplies `x`: 16-bit values of at most 16 tokens, on a device with its instructions."""
+def supports_tokens(op: str, x: torch.Tensor, dtypes: Collection[torch.dtype] = HALF) -> Support:
+    """Return whether the kernel of `op` multiplies `x`: at most 16 tokens of `dtypes`, on a device with its instructions."""
     if not is_built(op):
         return Support(False, "the compiled library has no kernel for it: it was built from another version")
-    if x.dtype not in HALF:
+    if x.dtype not in dtypes:
         return Support(False, f"x is {str(x.dtype).removeprefix('torch.')}, not of 16 bits")
     if not x.numel() or x.numel() > MOST_TOKENS * x.shape[-1]:
         return Support(False, f"x has more than {MOST_TOKENS} tokens, or none")

@@ -7,14 +7,16 @@ on the whole right half. Each block still waits for one product and its kernel, 
 1024 columns wide. Pending sums are stored in `delta` itself, in the columns that will overwrite them.
 
 The weights of a batch go through the blocks together: each product and each launch is one for all of them.
+
+Where a call takes several blocks, it loops over them by itself, small products included: the host would take longer for them than the
+device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -22,29 +24,11 @@ from ..pattern import pruned_count
 from .devices import YES, Support
 from .implementation import Implementation
 from .products import add_product, full_float32
+from .sweep_kernels import CudaKernels
+from .sweep_state import ALIGNMENT, LAUNCH_COLUMNS, Block, Sweep, allocate, column_blocks, results
 from .values import raise_if, value_checks, values_are_checked
 
-LAUNCH_COLUMNS = 128  # most columns of one launch
 MAX_GROUP = 64
-ALIGNMENT = 4  # columns; blocks of the CUDA C++ kernels begin at multiples of it
-
-
-class Block(NamedTuple):
-    """Columns of a block: `[begin, end)` of the weight, stored at `[first, last)` of the sweep's matrices.
-
-    Attributes:
-        begin: first column in the weight.
-        end: end of the columns in the weight, exclusive.
-        first: first column in the sweep's matrices.
-        last: end of the columns in the sweep's matrices, exclusive.
-        border: end of the padding, where the next block begins.
-    """
-
-    begin: int
-    end: int
-    first: int
-    last: int
-    border: int
 
 
 def block_size_for(m: int, block_size: int, competing: bool) -> int:
@@ -55,60 +39,22 @@ def block_size_for(m: int, block_size: int, competing: bool) -> int:
     return LAUNCH_COLUMNS // aligned * aligned or LAUNCH_COLUMNS // m * m
 
 
-def column_blocks(columns: int, size: int, alignment: int) -> list[Block]:
-    """Return blocks of `size` columns, each beginning at a multiple of `alignment` columns of the sweep's matrices."""
-    blocks, first = [], 0
-    for begin in range(0, columns, size):
-        end = min(begin + size, columns)
-        last = first + end - begin
-        blocks.append(Block(begin, end, first, last, -(-last // alignment) * alignment))
-        first = blocks[-1].border
-    return blocks
+def by_halves(count: int, run: Callable[[int, int], None], update: Callable[[int, int, int], None], together: int = 1) -> None:
+    """Call `run(first, last)` for ranges that follow each other, of at most `together` numbers, with updates in between.
 
-
-def by_halves(count: int, run: Callable[[int], None], update: Callable[[int, int, int], None]) -> None:
-    """Call `run(i)` for each `i` in order, with updates in between.
-
-    `update(first, middle, last)` is called when all of `[first, middle)` has run and none of `[middle, last)` has. Each pair is updated
-    once, in `count - 1` updates, one before each `run` except the first.
+    `update(first, middle, last)` is called when all of `[first, middle)` has run and none of `[middle, last)` has. Each pair that is not
+    in one range is updated once: with one number a range in `count - 1` updates, one before each `run` except the first.
     """
 
     def part(first: int, last: int) -> None:
-        if last - first == 1:
-            return run(first)
+        if last - first <= together:
+            return run(first, last)
         middle = first + (1 << (last - first - 1).bit_length() - 1)
         part(first, middle)
         update(first, middle, last)
         part(middle, last)
 
     part(0, count)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The tensors of one sweep, contiguous and aligned to 16 bytes. Columns are where `blocks` say.
-
-    All but `status` have a leading dimension more in the sweep of a batch.
-
-    Attributes:
-        blocks: the blocks of columns.
-        weight: `[rows, columns]`.
-        factor: `[columns, columns]` float32; padding is dead features.
-        mask: `[rows, columns]` bool, given or found block by block.
-        delta: `[rows, columns]` float32, `weight - new_weight`; pending sums in later columns.
-        new_weight: `[rows, columns]` in the dtype of `weight`.
-        row_error: `[rows]` float32.
-        status: int32 scalar on the device.
-    """
-
-    blocks: list[Block]
-    weight: torch.Tensor
-    factor: torch.Tensor
-    mask: torch.Tensor
-    delta: torch.Tensor
-    new_weight: torch.Tensor
-    row_error: torch.Tensor
-    status: torch.Tensor
 
 
 class Kernels(Protocol):
@@ -122,6 +68,16 @@ class Kernels(Protocol):
 
     def prune_best(self, first: int, last: int, kept: int, scope: str) -> bool:
         """Keep the best `kept` weights of each row (scope "row") or of all rows (scope "block"); False if that takes more launches."""
+
+    def together(self, choice: str) -> int:
+        """Return the number of blocks that `prune_blocks` takes, a power of two; it is not called for one."""
+
+    def prune_blocks(self, blocks: list[Block], kept: list[int], choice: str, m: int) -> None:
+        """Prune neighbouring blocks, and add the effect of each on those after it.
+
+        `choice` is "given" (the mask of the sweep), "group" (N of every M columns), or the scope in which the columns of a block
+        compete; `kept` is what is kept there.
+        """
 
     def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
         """Store the cost of removing each weight if nothing from column `origin` on is pruned.
@@ -138,25 +94,37 @@ def sweep(make_kernels, weight, factor, *, n, m, sparsity, scope, block_size, ma
     elif not m and scope == "matrix":
         mask = _best_of_matrix(weight, factor, rows * columns - pruned_count(rows * columns, sparsity))
     competing = mask is None and not m
-    state = _allocate(weight, factor, mask, column_blocks(columns, block_size_for(m, block_size, competing), ALIGNMENT))
+    state = allocate(weight, factor, mask, column_blocks(columns, block_size_for(m, block_size, competing), ALIGNMENT))
     if weight.numel():
         kernels = make_kernels(state)
         if values_are_checked(weight):
             kernels.check_values()
 
-        def run(i: int) -> None:
-            block = state.blocks[i]
-            if competing:
-                _prune_best(state, kernels, block, rows if scope == "block" else 1, sparsity)
+        together = rows if scope == "block" else 1  # rows that are selected among
+        choice = scope if competing else "group" if m else "given"
+
+        def run(first: int, last: int) -> None:
+            blocks = state.blocks[first:last]
+            kept = [_kept(block, together, sparsity) if competing else n for block in blocks]
+            if len(blocks) > 1:
+                kernels.prune_blocks(blocks, kept, choice, m)
+            elif competing:
+                _prune_best(state, kernels, blocks[0], kept[0], scope)
             else:
-                kernels.prune(block.first, block.last, n, m)
+                kernels.prune(blocks[0].first, blocks[0].last, n, m)
 
         borders = [0, *(block.border for block in state.blocks)]
         state.delta[..., : borders[1]].zero_()
         with full_float32():
-            by_halves(len(state.blocks), run, _product(state.delta, state.factor, borders, fresh=True))
+            fit = state.blocks[0].last <= LAUNCH_COLUMNS
+            by_halves(
+                len(state.blocks),
+                run,
+                _product(state.delta, state.factor, borders, fresh=True),
+                kernels.together(choice) if fit else 1,
+            )
         raise_if(state.status)
-    return _results(state)
+    return results(state)
 
 
 def _product(delta: torch.Tensor, factor: torch.Tensor, borders: list[int], fresh: bool) -> Callable[[int, int, int], None]:
@@ -172,11 +140,15 @@ def _product(delta: torch.Tensor, factor: torch.Tensor, borders: list[int], fres
     return update
 
 
-def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, sparsity: float) -> None:
-    """Prune a block of any width to its best weights, selected among `together` rows: all rows, or each row separately."""
+def _kept(block: Block, together: int, sparsity: float) -> int:
+    """Return how many weights of a block are kept among `together` rows."""
     # Counting the pruned weights up to each border makes the total exact whatever the block size.
     pruned = pruned_count(together * block.end, sparsity) - pruned_count(together * block.begin, sparsity)
-    kept, scope = together * (block.end - block.begin) - pruned, "row" if together == 1 else "block"
+    return together * (block.end - block.begin) - pruned
+
+
+def _prune_best(state: Sweep, kernels: Kernels, block: Block, kept: int, scope: str) -> None:
+    """Prune a block of any width to its `kept` best weights of each row (scope "row") or of all rows (scope "block")."""
     if block.last - block.first <= LAUNCH_COLUMNS and kernels.prune_best(block.first, block.last, kept, scope):
         return
     borders = [*range(block.first, block.last, LAUNCH_COLUMNS), block.last]
@@ -185,14 +157,14 @@ def _prune_best(state: Sweep, kernels: Kernels, block: Block, together: int, spa
     scores = torch.empty_like(delta)
     by_halves(
         tiles,
-        lambda i: kernels.score(borders[i], borders[i + 1], block.first, delta, scores),
+        lambda i, _: kernels.score(borders[i], borders[i + 1], block.first, delta, scores),
         _product(delta, state.factor, borders, fresh=False),
     )
     columns = slice(block.first, block.last)
     state.mask[..., columns] = _keep_best(scores[..., : block.last - block.first], kept, "row" if scope == "row" else "matrix")
     by_halves(
         tiles,
-        lambda i: kernels.prune(borders[i], borders[i + 1], 0, 0),
+        lambda i, _: kernels.prune(borders[i], borders[i + 1], 0, 0),
         _product(state.delta[..., columns], state.factor, borders, fresh=False),
     )
 
@@ -209,118 +181,6 @@ def _keep_best(scores: torch.Tensor, kept: int, scope: str) -> torch.Tensor:
         scores, scope = scores.flatten(1) if scope == "matrix" else scores.flatten(0, 1), "row"
     with value_checks(False):  # a NaN comes from the weight or the factor, which the status reports
         return torch.ops.sparsekern.topk_mask(scores, kept, scope=scope).view(shape)
-
-
-def _positions(blocks: list[Block], device: torch.device) -> torch.Tensor | None:
-    """Return the column in the sweep of each column of the weight; None if they are the same."""
-    if not blocks or blocks[-1].border == blocks[-1].end:
-        return None
-    return torch.cat([torch.arange(block.first, block.last, device=device) for block in blocks])
-
-
-def _allocate(weight: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor | None, blocks: list[Block]) -> Sweep:
-    columns = _positions(blocks, weight.device)
-    if columns is None:
-        weight, factor = _aligned(weight), _aligned(factor)
-        chosen = torch.empty_like(weight, dtype=torch.bool) if mask is None else mask.clone(memory_format=torch.contiguous_format)
-    else:
-        width = blocks[-1].border
-        weight = weight.new_zeros((*weight.shape[:-1], width)).index_copy_(-1, columns, weight)
-        dead = torch.diag_embed(factor.new_full((*factor.shape[:-2], width), -1.0))
-        dead[..., columns[:, None], columns] = factor
-        factor = dead
-        chosen = torch.zeros_like(weight, dtype=torch.bool)
-        if mask is not None:
-            chosen.index_copy_(-1, columns, mask)
-    return Sweep(
-        blocks,
-        weight,
-        factor,
-        chosen,
-        delta=torch.empty_like(weight, dtype=torch.float32),
-        new_weight=torch.empty_like(weight),
-        row_error=weight.new_zeros(weight.shape[:-1], dtype=torch.float32),
-        status=weight.new_zeros((), dtype=torch.int32),
-    )
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _results(state: Sweep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    columns = _positions(state.blocks, state.weight.device)
-    if columns is None:
-        return state.new_weight, state.mask, state.row_error
-    return state.new_weight[..., columns], state.mask[..., columns], state.row_error
-
-
-class CudaKernels:
-    """The kernels of csrc/cuda/obs_sweep.cu; see `Kernels`."""
-
-    CALLS = 64  # calls of `prune_best` per clearing of the workspace
-
-    def __init__(self, state: Sweep) -> None:
-        self._ops = torch.ops.sparsekern_cuda
-        self._state = state
-        self._results = state.delta, state.mask, state.new_weight, state.row_error, state.status
-        self._warps = warps_for(len(state.weight), _processors(state.weight.device))
-        self._workspace: list[torch.Tensor] | None = None
-        self._tiles = self._calls = 0
-
-    def check_values(self) -> None:
-        self._ops.obs_sweep_check_factor(self._state.factor, self._state.status)
-
-    def prune(self, first: int, last: int, n: int, m: int) -> None:
-        self._prune(first, last, "group" if m else "given", n, m)
-
-    def prune_best(self, first: int, last: int, kept: int, scope: str) -> bool:
-        if scope == "row":
-            self._prune(first, last, "row", kept, 0)
-            return True
-        if self._workspace is None:
-            calls = min(self.CALLS, len(self._state.blocks))
-            *self._workspace, self._tiles = self._ops.obs_sweep_workspace(self._state.weight, calls)
-        if self._tiles == 0:
-            return False
-        cleared, shared = self._workspace
-        if self._calls == len(cleared):
-            cleared.zero_()
-            self._calls = 0
-        state = self._state
-        self._ops.obs_sweep_competing_block(
-            state.weight, state.factor, *self._results, cleared, shared, first, last, kept, self._tiles, self._calls
-        )
-        self._calls += 1
-        return True
-
-    def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
-        state = self._state
-        self._ops.obs_sweep_scores(state.weight, state.factor, delta, scores, state.status, first, last, origin, self._warps)
-
-    def _prune(self, first: int, last: int, choice: str, kept: int, group: int) -> None:
-        state = self._state
-        self._ops.obs_sweep_block(state.weight, state.factor, *self._results, first, last, choice, kept, group, self._warps)
-
-
-ROWS_PER_WARP = 4
-MAX_WARPS = 8
-
-
-def warps_for(rows: int, processors: int) -> int:
-    """Return the warps of a thread block.
-
-    Each block reads a whole triangle of the factor. Blocks are therefore large, unless half of the multiprocessors would have none.
-    """
-    warps = MAX_WARPS
-    while warps > 1 and 2 * -(-rows // (ROWS_PER_WARP * warps)) <= processors:
-        warps //= 2
-    return warps
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _supports(weight, factor, *, n=0, m=0, mask=None, **options) -> Support:

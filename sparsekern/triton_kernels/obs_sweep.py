@@ -272,6 +272,10 @@ class TritonKernels:
         """Return False: the best weights are chosen by the caller, from their scores."""
         return False
 
+    def together(self, choice: str) -> int:
+        """Return one: each block is a launch of its own."""
+        return 1
+
     def score(self, first: int, last: int, origin: int, delta: torch.Tensor, scores: torch.Tensor) -> None:
         """Store the cost of removing each weight of columns `[first, last)`; `delta` and `scores` begin with column `origin`."""
         self._run(first, last, delta[..., first - origin :], scores[..., first - origin :], 0, 0)

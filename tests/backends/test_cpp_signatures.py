@@ -16,6 +16,7 @@ TYPES = {
     "Tensor": "Tensor",
     "std::optional<Tensor>": "Optional[Tensor]",
     "int64_t": "int",
+    "std::vector<int64_t>": "List[int]",
     "double": "float",
     "bool": "bool",
     "std::string": "str",

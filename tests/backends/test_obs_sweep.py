@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekern.backends.obs_sweep import (
-    LAUNCH_COLUMNS,
-    MAX_WARPS,
-    ROWS_PER_WARP,
-    block_size_for,
-    by_halves,
-    column_blocks,
-    sweep,
-    warps_for,
-)
+from sparsekern.backends import obs_sweep, sweep_kernels
+from sparsekern.backends.obs_sweep import block_size_for, by_halves, sweep
+from sparsekern.backends.sweep_kernels import MAX_WARPS, ROWS_PER_WARP, CudaKernels, warps_for
+from sparsekern.backends.sweep_state import LAUNCH_COLUMNS, column_blocks
 from sparsekern.ops._registry import OPS
 from sparsekern.ops.obs_sweep import reference
 
 
-@given(count=st.integers(1, 70))
-def test_by_halves_reaches_each_pair_once_and_in_time(count):
+@given(count=st.integers(1, 70), together=st.sampled_from([1, 2, 8]))
+def test_by_halves_reaches_each_pair_once_and_in_time(count, together):
     reached, done = set(), []
 
-    def run(i):
-        assert i == len(done) and all((k, i) in reached for k in range(i))
-        done.append(i)
+    def run(first, last):
+        assert first == len(done) and 0 < last - first <= together
+        for i in range(first, last):
+            assert all((k, i) in reached for k in range(first))
+            reached.update((k, i) for k in range(first, i))
+            done.append(i)
 
     def update(first, middle, last):
         assert first < middle == len(done) < last <= count
@@ -37,13 +35,13 @@ def test_by_halves_reaches_each_pair_once_and_in_time(count):
         assert not pairs & reached
         reached.update(pairs)
 
-    by_halves(count, run, update)
+    by_halves(count, run, update, together)
     assert len(done) == count and len(reached) == count * (count - 1) // 2
 
 
 def test_by_halves_makes_one_update_a_block_and_most_of_them_small():
     widths = []
-    by_halves(32, lambda i: None, lambda first, middle, last: widths.append(last - middle))
+    by_halves(32, lambda first, last: None, lambda first, middle, last: widths.append(last - middle))
     assert len(widths) == 31 and sorted(widths, reverse=True)[:7] == [16, 8, 8, 4, 4, 4, 4]
 
 
@@ -98,6 +96,9 @@ class PlainKernels:
     def prune_best(self, first, last, kept, scope):
         return False
 
+    def together(self, choice):
+        return 1
+
     def score(self, first, last, origin, delta, scores):
         assert first % 4 == 0 and 0 < last - first <= LAUNCH_COLUMNS
         here = slice(first - origin, last - origin)
@@ -151,6 +152,9 @@ class PlainKernelsOfABatch:
 
     def prune_best(self, first, last, kept, scope):
         return False
+
+    def together(self, choice):
+        return 1
 
     def score(self, first, last, origin, delta, scores):
         for index, kernels in enumerate(self.each):
@@ -210,3 +214,33 @@ def test_the_weights_of_a_batch_go_through_the_loop_as_each_would_alone(generato
         assert torch.equal(got[1][index], expected[1])
         torch.testing.assert_close(got[0][index].double(), expected[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got[2][index], expected[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"sparsity": 0.5}, 3 * 1300),
+        ({"sparsity": 0.5, "scope": "row"}, 1300),
+        ({"n": 2, "m": 4}, 2 * 21),
+        ({"mask": torch.ones(3, 2600, dtype=torch.bool)}, 0),
+    ],
+    ids=["block", "row", "group", "given"],
+)
+def test_a_call_takes_eight_blocks(monkeypatch, generator, options, kept):
+    """The host multiplies only between the ranges of two calls."""
+    ranges, products = [], []
+    ops = types.SimpleNamespace(
+        obs_sweep_check_factor=lambda factor, status: None,
+        obs_sweep_workspace=lambda weight, calls: (torch.zeros(calls, 1), torch.zeros(1), 1),
+        obs_sweep_blocks=lambda *given: ranges.append((*given[7:10], None, given[-1])),
+        obs_sweep_competing_blocks=lambda *given: ranges.append((*given[9:12], given[-2], given[-1])),
+    )
+    monkeypatch.setattr(torch.ops, "sparsekern_cuda", ops, raising=False)
+    monkeypatch.setattr(sweep_kernels, "is_built", lambda op: True)
+    monkeypatch.setattr(obs_sweep, "add_product", lambda out, left, right, begins: products.append((out.shape[1], begins)))
+    sweep(CudaKernels, torch.randn(3, 2600, generator=generator), torch.eye(2600), **{**DEFAULTS, **options})
+    borders, ends, of_blocks, calls, fresh = zip(*ranges, strict=True)
+    assert [(each[0], each[-1]) for each in borders] == [(0, 1024), (1024, 2048), (2048, 2600)]
+    assert [each[-1] for each in ends] == [1024, 2048, 2600] and list(map(len, ends)) == [8, 8, 5]
+    assert fresh == (True, False, False) and calls in ((None,) * 3, (0, 8, 16))
+    assert sum(map(sum, of_blocks)) == kept and products == [(1024, True), (552, True)]

@@ -61,7 +61,7 @@ def code_of(library: Path, architecture: str, function: str) -> dict[int, str]:
     return {int(place, 16): text for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.+?) *;", told)}
 
 
-@pytest.fixture(scope="module", params=["bitmask_linear", "nm_linear"])
+@pytest.fixture(scope="module", params=["bitmask_linear", "nm_linear", "nm_q4_linear"])
 def op(request) -> tuple[str, dict[tuple[str, int], Kernel]]:
     library = importlib.util.find_spec("sparsekern._C_cuda")
     if library is None:
@@ -73,14 +73,20 @@ def op(request) -> tuple[str, dict[tuple[str, int], Kernel]]:
 
 
 def test_inner_loops(op):
-    """Of 2:4, the whole loop: at most 4 instructions for each stored value. Of a bitmask, for each weight, zeros included."""
+    """Of 2:4, the whole loop: at most 4 instructions for each stored value. Of a bitmask, for each weight, zeros included.
+
+    With values of 4 bits, the loop over single blocks of 64 columns, 16 values a thread.
+    """
     name, kernels = op
     assert set(kernels) == {(architecture, groups) for architecture in ARCHITECTURES for groups in (1, 2)}
     for (_, groups), kernel in kernels.items():
         loop = kernel.loop()
         assert kernel.stack == 0
-        assert sum("HMMA.SP" in each if name == "nm_linear" else "HMMA.16816" in each for each in loop) == 8 * groups
-        if name == "nm_linear":
+        products = sum("HMMA.16816" in each if name == "bitmask_linear" else "HMMA.SP" in each for each in loop)
+        assert products == (4 if name == "nm_q4_linear" else 8) * groups
+        if name == "nm_q4_linear":
+            assert len(loop) <= 4.5 * 16 + 30 * (groups - 1)
+        elif name == "nm_linear":
             assert len(loop) <= 4 * 64  # of a step of 256 columns, 64 values a thread
         else:
             assert len(loop) <= 5 * 64 < 0.5 * TRITON[1] * 64  # of 128 columns and two rows a thread
@@ -88,10 +94,11 @@ def test_inner_loops(op):
 
 
 def test_weights_are_read_by_16_bytes(op):
-    _, kernels = op
-    for kernel in kernels.values():
+    name, kernels = op
+    for (_, groups), kernel in kernels.items():
         reads = [each for each in kernel.loop() if re.search(r"\bLDG\b", each)]
-        assert all(re.search(r"\bLDG\.E\.128\b", each) for each in reads)
+        scales = 2 * groups if name == "nm_q4_linear" else 0  # of the tokens
+        assert sum(re.search(r"\bLDG\.E\.128\b", each) is None for each in reads) == scales
         copies = [each for each in kernel.code.values() if "LDGSTS" in each]
         assert copies and all(".128" in each for each in copies)
 
@@ -100,6 +107,7 @@ def test_weights_are_read_by_16_bytes(op):
 BLOCKS = {
     "bitmask_linear": (256, lambda tokens: 8 * 2 * (8 * 184 * 4 + 2 * 528)),
     "nm_linear": (128, lambda tokens: 4 * 2 * 2 * (16 * 160 + 16 * 16 + tokens * 272)),
+    "nm_q4_linear": (128, lambda tokens: 4 * 4 * 2 * 4 * 208),
 }
 
 
