@@ -29,10 +29,9 @@ def linears(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::sparsekern.SparsekernWarning")  # of few tokens
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tuned_blocks_come_closer_on_their_grid(dtype):
-    tuned, report = prune(tiny_model("llama").to(dtype), tune=TUNE)
-    plain, _ = prune(tiny_model("llama").to(dtype))
+def test_tuned_blocks_of_a_half_model_come_closer_on_their_grid():
+    tuned, report = prune(tiny_model("llama").bfloat16(), tune=TUNE)
+    plain, _ = prune(tiny_model("llama").bfloat16())
     assert (
         all(row["after"] <= row["before"] for row in report.tuning)
         and report.tuning[0]["after"] < 0.95 * report.tuning[0]["before"]
