@@ -10,11 +10,9 @@ from functools import partial
 from ..backends.libraries import check_isa
 from ..data import as_calibration, describe_calibration
 from ..methods import Method
-from ..methods.allocation import UNIFORM
 from ..models.limits import window_length
 from ..pruning import prune_continually
 from ..pruning.continual.prune import check_adds_up
-from ..pruning.corrections import NONE
 from ..pruning.saving import check_new_out, described, rewrite_reports
 from ..ranks import World
 from ..runtime.save import DENSE
@@ -27,7 +25,7 @@ from .common import (
     next_steps,
     push_result,
 )
-from .settings import methods_of, take_quality
+from .settings import asked_settings, methods_of, take_quality
 
 BUILTIN = "builtin:"
 
@@ -42,15 +40,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     take_quality(arguments)
     method, _ = methods_of(arguments)  # of those that add up, none takes another one behind it
     check_adds_up(method, arguments.strategy)
-    if arguments.values is not None:
-        raise ValueError(f"--values: expected one --calibration and no --state, got {arguments.values!r}")
-    if arguments.correction != NONE:
-        raise ValueError(f"--correction: expected one --calibration and no --state, got {arguments.correction!r}")
-    for option in ("tune", "distill"):
-        if getattr(arguments, option):
-            raise ValueError(f"--{option}: expected one --calibration and no --state")
-    if arguments.allocation != UNIFORM:
-        raise ValueError(f"--allocation: expected one --calibration and no --state, got {arguments.allocation!r}")
+    for option, value in asked_settings(arguments).items():
+        shown = "" if value is True else f", got {value!r}"
+        raise ValueError(f"--{option}: expected one --calibration and no --state{shown}")
     texts = _texts_to_evaluate(arguments)
     if World.current().leads:
         check_new_out(arguments.out, "--out")

@@ -14,11 +14,9 @@ import torch
 from ..backends.libraries import check_isa
 from ..data import as_calibration, describe_calibration
 from ..methods import ExpertMethod, Method, RemovalMethod
-from ..methods.allocation import UNIFORM
 from ..models.limits import window_length
 from ..pattern import Pattern
 from ..pruning import prune
-from ..pruning.corrections import NONE
 from ..pruning.removal.loop import encoder_to_cut
 from ..pruning.saving import check_out, described, is_finished, rewrite_reports
 from ..ranks import World
@@ -33,7 +31,7 @@ from .common import (
     next_steps,
     push_result,
 )
-from .settings import methods_of, take_quality, training_of
+from .settings import asked_settings, methods_of, take_quality, training_of
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -169,8 +167,7 @@ def _calibration(
 
 def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:
     """Return whether the run needs calibration text."""
-    corrected = arguments.correction != NONE or arguments.allocation != UNIFORM or arguments.values is not None
-    return bool(method.needs_data or arguments.report_error or corrected or arguments.tune or arguments.distill)
+    return bool(method.needs_data or arguments.report_error or asked_settings(arguments))
 
 
 def _only_text(arguments: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from ..methods import METHODS, BlockTuning, Distill, ExpertMethod, Method, Training, settings_of
+from ..pruning.needs import SETTINGS
 from ..pruning.quality import DEFAULT_METHOD, Preset, with_quality
 
 TRAINING = ("tune.", "distill.")  # begin the settings of --tune and --distill
@@ -96,6 +97,12 @@ def training_of(arguments: argparse.Namespace) -> tuple[BlockTuning | None, Dist
         return tune, None
     steps = ("distill.steps", str(arguments.distill))
     return tune, _training("distill", Distill, [*arguments.set, steps])
+
+
+def asked_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return those of `SETTINGS` that a command line asks for, by name."""
+    given = {name: getattr(arguments, name) for name in SETTINGS}
+    return {name: value for name, value in given.items() if value and value != SETTINGS[name].neutral}
 
 
 def _asked(option: str, given: object, assignments: Sequence[tuple[str, str]]) -> bool:

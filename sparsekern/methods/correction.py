@@ -32,12 +32,18 @@ class Correction(NamedTuple):
         inputs: the share that is taken of the correction for the inputs.
         residual: the same for the residual stream.
         damping: the damping of both.
+        gain: what they take away of the squared error of the held-out outputs, relative to these outputs.
     """
 
     weight: torch.Tensor
     inputs: float
     residual: float
     damping: float
+    gain: float
+
+    def shares(self) -> dict[str, float]:
+        """Return all but the weight, by name."""
+        return {"inputs": self.inputs, "residual": self.residual, "damping": self.damping, "gain": self.gain}
 
 
 @dataclass
@@ -84,13 +90,19 @@ class Drift:
         if self.residual is not None and lack is not None:
             ops.cross_gram_(self.residual, x, lack.to(x.dtype), row_mask=row_mask)
 
+    def include(self, other: Drift) -> None:
+        """Add the sums over other tokens."""
+        self.gram.include(other.gram.total)
+        self.gram.tokens += other.gram.tokens
+        self.inputs += other.inputs
+        if self.residual is not None and other.residual is not None:
+            self.residual += other.residual
+
     def plus(self, other: Drift) -> Drift:
         """Return the sums over the tokens of both."""
-        gram = self.gram.clone()
-        gram.include(other.gram.total)
-        gram.tokens += other.gram.tokens
-        residual = None if self.residual is None or other.residual is None else self.residual + other.residual
-        return Drift(gram, self.inputs + other.inputs, residual)
+        found = Drift(self.gram.clone(), self.inputs.clone(), None if self.residual is None else self.residual.clone())
+        found.include(other)
+        return found
 
     def steps(self, weight: torch.Tensor, damping: float) -> list[torch.Tensor]:
         """Return the changes of `weight` that undo the drift of the inputs and, where there is one, of the residual stream."""
@@ -103,35 +115,63 @@ class Drift:
         return missing if self.residual is None else missing + self.residual.T
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
+    """How far to correct one linear.
+
+    Attributes:
+        loss: how much the squared error of the held-out outputs changes.
+        damping: the damping.
+        shares: the share of the correction for the inputs, and where there is one that for the residual stream.
+    """
+
     loss: float
     damping: float
     shares: list[float]
 
 
-def corrected(weights: Sequence[torch.Tensor], fitted: Drift, held_out: Drift) -> list[Correction]:
-    """Return the targets of linears with the same inputs.
+def choices(
+    weights: Sequence[torch.Tensor], fitted: Drift, held_out: Drift, dampings: Sequence[float] = DAMPINGS
+) -> list[list[Choice]]:
+    """Return for each damping, and each of some linears with the same inputs, the best shares.
 
     Args:
         weights: dense weights, `[out_features, in_features]` each.
         fitted: the drift over the tokens that dampings and shares are not judged on.
         held_out: the drift over those that they are.
+        dampings: the dampings to try.
     """
+    if not dampings:
+        return []
     judge = ops.gram_symmetrize_(held_out.gram.gram.clone())
     missing = [held_out.missing(weight) for weight in weights]
-    best = [_Choice(0.0, DAMPINGS[0], [0.0, 0.0]) for _ in weights]
-    for damping in DAMPINGS:
-        for place, weight in enumerate(weights):
-            loss, shares = best_shares(fitted.steps(weight, damping), judge, missing[place])
-            if loss < best[place].loss:
-                best[place] = _Choice(loss, damping, shares)
-    whole = fitted.plus(held_out)
-    found: list[Correction | None] = [None] * len(weights)
-    for damping in DAMPINGS:  # one factor serves all weights of a damping
-        for place, weight in enumerate(weights):
-            if best[place].damping == damping:
-                found[place] = _correction(weight, whole, best[place])
-    return [correction for correction in found if correction is not None]
+    return [
+        [_choice(damping, fitted.steps(weight, damping), judge, own) for weight, own in zip(weights, missing, strict=True)]
+        for damping in dampings
+    ]
+
+
+def best_choice(found: Sequence[Choice]) -> Choice:
+    """Return the choice with the smallest loss, the first of several; one that corrects nothing unless a loss is below zero."""
+    best = Choice(0.0, DAMPINGS[0], [0.0, 0.0])
+    for choice in found:
+        if choice.loss < best.loss:
+            best = choice
+    return best
+
+
+def targets(weights: Sequence[torch.Tensor], whole: Drift, held_out: Drift, chosen: Sequence[Choice]) -> list[Correction]:
+    """Return the targets of linears with the same inputs.
+
+    Args:
+        weights: dense weights, `[out_features, in_features]` each.
+        whole: the drift over all tokens.
+        held_out: the drift over those that the choice was judged on.
+        chosen: how far to correct each linear.
+    """
+    found: dict[int, Correction] = {}
+    for place in sorted(range(len(weights)), key=lambda place: chosen[place].damping):  # one factor serves all weights of a damping
+        found[place] = _correction(weights[place], whole, held_out, chosen[place])
+    return [found[place] for place in range(len(weights))]
 
 
 def best_shares(steps: Sequence[torch.Tensor], judge: torch.Tensor, missing: torch.Tensor) -> tuple[float, list[float]]:
@@ -178,11 +218,18 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() * b.double()).sum())
 
 
-def _correction(weight: torch.Tensor, whole: Drift, choice: _Choice) -> Correction:
-    target = weight.float()
+def _choice(damping: float, steps: Sequence[torch.Tensor], judge: torch.Tensor, missing: torch.Tensor) -> Choice:
+    loss, shares = best_shares(steps, judge, missing)
+    return Choice(loss, damping, shares)
+
+
+def _correction(weight: torch.Tensor, whole: Drift, held_out: Drift, choice: Choice) -> Correction:
+    target, gain = weight.float(), 0.0
     if any(choice.shares):
+        energy = _inner(target @ ops.gram_symmetrize_(held_out.gram.gram.clone()), target)
+        gain = -choice.loss / energy if energy > 0 else 0.0
         steps = whole.steps(weight, choice.damping)
         target = sum((share * step for share, step in zip(choice.shares, steps, strict=False)), target)
         target = target.masked_fill(weight == 0, 0)
     inputs, residual = (*choice.shares, 0.0)[:2]
-    return Correction(target.to(weight.dtype), inputs, residual, choice.damping)
+    return Correction(target.to(weight.dtype), inputs, residual, choice.damping, gain)

@@ -40,6 +40,23 @@ class Part:
     decode: Decode | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a block is read from.
+
+    Attributes:
+        names: the names of its tensors.
+        stored: the place of each in a file.
+        part: what the file holds; None for the checkpoint that the model was loaded from.
+        edit: what is changed whenever the block has been read; None for nothing.
+    """
+
+    names: tuple[str, ...]
+    stored: Mapping[str, Stored]
+    part: Part | None = None
+    edit: Any = None
+
+
 def write_stored_tensors(stored: Mapping[str, Stored], folder: Path) -> None:
     """Write weight files with tensors of other files, and an index. A file all of whose tensors are wanted is linked, if that is possible.
 

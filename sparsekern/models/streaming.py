@@ -24,7 +24,7 @@ from .freed_memory import give_back
 from .lent import Lent
 from .linears import mark_unread
 from .staging import Staged, Staging, staging_for
-from .stored_files import Part, Tensors
+from .stored_files import Part, Place, Tensors
 from .stored_reading import Stamps, digest_of
 from .weight_files import Stored, dtype_of, tensors_in
 
@@ -136,7 +136,10 @@ class Stream:
         info = convert(model, empty, dataclasses.replace(self._settings, device_map={"": META}))
         self._convert(model, self._arrived(self._load(self._known)))
         blocks = [model.get_submodule(name) for name in self.blocks]
-        self._buffers = [[(m, name) for m in b.modules() for name, held in m._buffers.items() if _is_empty(held)] for b in blocks]
+        self._buffers = [
+            [(m, name) for m in block.modules() for name, held in m._buffers.items() if held is not None and held.is_meta]
+            for block in blocks
+        ]
         for index in range(len(self.blocks)):
             self.release(model, index)
         return info
@@ -216,35 +219,30 @@ class Stream:
         """Return the weights of block `index`, which is held, under the names and in the shapes of the checkpoint."""
         name = self.blocks[index]
         state = {f"{name}.{key}": tensor for key, tensor in model.get_submodule(name).state_dict().items()}
-        return self.named_as_stored(model, state)
-
-    def named_as_stored(self, model: Any, state: Mapping[str, torch.Tensor]) -> Tensors:
-        """Return weights of the model under the names and in the shapes of the checkpoint."""
         return converted_back(model, state)
-
-    def differing(self, tensors: Tensors) -> set[str]:
-        """Return the names of those tensors whose dtype or shape is another than in the checkpoint."""
-        held = {name: self.stored[name] for name in tensors.keys() & self.stored.keys()}
-        return {
-            name
-            for name, stored in held.items()
-            if (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype_of(stored), stored.shape)
-        }
 
     def read_outside(self, model: Any) -> dict[str, list[str]]:
         """Return by the name of a tensor outside the blocks its names in the model, for those that the model reads."""
         return {name: found for name, found in names_in(model, self.outside, self._settings.weight_mapping or []).items() if found}
 
-    def put(self, model: Any, tensors: Tensors, part: Part) -> None:
-        """Fill in weights of the model from the tensors of a part.
+    def put(self, model: Any, tensors: Tensors, part: Part | None) -> None:
+        """Fill in weights of the model from the tensors of a part, or of the checkpoint itself.
 
         Raises:
             ValueError: they cannot be converted.
         """
-        self._fill(model, tensors, part)
+        unpacked: Tensors = {}
+        if part is not None and part.decode is not None:
+            tensors, unpacked = part.decode(tensors)
+        self._convert(model, tensors)
+        for name, tensor in unpacked.items():
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            old = module._parameters[own]
+            module._parameters[own] = nn.Parameter(tensor.to(self._device), requires_grad=old.requires_grad)
 
-    def take(self, path: Path, part: Part) -> None:
-        """Read a block, or tensors outside the blocks, from another file from now on.
+    def take(self, path: Path, part: Part) -> Place | None:
+        """Read a block, or tensors outside the blocks, from another file from now on. Return where the block was read from before.
 
         Raises:
             ValueError: the file is damaged, or lacks a tensor.
@@ -255,7 +253,16 @@ class Stream:
             if name not in held:
                 raise ValueError(f"{path.name}: the file is damaged ({name} is not there)")
         self._stamps.add([path])
-        self._replace(part, {name: held[name] for name in part.names})
+        return self._replace(part, {name: held[name] for name in part.names})
+
+    @contextmanager
+    def read_from(self, index: int, place: Place) -> Iterator[None]:
+        """Read block `index` from another place within."""
+        now = self._move(index, place)
+        try:
+            yield
+        finally:
+            self._move(index, now)
 
     def take_all(self, paths: Iterable[Path], parts: Iterable[Part] = ()) -> None:
         """Read all tensors from other files from now on.
@@ -275,21 +282,29 @@ class Stream:
         self.stored |= {name: held[name] for name in self.stored.keys() & held.keys()}
         self._ahead.clear()  # what was read from the files before
 
-    def _replace(self, part: Part, held: Mapping[str, Stored]) -> None:
-        self._ahead.pop(part.index, None)  # it was read from the files before
-        inside = part.index < len(self.blocks)
-        replaced = self.names[part.index] if inside else part.replaced
-        for name in replaced:
+    def _replace(self, part: Part, held: Mapping[str, Stored]) -> Place | None:
+        if part.index < len(self.blocks):
+            return self._move(part.index, Place(part.names, held, part))
+        for name in part.replaced:
             del self.stored[name]
         self.stored |= held
-        if inside:
-            self.names[part.index][:] = part.names
-        else:
-            self.outside = sorted({*self.outside, *part.names}.difference(replaced))
-            before = self.parts.get(part.index)
-            part = dataclasses.replace(part, packed={**(before.packed if before else {}), **part.packed})
-        self.parts[part.index] = part
+        self.outside = sorted({*self.outside, *part.names}.difference(part.replaced))
+        before = self.parts.get(part.index)
+        self.parts[part.index] = dataclasses.replace(part, packed={**(before.packed if before else {}), **part.packed})
         self._edits.pop(part.index, None)
+        return None
+
+    def _move(self, index: int, place: Place) -> Place:
+        """Read block `index` from another place from now on, and return the one before."""
+        self._ahead.pop(index, None)  # it was read from the place before
+        names = tuple(self.names[index])
+        held = {name: self.stored.pop(name) for name in names}
+        before = Place(names, held, self.parts.pop(index, None), self._edits.pop(index, None))
+        self.stored |= place.stored
+        self.names[index][:] = place.names
+        self.parts |= {} if place.part is None else {index: place.part}
+        self._edits |= {} if place.edit is None else {index: place.edit}
+        return before
 
     def check_unchanged(self) -> None:
         """Raise `ValueError` if a file of the checkpoint has changed since it was opened."""
@@ -309,7 +324,7 @@ class Stream:
         """
         ids = set(map(id, without))
         names = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
-        left_out = set(self.named_as_stored(model, names)) if names else set()
+        left_out = set(converted_back(model, names)) if names else set()
         if left_out:
             left_out |= {own for part in self.parts.values() for entry in part.packed.values() for own in entry["tensors"].values()}
         return digest_of({name: stored for name, stored in self.stored.items() if name not in left_out})
@@ -348,7 +363,7 @@ class Stream:
         change, before = self._edits.get(index, (None, []))
         for held, own in before:
             held.update(own)  # in the shapes that the checkpoint gives them
-        self._fill(model, tensors, self.parts.get(index))
+        self.put(model, tensors, self.parts.get(index))
         del tensors  # of which `change` may make copies
         if change is not None:
             change(index)
@@ -373,17 +388,6 @@ class Stream:
             return self._staging.arrived(loaded)
         return loaded
 
-    def _fill(self, model: Any, tensors: Tensors, part: Part | None) -> None:
-        unpacked: Tensors = {}
-        if part is not None and part.decode is not None:
-            tensors, unpacked = part.decode(tensors)
-        self._convert(model, tensors)
-        for name, tensor in unpacked.items():
-            owner, _, own = name.rpartition(".")
-            module = model.get_submodule(owner)
-            old = module._parameters[own]
-            module._parameters[own] = nn.Parameter(tensor.to(self._device), requires_grad=old.requires_grad)
-
     @property
     def _device(self) -> torch.device:
         return torch.device(next(iter((self._settings.device_map or {"": "cpu"}).values())))
@@ -394,7 +398,3 @@ class Stream:
         model._weight_conversions = conversions  # of the whole checkpoint, not only of these tensors
         if failed := next(iter(info.conversion_errors), None):
             raise ValueError(f"model: {failed} of the checkpoint cannot be loaded: {info.conversion_errors[failed]}")
-
-
-def _is_empty(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.is_meta

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..methods import Gram, LinearMethod, Method, SparseGPT, check_choice
-from ..methods.allocation import ALLOCATIONS, FISHER, UNIFORM, Curve, allocated_zeros
+from ..methods import Gram, SparseGPT
+from ..methods.allocation import FISHER, UNIFORM, Curve, allocated_zeros
 from ..models import Linear
-from ..models.streaming import stream_of
 from ..pattern import Pattern, Unstructured, pruned_count, share_with_zeros
 from .batches import Batch
 from .blockwise.activations import Activations
@@ -31,27 +30,6 @@ REACH = 0.15  # that a share may differ from the one asked for
 LEVELS = 5  # of each curve
 TOKENS = 4096  # that the loss is taken of
 LENGTH = 512  # of them in one forward and backward pass, whose logits and activations are all in memory
-
-
-def check_allocation(allocation: str, method: Method, model: nn.Module, leaves: int) -> None:
-    """Raise `ValueError` unless the zeros of a run can be allocated in this way.
-
-    Args:
-        allocation: see `sparsekern.prune`.
-        method: the method that prunes the linears.
-        model: the model.
-        leaves: the number of parts that statistics are summed in.
-    """
-    check_choice("allocation", allocation, ALLOCATIONS)
-    if allocation == UNIFORM:
-        return
-    wanted = f"allocation: expected {UNIFORM!r}"
-    if not isinstance(method, LinearMethod) or method.needs_whole_model:
-        raise ValueError(f"{wanted} for {type(method).__name__}, which does not prune each linear to a share, got {allocation!r}")
-    if leaves > 1:
-        raise ValueError(f"{wanted} for sums in {leaves} parts (several processes, or leaves), got {allocation!r}")
-    if stream_of(model) is not None:
-        raise ValueError(f"{wanted} for a streamed model, whose gradients need all blocks in memory, got {allocation!r}")
 
 
 def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], seed: int) -> Plan:

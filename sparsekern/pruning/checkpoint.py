@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import nn
 from .._files import is_temporary, write_atomically
 from .._warnings import SparsekernWarning
 from ..models import Linear, find_linears
-from ..models.stored_files import Part
+from ..models.stored_files import Part, Place
 from ..models.streaming import Stream
 from ..models.zeros import count_block
 from ..reports import schema
@@ -37,6 +38,7 @@ from .store import InFolder, check_finite_tensors, check_pruned, check_specs, di
 FOLDER = "checkpoint"
 STATE = "state.json"
 FORMAT = 2
+TUNING = "block tuning"  # among the seconds of the layers, whose names have no blank
 OTHERS = "others/"  # a prefix of the tensors that tuning changed besides the weights
 NO_TENSOR = "\0"  # a prefix that no name has
 REMEDY = "remove it to redo its part of the run"
@@ -152,6 +154,10 @@ class Checkpoint:
 
     def finish(self) -> None:
         """Do nothing: `save` returns once a block is on disk."""
+
+    def as_before(self, index: int) -> AbstractContextManager[object]:
+        """Do nothing within: a block in memory is as it was in front of the run until its result is written to it."""
+        return nullcontext()
 
     def holds(self, index: int) -> bool:
         """Return whether block `index` is finished."""
@@ -270,9 +276,10 @@ class StreamedCheckpoint(Checkpoint):
         vars(self).update(vars(checkpoint))
         self._model, self._stream, self._format = model, stream, format
         self._writing: Future[None] | None = None
+        self._before: dict[int, Place] = {}
         for index in range(len(stream.blocks)):
-            if self.holds(index):
-                self._take(index, self._read_note(index)[1])
+            if self.holds(index) and (place := self._take(index, self._read_note(index)[1])) is not None:
+                self._before[index] = place
 
     def save(self, index: int, result: BlockResult) -> None:
         """Write block `index`, which is in memory, with the weights of `result`, or linears outside the blocks."""
@@ -289,8 +296,15 @@ class StreamedCheckpoint(Checkpoint):
         # The output takes over the file, which should not depend on how long a layer took.
         layers = [asdict(layer) | {"seconds": 0.0} for layer in result.layers]
         seconds = {layer.name: layer.seconds for layer in result.layers}
+        if result.tuning is not None:
+            note["tuning"] = result.tuning | {"seconds": 0.0}
+            seconds[TUNING] = result.tuning["seconds"]
         self.finish()
         self._writing = self._stream.later(partial(self._write, part, tensors, {"layers": layers, **note}, seconds))
+
+    def as_before(self, index: int) -> AbstractContextManager[object]:
+        """Let the model read block `index` within as it was in front of the run."""
+        return self._stream.read_from(index, self._before[index]) if index in self._before else nullcontext()
 
     def finish(self) -> None:
         """Wait until all blocks are on disk.
@@ -328,7 +342,11 @@ class StreamedCheckpoint(Checkpoint):
             raise ValueError(f"{error}; {REMEDY}") from error
         if index < len(self._stream.blocks):
             count_block(self._model, index)
-        return BlockResult(weights, layers)
+        return BlockResult(weights, layers, tuning=self._tuning(index))
+
+    def _tuning(self, index: int) -> dict[str, float] | None:
+        found = super()._tuning(index)
+        return None if found is None else found | {"seconds": self._read_seconds(index)[TUNING]}
 
     def _read_note(self, index: int) -> tuple[list[LayerReport], Part]:
         """Return the reports of block `index` and what its file holds. Its tensors are not read."""
@@ -337,19 +355,23 @@ class StreamedCheckpoint(Checkpoint):
         self._check_note(name, note)
         try:
             part = made_part(index, note["names"], note["format"], note["packed"], note["replaced"])
-            seconds = json.loads(self._seconds_of(index).read_bytes())
+            seconds = self._read_seconds(index)
             layers = [layer | {"seconds": seconds[layer["name"]]} for layer in note["layers"]]
             return [LayerReport.from_dict(layer) for layer in layers], part
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise self.damaged(name, error) from error
 
+    def _read_seconds(self, index: int) -> dict[str, float]:
+        found: dict[str, float] = json.loads(self._seconds_of(index).read_bytes())
+        return found
+
     def _seconds_of(self, index: int) -> Path:
-        """Return the file with the seconds of each layer of block `index`."""
+        """Return the file with the seconds of each layer of block `index`, and of its tuning."""
         return self.folder / f"{self._name(index)}.json"
 
-    def _take(self, index: int, part: Part) -> None:
+    def _take(self, index: int, part: Part) -> Place | None:
         try:
-            self._stream.take(self.store.path(self._name(index)), part)
+            return self._stream.take(self.store.path(self._name(index)), part)
         except ValueError as error:
             raise self.damaged(index, error) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..methods import BlockMethod, LinearMethod, Method
+from ..methods import BlockMethod, FourBits, LinearMethod, Method
 from ..methods.statistics import Gram, Importance, Statistic, inputs_of
 from ..models import Linear
 from ..models.memory import Needs, forward_bytes, room_beside, score_bytes
@@ -21,12 +21,16 @@ from .blockwise.lineage import Element
 from .blockwise.messages import MESSAGE
 from .blockwise.shelf import Shelf
 from .blockwise.trace import Slot
-from .corrections import NONE
+from .corrections import DENSE, NONE
 from .experts.plan import ExpertPlan
 from .plan import Plan
 from .values import replaced
 
-DRIFTS = 5  # square matrices of a corrected stage: two Gram matrices, two cross products and a factor
+DRIFTS = 4  # square matrices of the sums of a corrected stage: two Gram matrices and two products with what the inputs lack
+CORRECTING = 6  # more of them while targets are made: those of all tokens, one to judge on, a factor and copies
+STEPS = 52  # bytes a weight of a linear whose target is made: two steps, what they are solved from, products in float64
+TRAINED = 24  # bytes a weight of a block that is tuned: gradient, two moments, mask, the best weights and those from before
+MASTERS = 8  # more of them for weights of 16 or 4 bits: one in float32, and roundings of it
 ENERGY = 8  # bytes for each entry of a factor: its norm is taken in float64
 
 
@@ -44,10 +48,10 @@ class Memory:
     experts: int | None = None
     folder: Path | None = None
 
-    def shelf(self, model: nn.Module) -> Shelf:
-        """Return an empty shelf for the hidden states of a model."""
+    def shelf(self, model: nn.Module, streams: int = 1) -> Shelf:
+        """Return an empty shelf for the hidden states of a model, one of `streams` that share the limit."""
         carrier = None if self.hidden is None else carrier_for(next(model.parameters()).device)
-        return Shelf(self.hidden, self.folder, carrier)
+        return Shelf(None if self.hidden is None else self.hidden // streams, self.folder, carrier)
 
 
 def planned_memory(
@@ -90,6 +94,10 @@ def planned_memory(
     needs[BATCH] = _bytes_of_forward(model, course, batches)
     if course is not None and not course.chain:
         needs[HANDED] = max((_handed_on(course, batch, batches) for batch in _shapes_of(batches)), default=0)
+    if solved is not None and solved.needs_dense_stream:
+        needs[BATCH] *= 2 if solved.tune is None else 3  # inputs in both models, or those of a backward pass and their gradients
+        needs[HANDED] = 2 * needs.get(HANDED, 0)
+        needs |= _needs_of_dense_stream(solved, own_leaves, on_grid=isinstance(method, FourBits))
     room = room_beside(model, max_memory, needs, edited=has_state)
     assert room is not None
     if not (one := needs.get(EXPERT, 0)):
@@ -101,6 +109,7 @@ def planned_memory(
 
 STATISTICS, EXPERT, SOLVING, BATCH = "the statistics of a block", "those of an expert", "solving a linear", "a batch in a block"
 HANDED = "what blocks hand on of a batch"
+DENSE_WEIGHTS, TUNING = "the dense weights of a block", "tuning a block"
 STATE = "what the state holds of a block"
 STATE_COPIES = 2  # of a block's weights, beside that of a block that is changed: of other steps, or pruned ones
 
@@ -172,11 +181,30 @@ def _needs(plan: Plan, method: Method, own_leaves: int, ranks: int) -> Needs:
     return found
 
 
+def _needs_of_dense_stream(plan: Plan, own_leaves: int, *, on_grid: bool) -> Needs:
+    """Return the bytes of what is kept of a block while it is pruned, and of its training."""
+    weights = max(sum(linear.weight.nbytes for linear in part) for part in plan.parts)
+    found = {DENSE_WEIGHTS: 2 * weights}  # kept, and those that a dense run takes the place of
+    if plan.tune is not None:
+        blocks = zip(plan.blocks.modules, plan.block_linears, strict=True)
+        found[TUNING] = max(_training(block, linears, own_leaves, on_grid=on_grid) for block, linears in blocks)
+    return found
+
+
+def _training(block: nn.Module, linears: Sequence[Linear], own_leaves: int, *, on_grid: bool) -> int:
+    """Return the bytes that tuning a block takes beside its weights and activations."""
+    partial = 0 if own_leaves == 1 else 4 * (own_leaves.bit_length() + 1)  # gradients of some leaves, and a message
+    pruned = {linear.parameter for linear in linears}
+    trained = [parameter for parameter in block.parameters() if parameter in pruned or parameter.dim() < 2]
+    return sum(own.numel() * (TRAINED + partial + MASTERS * ((own.element_size() < 4) + on_grid)) for own in trained)
+
+
 def _solving(linear: Linear, method: Method, plan: Plan) -> int:
-    """Return the bytes that solving a linear and measuring its error take at most."""
+    """Return the bytes that solving a linear and measuring its error take at most, and before that making its target."""
     assert isinstance(method, LinearMethod)
     rows, features = linear.shape
-    return max(method.solving_bytes(rows, features), ENERGY * features**2 if plan.measure_error else 0)
+    correcting = STEPS * rows * features if plan.correction == DENSE else 0
+    return max(method.solving_bytes(rows, features), ENERGY * features**2 if plan.measure_error else 0, correcting)
 
 
 def _experts(plan: Plan) -> list[list[Linear]]:
@@ -201,10 +229,29 @@ def _statistics(plan: Plan, linears: Sequence[Linear], needs: type[Statistic] | 
     """Return the bytes of the statistics of the linears of a block with modules of their own, with factors or partial sums."""
     parts = own_leaves.bit_length()  # of a sum in a tree, with the current leaf
     assert plan.course is not None
-    if plan.correction != NONE:  # of one stage at a time
-        return max((DRIFTS * 4 * linear.features**2 for linear in linears), default=0)
+    if plan.correction != NONE:
+        return _sums_of_stage(plan, linears, parts)
     inputs = {(plan.course.input_of(linear.name), linear.features) for linear in linears}
     total = sum(4 * features**2 * max(2, parts) if grams else 4 * features * parts for _, features in inputs)
     if needs is not None and issubclass(needs, Importance):
         total += sum(4 * linear.weight.numel() * parts for linear in linears)
     return total
+
+
+def _sums_of_stage(plan: Plan, linears: Sequence[Linear], parts: int) -> int:
+    """Return the bytes of the sums of those linears with the same inputs that take most, with partial sums and a factor."""
+    assert plan.course is not None
+    stages: dict[object, list[Linear]] = {}
+    for linear in linears:
+        stages.setdefault(plan.course.input_of(linear.name), []).append(linear)
+    found = [0]
+    for stage in stages.values():
+        features = stage[0].features
+        if plan.correction == DENSE:
+            outputs = sum(linear.shape[0] for linear in stage)
+            residual = stage[0].shape[0] if len(stage) == 1 else 0
+            squares, rest = parts * DRIFTS + CORRECTING, outputs + residual * (2 * parts + 1)
+        else:
+            squares, rest = parts * DRIFTS + 1, 0
+        found.append(4 * features * (squares * features + rest))
+    return max(found)

@@ -25,7 +25,7 @@ from ..models.linears import is_unread
 from ..pattern import NM, Pattern, parse_pattern
 from ..runtime import is_packed
 from .batches import Calibration
-from .corrections import NONE
+from .corrections import DENSE, NONE
 from .left_dense import check_experts, say_what_stays_dense, say_which_stacks_stay_dense, shortened
 from .mixtures import ROUTING, ExpertRules
 from .session import check_format_fits
@@ -59,6 +59,7 @@ class Request:
         tune: see `prune`.
         allocation: see `prune`.
         distill: see `prune`.
+        leaves: the number of parts that statistics are summed in.
     """
 
     pattern: Pattern | None = None
@@ -77,6 +78,7 @@ class Request:
     tune: BlockTuning | None = None
     allocation: str = UNIFORM
     distill: Distill | None = None
+    leaves: int = 1
 
     @property
     def default_pattern(self) -> Pattern:
@@ -127,6 +129,11 @@ class Plan:
     def linears(self) -> list[Linear]:
         """All linears to prune."""
         return [linear for linears in self.block_linears for linear in linears] + list(self.outside_linears)
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """True if the hidden states of the dense model are made beside those of the pruned one."""
+        return self.correction == DENSE or self.tune is not None
 
     @property
     def steps(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -25,22 +26,23 @@ from ..methods import (
 from ..methods.allocation import UNIFORM
 from ..models.fingerprint import model_fingerprint
 from ..models.memory import room_beside
+from ..models.streaming import stream_of
 from ..pattern import parse_pattern
 from ..ranks import World
 from ..reports.report import Report
 from ..runtime import weight_bytes
 from ..runtime.output import checked_path
 from ..runtime.save import DENSE, check_format
-from .allocation import check_allocation
 from .batches import Batch, Calibration, fingerprint
 from .blockwise.loop import BlockLoop
 from .checkpoint import Checkpoint
-from .corrections import NONE, check_correction
+from .corrections import NONE
 from .experts.loop import ExpertLoop
 from .gradual.loop import GradualLoop
 from .memory import planned_memory
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
+from .needs import Run, check_settings
 from .plan import Choice, PatternLike, Request
 from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, say_idle
 from .quality import Preset, with_quality
@@ -49,7 +51,7 @@ from .run import Loop, running
 from .saving import DENSE_FITS, RunFolder
 from .session import check_module, check_seed, check_streamed, environment, parameters_of
 from .shared_blocks import SharedBlocks, follow_written, shared_blocks
-from .tuning.checks import check_training
+from .tuning.checks import check_room
 from .tuning.distill import Distillation, batches_to_train_on
 from .tuning.reader import dense_copy
 
@@ -225,15 +227,23 @@ def prune(
     world = World.current()
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method)
-    check_correction(chosen.correction, request.then or method, model, leaves)
-    check_training(chosen.tune, distill, request.then or method, model, leaves)
-    check_allocation(chosen.allocation, request.then or method, model, leaves)
+    request = replace(request, leaves=leaves)
+    check_settings(
+        {**vars(chosen), "distill": distill, "values": values},
+        Run(
+            method=request.then or method,
+            is_second=then is not None,
+            is_streamed=stream_of(model) is not None,
+            leaves=leaves,
+            quality=quality,
+        ),
+    )
+    if distill is not None:
+        check_room(model)
     if distill is not None and distill.samples is not None and not isinstance(request.calibration, CalibrationText):
         raise ValueError(
             f"Distill.samples: expected None unless calibration is a text, got {distill.samples} for {type(calibration).__name__}"
         )
-    if values is not None and leaves > 1:
-        raise ValueError(f"values: expected None for sums in {leaves} parts (several processes, or leaves), got {values!r}")
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)

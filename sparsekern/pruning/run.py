@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
@@ -68,6 +68,9 @@ class Blocks(Protocol):
 
     def finish(self) -> None:
         """Wait until all results are on disk."""
+
+    def as_before(self, index: int) -> AbstractContextManager[object]:
+        """Let the model read block `index` within as it was in front of the run. A block in memory is left alone."""
 
 
 PlanT = TypeVar("PlanT", bound=PlanLike)

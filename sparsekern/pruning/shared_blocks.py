@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,6 +103,11 @@ class SharedBlocks:
             for index in self._new:
                 self._followed.follow(index)
 
+    def as_before(self, index: int) -> AbstractContextManager[object]:
+        """Let a streamed model read block `index` within as it was in front of the run."""
+        found = self._followed if self._own is None else self._own
+        return nullcontext() if found is None else found.as_before(index)
+
     def holds(self, index: int) -> bool:
         """Return whether block `index` is finished."""
         return index in self._finished
@@ -111,14 +117,24 @@ class SharedBlocks:
         if index not in self._finished:
             return None
         found = None if self._own is None else self._own.load(index, linears)
-        told = None if found is None else [asdict(layer) for layer in found.layers]
-        weights = {linear.name: torch.empty_like(linear.weight) for linear in linears} if found is None else dict(found.weights)
-        layers = [LayerReport.from_dict(layer) for layer in self._world.from_first(f"load {index}", told)]
-        for linear in linears:
-            if not weights[linear.name].is_contiguous():
-                weights[linear.name] = weights[linear.name].contiguous()
-            self._world.broadcast(weights[linear.name], 0)
-        return BlockResult(weights, layers)
+        told = None
+        if found is not None:
+            others = {name: [_name(tensor.dtype), list(tensor.shape)] for name, tensor in found.others.items()}
+            told = {"layers": [asdict(layer) for layer in found.layers], "others": others, "tuning": found.tuning}
+        told = self._world.from_first(f"load {index}", told)
+        if found is None:
+            weights = {linear.name: torch.empty_like(linear.weight) for linear in linears}
+            device = linears[0].weight.device
+            specs = told["others"].items()
+            other = {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, (dtype, shape) in specs}
+        else:
+            weights, other = dict(found.weights), dict(found.others)
+        for tensors, names in ((weights, [linear.name for linear in linears]), (other, list(told["others"]))):
+            for name in names:  # in the same order on all ranks
+                tensors[name] = tensors[name].contiguous()
+                self._world.broadcast(tensors[name], 0)
+        layers = [LayerReport.from_dict(layer) for layer in told["layers"]]
+        return BlockResult(weights, layers, others=other, tuning=told["tuning"])
 
     def for_stage(self, stage: str) -> SharedBlocks:
         """Return the blocks of a method that runs after the first one, see `Checkpoint.for_stage`. All ranks call this."""
@@ -137,7 +153,7 @@ class SharedBlocks:
         told = None
         if found is not None:
             tensors, layers = found
-            kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+            kinds = {name: _name(tensor.dtype) for name, tensor in tensors.items()}
             told = [{name: [kinds[name], tensor.tolist()] for name, tensor in tensors.items()}, layers]
         told_tensors, told_layers = self._world.from_first(f"read {index}", told)
         same = {name: torch.tensor(values, dtype=getattr(torch, kind)) for name, (kind, values) in told_tensors.items()}
@@ -151,6 +167,10 @@ class SharedBlocks:
         """Remove the checkpoint from its output folder unless it holds a finished block."""
         if self._own is not None:
             self._own.drop_unused()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def shared_blocks(

@@ -23,7 +23,8 @@ def with_held_out(batches: Sequence[Batch], seed: int) -> list[Batch]:
         seed: draws the samples.
 
     Raises:
-        ValueError: there is a single sample, or a batch that its first dimension does not divide into samples.
+        ValueError: there is a single sample, or a batch that its first dimension does not divide into samples; or the samples that are
+            held out, or the others, are all padding.
     """
     samples = sum(batch.shape[0] for batch in batches)
     if samples < 2:
@@ -38,4 +39,7 @@ def with_held_out(batches: Sequence[Batch], seed: int) -> list[Batch]:
             found.append(replace(batch, held_out=bool(own.all())))
             continue
         found += [batch.part((~own).nonzero().flatten()), replace(batch.part(own.nonzero().flatten()), held_out=True)]
+    for chosen, kind in ((True, f"the {len(drawn)} samples that are held out"), (False, "those that are not held out")):
+        if not any(batch.tokens for batch in found if batch.held_out == chosen):
+            raise ValueError(f"calibration: expected tokens that are no padding, got none in {kind}")
     return found

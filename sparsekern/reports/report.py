@@ -15,6 +15,7 @@ from .schema import Fields
 
 FLAT = 5e-4  # sparsities that differ by less are one number, not a plot
 ERROR_NOTE = "Relative squared error of each linear's output over the calibration tokens; the scale is logarithmic."
+CORRECTION_NOTE = "Share of the correction that is taken of each linear, which held-out samples decide."
 TUNING_NOTE = "Mean relative squared error of a held-out token's hidden state behind each block; the scale is logarithmic."
 DISTILLATION_NOTE = "Mean Kullback-Leibler divergence of the held-out tokens' predictions from those of the dense model, in nats."
 COLUMNS = {
@@ -44,6 +45,9 @@ class LayerReport:
         output_error_alone: the same error with the network pruned linear by linear by the solver inside.
         values_error: the part of `error` that rounding the kept weights to 4 bits made, relative to the same output; None where they
             are not rounded.
+        correction: how far its target was corrected before it was pruned: the shares `inputs` and `residual` of the two corrections,
+            from 0 to 1, the `damping`, and the `gain`, what they take away of the relative squared error of its output over the
+            held-out tokens. None where `correction="dense"` was not asked for.
     """
 
     name: str
@@ -55,6 +59,7 @@ class LayerReport:
     output_error: float | None = None
     output_error_alone: float | None = None
     values_error: float | None = None
+    correction: dict[str, float] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -84,6 +89,7 @@ class LayerReport:
             fields.take("output_error", error, None),
             fields.take("output_error_alone", error, None),
             fields.take("values_error", error, None),
+            fields.take("correction", schema.optional(schema.mapping(schema.number)), None),
         )
         fields.skip("sparsity")
         fields.end()
@@ -101,8 +107,9 @@ class Report(BaseReport):
 
     Attributes:
         layers: one entry for each pruned linear, in the order of the model.
-        seconds: seconds of each phase: `capture` (embeddings, masks and the probe), `forward` (both passes through the blocks),
-            `statistics`, `solve`, `write` (checkpoints and the final model) and `total`.
+        seconds: seconds of each phase: `capture` (embeddings, masks and the probe), `forward` (all passes through the blocks),
+            `statistics`, `correct` (targets of linears), `solve`, `tune`, `distill`, `write` (checkpoints and the final model) and
+            `total`.
         model_parameters: number of all weights of the model, pruned linears among them; 0 where it is not known.
         calibration_tokens: number of calibration tokens, without padding.
         resumed_blocks: number of blocks taken from a checkpoint. Their layers' seconds are those of the run that solved them.
@@ -147,7 +154,30 @@ class Report(BaseReport):
         """Return the share of zeros in the pruned linears."""
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         zeros = f"{self.sparsity:.2%} of {weights / 1e6:,.1f} M weights in {len(self.layers)} layers"
-        return {"zeros in the pruned linears": zeros}
+        return {"zeros in the pruned linears": zeros, **self.stages()}
+
+    def stages(self) -> dict[str, str]:
+        """Return what each stage beside the method gained, and its seconds, in words by name: correction, tuning and distillation."""
+        found: dict[str, tuple[str, str]] = {}  # with the phase that it took
+        corrected = [layer.correction for layer in self.layers if layer.correction is not None]
+        if corrected:
+            inputs, residual, gain = (
+                sum(own[name] for own in corrected) / len(corrected) for name in ("inputs", "residual", "gain")
+            )
+            of_residual = f", {residual:.2f} for the residual stream" if residual else ""
+            text = f"{len(corrected)} linears corrected, mean share {inputs:.2f} for inputs{of_residual}, held-out error less by {gain:.3e}"
+            found["correction"] = text, "correct"
+        if self.tuning:
+            before, after = (sum(block[name] for block in self.tuning) / len(self.tuning) for name in ("before", "after"))
+            found["tuning"] = f"{len(self.tuning)} blocks tuned, mean held-out error from {before:.3e} to {after:.3e}", "tune"
+        if self.distillation:
+            start, end = self.distillation[0], self.distillation[-1]
+            text = f"{end['step']:g} steps of distillation, held-out divergence from {start['kl']:.4f} to {end['kl']:.4f}"
+            found["distillation"] = text, "distill"
+        return {
+            name: text + (f", {self.seconds[phase]:.1f} s" if phase in self.seconds else "")
+            for name, (text, phase) in found.items()
+        }
 
     def page(self) -> Page:
         """Return the content of the report's page."""
@@ -194,8 +224,12 @@ class Report(BaseReport):
     def _training_sections(self) -> list[Section]:
         curve = [Point(entry["step"], entry["kl"], f"step {entry['step']:g}: {entry['kl']:.4f}") for entry in self.distillation]
         distilled = [lines_section("Distillation", {"divergence": curve}, x_label="step", note=DISTILLATION_NOTE)] if curve else []
+        corrected = [
+            lines_section(title, by_block(shares, ".2f"), x_label="block", note=CORRECTION_NOTE)
+            for title, shares in self._shares_of_corrections().items()
+        ]
         if not self.tuning:
-            return distilled
+            return [*corrected, *distilled]
         series = {
             name: [
                 Point(block["block"], block[name], f"block {block['block']:g} {name}: {block[name]:.3e}") for block in self.tuning
@@ -203,7 +237,14 @@ class Report(BaseReport):
             for name in ("before", "after")
         }
         tuned = lines_section("Error of blocks before and after tuning", series, x_label="block", note=TUNING_NOTE, log=True)
-        return [tuned, *distilled]
+        return [*corrected, tuned, *distilled]
+
+    def _shares_of_corrections(self) -> dict[str, list[tuple[str, float]]]:
+        """Return name and share of each linear, by the title of their plot; without shares of zero."""
+        titles = {"inputs": "Correction for inputs", "residual": "Correction for the residual stream"}
+        corrections = [(layer.name, layer.correction) for layer in self.layers if layer.correction is not None]
+        found = {title: [(name, own[kind]) for name, own in corrections if own[kind]] for kind, title in titles.items()}
+        return {title: shares for title, shares in found.items() if shares}
 
     def _run(self) -> dict[str, object]:
         return {"calibration_tokens": self.calibration_tokens, "resumed_blocks": self.resumed_blocks}
@@ -252,11 +293,6 @@ class Report(BaseReport):
             first, last = self.training[0]["loss"], self.training[-1]["loss"]
             lines.append(f"{len(self.training)} optimizer steps, loss of their batches from {first:.3f} to {last:.3f}")
         of_all = "" if self.model_sparsity is None else f", {self.model_sparsity:.2%} of all weights"
-        if self.tuning:
-            before, after = (sum(block[name] for block in self.tuning) / len(self.tuning) for name in ("before", "after"))
-            lines.append(f"{len(self.tuning)} blocks tuned, mean held-out error from {before:.3e} to {after:.3e}")
-        if self.distillation:
-            start, end = self.distillation[0], self.distillation[-1]
-            lines.append(f"{end['step']:g} steps of distillation, held-out divergence from {start['kl']:.4f} to {end['kl']:.4f}")
+        lines += self.stages().values()
         lines.append(f"{len(self.layers)} layers, {self.sparsity:.2%} zeros{of_all}; seconds: {phases(self.seconds)}")
         return "\n".join(lines)

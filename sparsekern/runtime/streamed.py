@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from .._files import disk_errors
+from ..models.checkpoint_conversion import converted_back
 from ..models.stored_files import Part, Tensors
 from ..models.streaming import Stream, in_memory
-from ..models.weight_files import Stored, tensors_in
+from ..models.weight_files import Stored, dtype_of, tensors_in
 from ..models.zeros import count_block
 from .expert_formats import layout_of
 from .hf_config import PackedLayer
@@ -43,15 +44,15 @@ def stored_part(
     state = _state(model, stream, index)
     state = {name: state[name] for name in names} if names is not None else state
     held = set(state)
-    original = stream.named_as_stored(model, state)
+    original = converted_back(model, state)
     packed: dict[str, dict[str, Any]] = {}
     for known in dense_packables(model).values() if format != DENSE else ():
         if known.parameter_name in state and (best := smallest(known.dense, format)) is not None:
             layer = known.made(best)
-            packed[known.packed_name] = _described(model, stream, known, layer)
+            packed[known.packed_name] = _described(model, known, layer)
             del state[known.parameter_name]
             state |= {f"{known.packed_name}.{part}": tensor for part, tensor in layer.tensors.items()}
-    tensors = stream.named_as_stored(model, state) if packed else original
+    tensors = converted_back(model, state) if packed else original
     replaced: list[str] = []
     if index == len(stream.blocks):
         read = stream.read_outside(model).items()
@@ -104,7 +105,7 @@ def write_parts(model: nn.Module, stream: Stream, folder: Path, format: str) -> 
         stored = stream.as_stored(model, index)
         part = stream.parts.get(index)
         renamed = not (part and part.packed) and stored.keys() != set(stream.names[index])  # such as a prefix that was missing
-        changed = renamed or stream.is_edited(index) or bool(stream.differing(stored))
+        changed = renamed or stream.is_edited(index) or bool(_differing(stream, stored))
         if not changed and _format_of(stream, index) == format:
             continue
         changed |= _format_of(stream, index) != DENSE
@@ -140,14 +141,24 @@ def _write_outside(model: nn.Module, stream: Stream, folder: Path, format: str) 
     packed = {name for entry in part.packed.values() for name in entry["tensors"].values()}
     unpacked = {entry["parameter"]: None for entry in held.packed.values()} if held and not before <= packed else {}
     state = _state(model, stream, index)
-    dense = stream.named_as_stored(model, {name: state[name] for name in unpacked}).keys() & tensors.keys() if unpacked else set()
+    dense = converted_back(model, {name: state[name] for name in unpacked}).keys() & tensors.keys() if unpacked else set()
     changed = tensors.keys() & stream.stored.keys() if stream.is_edited(index) else set()
     targets = [target for name, found in stream.read_outside(model).items() if name in part.replaced for target in found]
-    renamed = stream.named_as_stored(model, {name: state[name] for name in targets if name in state}).keys() & tensors.keys()
-    wanted = sorted(packed | dense | renamed | stream.differing(tensors) | changed)
+    renamed = converted_back(model, {name: state[name] for name in targets if name in state}).keys() & tensors.keys()
+    wanted = sorted(packed | dense | renamed | _differing(stream, tensors) | changed)
     if wanted:
         _write(folder / f"block-{index:05d}.safetensors", {name: tensors[name] for name in wanted})
     return made_part(index, wanted, format, part.packed, [*part.replaced, *sorted(before - packed)])
+
+
+def _differing(stream: Stream, tensors: Tensors) -> set[str]:
+    """Return the names of those tensors whose dtype or shape is another than in the checkpoint."""
+    held = {name: stream.stored[name] for name in tensors.keys() & stream.stored.keys()}
+    return {
+        name
+        for name, stored in held.items()
+        if (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype_of(stored), stored.shape)
+    }
 
 
 def _format_of(stream: Stream, index: int) -> str:
@@ -163,11 +174,10 @@ def _state(model: nn.Module, stream: Stream, index: int) -> Tensors:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(blocks)}
 
 
-def _described(model: nn.Module, stream: Stream, known: Packable, layer: PackedWeight) -> dict[str, Any]:
+def _described(model: nn.Module, known: Packable, layer: PackedWeight) -> dict[str, Any]:
     """Return the description of a packed layer: its entry in `config.json`, and how its dense weight is made again."""
     names = {
-        part: next(iter(stream.named_as_stored(model, {f"{known.packed_name}.{part}": tensor})))
-        for part, tensor in layer.tensors.items()
+        part: next(iter(converted_back(model, {f"{known.packed_name}.{part}": tensor}))) for part, tensor in layer.tensors.items()
     }
     transposed = layer.conv1d if isinstance(layer, SparseLinear) else isinstance(layer, SparseExperts) and layer.transposed
     return {

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sparsekern.methods.correction import DAMPINGS, Drift, best_shares, corrected
+from sparsekern.methods.correction import DAMPINGS, Drift, best_choice, best_shares, choices, targets
 
 
 def tokens(count: int = 300, features: int = 12, noise: float = 0.3, seed: int = 0):
@@ -40,6 +40,13 @@ def error(weight, target, x, dense, lack) -> float:
     return float((x.double() @ target.double().T - wanted).square().sum())
 
 
+def corrected(weights, fitted: Drift, held_out: Drift):
+    """The targets, as a single process makes them."""
+    tried = choices(weights, fitted, held_out)
+    chosen = [best_choice([of_damping[place] for of_damping in tried]) for place in range(len(weights))]
+    return targets(weights, fitted.plus(held_out), held_out, chosen)
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_targets_are_the_best_of_the_grid_on_held_out_tokens(with_residual):
     (x, dense), (y, dense_y) = tokens(200), tokens(40, seed=1)
@@ -65,6 +72,9 @@ def test_targets_are_the_best_of_the_grid_on_held_out_tokens(with_residual):
         final = exact_steps(weight, *both, own.damping)
         expected = weight.double() + sum(a * step for a, step in zip(shares, final, strict=True))
         torch.testing.assert_close(own.weight.double(), expected, rtol=1e-3, atol=1e-4)
+        energy = float((y.double() @ weight.double().T).square().sum())
+        taken_away = error(weight, weight, y, dense_y, lacks[1]) - error(weight, chosen, y, dense_y, lacks[1])
+        assert own.gain == pytest.approx(taken_away / energy, rel=1e-3) and own.gain > 0
         assert own.inputs > 0.5 and (own.residual > 0.2 if with_residual else own.residual == 0)
 
 

@@ -172,7 +172,6 @@ def test_padding_is_left_out():
         ({"tune": True}, TypeError, r"tune: expected a config such as BlockTuning\(\), or None, got True"),
         ({"tune": FAST, "method": "gradual"}, ValueError, "tune: expected None for Gradual, which leaves no masks block by block"),
         ({"tune": FAST, "method": KPrune(), "pattern": None}, ValueError, "tune: expected None for KPrune"),
-        ({"tune": FAST, "leaves": 2}, ValueError, "tune: expected None for sums in 2 parts"),
     ],
 )
 def test_refusals(arguments, error, message):

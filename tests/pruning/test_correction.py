@@ -15,7 +15,6 @@ from tests.models.families import tiny_ids, tiny_model
 from tests.models.test_experts import tiny_mixture
 
 from .stack_models import calls, toy
-from .test_streamed import tensors_of
 from .unfinished import QUIET, Interrupted, interrupted_run, run
 
 STAGES = (
@@ -138,6 +137,22 @@ def test_the_outputs_come_closer_to_those_of_the_dense_model():
     assert errors["dense"] < 0.9 * errors["none"]
 
 
+def test_the_report_says_how_far_each_linear_was_corrected(tmp_path):
+    model, ids = tiny_model("llama"), tiny_ids(16, 16)
+    report = sparsekern.prune(model, "sparsegpt", "2:4", ids, correction="dense", out=tmp_path / "out", **QUIET)
+    for layer in report.layers:
+        own = layer.correction
+        assert 0 <= own["inputs"] <= 1 and 0 <= own["residual"] <= 1 and own["damping"] in DAMPINGS
+        assert own["residual"] == 0 or layer.name.endswith(("o_proj", "down_proj"))
+        assert (own["gain"] > 0) == (own["inputs"] > 0 or own["residual"] > 0)
+    assert any(layer.correction["gain"] > 0 for layer in report.layers)
+    told = report.summary()["correction"]
+    assert told.startswith("21 linears corrected, mean share ") and told.endswith(" s") and told in str(report)
+    assert sparsekern.Report.from_json(tmp_path / "out" / "report.json") == report
+    assert "Correction for inputs" in (tmp_path / "out" / "report.html").read_text()
+    assert told in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("correction", ["sequential", "dense"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, correction):
     expected, _ = run(tmp_path / "whole", correction=correction)
@@ -196,22 +211,6 @@ def test_a_linear_outside_the_blocks_is_corrected_too():
     assert not torch.equal(new[new != 0], dense[new != 0])
 
 
-def test_a_streamed_model_is_pruned_in_stages_with_the_same_bits_but_has_no_dense_blocks(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    found = {}
-    for stream in (False, True):
-        model = sparsekern.load(tmp_path / "model", device="cpu", stream=stream)
-        out = tmp_path / f"out-{stream}"
-        sparsekern.prune(model, "sparsegpt", "2:4", tiny_ids(), out=out, correction="sequential", **QUIET)
-        found[stream] = tensors_of(out)
-    assert all(torch.equal(value, found[True][name]) for name, value in found[False].items())
-    model = sparsekern.load(tmp_path / "model", device="cpu", stream=True)
-    with pytest.raises(
-        ValueError, match="correction: expected 'none' or 'sequential' for a streamed model, whose dense blocks are not"
-    ):
-        sparsekern.prune(model, "wanda", "2:4", tiny_ids(), out=tmp_path / "other", correction="dense", **QUIET)
-
-
 def test_padding_counts_neither_in_the_sums_nor_among_held_out_tokens():
     ids = tiny_ids(16, 16)
     mask = torch.ones_like(ids)
@@ -236,7 +235,6 @@ def test_padding_counts_neither_in_the_sums_nor_among_held_out_tokens():
             "correction: expected 'none' for SparseLLM, which does not solve one linear at a time",
         ),
         ("copal", {"correction": "dense"}, "correction: expected 'none' for COPAL, whose statistic is of a weight and its inputs"),
-        ("wanda", {"correction": "dense", "leaves": 2}, "correction: expected 'none' for sums in 2 parts"),
     ],
 )
 def test_what_cannot_be_corrected_is_refused(method, options, message):

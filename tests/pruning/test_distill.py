@@ -151,6 +151,12 @@ def test_a_loss_that_is_not_finite_names_the_step(monkeypatch):
     assert same(model, prune(settings=None)[0])
 
 
+def test_hidden_states_that_are_not_finite_name_the_step():
+    settings = Distill(steps=3, batch_tokens=16, learning_rate=1e30, warmup=0)
+    with pytest.raises(ValueError, match=r"Distill.learning_rate: expected a finite loss, got nan in step \d of 3; lower it"):
+        prune(settings=settings)
+
+
 def test_half_precision_is_trained_in_float32():
     model, report = prune(tiny_model("llama").bfloat16(), settings=Distill(steps=6, batch_tokens=64, learning_rate=3e-4))
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}

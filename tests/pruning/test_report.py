@@ -108,14 +108,8 @@ def test_the_schema_of_the_file(report, tmp_path):
         "resumed_blocks": 0,
     }
     shares = {"sparsity": 0.625, "model_parameters": 0, "model_sparsity": None}
-    assert written["results"] == {
-        **shares,
-        "training": [],
-        "tuning": [],
-        "distillation": [],
-        "size": {},
-        "measured": {"perplexity, pruned": 12.5},
-    }
+    stages = {"training": [], "tuning": [], "distillation": []}
+    assert written["results"] == {**shares, **stages, "size": {}, "measured": {"perplexity, pruned": 12.5}}
     assert written["layers"][0] == {
         "name": "model.layers.0.q",
         "pattern": "2:4",
@@ -126,6 +120,7 @@ def test_the_schema_of_the_file(report, tmp_path):
         "output_error": None,
         "output_error_alone": None,
         "values_error": None,
+        "correction": None,
         "sparsity": 0.5,
     }
 

@@ -40,3 +40,14 @@ def test_inputs_that_are_not_divided_into_samples_are_refused():
     given = {"input_ids": IDS, "pixel_values": torch.zeros(7, 2)}
     with pytest.raises(ValueError, match=r"calibration: expected inputs that their first dimension divides into samples"):
         with_held_out(batches_of(20, [given]), 0)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_samples_that_are_all_padding_are_refused(held_out):
+    """Nothing can be fitted on the one kind, or judged on the other."""
+    drawn = torch.tensor([row in samples(with_held_out(batches_of(1), 0), True) for row in range(20)])
+    mask = torch.ones(20, 3, dtype=torch.long)
+    mask[drawn == held_out] = 0
+    kind = "the 2 samples that are held out" if held_out else "those that are not held out"
+    with pytest.raises(ValueError, match=f"calibration: expected tokens that are no padding, got none in {kind}"):
+        with_held_out(batches_of(4, [{"input_ids": IDS, "attention_mask": mask}]), 0)

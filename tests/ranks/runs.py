@@ -105,6 +105,15 @@ def elsewhere(rank: int, source, folder):
     raise AssertionError("the run was not refused")
 
 
+def with_options(rank: int, method, options):
+    return pruned(rank, method, **options)
+
+
+def killed_with_options(rank: int, method, options):
+    options = dict(options)
+    return killed(rank, 1, method, options.pop("out"), **options)
+
+
 def traffic(rank: int):
     """What the report says of each rank, for one block whose rounding to whole panels of rows is small."""
     model = llama(num_hidden_layers=1, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
@@ -171,11 +180,11 @@ def failing(rank: int, kind: str, out, victim: int):
     raise AssertionError("the run did not fail")
 
 
-def warned(rank: int, method, samples: int):
+def warned(rank: int, method, samples: int, options=None):
     """The digest of the pruned model, and the warnings on this rank."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        digest, _ = pruned(rank, method, samples=samples)
+        digest, _ = pruned(rank, method, samples=samples, **(options or {}))
     return digest, [str(warning.message) for warning in found]
 
 

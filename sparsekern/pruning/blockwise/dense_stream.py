@@ -5,14 +5,16 @@ Both wait in front of the same block. The dense weights of that block are kept w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ...models import Linear
+from ...models.streaming import in_memory, stream_of
 from ..batches import Batch
+from ..run import Blocks
 from .activations import Activations, Inputs
 from .course import Course
 from .shelf import Shelf
@@ -30,6 +32,7 @@ class DenseStream:
 
     def __init__(self, model: nn.Module, batches: list[Batch], course: Course, shelf: Shelf | None = None) -> None:
         """Run the part of the dense `model` around its blocks, once for each batch. See `Activations` for the arguments."""
+        self._model = model
         self.activations = Activations(model, batches, course, shelf)
         self._dense: list[tuple[Linear, torch.Tensor]] = []
         self._passed: int | None = None
@@ -67,13 +70,26 @@ class DenseStream:
         for _, inputs, _ in self.activations.inputs_outside(linears, order):
             yield inputs
 
-    def advance(self, index: int) -> None:
+    def advance(self, index: int, check: Callable[[], None] = lambda: None) -> None:
         """Run the dense block `index` and go on to the next block. It is done once, however often it is asked for.
 
-        Afterwards `activations.hidden` returns the dense outputs of the block.
+        Afterwards `activations.hidden` returns the dense outputs of the block. `check` is called in front of each batch.
         """
         if self._passed == index:
             return
         with self.dense_weights():
-            self.activations.advance(index)
+            self.activations.advance(index, check)
         self._passed = index
+
+    def advance_finished(self, index: int, finished: Blocks, check: Callable[[], None] = lambda: None) -> None:
+        """Do what `advance` does for a block that an earlier run has finished, if the model is streamed.
+
+        The block is read as it was in front of that run, and released. A block of a model in memory is still dense, so that `keep` and
+        `advance` do. See `advance` for `check`.
+        """
+        stream = stream_of(self._model)
+        if stream is None or index >= len(stream.blocks):
+            return
+        with finished.as_before(index), in_memory(self._model, index):
+            self.keep(())
+            self.advance(index, check)

@@ -38,8 +38,8 @@ from .feed_forward import FeedForwardRun, networks_of
 from .observation import observed
 from .routed_rows import owners_of
 from .sequential import SequentialBlock
-from .shares import Share, SummedStatistics
-from .sharing import SharedSolve, shares_work
+from .shares import LeafSums, Share
+from .sharing import solve_shared
 from .solving import Job, Solved, Solver, jobs_of
 from .statistics import SharedStatistics
 from .tuned import BlockTuner, check_trained, restore_others
@@ -58,6 +58,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     activations: Activations  # set by `run` where statistics are gathered
     share: Share  # of the batches, likewise
+    last: int  # block that has linears to prune; set by `run`
     dense: DenseStream | None = None  # the dense model's forwards, where targets are taken from it
     tuner: BlockTuner | None = None  # where blocks are tuned
     dealt_experts: DealtExperts | None = None  # of the current block, where experts are dealt to ranks
@@ -85,7 +86,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             request.rules.check_unweighted(method)
             return plan, None
         plan = plan.calibrated(request.rules)
-        most_tokens = min((config.batch_tokens for config in trainings), default=None)
+        most_tokens = min((max(1, config.batch_tokens // request.leaves) for config in trainings), default=None)
         batches = batches_for(model, method, request.calibration, request.batch_size, most_tokens)
         if request.correction == DENSE or trainings:
             batches = with_held_out(batches, request.seed)
@@ -114,12 +115,14 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         if batches:
             with context.clock.phase("capture"):
                 self.share = Share(context.world, batches, context.leaves)
-                shelf = context.memory.shelf(context.model)
+                streams = 2 if self.plan.needs_dense_stream else 1
+                shelf = context.memory.shelf(context.model, streams)
                 self.activations = Activations(context.model, self.share.batches, self.course, shelf)
-                if self.plan.correction == DENSE or self.plan.tune is not None:
-                    self.dense = DenseStream(context.model, self.share.batches, self.course)
+                if self.plan.needs_dense_stream:
+                    shelf = context.memory.shelf(context.model, streams)
+                    self.dense = DenseStream(context.model, self.share.batches, self.course, shelf)
                 if self.dense is not None and self.plan.tune is not None:
-                    self.tuner = BlockTuner(context, self.plan.tune, self.activations, self.course, self.dense)
+                    self.tuner = BlockTuner(context, self.plan.tune, self.share, self.activations, self.course, self.dense)
             order = [*self.course.order, len(parts) - 1]
         with self._blocks_on_disk():
             self._run_blocks(order, bool(batches))
@@ -127,11 +130,14 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     def _run_blocks(self, order: Sequence[int], forwards: bool) -> None:
         context, parts = self.context, self.plan.parts
-        last = [index for index in order if parts[index]][-1]
+        self.last = [index for index in order if parts[index]][-1]
         resuming = True
         for index in order:
             if not parts[index] and not forwards:
                 continue
+            if self.dense is not None and context.checkpoint and context.checkpoint.holds(index):
+                with context.clock.phase("forward"):
+                    self.dense.advance_finished(index, context.checkpoint, context.world.check)
             with in_memory(context.model, index):
                 if self.dense is not None:
                     self.dense.keep(parts[index])
@@ -139,12 +145,12 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                     resuming = resuming and self._restore(index, linears)
                     if not resuming:
                         self._prune_block(index, linears)
-                if index == last:
+                if index == self.last:
                     break
                 if forwards:
                     with context.clock.phase("forward"):
                         if self.dense is not None:
-                            self.dense.advance(index)
+                            self.dense.advance(index, context.world.check)
                         self.activations.advance(index, context.world.check)
 
     @contextmanager
@@ -170,7 +176,9 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             with self.context.clock.phase("forward"):
                 self.dense.advance(index)  # while the block is dense
         if found.tuning is not None:
-            self._restore_tuned(index, linears, found)
+            if stream_of(self.context.model) is None:  # otherwise they were read with the block
+                restore_others(self.plan.blocks, index, linears, found.others)
+            self.context.report.tuning.append(found.tuning)
         write(linears, found.weights)
         self.context.report.resumed_blocks += 1
         self.context.record(found.layers)
@@ -183,6 +191,9 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         self.solver.say_lost_zeros(linears, result.weights)
         if self.tuner is not None and index < len(self.plan.blocks.modules):
             result = self.tuner.tune(index, linears, result)
+        if self.dense is not None and index != self.last:
+            with self.context.clock.phase("forward"):
+                self.dense.advance(index, self.context.world.check)  # lends the block other weights, while `save` may write its own
         if self.context.checkpoint:
             with self.context.clock.phase("write"):
                 self.context.checkpoint.save(index, result)
@@ -191,11 +202,6 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         self.context.record(result.layers)
         if result.tuning is not None:
             self.context.report.tuning.append(result.tuning)
-
-    def _restore_tuned(self, index: int, linears: Sequence[Linear], found: BlockResult) -> None:
-        assert found.tuning is not None
-        restore_others(self.plan.blocks, index, linears, found.others)
-        self.context.report.tuning.append(found.tuning)
 
     def solve_block(self, index: int, linears: Sequence[Linear]) -> BlockResult:
         """Return the result of block `index`, or of the linears outside the blocks. The model is unchanged, unless it is streamed."""
@@ -233,7 +239,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         alone = [linear for linear in plain if linear.name not in self.plan.listed]
         result = Solved(in_place=streamed)
         with nullcontext() if streamed else restored(alone):
-            SequentialBlock(index, context, self.solver, self.activations, self.course, self.dense).solve(alone, result)
+            SequentialBlock(index, context, self.solver, self.share, self.activations, self.course, self.dense).solve(alone, result)
             if last := [*listed, *experts]:
                 gathers = self.method.needs is not None or self.plan.measure_error
                 shared, routed = self._gather(index, last) if gathers else (None, None)
@@ -258,12 +264,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             return
         jobs, unseen = jobs_of(shared)
         jobs = [job for job in jobs if job.linear in linears]
-        if self.context.leaves > 1 and shares_work(jobs):
-            world, leaves = self.context.world, self.context.leaves
-            SharedSolve(self.solver, world, leaves, jobs, in_place=result.in_place).solve(result)
-        else:
-            for job in jobs:
-                self.solver.solve(job, result)
+        solve_shared(self.solver, self.context.world, self.context.leaves, jobs, result)
         self._solve_unseen([linear for linear in unseen if linear in linears], result)
         if routed is not None:
             self._solve_experts(routed, result)
@@ -355,7 +356,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         masks = {name: self.course.masks(name, index) for name in [linear.name for linear in plain] + [e.name for e in experts]}
         of_lists = {name: (owner, masks[name][0]) for name, owner in self._owners(index, plain).items()}
         unpadded = masks | dict.fromkeys(of_lists, [None])
-        summed = SummedStatistics(lambda: SharedStatistics(plain, *kind, unpadded), self.share)
+        summed = LeafSums(lambda: SharedStatistics(plain, *kind, unpadded), self.share)
         shelf, by_routing = self.activations.shelf, self.plan.by_routing
         routed = ExpertStatistics(matrices, *kind, routing_weights=by_routing, masks=masks, shelf=shelf) if matrices else None
         order = [name for name in self.course.calls(index) if name in masks]
@@ -371,7 +372,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 break
             with self.context.clock.phase("statistics"):
                 batch, inputs, calls = step
-                summed.add(self.share.leaf_of(batch), batch, inputs)
+                summed.of(batch).add(batch, inputs)
                 if routed is not None:
                     routed.add(batch, calls)
                 if run is not None:

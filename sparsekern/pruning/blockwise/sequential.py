@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...methods import Gram
-from ...methods.correction import Correction, Drift, corrected
+from ...methods.correction import Correction, Drift
 from ...models import Linear
 from ..batches import Batch
 from ..run import RunContext
@@ -20,8 +20,11 @@ from .activations import Activations, Inputs
 from .course import Course
 from .dense_stream import DenseStream
 from .residual import residual_readers, stream_read
+from .shares import LeafSums, Share
+from .sharing import solve_shared
 from .solving import Job, Solved, Solver
 from .statistics import add_input, identity
+from .targets import StageSums, dealt_targets
 
 
 def stages_of(course: Course, index: int, linears: Sequence[Linear]) -> list[list[Linear]]:
@@ -42,6 +45,7 @@ class SequentialBlock:
         index: int,
         context: RunContext,
         solver: Solver,
+        share: Share,
         activations: Activations,
         course: Course,
         dense: DenseStream | None,
@@ -52,11 +56,12 @@ class SequentialBlock:
             index: the block, or the number of blocks for the linears outside them.
             context: the run.
             solver: solves a linear.
+            share: the batches of this rank.
             activations: the inputs of the block in the pruned model.
             course: the course of the forwards.
             dense: the inputs of the block in the dense model; None prunes to the dense weights.
         """
-        self._index, self._context, self._solver = index, context, solver
+        self._index, self._context, self._solver, self._share = index, context, solver, share
         self._activations, self._course, self._dense = activations, course, dense
 
     def solve(self, linears: Sequence[Linear], result: Solved) -> None:
@@ -65,21 +70,25 @@ class SequentialBlock:
         Raises:
             ValueError: NaN or Inf in an input; linears of a stage whose inputs differ in some batch.
         """
+        world, leaves = self._context.world, self._context.leaves
         readers = self._readers(linears) if self._dense is not None else {}
         for stage in stages_of(self._course, self._index, linears):
             outputs = {name: module for name, module in readers.items() if len(stage) == 1 and name == stage[0].name}
-            fitted, held_out = self._gather(stage, outputs)
-            whole = fitted.gram if self._dense is None else fitted.plus(held_out).gram
-            if not whole.tokens:
+            sums = self._gather(stage, outputs)
+            whole = sums.fitted if self._dense is None else sums.fitted.plus(sums.held_out)
+            if not whole.gram.tokens:
                 self._solver.solve_unseen(stage, result)
                 continue
-            self._solver.check_statistic(stage, whole)
-            targets: list[Correction | None] = [None] * len(stage)
+            self._solver.check_statistic(stage, whole.gram)
+            corrections: list[Correction | None] = [None] * len(stage)
+            gram = whole.gram
             if self._dense is not None:
-                with self._context.clock.phase("solve"):
-                    targets = list(corrected([linear.weight for linear in stage], fitted, held_out))
-            for linear, target in zip(stage, targets, strict=True):
-                self._solver.solve(Job(linear, self._needed(whole), whole, target), result)
+                with self._context.clock.phase("correct"):
+                    corrections = list(dealt_targets(world, [linear.weight for linear in stage], sums, whole))
+                gram = gram.clone()  # without the factor of a correction, which not all ranks have
+            del sums, whole
+            jobs = [Job(linear, self._needed(gram), gram, target) for linear, target in zip(stage, corrections, strict=True)]
+            solve_shared(self._solver, world, leaves, jobs, result)
             for linear in stage:
                 linear.weight.copy_(result.weights[linear.name])
 
@@ -91,26 +100,36 @@ class SequentialBlock:
         blocks = self._course.blocks.modules
         if self._index >= len(blocks):
             return {}
-        first = next(number for number in range(len(self._activations.batches)) if self._activations.runs(number, self._index))
+        block, own = blocks[self._index], self._activations
+        first = next((number for number in range(len(own.batches)) if own.runs(number, self._index)), None)
+        found: dict[str, str] | None = None
         with self._context.clock.phase("forward"):
-            return residual_readers(blocks[self._index], linears, lambda: self._activations.run(first, self._index))
+            if first is not None:
+                names = {module: name for name, module in block.named_modules()}
+                readers = residual_readers(block, linears, lambda: own.run(first, self._index))
+                found = {linear: names[module] for linear, module in readers.items()}
+        told = self._context.world.gather("readers", found)
+        of_first: dict[str, str] = next((own for own in told if own is not None), {})
+        return {linear: block.get_submodule(name) for linear, name in of_first.items()}
 
-    def _gather(self, stage: Sequence[Linear], readers: dict[str, nn.Module]) -> tuple[Drift, Drift]:
-        """Return the sums over the batches that are fitted on, and over those that are held out."""
-        first = stage[0]
-        outputs = first.shape[0] if readers else None
-        fitted, held_out = (Drift.zeros(first.features, first.weight.device, outputs) for _ in range(2))
+    def _gather(self, stage: Sequence[Linear], readers: dict[str, nn.Module]) -> StageSums:
+        """Return the sums over the batches of all ranks."""
+        has_dense = self._dense is not None
+        summed = LeafSums(lambda: StageSums.of(stage[0], has_dense=has_dense, writes_residual=bool(readers)), self._share)
         steps = self._steps(stage, readers)
-        clock = self._context.clock
+        clock, world = self._context.clock, self._context.world
         while True:
+            world.check()
             with clock.phase("forward"):
                 step = next(steps, None)
             if step is None:
-                return fitted, held_out
+                break
             with clock.phase("statistics"):
                 batch, pruned, dense, lacks = step
-                sums = held_out if batch.held_out else fitted
-                self._add(sums, stage, batch, pruned, dense, lacks)
+                sums = summed.of(batch)
+                self._add(sums.held_out if batch.held_out else sums.fitted, stage, batch, pruned, dense, lacks)
+        with clock.phase("exchange" if world.size > 1 else "statistics"):
+            return summed.result()
 
     def _steps(
         self, stage: Sequence[Linear], readers: dict[str, nn.Module]

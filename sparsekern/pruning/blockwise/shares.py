@@ -6,14 +6,15 @@ statistics of the leaves are added in the fixed tree of `TreeSum`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-
-import torch
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from ...ranks import TreeSum, World, leaf_sizes
 from ..batches import Batch
-from .statistics import Rows, SharedStatistics
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Share:
@@ -48,28 +49,41 @@ class Share:
         return self._leaf[id(batch)]
 
 
-class SummedStatistics:
-    """The statistics of the leaves of one rank, while its batches run one after another, and their sum over all ranks."""
+class Sums(Protocol):
+    """Sums over batches, which a method of their own adds to."""
 
-    def __init__(self, make: Callable[[], SharedStatistics], share: Share) -> None:
+    def merged(self, later: Self) -> Self:
+        """Return the sums over the batches of both. Neither is used afterwards."""
+
+    def add_over_ranks(self, world: World) -> None:
+        """Replace the sums by those over the batches of all ranks. All ranks call this."""
+
+
+SumsT = TypeVar("SumsT", bound=Sums)
+
+
+class LeafSums(Generic[SumsT]):
+    """The sums over each leaf of one rank, while its batches run one after another, and over all leaves of all ranks."""
+
+    def __init__(self, make: Callable[[], SumsT], share: Share) -> None:
         """Prepare to take in batches.
 
         Args:
-            make: makes empty statistics.
+            make: makes empty sums.
             share: the batches of this rank.
         """
         self._make, self._share = make, share
-        self._tree: TreeSum[SharedStatistics] = TreeSum(SharedStatistics.merged)
+        self._tree: TreeSum[SumsT] = TreeSum(lambda earlier, later: earlier.merged(later))
         self._leaf, self._current = share.leaves[0], make()
 
-    def add(self, leaf: int, batch: Rows, inputs: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Take in a batch of a leaf, see `SharedStatistics.add`. Leaves come in their order."""
-        while self._leaf < leaf:
+    def of(self, batch: Batch) -> SumsT:
+        """Return the sums over the leaf of a batch, to which the batch is added. Batches come in their order."""
+        while self._leaf < self._share.leaf_of(batch):
             self._next()
-        self._current.add(batch, inputs)
+        return self._current
 
-    def result(self) -> SharedStatistics:
-        """Return the statistics of the batches of all ranks. All ranks call this."""
+    def result(self) -> SumsT:
+        """Return the sums over the batches of all ranks. All ranks call this."""
         while self._leaf < self._share.leaves[-1]:
             self._next()
         self._tree.put(self._current)

@@ -190,7 +190,7 @@ class SharedSolve:
         """Solve a piece. Return its zeros, see `Solved.lost`, where results are written in place."""
         solver, job = self._solver, piece.linear.job
         name, rows = job.linear.name, piece.rows
-        weight = job.linear.weight[rows]
+        weight = job.weight[rows]
         with ExitStack() as stack:
             for context in (warnings_about(name), seeded(solver.seed, name), self._named(name)):
                 stack.enter_context(context)
@@ -201,7 +201,7 @@ class SharedSolve:
                 error = None if solution.row_error is None else solution.row_error[inside]
                 if figures := solver.row_figures(weight[inside], Solution(solution.weight[inside], error), job.inputs):
                     piece.linear.figures[:, tile] = torch.stack(figures)
-        lost, before = lost_zeros(weight, solution.weight).tolist() if self._in_place else (0, 0)
+        lost, before = lost_zeros(job.linear.weight[rows], solution.weight).tolist() if self._in_place else (0, 0)
         piece.linear.weight[rows] = solution.weight
         return lost, before
 
@@ -218,7 +218,7 @@ class SharedSolve:
 
     def _solution(self, piece: _Piece) -> Solution:
         method, job = self._solver.method, piece.linear.job
-        weight, pattern = job.linear.weight, self._solver.plan.patterns[job.linear.name]
+        weight, pattern = job.weight, self._solver.plan.patterns[job.linear.name]
         if piece.place.turn == TOGETHER:
             return method.solve_tiles(weight, piece.tiles, job.statistics, pattern, _Ranks(self._world))
         with self._world.stoppable():
@@ -264,6 +264,20 @@ class SharedSolve:
                     pass_on(world, together, rank)
 
 
-def shares_work(jobs: Sequence[Job]) -> bool:
-    """Return whether the jobs are worth dealing: those without a Gram matrix take less time than passing on their results."""
-    return any(isinstance(job.inputs, Gram) for job in jobs)
+def solve_shared(solver: Solver, world: World, leaves: int, jobs: Sequence[Job], result: Solved) -> None:
+    """Solve linears, by all processes where that is worth it. Every process calls this with the same jobs.
+
+    Without a Gram matrix it takes less time to solve a linear than to pass its solution on.
+
+    Args:
+        solver: solves a linear.
+        world: the processes.
+        leaves: the number of parts that statistics are summed in. A run of one part is not divided.
+        jobs: the linears.
+        result: takes the solutions.
+    """
+    if leaves > 1 and any(isinstance(job.inputs, Gram) for job in jobs):
+        SharedSolve(solver, world, leaves, jobs, in_place=result.in_place).solve(result)
+        return
+    for job in jobs:
+        solver.solve(job, result)

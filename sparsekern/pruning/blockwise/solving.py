@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,11 @@ class Job:
     def weight(self) -> torch.Tensor:
         """The weight to prune."""
         return self.linear.weight if self.target is None else self.target.weight
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """The entry `correction` of its report."""
+        return None if self.target is None else self.target.shares()
 
 
 class RowFigures(NamedTuple):
@@ -224,7 +229,8 @@ class Solver:
         linear = job.linear
         zeros, error = self._judged(linear, weight, figures)
         pattern = str(self.plan.patterns[linear.name])
-        result.take(linear, weight, LayerReport(linear.name, pattern, linear.shape, zeros, error, seconds), lost)
+        layer = LayerReport(linear.name, pattern, linear.shape, zeros, error, seconds, correction=job.shares)
+        result.take(linear, weight, layer, lost)
 
     def _judged(self, linear: Linear, weight: torch.Tensor, figures: RowFigures | None) -> tuple[int, float | None]:
         pattern = self.plan.patterns[linear.name]
@@ -263,8 +269,8 @@ class Solver:
         seconds = (self.clock.now() - start) / len(jobs)
         for job, solution, (zeros, error, values_error) in zip(jobs, solutions, outcomes, strict=True):
             linear = job.linear
-            layer = LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds, values_error=values_error)
-            result.take(linear, solution.weight, layer)
+            layer = LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds)
+            result.take(linear, solution.weight, replace(layer, values_error=values_error, correction=job.shares))
 
 
 def _values_error(solution: Solution, job: Job) -> float | None:

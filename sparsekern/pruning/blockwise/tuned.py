@@ -14,15 +14,18 @@ from torch import nn
 from ..._warnings import SparsekernWarning
 from ...methods import BlockTuning, FourBits
 from ...models import Blocks, Linear
+from ...models.streaming import stream_of
 from ..batches import Batch
 from ..plan import Plan
 from ..run import BlockResult, RunContext
 from ..seeds import derived_seed
 from ..tuning.block import Samples, trained_of, tune_block
+from ..tuning.together import Together
 from ..tuning.trainable import check_trainable
 from .activations import Activations
 from .course import Course
 from .dense_stream import DenseStream
+from .shares import Share
 from .written import write
 
 
@@ -30,32 +33,40 @@ class BlockTuner:
     """Tunes each block once it is solved."""
 
     def __init__(
-        self, context: RunContext, settings: BlockTuning, activations: Activations, course: Course, dense: DenseStream
+        self,
+        context: RunContext,
+        settings: BlockTuning,
+        share: Share,
+        activations: Activations,
+        course: Course,
+        dense: DenseStream,
     ) -> None:
         """Prepare a run.
 
         Args:
             context: the run.
             settings: see `BlockTuning`.
+            share: the batches of this rank.
             activations: the hidden states of the pruned model.
             course: the course of the forwards.
             dense: the hidden states of the dense model.
         """
-        self._context, self._settings = context, settings
+        self._context, self._settings, self._share = context, settings, share
         self._activations, self._course, self._dense = activations, course, dense
 
     def tune(self, index: int, linears: Sequence[Linear], result: BlockResult) -> BlockResult:
         """Write the result of block `index` to the model, tune the block, and return its result with what tuning changed.
 
-        After an error the block is dense again.
+        After an error a block of a model in memory is dense again; that of a streamed one is read again.
         """
         clock = self._context.clock
         block, name = self._course.blocks.modules[index], self._course.blocks.block_name(index)
         with clock.phase("forward"):
             self._dense.advance(index)  # with the weights from before
+        streamed = stream_of(self._context.model) is not None
         others = other_parameters(block, name, linears)
-        before = {name: tensor.clone() for name, tensor in others.items()}
-        dense = {linear.name: linear.weight.clone() for linear in linears}
+        before = {} if streamed else {name: tensor.clone() for name, tensor in others.items()}
+        dense = {} if streamed else {linear.name: linear.weight.clone() for linear in linears}
         start = clock.now()
         with clock.phase("tune"):
             try:
@@ -64,8 +75,9 @@ class BlockTuner:
                 seed = derived_seed(self._context.seed, f"tune {name}")
                 found = tune_block(block, trained, self._samples(index), self._settings, seed)
             except BaseException:
-                write(linears, dense)
-                _copy(others, before)
+                if not streamed:
+                    write(linears, dense)
+                    _copy(others, before)
                 raise
         if found.failure:
             warnings.warn(
@@ -74,12 +86,13 @@ class BlockTuner:
                 stacklevel=2,
             )
         row = {"block": index, "before": found.before, "after": found.after, "steps": found.steps, "seconds": clock.now() - start}
+        if streamed:  # whose blocks are kept as they are
+            return replace(result, weights={linear.name: linear.weight for linear in linears}, tuning=row)
         weights = {linear.name: linear.weight.clone() for linear in linears}
         return replace(result, weights=weights, others={name: own.clone() for name, own in others.items()}, tuning=row)
 
     def _samples(self, index: int) -> Samples:
         activations, dense = self._activations, self._dense.activations
-        numbers = [number for number in range(len(activations.batches)) if activations.runs(number, index)]
         mask = self._course.run_of(index).mask
 
         def run(number: int) -> torch.Tensor:
@@ -89,9 +102,18 @@ class BlockTuner:
             run=run,
             target=dense.hidden,
             tokens=partial(_tokens, activations, mask),
-            fitted=[number for number in numbers if not activations.batches[number].held_out],
-            held_out=[number for number in numbers if activations.batches[number].held_out],
+            fitted=self._by_leaf(index, held_out=False),
+            held_out=self._by_leaf(index, held_out=True),
+            together=Together(self._context.world, self._context.leaves),
         )
+
+    def _by_leaf(self, index: int, *, held_out: bool) -> list[list[int]]:
+        """Return the batches that run block `index`, either those held out or the others, for each leaf of this rank."""
+        found: list[list[int]] = [[] for _ in self._share.leaves]
+        for number, batch in enumerate(self._activations.batches):
+            if batch.held_out == held_out and self._activations.runs(number, index):
+                found[self._share.leaf_of(batch) - self._share.leaves[0]].append(number)
+        return found
 
 
 def _tokens(activations: Activations, mask: str | None, number: int) -> torch.Tensor | None:

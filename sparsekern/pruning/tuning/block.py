@@ -13,6 +13,7 @@ from ...models import Linear
 from ...training.grid import grids_of
 from ...training.masked_adamw import MaskedAdamW, Trained, kept_weights
 from .masters import float32_masters, only_these_require_gradients
+from .together import Together
 
 SMALLEST = 1e-12  # squared length of a dense hidden state, which divides
 
@@ -25,15 +26,30 @@ class Samples:
         run: returns the block's output for a batch, from the pruned model's hidden states.
         target: returns the dense model's output for a batch.
         tokens: returns the mask of the real tokens of a batch, or None where there is no padding.
-        fitted: the batches to tune on.
-        held_out: the batches to judge on.
+        fitted: the batches to tune on, by leaf.
+        held_out: the batches to judge on, by leaf.
+        together: the processes that tune the block, each with the batches of its own leaves.
     """
 
     run: Callable[[int], torch.Tensor]
     target: Callable[[int], torch.Tensor]
     tokens: Callable[[int], torch.Tensor | None]
-    fitted: Sequence[int]
-    held_out: Sequence[int]
+    fitted: Sequence[Sequence[int]]
+    held_out: Sequence[Sequence[int]]
+    together: Together = Together()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One optimizer step.
+
+    Attributes:
+        batches: the batches of each leaf of this process.
+        tokens: the number of tokens of all processes.
+    """
+
+    batches: Sequence[Sequence[int]]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -85,16 +101,16 @@ def tune_block(block: nn.Module, trained: Sequence[Trained], samples: Samples, s
     """
     parameters = [of.parameter for of in trained]
     first = [parameter.detach().clone() for parameter in parameters]
-    before = _error(samples, samples.held_out)
+    before = _error(samples)
     kept, after, failure, taken = first, before, "", 0
     with float32_masters(parameters) as autocast, only_these_require_gradients(block, parameters):
         optimizer = MaskedAdamW(trained, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
         steps = _steps(samples, settings, seed)
         total, waited = sum(map(len, steps)), 0
         for of_pass in steps:
-            for batches in of_pass:
+            for step in of_pass:
                 lr = settings.learning_rate * (1 - taken / total)
-                loss = _step(samples, batches, optimizer, lr, settings.clip, autocast)
+                loss = _take(samples, step, optimizer, lr, settings.clip, autocast)
                 if not loss < float("inf"):
                     failure = f"the loss of step {taken + 1} is {loss}"
                     break
@@ -102,7 +118,7 @@ def tune_block(block: nn.Module, trained: Sequence[Trained], samples: Samples, s
             if failure:
                 break
             with autocast:
-                error = _error(samples, samples.held_out)
+                error = _error(samples)
             if error < after:
                 kept, after, waited = [parameter.detach().clone() for parameter in parameters], error, 0
             else:
@@ -113,27 +129,36 @@ def tune_block(block: nn.Module, trained: Sequence[Trained], samples: Samples, s
             kept, after = first, before
     _write(parameters, kept)
     if kept is not first and any(parameter.dtype != torch.float32 for parameter in parameters):
-        after = _error(samples, samples.held_out)  # of the rounded weights
+        after = _error(samples)  # of the rounded weights
         if not after < before:
             _write(parameters, first)
             after = before
     return Outcome(before, after, taken, failure)
 
 
-def _steps(samples: Samples, settings: BlockTuning, seed: int) -> list[list[list[int]]]:
-    """Return the batches of each optimizer step of each pass."""
+def _steps(samples: Samples, settings: BlockTuning, seed: int) -> list[list[_Step]]:
+    """Return the optimizer steps of each pass. A step takes batches of all leaves in turns, until it has enough tokens.
+
+    Which batches it takes depends on the leaves, not on the number of processes.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    sizes = {number: _count(samples, number) for number in samples.fitted}
-    passes = []
+    together = samples.together
+    sizes = together.of_all_leaves([[_count(samples, number) for number in leaf] for leaf in samples.fitted])
+    passes: list[list[_Step]] = []
     for _ in range(settings.passes):
-        steps: list[list[int]] = []
-        gathered: list[int] = []
-        for place in torch.randperm(len(samples.fitted), generator=generator, device="cpu").tolist():
-            gathered.append(samples.fitted[place])
-            if sum(sizes[number] for number in gathered) >= settings.batch_tokens:
-                steps.append(gathered)
-                gathered = []
-        passes.append([*steps, gathered] if gathered else steps)
+        orders = [torch.randperm(len(leaf), generator=generator, device="cpu").tolist() for leaf in sizes]
+        turns = max(map(len, orders))
+        steps: list[_Step] = []
+        gathered: list[list[int]] = [[] for _ in sizes]
+        for turn in range(turns):
+            for places, order in zip(gathered, orders, strict=True):
+                places += order[turn : turn + 1]
+            tokens = sum(leaf[place] for leaf, places in zip(sizes, gathered, strict=True) for place in places)
+            if tokens >= settings.batch_tokens or (tokens and turn == turns - 1):
+                own = zip(samples.fitted, together.own_of(gathered), strict=True)
+                steps.append(_Step([[leaf[place] for place in places] for leaf, places in own], tokens))
+                gathered = [[] for _ in sizes]
+        passes.append(steps)
     return passes
 
 
@@ -142,28 +167,58 @@ def _count(samples: Samples, number: int) -> int:
     return target.shape[:-1].numel() if mask is None else int(mask.sum())
 
 
-def _step(
-    samples: Samples, batches: Sequence[int], optimizer: MaskedAdamW, lr: float, clip: float, autocast: torch.autocast
-) -> float:
+def _take(samples: Samples, step: _Step, optimizer: MaskedAdamW, lr: float, clip: float, autocast: torch.autocast) -> float:
     """Take one optimizer step on the mean error of all tokens of some batches, and return that error."""
-    tokens = sum(_count(samples, number) for number in batches)
-    total = 0.0
-    for number in batches:
-        with torch.enable_grad():
-            with autocast:
-                output = samples.run(number)
-            loss = _errors(samples, number, output).sum() / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+    together, parameters = samples.together, [of.parameter for of in optimizer.trained]
+    if together.leaves == 1:
+        total = sum(_backward(samples, number, step.tokens, autocast) for number in step.batches[0])
+    else:
+        *gradients, loss = together.total(
+            _gradients(samples, batches, step.tokens, parameters, autocast) for batches in step.batches
+        )
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        total = float(loss)
     if total < float("inf") and optimizer.step(lr, clip) < float("inf"):
         return total
     return total if not total < float("inf") else float("nan")
 
 
-def _error(samples: Samples, batches: Iterable[int]) -> float:
-    """Return the mean error of the tokens of some batches."""
+def _backward(samples: Samples, number: int, tokens: int, autocast: torch.autocast) -> float:
+    """Add the gradient of the errors of a batch, each divided by `tokens`, and return their sum."""
+    samples.together.world.check()
+    with torch.enable_grad():
+        with autocast:
+            output = samples.run(number)
+        loss = _errors(samples, number, output).sum() / tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def _gradients(
+    samples: Samples, batches: Sequence[int], tokens: int, parameters: Sequence[nn.Parameter], autocast: torch.autocast
+) -> list[torch.Tensor]:
+    """Return the gradients of the batches of one leaf, and their loss, `[]` float64. Parameters are left without gradients."""
+    total = sum(_backward(samples, number, tokens, autocast) for number in batches)
+    found = [torch.zeros_like(own) if own.grad is None else own.grad for own in parameters]
+    for own in parameters:
+        own.grad = None
+    return [*found, torch.tensor(total, dtype=torch.float64)]
+
+
+def _error(samples: Samples) -> float:
+    """Return the mean error of all held-out tokens."""
+    error, tokens = samples.together.total(_error_of(samples, batches) for batches in samples.held_out)
+    return float(error / tokens)
+
+
+def _error_of(samples: Samples, batches: Iterable[int]) -> list[torch.Tensor]:
+    """Return the sum of the errors of some batches, and the number of their tokens, `[]` float64 each."""
     errors = [_errors(samples, number, samples.run(number)) for number in batches]
-    return float(torch.cat(errors).mean(dtype=torch.float64))
+    if not errors:
+        return [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+    every = torch.cat(errors)
+    return [every.sum(dtype=torch.float64).cpu(), torch.tensor(len(every), dtype=torch.float64)]
 
 
 def _errors(samples: Samples, number: int, output: torch.Tensor) -> torch.Tensor:

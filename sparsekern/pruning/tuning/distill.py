@@ -156,6 +156,8 @@ class Distillation:
             teacher = self._teacher.read(batch)
         with autocast:
             student = self._student.read(batch)
+        if not torch.isfinite(student).all():
+            return student.float().sum() * math.nan  # the caller knows the step, which a refusal by `divergence` would not name
         if self._student.head is not None and self._teacher.head is not None:
             return divergence(student, self._student.head, teacher, self._teacher.head, temperature)
         return divergence_of_logits(student, teacher, temperature)

@@ -1,0 +1,50 @@
+"""Tuning by several processes: each runs the batches of its own leaves, and sums are added in the fixed tree of all leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ...ranks import TreeSum, World
+from ...ranks.sums import add_all_over_ranks
+
+
+@dataclass(frozen=True)
+class Together:
+    """The processes that tune a block. Each has all of its weights and takes every step, so that they stay equal.
+
+    Attributes:
+        world: the processes.
+        leaves: the number of parts of each sum, which the number of processes divides.
+    """
+
+    world: World = field(default_factory=World)
+    leaves: int = 1
+
+    def total(self, leaves: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Return sums over all leaves of all processes. All processes call this.
+
+        Args:
+            leaves: the addends of each leaf of this process, tensors of the same shapes, which may be changed.
+        """
+        tree: TreeSum[list[torch.Tensor]] = TreeSum(_added)
+        for leaf in leaves:
+            tree.put(leaf)
+        found = tree.result()
+        add_all_over_ranks(self.world, [(tensor, False) for tensor in found])
+        return found
+
+    def of_all_leaves(self, own: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the numbers of all leaves of all processes; `own` has those of each leaf of this process."""
+        return [numbers for found in self.world.gather("leaves", [list(leaf) for leaf in own]) for numbers in found]
+
+    def own_of(self, leaves: Sequence[list[int]]) -> list[list[int]]:
+        """Return what belongs to the leaves of this process."""
+        count = self.leaves // self.world.size
+        return list(leaves[self.world.rank * count : (self.world.rank + 1) * count])
+
+
+def _added(earlier: list[torch.Tensor], later: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [one.add_(other) for one, other in zip(earlier, later, strict=True)]

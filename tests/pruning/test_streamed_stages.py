@@ -1,0 +1,122 @@
+"""Corrected and tuned runs of streamed models: the bits of a model in memory, also after a kill, within the memory that is counted."""
+
+import pytest
+
+import sparsekern
+from sparsekern import BlockTuning
+from sparsekern.pruning import memory
+from sparsekern.pruning.blockwise.loop import BlockLoop
+from sparsekern.pruning.blockwise.shelf import Shelf
+from tests.models.families import tiny_ids
+from tests.models.test_streaming import folder_of
+
+from .test_max_memory import least
+from .test_streamed import equal, tensors_of
+
+TUNE = BlockTuning(passes=1, batch_tokens=96, learning_rate=1e-3)
+STAGES = {
+    "in stages": {"correction": "sequential"},
+    "corrected": {"correction": "dense"},
+    "tuned": {"tune": TUNE},
+    "both": {"correction": "dense", "tune": TUNE},
+}
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*calibration tokens for:sparsekern.SparsekernWarning", "ignore:.*router gates:sparsekern.SparsekernWarning"
+)
+
+
+def pruned(folder, out, *, stream, **options):
+    model = sparsekern.load(folder, device="cpu", stream=stream)
+    options = {"calibration": tiny_ids(16, 12), "batch_size": 4, "progress": False} | options
+    return sparsekern.prune(model, "wanda", "2:4", out=out, **options)
+
+
+def without_seconds(report):
+    layers = [{**vars(layer), "seconds": 0} for layer in report.layers]
+    return layers, [{**row, "seconds": 0} for row in report.tuning]
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages"), [*(("llama_tied", stages) for stages in STAGES), ("llama", "both"), ("mixtral", "both"), ("gpt2", "tuned")]
+)
+def test_the_bits_are_those_of_a_model_in_memory(kind, stages, tmp_path):
+    folder = folder_of(kind, tmp_path / "model", "20KB")
+    first, second = (pruned(folder, tmp_path / f"{stream}", stream=stream, **STAGES[stages]) for stream in (False, True))
+    assert equal(tensors_of(tmp_path / "True"), tensors_of(tmp_path / "False"))
+    assert without_seconds(first) == without_seconds(second)
+    assert len(second.tuning) == (3 if "tune" in STAGES[stages] else 0)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stages", ["corrected", "tuned", "both"])
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_a_killed_run_goes_on_to_the_same_bits(stages, format, tmp_path, monkeypatch):
+    """The dense weights of the finished blocks are read where they were before the first run."""
+    folder = folder_of("llama_tied", tmp_path / "model")
+    options = {"stream": True, "format": format, **STAGES[stages]}
+    whole = pruned(folder, tmp_path / "whole", **options)
+    prune_block = BlockLoop._prune_block
+
+    def killed(self, index, linears):
+        if index == 2:
+            raise Killed
+        prune_block(self, index, linears)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(BlockLoop, "_prune_block", killed)
+        pruned(folder, tmp_path / "out", **options)
+    report = pruned(folder, tmp_path / "out", resume=True, **options)
+    assert report.resumed_blocks == 2 and without_seconds(report) == without_seconds(whole)
+    assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
+
+
+def test_a_failed_block_is_read_again(tmp_path, monkeypatch):
+    folder = folder_of("llama_tied", tmp_path / "model")
+    from sparsekern.pruning.blockwise import tuned
+
+    def fail(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(tuned, "tune_block", fail)
+        pruned(folder, tmp_path / "out", stream=True, **STAGES["both"])
+    pruned(folder, tmp_path / "out", stream=True, resume=True, **STAGES["both"])
+    pruned(folder, tmp_path / "whole", stream=True, **STAGES["both"])
+    assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
+
+
+def test_both_streams_of_hidden_states_leave_the_memory_within_a_limit(tmp_path, monkeypatch):
+    folder, limits, written = folder_of("llama_tied", tmp_path / "model"), [], []
+    begin, write = Shelf.__init__, Shelf._write
+    monkeypatch.setattr(Shelf, "__init__", lambda self, limit=None, *more: limits.append(limit) or begin(self, limit, *more))
+    monkeypatch.setattr(Shelf, "_write", lambda self, key, tensor: written.append(self) or write(self, key, tensor))
+    options = {"stream": True, "calibration": tiny_ids(60, 48), **STAGES["both"]}
+    pruned(folder, tmp_path / "whole", **options)
+    assert not written
+    needed, _ = least(lambda limit: pruned(folder, tmp_path / "never", max_memory=limit, **options))
+    needed, message = least(lambda _: pruned(folder, tmp_path / "never", max_memory=needed, **options))
+    assert "for the dense weights of a block" in message and "for tuning a block" in message
+    pruned(folder, tmp_path / "limited", max_memory=needed, **options)
+    halves = [limit for limit in limits if limit is not None]
+    assert len(set(map(id, written))) == 2 and halves[-1] == halves[-2] < 100_000
+    assert equal(tensors_of(tmp_path / "limited"), tensors_of(tmp_path / "whole"))
+
+
+def test_what_the_stages_need_is_counted(tmp_path, monkeypatch):
+    needs, counted = {}, memory.room_beside
+    monkeypatch.setattr(
+        memory,
+        "room_beside",
+        lambda model, limit, found=None, **more: needs.update(found or {}) or counted(model, limit, found, **more),
+    )
+    folder = folder_of("llama_tied", tmp_path / "model")
+    report = pruned(folder, tmp_path / "out", stream=True, max_memory="8GB", **STAGES["both"])
+    block = [layer for layer in report.layers if ".layers.0." in layer.name]
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in block)
+    assert needs[memory.DENSE_WEIGHTS] == 2 * 4 * weights
+    assert needs[memory.TUNING] == 24 * (weights + 2 * 32)  # two norms
+    down = next(layer for layer in block if "down_proj" in layer.name)
+    assert needs[memory.STATISTICS] == 4 * (10 * down.shape[1] ** 2 + 4 * down.shape[0] * down.shape[1])
