@@ -52,9 +52,8 @@ def test_hidden_states_beyond_the_limit_are_on_disk_and_the_bits_are_the_same(ki
     assert not written
     needed, message = least(lambda limit: run("never", limit))
     assert not (tmp_path / "never").exists()
-    assert all(
-        part in message for part in ("for the program", "outside the blocks", "for two blocks) and what the call", "got 1.0")
-    )
+    parts = ("for the program", "outside the blocks", "for two blocks", ") and what the call", "got 1.0")
+    assert all(part in message for part in parts)
     needed, message = least(lambda _: run("never", needed))  # enough for the model, not for the rest
     assert (
         all(part in message for part in ("a batch in a block", "the statistics of a block", "solving a linear"))
