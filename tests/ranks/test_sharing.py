@@ -94,6 +94,23 @@ def test_the_longest_linears_are_solved_together_where_that_takes_less_time(size
     assert sorted(together) == expected
 
 
+def test_a_block_is_dealt_by_the_seconds_that_the_last_one_took():
+    """By its multiply-adds, `down` is as much work as all others. Here `o` took that long."""
+    found = linears(torch.float32)
+    solver = solver_of(ALPS(), "2:4", found)
+    alone = {}
+    for turn in range(2):
+        shared = SharedSolve(solver, World(0, 2), 8, jobs_of(found))
+        ranks_of = {}
+        for piece in shared._pieces:
+            name = piece.linear.job.linear.name
+            ranks_of[name] = piece.place.rank
+            piece.linear.seconds = {"o": 10.0}.get(name, 1.0)
+        alone[turn] = [name for name, rank in ranks_of.items() if list(ranks_of.values()).count(rank) == 1]
+        shared._learn()
+    assert alone == {0: ["down"], 1: ["o"]}
+
+
 def test_a_failure_in_rows_that_one_rank_solves_is_raised_on_all(ranks):
     answers = ranks.run(4, "tests.ranks.linears:fail_together", 2)
     assert [answer[:2] for answer in answers] == [("ValueError", "rank 2: down: dual: a bug")] * 4

@@ -26,7 +26,7 @@ TOGETHER = -1  # the turn of what all processes solve together
 
 @dataclass(frozen=True)
 class SharedWork:
-    """The work on linears with the same inputs, in multiply-adds.
+    """The work on linears with the same inputs, in multiply-adds or seconds.
 
     Attributes:
         factor: what one process does before the pieces can be solved; 0 if they need nothing in common.
@@ -41,10 +41,14 @@ class SharedWork:
         """All of the work."""
         return self.factor + sum(self.pieces)
 
+    def scaled(self, rate: float) -> SharedWork:
+        """Return the work in another unit, of which a multiply-add takes `rate`."""
+        return SharedWork(rate * self.factor, tuple(rate * piece for piece in self.pieces))
+
 
 @dataclass(frozen=True)
 class TeamWork:
-    """The work on a piece that all processes can solve together, in multiply-adds.
+    """The work on a piece that all processes can solve together, in multiply-adds or seconds.
 
     Attributes:
         fixed: what each of them does.
@@ -59,6 +63,10 @@ class TeamWork:
     def of_one(self, size: int) -> float:
         """Return what the busiest of `size` processes does."""
         return self.fixed + self.divided * -(-self.tiles // size) / self.tiles
+
+    def scaled(self, rate: float) -> TeamWork:
+        """Return the work in another unit, of which a multiply-add takes `rate`."""
+        return replace(self, fixed=rate * self.fixed, divided=rate * self.divided)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Dealt:
     Attributes:
         owners: for each set of linears with the same inputs, the rank that computes the factor; any rank where they need none.
         places: for each set, the place of each piece.
-        longest: what the busiest rank of each turn does, summed over all turns, in multiply-adds.
+        longest: what the busiest rank of each turn does, summed over all turns, in the unit of the work.
     """
 
     owners: tuple[int, ...]

@@ -109,13 +109,13 @@ class SharedSolve:
         for job in jobs:
             by_statistic.setdefault(id(job.statistics), []).append(self._begun(job))
         self._sets = list(by_statistic.values())
-        works: list[SharedWork] = []
-        divisible: dict[tuple[int, int], TeamWork] = {}
+        self._works: list[SharedWork] = []
+        self._teams: dict[tuple[int, int], TeamWork] = {}
         for index, linears in enumerate(self._sets):
             work, teams = self._work(linears)
-            works.append(work)
-            divisible |= {(index, number): team for number, team in teams.items()}
-        self.dealt: Dealt = deal(works, world.size, divisible)
+            self._works.append(work)
+            self._teams |= {(index, number): team for number, team in teams.items()}
+        self.dealt: Dealt = self._deal()
         self._pieces = [piece for index in range(len(self._sets)) for piece in self._placed(index)]
 
     def solve(self, result: Solved) -> None:
@@ -126,12 +126,33 @@ class SharedSolve:
         self._pass_factors_on()
         self._solve_turn(1, taken)
         self._exchange(taken)
+        self._learn()
         for linears in self._sets:
             for linear in linears:
                 figures = RowFigures(*linear.figures) if isinstance(linear.job.inputs, Gram) else None
                 with named(linear.job.linear.name):
                     lost = linear.lost if self._in_place else None
                     self._solver.take(linear.job, linear.weight, figures, linear.seconds, result, lost)
+
+    def _deal(self) -> Dealt:
+        """Deal the work by the seconds that the last block took for each part of it, where they are known."""
+        rates = self._solver.rates
+        usual = sum(rates.values()) / len(rates) if rates else 1.0
+        found = [rates.get(_shapes(linears), usual) for linears in self._sets]
+        teams = {key: team.scaled(found[key[0]]) for key, team in self._teams.items()}
+        return deal([work.scaled(rate) for work, rate in zip(self._works, found, strict=True)], self._world.size, teams)
+
+    def _learn(self) -> None:
+        """Remember what the work on each set took, which all ranks have been told."""
+        for index, (linears, work) in enumerate(zip(self._sets, self._works, strict=True)):
+            together = [
+                key for key, team in self._teams.items() if key[0] == index and self.dealt.places[index][key[1]].turn == TOGETHER
+            ]
+            again = sum(self._teams[key].fixed for key in together) + (work.factor if together else 0.0)
+            counted = work.total + (self._world.size - 1) * again
+            seconds = sum(linear.seconds for linear in linears)
+            if counted > 0 and seconds > 0:
+                self._solver.rates[_shapes(linears)] = seconds / counted
 
     def _begun(self, job: Job) -> _Linear:
         weight, pattern = job.linear.weight, self._solver.plan.patterns[job.linear.name]
@@ -281,3 +302,7 @@ def solve_shared(solver: Solver, world: World, leaves: int, jobs: Sequence[Job],
         return
     for job in jobs:
         solver.solve(job, result)
+
+
+def _shapes(linears: Sequence[_Linear]) -> tuple[tuple[int, int], ...]:
+    return tuple(linear.job.linear.shape for linear in linears)
