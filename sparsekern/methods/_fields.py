@@ -99,16 +99,19 @@ def number(
     return _declare(Setting(default, help, expected.strip(), store, float))
 
 
-def whole(default: int | None, *, at_least: int, help: str) -> Any:
-    """Declare a field that holds a whole number, or None if that is the default."""
+def whole(default: int | None, *, at_least: int, at_most: int | None = None, help: str) -> Any:
+    """Declare a field that holds a whole number within these limits, or None if that is the default."""
     optional = default is None
 
     def store(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
             raise ValueError
+        if at_most is not None and int(value) > at_most:
+            raise ValueError
         return int(value)
 
-    expected = f"a whole number of at least {at_least}" + (", or None" if optional else "")
+    limits = f"of at least {at_least}" + ("" if at_most is None else f" and at most {at_most}")
+    expected = f"a whole number {limits}" + (", or None" if optional else "")
     return _declare(Setting(default, help, expected, store, int, optional))
 
 

@@ -32,13 +32,17 @@ class BlockTuning(Training):
     Of every eight samples one is held out. The weights with the smallest error on those are kept. They are never worse than those of
     the method.
 
+    With `blocks=2` a block and the one in front of it are tuned together, towards the dense hidden states behind the second. Each
+    block but the first and the last is tuned twice, which takes twice the time.
+
     Example:
         >>> tune = sparsekern.BlockTuning(passes=2, batch_tokens=32)
         >>> report = sparsekern.prune(model, "wanda", "2:4", calibration=ids, tune=tune, progress=False)
         >>> all(block["after"] <= block["before"] for block in report.tuning)
         True
 
-    Source: the dense model's hidden states as target: Shin et al., Rethinking Pruning Large Language Models, 2024, sections 3.1 to 3.2.
+    Source: the dense model's hidden states as target, and two blocks together: Shin et al., Rethinking Pruning Large Language Models,
+    2024, sections 3.1 to 3.3.
     """
 
     learning_rate: float = number(5e-4, above=0, help="highest learning rate of AdamW")
@@ -49,14 +53,15 @@ class BlockTuning(Training):
     weight_decay: float = number(0.0, at_least=0, help="weight decay of AdamW, on matrices only")
     clip: float = number(1.0, above=0, help="largest norm of the gradient")
     patience: int = whole(2, at_least=1, help="passes without a smaller held-out error after which a block is done")
+    blocks: int = whole(1, at_least=1, at_most=2, help="blocks tuned together; 2 is for models below 0.5 B parameters")
 
 
 @dataclass(frozen=True)
 class Distill(Training):
     """Train the whole pruned model, once it is done, to predict what the dense one predicts.
 
-    The loss is the Kullback-Leibler divergence of the next token's distribution from that of the dense model, a copy of which stays in
-    memory. No logits are stored. Pruned weights stay zero. Embeddings and the head are frozen, and experts that are not pruned. AdamW's
+    The loss is the Kullback-Leibler divergence of the next token's distribution from that of the dense model. Its hidden states in front
+    of the head are computed once, before anything is pruned, and kept. No logits are stored. Pruned weights stay zero. Embeddings and the head are frozen, and experts that are not pruned. AdamW's
     learning rate rises linearly over the `warmup` share of the steps, and falls along half a cosine to zero.
 
     Of every eight samples one is held out, of up to 4,096 tokens together. Their divergence is reported as the training goes on. If it

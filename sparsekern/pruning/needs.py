@@ -88,6 +88,7 @@ SETTINGS = {
     "allocation": Setting(UNIFORM, ALLOCATIONS, (SHARES, ONE_PART, IN_MEMORY)),
     "values": Setting(None, (INT4,), (ONE_PART,)),
 }
+PAIR_OF_BLOCKS = (ONE_PART, IN_MEMORY)  # what two blocks that are tuned together need
 
 
 def check_settings(given: Mapping[str, object], run: Run) -> None:
@@ -113,6 +114,10 @@ def check_settings(given: Mapping[str, object], run: Run) -> None:
                 by_quality = run.quality is not None and name in vars(Preset())
                 chosen = f", which quality={run.quality!r} chooses" if by_quality else ""
                 raise ValueError(f"{name}: expected {setting.neutral!r} {otherwise}, got {shown}{chosen}")
+    tune = given["tune"]
+    for need in PAIR_OF_BLOCKS if isinstance(tune, BlockTuning) and tune.blocks == 2 else ():
+        if not need.met(run):
+            raise ValueError(f"BlockTuning.blocks: expected 1 {need.otherwise.format(leaves=run.leaves)}, got 2")
 
 
 def _check_kind(name: str, setting: Setting, value: object) -> None:

@@ -53,7 +53,6 @@ from .session import check_module, check_seed, check_streamed, environment, para
 from .shared_blocks import SharedBlocks, follow_written, shared_blocks
 from .tuning.checks import check_room
 from .tuning.distill import Distillation, batches_to_train_on
-from .tuning.reader import dense_copy
 
 
 @on_all_ranks
@@ -164,7 +163,7 @@ def prune(
 
     Raises:
         TypeError: bad arguments. They are refused before any work is done.
-        MemoryError: the dense copy that `distill` needs does not fit, before any work is done.
+        MemoryError: what `distill` keeps of the dense model does not fit, before any work is done.
         ValueError: bad arguments, or a model that cannot be pruned in this way, before any work is done. Also NaN or Inf in an
             activation, which the message locates by linear and calibration sample. Then the current block is unchanged, and the
             earlier ones are pruned (and on disk with `out`). Training (`Gradual`) whose loss or weights do not stay finite leaves
@@ -284,11 +283,11 @@ def prune(
         shown: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "report": report, "progress": progress}
         shown |= {"memory": memory, "world": world, "leaves": leaves}
         with running(model, plan, method, batches, **shown) as context:
-            teacher = None if distill is None else dense_copy(model)
             try:
+                distillation = None if distill is None else Distillation(cast("Any", context), distill, own, trained_on)
                 loop(context).run()
-                if distill is not None and teacher is not None:
-                    Distillation(cast("Any", context), teacher, distill, own, trained_on).run()
+                if distillation is not None:
+                    distillation.run()
             except (TypeError, ValueError):
                 if checkpoint is not None:
                     checkpoint.drop_unused()

@@ -1,6 +1,7 @@
 """`tune=BlockTuning()`: blocks come closer to the dense model on their masks, never farther; runs resume to the same bits."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from .stack_models import calls, toy
 from .unfinished import QUIET, Interrupted, interrupted_run, run
 
 FAST = BlockTuning(passes=3, batch_tokens=32, learning_rate=1e-3)
+PAIRS = replace(FAST, blocks=2)
 
 
 def ids():
@@ -74,6 +76,58 @@ def test_the_error_is_that_of_the_held_out_hidden_states():
     assert report.tuning[1]["after"] == pytest.approx(float(errors[held_out].mean()), rel=1e-4)
 
 
+def last_error(model) -> float:
+    """Return the mean held-out error behind the last of three blocks, from whole models."""
+    dense, found = tiny_model("llama"), []
+    batches = with_held_out(batches_for(dense, Wanda(), ids(), 1), 0)
+    for own in (dense, model):
+        handle = own.model.layers[2].register_forward_hook(lambda module, args, output: found.append(output.double()))
+        with torch.no_grad():
+            own(input_ids=ids())
+        handle.remove()
+    errors = (found[1] - found[0]).square().sum(-1) / found[0].square().sum(-1)
+    return float(errors[[number for number, batch in enumerate(batches) if batch.held_out]].mean())
+
+
+def test_two_blocks_are_tuned_together():
+    """A block changes again with the next one, on its mask, and the hidden states in front of that one with it."""
+    tuned, report = prune(tune=PAIRS)
+    alone, _ = prune()
+    plain, _ = prune(tune=None)
+    assert all(row["after"] < row["before"] for row in report.tuning)
+    assert report.tuning[2]["after"] == pytest.approx(last_error(tuned), rel=1e-4)
+    assert last_error(tuned) < 0.8 * last_error(plain)
+    assert report.sparsity == pytest.approx(0.5)
+    assert all(torch.equal(zeros(tuned)[name], found) for name, found in zeros(plain).items() if "layers.0." in name)
+    assert all(not torch.equal(value, alone.get_parameter(name)) for name, value in tuned.named_parameters() if "layers.0." in name)
+
+
+def test_a_block_without_pruned_linears_is_no_partner():
+    model, report = prune(tune=PAIRS, exclude=["*layers.1.*"])
+    dense = tiny_model("llama")
+    assert [row["block"] for row in report.tuning] == [0, 2]
+    alone, _ = prune(exclude=["*layers.1.*"])
+    assert same(model, alone)
+    assert all(torch.equal(value, dense.get_parameter(name)) for name, value in model.named_parameters() if "layers.1." in name)
+
+
+def test_a_failed_pair_is_what_it_was(monkeypatch):
+    """The block that failed is dense again, and its partner as it was tuned before."""
+
+    def fail(module, *arguments, own=tuned_blocks.tune_block):
+        found = own(module, *arguments)
+        if len(module) == 2:
+            raise Interrupted
+        return found
+
+    model, first = tiny_model("llama"), tiny_model("llama")
+    prune(first, include=["*layers.0.*"])
+    monkeypatch.setattr(tuned_blocks, "tune_block", fail)
+    with pytest.raises(Interrupted):
+        prune(model, tune=PAIRS)
+    assert same(model, first)
+
+
 def test_a_block_that_gets_worse_keeps_the_weights_of_the_method():
     tuned, report = prune(tune=BlockTuning(passes=1, batch_tokens=16, learning_rate=0.3))
     assert all(row["after"] <= row["before"] for row in report.tuning)
@@ -110,17 +164,31 @@ def test_a_failed_block_is_dense_again(monkeypatch):
     assert same(model, tiny_model("llama"))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, family):
-    arguments = {"family": family, "method": "wanda", "ids": ids(), "tune": FAST}
+@pytest.mark.parametrize(
+    ("family", "tune", "blocks"),
+    [("llama", FAST, 1), ("gpt2", FAST, 1), ("llama", PAIRS, 1), ("llama", PAIRS, 2), ("llama", PAIRS, 3)],
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, family, tune, blocks):
+    arguments = {"family": family, "method": "wanda", "ids": ids(), "tune": tune}
     whole, report = run(tmp_path / "whole", **arguments)
     with pytest.raises(Interrupted):
-        interrupted_run(tmp_path / "out", monkeypatch, **arguments)
+        interrupted_run(tmp_path / "out", monkeypatch, blocks=blocks, **arguments)
     resumed, again = run(tmp_path / "out", resume=True, **arguments)
-    assert again.resumed_blocks == 1 and same(whole, resumed)
+    assert again.resumed_blocks == blocks and same(whole, resumed)
     for row, other in zip(report.tuning, again.tuning, strict=True):
         assert row | {"seconds": 0} == other | {"seconds": 0}
     assert sparsekern.Report.from_json(tmp_path / "out" / "report.json").tuning == again.tuning
+
+
+@pytest.mark.parametrize("tune", [FAST, PAIRS])
+def test_half_precision_resumes_to_the_same_bits(tmp_path, monkeypatch, tune):
+    """What is trained in float32 is stored as the model holds it."""
+    arguments = {"dtype": torch.bfloat16, "method": "wanda", "ids": ids(), "tune": tune}
+    whole, _ = run(tmp_path / "whole", **arguments)
+    with pytest.raises(Interrupted):
+        interrupted_run(tmp_path / "out", monkeypatch, blocks=2, **arguments)
+    resumed, _ = run(tmp_path / "out", resume=True, **arguments)
+    assert same(whole, resumed)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):

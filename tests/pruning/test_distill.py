@@ -13,7 +13,7 @@ from sparsekern.data import calibration_ids
 from sparsekern.pruning.blockwise import loop
 from sparsekern.pruning.gradual import training_state
 from sparsekern.pruning.session import batches_for
-from sparsekern.pruning.tuning import checks, distill, reader
+from sparsekern.pruning.tuning import checks, distill, reader, teacher
 from sparsekern.pruning.windows import with_held_out
 from tests import tiny
 from tests.models.families import tiny_ids, tiny_model
@@ -77,7 +77,36 @@ def test_held_out_samples_beyond_those_that_judge_are_trained_on(monkeypatch):
     assert sum(batch.held_out for batch in batches) == 3
     monkeypatch.setattr(distill, "JUDGED", 17)  # a sample has 16 tokens
     fitted, judged = distill.divided(batches)
-    assert judged == [batch for batch in batches if batch.held_out][:2] and len(fitted) == 22
+    assert judged == [number for number, batch in enumerate(batches) if batch.held_out][:2] and len(fitted) == 22
+
+
+@pytest.mark.parametrize("room", [None, 0], ids=["memory", "file"])
+def test_the_teacher_is_read_once_and_not_copied(monkeypatch, room):
+    """Each batch that is used runs through the dense model once, however often its divergence is taken."""
+    read = []
+
+    def count(self, batch, own=reader.Reader.read):
+        read.append(batch.first_sample)
+        return own(self, batch)
+
+    plain, _ = prune(settings=FAST)
+    monkeypatch.setattr(teacher, "dense_copy", None)
+    if room is not None:
+        monkeypatch.setattr(teacher, "copied_bytes", lambda model: room)
+    model = tiny_model("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher.Reader, "read", count)
+        patch.setattr(distill.Distillation, "run", lambda self: None)
+        prune(model)
+    assert len(read) == len(set(read)) and len(read) <= 24
+    assert same(prune()[0], plain)
+
+
+def test_a_head_that_is_pruned_stays_dense_in_the_teacher():
+    model = tiny_model("llama")
+    report = sparsekern.prune(model, "wanda", "2:4", ids(), include=["lm_head", "*layers*"], distill=FAST, **QUIET)
+    assert (model.lm_head.weight == 0).any()
+    assert report.distillation[-1]["kl"] == pytest.approx(held_out_divergence(model), rel=1e-3)
 
 
 def test_temperature_divides_both_logits():
@@ -185,7 +214,9 @@ def test_refusals(arguments, error, message):
 
 def test_a_teacher_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(checks, "free_bytes", lambda device: 1000)
-    with pytest.raises(MemoryError, match=r"distill: expected 0.0 GB for a dense copy of the model .* 0.0 GB that are free on cpu"):
+    with pytest.raises(
+        MemoryError, match=r"distill: expected 0.0 GB for what is kept of the dense model .* 0.0 GB that are free on cpu"
+    ):
         prune()
 
 

@@ -66,3 +66,13 @@ def test_the_name_that_chose_a_setting_is_said():
 def test_other_values_are_refused(name, value, error, message):
     with pytest.raises(error, match=message):
         check_settings({**ALONE, name: value}, Run(Wanda()))
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [(Run(Wanda(), leaves=2), "for sums in 2 parts"), (Run(Wanda(), is_streamed=True), "for a streamed model, whose gradients")],
+)
+def test_two_blocks_are_tuned_together_in_one_part_in_memory(run, reason):
+    check_settings({**ALONE, "tune": BlockTuning()}, run)
+    with pytest.raises(ValueError, match=f"^BlockTuning.blocks: expected 1 {reason}.*, got 2$"):
+        check_settings({**ALONE, "tune": BlockTuning(blocks=2)}, run)

@@ -56,7 +56,7 @@ def test_a_full_disk_says_what_needs_how_much(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shelf, "_transfer", full)
     with pytest.raises(
-        OSError, match=r"No space left on device: .* needs 8,192 bytes for hidden states that exceed max_memory"
+        OSError, match=r"No space left on device: .* needs 8,192 bytes for hidden states that do not stay in memory"
     ) as error:
         shelf.put("a", torch.zeros(1025))
     assert error.value.errno == errno.ENOSPC

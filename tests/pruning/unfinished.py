@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsekern
 from sparsekern.pruning import checkpoint
@@ -17,8 +18,8 @@ class Interrupted(Exception):
     pass
 
 
-def run(out, *, family="llama", method="sparsegpt", ids=None, **arguments):
-    model = tiny_model(family)
+def run(out, *, family="llama", method="sparsegpt", ids=None, dtype=torch.float32, **arguments):
+    model = tiny_model(family).to(dtype)
     report = sparsekern.prune(model, method, "2:4", tiny_ids() if ids is None else ids, out=out, **QUIET, **arguments)
     return model, report
 
@@ -38,10 +39,13 @@ def stopped_after_two_blocks(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return out
 
 
-def interrupted_run(out, monkeypatch, **arguments):
+def interrupted_run(out, monkeypatch, *, blocks=1, **arguments):
+    """Stop a run once `blocks` are on disk."""
+
     def interrupted(self, index, result, save=checkpoint.Checkpoint.save):
         save(self, index, result)
-        raise Interrupted
+        if index == blocks - 1:
+            raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoint, "save", interrupted)

@@ -100,8 +100,13 @@ class Activations:
 
     def hidden(self, number: int) -> torch.Tensor:
         """Return the hidden states of batch `number` in front of the current block of a chain."""
+        return self.chain.hidden(number)
+
+    @property
+    def chain(self) -> Chain:
+        """The forwards of a model whose blocks take the output of the one before each."""
         assert isinstance(self._forwards, Chain)
-        return self._forwards.hidden(number)
+        return self._forwards
 
     def runs(self, number: int, index: int) -> bool:
         """Return whether batch `number` runs block `index` next."""

@@ -88,7 +88,15 @@ class Chain:
         hidden = self._shelf.get(batch)
         if (following := (batch + 1) % len(self._batches)) != batch:
             self._shelf.expect(following)
+        return self.run_from(batch, index, hidden)
+
+    def run_from(self, batch: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the output of block `index` for the hidden states `hidden` of a batch."""
         return self._calls[batch][self._places[index]].run(self._blocks[index], hidden)
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        """Replace the hidden states of a batch in front of the current block."""
+        self._shelf.put(batch, hidden)
 
     def waits(self, batch: int, index: int) -> bool:
         """Return True: every batch runs every block."""
@@ -96,7 +104,7 @@ class Chain:
 
     def advance(self, batch: int, index: int) -> None:
         """Replace the hidden states of a batch by the output of block `index`."""
-        self._shelf.put(batch, self.run(batch, index))
+        self.put(batch, self.run(batch, index))
 
     def finish(self, batch: int) -> None:
         """Call the model with a last block that returns the hidden states."""

@@ -177,9 +177,11 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 self.dense.advance(index)  # while the block is dense
         if found.tuning is not None:
             if stream_of(self.context.model) is None:  # otherwise they were read with the block
-                restore_others(self.plan.blocks, index, linears, found.others)
+                restore_others(self.plan, index, linears, found.others)
             self.context.report.tuning.append(found.tuning)
         write(linears, found.weights)
+        if self.tuner is not None and found.tuning is not None:
+            self.tuner.settle(index)
         self.context.report.resumed_blocks += 1
         self.context.record(found.layers)
         return True

@@ -183,7 +183,7 @@ class Shelf:
             self._file.truncate(max(os.fstat(self._file.fileno()).st_size, end))
         except OSError as error:
             where = self._folder or tempfile.gettempdir()
-            message = f"{error.strerror}: {where} needs {end:,} bytes for hidden states that exceed max_memory"
+            message = f"{error.strerror}: {where} needs {end:,} bytes for hidden states that do not stay in memory"
             raise OSError(error.errno, message) from error
 
     def _transfer(self, slot: Slot, tensor: torch.Tensor, move: Any) -> None:

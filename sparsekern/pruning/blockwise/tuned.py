@@ -6,15 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
 
 from ..._warnings import SparsekernWarning
 from ...methods import BlockTuning, FourBits
-from ...models import Blocks, Linear
+from ...models import Linear
 from ...models.streaming import stream_of
+from ...training.masked_adamw import Trained
 from ..batches import Batch
 from ..plan import Plan
 from ..run import BlockResult, RunContext
@@ -28,9 +28,11 @@ from .dense_stream import DenseStream
 from .shares import Share
 from .written import write
 
+BEFORE = "in front of the block before"  # keys of the hidden states that two blocks are tuned on
+
 
 class BlockTuner:
-    """Tunes each block once it is solved."""
+    """Tunes each block once it is solved, alone or together with the one in front of it."""
 
     def __init__(
         self,
@@ -57,23 +59,26 @@ class BlockTuner:
     def tune(self, index: int, linears: Sequence[Linear], result: BlockResult) -> BlockResult:
         """Write the result of block `index` to the model, tune the block, and return its result with what tuning changed.
 
-        After an error a block of a model in memory is dense again; that of a streamed one is read again.
+        After an error a block of a model in memory is dense again, and its partner what it was; a streamed block is read again.
         """
-        clock = self._context.clock
-        block, name = self._course.blocks.modules[index], self._course.blocks.block_name(index)
+        clock, plan, blocks = self._context.clock, self._context.plan, self._course.blocks
+        partner = partner_of(plan, index)
+        tuned = [index] if partner is None else [partner, index]
+        name = blocks.block_name(index)
         with clock.phase("forward"):
             self._dense.advance(index)  # with the weights from before
         streamed = stream_of(self._context.model) is not None
-        others = other_parameters(block, name, linears)
+        others = other_parameters(plan, index, linears)
         before = {} if streamed else {name: tensor.clone() for name, tensor in others.items()}
         dense = {} if streamed else {linear.name: linear.weight.clone() for linear in linears}
         start = clock.now()
         with clock.phase("tune"):
             try:
                 write(linears, result.weights)
-                trained = trained_of(block, linears, name, on_grid=isinstance(self._context.method, FourBits))
+                trained = self._trained_of(tuned)
                 seed = derived_seed(self._context.seed, f"tune {name}")
-                found = tune_block(block, trained, self._samples(index), self._settings, seed)
+                module = nn.ModuleList(blocks.modules[own] for own in tuned)
+                found = tune_block(module, trained, self._samples(index, partner), self._settings, seed)
             except BaseException:
                 if not streamed:
                     write(linears, dense)
@@ -89,14 +94,41 @@ class BlockTuner:
         if streamed:  # whose blocks are kept as they are
             return replace(result, weights={linear.name: linear.weight for linear in linears}, tuning=row)
         weights = {linear.name: linear.weight.clone() for linear in linears}
-        return replace(result, weights=weights, others={name: own.clone() for name, own in others.items()}, tuning=row)
+        others = {name: own.clone() for name, own in others.items()}
+        self.settle(index)
+        return replace(result, weights=weights, others=others, tuning=row)
 
-    def _samples(self, index: int) -> Samples:
+    def _trained_of(self, tuned: Sequence[int]) -> list[Trained]:
+        blocks, parts, on_grid = self._course.blocks, self._context.plan.parts, isinstance(self._context.method, FourBits)
+        return [
+            of
+            for index in tuned
+            for of in trained_of(blocks.modules[index], parts[index], blocks.block_name(index), on_grid=on_grid)
+        ]
+
+    def settle(self, index: int) -> None:
+        """Bring the hidden states in front of block `index` up to date with its tuned partner, and keep them for the next block."""
+        if self._settings.blocks == 1:
+            return
+        partner, activations = partner_of(self._context.plan, index), self._activations
+        with self._context.clock.phase("forward"):
+            for number in range(len(activations.batches)):
+                if partner is not None:
+                    activations.chain.put(number, self._partner_output(partner, number))
+                activations.shelf.put((BEFORE, number), activations.hidden(number))
+
+    def _partner_output(self, partner: int, number: int) -> torch.Tensor:
+        before = self._activations.shelf.get((BEFORE, number))
+        return self._activations.chain.run_from(number, partner, before)
+
+    def _samples(self, index: int, partner: int | None) -> Samples:
         activations, dense = self._activations, self._dense.activations
         mask = self._course.run_of(index).mask
 
         def run(number: int) -> torch.Tensor:
-            return cast("torch.Tensor", activations.run(number, index))
+            if partner is None:
+                return activations.chain.run(number, index)
+            return activations.chain.run_from(number, index, self._partner_output(partner, number))
 
         return Samples(
             run=run,
@@ -114,6 +146,16 @@ class BlockTuner:
             if batch.held_out == held_out and self._activations.runs(number, index):
                 found[self._share.leaf_of(batch) - self._share.leaves[0]].append(number)
         return found
+
+
+def partner_of(plan: Plan, index: int) -> int | None:
+    """Return the block that is tuned together with block `index`: the one in front of it, if it is pruned and two are tuned at once."""
+    if plan.tune is None or plan.tune.blocks == 1:
+        return None
+    assert plan.course is not None
+    place = plan.course.order.index(index)
+    before = plan.course.order[place - 1] if place else None
+    return None if before is None or not plan.parts[before] else before
 
 
 def _tokens(activations: Activations, mask: str | None, number: int) -> torch.Tensor | None:
@@ -145,19 +187,23 @@ def check_trained(model: nn.Module, plan: Plan, batches: list[Batch]) -> None:
         )
 
 
-def other_parameters(block: nn.Module, name: str, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
-    """Return the parameters of a block that tuning changes besides its linears, by name."""
+def other_parameters(plan: Plan, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
+    """Return what tuning changes besides the linears of block `index`, by name: its vectors, and what it tunes of its partner."""
+    blocks, partner = plan.blocks, partner_of(plan, index)
     parameters = {linear.parameter for linear in linears}
-    return {of.name: of.parameter.detach() for of in trained_of(block, (), name) if of.parameter not in parameters}
+    found = [of for of in trained_of(blocks.modules[index], (), blocks.block_name(index)) if of.parameter not in parameters]
+    if partner is not None:
+        found += trained_of(blocks.modules[partner], plan.parts[partner], blocks.block_name(partner))
+    return {of.name: of.parameter.detach() for of in found}
 
 
-def restore_others(blocks: Blocks, index: int, linears: Sequence[Linear], others: Mapping[str, torch.Tensor]) -> None:
-    """Write what tuning had changed of block `index` besides its linears.
+def restore_others(plan: Plan, index: int, linears: Sequence[Linear], others: Mapping[str, torch.Tensor]) -> None:
+    """Write what tuning had changed besides the linears of block `index`.
 
     Raises:
         ValueError: it is not of this block.
     """
-    own = other_parameters(blocks.modules[index], blocks.block_name(index), linears)
+    own = other_parameters(plan, index, linears)
     for name in own.keys() | others.keys():
         found = others.get(name)
         if name not in own or found is None or found.shape != own[name].shape or found.dtype != own[name].dtype:

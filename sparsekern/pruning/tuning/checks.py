@@ -9,17 +9,17 @@ from torch import nn
 
 from .reader import copied_bytes
 
-STATES = 4 * 4  # bytes a weight beside the dense copy: gradient, two moments, and the weight from before
+STATES = 4 * 4  # bytes a weight beside the dense model's states: gradient, two moments, and the weight from before
 
 
 def check_room(model: nn.Module) -> None:
-    """Raise `MemoryError` unless the dense copy of a model that is distilled and the state of training fit beside the model."""
+    """Raise `MemoryError` unless what distillation keeps of a dense model and the state of training fit beside the model."""
     device = next(model.parameters()).device
     free, needed = free_bytes(device), copied_bytes(model) + STATES * sum(parameter.numel() for parameter in model.parameters())
     if free is not None and needed > free:
         raise MemoryError(
-            f"distill: expected {needed / 1e9:,.1f} GB for a dense copy of the model and the state of training, got {free / 1e9:,.1f} GB "
-            f"that are free on {device}"
+            f"distill: expected {needed / 1e9:,.1f} GB for what is kept of the dense model and the state of training, got "
+            f"{free / 1e9:,.1f} GB that are free on {device}"
         )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain, islice
 from typing import cast
 
 import torch
@@ -31,6 +32,7 @@ from ..session import batches_for
 from ..windows import with_held_out
 from .masters import float32_masters, only_these_require_gradients
 from .reader import Reader, frozen_parameters
+from .teacher import Teacher
 
 NAME = "distillation"
 MARKS = 5  # evaluations of the held-out samples, besides the one in front
@@ -48,37 +50,42 @@ class Distillation:
     def __init__(
         self,
         context: RunContext[Plan, LinearMethod, Report, Blocks],
-        teacher: nn.Module,
         settings: Distill,
         checkpoint: Checkpoint | None,
         batches: Sequence[Batch],
     ) -> None:
-        """Prepare the training.
+        """Prepare the training, while the model is dense: it is the teacher.
 
         Args:
-            context: the run, whose model is pruned.
-            teacher: the dense model, see `dense_copy`.
+            context: the run.
             settings: see `Distill`.
             checkpoint: keeps the progress; None keeps none.
             batches: the samples to train on, of which some are held out.
+
+        Raises:
+            OSError: the disk refuses the teacher's hidden states.
         """
-        model = context.model
         self._context, self._settings, self._progress = context, settings, context.progress
-        self._student, self._teacher = Reader(model, batches[0]), Reader(teacher, batches[0])
+        self._batches, self._model = batches, context.model
         self._fitted, self._held_out = divided(batches)
-        self._model = model
-        self._trained = trained_of(model, context.plan.linears, on_grid=isinstance(context.method, FourBits))
-        self._state = TrainingState(checkpoint, {of.name: of.parameter for of in self._trained}, NAME)
+        used = {*self._held_out, *chain.from_iterable(islice(self._steps(), settings.steps))}
+        pruned = [linear.parameter for linear in context.plan.linears]
+        with context.clock.phase("distill"):
+            self._teacher = Teacher(context.model, batches, used, pruned, context.memory.folder)
+        self._checkpoint = checkpoint
         self.curve: list[dict[str, float]] = []
 
     def run(self) -> None:
-        """Train the model in place. One that is no closer to its teacher on the held-out samples afterwards gets its weights back.
+        """Train the pruned model in place. One that is no closer to its teacher on the held-out samples gets its weights back.
 
         Raises:
             ValueError: a loss or a gradient is not finite. The model has its weights from before then.
             KeyboardInterrupt: Ctrl-C; the step that it fell in is kept in the checkpoint.
         """
-        parameters = [of.parameter for of in self._trained]
+        trained = trained_of(self._model, self._context.plan.linears, on_grid=isinstance(self._context.method, FourBits))
+        parameters = [of.parameter for of in trained]
+        self._student = Reader(self._model, self._batches[0])
+        self._state = TrainingState(self._checkpoint, {of.name: of.parameter for of in trained}, NAME)
         first = [parameter.detach().clone() for parameter in parameters]
         settings, finished = self._settings, False
         self._progress.count_steps(settings.steps)
@@ -89,7 +96,7 @@ class Distillation:
                 only_these_require_gradients(self._model, parameters),
                 interrupt_deferred() as interrupted,
             ):
-                optimizer = MaskedAdamW(self._trained, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
+                optimizer = MaskedAdamW(trained, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
                 self._train(optimizer, autocast, interrupted)
             self._evaluate(settings.steps, 0.0, nullcontext())
             finished = self.curve[-1]["kl"] < self.curve[0]["kl"]
@@ -122,7 +129,7 @@ class Distillation:
             lr = settings.learning_rate * _share(step, settings.steps, settings.warmup)
             if step % every == 0:
                 self._evaluate(step, lr, autocast)
-            loss = self._step(optimizer, [self._fitted[number] for number in numbers], lr, autocast)
+            loss = self._step(optimizer, numbers, lr, autocast)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"Distill.learning_rate: expected a finite loss, got {loss} in step {step + 1} of {settings.steps}; lower it"
@@ -133,29 +140,32 @@ class Distillation:
                 raise KeyboardInterrupt
         state.save_now_and_then(0, settings.steps, optimizer.state, now=True)
 
-    def _step(self, optimizer: MaskedAdamW, batches: Sequence[Batch], lr: float, autocast: torch.autocast) -> float:
-        """Take one step on the mean divergence of all tokens of `batches`, and return it; NaN where a gradient is not finite."""
-        tokens, total = sum(batch.tokens for batch in batches), 0.0
-        for batch in batches:
+    def _step(self, optimizer: MaskedAdamW, numbers: Sequence[int], lr: float, autocast: torch.autocast) -> float:
+        """Take one step on the mean divergence of all tokens of some batches, and return it; NaN where a gradient is not finite."""
+        tokens, total = self._tokens(numbers), 0.0
+        for number in numbers:
             with torch.enable_grad():
-                loss = self._divergence(batch, autocast) / tokens
+                loss = self._divergence(number, autocast) / tokens
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total if math.isfinite(optimizer.step(lr, self._settings.clip)) else math.nan
 
     def _evaluate(self, step: int, lr: float, autocast: AbstractContextManager[object]) -> None:
         """Add the mean divergence of the held-out tokens to the curve."""
-        total = sum(float(self._divergence(batch, autocast)) for batch in self._held_out)
-        kl = total / sum(batch.tokens for batch in self._held_out)
+        total = sum(float(self._divergence(number, autocast)) for number in self._held_out)
+        kl = total / self._tokens(self._held_out)
         self.curve.append({"step": float(step), "learning_rate": lr, "kl": kl})
 
-    def _divergence(self, batch: Batch, autocast: AbstractContextManager[object]) -> torch.Tensor:
+    def _tokens(self, numbers: Iterable[int]) -> int:
+        return sum(self._batches[number].tokens for number in numbers)
+
+    def _divergence(self, number: int, autocast: AbstractContextManager[object]) -> torch.Tensor:
         """Return the divergence of a batch, summed over its real tokens."""
         temperature = self._settings.temperature
         with torch.no_grad():
-            teacher = self._teacher.read(batch)
+            teacher = self._teacher.read(number)
         with autocast:
-            student = self._student.read(batch)
+            student = self._student.read(self._batches[number])
         if not torch.isfinite(student).all():
             return student.float().sum() * math.nan  # the caller knows the step, which a refusal by `divergence` would not name
         if self._student.head is not None and self._teacher.head is not None:
@@ -167,9 +177,9 @@ class Distillation:
         generator = torch.Generator(device="cpu").manual_seed(derived_seed(self._context.seed, "distillation"))
         gathered: list[int] = []
         while True:
-            for number in torch.randperm(len(self._fitted), generator=generator, device="cpu").tolist():
-                gathered.append(number)
-                if sum(self._fitted[number].tokens for number in gathered) >= self._settings.batch_tokens:
+            for place in torch.randperm(len(self._fitted), generator=generator, device="cpu").tolist():
+                gathered.append(self._fitted[place])
+                if self._tokens(gathered) >= self._settings.batch_tokens:
                     yield gathered
                     gathered = []
 
@@ -202,13 +212,13 @@ def batches_to_train_on(
     return with_held_out(found, request.seed)
 
 
-def divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches to train on, and those to judge on: the first held-out ones that have `JUDGED` tokens together."""
-    fitted: list[Batch] = []
-    judged: list[Batch] = []
-    for batch in batches:
-        judges = batch.held_out and sum(of.tokens for of in judged) < JUDGED
-        (judged if judges else fitted).append(batch)
+def divided(batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
+    """Return the numbers of the batches to train on, and to judge on: the first held-out ones of `JUDGED` tokens together."""
+    fitted: list[int] = []
+    judged: list[int] = []
+    for number, batch in enumerate(batches):
+        judges = batch.held_out and sum(batches[of].tokens for of in judged) < JUDGED
+        (judged if judges else fitted).append(number)
     return fitted, judged
 
 

@@ -11,17 +11,20 @@ from torch import nn
 
 @contextmanager
 def float32_masters(parameters: Iterable[nn.Parameter]) -> Iterator[torch.autocast]:
-    """Make 16-bit parameters float32 within, and round them back afterwards. Yield an autocast that lets them compute in bfloat16."""
+    """Make 16-bit parameters float32 within. Afterwards their own memory holds them, rounded.
+
+    Yield an autocast that lets them compute in bfloat16.
+    """
     parameters = list(parameters)
-    dtypes = {parameter: parameter.dtype for parameter in parameters if parameter.dtype in (torch.bfloat16, torch.float16)}
+    halves = {parameter: parameter.data for parameter in parameters if parameter.dtype in (torch.bfloat16, torch.float16)}
     device = parameters[0].device.type
-    for parameter in dtypes:
+    for parameter in halves:
         parameter.data = parameter.data.float()
     try:
-        yield torch.autocast(device, torch.bfloat16, enabled=bool(dtypes))
+        yield torch.autocast(device, torch.bfloat16, enabled=bool(halves))
     finally:
-        for parameter, dtype in dtypes.items():
-            parameter.data = parameter.data.to(dtype)
+        for parameter, half in halves.items():
+            parameter.data = half.copy_(parameter.data)
 
 
 @contextmanager

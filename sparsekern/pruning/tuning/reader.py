@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -72,9 +73,9 @@ def frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def dense_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that shares its embeddings and its head, which no training changes."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in frozen_parameters(model)}
+def dense_copy(model: nn.Module, pruned: Iterable[nn.Parameter] = ()) -> nn.Module:
+    """Return a copy of a model that shares its embeddings and its head, unless they are `pruned`: no training changes them."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in frozen_parameters(model) - set(pruned)}
     return copy.deepcopy(model, memo)
 
 
