@@ -51,7 +51,7 @@ def test_a_rank_without_batches_takes_part(ranks):
     assert [digest for digest, _ in answers] == [expected] * 4
 
 
-@pytest.mark.parametrize(("first", "second"), [(4, 2), (1, 4)])
+@pytest.mark.parametrize(("first", "second"), [(4, 2)])
 def test_a_killed_run_is_resumed_by_another_number_of_ranks(ranks, tmp_path, first, second):
     expected, alone = pruned(0, "wanda", tmp_path / "whole", **BOTH)
     options = BOTH | {"out": tmp_path / "out"}
