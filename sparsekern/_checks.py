@@ -93,23 +93,22 @@ def check_row_mask(row_mask: torch.Tensor | None, x: torch.Tensor) -> None:
 
 
 def check_finite(name: str, value: torch.Tensor, row_mask: torch.Tensor | None = None) -> None:
-    """Raise `ValueError` naming the first NaN or Inf of a 2-D tensor; rows that `row_mask` drops are ignored."""
+    """Raise `ValueError` naming the first NaN or Inf of a tensor; rows of a matrix that `row_mask` drops are ignored."""
     if value.sum(dtype=torch.float32).isfinite():  # one read; the sum is not finite if a value is not
         return
     bad = ~torch.isfinite(value)
     if row_mask is not None:
         bad &= row_mask[:, None]
     if bad.any():
-        row, column = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{name}: expected finite values, got {float(value[row, column])} at [{row}, {column}]")
+        place = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}: expected finite values, got {float(value[tuple(place)])} at {place}")
 
 
 def check_no_nan(name: str, value: torch.Tensor) -> None:
-    """Raise `ValueError` naming the first NaN of a 2-D tensor; infinities are allowed, since they can be ordered."""
+    """Raise `ValueError` naming the first NaN of a tensor; infinities are allowed, since they can be ordered."""
     bad = torch.isnan(value)
     if bad.any():
-        row, column = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{name}: expected no NaN, got nan at [{row}, {column}]")
+        raise ValueError(f"{name}: expected no NaN, got nan at {bad.nonzero()[0].tolist()}")
 
 
 def _elements(value: torch.Tensor) -> int:

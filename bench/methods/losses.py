@@ -11,6 +11,7 @@ than it is elsewhere.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -83,7 +84,7 @@ def measure(wikitext: Path, build: Path | None, preset: str, quick: bool = False
         for row, (pattern, options) in OURS.items():
             model = smollm2.dense_model()
             sparsekern.prune(model, None, pattern, calibration, quality=preset, progress=False, **options)
-            found = perplexity(model)
+            found = perplexity(copy.deepcopy(model).bfloat16())
             if options:
                 sparsekern.export_gguf(model, path, tokenizer=words, type="q8_0", overwrite=True)
                 keep(Q4_0, *sizes(path), perplexity(sparsekern.load(path, device="cpu")), llama_speed(build, path))

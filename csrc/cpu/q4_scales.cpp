@@ -66,14 +66,14 @@ SPARSEKERN_INLINE float cost_of(const float* weight, const float* importance, fl
 // Returns the best scale of 64 weights, of which `extreme` has the largest magnitude.
 template <class Target>
 SPARSEKERN_INLINE Half best_scale(const float* weight, const float* importance, float extreme) {
-  float least = std::numeric_limits<float>::infinity();
+  float least = 0.0f;
   Half best{0};
   if (extreme == 0.0f) return best;
   for (int step = 0; step < kSteps; ++step) {
     const auto share = static_cast<float>(1.0 - step / (2.0 * (kSteps - 1)));
     const Half scale = from_float<Half>(extreme / kLeastCode * share);
     const float cost = cost_of<Target>(weight, importance, to_float(scale));
-    if (cost < least) {
+    if (step == 0 || cost < least) {  // costs may be infinite
       least = cost;
       best = scale;
     }

@@ -8,8 +8,8 @@ on the whole right half. Each block still waits for one product and its kernel, 
 
 The weights of a batch go through the blocks together: each product and each launch is one for all of them.
 
-Where a call takes several blocks, it loops over them by itself, small products included: the host would take longer for them than the
-device.
+Where a call takes several blocks, it loops over them by itself, small products included. By count the host would take longer to launch them
+than the device to compute them; nothing of this has been measured.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Kernels(Protocol):
         """Keep the best `kept` weights of each row (scope "row") or of all rows (scope "block"); False if that takes more launches."""
 
     def together(self, choice: str) -> int:
-        """Return the number of blocks that `prune_blocks` takes, a power of two; it is not called for one."""
+        """Return the number of blocks that `prune_blocks` takes, a power of two. For one, `prune_blocks` is not called."""
 
     def prune_blocks(self, blocks: list[Block], kept: list[int], choice: str, m: int) -> None:
         """Prune neighbouring blocks, and add the effect of each on those after it.

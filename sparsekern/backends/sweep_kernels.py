@@ -15,7 +15,9 @@ class CudaKernels:
     """The kernels of a sweep; see `Kernels` of `obs_sweep.py`."""
 
     CALLS = 64  # competing blocks per clearing of the workspace
-    TOGETHER = 8  # blocks of a call: 1024 columns, whose products are too small for `products.add_product` to split
+    TOGETHER = (
+        8  # blocks of a call: 1024 columns, whose products have fewer than `products.PIECES_FROM` multiply-adds below 32768 rows
+    )
 
     def __init__(self, state: Sweep) -> None:
         self._ops = torch.ops.sparsekern_cuda

@@ -35,8 +35,9 @@ def export_gguf(
 ) -> Path:
     """Write a model as a GGUF file, which llama.cpp runs.
 
-    A linear whose values have 4 bits (`prune(values="int4")`), dense or packed, is stored as Q4_0 without loss: the same numbers, with the
-    zeros written out. So llama.cpp can run exactly the weights that `2:4-q4` stores. Norms and biases are float32.
+    A linear whose values have 4 bits (`prune(values="int4")`) is stored as Q4_0 without loss: the numbers of a packed folder such as
+    `2:4-q4`, with the zeros written out. So llama.cpp can run exactly the weights that `2:4-q4` stores. A dense float32 model has the same
+    numbers; one in a half dtype had rounded them. Norms and biases are float32.
 
     The families are LLaMA (also SmolLM2, TinyLlama), Mistral, Qwen2 and Qwen3. A tensor is in memory at a time, besides the model.
 
@@ -69,12 +70,23 @@ def export_gguf(
     file = checked_file(path, overwrite=overwrite)
     refuse_streamed(model, "whose weights are in its folder")
     architecture = architecture_of(model)
+    _check_weights(model)
     config: Any = model.config
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, config.vocab_size)
     tensors = tensors_of(model, architecture, type)
     _check_space(file, tensors)
     replace_atomically(file, lambda temporary: _write(temporary, file.stem, config, architecture, vocabulary, tensors))
     return file
+
+
+def _check_weights(model: Any) -> None:
+    """Raise `ValueError` unless a model has a head, whose place llama.cpp would fill, and weights of a dtype that the file can hold."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(f"model: expected a causal language model with a head, got {type(model).__name__}")
+    others = sorted({str(value.dtype) for value in model.parameters() if value.is_floating_point() and value.dtype not in OF_DTYPE})
+    if others:
+        raise ValueError(f"model: expected weights in float32, float16 or bfloat16, got {', '.join(others)}")
 
 
 def check_gguf() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.sparse import SparseSemiStructuredTensor
 
 from ..layouts.q4_0 import BLOCK_COLUMNS, q4_0_rows
 from ..layouts.q4_grid import telling_scales
@@ -68,7 +69,7 @@ class Stored:
         weight = weight.cpu()
         if self.kind == "f16":
             half = weight.half()
-            if half.isinf().any() and not weight.isinf().any():
+            if (half.isinf() & ~weight.isinf()).any():
                 raise ValueError(
                     f"type: expected 'f32' or 'bf16' for weights above {torch.finfo(torch.float16).max:,.0f} ({self.name})"
                 )
@@ -130,6 +131,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Source]]:
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             yield f"{name}.weight", module.shape, module
+        elif isinstance(getattr(module, "weight", None), SparseSemiStructuredTensor):
+            raise ValueError(f"model: expected dense or packed weights, got a {type(module.weight).__name__} in {name}")
         elif isinstance(module, PackedWeight) or is_conv1d(module):
             raise ValueError(f"model: expected plain linears, got {name}, a {type(module).__name__}")
         for own_name, parameter in module.named_parameters(recurse=False):
@@ -146,11 +149,9 @@ def _kind(name: str, shape: tuple[int, ...], source: Source, type: str) -> str:
     whole = shape[1] % BLOCK_COLUMNS == 0
     if whole and _has_4_bits(source):
         return Q4_0
-    if type == AUTO:
+    if type == AUTO or (type in (Q4_0, Q8_0) and not whole):
         return OF_DTYPE[source.dtype]
-    if type in (Q4_0, Q8_0):
-        return "f16" if not whole else Q8_0 if name in OUTSIDE else type
-    return type
+    return Q8_0 if type == Q4_0 and name in OUTSIDE else type
 
 
 def _dense(source: Source) -> torch.Tensor:
@@ -158,15 +159,13 @@ def _dense(source: Source) -> torch.Tensor:
 
 
 def _has_4_bits(source: Source) -> bool:
-    return isinstance(source.layout, NMQ4Packed) if isinstance(source, SparseLinear) else telling_scales(source) is not None
+    return (isinstance(source, SparseLinear) and isinstance(source.layout, NMQ4Packed)) or _grid(source) is not None
 
 
 def _grid(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return a matrix of 4 bits with its scales; None where it has others."""
-    if not isinstance(source, SparseLinear):
-        scales = telling_scales(source)
-        return None if scales is None else (source, scales)
-    layout = source.layout
-    if not isinstance(layout, NMQ4Packed):
-        return None
-    return nm_q4_unpack(source.tensors["blocks"], layout.n, layout.m, *source.shape)
+    if isinstance(source, SparseLinear) and isinstance(layout := source.layout, NMQ4Packed):
+        return nm_q4_unpack(source.tensors["blocks"], layout.n, layout.m, *source.shape)
+    weight = _dense(source)
+    scales = telling_scales(weight)
+    return None if scales is None else (weight, scales)

@@ -22,7 +22,7 @@ def q4_scales(weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
 
     Args:
         weight: `[out_features, in_features]` float32; zeros cost nothing.
-        importance: `[in_features]` float32 of at least 0, the weight of each column's squared error.
+        importance: `[in_features]` float32, the weight of each column's squared error. Negative ones are not looked for.
 
     Returns:
         `[out_features, ceil(in_features / 64)]` float16. A group of zeros has scale 0.
@@ -48,12 +48,12 @@ def reference(weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     found = torch.empty(rows, groups.shape[1], dtype=torch.float16, device=weight.device)
     for own, out in zip(groups.split(ROWS_TOGETHER), found.split(ROWS_TOGETHER), strict=True):
         extreme = own.gather(-1, own.abs().argmax(-1, keepdim=True))
-        least = torch.full_like(extreme, torch.inf)
-        best = torch.zeros_like(extreme)
+        best = least = torch.zeros_like(extreme)
         for step in range(STEPS):
             scale = (extreme / LEAST * (1 - step / (2 * (STEPS - 1)))).half().to(weight.dtype)
             cost = ((own - nearest_multiple(own, scale)).square_() * costs).sum(-1, keepdim=True)
-            best, least = torch.where(cost < least, scale, best), torch.minimum(cost, least)
+            better = cost < least if step else torch.ones_like(cost, dtype=torch.bool)  # costs may be infinite
+            best, least = torch.where(better, scale, best), torch.where(better, cost, least)
         out.copy_(best.squeeze(-1) + 0.0)  # no -0.0
     return found
 

@@ -153,7 +153,8 @@ def unpack(
 ):  # fmt: skip
     """Write some rows of the dense weight: zeros, and then the values, while the second-level cache still has the zeros.
 
-    Memory is therefore written once. 16 rows of 4096 columns on each of 132 multiprocessors are 17 MB, a third of that cache.
+    By count, memory is therefore written once: 16 rows of 4096 columns on each of 132 multiprocessors are 17 MB, a third of that cache. Not
+    run on a GPU.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     values += first * stored

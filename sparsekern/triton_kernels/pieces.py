@@ -18,8 +18,9 @@ COLUMNS, WARPS = 1024, 4  # columns and warps of a program
 
 @triton.jit
 def to_tf32(x):
-    """Round to the nearest number of eleven significant bits, and ties away from zero."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    """Round to the nearest number of eleven significant bits, and ties away from zero. A NaN stays one, whatever its bits."""
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
 
 
 @triton.jit(do_not_specialize=["blocks"])

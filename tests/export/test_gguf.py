@@ -118,6 +118,27 @@ def test_values_of_4_bits_are_stored_without_loss(of_4_bits, tmp_path, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("format", ["2:4", "bitmask"])
+def test_other_packed_formats_hold_values_of_4_bits_too(of_4_bits, tmp_path, format):
+    dense = tiny.llama(**SHAPE)
+    dense.load_state_dict(of_4_bits.state_dict())
+    path = sparsekern.export_gguf(sparsekern.pack(dense, format=format), tmp_path / "a.gguf")
+    assert {kind for name, kind in types(path).items() if name.startswith("blk.") and "norm" not in name} == {"Q4_0"}
+    again = read(path)
+    assert all(torch.equal(own, again.get_parameter(name)) for name, own in of_4_bits.named_parameters())
+
+
+@torch.no_grad()
+def test_packed_models_keep_their_numbers(tmp_path):
+    model = tiny.llama(**SHAPE).bfloat16()
+    sparsekern.prune(model, "magnitude", "2:4", progress=False)
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    path = sparsekern.export_gguf(sparsekern.pack(model), tmp_path / "a.gguf")
+    assert types(path)["blk.1.attn_q.weight"] == "BF16"
+    assert all(torch.equal(value, wanted[name].float()) for name, value in read(path).state_dict().items())
+
+
+@torch.no_grad()
 def test_a_dense_half_model_of_4_bits_is_on_the_same_grid(of_4_bits, tmp_path):
     half = tiny.llama(**SHAPE)
     half.load_state_dict(of_4_bits.state_dict())
@@ -143,7 +164,7 @@ def test_types_of_other_matrices(tmp_path, type, blocks, embedding, most):
         assert float((found - own).norm() / own.norm()) <= (most if own.dim() == 2 else 0)
     assert number(path, "general.file_type") == {"F16": 1, "Q8_0": 7, "Q4_0": 2}[blocks]
     odd = types(sparsekern.export_gguf(tiny.llama(), tmp_path / "b.gguf", type=type))
-    assert odd["blk.0.ffn_down.weight"] == ("F16" if type[0] == "q" else blocks)  # rows of 48
+    assert odd["blk.0.ffn_down.weight"] == ("F32" if type[0] == "q" else blocks)  # rows of 48
 
 
 def test_scaled_rotary_embeddings(tmp_path):
@@ -180,7 +201,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
         (tiny.llama(rope_parameters=yarn), "model: expected rope_parameters.rope_type default or linear or llama3 in the config"),
         (tiny.llama(hidden_act="gelu"), "model: expected hidden_act silu in the config of a llama, as llama.cpp has it, got gelu"),
         (model_of("qwen3", attention_bias=True), "model: expected attention_bias False in the config of a qwen3"),
-        (tf.LlamaForSequenceClassification(model.config), "model: expected the weights of a causal llama, got score.weight"),
+        (tf.LlamaForSequenceClassification(model.config), "model: expected a causal language model with a head, got LlamaForSeq"),
+        (model.model, "model: expected a causal language model with a head, got LlamaModel"),
+        (tiny.llama(**SHAPE).double(), "model: expected weights in float32, float16 or bfloat16, got torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):
             sparsekern.export_gguf(given, path)
@@ -195,7 +218,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="model: expected one in memory, got a streamed one"):
         sparsekern.export_gguf(sparsekern.load(tiny.save_folder(tmp_path / "folder"), stream=True), path)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[2, 3] = 1e5
+        model.model.layers[1].mlp.up_proj.weight[2, 3:5] = torch.tensor([1e5, torch.inf])
     with pytest.raises(ValueError, match=r"type: expected 'f32' or 'bf16' for weights above 65,504 \(blk.1.ffn_up.weight\)"):
         sparsekern.export_gguf(model, path, type="f16")
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))  # nothing is left of the one that failed half-way

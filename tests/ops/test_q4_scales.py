@@ -30,8 +30,10 @@ def test_the_extreme_is_the_lowest_code_and_columns_without_importance_do_not_ma
     weight[0, 3], weight[1, 66] = 4.0, -4.0
     found = q4_scales(weight, torch.ones(70))
     assert found.tolist() == [[-0.5, 0.0], [0.0, 0.5]]
-    weight[0, 5] = -0.25
-    assert q4_scales(weight, torch.ones(70).index_fill(0, torch.tensor([5]), 0))[0, 0] == -0.5
+    halves = torch.arange(5, 11)
+    weight[0, halves] = -0.25
+    assert q4_scales(weight, torch.ones(70))[0, 0] != -0.5
+    assert q4_scales(weight, torch.ones(70).index_fill(0, halves, 0))[0, 0] == -0.5
 
 
 def test_shapes_without_values(isa):
@@ -39,7 +41,13 @@ def test_shapes_without_values(isa):
     assert q4_scales(torch.zeros(3, 0), torch.zeros(0)).shape == (3, 0)
 
 
-def test_arguments_are_refused():
+def test_costs_beyond_float32_leave_the_largest_scale(isa):
+    weight, importance = torch.full((1, 64), 16.0), torch.full((64,), 3e38)
+    weight[0, 0] = 15.0
+    assert q4_scales(weight, importance)[0, 0] == -2.0
+
+
+def test_arguments_are_refused(isa):
     weight = torch.ones(2, 70)
     for changed, message in (
         ({"weight": weight.half()}, "weight: expected dtype float32, got float16"),

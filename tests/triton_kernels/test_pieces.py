@@ -30,9 +30,11 @@ def test_views_and_what_is_transposed(generator, poisoned):
 
 
 def test_what_is_not_finite_stays_so():
-    x = torch.tensor([[math.inf, -math.inf, math.nan, 1.0, 0.0, -0.0]])
+    of_a_gpu = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # every bit of its NaN is set
+    x = torch.tensor([[math.inf, -math.inf, math.nan, 1.0, 0.0, -0.0, 0.0]])
+    x[0, -1] = of_a_gpu
     high, low = split_in_two(x)
-    assert (high + low).isfinite().tolist() == [[False] * 3 + [True] * 3]
+    assert (high + low).isfinite().tolist() == [[False] * 3 + [True] * 3 + [False]]
 
 
 def test_float32_only():
