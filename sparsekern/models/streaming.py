@@ -258,11 +258,11 @@ class Stream:
     @contextmanager
     def read_from(self, index: int, place: Place) -> Iterator[None]:
         """Read block `index` from another place within."""
-        now = self._move(index, place)
+        now = self.move(index, place)
         try:
             yield
         finally:
-            self._move(index, now)
+            self.move(index, now)
 
     def take_all(self, paths: Iterable[Path], parts: Iterable[Part] = ()) -> None:
         """Read all tensors from other files from now on.
@@ -284,7 +284,7 @@ class Stream:
 
     def _replace(self, part: Part, held: Mapping[str, Stored]) -> Place | None:
         if part.index < len(self.blocks):
-            return self._move(part.index, Place(part.names, held, part))
+            return self.move(part.index, Place(part.names, held, part))
         for name in part.replaced:
             del self.stored[name]
         self.stored |= held
@@ -294,7 +294,7 @@ class Stream:
         self._edits.pop(part.index, None)
         return None
 
-    def _move(self, index: int, place: Place) -> Place:
+    def move(self, index: int, place: Place) -> Place:
         """Read block `index` from another place from now on, and return the one before."""
         self._ahead.pop(index, None)  # it was read from the place before
         names = tuple(self.names[index])

@@ -159,6 +159,9 @@ class Checkpoint:
         """Do nothing within: a block in memory is as it was in front of the run until its result is written to it."""
         return nullcontext()
 
+    def put_back(self, index: int) -> None:
+        """Do nothing, as `as_before` does."""
+
     def holds(self, index: int) -> bool:
         """Return whether block `index` is finished."""
         return self.store.holds(self._name(index))
@@ -182,21 +185,12 @@ class Checkpoint:
             check_pruned(place, weights, layers, self.patterns, dense_allowed=self.dense_allowed)
         except ValueError as error:
             raise ValueError(f"{error}; {REMEDY}") from error
-        return BlockResult(weights, layers, others=others, tuning=self._tuning(index))
-
-    def _tuning(self, index: int) -> dict[str, float] | None:
-        """Return the entry of a block in `Report.tuning`.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        found = self.store.get(self._name(index), prefix=NO_TENSOR)[1].get("tuning")
-        if found is None:
-            return None
+        tuned = self.store.get(self._name(index), prefix=NO_TENSOR)[1].get("tuning")
         try:
-            return schema.mapping(schema.number)(found)
+            tuning = None if tuned is None else _tuning_row(tuned)
         except TypeError as error:
-            raise self.damaged(index, f"tuning: {error}") from error
+            raise self.damaged(index, error) from error
+        return BlockResult(weights, layers, others=others, tuning=tuning)
 
     def read(
         self, index: int, make_report: Callable[[dict], ReportLike]
@@ -278,7 +272,7 @@ class StreamedCheckpoint(Checkpoint):
         self._writing: Future[None] | None = None
         self._before: dict[int, Place] = {}
         for index in range(len(stream.blocks)):
-            if self.holds(index) and (place := self._take(index, self._read_note(index)[1])) is not None:
+            if self.holds(index) and (place := self._take(index, self._read_note(index)[0])) is not None:
                 self._before[index] = place
 
     def save(self, index: int, result: BlockResult) -> None:
@@ -306,6 +300,11 @@ class StreamedCheckpoint(Checkpoint):
         """Let the model read block `index` within as it was in front of the run."""
         return self._stream.read_from(index, self._before[index]) if index in self._before else nullcontext()
 
+    def put_back(self, index: int) -> None:
+        """Let the model read block `index` as it was in front of the run, until it is pruned again."""
+        if index in self._before:
+            self._stream.move(index, self._before.pop(index))
+
     def finish(self) -> None:
         """Wait until all blocks are on disk.
 
@@ -323,13 +322,13 @@ class StreamedCheckpoint(Checkpoint):
 
     def follow(self, index: int) -> None:
         """Read block `index`, which another process has written, from here from now on."""
-        self._take(index, self._read_note(index)[1])
+        self._take(index, self._read_note(index)[0])
 
     def load(self, index: int, linears: Sequence[Linear]) -> BlockResult | None:
         """Return the result of block `index`, which is in memory, or None where it is not finished. See `Checkpoint.load`."""
         if not self.holds(index):
             return None
-        layers, part = self._read_note(index)
+        part, layers, tuning = self._read_note(index)
         if index >= len(self._stream.blocks):
             tensors, _ = self.store.get(self._name(index))
             self._stream.put(self._model, tensors, part)
@@ -342,14 +341,14 @@ class StreamedCheckpoint(Checkpoint):
             raise ValueError(f"{error}; {REMEDY}") from error
         if index < len(self._stream.blocks):
             count_block(self._model, index)
-        return BlockResult(weights, layers, tuning=self._tuning(index))
+        return BlockResult(weights, layers, tuning=tuning)
 
-    def _tuning(self, index: int) -> dict[str, float] | None:
-        found = super()._tuning(index)
-        return None if found is None else found | {"seconds": self._read_seconds(index)[TUNING]}
+    def _read_note(self, index: int) -> tuple[Part, list[LayerReport], dict[str, float] | None]:
+        """Return what the file of block `index` holds, its reports, and its entry in `Report.tuning`. Its tensors are not read.
 
-    def _read_note(self, index: int) -> tuple[list[LayerReport], Part]:
-        """Return the reports of block `index` and what its file holds. Its tensors are not read."""
+        Raises:
+            ValueError: the file, or that of its seconds, is damaged.
+        """
         name = self._name(index)
         _, note = self.store.get(name, prefix=NO_TENSOR)
         self._check_note(name, note)
@@ -357,7 +356,8 @@ class StreamedCheckpoint(Checkpoint):
             part = made_part(index, note["names"], note["format"], note["packed"], note["replaced"])
             seconds = self._read_seconds(index)
             layers = [layer | {"seconds": seconds[layer["name"]]} for layer in note["layers"]]
-            return [LayerReport.from_dict(layer) for layer in layers], part
+            tuning = None if "tuning" not in note else _tuning_row(note["tuning"] | {"seconds": seconds[TUNING]})
+            return part, [LayerReport.from_dict(layer) for layer in layers], tuning
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise self.damaged(name, error) from error
 
@@ -374,6 +374,18 @@ class StreamedCheckpoint(Checkpoint):
             return self._stream.take(self.store.path(self._name(index)), part)
         except ValueError as error:
             raise self.damaged(index, error) from error
+
+
+def _tuning_row(found: object) -> dict[str, float]:
+    """Return an entry of `Report.tuning` from a file.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return schema.mapping(schema.number)(found)
+    except TypeError as error:
+        raise TypeError(f"tuning: {error}") from error
 
 
 def differences(found: dict, expected: dict) -> list[str]:

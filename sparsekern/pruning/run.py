@@ -72,6 +72,9 @@ class Blocks(Protocol):
     def as_before(self, index: int) -> AbstractContextManager[object]:
         """Let the model read block `index` within as it was in front of the run. A block in memory is left alone."""
 
+    def put_back(self, index: int) -> None:
+        """Let the model read finished block `index` as `as_before` does, until it is pruned again."""
+
 
 PlanT = TypeVar("PlanT", bound=PlanLike)
 MethodT = TypeVar("MethodT", bound=Method)

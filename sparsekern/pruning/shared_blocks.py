@@ -108,6 +108,12 @@ class SharedBlocks:
         found = self._followed if self._own is None else self._own
         return nullcontext() if found is None else found.as_before(index)
 
+    def put_back(self, index: int) -> None:
+        """Let a streamed model read block `index` as it was in front of the run, until it is pruned again."""
+        found = self._followed if self._own is None else self._own
+        if found is not None:
+            found.put_back(index)
+
     def holds(self, index: int) -> bool:
         """Return whether block `index` is finished."""
         return index in self._finished

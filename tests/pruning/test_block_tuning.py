@@ -6,13 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 
 import sparsekern
 from sparsekern import BlockTuning, KPrune, SparsekernWarning, Wanda
 from sparsekern.pruning.blockwise import tuned as tuned_blocks
+from sparsekern.pruning.checkpoint import Checkpoint
+from sparsekern.pruning.saving import RunFolder
 from sparsekern.pruning.session import batches_for
 from sparsekern.pruning.tuning import block as tuning
 from sparsekern.pruning.windows import with_held_out
+from sparsekern.ranks import World
 from tests.models.families import COMMON, tiny_ids, tiny_model
 
 from .stack_models import calls, toy
@@ -111,21 +115,68 @@ def test_a_block_without_pruned_linears_is_no_partner():
     assert all(torch.equal(value, dense.get_parameter(name)) for name, value in model.named_parameters() if "layers.1." in name)
 
 
-def test_a_failed_pair_is_what_it_was(monkeypatch):
-    """The block that failed is dense again, and its partner as it was tuned before."""
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(tuned_blocks, "tune_block"), (tuned_blocks.BlockTuner, "settle"), (Checkpoint, "save")],
+    ids=["tune_block", "settle", "save"],
+)
+def test_a_failed_pair_is_what_it_was(owner, name, tmp_path, monkeypatch):
+    """Wherever it fails, the block is dense again, and its partner as it was tuned before."""
+    own, calls = getattr(owner, name), []
 
-    def fail(module, *arguments, own=tuned_blocks.tune_block):
-        found = own(module, *arguments)
-        if len(module) == 2:
+    def fail(*arguments):
+        found = own(*arguments)
+        calls.append(found)
+        if len(calls) == 2:
             raise Interrupted
         return found
 
     model, first = tiny_model("llama"), tiny_model("llama")
     prune(first, include=["*layers.0.*"])
-    monkeypatch.setattr(tuned_blocks, "tune_block", fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(Interrupted):
-        prune(model, tune=PAIRS)
+        prune(model, tune=PAIRS, out=tmp_path / "out")
     assert same(model, first)
+
+
+class Backwards(nn.ModuleList):
+    """Blocks that run from the last to the first."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return list(found)[::-1] if isinstance(index, slice) else found
+
+
+def test_a_finished_run_is_restored_in_the_order_of_the_blocks(tmp_path, monkeypatch):
+    """Each block has the weights that it got as a partner, not those of its own turn."""
+
+    def fail(*arguments, **options):
+        raise Interrupted
+
+    models = [tiny_model("llama") for _ in range(2)]
+    for model in models:
+        model.model.layers = Backwards(model.model.layers)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RunFolder, "write", fail)
+        prune(models[0], tune=PAIRS, out=tmp_path / "out")
+    _, report = prune(models[1], tune=PAIRS, out=tmp_path / "out", resume=True)
+    assert report.resumed_blocks == 3 and [row["block"] for row in report.tuning] == [2, 1, 0]
+    assert same(*models)
+
+
+def test_no_process_runs_more_than_one_batch_before_it_hears_of_the_failure_of_another(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        interrupted_run(tmp_path / "out", monkeypatch, method="magnitude", ids=ids(), blocks=2, tune=PAIRS)
+    model, runs = tiny_model("llama"), [0]
+    monkeypatch.setattr(World, "check", lambda self: runs.append(0))
+
+    def count(*arguments):
+        runs[-1] += 1
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(count)
+    _, report = prune(model, "magnitude", tune=PAIRS, out=tmp_path / "out", resume=True)
+    assert report.resumed_blocks == 2 and max(runs[1:]) == 2  # the block and its partner
 
 
 def test_a_block_that_gets_worse_keeps_the_weights_of_the_method():

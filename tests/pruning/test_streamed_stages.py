@@ -1,12 +1,21 @@
 """Corrected and tuned runs of streamed models: the bits of a model in memory, also after a kill, within the memory that is counted."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
 
 import sparsekern
 from sparsekern import BlockTuning
+from sparsekern.models.streaming import in_memory
 from sparsekern.pruning import memory
+from sparsekern.pruning.blockwise import tuned
 from sparsekern.pruning.blockwise.loop import BlockLoop
 from sparsekern.pruning.blockwise.shelf import Shelf
+from sparsekern.pruning.checkpoint import TUNING
+from sparsekern.pruning.saving import RunFolder
 from tests.models.families import tiny_ids
 from tests.models.test_streaming import folder_of
 
@@ -25,10 +34,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def pruned(folder, out, *, stream, **options):
-    model = sparsekern.load(folder, device="cpu", stream=stream)
+def pruned(model, out, *, stream=False, method="wanda", **options):
+    """Prune a model, or that of a folder."""
+    if isinstance(model, Path):
+        model = sparsekern.load(model, device="cpu", stream=stream)
     options = {"calibration": tiny_ids(16, 12), "batch_size": 4, "progress": False} | options
-    return sparsekern.prune(model, "wanda", "2:4", out=out, **options)
+    return sparsekern.prune(model, method, "2:4", out=out, **options)
 
 
 def without_seconds(report):
@@ -72,19 +83,61 @@ def test_a_killed_run_goes_on_to_the_same_bits(stages, format, tmp_path, monkeyp
     assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
 
 
-def test_a_failed_block_is_read_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "stages"), [("sparsegpt", {}), ("wanda", STAGES["both"])], ids=["plain", "both"])
+def test_blocks_behind_one_that_is_removed_are_pruned_again_from_dense_weights(method, stages, tmp_path, monkeypatch):
     folder = folder_of("llama_tied", tmp_path / "model")
-    from sparsekern.pruning.blockwise import tuned
+    options = {"stream": True, "method": method, **stages}
 
-    def fail(*arguments):
+    def killed(*arguments, **options):
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(tuned, "tune_block", fail)
-        pruned(folder, tmp_path / "out", stream=True, **STAGES["both"])
-    pruned(folder, tmp_path / "out", stream=True, resume=True, **STAGES["both"])
-    pruned(folder, tmp_path / "whole", stream=True, **STAGES["both"])
+        patched.setattr(RunFolder, "write", killed)
+        pruned(folder, tmp_path / "out", **options)
+    shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    assert pruned(folder, tmp_path / "whole", resume=True, **options).resumed_blocks == 3
+    (tmp_path / "out/checkpoint/block-00001.safetensors").unlink()
+    assert pruned(folder, tmp_path / "out", resume=True, **options).resumed_blocks == 1
     assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
+
+
+@pytest.fixture
+def failed(tmp_path, monkeypatch):
+    """The model of a run that failed once its second block was tuned."""
+    model = sparsekern.load(folder_of("llama_tied", tmp_path / "model"), device="cpu", stream=True)
+    calls, own = [], tuned.tune_block
+
+    def fails(*arguments):
+        found = own(*arguments)
+        calls.append(found)
+        if len(calls) == 2:
+            raise Killed
+        return found
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(tuned, "tune_block", fails)
+        pruned(model, tmp_path / "out", **STAGES["both"])
+    return model
+
+
+def test_a_failed_block_is_read_again(failed, tmp_path):
+    dense = dict(sparsekern.load(tmp_path / "model", device="cpu").model.layers.named_parameters(prefix="layers"))
+    for index in (0, 1):
+        with in_memory(failed, index):
+            same = [
+                torch.equal(own, dense[f"layers.{index}.{name}"]) for name, own in failed.model.layers[index].named_parameters()
+            ]
+        assert all(same) if index else not any(same)
+
+
+@pytest.mark.parametrize("found", [{}, {TUNING: None}, []])
+def test_damaged_seconds_of_a_block_are_refused_by_name(failed, found, tmp_path):
+    path = tmp_path / "out/checkpoint/block-00000.json"
+    seconds = json.loads(path.read_text())
+    assert TUNING in seconds
+    path.write_text(json.dumps({name: seconds[name] for name in seconds if name != TUNING} | found if found != [] else found))
+    with pytest.raises(ValueError, match=r"block-00000.safetensors is damaged \(.*\); remove it to redo"):
+        pruned(tmp_path / "model", tmp_path / "out", stream=True, resume=True, **STAGES["both"])
 
 
 def test_both_streams_of_hidden_states_leave_the_memory_within_a_limit(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ nothing is run twice. Fused experts are solved a few at a time, see `experts.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Protocol
@@ -35,6 +35,7 @@ from .dealt_experts import DealtExperts
 from .dense_stream import DenseStream
 from .experts import ExpertStatistics, expert_bytes, experts_in, parted
 from .feed_forward import FeedForwardRun, networks_of
+from .finished import blocks_on_disk, finished_blocks
 from .observation import observed
 from .routed_rows import owners_of
 from .sequential import SequentialBlock
@@ -59,6 +60,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
     activations: Activations  # set by `run` where statistics are gathered
     share: Share  # of the batches, likewise
     last: int  # block that has linears to prune; set by `run`
+    finished: set[int]  # blocks, which are restored; likewise
     dense: DenseStream | None = None  # the dense model's forwards, where targets are taken from it
     tuner: BlockTuner | None = None  # where blocks are tuned
     dealt_experts: DealtExperts | None = None  # of the current block, where experts are dealt to ranks
@@ -107,10 +109,11 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
 
     def run(self) -> None:
         context, parts = self.context, self.plan.parts
-        order = list(range(len(parts)))
+        order = [*self.course.order, len(parts) - 1] if self.plan.course is not None else list(range(len(parts)))
+        planned = [index for index in order if parts[index]]
+        self.last, self.finished = planned[-1], finished_blocks(context.checkpoint, planned)
         batches = context.batches
-        solved = context.checkpoint and all(context.checkpoint.holds(index) for index in order if parts[index])
-        if solved or not (self.gathers or self.plan.tune):
+        if len(self.finished) == len(planned) or not (self.gathers or self.plan.tune):
             batches = []  # no hidden states are needed
         if batches:
             with context.clock.phase("capture"):
@@ -123,27 +126,25 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                     self.dense = DenseStream(context.model, self.share.batches, self.course, shelf)
                 if self.dense is not None and self.plan.tune is not None:
                     self.tuner = BlockTuner(context, self.plan.tune, self.share, self.activations, self.course, self.dense)
-            order = [*self.course.order, len(parts) - 1]
-        with self._blocks_on_disk():
+        with blocks_on_disk(context.checkpoint, context.clock):
             self._run_blocks(order, bool(batches))
         self.solver.say_unseen()
 
     def _run_blocks(self, order: Sequence[int], forwards: bool) -> None:
         context, parts = self.context, self.plan.parts
-        self.last = [index for index in order if parts[index]][-1]
-        resuming = True
         for index in order:
             if not parts[index] and not forwards:
                 continue
-            if self.dense is not None and context.checkpoint and context.checkpoint.holds(index):
+            if self.dense is not None and context.checkpoint and index in self.finished:
                 with context.clock.phase("forward"):
                     self.dense.advance_finished(index, context.checkpoint, context.world.check)
             with in_memory(context.model, index):
                 if self.dense is not None:
                     self.dense.keep(parts[index])
                 if linears := parts[index]:
-                    resuming = resuming and self._restore(index, linears)
-                    if not resuming:
+                    if context.checkpoint and index in self.finished:
+                        self._restore(index, linears, context.checkpoint)
+                    else:
                         self._prune_block(index, linears)
                 if index == self.last:
                     break
@@ -153,28 +154,12 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                             self.dense.advance(index, context.world.check)
                         self.activations.advance(index, context.world.check)
 
-    @contextmanager
-    def _blocks_on_disk(self) -> Iterator[None]:
-        """Wait at the end until all blocks are on disk. After an error, that of the disk is not raised."""
-        checkpoint = self.context.checkpoint
-        try:
-            yield
-        except BaseException:
-            with suppress(Exception):
-                if checkpoint is not None:
-                    checkpoint.finish()
-            raise
-        if checkpoint is not None:
-            with self.context.clock.phase("write"):
-                checkpoint.finish()
-
-    def _restore(self, index: int, linears: Sequence[Linear]) -> bool:
-        found = self.context.checkpoint.load(index, linears) if self.context.checkpoint else None
-        if found is None:
-            return False
+    def _restore(self, index: int, linears: Sequence[Linear], checkpoint: Blocks) -> None:
+        found = checkpoint.load(index, linears)
+        assert found is not None  # since it is finished
         if self.dense is not None and index < len(self.plan.blocks.modules):
             with self.context.clock.phase("forward"):
-                self.dense.advance(index)  # while the block is dense
+                self.dense.advance(index, self.context.world.check)  # while the block is dense
         if found.tuning is not None:
             if stream_of(self.context.model) is None:  # otherwise they were read with the block
                 restore_others(self.plan, index, linears, found.others)
@@ -184,22 +169,21 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self.tuner.settle(index)
         self.context.report.resumed_blocks += 1
         self.context.record(found.layers)
-        return True
 
     def _prune_block(self, index: int, linears: Sequence[Linear]) -> None:
         for linear in linears if stream_of(self.context.model) else ():
             check_finite(linear)
         result = self.solve_block(index, linears)
         self.solver.say_lost_zeros(linears, result.weights)
-        if self.tuner is not None and index < len(self.plan.blocks.modules):
-            result = self.tuner.tune(index, linears, result)
-        if self.dense is not None and index != self.last:
-            with self.context.clock.phase("forward"):
-                self.dense.advance(index, self.context.world.check)  # lends the block other weights, while `save` may write its own
-        if self.context.checkpoint:
-            with self.context.clock.phase("write"):
-                self.context.checkpoint.save(index, result)
-        self.context.world.agree(f"block {index}")
+        tuner = self.tuner if index < len(self.plan.blocks.modules) else None
+        with nullcontext(result) if tuner is None else tuner.tuned(index, linears, result) as result:
+            if self.dense is not None and index != self.last:
+                with self.context.clock.phase("forward"):  # lends the block other weights, while `save` may write its own
+                    self.dense.advance(index, self.context.world.check)
+            if self.context.checkpoint:
+                with self.context.clock.phase("write"):
+                    self.context.checkpoint.save(index, result)
+            self.context.world.agree(f"block {index}")
         write(linears, result.weights)
         self.context.record(result.layers)
         if result.tuning is not None:

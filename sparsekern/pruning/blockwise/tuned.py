@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -56,47 +57,55 @@ class BlockTuner:
         self._context, self._settings, self._share = context, settings, share
         self._activations, self._course, self._dense = activations, course, dense
 
-    def tune(self, index: int, linears: Sequence[Linear], result: BlockResult) -> BlockResult:
-        """Write the result of block `index` to the model, tune the block, and return its result with what tuning changed.
+    @contextmanager
+    def tuned(self, index: int, linears: Sequence[Linear], result: BlockResult) -> Iterator[BlockResult]:
+        """Write the result of block `index` to the model, tune the block, and yield its result with what tuning changed.
 
-        After an error a block of a model in memory is dense again, and its partner what it was; a streamed block is read again.
+        After an error here or within, a block of a model in memory is dense again, and its partner what it was. A streamed block is read
+        again.
         """
+        with self._context.clock.phase("forward"):
+            self._dense.advance(index, self._context.world.check)  # with the weights from before
+        streamed = stream_of(self._context.model) is not None
+        others = other_parameters(self._context.plan, index, linears)
+        before = {} if streamed else {name: tensor.clone() for name, tensor in others.items()}
+        dense = {} if streamed else {linear.name: linear.weight.clone() for linear in linears}
+        try:
+            row = self._tune(index, linears, result)
+            if streamed:  # whose blocks are kept as they are
+                found = replace(result, weights={linear.name: linear.weight for linear in linears}, tuning=row)
+            else:
+                weights = {linear.name: linear.weight.clone() for linear in linears}
+                copies = {name: own.clone() for name, own in others.items()}
+                self.settle(index)
+                found = replace(result, weights=weights, others=copies, tuning=row)
+            yield found
+        except BaseException:
+            if not streamed:
+                write(linears, dense)
+                _copy(others, before)
+            raise
+
+    def _tune(self, index: int, linears: Sequence[Linear], result: BlockResult) -> dict[str, float]:
+        """Write the result of block `index` to the model, tune the block in place, and return its entry in `Report.tuning`."""
         clock, plan, blocks = self._context.clock, self._context.plan, self._course.blocks
         partner = partner_of(plan, index)
         tuned = [index] if partner is None else [partner, index]
         name = blocks.block_name(index)
-        with clock.phase("forward"):
-            self._dense.advance(index)  # with the weights from before
-        streamed = stream_of(self._context.model) is not None
-        others = other_parameters(plan, index, linears)
-        before = {} if streamed else {name: tensor.clone() for name, tensor in others.items()}
-        dense = {} if streamed else {linear.name: linear.weight.clone() for linear in linears}
         start = clock.now()
         with clock.phase("tune"):
-            try:
-                write(linears, result.weights)
-                trained = self._trained_of(tuned)
-                seed = derived_seed(self._context.seed, f"tune {name}")
-                module = nn.ModuleList(blocks.modules[own] for own in tuned)
-                found = tune_block(module, trained, self._samples(index, partner), self._settings, seed)
-            except BaseException:
-                if not streamed:
-                    write(linears, dense)
-                    _copy(others, before)
-                raise
+            write(linears, result.weights)
+            trained = self._trained_of(tuned)
+            seed = derived_seed(self._context.seed, f"tune {name}")
+            module = nn.ModuleList(blocks.modules[own] for own in tuned)
+            found = tune_block(module, trained, self._samples(index, partner), self._settings, seed)
         if found.failure:
             warnings.warn(
                 f"{name}: {found.failure}, so it keeps the weights of the method; lower BlockTuning.learning_rate",
                 SparsekernWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        row = {"block": index, "before": found.before, "after": found.after, "steps": found.steps, "seconds": clock.now() - start}
-        if streamed:  # whose blocks are kept as they are
-            return replace(result, weights={linear.name: linear.weight for linear in linears}, tuning=row)
-        weights = {linear.name: linear.weight.clone() for linear in linears}
-        others = {name: own.clone() for name, own in others.items()}
-        self.settle(index)
-        return replace(result, weights=weights, others=others, tuning=row)
+        return {"block": index, "before": found.before, "after": found.after, "steps": found.steps, "seconds": clock.now() - start}
 
     def _trained_of(self, tuned: Sequence[int]) -> list[Trained]:
         blocks, parts, on_grid = self._course.blocks, self._context.plan.parts, isinstance(self._context.method, FourBits)
@@ -113,6 +122,7 @@ class BlockTuner:
         partner, activations = partner_of(self._context.plan, index), self._activations
         with self._context.clock.phase("forward"):
             for number in range(len(activations.batches)):
+                self._context.world.check()
                 if partner is not None:
                     activations.chain.put(number, self._partner_output(partner, number))
                 activations.shelf.put((BEFORE, number), activations.hidden(number))

@@ -216,6 +216,9 @@ class StepFiles:
         """Do nothing within: the weights of a block are those that a step gives it."""
         return nullcontext()
 
+    def put_back(self, index: int) -> None:
+        """Do nothing, as `as_before` does."""
+
     def holds(self, index: int) -> bool:
         """Return whether block `index` is finished."""
         return self.store.holds(self._name(index))

@@ -214,7 +214,10 @@ def _error(samples: Samples) -> float:
 
 def _error_of(samples: Samples, batches: Iterable[int]) -> list[torch.Tensor]:
     """Return the sum of the errors of some batches, and the number of their tokens, `[]` float64 each."""
-    errors = [_errors(samples, number, samples.run(number)) for number in batches]
+    errors: list[torch.Tensor] = []
+    for number in batches:
+        samples.together.world.check()
+        errors.append(_errors(samples, number, samples.run(number)))
     if not errors:
         return [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
     every = torch.cat(errors)
