@@ -33,7 +33,8 @@ class BlockTuning(Training):
     the method.
 
     With `blocks=2` a block and the one in front of it are tuned together, towards the dense hidden states behind the second. Each
-    block but the first and the last is tuned twice, which takes twice the time.
+    block but the last is tuned twice, which takes twice the time. In the source this helped a model of 125 M parameters, and harmed one
+    of 7 B.
 
     Example:
         >>> tune = sparsekern.BlockTuning(passes=2, batch_tokens=32)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
+from .._warnings import SparsekernWarning
 from ..layouts.q4_grid import grid_scales, on_refitted_grid
 from ..models import Linear
 from ..models.linears import is_conv1d
@@ -42,12 +44,22 @@ class Grid:
 
 
 def grids_of(linears: Iterable[Linear]) -> dict[nn.Parameter, Grid]:
-    """Return the grid of each parameter that stores linears with values of 4 bits. Other linears have none."""
+    """Return the grid of each parameter that stores linears with values of 4 bits. A warning names linears on no grid."""
     found: dict[nn.Parameter, list[tuple[Linear, torch.Tensor]]] = {}
+    off: list[str] = []
     for linear in linears:
         scales = grid_scales(linear.weight)
         if scales is not None:
             found.setdefault(linear.parameter, []).append((linear, scales))
+        else:
+            off.append(linear.name)
+    if off:
+        others = f" and {len(off) - 1} others" if len(off) > 1 else ""
+        warnings.warn(
+            f"{off[0]}{others}: the weights are on no grid of 4-bit values, so they are trained to any values of their dtype",
+            SparsekernWarning,
+            stacklevel=2,
+        )
     return {parameter: Grid(*zip(*parts, strict=True)) for parameter, parts in found.items()}
 
 

@@ -1,7 +1,11 @@
 """`values="int4"` with `tune` and `distill`: rounded weights are trained, and stay on their grid."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import sparsekern
 from sparsekern import BlockTuning, Distill
@@ -13,6 +17,24 @@ from .unfinished import QUIET, Interrupted, run
 
 TUNE = BlockTuning(passes=3, batch_tokens=32, learning_rate=1e-3)
 DISTILL = Distill(steps=6, batch_tokens=64, learning_rate=3e-4)
+
+
+DAMAGES = [
+    ("scales", lambda scales: scales[:, :0], r" of shape \(48, 1\)\)"),
+    ("scales", lambda scales: scales.fill_(float("nan")), " holds NaN or Inf"),
+    ("master", lambda master: None, r" of shape \(48, 32\)\)"),
+    ("master", lambda master: master.fill_(float("inf")), " holds NaN or Inf"),
+    ("exp_avg", lambda moments: None, r" of shape \(48, 32\)\)"),
+    ("exp_avg_sq", lambda moments: moments.fill_(float("nan")), " holds NaN or Inf"),
+]
+
+
+def change_tensor(path, name, change):
+    """Change a tensor of a file, or remove it where `change` returns None."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors[name] = change(tensors[name])
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path, metadata)
 
 
 def ids():
@@ -56,4 +78,12 @@ def test_the_distilled_model_comes_closer_on_its_grid_and_resumes(tmp_path, monk
         stopped_after(3, patch)
         with pytest.raises(Interrupted):
             run(tmp_path / "out", **arguments)
+    state = tmp_path / "out/checkpoint/distillation.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
+    for kind, change, message in DAMAGES:
+        shutil.copytree(tmp_path / "out", tmp_path / "damaged")
+        change_tensor(tmp_path / "damaged/checkpoint" / state.name, f"{kind}/{name}", change)
+        with pytest.raises(ValueError, match=rf"{state.name}.*{kind}/{name}{message}; remove it to redo its part of the run"):
+            run(tmp_path / "damaged", resume=True, **arguments)
+        shutil.rmtree(tmp_path / "damaged")
     assert same(run(tmp_path / "out", resume=True, **arguments)[0], model)

@@ -13,7 +13,6 @@ from .pool import succeeded
 from .runs import digests, killed, pruned, tokens
 
 RUNS = "tests.ranks.runs"
-RUN = f"{RUNS}:pruned"
 TUNE = BlockTuning(passes=2, batch_tokens=24, learning_rate=1e-3)
 CORRECTED, TUNED = {"correction": "dense"}, {"tune": TUNE}
 BOTH = CORRECTED | TUNED
@@ -51,12 +50,11 @@ def test_a_rank_without_batches_takes_part(ranks):
     assert [digest for digest, _ in answers] == [expected] * 4
 
 
-@pytest.mark.parametrize(("first", "second"), [(4, 2)])
-def test_a_killed_run_is_resumed_by_another_number_of_ranks(ranks, tmp_path, first, second):
+def test_a_killed_run_is_resumed_by_another_number_of_ranks(ranks, tmp_path):
     expected, alone = pruned(0, "wanda", tmp_path / "whole", **BOTH)
     options = BOTH | {"out": tmp_path / "out"}
-    assert set(ranks.run(first, f"{RUNS}:killed_with_options", "wanda", options)) == {"killed"}
-    for digest, report in succeeded(ranks.run(second, f"{RUNS}:with_options", "wanda", options | {"resume": True})):
+    assert set(ranks.run(4, f"{RUNS}:killed_with_options", "wanda", options)) == {"killed"}
+    for digest, report in succeeded(ranks.run(2, f"{RUNS}:with_options", "wanda", options | {"resume": True})):
         assert digest == expected and figures(report) == figures(alone) and report["run"]["resumed_blocks"] == 1
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 

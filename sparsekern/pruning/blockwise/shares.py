@@ -50,7 +50,7 @@ class Share:
 
 
 class Sums(Protocol):
-    """Sums over batches, which a method of their own adds to."""
+    """Sums over batches. Each class of them has a method of its own that takes in a batch."""
 
     def merged(self, later: Self) -> Self:
         """Return the sums over the batches of both. Neither is used afterwards."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...training.keep_sparsity import SparsityKeeper
-from ...training.masked_adamw import MASTER, SCALES
-from ..checkpoint import Checkpoint
+from ...training.masked_adamw import MASTER, SCALES, MaskedAdamW
+from ..checkpoint import REMEDY, Checkpoint
 from ..store import check_finite_tensors
 
 NAME = "training"
@@ -59,7 +59,10 @@ class TrainingState:
             return 0, None
         tensors, note = found
         where = checkpoint.store.place(self._name)
-        check_finite_tensors(where, {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)})
+        try:
+            check_finite_tensors(where, tensors)
+        except ValueError as error:
+            raise ValueError(f"{error}; {REMEDY}") from error
         try:
             done, steps_done, curve = note["done"], note["steps_done"], list(note["curve"])
         except (KeyError, TypeError) as error:
@@ -85,7 +88,8 @@ class TrainingState:
                     return f"{key} is not a mask"
                 continue
             parameter = self._parameters.get(name)
-            if parameter is None or (kind not in ("step", SCALES) and tensor.shape != parameter.shape):
+            expected = tensor.shape if kind == SCALES or parameter is None else torch.Size() if kind == "step" else parameter.shape
+            if parameter is None or tensor.shape != expected:
                 return f"{key} of shape {tuple(tensor.shape)} is not of this model"
             if kind == "weight" and tensor.dtype != parameter.dtype:
                 return f"{key} is {tensor.dtype}, expected {parameter.dtype}"
@@ -94,19 +98,31 @@ class TrainingState:
         return None
 
     def restore_optimizer(self, optimizer: torch.optim.AdamW) -> None:
-        """Give `optimizer` the moments that `load` found."""
-        if not self._moments:
-            return
-        for name, parameter in self._parameters.items():
-            if f"{MOMENTS[0]}/{name}" in self._moments:
-                state = optimizer.state[parameter]
-                for moment in MOMENTS:
-                    state[moment] = self._moments.pop(f"{moment}/{name}").to(parameter.device)
+        """Give `optimizer` the moments that `load` found.
 
-    def take_moments(self) -> dict[str, torch.Tensor]:
-        """Return the moments that `load` found, by `exp_avg/NAME` and the like, and forget them."""
+        Raises:
+            ValueError: the file lacks a moment of a parameter that it has others of.
+        """
         moments, self._moments = self._moments, {}
-        return moments
+        for name, parameter in self._parameters.items():
+            found = {moment: moments[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in moments}
+            if found and self._checkpoint is not None:
+                if missing := [moment for moment in MOMENTS if moment not in found]:
+                    raise self._checkpoint.damaged(self._name, f"{missing[0]}/{name} is missing")
+                optimizer.state[parameter].update({moment: tensor.to(parameter.device) for moment, tensor in found.items()})
+
+    def restore_masked(self, optimizer: MaskedAdamW) -> None:
+        """Give `optimizer` what `load` found.
+
+        Raises:
+            ValueError: the file lacks a tensor, or holds one of another shape.
+        """
+        moments, self._moments = self._moments, {}
+        if self._checkpoint is not None and self.steps_done:
+            try:
+                optimizer.restore(moments, self.steps_done)
+            except ValueError as error:
+                raise self._checkpoint.damaged(self._name, error) from error
 
     def save_now_and_then(
         self, step: int, steps_done: int, tensors: Callable[[], Mapping[str, torch.Tensor]], *, now: bool

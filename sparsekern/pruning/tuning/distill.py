@@ -117,8 +117,7 @@ class Distillation:
         settings, state = self._settings, self._state
         state.load()
         self.curve = state.curve
-        if moments := state.take_moments():
-            optimizer.restore(moments, state.steps_done)
+        state.restore_masked(optimizer)
         self._progress.steps_done(state.steps_done)
         every = max(1, math.ceil(settings.steps / MARKS))
         steps = self._steps()
