@@ -80,7 +80,7 @@ class Distill(Training):
 
     steps: int = whole(200, at_least=1, help="optimizer steps")
     samples: int | None = whole(None, at_least=2, help="windows of the calibration text to train on; None: those of the method")
-    learning_rate: float = number(3e-4, above=0, help="highest learning rate of AdamW")
+    learning_rate: float = number(1.2e-4, above=0, help="highest learning rate of AdamW")
     warmup: float = number(0.05, at_least=0, below=1, help="share of the steps in which the learning rate rises")
     batch_tokens: int = whole(2048, at_least=1, help="minimum of tokens in an optimizer step; whole batches are accumulated")
     temperature: float = number(1.0, above=0, help="divisor of the logits of both models")
