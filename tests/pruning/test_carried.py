@@ -5,27 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsekern import NM, Wanda
+from sparsekern.pruning.blockwise.activations import Activations
 from sparsekern.pruning.blockwise.carried import Carrier
+from sparsekern.pruning.blockwise.observation import observed
 from sparsekern.pruning.blockwise.shelf import Shelf
-from tests.models.fake_device import FakeDevice, RaceError
+from sparsekern.pruning.plan import Request, plan_linears
+from sparsekern.pruning.session import batches_for
+from tests.models.fake_device import COMPUTATION, FakeDevice, Memory, RaceError
+from tests.models.families import tiny_ids, tiny_model
 
 BATCHES, BLOCKS = 4, 3
 CPU = torch.device("cpu")  # which stands for the GPU
 VALUES = [torch.randn(5, 7, generator=torch.Generator().manual_seed(number)) for number in range(BATCHES)]
-SIZE = VALUES[0].nbytes
+TAKEN = VALUES[0].nbytes
 
 
-def forwards(device, shelf):
-    """Run blocks that add 1 over all batches. Each batch runs twice in a block: to be looked at, and to go on."""
+def forwards(device, shelf, order=None):
+    """Run blocks that add 1 over all batches. Each batch runs twice in a block: to be looked at, and to go on.
+
+    `order` is that in which they are looked at, none of them expected; None is one after another, each expected.
+    """
     for number, values in enumerate(VALUES):
         tensor = device.computed(values)
         shelf.put(number, tensor)
         device.release(tensor)
     for _ in range(BLOCKS):
         for goes_on in (False, True):
-            for number in range(BATCHES):
+            for number in range(BATCHES) if goes_on or order is None else order:
                 hidden = shelf.get(number)
-                shelf.expect((number + 1) % BATCHES)
+                if goes_on or order is None:
+                    shelf.expect((number + 1) % BATCHES)
                 device.computes_with(hidden)
                 output = device.computed(hidden + 1)
                 device.release(hidden)
@@ -39,15 +49,17 @@ def forwards(device, shelf):
     return found
 
 
-@pytest.mark.parametrize("limit", [0, SIZE, 2 * SIZE + 1, 100 * SIZE])
-def test_tensors_go_and_come_back_whole(limit, tmp_path):
+@pytest.mark.parametrize("order", [None, (2, 0, 3, 1, 1, 2)], ids=["in order", "out of order"])
+@pytest.mark.parametrize("limit", [0, TAKEN, 2 * TAKEN + 1, 100 * TAKEN])
+def test_tensors_go_and_come_back_whole(limit, order, tmp_path):
     device = FakeDevice()
     shelf = Shelf(limit, tmp_path, Carrier(device, CPU))
-    for found, values in zip(forwards(device, shelf), VALUES, strict=True):
+    for found, values in zip(forwards(device, shelf, order), VALUES, strict=True):
         torch.testing.assert_close(found, values + BLOCKS)
     assert shelf.in_memory <= limit
 
 
+@pytest.mark.parametrize("limit", [0, 100 * TAKEN], ids=["file", "memory"])
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
@@ -57,15 +69,24 @@ def test_tensors_go_and_come_back_whole(limit, tmp_path):
         ("used", "the copies writes bytes that the computation may still use"),
     ],
 )
-def test_each_wait_is_needed(missing, message, tmp_path):
+def test_each_wait_is_needed(missing, message, limit, tmp_path):
     deaf = type("Deaf", (FakeDevice,), {missing: lambda self, *what: None})()
     with pytest.raises(RaceError, match=message):
-        forwards(deaf, Shelf(100 * SIZE, tmp_path, Carrier(deaf, CPU)))
+        forwards(deaf, Shelf(limit, tmp_path, Carrier(deaf, CPU)))
+
+
+@pytest.mark.parametrize("limit", [0, 100 * TAKEN], ids=["file", "memory"])
+def test_the_host_reads_nothing_that_it_has_not_waited_for(limit, tmp_path):
+    deaf = type("Deaf", (FakeDevice,), {"finish": lambda self, *what: None})()
+    shelf = Shelf(limit, tmp_path, Carrier(deaf, CPU))
+    for number, values in enumerate(VALUES):
+        shelf.put(number, deaf.computed(values))
+    assert not torch.equal(shelf.rows(0, torch.arange(5)), VALUES[0])
 
 
 def test_the_host_waits_only_for_what_it_reads(tmp_path):
     device = FakeDevice()
-    shelf = Shelf(100 * SIZE, tmp_path, Carrier(device, CPU))
+    shelf = Shelf(100 * TAKEN, tmp_path, Carrier(device, CPU))
     shelf.put("a", device.computed(VALUES[0]))
     shelf.expect("a")
     assert torch.equal(shelf.get("a"), VALUES[0]) and not device.finished
@@ -79,7 +100,7 @@ def test_the_host_waits_only_for_what_it_reads(tmp_path):
     assert torch.equal(on_disk.get("b"), VALUES[1]) and torch.equal(on_disk.get("a"), VALUES[0])
 
 
-@pytest.mark.parametrize("limit", [0, 100 * SIZE])
+@pytest.mark.parametrize("limit", [0, 100 * TAKEN])
 def test_a_tensor_that_is_on_its_way_may_be_replaced_or_dropped(limit, tmp_path):
     device = FakeDevice()
     shelf = Shelf(limit, tmp_path, Carrier(device, CPU))
@@ -95,9 +116,40 @@ def test_a_tensor_that_is_on_its_way_may_be_replaced_or_dropped(limit, tmp_path)
     assert torch.equal(shelf.get("a"), VALUES[1])
 
 
+class Adopting(FakeDevice):
+    """A device that knows the memory of a real computation too."""
+
+    def _memory_of(self, tensor):
+        try:
+            return super()._memory_of(tensor)
+        except StopIteration:
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            self._memories.append(Memory(whole, COMPUTATION))
+            return self._memories[-1]
+
+
+@pytest.mark.parametrize("limit", [0, 10**6], ids=["file", "memory"])
+def test_a_batch_is_brought_ahead_only_where_batches_go_in_order(limit, tmp_path):
+    """Tuning runs them in another order: what came ahead would wait on the GPU, in the end all batches."""
+    device = Adopting()
+    model, method, shelf = tiny_model("llama"), Wanda(), Shelf(limit, tmp_path, Carrier(device, CPU))
+    batches = batches_for(model, method, tiny_ids(6, 16), 1)
+    request = Request(pattern=NM(2, 4), calibration=tiny_ids(6, 16))
+    plan = observed(model, plan_linears(model, method, request).calibrated(request.rules), batches)
+    activations = Activations(model, batches, plan.course, shelf)
+    ahead = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: ahead.append(list(shelf._returning)))
+    with torch.no_grad():
+        for number in (2, 0, 5, 1, 3, 4):
+            activations.chain.run(number, 0)
+        assert ahead == [[]] * 6
+        activations.advance(0)
+    assert ahead[6:] == [[1], [2], [3], [4], [5], [0]]
+
+
 def test_tensors_of_the_host_stay_there(tmp_path):
     device = FakeDevice()
-    shelf = Shelf(100 * SIZE, tmp_path, Carrier(device, torch.device("meta")))
+    shelf = Shelf(100 * TAKEN, tmp_path, Carrier(device, torch.device("meta")))
     shelf.put("a", VALUES[0])
     shelf.expect("a")
     assert torch.equal(shelf.get("a"), VALUES[0]) and not device._memories

@@ -36,6 +36,9 @@ class Forwards(Protocol):
     def run(self, batch: int, index: int) -> object:
         """Run block `index` for a batch."""
 
+    def expect(self, batch: int) -> None:
+        """Begin to bring what a batch needs to the GPU, as it runs next."""
+
     def waits(self, batch: int, index: int) -> bool:
         """Return whether the forward of a batch waits in front of block `index`."""
 
@@ -83,6 +86,7 @@ class Activations:
         """
         for number, batch in enumerate(self.batches):
             if self._forwards.waits(number, index):
+                self._expect(number)
                 inputs = _RoutedInputs(batch, routed or {})
                 yield batch, *_record_inputs(linears, experts, order, partial(self._forwards.run, number, index), inputs)
 
@@ -121,7 +125,14 @@ class Activations:
         for number in range(len(self.batches)):
             check()
             if self._forwards.waits(number, index):
+                self._expect(number)
                 self._forwards.advance(number, index)
+
+    def _expect(self, number: int) -> None:
+        """Bring batch `number`, and the one behind it while that one runs. Behind the last is the first, of the next pass."""
+        self._forwards.expect(number)
+        if (following := (number + 1) % len(self.batches)) != number:
+            self._forwards.expect(following)
 
 
 class _RoutedInputs:

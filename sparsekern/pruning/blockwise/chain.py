@@ -85,10 +85,11 @@ class Chain:
 
     def run(self, batch: int, index: int) -> torch.Tensor:
         """Return the output of block `index` for a batch."""
-        hidden = self._shelf.get(batch)
-        if (following := (batch + 1) % len(self._batches)) != batch:
-            self._shelf.expect(following)
-        return self.run_from(batch, index, hidden)
+        return self.run_from(batch, index, self._shelf.get(batch))
+
+    def expect(self, batch: int) -> None:
+        """Begin to bring the hidden states of a batch to the GPU, if they are elsewhere: the batch runs next."""
+        self._shelf.expect(batch)
 
     def run_from(self, batch: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output of block `index` for the hidden states `hidden` of a batch."""
