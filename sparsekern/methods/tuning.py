@@ -62,10 +62,13 @@ class Distill(Training):
     """Train the whole pruned model, once it is done, to predict what the dense one predicts.
 
     The loss is the Kullback-Leibler divergence of the next token's distribution from that of the dense model. Its hidden states in front
-    of the head are computed once, before anything is pruned, and kept. No logits are stored. Pruned weights stay zero. Embeddings and the head are frozen, and experts that are not pruned. AdamW's
-    learning rate rises linearly over the `warmup` share of the steps, and falls along half a cosine to zero.
+    of the head are computed once, before anything is pruned, and kept. A copy of the dense model is kept only where logits are more
+    than the products with the head, as with a bias or a bound. No logits are stored.
 
-    Of every eight samples one is held out, of up to 4,096 tokens together. Their divergence is reported as the training goes on. If it
+    Pruned weights stay zero. Embeddings and the head are frozen, and experts that are not pruned. AdamW's learning rate rises linearly
+    over the `warmup` share of the steps, and falls along half a cosine to zero.
+
+    Of every eight samples one is held out, of about 4,096 tokens together. Their divergence is reported as the training goes on. If it
     has not fallen at the end, the weights from before are kept. With `out` in `prune`, a killed run resumes to the same bits.
 
     Example:

@@ -151,8 +151,8 @@ def prune(
         quality: a name for method, correction, allocation and tune in place of these arguments. `"fast"` is SparseGPT. `"good"` is
             ALPS with the correction `"dense"`. `"best"` is the same with `BlockTuning()`, and with the allocation `"fisher"` where
             the pattern is a share.
-        distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. A
-            dense copy of the model is then kept in memory, as its teacher.
+        distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. The
+            dense model's hidden states in front of the head are then kept; a copy of it only where the head is not the end.
         values: `"int4"` rounds what the method keeps to 4 bits, for the formats `"2:4-q4"`, `"1:4-q4"` and `"4:16-q4"`: to -8 to 7 times
             a scale for each row and 64 columns. `tune` and `distill` then train the rounded weights, straight-through. None keeps the
             model's dtype.
@@ -220,7 +220,7 @@ def prune(
     if not isinstance(request.then or method, LinearMethod):
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
-    options["trains"] = distill is not None
+    options |= {"trains": distill is not None, "tunes": 0 if chosen.tune is None else chosen.tune.blocks}
     check_streamed(model, (method, request.then), out)
     room_beside(model, max_memory)
     world = World.current()

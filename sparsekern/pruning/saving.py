@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..methods import ExpertMethod, GradualMethod, Method
+from ..methods import ExpertMethod, FourBits, GradualMethod, Method
 from ..models.source import source_of
 from ..models.stored_files import Part
 from ..models.streaming import stream_of
@@ -30,6 +30,7 @@ from .progress import Clock
 REPORT, PAGE = "report.json", "report.html"
 DENSE_FITS = "format='dense' (--format dense) always fits"
 TRAINING_BYTES = 4 + 2 * 4 + 1  # a parameter in float32, its two moments and its mask
+GRID_BYTES = 4 + 1  # more of them for weights of 4 bits: a master in float32, and its share of the scales
 
 
 class RunFolder:
@@ -56,6 +57,7 @@ class RunFolder:
         resume: bool = False,
         remedy: str,
         trains: bool = False,
+        tunes: int = 0,
     ) -> Iterator[RunFolder | None]:
         """Lock the folder within, and check everything that could make the end of the run fail.
 
@@ -68,6 +70,7 @@ class RunFolder:
             resume: continue an unfinished run in `out`.
             remedy: the end of the message if the pruned model cannot be saved: where it is kept, and how to save it.
             trains: whether the state of a training is kept too, beside that of the method.
+            tunes: the number of blocks that are tuned together. Each block is kept with those in front of it, which change again.
 
         Raises:
             FileExistsError: `out` is a file, or holds a finished run or other files.
@@ -88,7 +91,7 @@ class RunFolder:
                 check(folder.path)
             check_saveable(model, tokenizer, folder)
             written = sum(file.stat().st_size for file in (folder.path / FOLDER).glob("*.safetensors"))
-            check_space(model, folder.path, extra=carried_bytes(model) + _checkpoint_bytes(model, method, trains) - written)
+            check_space(model, folder.path, extra=carried_bytes(model) + _checkpoint_bytes(model, method, trains, tunes) - written)
             yield cls(folder, tokenizer, format, remedy, method)
 
     def checkpoint(self, model: nn.Module, settings: dict, environment: dict, *, resume: bool) -> Checkpoint:
@@ -275,12 +278,13 @@ def _size_rows(model: nn.Module, report: BaseReport, format: str) -> dict[str, o
     return rows
 
 
-def _checkpoint_bytes(model: nn.Module, method: Method | None, trains: bool) -> int:
-    """Return the bytes that a run keeps beside the finished model: each block once, and training's state twice while replaced."""
-    training = 2 * TRAINING_BYTES * sum(parameter.numel() for parameter in model.parameters())
+def _checkpoint_bytes(model: nn.Module, method: Method | None, trains: bool, tunes: int = 0) -> int:
+    """Return the bytes that a run keeps beside the finished model: its blocks, and training's state twice while replaced."""
+    a_weight = TRAINING_BYTES + (GRID_BYTES if isinstance(method, FourBits) else 0)
+    training = 2 * a_weight * sum(parameter.numel() for parameter in model.parameters())
     if isinstance(method, GradualMethod):
         return training if method.trains else 0
-    blocks = 0 if method is None or stream_of(model) is not None else weight_bytes(model)
+    blocks = 0 if method is None or stream_of(model) is not None else max(1, tunes) * weight_bytes(model)
     return blocks + (training if trains else 0)
 
 

@@ -11,10 +11,11 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import sparsekern
-from sparsekern import COPAL, Gradual, KPrune, Report, prune_continually
+from sparsekern import COPAL, BlockTuning, Distill, Gradual, KPrune, Report, prune_continually
 from sparsekern.pruning import saving
 from sparsekern.pruning.checkpoint import Checkpoint
 from sparsekern.runtime import output, weight_bytes
@@ -152,6 +153,26 @@ def test_room_is_needed_for_the_checkpoint_too(tmp_path, monkeypatch, method, ne
         else:
             with pytest.raises(OSError, match="out: no space left"):
                 prune(tiny.llama(), tmp_path / "out", method)
+
+
+@pytest.mark.filterwarnings("ignore::sparsekern.SparsekernWarning")  # of few tokens
+@pytest.mark.parametrize(
+    "options",
+    [{"tune": BlockTuning(passes=1, blocks=2)}, {"distill": Distill(steps=1)}, {"distill": Distill(steps=1), "values": "int4"}],
+    ids=["two blocks", "distill", "distill int4"],
+)
+def test_all_that_the_checkpoint_holds_is_counted(options, tmp_path, monkeypatch):
+    """The state of training is written beside the one before it."""
+    counted = []
+    monkeypatch.setattr(saving, "check_space", lambda model, path, extra: counted.append(extra))
+    monkeypatch.setattr(saving, "write_model", fails)
+    model = tiny.llama(8)  # whose embeddings, which are counted and not kept, are small
+    with pytest.raises(OSError, match="could not be saved"):
+        sparsekern.prune(model, "wanda", "2:4", torch.cat([IDS] * 6) % 8, out=tmp_path / "out", progress=False, **options)
+    held = {file.stem: load_file(file) for file in (tmp_path / "out" / "checkpoint").glob("*.safetensors")}
+    sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in held.items()}
+    needed = sum(sizes.values()) + sizes.get("distillation", 0)
+    assert needed <= counted[0] < 1.5 * needed
 
 
 def test_what_the_checkpoint_holds_needs_no_more_room(tmp_path, monkeypatch):
