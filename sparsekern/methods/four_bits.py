@@ -60,6 +60,11 @@ class FourBits(LinearMethod):
         own = self.pruner.work(rows, features)
         return Work(own.shared + features**3 / 6, own.own + (ITERATIONS + 2.0) * rows * features**2)
 
+    def solving_bytes(self, rows: int, features: int) -> int:
+        """Return what the pruner takes, or if that is more what the rounding takes behind it."""
+        own = 34 * rows * features + 8 * features**2  # measured: masks, the fit, the residual; the damped Gram matrix
+        return max(self.pruner.solving_bytes(rows, features), own)
+
     def solve(self, weight: torch.Tensor, statistics: HasGram, pattern: Pattern) -> Solution:
         pruned = self.pruner.solve(weight, statistics, pattern).weight
         dense, mask = weight.float(), pruned != 0

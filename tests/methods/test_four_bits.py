@@ -34,6 +34,15 @@ def test_keeps_the_mask_of_the_pruner_and_reports_both_errors(problem, pruner):
     torch.testing.assert_close(found.row_error, alone + found.values_error, rtol=0.02, atol=0)
 
 
+def test_what_solving_takes_is_counted():
+    """The most of what lives at once: the pruner's, or seven matrices of weights, a mask and a Gram matrix of the rounding's own."""
+    for rows, features in ((4096, 128), (128, 1024)):
+        for pruner in (Wanda(), SparseGPT(), ALPS()):
+            counted = FourBits(pruner).solving_bytes(rows, features)
+            assert counted >= pruner.solving_bytes(rows, features)
+            assert counted >= 33 * rows * features + 4 * features**2
+
+
 def test_compensation_beats_rounding(problem):
     """The sweep leaves less error than rounding each weight for itself, and the descent less than the sweep."""
     weight, gram, x = problem
