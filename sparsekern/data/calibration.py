@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,9 @@ class CalibrationText:
     length: int | None = None
     seed: int = 0
     sentences: bool = False
+    _found: dict[int, torch.Tensor | list[dict[str, torch.Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # by length
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and not is_own(self.source):
@@ -66,7 +69,7 @@ class CalibrationText:
         check_source(self.source)  # also where nothing reads it
 
     def read(self, model: nn.Module) -> torch.Tensor | list[dict[str, torch.Tensor]]:
-        """Read the samples, none longer than the positions of `model`.
+        """Read the samples, none longer than the positions of `model`. A text is read once, however often it is asked for.
 
         Returns:
             `[samples, length]` int64, or a list of batches of sentences.
@@ -80,6 +83,11 @@ class CalibrationText:
             if self.sentences:
                 raise ValueError(f"calibration: expected a text for {type(model).__name__}, which writes none, got {self.source!r}")
             return own_windows(model, str(self.source), samples=self.samples, length=length, seed=self.seed)
+        if length not in self._found:
+            self._found[length] = self._read(length)
+        return self._found[length]
+
+    def _read(self, length: int) -> torch.Tensor | list[dict[str, torch.Tensor]]:
         if self.sentences:
             samples = SENTENCES if self.samples is None else self.samples
             return sentence_batches(self.source, self.tokenizer, samples=samples, length=length, seed=self.seed)

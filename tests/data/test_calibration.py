@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from sparsekern.data import (
     sample_windows,
     sentence_batches,
 )
+from sparsekern.data import calibration as reading
 from tests import encoders, tiny
 
 
@@ -185,6 +188,19 @@ def test_a_text_becomes_calibration(text):
     assert torch.equal(given, calibration_ids(text, words, samples=3, length=16, seed=2))
     assert describe_calibration(given) == "3 x 16 tokens"
     assert as_calibration(str(text), tokenizer=words).read(model).shape == (128, 64)  # the model's positions
+
+
+@pytest.mark.parametrize("sentences", [False, True])
+def test_a_text_is_read_once(sentences, text, monkeypatch):
+    """Whoever describes it first, as the command does, reads it for all."""
+    calls = []
+    for name in ("calibration_ids", "sentence_batches"):
+        monkeypatch.setattr(reading, name, lambda *_, **options: calls.append(options) or object())
+    given, model = as_calibration(text, tokenizer=wrapping("<bos> $A"), sentences=sentences), tiny.llama()
+    assert given.read(model) is given.read(model) and len(calls) == 1
+    dataclasses.replace(given, samples=7).read(model)  # another text
+    given.read(tiny.llama(max_position_embeddings=32))
+    assert [options["samples"] == 7 for options in calls] == [False, True, False] and calls[2]["length"] == 32
 
 
 def test_a_text_becomes_sentences():
