@@ -11,6 +11,7 @@ from torch import nn
 import sparsekern
 from sparsekern import BlockTuning, KPrune, SparsekernWarning, Wanda
 from sparsekern.pruning.blockwise import tuned as tuned_blocks
+from sparsekern.pruning.blockwise.shelf import Shelf
 from sparsekern.pruning.checkpoint import Checkpoint
 from sparsekern.pruning.saving import RunFolder
 from sparsekern.pruning.session import batches_for
@@ -104,6 +105,30 @@ def test_two_blocks_are_tuned_together():
     assert report.sparsity == pytest.approx(0.5)
     assert all(torch.equal(zeros(tuned)[name], found) for name, found in zeros(plain).items() if "layers.0." in name)
     assert all(not torch.equal(value, alone.get_parameter(name)) for name, value in tuned.named_parameters() if "layers.0." in name)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_are_counted_without_reading_hidden_states(padded, monkeypatch):
+    """They may be on disk, and a mask's sum waits for a GPU."""
+    given, seen, get = {"input_ids": ids(), "attention_mask": torch.ones_like(ids())}, [], Shelf.get
+    if padded:
+        given["attention_mask"][::3, :5] = 0
+
+    def count(samples, *arguments, own=tuning._steps):
+        with monkeypatch.context() as patched:
+            patched.delattr(Shelf, "get")
+            steps = own(samples, *arguments)
+            seen.append([step.tokens for step in steps[0]])
+        return steps
+
+    monkeypatch.setattr(tuning, "_steps", count)
+    batches = [{name: values[begin : begin + 4] for name, values in given.items()} for begin in range(0, 24, 4)]
+    sparsekern.prune(tiny_model("llama"), "wanda", "2:4", batches, tune=replace(FAST, passes=1, batch_tokens=1), **QUIET)
+    assert Shelf.get is get and len(seen) == 3
+    held_out = [
+        batch.tokens for batch in with_held_out(batches_for(tiny_model("llama"), Wanda(), batches, None), 0) if batch.held_out
+    ]
+    assert {sum(row) for row in seen} == {24 * 16 - (8 * 5 if padded else 0) - sum(held_out)}
 
 
 def test_a_block_without_pruned_linears_is_no_partner():

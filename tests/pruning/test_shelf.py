@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsekern.pruning.blockwise.shelf import Shelf
+from sparsekern.pruning.blockwise.stand_ins import SharedTensors
 
 
 def filled(limit, folder, dtype=torch.float32):
@@ -36,6 +37,26 @@ def test_no_more_than_the_limit_stays_in_memory_and_the_file_has_no_name(tmp_pat
     assert shelf.in_memory == tensors["c"].nbytes
     with pytest.raises(KeyError):
         shelf.get("a")
+
+
+@pytest.mark.parametrize("limit", [None, 0, 10**9])
+def test_a_shape_is_told_without_reading(limit, tmp_path, monkeypatch):
+    shelf, tensors = filled(limit, tmp_path)
+    monkeypatch.delattr(Shelf, "get")
+    monkeypatch.delattr(Shelf, "_transfer")
+    assert all(shelf.shape(key) == tensor.shape for key, tensor in tensors.items())
+
+
+def test_what_the_first_batch_is_called_with_counts_as_well(tmp_path):
+    """Such as a mask of four dimensions, which is larger than the hidden states."""
+    mask, later = torch.zeros(2, 1, 9, 9), torch.ones(2, 1, 9, 9)
+    for limit, in_memory in ((None, 0), (mask.nbytes, mask.nbytes), (mask.nbytes - 1, 0)):
+        shelf = Shelf(limit, tmp_path)
+        shared = SharedTensors(shelf)
+        kept = shared.place(mask)
+        assert shelf.in_memory == in_memory and torch.equal(kept.get(), mask)
+        shared.next_batch()
+        assert shared.place(mask.clone()) is kept and torch.equal(shared.place(later).get(), later)
 
 
 def test_a_new_tensor_takes_the_place_of_the_old_one(tmp_path):

@@ -70,6 +70,11 @@ class Carrier:
         size = torch.Size(shape).numel() * dtype.itemsize
         return Carried(self._device.pinned(size).view(dtype).view(tuple(shape)))
 
+    @staticmethod
+    def taken(size: int) -> int:
+        """Return the bytes of pinned memory for `size` bytes: torch rounds each allocation up to a power of two."""
+        return 1 << (size - 1).bit_length() if size else 0
+
     def values(self, carried: Carried) -> torch.Tensor:
         """Return the values in host memory, once they are there."""
         if carried.event is not None:

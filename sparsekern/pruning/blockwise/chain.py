@@ -71,17 +71,21 @@ class Chain:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise refused(model, batch, number, error) from error
-            self._shelf.put(number, hidden)
             if tuple(ran) != course.order:
                 raise ValueError(f"calibration: batch {number} runs other blocks than earlier batches with the same inputs")
             self._calls.append(
                 [BlockCall(shared.replace(call.args), shared.replace(call.kwargs), call.hidden_name) for call in calls]
             )
             shared.next_batch()
+            self._shelf.put(number, hidden)  # behind arguments, as those of the first batch may be those of all
 
     def hidden(self, batch: int) -> torch.Tensor:
         """Return the hidden states of a batch in front of the current block."""
         return self._shelf.get(batch)
+
+    def rows(self, batch: int) -> int:
+        """Return the number of rows of the hidden states of a batch, which are not read."""
+        return self._shelf.shape(batch)[:-1].numel()
 
     def run(self, batch: int, index: int) -> torch.Tensor:
         """Return the output of block `index` for a batch."""

@@ -49,7 +49,7 @@ class Shelf:
     memory.
 
     Attributes:
-        in_memory: the bytes of the tensors that are in memory.
+        in_memory: the bytes that tensors take in memory, those of a GPU in pinned memory.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None, carrier: Carrier | None = None) -> None:
@@ -80,12 +80,15 @@ class Shelf:
         self.drop(key)
         if self._limit is None:
             self._kept[key] = tensor, tensor.device
-        elif self.in_memory + tensor.nbytes <= self._limit:
-            if (carrier := self._carrier_of(tensor.device)) is not None:
+            return
+        carrier = self._carrier_of(tensor.device)
+        size = tensor.nbytes if carrier is None else carrier.taken(tensor.nbytes)
+        if self.in_memory + size <= self._limit:
+            if carrier is not None:
                 self._carried[key] = carrier.away(tensor)
             else:
                 self._kept[key] = tensor.to("cpu").contiguous(), tensor.device
-            self.in_memory += tensor.nbytes
+            self.in_memory += size
         elif tensor.numel():
             self._write(key, tensor)
         else:
@@ -116,6 +119,12 @@ class Shelf:
         if carried is not None:
             self._returning[key] = self._carrier.back(carried)
 
+    def shape(self, key: Hashable) -> torch.Size:
+        """Return the shape of the tensor of a key, which is not read."""
+        if key in self._kept:
+            return self._kept[key][0].shape
+        return self._carried[key].host.shape if key in self._carried else self._slots[key].shape
+
     def rows(self, key: Hashable, rows: torch.Tensor) -> torch.Tensor:
         """Return some rows of the tensor of a key. Of a tensor in the file only these are read."""
         if key in self._kept:
@@ -140,7 +149,7 @@ class Shelf:
             tensor, _ = self._kept.pop(key)
             self.in_memory -= 0 if self._limit is None else tensor.nbytes
         if key in self._carried:
-            self.in_memory -= self._carried.pop(key).host.nbytes
+            self.in_memory -= Carrier.taken(self._carried.pop(key).host.nbytes)
         self._returning.pop(key, None)
         if self._leaving is not None and self._leaving[0] == key:
             self._leaving = None

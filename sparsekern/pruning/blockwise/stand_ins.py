@@ -16,18 +16,19 @@ from .shelf import Kept, Shelf
 class SharedTensors:
     """The tensors of arguments, on a shelf. Of those that are equal in successive batches, such as rotary tables and masks, one is kept.
 
-    Those of the first batch stay where they are, as they may be those of all batches.
+    On a GPU those of the first batch stay there, as they may be those of all batches.
     """
 
     def __init__(self, shelf: Shelf) -> None:
-        self._later, self._shelf = shelf, Shelf()
+        self._shelf = shelf
+        self._of_gpu: Shelf | None = Shelf()  # during the first batch
         self._previous: list[Kept] = []
         self._current: dict[int, tuple[torch.Tensor, Kept]] = {}  # id -> (the tensor itself, kept alive; its place)
 
     def next_batch(self) -> None:
         """Begin a new batch, whose tensors are compared with those of the one before."""
         self._previous = [kept for _, kept in self._current.values()]
-        self._current, self._shelf = {}, self._later
+        self._current, self._of_gpu = {}, None
 
     def replace(self, value: Any) -> Any:
         """Return arguments of any type with the place of each tensor in place of it."""
@@ -38,7 +39,8 @@ class SharedTensors:
         if id(tensor) not in self._current:
             alike = (kept for kept in self._previous if kept.dtype == tensor.dtype and kept.shape == tensor.shape)
             same = next((kept for kept in alike if torch.equal(kept.get(), tensor)), None)
-            self._current[id(tensor)] = (tensor, same or Kept(self._shelf, tensor))
+            shelf = self._shelf if self._of_gpu is None or tensor.is_cpu else self._of_gpu
+            self._current[id(tensor)] = (tensor, same or Kept(shelf, tensor))
         return self._current[id(tensor)][1]
 
 

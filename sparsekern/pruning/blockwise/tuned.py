@@ -56,6 +56,7 @@ class BlockTuner:
         """
         self._context, self._settings, self._share = context, settings, share
         self._activations, self._course, self._dense = activations, course, dense
+        self._counts: dict[tuple[str | None, int], int] = {}  # by mask and batch
 
     @contextmanager
     def tuned(self, index: int, linears: Sequence[Linear], result: BlockResult) -> Iterator[BlockResult]:
@@ -144,10 +145,18 @@ class BlockTuner:
             run=run,
             target=dense.hidden,
             tokens=partial(_tokens, activations, mask),
+            count=partial(self._count, mask),
             fitted=self._by_leaf(index, held_out=False),
             held_out=self._by_leaf(index, held_out=True),
             together=Together(self._context.world, self._context.leaves),
         )
+
+    def _count(self, mask: str | None, number: int) -> int:
+        """Return the number of real tokens of a batch. It is counted once for each mask, since reading a count waits for a GPU."""
+        if (mask, number) not in self._counts:
+            tokens = _tokens(self._activations, mask, number)
+            self._counts[mask, number] = self._activations.chain.rows(number) if tokens is None else int(tokens.sum())
+        return self._counts[mask, number]
 
     def _by_leaf(self, index: int, *, held_out: bool) -> list[list[int]]:
         """Return the batches that run block `index`, either those held out or the others, for each leaf of this rank."""

@@ -26,6 +26,7 @@ class Samples:
         run: returns the block's output for a batch, from the pruned model's hidden states.
         target: returns the dense model's output for a batch.
         tokens: returns the mask of the real tokens of a batch, or None where there is no padding.
+        count: returns the number of real tokens of a batch.
         fitted: the batches to tune on, by leaf.
         held_out: the batches to judge on, by leaf.
         together: the processes that tune the block, each with the batches of its own leaves.
@@ -34,6 +35,7 @@ class Samples:
     run: Callable[[int], torch.Tensor]
     target: Callable[[int], torch.Tensor]
     tokens: Callable[[int], torch.Tensor | None]
+    count: Callable[[int], int]
     fitted: Sequence[Sequence[int]]
     held_out: Sequence[Sequence[int]]
     together: Together = Together()
@@ -143,7 +145,7 @@ def _steps(samples: Samples, settings: BlockTuning, seed: int) -> list[list[_Ste
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     together = samples.together
-    sizes = together.of_all_leaves([[_count(samples, number) for number in leaf] for leaf in samples.fitted])
+    sizes = together.of_all_leaves([[samples.count(number) for number in leaf] for leaf in samples.fitted])
     passes: list[list[_Step]] = []
     for _ in range(settings.passes):
         orders = [torch.randperm(len(leaf), generator=generator, device="cpu").tolist() for leaf in sizes]
@@ -160,11 +162,6 @@ def _steps(samples: Samples, settings: BlockTuning, seed: int) -> list[list[_Ste
                 gathered = [[] for _ in sizes]
         passes.append(steps)
     return passes
-
-
-def _count(samples: Samples, number: int) -> int:
-    mask, target = samples.tokens(number), samples.target(number)
-    return target.shape[:-1].numel() if mask is None else int(mask.sum())
 
 
 def _take(samples: Samples, step: _Step, optimizer: MaskedAdamW, lr: float, clip: float, autocast: torch.autocast) -> float:
