@@ -45,18 +45,14 @@ def refuse_streamed(model: nn.Module, why: str) -> None:
 
 
 @contextmanager
-def in_memory(model: nn.Module, index: int, *, ahead: bool = True) -> Iterator[None]:
-    """Keep block `index` of a streamed model in memory within, and read the next block ahead. Other models are left alone.
-
-    Without `ahead` nothing is, as where the next block is first read from another place.
-    """
+def in_memory(model: nn.Module, index: int) -> Iterator[None]:
+    """Keep block `index` of a streamed model in memory within, and read the next block ahead. Other models are left alone."""
     stream = stream_of(model)
     if stream is None or index >= len(stream.blocks):
         yield
         return
     with stream.held(model, index):
-        if ahead:
-            stream.read_ahead(index + 1)
+        stream.read_ahead(index + 1)
         yield
 
 

@@ -220,7 +220,6 @@ def prune(
     if not isinstance(request.then or method, LinearMethod):
         request.rules.check_unweighted(method)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": format, "method": method, "resume": resume, "remedy": remedy}
-    options |= {"trains": distill is not None, "tunes": 0 if chosen.tune is None else chosen.tune.blocks}
     check_streamed(model, (method, request.then), out)
     room_beside(model, max_memory)
     world = World.current()
@@ -237,6 +236,7 @@ def prune(
             quality=quality,
         ),
     )
+    options |= {"trains": distill is not None, "tunes": 0 if chosen.tune is None else chosen.tune.blocks}
     if distill is not None:
         check_room(model)
     if distill is not None and distill.samples is not None and not isinstance(request.calibration, CalibrationText):

@@ -85,6 +85,8 @@ def test_the_number_of_tokens_changes_no_token(isa, generator, n, m):
     for first, tokens in ((0, 1), (5, 2), (11, 16)):
         some = nm_q4_linear(x[first : first + tokens], blocks, n, m, 40)
         torch.testing.assert_close(some, together[first : first + tokens], rtol=1e-5, atol=1e-5 * float(together.abs().max()))
+    if isa == "reference":
+        return  # PyTorch promises no equal bits
     assert torch.equal(nm_q4_linear(x[:7], blocks, n, m, 40)[6], nm_q4_linear(x[6:7], blocks, n, m, 40)[0])
 
 

@@ -54,12 +54,13 @@ def pruned_with_unequal_memory(rank: int, folder: str, method, out, options: Map
 
 
 def shelves(rank: int, folder: str, out):
-    """Return the folders that a limited run of a streamed model keeps its hidden states in."""
+    """Return the folders that a limited run of a streamed model keeps hidden states in, for which it has a limit."""
     found, make = [], Shelf.__init__
 
-    def made(self, limit=None, place=None):
-        found.append(None if place is None else str(place))
-        make(self, limit, place)
+    def made(self, limit=None, place=None, *more):
+        if limit is not None:
+            found.append(str(place))
+        make(self, limit, place, *more)
 
     with mock.patch.object(Shelf, "__init__", made):
         pruned(rank, folder, "wanda", out, {"max_memory": "8GB"}, stream=True)

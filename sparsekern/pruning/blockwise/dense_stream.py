@@ -90,6 +90,6 @@ class DenseStream:
         stream = stream_of(self._model)
         if stream is None or index >= len(stream.blocks):
             return
-        with finished.as_before(index), in_memory(self._model, index, ahead=False):
+        with finished.as_before(index), in_memory(self._model, index):
             self.keep(())
             self.advance(index, check)

@@ -138,8 +138,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             if self.dense is not None and context.checkpoint and index in self.finished:
                 with context.clock.phase("forward"):
                     self.dense.advance_finished(index, context.checkpoint, context.world.check)
-            # A finished block is first read as it was before, so that what was read ahead of it would be thrown away.
-            with in_memory(context.model, index, ahead=self.dense is None or index + 1 not in self.finished):
+            with in_memory(context.model, index):
                 if self.dense is not None:
                     self.dense.keep(parts[index])
                 if linears := parts[index]:
