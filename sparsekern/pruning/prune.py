@@ -238,7 +238,7 @@ def prune(
     )
     options |= {"trains": distill is not None, "tunes": 0 if chosen.tune is None else chosen.tune.blocks}
     if distill is not None:
-        check_room(model)
+        check_room(model, on_grid=values is not None)
     if distill is not None and distill.samples is not None and not isinstance(request.calibration, CalibrationText):
         raise ValueError(
             f"Distill.samples: expected None unless calibration is a text, got {distill.samples} for {type(calibration).__name__}"

@@ -212,6 +212,17 @@ def test_refusals(arguments, error, message):
     assert same(model, tiny_model("llama"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "on_grid", "a_weight"), [("float32", False, 17), ("bfloat16", False, 19), ("bfloat16", True, 23)]
+)
+def test_the_state_of_training_is_counted(dtype, on_grid, a_weight):
+    """Gradient, moments and masters in float32, the weight from before, a mask; embeddings and head are frozen."""
+    model = tiny_model("llama").to(getattr(torch, dtype))
+    frozen = model.get_input_embeddings().weight.numel() + model.get_output_embeddings().weight.numel()
+    trained = sum(value.numel() for value in model.parameters()) - frozen
+    assert checks.training_bytes(model, on_grid) == a_weight * trained
+
+
 def test_a_teacher_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(checks, "free_bytes", lambda device: 1000)
     with pytest.raises(

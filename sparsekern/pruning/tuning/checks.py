@@ -7,20 +7,34 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .reader import copied_bytes
+from .reader import copied_bytes, frozen_parameters
 
-STATES = 4 * 4  # bytes a weight beside the dense model's states: gradient, two moments, and the weight from before
+STATES = 4 + 2 * 4 + 1  # bytes a trained weight, beside its value from before: gradient, two moments and mask
+FLOAT32 = 4  # bytes of the master of a 16-bit weight, and of that of a weight of 4 bits
 
 
-def check_room(model: nn.Module) -> None:
-    """Raise `MemoryError` unless what distillation keeps of a dense model and the state of training fit beside the model."""
+def check_room(model: nn.Module, *, on_grid: bool = False) -> None:
+    """Raise `MemoryError` unless what distillation keeps of a dense model and the state of training fit beside the model.
+
+    Args:
+        model: the model, still dense.
+        on_grid: True if its linears will have values of 4 bits.
+    """
     device = next(model.parameters()).device
-    free, needed = free_bytes(device), copied_bytes(model) + STATES * sum(parameter.numel() for parameter in model.parameters())
+    free, needed = free_bytes(device), copied_bytes(model) + training_bytes(model, on_grid)
     if free is not None and needed > free:
         raise MemoryError(
             f"distill: expected {needed / 1e9:,.1f} GB for what is kept of the dense model and the state of training, got "
             f"{free / 1e9:,.1f} GB that are free on {device}"
         )
+
+
+def training_bytes(model: nn.Module, on_grid: bool) -> int:
+    """Return the bytes that training adds to a model; see `check_room`."""
+    frozen = frozen_parameters(model)
+    trained = [parameter for parameter in model.parameters() if parameter not in frozen]
+    masters = sum(of.numel() * FLOAT32 * ((of.itemsize < FLOAT32) + on_grid) for of in trained)
+    return masters + sum(of.nbytes + of.numel() * STATES for of in trained)
 
 
 def free_bytes(device: torch.device) -> int | None:
