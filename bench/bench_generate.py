@@ -11,10 +11,7 @@ of the head alone, and the rest: attention, norms and the Python of transformers
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsekern.measure.generate import generate, random_prompt
+from sparsekern.measure.generate import random_prompt
 from sparsekern.runtime import SparseLinear
 
 from . import results
 from .ggml import Q6_K, Ggml
+from .llama_cpp import program_of, seconds_of_llama_cpp, seconds_of_token
 from .llama_model import Sizes, dense_model, packed_model, write_gguf
 from .results import Row
 
@@ -37,7 +35,6 @@ SECTION = "4-bit values against llama.cpp"
 VOCABULARIES = (32_000, 128_256)
 GOALS = {"llama.cpp Q4_0": 0.9, "dense bfloat16": 4.0}
 THREADS = 2
-FOLLOWERS = ("k_proj", "v_proj", "up_proj")  # which read the tensor of the linear before them
 
 
 @dataclass
@@ -65,26 +62,14 @@ def measure(sides: dict[str, Callable[[], float]], parts: dict[str, Callable[[],
     return taken
 
 
-def seconds_of_token(model: nn.Module, tokens: int) -> float:
-    """Return the seconds of one token of `generate`, without those of the prompt and the first token."""
-    prompt, taken = random_prompt(model, 1), []
-    for count in (1, tokens + 1):
-        begin = time.perf_counter()
-        generate(model, prompt, count)
-        taken.append(time.perf_counter() - begin)
-    return (taken[1] - taken[0]) / tokens
-
-
 @torch.no_grad()
 def seconds_of_linears(model: nn.Module) -> float:
     """Return the seconds that the packed linears of one token take with nothing between them."""
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseLinear)]
-    given = {layer.in_features: torch.randn(1, 1, layer.in_features, dtype=torch.bfloat16) for _, layer in layers}
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    given = {layer.in_features: torch.randn(1, 1, layer.in_features, dtype=torch.bfloat16) for layer in layers}
     begin = time.perf_counter()
-    for name, layer in layers:
-        if not name.endswith(FOLLOWERS):
-            x = given[layer.in_features].clone()  # another tensor, as in the model
-        layer(x)
+    for layer in layers:
+        layer(given[layer.in_features])
     return time.perf_counter() - begin
 
 
@@ -96,14 +81,6 @@ def seconds_of_head(model: nn.Module) -> float:
     begin = time.perf_counter()
     head(x)
     return time.perf_counter() - begin
-
-
-def seconds_of_llama_cpp(program: Path, file: Path, tokens: int) -> float:
-    """Return the seconds of one token as `llama-bench` measures them."""
-    command = [program, "-m", file, "-t", THREADS, "-p", 0, "-n", tokens, "-r", 1, "-o", "json"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    (found,) = json.loads(done.stdout)
-    return 1.0 / found["avg_ts"]
 
 
 def rows_of(what: str, taken: Taken) -> list[Row]:
@@ -144,7 +121,7 @@ def compare(build: Path | None, vocabulary: int, tokens: int, rounds: int) -> li
         if build is not None:
             file, ggml = Path(folder) / "model.gguf", Ggml(build)
             write_gguf(dense, sizes, file, (Q6_K, lambda weight: ggml.quantised(Q6_K, weight).view(len(weight), -1)))
-            sides["llama.cpp Q4_0"] = partial(seconds_of_llama_cpp, program_of(build), file, tokens)
+            sides["llama.cpp Q4_0"] = partial(seconds_of_llama_cpp, program_of(build), file, tokens, THREADS)
         taken = measure(sides, parts, rounds)
     count = sum(weight.numel() for weight in dense.parameters()) / 1e9
     return rows_of(f"LLaMA-shaped, {count:.2f} B random weights, vocabulary {vocabulary:,}, 2:4 with 4-bit values", taken)
@@ -157,16 +134,6 @@ def check_logits(dense: nn.Module, packed: nn.Module) -> None:
     expected, found = (model(input_ids=prompt, use_cache=False).logits.float() for model in (dense, packed))
     error = float((found - expected).norm() / expected.norm())
     assert error < 0.1, f"logits: expected those of the dense model within 10 %, got {error:.1%}"
-
-
-def program_of(build: Path) -> Path:
-    """Return the path of `llama-bench`; raise `FileNotFoundError` if it was not built."""
-    found = next((path for path in sorted(build.rglob("llama-bench")) if path.is_file() and os.access(path, os.X_OK)), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"--llama-cpp: expected a folder with the program llama-bench, got {build}; build its target llama-bench"
-        )
-    return found
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparsekern.export.architectures import interleaved
 from sparsekern.layouts.nm_q4 import COLUMNS
 from sparsekern.layouts.q4_0 import q4_0_rows
 from sparsekern.layouts.q4_grid import grid_scales
@@ -142,8 +143,8 @@ def _q4_0(block: nn.Module, name: str, sizes: Sizes) -> torch.Tensor:
     scales = grid_scales(weight)
     assert scales is not None
     heads = {"self_attn.q_proj": sizes.heads, "self_attn.k_proj": sizes.groups}.get(name)
-    if heads is not None:  # llama.cpp rotates neighbouring features, transformers those of the two halves of a head
-        order = torch.arange(len(weight)).view(heads, 2, -1).transpose(1, 2).flatten()
+    if heads is not None:
+        order = interleaved(len(weight), heads)
         weight, scales = weight[order], scales[order]
     return q4_0_rows(weight.float(), scales)
 

@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sparsekern
-from sparsekern.measure.generate import generate, random_prompt
 from sparsekern.runtime import SparseLinear, weight_bytes
 
 from .. import quality, smollm2
+from ..llama_cpp import program_of, seconds_of_llama_cpp, seconds_of_token
 from . import Unavailable, shown, store, stored
 
 NAME = "losses"
@@ -40,7 +37,7 @@ OURS: dict[str, tuple[str | float, dict[str, Any]]] = {
     "2:4, 4 bits": ("2:4", {"values": "int4"}),
 }
 ROWS = (DENSE, *BY_LLAMA, K_QUANT, *OURS, Q4_0)
-THREADS, PROMPT, TOKENS, ROUNDS = 2, 16, 48, 5
+THREADS, TOKENS, ROUNDS = 2, 48, 5
 COLUMNS = ("bits a weight", "MB", "perplexity", "tokens a second")
 
 
@@ -74,7 +71,8 @@ def measure(wikitext: Path, build: Path | None, preset: str, quick: bool = False
         for row, type in BY_LLAMA.items():
             sparsekern.export_gguf(model, path, tokenizer=words, type=type, overwrite=True)
             keep(row, *sizes(path), perplexity(sparsekern.load(path, device="cpu")), llama_speed(build, path))
-        if quantizer := program(build, "llama-quantize"):
+        if build is not None:
+            quantizer = program_of(build, "llama-quantize")
             source = sparsekern.export_gguf(model, Path(folder) / "f32.gguf", tokenizer=words, type="f32")
             subprocess.run([quantizer, source, path, "Q4_K_M", str(THREADS)], check=True, capture_output=True)
             keep(K_QUANT, *sizes(path), perplexity(sparsekern.load(path, device="cpu")), llama_speed(build, path))
@@ -111,32 +109,17 @@ def own_speed(model: torch.nn.Module) -> float:
     """Return the tokens a second of `generate`, one at a time, the median of some rounds."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    prompt, taken = random_prompt(model, PROMPT), []
-    for _ in range(ROUNDS + 1):
-        first, both = (timed(lambda count=count: generate(model, prompt, count)) for count in (1, TOKENS + 1))
-        taken.append(both - first)
+    taken = [seconds_of_token(model, TOKENS) for _ in range(ROUNDS + 1)]
     torch.set_num_threads(before)
-    return TOKENS / statistics.median(taken[1:])  # the first round warms up
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return 1 / statistics.median(taken[1:])  # the first round warms up
 
 
 def llama_speed(build: Path | None, path: Path) -> float | None:
-    """Return the tokens a second of llama.cpp, one at a time; None without a build."""
-    if (bench := program(build, "llama-bench")) is None:
+    """Return the tokens a second of llama.cpp, one at a time, the median of some rounds; None without a build."""
+    if build is None:
         return None
-    command = [bench, "-m", path, "-t", str(THREADS), "-p", "0", "-n", str(TOKENS), "-r", str(ROUNDS), "-o", "json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return statistics.median(json.loads(done.stdout)[0]["samples_ts"])
-
-
-def program(build: Path | None, name: str) -> Path | None:
-    found = [] if build is None else [path for path in build.rglob(name) if path.is_file()]
-    return found[0] if found else None
+    program = program_of(build)
+    return 1 / statistics.median(seconds_of_llama_cpp(program, path, TOKENS, THREADS) for _ in range(ROUNDS))
 
 
 def section(figures: dict[str, object]) -> str:

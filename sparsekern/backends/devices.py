@@ -40,7 +40,7 @@ def has_capability(device: torch.device, least: tuple[int, int]) -> Support:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a device. torch looks it up anew in each call, which takes a notable part of one token's product."""
+    """Return the compute capability of a device, once looked up: torch asks the driver in each call, too slow for the product of one token."""
     return torch.cuda.get_device_capability(device)
 
 

@@ -160,9 +160,7 @@ def _calibration(
         return None, ""
     options = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
     text = as_calibration(source, tokenizer=tokenizer, sentences=sentences, **options)
-    read = text.read(model)
-    distill = training_of(arguments)[1]
-    return text if distill is not None and distill.samples is not None else read, describe_calibration(read)
+    return text, describe_calibration(text.read(model))
 
 
 def _takes_text(arguments: argparse.Namespace, method: Method) -> bool:

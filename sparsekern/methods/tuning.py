@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from ._fields import Settings, number, settings_of, whole
 
 
 @dataclass(frozen=True)
-class Training(Settings):
+class Training(Settings, ABC):
     """Base of the settings of what trains a pruned model."""
 
     @property
+    @abstractmethod
     def batch_tokens(self) -> int:
         """The minimum of tokens in an optimizer step."""
-        raise NotImplementedError
 
     def settings(self) -> dict[str, object]:
         """Return the settings by name, as values that JSON can hold."""

@@ -7,7 +7,7 @@ adds the other, so that each entry is added once, in the order of the tree. Then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -38,6 +38,25 @@ class TreeSum(Generic[T]):
         """Return the sum, once the number of leaves is a power of two."""
         ((_, part),) = self._parts
         return part
+
+
+def total_of_leaves(
+    world: World, leaves: Iterable[T], add: Callable[[T, T], T], tensors_of: Callable[[T], Sequence[tuple[torch.Tensor, bool]]]
+) -> T:
+    """Return the sum of this rank's leaves and those of all others. All ranks call this.
+
+    Args:
+        world: the ranks.
+        leaves: this rank's leaves in their order; their number is a power of two.
+        add: see `TreeSum`.
+        tensors_of: returns what a sum consists of, for `add_all_over_ranks`.
+    """
+    tree = TreeSum(add)
+    for leaf in leaves:
+        tree.put(leaf)
+    found = tree.result()
+    add_all_over_ranks(world, tensors_of(found))
+    return found
 
 
 def add_over_ranks(world: World, tensor: torch.Tensor, *, lower: bool = False) -> None:

@@ -36,7 +36,7 @@ def split(x, high, low, columns, x_stride, blocks, COLUMNS: tl.constexpr):
 
 
 def split_in_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two matrices of TF32 values whose sum is `x` but for 2^-22 of each element.
+    """Return two matrices of TF32 values that add up to `x`, each element to within 2^-22 of itself.
 
     Elements that are not finite, and those that round to infinity, make a piece that is not finite.
 

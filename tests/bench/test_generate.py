@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.bench_generate import Taken, program_of, rows_of
+from bench.bench_generate import Taken, rows_of
+from bench.llama_cpp import program_of
 
 
 def test_the_smaller_of_both_ratios_decides_and_the_rest_is_what_no_part_took():

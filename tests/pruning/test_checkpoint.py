@@ -117,10 +117,8 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", CHILD, str(out)], cwd=ROOT, env=environment)
     try:
-        deadline = time.monotonic() + 120
         while not (out / "checkpoint" / "block-00000.safetensors").exists():
             assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "no block was finished in two minutes"
             time.sleep(0.01)
     finally:
         process.kill()

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import accumulate, pairwise
 from typing import IO, cast
 
 import torch
@@ -21,8 +22,7 @@ from ...methods.network import FeedForwardProblem, FeedForwardSolution, Layer, S
 from ...methods.statistics import Gram, InputStatistic
 from ...models import FeedForward, Linear, LinearCall, find_feed_forwards, find_linears
 from ...models.experts import ExpertLinear
-from ...ranks import TreeSum
-from ...ranks.sums import add_all_over_ranks
+from ...ranks.sums import total_of_leaves
 from ..batches import TOKENS, Batch
 from ..plan import Plan
 from .shares import Share
@@ -203,15 +203,9 @@ class FeedForwardRun:
 
     def _over_tokens(self, sums_of: Callable[[Iterable[slice]], Sums]) -> Sums:
         """Return the sums over the tokens of all processes, see `FeedForwardProblem.over_tokens`."""
-        tree: TreeSum[Sums] = TreeSum(lambda earlier, later: earlier.plus(later))
-        begin = 0
-        for end in self._ends.values():
-            end = max(begin, end)  # a leaf without batches has no tokens
-            tree.put(sums_of(self._tiles(begin, end)))
-            begin = end
-        found = tree.result()
-        add_all_over_ranks(self._share.world, found.tensors())
-        return found
+        ends = list(accumulate(self._ends.values(), max))  # a leaf without batches has no tokens
+        leaves = (sums_of(self._tiles(*borders)) for borders in pairwise([0, *ends]))
+        return total_of_leaves(self._share.world, leaves, lambda earlier, later: earlier.plus(later), lambda sums: sums.tensors())
 
     def _tiles(self, begin: int, end: int) -> Iterator[slice]:
         for start in range(begin, end, TILE):

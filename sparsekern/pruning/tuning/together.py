@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...ranks import TreeSum, World
-from ...ranks.sums import add_all_over_ranks
+from ...ranks import World
+from ...ranks.sums import total_of_leaves
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,7 @@ class Together:
         Args:
             leaves: the addends of each leaf of this process, tensors of the same shapes, which may be changed.
         """
-        tree: TreeSum[list[torch.Tensor]] = TreeSum(_added)
-        for leaf in leaves:
-            tree.put(leaf)
-        found = tree.result()
-        add_all_over_ranks(self.world, [(tensor, False) for tensor in found])
-        return found
+        return total_of_leaves(self.world, leaves, _added, lambda found: [(tensor, False) for tensor in found])
 
     def of_all_leaves(self, own: Sequence[Sequence[int]]) -> list[list[int]]:
         """Return the numbers of all leaves of all processes; `own` has those of each leaf of this process."""
