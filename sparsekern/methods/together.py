@@ -1,4 +1,4 @@
-"""Statistics of several linears of one shape, such as the experts of a block, used in one call instead of one each."""
+"""Several linears solved in one call instead of one each: of one shape, such as the experts of a block, or with the same inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..ops.reverse_cholesky import factor_quietly, report_departure
-from .statistics import ENERGY_COLUMNS, Gram, HasGram, damped_energy, square_norms
+from ..pattern import Pattern
+from .base import LinearMethod
+from .solution import Solution
+from .statistics import ENERGY_COLUMNS, Gram, HasGram, Statistic, damped_energy, square_norms
 
 
 def factor_together(
@@ -34,6 +37,32 @@ def factor_together(
         with about(index):
             found.append(known.factor(damping))
     return stacked(found)
+
+
+def solve_rows_together(
+    method: LinearMethod,
+    weights: Sequence[torch.Tensor],
+    statistics: Sequence[Statistic],
+    pattern: Pattern,
+    about: Callable[[int], AbstractContextManager[object]],
+) -> list[Solution]:
+    """Return what `method.solve` returns for each weight, from one call for the rows of all of them.
+
+    Args:
+        method: a method whose `solves_rows_alone` holds for the pattern.
+        weights: `[out_features, in_features]` each, of one dtype. Their numbers of rows may differ.
+        statistics: the same instance for each weight.
+        pattern: the pattern to prune to.
+        about: makes the context in which weight `i` is solved, see `LinearMethod.solve_many`. Warnings are given in that of the first.
+    """
+    try:
+        with about(0):
+            whole = method.solve(torch.cat(list(weights)), statistics[0], pattern)
+    except ValueError:  # the weight that it is about raises it again, in its own context
+        return LinearMethod.solve_many(method, weights, statistics, pattern, about)
+    rows = [len(weight) for weight in weights]
+    parts = [[None] * len(rows) if part is None else part.split(rows) for part in whole]
+    return [Solution(weight.clone(), *errors) for weight, *errors in zip(*parts, strict=True)]  # no memory in common, to be saved
 
 
 def energies_together(statistics: Sequence[HasGram], rows: torch.Tensor) -> torch.Tensor:

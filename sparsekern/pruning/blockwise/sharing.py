@@ -18,7 +18,7 @@ from ...ranks.sums import add_over_ranks, packed_lower, unpack_lower
 from ..seeds import seeded
 from .dealing import TOGETHER, Dealt, Place, SharedWork, TeamWork, deal, tiles_of
 from .messages import messages, pass_on, split_rows
-from .solving import Job, RowFigures, Solved, Solver, check_solution, lost_zeros, named
+from .solving import Job, RowFigures, Solved, Solver, check_solution, lost_zeros, named, stacks_of
 
 Taken = tuple[float, int, int]  # by a piece: seconds, and its zeros where they are counted
 FEW = 64  # counts are sent as a message, more of them as a tensor
@@ -300,8 +300,11 @@ def solve_shared(solver: Solver, world: World, leaves: int, jobs: Sequence[Job],
     if leaves > 1 and any(isinstance(job.inputs, Gram) for job in jobs):
         SharedSolve(solver, world, leaves, jobs, in_place=result.in_place).solve(result)
         return
-    for job in jobs:
-        solver.solve(job, result)
+    for stack in stacks_of(solver, jobs):
+        if len(stack) > 1:
+            solver.solve_stack(stack, result)
+        else:
+            solver.solve(stack[0], result)
 
 
 def _shapes(linears: Sequence[_Linear]) -> tuple[tuple[int, int], ...]:

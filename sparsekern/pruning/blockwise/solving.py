@@ -13,6 +13,7 @@ from ..._warnings import warnings_about
 from ...methods import Gram, LinearMethod, Magnitude, Solution
 from ...methods.correction import Correction
 from ...methods.statistics import InputStatistic, Statistic, inputs_of
+from ...methods.together import solve_rows_together
 from ...models import Linear
 from ...pattern import NM, Pattern, Unstructured
 from ...ranks import World
@@ -23,6 +24,8 @@ from ..progress import Clock, Notices
 from ..seeds import seeded
 from ..store import STAYED_DENSE, has_zeros_of
 from .statistics import SharedStatistics
+
+MOST_STACKED = 2**26  # weights solved as one: more of them keep a device busy by themselves, and would take too much of its memory
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,17 @@ class Solver:
         with self.clock.phase("solve"):
             self._solve_alike([job], self.method, LinearMethod.solve_many, result)
 
+    def solve_stack(self, jobs: Sequence[Job], result: Solved) -> None:
+        """Solve linears of one dtype, pattern and statistic as one weight of all their rows, which the method solves alone."""
+        with self.clock.phase("solve"):
+            self._solve_alike(jobs, self.method, solve_rows_together, result)
+
     def solve_many(self, jobs: Sequence[Job], result: Solved) -> None:
         """Solve several linears, those of one shape and pattern in one call of the method."""
         alike: dict[tuple[object, ...], list[Job]] = {}
         for job in jobs:
             weight, pattern = job.linear.weight, self.plan.patterns[job.linear.name]
-            known = pattern if isinstance(pattern, (NM, Unstructured)) else id(pattern)
-            alike.setdefault((weight.shape, weight.dtype, known), []).append(job)
+            alike.setdefault((weight.shape, weight.dtype, _same(pattern)), []).append(job)
         for group in alike.values():
             with self.clock.phase("solve"):
                 self._solve_alike(group, self.method, type(self.method).solve_many, result)
@@ -272,10 +279,10 @@ class Solver:
             with named(job.linear.name):
                 check_solution(method, solution, job.weight)
                 outcomes.append((*self.outcome(job.linear, solution, job.inputs, job.weight), _values_error(solution, job)))
-        seconds = (self.clock.now() - start) / len(jobs)
+        seconds, rows = self.clock.now() - start, sum(len(weight) for weight in weights)
         for job, solution, (zeros, error, values_error) in zip(jobs, solutions, outcomes, strict=True):
             linear = job.linear
-            layer = LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds)
+            layer = LayerReport(linear.name, str(pattern), linear.shape, zeros, error, seconds * linear.shape[0] / rows)
             result.take(linear, solution.weight, replace(layer, values_error=values_error, correction=job.shares))
 
 
@@ -295,6 +302,36 @@ def jobs_of(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
         measured = inputs if inputs.tokens or inputs.sum_squares.any() else None
         jobs += [Job(linear, shared.of(linear, inputs), measured) for linear in members if linear not in unseen]
     return jobs, unseen
+
+
+def stacks_of(solver: Solver, jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return linears in stacks to solve as one weight each: those with one Gram matrix, if their rows are solved alone.
+
+    On a GPU a sweep of few rows waits for launches more than for arithmetic. On a CPU each linear is a stack by itself.
+    """
+    found: list[list[Job]] = []
+    open_stacks: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        weight, pattern = job.weight, solver.plan.patterns[job.linear.name]
+        key = id(job.statistics), _same(pattern), weight.dtype
+        stack = open_stacks.get(key, [])
+        if stack and weight.numel() + sum(other.weight.numel() for other in stack) <= MOST_STACKED:
+            stack.append(job)
+            continue
+        found.append([job])
+        if waits_for_launches(weight) and isinstance(job.statistics, Gram) and solver.method.solves_rows_alone(pattern):
+            open_stacks[key] = found[-1]
+    return found
+
+
+def waits_for_launches(weight: torch.Tensor) -> bool:
+    """Return whether one call for more rows takes less time than more calls, on the device of a weight."""
+    return weight.is_cuda
+
+
+def _same(pattern: Pattern) -> object:
+    """Return what is equal for equal patterns."""
+    return pattern if isinstance(pattern, (NM, Unstructured)) else id(pattern)
 
 
 def lost_zeros(before: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
