@@ -111,6 +111,22 @@ def test_a_block_is_dealt_by_the_seconds_that_the_last_one_took():
     assert alone == {0: ["down"], 1: ["o"]}
 
 
+@pytest.mark.parametrize(("waiting", "expected"), [(1.0, ["down", "q"]), (4.0, [])])
+def test_what_waiting_for_one_another_costs_is_learnt(waiting, expected):
+    """Linears that took four times as long together as their counts say are solved by one rank each in the next block, and after it."""
+    found = linears(torch.float32)
+    solver = solver_of(ALPS(), "2:4", found)
+    together = {}
+    for turn in range(4):
+        shared = SharedSolve(solver, World(0, 4), 8, jobs_of(found))
+        together[turn] = sorted({piece.linear.job.linear.name for piece in shared._pieces if piece.linear.together})
+        for linear in {id(piece.linear): piece.linear for piece in shared._pieces}.values():
+            work = linear.work
+            linear.seconds = waiting * (4 * work.fixed + work.divided) if linear.together else work.fixed + work.divided
+        shared._learn()
+    assert together == {0: ["down", "q"], 1: expected, 2: expected, 3: expected}
+
+
 def test_a_failure_in_rows_that_one_rank_solves_is_raised_on_all(ranks):
     answers = ranks.run(4, "tests.ranks.linears:fail_together", 2)
     assert [answer[:2] for answer in answers] == [("ValueError", "rank 2: down: dual: a bug")] * 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -34,6 +35,8 @@ class _Linear:
         in_tiles: True if the method solves tiles of a piece in steps that share counts.
         weight: the new weight, filled in piece by piece. It is that of the model where results are written in place.
         figures: the errors and energies of the rows, `[2, out_features]` float64.
+        work: what the solution takes beside the factor, in multiply-adds, of which a rank that solves some tiles does `fixed`.
+        together: True if all ranks solve it together.
         seconds: what the solution took, on all ranks together.
         lost: the zeros that were lost and those that were there before, see `Solved.lost`, where results are written in place.
     """
@@ -43,6 +46,8 @@ class _Linear:
     in_tiles: bool
     weight: torch.Tensor
     figures: torch.Tensor
+    work: TeamWork
+    together: bool = False
     seconds: float = 0.0
     lost: tuple[int, int] = (0, 0)
 
@@ -135,24 +140,32 @@ class SharedSolve:
                     self._solver.take(linear.job, linear.weight, figures, linear.seconds, result, lost)
 
     def _deal(self) -> Dealt:
-        """Deal the work by the seconds that the last block took for each part of it, where they are known."""
-        rates = self._solver.rates
-        usual = sum(rates.values()) / len(rates) if rates else 1.0
-        found = [rates.get(_shapes(linears), usual) for linears in self._sets]
-        teams = {key: team.scaled(found[key[0]]) for key, team in self._teams.items()}
-        return deal([work.scaled(rate) for work, rate in zip(self._works, found, strict=True)], self._world.size, teams)
+        """Deal the work by the seconds that the last blocks took for each part of it, where they are known."""
+        known = self._solver.rates
+        usual = fmean([rate for (_, together), rate in known.items() if not together] or known.values() or [1.0])
+        rates = [known.get((_shapes(linears), False), usual) for linears in self._sets]
+        works = [work.scaled(rate) for work, rate in zip(self._works, rates, strict=True)]
+        teams = {
+            key: team.scaled(known.get((_shapes(self._sets[key[0]]), True), rates[key[0]])) for key, team in self._teams.items()
+        }
+        return deal(works, self._world.size, teams)
 
     def _learn(self) -> None:
-        """Remember what the work on each set took, which all ranks have been told."""
-        for index, (linears, work) in enumerate(zip(self._sets, self._works, strict=True)):
-            together = [
-                key for key, team in self._teams.items() if key[0] == index and self.dealt.places[index][key[1]].turn == TOGETHER
-            ]
-            again = sum(self._teams[key].fixed for key in together) + (work.factor if together else 0.0)
-            counted = work.total + (self._world.size - 1) * again
-            seconds = sum(linear.seconds for linear in linears)
-            if counted > 0 and seconds > 0:
-                self._solver.rates[_shapes(linears)] = seconds / counted
+        """Remember what the work on each set took, which all ranks have been told.
+
+        Work that ranks do together takes longer than its count says, since they wait for one another. So it has a rate of its own.
+        """
+        for linears, work in zip(self._sets, self._works, strict=True):
+            size, divided = self._world.size, any(linear.together for linear in linears)
+            counted = {True: size * work.factor if divided else 0.0, False: 0.0 if divided else work.factor}
+            seconds = {True: 0.0, False: 0.0}
+            for linear in linears:
+                times = size if linear.together else len(linear.pieces)
+                counted[linear.together] += times * linear.work.fixed + linear.work.divided
+                seconds[linear.together] += linear.seconds
+            for together in (True, False):
+                if counted[together] > 0 and seconds[together] > 0:
+                    self._solver.rates[_shapes(linears), together] = seconds[together] / counted[together]
 
     def _begun(self, job: Job) -> _Linear:
         weight, pattern = job.linear.weight, self._solver.plan.patterns[job.linear.name]
@@ -165,24 +178,26 @@ class SharedSolve:
             pieces = [tiles if in_tiles else [slice(0, rows)]]
         figures = torch.zeros(2, rows, dtype=torch.float64, device=weight.device)
         new = weight if self._in_place else torch.empty_like(weight, memory_format=torch.contiguous_format)
-        return _Linear(job, pieces, in_tiles, new, figures)
+        work = method.work(*job.linear.shape)
+        own = work.own
+        if isinstance(job.inputs, Gram):
+            own += rows * job.linear.shape[1] ** 2 / 2  # the energies of the dense rows
+        return _Linear(job, pieces, in_tiles, new, figures, TeamWork(work.fixed, own, len(tiles)))
 
     def _work(self, linears: Sequence[_Linear]) -> tuple[SharedWork, dict[int, TeamWork]]:
         """Return the work on linears with the same statistic, and that on the pieces that can be divided, by their numbers."""
-        method, factor = self._solver.method, 0.0
-        costs: list[float] = []
+        factor, costs = 0.0, list[float]()
         teams: dict[int, TeamWork] = {}
         for linear in linears:
             rows, features = linear.job.linear.shape
-            work = method.work(rows, features)
-            measures = isinstance(linear.job.inputs, Gram)  # the error, by a factor that the method may not need
-            if measures:
-                work = work._replace(own=work.own + rows * features**2 / 2)  # the energies of the dense rows
-            factor = work.shared or (features**3 / 6 if measures else 0.0)
+            # The error is measured by a factor that the method may not need.
+            factor = self._solver.method.work(rows, features).shared or (
+                features**3 / 6 if isinstance(linear.job.inputs, Gram) else 0.0
+            )
             if linear.in_tiles:
-                teams[len(costs)] = TeamWork(work.fixed, work.own, len(linear.pieces[0]))
+                teams[len(costs)] = linear.work
             shares = [sum(tile.stop - tile.start for tile in piece) / rows for piece in linear.pieces]
-            costs += [work.fixed + work.own * share for share in shares]
+            costs += [linear.work.fixed + linear.work.divided * share for share in shares]
         return SharedWork(factor, tuple(costs)), teams
 
     def _placed(self, index: int) -> Iterator[_Piece]:
@@ -192,7 +207,7 @@ class SharedSolve:
             if place.turn != TOGETHER:
                 yield _Piece(linear, tiles, place)
                 continue
-            begin = 0
+            begin, linear.together = 0, True
             for rank, count in enumerate(leaf_sizes(len(tiles), self._world.size)):
                 yield _Piece(linear, tiles[begin : begin + count], Place(TOGETHER, rank))
                 begin += count

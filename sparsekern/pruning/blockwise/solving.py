@@ -105,14 +105,14 @@ class Solver:
     """The method of a run, and all that it needs to solve linears.
 
     Attributes:
-        rates: seconds for each multiply-add that the method counts, by the shapes of linears with the same inputs. They are those of the
-            block that several processes solved last.
+        rates: seconds for each multiply-add that the method counts, by the shapes of linears with the same inputs, and whether all processes
+            solved them together. They are those of the block that several processes last solved so.
     """
 
     def __init__(self, method: LinearMethod, plan: Plan, seed: int, clock: Clock, world: World | None = None) -> None:
         self.method, self.plan, self.seed, self.clock, self.world = method, plan, seed, clock, world or World()
         self.notices = Notices()
-        self.rates: dict[tuple[tuple[int, int], ...], float] = {}
+        self.rates: dict[tuple[tuple[tuple[int, int], ...], bool], float] = {}
         self._unseen: list[str] = []
 
     def solve(self, job: Job, result: Solved) -> None:
