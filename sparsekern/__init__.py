@@ -6,6 +6,7 @@ from ._warnings import SparsekernWarning
 from .conversion import moefy
 from .data import perplexity
 from .export import export_gguf
+from .measure.fidelity import fidelity
 from .methods import (
     ALPS,
     COPAL,
@@ -54,6 +55,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "export_gguf",
+    "fidelity",
     "info",
     "keep_sparsity",
     "load",

@@ -24,6 +24,8 @@ DISTILL = sparsekern.Distill(steps=215, samples=448, learning_rate=1.2e-4, batch
 OTHER = "builtin:python-docs"
 COLUMNS = {
     "perplexity": ".2f",
+    "divergence": ".3f",
+    "same top token": ".1%",
     "other text": ".2f",
     "divergence before": ".3f",
     "divergence after": ".3f",
@@ -72,7 +74,12 @@ def measured(name: str, wikitext: Path, out: Path | None, quick: bool) -> dict[s
         found["processor minutes"] = (time.process_time() - start) / 60  # of this process, if it goes on with a killed run
     test = quality.evaluation(wikitext, tokenizer)
     other = evaluation_ids(OTHER, tokenizer, smollm2.WINDOW, windows=smollm2.WINDOWS)
-    found["perplexity"] = sparsekern.perplexity(model, test[: smollm2.WINDOW] if quick else test, length=smollm2.WINDOW)
+    test = test[: smollm2.WINDOW] if quick else test
+    if name == "dense":
+        found["perplexity"] = sparsekern.perplexity(model, test, length=smollm2.WINDOW)
+    else:
+        of = sparsekern.fidelity(model, smollm2.dense_model(), test, smollm2.WINDOW)
+        found |= {"perplexity": of.perplexity, "divergence": of.divergence, "same top token": of.agreement}
     found["other text"] = sparsekern.perplexity(model, other[:1] if quick else other)
     return {f"{name}, {column}": value for column, value in found.items()}
 
@@ -88,11 +95,12 @@ def section(figures: dict[str, object]) -> str:
         f'SmolLM2-135M-Instruct (float32): `ALPS()` with `correction="dense"` on {SAMPLES} x {smollm2.LENGTH} tokens of WikiText-2 `valid`,',
         f"then `Distill(steps={DISTILL.steps}, samples={DISTILL.samples}, learning_rate={DISTILL.learning_rate:g}, batch_tokens={DISTILL.batch_tokens})` on the same text, seed 0.",
         f"Perplexity of the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test`, and of as many held-out ones of `{OTHER}`, a text that nothing was fitted to.",
-        "The divergence is that from the dense model's predictions on held-out tokens of `valid`, before and after the distillation.",
+        "Divergence from the dense model's predictions, and how often the top token is the same, on the tokens of `test`.",
+        "The last two divergences are on held-out tokens of `valid`, before and after the distillation.",
         "At 2:4 the solver and the distillation ran in two processes, on a busy machine, with the solver's weights stored between them.",
         "",
-        "| pattern | goal | perplexity | other text | divergence before | divergence after | processor minutes |",
-        "|---|---|---|---|---|---|---|",
+        f"| pattern | goal | {' | '.join(COLUMNS)} |",
+        f"|---|---|{'---|' * len(COLUMNS)}",
     ]
     for name in ["dense", *PATTERNS]:
         goal = "" if name == "dense" else f"{PATTERNS[name][1]}"

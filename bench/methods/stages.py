@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from . import Unavailable, shown, store, stored
 NAME = "stages"
 PATTERNS: dict[str, str | float] = {"2:4": "2:4", "50 %": 0.5, "70 %": 0.7}
 METHODS = {"SparseGPT": sparsekern.SparseGPT, "ALPS": sparsekern.ALPS}
+DISTILL = sparsekern.Distill(steps=45, batch_tokens=1024)  # some three passes over the samples
 STAGES: dict[str, dict[str, Any]] = {
     "alone": {},
     "corrected": {"correction": "dense"},
     "tuned": {"tune": sparsekern.BlockTuning()},
+    "distilled": {"distill": DISTILL},
     "corrected, tuned": {"correction": "dense", "tune": sparsekern.BlockTuning()},
+    "corrected, distilled": {"correction": "dense", "distill": DISTILL},
+    "all": {"correction": "dense", "tune": sparsekern.BlockTuning(), "distill": DISTILL},
 }
 CASES = [f"{method} {pattern}, {stages}" for pattern in PATTERNS for method in METHODS for stages in STAGES]
 
@@ -34,19 +39,22 @@ def run(wikitext: Path | None, quick: bool) -> str:
 
 
 def measure(wikitext: Path, cases: list[str], quick: bool = False) -> dict[str, object]:
-    """Return perplexities and minutes by case. Each is stored when it is known, unless `quick`."""
+    """Return perplexity, fidelity and minutes by case. Each is stored when it is known, unless `quick`."""
     tokenizer = smollm2.tokenizer()
     ids, evaluation = quality.calibration(wikitext, tokenizer), quality.evaluation(wikitext, tokenizer)
     if quick:
         ids, evaluation = ids[:8], evaluation[: smollm2.WINDOW]
     figures: dict[str, object] = {}
+    dense = smollm2.dense_model()
     for case in cases:
         solver, _, stages = case.partition(", ")
         method, _, pattern = solver.partition(" ")
         model, start = smollm2.dense_model(), time.perf_counter()
         sparsekern.prune(model, METHODS[method](), PATTERNS[pattern], ids, progress=False, **STAGES[stages])
         minutes = (time.perf_counter() - start) / 60
-        found = {case: sparsekern.perplexity(model, evaluation, length=smollm2.WINDOW), f"{case}, minutes": minutes}
+        of = sparsekern.fidelity(model, dense, evaluation, smollm2.WINDOW)
+        found = {case: of.perplexity, f"{case}, minutes": minutes}
+        found |= {f"{case}, divergence": of.divergence, f"{case}, agreement": of.agreement}
         if not quick:
             store(NAME, found)
         figures |= found
@@ -59,21 +67,39 @@ def section(figures: dict[str, object]) -> str:
         perplexity: Any = figures.get(case)
         return shown(perplexity, ".2f") + ("" if minutes is None else f" ({minutes:.1f} min)")
 
+    def fidelity_cell(case: str) -> str:
+        divergence: Any = figures.get(f"{case}, divergence")
+        agreement: Any = figures.get(f"{case}, agreement")
+        return f"{shown(divergence, '.3f')}, {shown(agreement, '.1%')}"
+
     lines = [
         "## Stages beside the solver",
         "",
         f"SmolLM2-135M-Instruct (float32); calibration {smollm2.SAMPLES} x {smollm2.LENGTH} tokens of WikiText-2 `valid`, seed 0; perplexity of",
         f'the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test` (dense {quality.TARGETS["dense"][2]}). Corrected is `correction="dense"`,',
-        "tuned `tune=BlockTuning()`, all settings the defaults. In parentheses the minutes of `prune`.",
+        f"tuned `tune=BlockTuning()`, distilled `distill=Distill(steps={DISTILL.steps}, batch_tokens={DISTILL.batch_tokens})`, all other settings the defaults.",
+        "In parentheses the minutes of `prune`.",
         "",
-        f"| pattern | method | {' | '.join(STAGES)} |",
-        f"|---|---|{'---|' * len(STAGES)}",
+        *_table(cell),
     ]
+    if any(key.endswith(", divergence") for key in figures):
+        lines += [
+            "",
+            "The same models: divergence from the dense model's predictions on these tokens, in nats, and how often the top token is the same.",
+            "",
+            *_table(fidelity_cell),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(cell: Callable[[str], str]) -> list[str]:
+    """Return the lines of a table of all cases."""
+    lines = [f"| pattern | method | {' | '.join(STAGES)} |", f"|---|---|{'---|' * len(STAGES)}"]
     for pattern in PATTERNS:
         for method in METHODS:
             cells = [cell(f"{method} {pattern}, {stages}") for stages in STAGES]
             lines.append(f"| {pattern} | {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import evaluation_ids, perplexity
+from ..measure.fidelity import Fidelity, fidelity
 from ..models.limits import window_length
 from ..models.load import check_streamable, load, load_tokenizer
 from ..pattern import NM
@@ -50,16 +51,21 @@ class HeldOutText:
         self.seconds += time.perf_counter() - start
         return result
 
+    def fidelity(self, model: torch.nn.Module, dense: torch.nn.Module, max_memory: int | None = None) -> Fidelity:
+        """Return how close `model` is to `dense` on the text, with a progress bar."""
+        return fidelity(model, dense, self.tokens, self.length, progress=True, max_memory=max_memory)
 
-def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
-    """Print a message and load the model that the command line names."""
+
+def load_model(arguments: argparse.Namespace, name: str | None = None) -> torch.nn.Module:
+    """Print a message and load the model that the command line names, or another one in the same way."""
+    name = arguments.model if name is None else name
     stream = getattr(arguments, "stream", False)
     if getattr(arguments, "max_memory", None) and not stream:
         raise ValueError("--max-memory: expected --stream, since a model in memory takes what it takes")
-    say(f"loading {arguments.model}")
+    say(f"loading {name}")
     with _bars_of_tensors_hidden():
         return load(
-            arguments.model,
+            name,
             dtype=arguments.dtype,
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,

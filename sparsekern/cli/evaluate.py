@@ -1,4 +1,4 @@
-"""`sparsekern eval`: the perplexity of a model, its scores in tasks, and the share of zeros in its weights."""
+"""`sparsekern eval`: a model's perplexity, how close it is to another, its scores in tasks, and the share of zeros in its weights."""
 
 from __future__ import annotations
 
@@ -38,14 +38,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer_of(arguments)
     model = load_model(arguments)
     results: dict[str, float | str] = {}
-    if arguments.text is not None or tasks is None:
+    if arguments.text is not None or arguments.against is not None or tasks is None:
         text = HeldOutText(arguments.text or DEFAULT_TEXT, model, tokenizer, length=arguments.length, windows=arguments.windows)
-        results |= {"perplexity, pruned": text.perplexity(model, arguments.max_memory), "evaluated on": text.description}
-        print(f"perplexity {results['perplexity, pruned']:.4f}  ({text.description})")
+        if arguments.against is None:
+            results["perplexity, pruned"] = text.perplexity(model, arguments.max_memory)
+            print(f"perplexity {results['perplexity, pruned']:.4f}  ({text.description})")
+        else:
+            found = text.fidelity(model, load_model(arguments, arguments.against), arguments.max_memory)
+            results |= found.measured()
+            print(f"perplexity {found.perplexity:.4f}, of {arguments.against} {found.dense_perplexity:.4f}  ({text.description})")
+            print(f"divergence {found.divergence:.4f} nats a token, same top token {found.agreement:.2%}")
+        results["evaluated on"] = text.description
     if tasks is not None:
-        found = tasks.evaluate(model, tokenizer, batch_size=arguments.batch_size or 8, examples=arguments.examples)
-        print(*found, sep="\n")
-        results |= measured(found)
+        scores = tasks.evaluate(model, tokenizer, batch_size=arguments.batch_size or 8, examples=arguments.examples)
+        print(*scores, sep="\n")
+        results |= measured(scores)
     zeros, total = count_zeros(model)
     print(f"zeros      {zeros / total:.2%} of all {total / 1e6:,.1f} M weights")
     if arguments.record:

@@ -99,7 +99,7 @@ def _add_choice_of_weights(group) -> None:
         "--quality",
         type=types.one_of(PRESETS),
         metavar="NAME",
-        help="fast (sparsegpt), good (alps, dense) or best (tuned)",
+        help="fast (sparsegpt), good (alps, dense), best (trained)",
     )
     group.add_argument("--set", action="append", default=[], type=types.setting, metavar="NAME=VALUE", help="setting of the method")
     group.add_argument("--help-method", action=_MethodHelp, type=methods, metavar="NAME", help="list a method's settings and exit")
@@ -159,8 +159,11 @@ def _add_calibration(group) -> None:
 
 
 def _add_eval(commands) -> argparse._ArgumentGroup:
-    options = _add_command(commands, "eval", "measure the perplexity of a model, or its scores in tasks", model=True)
+    options = _add_command(
+        commands, "eval", "measure the perplexity of a model, how close it is to another, or its scores in tasks", model=True
+    )
     options.add_argument("--text", metavar="SOURCE", help=f"{EVALUATED}; without --tasks the default")
+    options.add_argument("--against", metavar="DENSE", help="also compare the predictions with those of this model")
     options.add_argument(
         "--tasks", type=types.names, metavar="NAME,…", help="tasks of lm-evaluation-harness, or YAML files of tasks"
     )

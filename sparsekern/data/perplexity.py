@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from itertools import chain
 from operator import add
@@ -19,17 +18,26 @@ from tqdm import tqdm
 from ..models.evaluation import evaluation_mode
 from ..models.float32_products import float32_products
 from ..models.in_step import in_step
-from ..models.limits import check_count, check_length, check_token_ids, memory_limit, positions, vocabulary, window_length
+from ..models.limits import (
+    check_count,
+    check_length,
+    check_token_ids,
+    memory_limit,
+    positions,
+    predicts_next_tokens,
+    vocabulary,
+    window_length,
+)
 from ..models.memory import forward_bytes, room_beside
 from ..models.streaming import stream_of
 from ..ranks import World, leaf_sizes
 from .calibration import check_tokenizer, evaluation_ids, is_source
+from .predictions import LOGIT_ROWS, Predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WINDOW_COPIES = 4  # of the hidden states of a window that waits in front of a block: with its rotary table and what was made of it
-LOGIT_ROWS = 256  # of logits at once: with a vocabulary of 150,000 in float32 they take 150 MB
 
 
 @torch.no_grad()
@@ -80,21 +88,29 @@ def perplexity(
     """
     world = World.current()
     with world.together():
-        _check_model(model)
+        check_predicts("model", model)
         length = window_length(model, length)
         windows = evaluation_windows(model, as_evaluation(ids, tokenizer, length), length)
-        if world.size > 1:
-            digest = hashlib.sha256(torch.stack(windows).cpu().numpy().tobytes()).hexdigest()
-            world.check_alike({"ids": digest, "length": length})
         with evaluation_mode(model):
-            together = windows_together(model, length, max_memory)
-            own = _losses(model, windows, world, together or len(windows), progress=progress)
-        losses = [loss for found in world.gather("perplexity", own) for loss in found]
-    mean = reduce(add, losses) / (len(windows) * (length - 1))  # one after another, whoever computed them
-    return math.exp(mean) if mean < 700 else math.inf
+            together = windows_together(model, length, max_memory) or len(windows)
+
+            def find(own: Sequence[torch.Tensor]) -> Iterator[tuple[float, ...]]:
+                calls = [partial(_window_loss, model, window[None]) for window in own]
+                return chain.from_iterable(in_step(model, calls[at : at + together]) for at in range(0, len(own), together))
+
+            losses = [loss for (loss,) in each_window("perplexity", windows, world, find, progress=progress)]
+    return perplexity_of(mean_of(losses, len(windows), length))
 
 
-def windows_together(model: torch.nn.Module, length: int, max_memory: int | str | None, *, edited: bool = False) -> int | None:
+def windows_together(
+    model: torch.nn.Module,
+    length: int,
+    max_memory: int | str | None,
+    *,
+    edited: bool = False,
+    beside: Mapping[str, int] | None = None,
+    kept: int = 0,
+) -> int | None:
     """Return how many windows go through a streamed model together within a limit; None where there is none.
 
     Args:
@@ -102,6 +118,8 @@ def windows_together(model: torch.nn.Module, length: int, max_memory: int | str 
         length: tokens in a window.
         max_memory: the limit.
         edited: blocks will be changed whenever they have been read.
+        beside: bytes of what else is in memory, by what they are for.
+        kept: bytes that are kept besides for each window.
 
     Raises:
         TypeError: `max_memory` is not a limit.
@@ -110,29 +128,67 @@ def windows_together(model: torch.nn.Module, length: int, max_memory: int | str 
     if memory_limit(max_memory) is None or stream_of(model) is None:
         room_beside(model, max_memory)
         return None
-    embeddings = cast("torch.Tensor", cast("PreTrainedModel", model).get_input_embeddings().weight)
-    window = WINDOW_COPIES * length * embeddings.shape[1] * embeddings.element_size()
-    logits = 2 * 4 * min(length, LOGIT_ROWS) * embeddings.shape[0]
+    window = WINDOW_COPIES * hidden_bytes(model, length) + kept
+    logits = 2 * 4 * min(length, LOGIT_ROWS) * _embeddings(model).shape[0]
     more = {"a window in a block": forward_bytes(model, length), "logits": logits, "the hidden states of a window": window}
+    more |= beside or {}
     room = room_beside(model, max_memory, more, edited=edited)
     assert room is not None
     return 1 + room // window
 
 
-def _losses(model: torch.nn.Module, windows: list[torch.Tensor], world: World, together: int, *, progress: bool) -> list[float]:
-    """Return the losses of the windows of this process, which follow one another, some of them `together`."""
+def hidden_bytes(model: torch.nn.Module, length: int) -> int:
+    """Return the bytes of the hidden states of a window."""
+    return length * _embeddings(model).shape[1] * _embeddings(model).element_size()
+
+
+def _embeddings(model: torch.nn.Module) -> torch.Tensor:
+    return cast("torch.Tensor", cast("PreTrainedModel", model).get_input_embeddings().weight)
+
+
+def each_window(
+    what: str,
+    windows: Sequence[torch.Tensor],
+    world: World,
+    find: Callable[[Sequence[torch.Tensor]], Iterator[tuple[float, ...]]],
+    *,
+    progress: bool,
+) -> list[tuple[float, ...]]:
+    """Return what is found for each window, in order, whichever process computed it.
+
+    Args:
+        what: what is found, for the progress bar and messages.
+        windows: the windows, alike on all processes.
+        world: the processes, which share them.
+        find: yields figures for each of the windows that it is given, which are those of this process.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a figure is not finite; or processes have other windows.
+    """
+    if world.size > 1:
+        digest = hashlib.sha256(torch.stack(list(windows)).cpu().numpy().tobytes()).hexdigest()
+        world.check_alike({"ids": digest, "length": len(windows[0])})
     counts = leaf_sizes(len(windows), world.size)
     begin = sum(counts[: world.rank])
     own = windows[begin : begin + counts[world.rank]]
-    calls = [partial(_window_loss, model, window[None]) for window in own]
-    losses = chain.from_iterable(in_step(model, calls[start : start + together]) for start in range(0, len(own), together))
-    found: list[float] = []
-    for loss in tqdm(losses, total=len(own), desc="perplexity", disable=not (progress and world.leads), leave=False):
+    found: list[tuple[float, ...]] = []
+    for figures in tqdm(find(own), total=len(own), desc=what, disable=not (progress and world.leads), leave=False):
         world.check()
-        if not math.isfinite(loss):
-            raise ValueError(f"perplexity: the model's output for window {begin + len(found)} holds NaN or Inf")
-        found.append(loss)
-    return found
+        if not all(map(math.isfinite, figures)):
+            raise ValueError(f"{what}: the model's output for window {begin + len(found)} holds NaN or Inf")
+        found.append(figures)
+    return [figures for part in world.gather(what, found) for figures in part]
+
+
+def mean_of(figures: Sequence[float], windows: int, length: int) -> float:
+    """Return the mean over the predicted tokens of sums by window, which are added one after another."""
+    return reduce(add, figures) / (windows * (length - 1))
+
+
+def perplexity_of(mean: float) -> float:
+    """Return the perplexity for a mean negative log-likelihood; `inf` beyond the range of a float."""
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def as_evaluation(ids: torch.Tensor | str | os.PathLike, tokenizer: Any, length: int) -> torch.Tensor:
@@ -160,19 +216,19 @@ def evaluation_windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -
     return list(_windows(model, ids, length))
 
 
-def _check_model(model: torch.nn.Module) -> None:
+def check_predicts(argument: str, model: torch.nn.Module) -> None:
+    """Raise `TypeError` unless the model of an argument is a causal language model of transformers."""
     if not hasattr(model, "get_input_embeddings"):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}; sparsekern.load returns one")
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if both or not getattr(model, "can_generate", lambda: True)():
-        raise TypeError(f"model: expected a causal language model, got {type(model).__name__}, which predicts no next token")
+        raise TypeError(f"{argument}: expected a transformers model, got {type(model).__name__}; sparsekern.load returns one")
+    if not predicts_next_tokens(model):
+        raise TypeError(f"{argument}: expected a causal language model, got {type(model).__name__}, which predicts no next token")
 
 
 def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() not in (1, 2):
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise TypeError(f"ids: expected an integer tensor [tokens] or [rows, tokens], got {got.removeprefix('torch.')}")
-    _check_model(model)
+    check_predicts("model", model)
     check_count("length", length)
     if length < 2:
         raise ValueError(f"length: expected at least 2, got {length}")
@@ -186,53 +242,13 @@ def _windows(model: torch.nn.Module, ids: torch.Tensor, length: int) -> Iterator
         yield from row[: len(row) // length * length].view(-1, length)
 
 
-def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
+def _window_loss(model: torch.nn.Module, window: torch.Tensor) -> tuple[float]:
     """Return the summed negative log-likelihood of `window` `[1, length]`. It may run in a thread of its own."""
     with torch.no_grad(), float32_products(model):
-        return _loss_of(model, window)
+        found = Predictions(model, window)
+        return (sum(loss_of(found.logits(rows), window[0, 1:][rows]) for rows in found.parts()),)
 
 
-def _loss_of(model: torch.nn.Module, window: torch.Tensor) -> float:
-    """Return the summed negative log-likelihood of `window` `[1, length]`.
-
-    The model runs with a head that sees the last position only, which keeps the logits small. Then the head's whole input is run
-    through it in chunks. Some models change the logits after the head (soft-capping, scaling), which the chunks would miss. Their
-    logits are computed all at once.
-    """
-    head = cast("PreTrainedModel", model).get_output_embeddings()
-    window = window.to(cast("PreTrainedModel", model).device)
-    targets = window[0, 1:]
-    if head is None:
-        return _loss(model(input_ids=window, use_cache=False).logits[0, :-1], targets)
-    hidden: list[torch.Tensor] = []
-    last: list[torch.Tensor] = []
-
-    own = threading.get_ident()  # forwards of a streamed model take turns, and see each other's hooks
-
-    def keep_last_position(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if threading.get_ident() != own:
-            return None
-        hidden.append(args[0])
-        return (args[0][:, -1:], *args[1:])
-
-    def keep_output(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if threading.get_ident() == own:
-            last.append(output)
-
-    hooks = [head.register_forward_pre_hook(keep_last_position), head.register_forward_hook(keep_output)]
-    try:
-        logits = model(input_ids=window, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not last or not torch.equal(last[0].to(logits.dtype), logits):
-        return _loss(model(input_ids=window, use_cache=False).logits[0, :-1], targets)
-    rows = hidden[0][0, :-1]
-    return sum(
-        _loss(head(rows[start : start + LOGIT_ROWS]), targets[start : start + LOGIT_ROWS])
-        for start in range(0, len(rows), LOGIT_ROWS)
-    )
-
-
-def _loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the summed negative log-likelihood of `targets` `[tokens]` by `logits` `[tokens, vocabulary]`."""
     return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum").item()

@@ -27,6 +27,12 @@ def positions(model: nn.Module) -> int | None:
     return limit
 
 
+def predicts_next_tokens(model: nn.Module) -> bool:
+    """Return whether a model is a causal language model, as far as its class says. One that is not of transformers counts as one."""
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not both and bool(getattr(model, "can_generate", lambda: True)())
+
+
 def window_length(model: nn.Module, length: int | None = None) -> int:
     """Return `length`, or where it is None 2048 tokens, or the model's positions where they are fewer.
 

@@ -16,6 +16,9 @@ from .schema import Fields
 CLASSES: dict[str, type[BaseReport]] = {}
 
 
+DIVERGENCE, AGREEMENT = "divergence from dense", "agreement with dense"  # names of measurements
+
+
 @dataclass(kw_only=True)
 class BaseReport(ABC):
     """Base of the reports. `print` a report, or write it with `to_json` or `to_html`.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from . import schema
-from .base import BaseReport, error_text, phases
+from .base import AGREEMENT, DIVERGENCE, BaseReport, error_text, phases
 from .experts import starred
 from .html import Page, Section, by_block, lines_section, perplexity_section, seconds_section, shown, size_section, table
 from .plots import Point
@@ -181,7 +181,7 @@ class Report(BaseReport):
 
     def page(self) -> Page:
         """Return the content of the report's page."""
-        perplexity = self.measured.get("perplexity, pruned")
+        perplexity, divergence, agreement = map(self.measured.get, ("perplexity, pruned", DIVERGENCE, AGREEMENT))
         total = self.seconds.get("total")
         return Page(
             self._facts(
@@ -191,6 +191,8 @@ class Report(BaseReport):
                 ("linears", len(self.layers)),
                 ("calibration tokens", f"{self.calibration_tokens:,}" if self.calibration_tokens else None),
                 ("perplexity", f"{perplexity:.4g}" if isinstance(perplexity, (int, float)) else None),
+                (DIVERGENCE, f"{divergence:.4g} nats a token" if isinstance(divergence, (int, float)) else None),
+                (AGREEMENT, f"{agreement:.1%} of top tokens" if isinstance(agreement, (int, float)) else None),
                 ("seconds", None if total is None else f"{total:.1f}"),
             ),
             [

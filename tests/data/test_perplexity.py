@@ -1,4 +1,3 @@
-import importlib
 import math
 
 import pytest
@@ -7,10 +6,9 @@ import torch.nn.functional as F
 import transformers
 
 import sparsekern
+from sparsekern.data import predictions
 from tests import encoders, tiny
 from tests.models.families import FAMILIES, VOCABULARY
-
-module = importlib.import_module("sparsekern.data.perplexity")
 
 
 def textbook(model, ids, length):
@@ -51,7 +49,7 @@ def test_a_model_that_caps_its_logits_takes_the_whole_path():
 
 
 def test_the_logits_of_a_window_are_never_held_at_once(monkeypatch):
-    monkeypatch.setattr(module, "LOGIT_ROWS", 8)
+    monkeypatch.setattr(predictions, "LOGIT_ROWS", 8)
     model, ids = tiny.llama(), torch.randint(320, (60,))
     rows = []
     model.lm_head.register_forward_hook(lambda _, args, output: rows.append(output.numel() // output.shape[-1]))
