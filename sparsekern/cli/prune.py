@@ -129,6 +129,7 @@ def _prune(
         tune=tune,
         distill=distill,
         allocation=arguments.allocation,
+        quality=arguments.quality,
         values=arguments.values,
     )
     if held_out:

@@ -50,15 +50,14 @@ def configured(name: str, assignments: Sequence[tuple[str, str]]) -> Method:
 
 
 def take_quality(arguments: argparse.Namespace) -> None:
-    """Replace `--quality` by the options that it stands for, and a method that is not given by the default.
+    """Fill in the options that `--quality` stands for, but those of training, and a method that is not given by the default.
 
     Raises:
         ValueError: an option is given that `--quality` chooses.
     """
-    given = Preset(correction=arguments.correction, allocation=arguments.allocation, tune=training_of(arguments)[0])
+    given = Preset(correction=arguments.correction, allocation=arguments.allocation)
     chosen = with_quality(arguments.quality, arguments.pattern, arguments.method, given)
     arguments.method, arguments.correction, arguments.allocation = chosen.method, chosen.correction, chosen.allocation
-    arguments.tune = chosen.tune is not None  # its settings stay in `set`
 
 
 def methods_of(arguments: argparse.Namespace) -> tuple[Method, Method | None]:

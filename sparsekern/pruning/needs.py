@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from ..methods import INT4, BlockMethod, BlockTuning, Distill, LinearMethod, Method, check_choice
 from ..methods.allocation import ALLOCATIONS, UNIFORM
@@ -22,14 +22,14 @@ class Run:
         is_second: True if `method` prunes what the removal of experts leaves.
         is_streamed: True if the blocks of the model are read one at a time.
         leaves: the number of parts that statistics are summed in.
-        quality: the name that chose some of the settings; None for none.
+        predicts: True if the model predicts next tokens.
     """
 
     method: Method
     is_second: bool = False
     is_streamed: bool = False
     leaves: int = 1
-    quality: str | None = None
+    predicts: bool = True
 
 
 class Need(NamedTuple):
@@ -78,16 +78,20 @@ MASKS = Need(lambda run: isinstance(run.method, LinearMethod), "for {method}, wh
 FIRST = Need(
     lambda run: not run.is_second, "for {method} behind the removal of experts, which leaves no dense model to compare with"
 )
-ONE_PART = Need(lambda run: run.leaves == 1, "for sums in {leaves} parts (several processes, or leaves)")
-IN_MEMORY = Need(lambda run: not run.is_streamed, "for a streamed model, whose gradients need all blocks in memory")
+ONE_PART = Need(lambda run: run.leaves == 1, "for sums in {leaves} parts (several processes, or leaves; run one)")
+IN_MEMORY = Need(
+    lambda run: not run.is_streamed, "for a streamed model, whose gradients need all blocks in memory (load it without stream=True)"
+)
+PREDICTS = Need(lambda run: run.predicts, "for a model that predicts no next tokens")
 
 SETTINGS = {
     "correction": Setting(NONE, CORRECTIONS, (ONE_LINEAR, INPUTS_ALONE)),
     "tune": Setting(None, BlockTuning, (MASKS,)),
-    "distill": Setting(None, Distill, (MASKS, FIRST, ONE_PART, IN_MEMORY)),
-    "allocation": Setting(UNIFORM, ALLOCATIONS, (SHARES, ONE_PART, IN_MEMORY)),
+    "distill": Setting(None, Distill, (MASKS, FIRST, PREDICTS, IN_MEMORY)),
+    "allocation": Setting(UNIFORM, ALLOCATIONS, (SHARES, PREDICTS, ONE_PART, IN_MEMORY)),
     "values": Setting(None, (INT4,), (ONE_PART,)),
 }
+OPTIONAL = ("allocation", "distill")  # what a quality does without where a run cannot give what it needs
 PAIR_OF_BLOCKS = (ONE_PART, IN_MEMORY)  # what two blocks that are tuned together need
 
 
@@ -105,19 +109,39 @@ def check_settings(given: Mapping[str, object], run: Run) -> None:
     for name, setting in SETTINGS.items():
         _check_kind(name, setting, given[name])
     for name, setting in SETTINGS.items():
-        if (value := given[name]) == setting.neutral:
-            continue
-        for need in setting.needs:
-            if not need.met(run):
-                otherwise = need.otherwise.format(method=type(run.method).__name__, leaves=run.leaves)
-                shown = repr(value) if isinstance(value, str) else type(value).__name__
-                by_quality = run.quality is not None and name in vars(Preset())
-                chosen = f", which quality={run.quality!r} chooses" if by_quality else ""
-                raise ValueError(f"{name}: expected {setting.neutral!r} {otherwise}, got {shown}{chosen}")
+        value = given[name]
+        if value != setting.neutral and (otherwise := _unmet(setting, run)):
+            shown = repr(value) if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"{name}: expected {setting.neutral!r} {otherwise}, got {shown}")
     tune = given["tune"]
     for need in PAIR_OF_BLOCKS if isinstance(tune, BlockTuning) and tune.blocks == 2 else ():
         if not need.met(run):
             raise ValueError(f"BlockTuning.blocks: expected 1 {need.otherwise.format(leaves=run.leaves)}, got 2")
+
+
+def without_unmet(chosen: Preset, given: Preset, run: Run) -> tuple[Preset, list[str]]:
+    """Return what a quality chose without those of `OPTIONAL` that the run cannot give what they need, and a reason for each.
+
+    Args:
+        chosen: the settings that the quality chose.
+        given: those that were given besides; they stay, and are refused later.
+        run: the run.
+    """
+    reasons = []
+    for name in OPTIONAL:
+        setting = SETTINGS[name]
+        asked = getattr(given, name) != setting.neutral
+        if getattr(chosen, name) != setting.neutral and not asked and (otherwise := _unmet(setting, run)):
+            neutral: Any = setting.neutral
+            chosen = replace(chosen, **{name: neutral})
+            reasons.append(f"{name} {otherwise}")
+    return chosen, reasons
+
+
+def _unmet(setting: Setting, run: Run) -> str:
+    """Return what the run is in place of what a setting needs; an empty text if it gives all of it."""
+    found = next((need.otherwise for need in setting.needs if not need.met(run)), "")
+    return found.format(method=type(run.method).__name__, leaves=run.leaves)
 
 
 def _check_kind(name: str, setting: Setting, value: object) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from .._warnings import warn
 from ..backends.libraries import check_isa
 from ..data import CalibrationText, as_calibration
 from ..methods import (
@@ -25,6 +26,7 @@ from ..methods import (
 )
 from ..methods.allocation import UNIFORM
 from ..models.fingerprint import model_fingerprint
+from ..models.limits import predicts_next_tokens
 from ..models.memory import room_beside
 from ..models.streaming import stream_of
 from ..pattern import parse_pattern
@@ -42,7 +44,7 @@ from .gradual.loop import GradualLoop
 from .memory import planned_memory
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import plain_modes
-from .needs import Run, check_settings
+from .needs import Run, check_settings, without_unmet
 from .plan import Choice, PatternLike, Request
 from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, say_idle
 from .quality import Preset, with_quality
@@ -148,9 +150,10 @@ def prune(
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
             backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT.
-        quality: a name for method, correction, allocation and tune in place of these arguments. `"fast"` is SparseGPT. `"good"` is
-            ALPS with the correction `"dense"`. `"best"` is the same with `BlockTuning()`, and with the allocation `"fisher"` where
-            the pattern is a share.
+        quality: a name for method, correction, allocation, tune and distill. `"fast"` is SparseGPT. `"good"` is ALPS with the
+            correction `"dense"`. `"best"` is the same with `BlockTuning()` and `Distill()`, and with the allocation `"fisher"` where
+            the pattern is a share. It leaves out the last two where the run cannot do them, with a warning that says why. A config
+            of its method, of tune or of distill is taken besides.
         distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. The
             dense model's hidden states in front of the head are then kept; a copy of it only where the head is not the end.
         values: `"int4"` rounds what the method keeps to 4 bits, for the formats `"2:4-q4"`, `"1:4-q4"` and `"4:16-q4"`: to -8 to 7 times
@@ -182,7 +185,8 @@ def prune(
     start = time.perf_counter()
     check_module(model)
     pattern = None if pattern is None else parse_pattern(pattern)
-    chosen = with_quality(quality, pattern, method, Preset(correction=correction, allocation=allocation, tune=tune))
+    given = Preset(correction=correction, allocation=allocation, tune=tune, distill=distill)
+    chosen = with_quality(quality, pattern, method, given)
     method = with_values(resolve_method(chosen.method), values)
     check_seed(seed)
     check_isa()
@@ -213,8 +217,6 @@ def prune(
         then=None if then is None else resolve_method(then),
         correction=chosen.correction,
         tune=chosen.tune,
-        allocation=chosen.allocation,
-        distill=distill,
     )
     remedy = f"what is pruned is kept in {out}: resume=True (--resume) needs only to save it; {DENSE_FITS}"
     if not isinstance(request.then or method, LinearMethod):
@@ -225,20 +227,23 @@ def prune(
     world = World.current()
     traffic = Traffic(world)
     leaves = checked_leaves(leaves, world, method)
-    request = replace(request, leaves=leaves)
-    check_settings(
-        {**vars(chosen), "distill": distill, "values": values},
-        Run(
-            method=request.then or method,
-            is_second=then is not None,
-            is_streamed=stream_of(model) is not None,
-            leaves=leaves,
-            quality=quality,
-        ),
+    run = Run(
+        method=request.then or method,
+        is_second=then is not None,
+        is_streamed=stream_of(model) is not None,
+        leaves=leaves,
+        predicts=predicts_next_tokens(model),
     )
+    if quality is not None:
+        chosen, left_out = without_unmet(chosen, given, run)
+        if left_out and world.leads:
+            warn(f"quality: {quality!r} leaves out {', and '.join(left_out)}", stacklevel=3)
+    check_settings({**vars(chosen), "values": values}, run)
+    distill = chosen.distill
+    request = replace(request, leaves=leaves, allocation=chosen.allocation, distill=distill)
     options |= {"trains": distill is not None, "tunes": 0 if chosen.tune is None else chosen.tune.blocks}
     if distill is not None:
-        check_room(model, on_grid=values is not None)
+        check_room(model, on_grid=values is not None, leaves=leaves // world.size)
     if distill is not None and distill.samples is not None and not isinstance(request.calibration, CalibrationText):
         raise ValueError(
             f"Distill.samples: expected None unless calibration is a text, got {distill.samples} for {type(calibration).__name__}"

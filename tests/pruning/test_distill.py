@@ -197,7 +197,6 @@ def test_half_precision_is_trained_in_float32():
     [
         ({"settings": 5}, TypeError, r"distill: expected a config such as Distill\(\), or None, got 5"),
         ({"method": "gradual"}, ValueError, "distill: expected None for Gradual, which leaves no masks block by block"),
-        ({"leaves": 2}, ValueError, "distill: expected None for sums in 2 parts"),
         (
             {"settings": Distill(samples=8)},
             ValueError,
@@ -221,6 +220,7 @@ def test_the_state_of_training_is_counted(dtype, on_grid, a_weight):
     frozen = model.get_input_embeddings().weight.numel() + model.get_output_embeddings().weight.numel()
     trained = sum(value.numel() for value in model.parameters()) - frozen
     assert checks.training_bytes(model, on_grid) == a_weight * trained
+    assert checks.training_bytes(model, on_grid, leaves=4) == (a_weight + 2 * 4) * trained
 
 
 def test_a_teacher_that_does_not_fit_is_refused(monkeypatch):
@@ -233,5 +233,5 @@ def test_a_teacher_that_does_not_fit_is_refused(monkeypatch):
 
 def test_a_model_that_predicts_no_tokens_is_refused():
     config = tf.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    with pytest.raises(ValueError, match="model: Distill trains causal language models"):
+    with pytest.raises(ValueError, match="distill: expected None for a model that predicts no next tokens, got Distill"):
         sparsekern.prune(tf.BertModel(config).eval(), "magnitude", "2:4", ids(), distill=FAST, **QUIET)

@@ -1,15 +1,20 @@
 """What settings need of a run: each pair that does not go together is refused, in a sentence that names both."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from sparsekern import ALPS, COPAL, BlockTuning, Distill, ExpertPruning, Gradual, KPrune, SparseLLM, Structured, Wanda
-from sparsekern.pruning.needs import SETTINGS, Run, check_settings
+from sparsekern.pruning.needs import SETTINGS, Run, check_settings, without_unmet
+from sparsekern.pruning.quality import PRESETS, Preset
 
 ALONE = {name: setting.neutral for name, setting in SETTINGS.items()}
 VALUES = {"correction": "dense", "tune": BlockTuning(), "distill": Distill(), "allocation": "fisher", "values": "int4"}
 SHOWN = {"correction": "'dense'", "tune": "BlockTuning", "distill": "Distill", "allocation": "'fisher'", "values": "'int4'"}
-STREAMED = "for a streamed model, whose gradients need all blocks in memory"
-PARTS = r"for sums in 4 parts \(several processes, or leaves\)"
+STREAMED = "for a streamed model, whose gradients need all blocks in memory (load it without stream=True)"
+NO_TOKENS = "for a model that predicts no next tokens"
+PARTS = "for sums in 4 parts (several processes, or leaves; run one)"
 REFUSED = [
     ("correction", Run(SparseLLM()), "for SparseLLM, which does not solve one linear at a time"),
     ("correction", Run(KPrune()), "for KPrune, which does not solve one linear at a time"),
@@ -18,10 +23,11 @@ REFUSED = [
     ("tune", Run(ExpertPruning()), "for ExpertPruning, which leaves no masks block by block"),
     ("distill", Run(KPrune()), "for KPrune, which leaves no masks block by block"),
     ("distill", Run(Wanda(), is_second=True), "for Wanda behind the removal of experts, which leaves no dense model"),
-    ("distill", Run(Wanda(), leaves=4), PARTS),
+    ("distill", Run(Wanda(), predicts=False), NO_TOKENS),
     ("distill", Run(Wanda(), is_streamed=True), STREAMED),
     ("allocation", Run(Structured()), "for Structured, which does not prune each linear to a share"),
     ("allocation", Run(Gradual()), "for Gradual, which does not prune each linear to a share"),
+    ("allocation", Run(ALPS(), predicts=False), NO_TOKENS),
     ("allocation", Run(ALPS(), leaves=4), PARTS),
     ("allocation", Run(ALPS(), is_streamed=True), STREAMED),
     ("values", Run(Wanda(), leaves=4), PARTS),
@@ -31,7 +37,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "run", "reason"), REFUSED)
 def test_what_a_run_cannot_give_is_refused(name, run, reason):
     check_settings(ALONE, run)
-    with pytest.raises(ValueError, match=f"^{name}: expected {SETTINGS[name].neutral!r} {reason}.*, got {SHOWN[name]}$"):
+    with pytest.raises(ValueError, match=f"^{name}: expected {SETTINGS[name].neutral!r} {re.escape(reason)}.*, got {SHOWN[name]}$"):
         check_settings({**ALONE, name: VALUES[name]}, run)
 
 
@@ -46,11 +52,21 @@ def test_what_works_block_by_block_needs_neither_memory_nor_a_single_process(run
     check_settings({**ALONE, "correction": "dense", "tune": BlockTuning()}, run)
 
 
-def test_the_name_that_chose_a_setting_is_said():
-    with pytest.raises(ValueError, match="^allocation: .*, got 'fisher', which quality='best' chooses$"):
-        check_settings({**ALONE, "allocation": "fisher"}, Run(ALPS(), is_streamed=True, quality="best"))
-    with pytest.raises(ValueError, match="^distill: .*, got Distill$"):
-        check_settings({**ALONE, "distill": Distill()}, Run(ALPS(), is_streamed=True, quality="best"))
+def test_several_processes_distill():
+    check_settings({**ALONE, "distill": Distill()}, Run(ALPS(), leaves=4))
+
+
+def test_a_quality_goes_without_what_the_run_cannot_give():
+    best = PRESETS["best"]
+    assert without_unmet(best, Preset(), Run(ALPS())) == (best, [])
+    found, reasons = without_unmet(best, Preset(), Run(ALPS(), is_streamed=True))
+    assert found == replace(best, allocation="uniform", distill=None)
+    assert reasons == [f"allocation {STREAMED}", f"distill {STREAMED}"]
+    asked = Preset(distill=Distill())
+    assert without_unmet(best, asked, Run(ALPS(), predicts=False)) == (
+        replace(best, allocation="uniform"),
+        [f"allocation {NO_TOKENS}"],
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Names for whole settings: what they stand for, and what they do not go with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers as tf
 
 import sparsekern
 from sparsekern.cli.main import main
@@ -12,6 +15,7 @@ from tests.models.families import tiny_ids, tiny_model
 
 from .unfinished import QUIET
 
+TRAINED = sparsekern.Distill(steps=1, batch_tokens=32)
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for:sparsekern.SparsekernWarning")
 
 
@@ -20,10 +24,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for:sparsek
     [
         ("fast", {"method": "sparsegpt"}),
         ("good", {"method": "alps", "correction": "dense"}),
-        ("best", {"method": "alps", "correction": "dense", "allocation": "fisher", "tune": sparsekern.BlockTuning()}),
+        (
+            "best",
+            {
+                "method": "alps",
+                "correction": "dense",
+                "allocation": "fisher",
+                "tune": sparsekern.BlockTuning(),
+                "distill": TRAINED,
+            },
+        ),
     ],
 )
-def test_a_name_gives_the_bits_of_its_settings(quality, settings):
+def test_a_name_gives_the_bits_of_its_settings(quality, settings, monkeypatch):
+    assert PRESETS["best"].distill == sparsekern.Distill()  # whose 200 steps are too many here
+    monkeypatch.setitem(PRESETS, "best", replace(PRESETS["best"], distill=TRAINED))
     models = tiny_model("llama"), tiny_model("llama")
     sparsekern.prune(models[0], pattern=0.5, calibration=tiny_ids(), quality=quality, **QUIET)
     report = sparsekern.prune(models[1], pattern=0.5, calibration=tiny_ids(), **settings, **QUIET)
@@ -42,13 +57,55 @@ def test_zeros_are_allocated_only_where_the_pattern_is_a_share():
     [
         ({"quality": "better"}, "quality: expected one of 'fast', 'good', 'best' or None, got 'better'"),
         ({"quality": "good", "method": "wanda"}, "quality: expected None beside method, which it chooses, got 'good'"),
-        ({"quality": "best", "tune": sparsekern.BlockTuning()}, "quality: expected None beside tune, which it chooses, got 'best'"),
+        ({"quality": "good", "method": sparsekern.Wanda()}, "quality: expected None beside method, which it chooses, got 'good'"),
         ({"quality": "fast", "correction": "dense"}, "quality: expected None beside correction, which it chooses, got 'fast'"),
+        ({"quality": "best", "allocation": "fisher"}, "quality: expected None beside allocation, which it chooses, got 'best'"),
+        (
+            {"quality": "best", "distill": sparsekern.Distill(), "then": "wanda"},
+            "then: expected None unless method removes experts",
+        ),
+        ({"quality": "good", "tune": True}, r"tune: expected a config such as BlockTuning\(\), or None, got True"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sparsekern.prune(tiny_model("llama"), calibration=tiny_ids(), **options, **QUIET)
+
+
+def test_settings_of_its_method_and_of_training_are_taken_besides():
+    method, tune = sparsekern.ALPS(damping=0.02), sparsekern.BlockTuning(passes=1)
+    found = with_quality("best", None, method, Preset(tune=tune))
+    assert found == Preset(method, "dense", "uniform", tune, sparsekern.Distill())
+    assert with_quality("fast", None, None, Preset(distill=TRAINED)) == Preset("sparsegpt", distill=TRAINED)
+
+
+def test_what_a_run_cannot_do_is_left_out_with_a_warning(tmp_path):
+    folder = tiny.save_folder(tmp_path / "model")
+    said = "quality: 'best' leaves out allocation for a streamed model, .*, and distill for a streamed model"
+    with pytest.warns(sparsekern.SparsekernWarning, match=said):
+        report = sparsekern.prune(
+            sparsekern.load(folder, stream=True),
+            pattern=0.5,
+            calibration=tiny_ids(),
+            quality="best",
+            out=tmp_path / "best",
+            **QUIET,
+        )
+    assert report.tuning and not report.distillation
+    settings = {"method": "alps", "correction": "dense", "tune": sparsekern.BlockTuning()}
+    sparsekern.prune(
+        sparsekern.load(folder, stream=True), pattern=0.5, calibration=tiny_ids(), out=tmp_path / "same", **settings, **QUIET
+    )
+    found, same = (sparsekern.load(tmp_path / name).state_dict() for name in ("best", "same"))
+    assert all(torch.equal(value, same[name]) for name, value in found.items())
+
+
+def test_an_encoder_is_pruned_without_the_training_of_predictions():
+    config = tf.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    said = "quality: 'best' leaves out distill for a model that predicts no next tokens"
+    with pytest.warns(sparsekern.SparsekernWarning, match=said):
+        report = sparsekern.prune(tf.BertModel(config).eval(), calibration=tiny_ids(), quality="best", **QUIET)
+    assert report.tuning and report.sparsity == 0.5
 
 
 def test_the_command_line_takes_the_name(tmp_path, capsys):

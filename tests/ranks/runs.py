@@ -87,6 +87,25 @@ def killed(rank: int, at: int, method, out, **options):
     raise AssertionError("the run was not killed")
 
 
+def killed_in_distillation(rank: int, method, options):
+    """A run that ends on all ranks behind the first step of distillation, whose state is on disk."""
+    from sparsekern.pruning.gradual import training_state
+
+    def write(state, checkpoint, done, tensors, own=training_state.TrainingState._write):
+        own(state, checkpoint, done, tensors)
+        raise Killed(state.steps_done)
+
+    with (
+        mock.patch.object(training_state.TrainingState, "_write", write),
+        mock.patch.multiple(training_state, LEAST_SECONDS=-1.0, MOST_SHARE=1e9),
+    ):
+        try:
+            pruned(rank, method, **options)
+        except (Killed, RuntimeError):
+            return "killed"
+    raise AssertionError("the run was not killed")
+
+
 def resumed(rank: int, method, out, **options):
     return pruned(rank, method, out, resume=True, **options)
 

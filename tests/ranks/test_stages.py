@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern import BlockTuning
+from sparsekern import BlockTuning, Distill
 from tests.tiny import llama, save_folder
 
 from .pool import succeeded
@@ -14,6 +14,7 @@ from .runs import digests, killed, pruned, tokens
 
 RUNS = "tests.ranks.runs"
 TUNE = BlockTuning(passes=2, batch_tokens=24, learning_rate=1e-3)
+DISTILL = Distill(steps=3, batch_tokens=90, learning_rate=1e-3)
 CORRECTED, TUNED = {"correction": "dense"}, {"tune": TUNE}
 BOTH = CORRECTED | TUNED
 
@@ -42,6 +43,25 @@ def test_the_result_has_the_same_bits_for_every_number_of_ranks(ranks, method, o
     for size in (2, 4):
         for digest, report in succeeded(ranks.run(size, f"{RUNS}:with_options", method, options)):
             assert digest == expected and figures(report) == figures(alone)
+
+
+def test_distillation_has_the_same_bits_for_every_number_of_ranks(ranks):
+    expected, alone = pruned(0, "wanda", distill=DISTILL, samples=16)
+    curve = alone["results"]["distillation"]
+    assert curve[-1]["kl"] < curve[0]["kl"]
+    for size in (2, 4):
+        for digest, report in succeeded(ranks.run(size, f"{RUNS}:with_options", "wanda", {"distill": DISTILL, "samples": 16})):
+            assert digest == expected and report["results"]["distillation"] == curve
+
+
+def test_a_killed_distillation_is_resumed_by_another_number_of_ranks(ranks, tmp_path):
+    """Weights, moments and the curve are those of the first rank, which alone reads them."""
+    expected, alone = pruned(0, "wanda", tmp_path / "whole", distill=DISTILL, samples=16)
+    options = {"distill": DISTILL, "samples": 16, "out": tmp_path / "out"}
+    assert set(ranks.run(4, f"{RUNS}:killed_in_distillation", "wanda", options)) == {"killed"}
+    for digest, report in succeeded(ranks.run(2, f"{RUNS}:with_options", "wanda", options | {"resume": True})):
+        assert digest == expected and report["results"]["distillation"] == alone["results"]["distillation"]
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_a_rank_without_batches_takes_part(ranks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from ...models import Linear
 from ...training.grid import grids_of
 from ...training.masked_adamw import MaskedAdamW, Trained, kept_weights
 from .masters import float32_masters, only_these_require_gradients
-from .together import Together
+from .together import Together, gradients_of
 
 SMALLEST = 1e-12  # squared length of a dense hidden state, which divides
 
@@ -168,11 +169,10 @@ def _take(samples: Samples, step: _Step, optimizer: MaskedAdamW, lr: float, clip
     """Take one optimizer step on the mean error of all tokens of some batches, and return that error."""
     together, parameters = samples.together, [of.parameter for of in optimizer.trained]
     if together.leaves == 1:
-        total = sum(_backward(samples, number, step.tokens, autocast) for number in step.batches[0])
+        total = _sum(samples, step.batches[0], step.tokens, autocast)
     else:
-        *gradients, loss = together.total(
-            _gradients(samples, batches, step.tokens, parameters, autocast) for batches in step.batches
-        )
+        own = (partial(_sum, samples, batches, step.tokens, autocast) for batches in step.batches)
+        *gradients, loss = together.total(gradients_of(parameters, of_leaf) for of_leaf in own)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         total = float(loss)
@@ -192,15 +192,9 @@ def _backward(samples: Samples, number: int, tokens: int, autocast: torch.autoca
     return float(loss.detach())
 
 
-def _gradients(
-    samples: Samples, batches: Sequence[int], tokens: int, parameters: Sequence[nn.Parameter], autocast: torch.autocast
-) -> list[torch.Tensor]:
-    """Return the gradients of the batches of one leaf, and their loss, `[]` float64. Parameters are left without gradients."""
-    total = sum(_backward(samples, number, tokens, autocast) for number in batches)
-    found = [torch.zeros_like(own) if own.grad is None else own.grad for own in parameters]
-    for own in parameters:
-        own.grad = None
-    return [*found, torch.tensor(total, dtype=torch.float64)]
+def _sum(samples: Samples, batches: Iterable[int], tokens: int, autocast: torch.autocast) -> float:
+    """Add the gradients of the errors of some batches, each divided by `tokens`, and return their sum."""
+    return sum(_backward(samples, number, tokens, autocast) for number in batches)
 
 
 def _error(samples: Samples) -> float:

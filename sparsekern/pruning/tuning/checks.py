@@ -13,15 +13,16 @@ STATES = 4 + 2 * 4 + 1  # bytes a trained weight, beside its value from before: 
 FLOAT32 = 4  # bytes of the master of a 16-bit weight, and of that of a weight of 4 bits
 
 
-def check_room(model: nn.Module, *, on_grid: bool = False) -> None:
+def check_room(model: nn.Module, *, on_grid: bool = False, leaves: int = 1) -> None:
     """Raise `MemoryError` unless what distillation keeps of a dense model and the state of training fit beside the model.
 
     Args:
         model: the model, still dense.
         on_grid: True if its linears will have values of 4 bits.
+        leaves: the parts that this process sums gradients in.
     """
     device = next(model.parameters()).device
-    free, needed = free_bytes(device), copied_bytes(model) + training_bytes(model, on_grid)
+    free, needed = free_bytes(device), copied_bytes(model) + training_bytes(model, on_grid, leaves)
     if free is not None and needed > free:
         raise MemoryError(
             f"distill: expected {needed / 1e9:,.1f} GB for what is kept of the dense model and the state of training, got "
@@ -29,12 +30,14 @@ def check_room(model: nn.Module, *, on_grid: bool = False) -> None:
         )
 
 
-def training_bytes(model: nn.Module, on_grid: bool) -> int:
+def training_bytes(model: nn.Module, on_grid: bool, leaves: int = 1) -> int:
     """Return the bytes that training adds to a model; see `check_room`."""
     frozen = frozen_parameters(model)
     trained = [parameter for parameter in model.parameters() if parameter not in frozen]
+    partial = leaves.bit_length() - 1  # sums of gradients that wait for the current leaf, one of each height of the tree
+    copies = FLOAT32 * partial + STATES
     masters = sum(of.numel() * FLOAT32 * ((of.itemsize < FLOAT32) + on_grid) for of in trained)
-    return masters + sum(of.nbytes + of.numel() * STATES for of in trained)
+    return masters + sum(of.nbytes + of.numel() * copies for of in trained)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain, islice
+from functools import partial
+from itertools import accumulate, chain, islice
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from ..._warnings import SparsekernWarning
 from ...data import CalibrationText
 from ...methods import Distill, FourBits, LinearMethod
 from ...models import Linear
+from ...ranks import leaf_sizes
 from ...reports import Report
 from ...training.divergence import divergence, divergence_of_logits
 from ...training.grid import grids_of
@@ -33,6 +35,7 @@ from ..windows import with_held_out
 from .masters import float32_masters, only_these_require_gradients
 from .reader import Reader, frozen_parameters
 from .teacher import Teacher
+from .together import Together, gradients_of
 
 NAME = "distillation"
 MARKS = 5  # evaluations of the held-out samples, besides the one in front
@@ -56,10 +59,12 @@ class Distillation:
     ) -> None:
         """Prepare the training, while the model is dense: it is the teacher.
 
+        Several processes each have the whole model and take every step, on gradients that are summed over the batches of all of them.
+
         Args:
             context: the run.
             settings: see `Distill`.
-            checkpoint: keeps the progress; None keeps none.
+            checkpoint: keeps the progress; None keeps none. Of several processes the first has it.
             batches: the samples to train on, of which some are held out.
 
         Raises:
@@ -67,8 +72,12 @@ class Distillation:
         """
         self._context, self._settings, self._progress = context, settings, context.progress
         self._batches, self._model = batches, context.model
-        self._fitted, self._held_out = divided(batches)
-        used = {*self._held_out, *chain.from_iterable(islice(self._steps(), settings.steps))}
+        self._together = Together(context.world, context.leaves)
+        fitted, held_out = divided(batches)
+        self._fitted, judged = (_by_leaf(numbers, context.leaves) for numbers in (fitted, held_out))
+        self._held_out, self._judged_tokens = self._together.own_of(judged), self._tokens(held_out)
+        steps = (chain.from_iterable(self._together.own_of(step)) for step in islice(self._steps(), settings.steps))
+        used = {*chain.from_iterable(self._held_out), *chain.from_iterable(steps)}
         pruned = [linear.parameter for linear in context.plan.linears]
         with context.clock.phase("distill"):
             self._teacher = Teacher(context.model, batches, used, pruned, context.memory.folder)
@@ -100,7 +109,7 @@ class Distillation:
                 self._train(optimizer, autocast, interrupted)
             self._evaluate(settings.steps, 0.0, nullcontext())
             finished = self.curve[-1]["kl"] < self.curve[0]["kl"]
-            if not finished:
+            if not finished and self._context.world.leads:
                 warnings.warn(
                     f"distillation: the divergence of the held-out samples went from {self.curve[0]['kl']:.4g} to "
                     f"{self.curve[-1]['kl']:.4g}, so the weights from before are kept; lower Distill.learning_rate or use more text",
@@ -116,44 +125,80 @@ class Distillation:
     def _train(self, optimizer: MaskedAdamW, autocast: torch.autocast, interrupted: Callable[[], bool]) -> None:
         settings, state = self._settings, self._state
         state.load()
-        self.curve = state.curve
         state.restore_masked(optimizer)
+        self._share_progress(optimizer)
+        self.curve = state.curve
         self._progress.steps_done(state.steps_done)
         every = max(1, math.ceil(settings.steps / MARKS))
         steps = self._steps()
         for step in range(settings.steps):
-            numbers = next(steps)
+            leaves = next(steps)
             if step < state.steps_done:
                 continue
             lr = settings.learning_rate * _share(step, settings.steps, settings.warmup)
             if step % every == 0:
                 self._evaluate(step, lr, autocast)
-            loss = self._step(optimizer, numbers, lr, autocast)
+            loss = self._step(optimizer, leaves, lr, autocast)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"Distill.learning_rate: expected a finite loss, got {loss} in step {step + 1} of {settings.steps}; lower it"
                 )
             self._progress.step_done(f"divergence {loss:.4f}, held out {self.curve[-1]['kl']:.4f}")
-            state.save_now_and_then(0, step + 1, optimizer.state, now=interrupted())
-            if interrupted():
+            stopped = any(self._context.world.gather("interrupted", interrupted()))
+            state.save_now_and_then(0, step + 1, optimizer.state, now=stopped)
+            if stopped:
                 raise KeyboardInterrupt
         state.save_now_and_then(0, settings.steps, optimizer.state, now=True)
 
-    def _step(self, optimizer: MaskedAdamW, numbers: Sequence[int], lr: float, autocast: torch.autocast) -> float:
+    def _share_progress(self, optimizer: MaskedAdamW) -> None:
+        """Give all processes the progress, weights and moments that the first one has found."""
+        world, state = self._context.world, self._state
+        state.steps_done, state.curve, optimizer.steps = world.from_first(
+            "distillation", (state.steps_done, state.curve, optimizer.steps)
+        )
+        if state.steps_done:
+            for tensor in (*(of.parameter.data for of in optimizer.trained), *optimizer.state().values()):
+                sent = tensor.contiguous()
+                world.broadcast(sent, 0)
+                tensor.copy_(sent)
+
+    def _step(self, optimizer: MaskedAdamW, leaves: Sequence[list[int]], lr: float, autocast: torch.autocast) -> float:
         """Take one step on the mean divergence of all tokens of some batches, and return it; NaN where a gradient is not finite."""
-        tokens, total = self._tokens(numbers), 0.0
+        tokens, own = self._tokens(chain.from_iterable(leaves)), self._together.own_of(leaves)
+        if self._together.leaves == 1:
+            total = self._backward(own[0], tokens, autocast)
+        else:
+            parameters = [of.parameter for of in optimizer.trained]
+            found = (gradients_of(parameters, partial(self._backward, numbers, tokens, autocast)) for numbers in own)
+            *gradients, loss = self._together.total(found)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            total = float(loss)
+        return total if math.isfinite(optimizer.step(lr, self._settings.clip)) else math.nan
+
+    def _backward(self, numbers: Iterable[int], tokens: int, autocast: torch.autocast) -> float:
+        """Add the gradient of the divergence of some batches, divided by `tokens`, and return it."""
+        total = 0.0
         for number in numbers:
+            self._context.world.check()
             with torch.enable_grad():
                 loss = self._divergence(number, autocast) / tokens
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        return total if math.isfinite(optimizer.step(lr, self._settings.clip)) else math.nan
+        return total
 
     def _evaluate(self, step: int, lr: float, autocast: AbstractContextManager[object]) -> None:
         """Add the mean divergence of the held-out tokens to the curve."""
-        total = sum(float(self._divergence(number, autocast)) for number in self._held_out)
-        kl = total / self._tokens(self._held_out)
-        self.curve.append({"step": float(step), "learning_rate": lr, "kl": kl})
+        (total,) = self._together.total(self._judged(numbers, autocast) for numbers in self._held_out)
+        self.curve.append({"step": float(step), "learning_rate": lr, "kl": float(total) / self._judged_tokens})
+
+    def _judged(self, numbers: Iterable[int], autocast: AbstractContextManager[object]) -> list[torch.Tensor]:
+        """Return the divergence of some batches, summed over their tokens, `[]` float64."""
+        total = 0.0
+        for number in numbers:
+            self._context.world.check()
+            total += float(self._divergence(number, autocast))
+        return [torch.tensor(total, dtype=torch.float64, device="cpu")]
 
     def _tokens(self, numbers: Iterable[int]) -> int:
         return sum(self._batches[number].tokens for number in numbers)
@@ -171,16 +216,21 @@ class Distillation:
             return divergence(student, self._student.head, teacher, self._teacher.head, temperature)
         return divergence_of_logits(student, teacher, temperature)
 
-    def _steps(self) -> Iterator[list[int]]:
-        """Yield the batches of each optimizer step. Each pass over the samples is shuffled."""
+    def _steps(self) -> Iterator[list[list[int]]]:
+        """Yield the batches of each optimizer step, by leaf. Each pass over the samples is shuffled within each leaf.
+
+        Which batches a step takes depends on the leaves, not on the number of processes.
+        """
         generator = torch.Generator(device="cpu").manual_seed(derived_seed(self._context.seed, "distillation"))
-        gathered: list[int] = []
+        gathered: list[list[int]] = [[] for _ in self._fitted]
         while True:
-            for place in torch.randperm(len(self._fitted), generator=generator, device="cpu").tolist():
-                gathered.append(self._fitted[place])
-                if self._tokens(gathered) >= self._settings.batch_tokens:
+            orders = [torch.randperm(len(leaf), generator=generator, device="cpu").tolist() for leaf in self._fitted]
+            for turn in range(max(map(len, orders))):
+                for numbers, leaf, order in zip(gathered, self._fitted, orders, strict=True):
+                    numbers += [leaf[place] for place in order[turn : turn + 1]]
+                if self._tokens(chain.from_iterable(gathered)) >= self._settings.batch_tokens:
                     yield gathered
-                    gathered = []
+                    gathered = [[] for _ in self._fitted]
 
 
 def trained_of(model: nn.Module, linears: Sequence[Linear], *, on_grid: bool = False) -> list[Trained]:
@@ -207,7 +257,7 @@ def batches_to_train_on(
     if settings.samples is None:
         return batches
     text = replace(cast("CalibrationText", request.calibration), samples=settings.samples)
-    found = batches_for(model, method, text, request.batch_size, settings.batch_tokens)
+    found = batches_for(model, method, text, request.batch_size, max(1, settings.batch_tokens // request.leaves))
     return with_held_out(found, request.seed)
 
 
@@ -219,6 +269,12 @@ def divided(batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
         judges = batch.held_out and sum(batches[of].tokens for of in judged) < JUDGED
         (judged if judges else fitted).append(number)
     return fitted, judged
+
+
+def _by_leaf(numbers: Sequence[int], leaves: int) -> list[list[int]]:
+    """Return contiguous runs of batches, as long as one another, of which each is a leaf of all sums."""
+    ends = list(accumulate(leaf_sizes(len(numbers), leaves)))
+    return [list(numbers[begin:end]) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _share(step: int, steps: int, warmup: float) -> float:

@@ -1,11 +1,12 @@
-"""Tuning by several processes: each runs the batches of its own leaves, and sums are added in the fixed tree of all leaves."""
+"""Training by several processes: each runs the batches of its own leaves, and sums are added in the fixed tree of all leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ...ranks import World
 from ...ranks.sums import total_of_leaves
@@ -13,7 +14,7 @@ from ...ranks.sums import total_of_leaves
 
 @dataclass(frozen=True)
 class Together:
-    """The processes that tune a block. Each has all of its weights and takes every step, so that they stay equal.
+    """The processes that train a block, or a model. Each has all of its weights and takes every step, so that they stay equal.
 
     Attributes:
         world: the processes.
@@ -39,6 +40,20 @@ class Together:
         """Return what belongs to the leaves of this process."""
         count = self.leaves // self.world.size
         return list(leaves[self.world.rank * count : (self.world.rank + 1) * count])
+
+
+def gradients_of(parameters: Sequence[nn.Parameter], backward: Callable[[], float]) -> list[torch.Tensor]:
+    """Return the gradients of one leaf, and its loss, `[]` float64. The parameters are left without gradients.
+
+    Args:
+        parameters: what is trained.
+        backward: adds the gradients of the leaf to those of the parameters, and returns its loss.
+    """
+    total = backward()
+    found = [torch.zeros_like(own) if own.grad is None else own.grad for own in parameters]
+    for own in parameters:
+        own.grad = None
+    return [*found, torch.tensor(total, dtype=torch.float64)]
 
 
 def _added(earlier: list[torch.Tensor], later: list[torch.Tensor]) -> list[torch.Tensor]:
