@@ -1,11 +1,11 @@
 """`generate()` with 2:4 weights of 4 bits against llama.cpp's Q4_0: `python -m bench.bench_generate --llama-cpp BUILD`.
 
-BUILD is a folder in which llama.cpp was built for this CPU with shared libraries and the target `llama-bench`, as `bench.peers` says.
+BUILD is a folder in which llama.cpp was built for this CPU with the targets `llama-bench` and `llama-quantize`, as `bench.peers` says.
 
 A LLaMA-shaped model of a billion random weights is run by three sides, which take turns: packed, dense in bfloat16, and as Q4_0 by
-`llama-bench`. The linears of ours and of llama.cpp hold the same numbers, the dense ones round them. The head, which is tied to the embeddings, is bfloat16 on our sides and Q6_K in
-llama.cpp's file, as `llama-quantize` stores it. A token's time is split into that of the packed linears called one after another, that
-of the head alone, and the rest: attention, norms and the Python of transformers.
+`llama-bench`. The linears of ours and of llama.cpp hold the same numbers, the dense ones round them. The head, which is tied to the
+embeddings, is bfloat16 on our sides and Q6_K in llama.cpp's file, as `llama-quantize` stores it. A token's time is split into that of the
+packed linears called one after another, that of the head alone, and the rest: attention, norms and the Python of transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from sparsekern.measure.generate import random_prompt
 from sparsekern.runtime import SparseLinear
 
 from . import results
-from .ggml import Q6_K, Ggml
 from .llama_cpp import program_of, seconds_of_llama_cpp, seconds_of_token
 from .llama_model import Sizes, dense_model, packed_model, write_gguf
 from .results import Row
@@ -35,6 +34,7 @@ SECTION = "4-bit values against llama.cpp"
 VOCABULARIES = (32_000, 128_256)
 GOALS = {"llama.cpp Q4_0": 0.9, "dense bfloat16": 4.0}
 THREADS = 2
+TOY = Sizes(hidden=256, inner=512, blocks=2, heads=4, groups=2)
 
 
 @dataclass
@@ -109,9 +109,8 @@ def rows_of(what: str, taken: Taken) -> list[Row]:
     return found
 
 
-def compare(build: Path | None, vocabulary: int, tokens: int, rounds: int) -> list[Row]:
-    """Check and time the sides for a size of the vocabulary."""
-    sizes = Sizes(vocabulary=vocabulary)
+def compare(build: Path | None, sizes: Sizes, tokens: int, rounds: int) -> list[Row]:
+    """Check and time the sides of a model."""
     dense = dense_model(sizes)
     packed = packed_model(dense)
     check_logits(dense, packed)
@@ -119,12 +118,12 @@ def compare(build: Path | None, vocabulary: int, tokens: int, rounds: int) -> li
     parts = {"linears": partial(seconds_of_linears, packed), "head": partial(seconds_of_head, packed)}
     with tempfile.TemporaryDirectory(prefix="sparsekern-bench-") as folder:
         if build is not None:
-            file, ggml = Path(folder) / "model.gguf", Ggml(build)
-            write_gguf(dense, sizes, file, (Q6_K, lambda weight: ggml.quantised(Q6_K, weight).view(len(weight), -1)))
+            file = Path(folder) / "model.gguf"
+            write_gguf(packed, build, file)
             sides["llama.cpp Q4_0"] = partial(seconds_of_llama_cpp, program_of(build), file, tokens, THREADS)
         taken = measure(sides, parts, rounds)
     count = sum(weight.numel() for weight in dense.parameters()) / 1e9
-    return rows_of(f"LLaMA-shaped, {count:.2f} B random weights, vocabulary {vocabulary:,}, 2:4 with 4-bit values", taken)
+    return rows_of(f"LLaMA-shaped, {count:.2f} B random weights, vocabulary {sizes.vocabulary:,}, 2:4 with 4-bit values", taken)
 
 
 @torch.no_grad()
@@ -143,13 +142,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="to generate")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the figures go; nowhere by default")
+    parser.add_argument("--quick", action="store_true", help="a toy model; nothing is kept")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     run, found = results.this_run(), []
     for vocabulary in arguments.vocabulary or VOCABULARIES:
-        found += compare(arguments.llama_cpp, vocabulary, arguments.tokens, arguments.rounds)
+        sizes = replace(TOY if arguments.quick else Sizes(), vocabulary=vocabulary)
+        found += compare(arguments.llama_cpp, sizes, arguments.tokens, arguments.rounds)
     print(results.as_table(results.title_of(run), [replace(row, run=run) for row in found]))
-    if arguments.out:
+    if arguments.out and not arguments.quick:
         print(results.record(found, arguments.out, run))
 
 

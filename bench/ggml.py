@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-F32, Q4_0, Q8_0, Q6_K = 0, 2, 8, 14  # numbers of ggml's types
-BLOCKS = {Q4_0: (32, 18), Q8_0: (32, 34), Q6_K: (256, 210)}  # weights and bytes of a block
+F32, Q4_0, Q8_0 = 0, 2, 8  # numbers of ggml's types
+BLOCKS = {Q4_0: (32, 18), Q8_0: (32, 34)}  # weights and bytes of a block
 
 
 class _InitParams(ctypes.Structure):

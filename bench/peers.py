@@ -2,7 +2,7 @@
 
 BUILD is a folder in which llama.cpp was built with shared libraries for this CPU, such as
 `cmake -S llama.cpp -B BUILD -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON && cmake --build BUILD --target ggml`
-(target `llama-bench` for `bench.bench_generate`).
+(targets `llama-bench` and `llama-quantize` for `bench.bench_generate`, which needs no shared libraries).
 
 Every side multiplies by the same numbers: ours packed as 2:4 with 4 bits, Q4_0 the same weights without loss, Q8_0 and bfloat16 the same
 weights rounded. The results are compared first. Each side has copies that together exceed the caches, and they take turns, round by round.

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import pytest
-
 from bench.bench_generate import Taken, rows_of
-from bench.llama_cpp import program_of
 
 
 def test_the_smaller_of_both_ratios_decides_and_the_rest_is_what_no_part_took():
@@ -15,11 +12,3 @@ def test_the_smaller_of_both_ratios_decides_and_the_rest_is_what_no_part_took():
     assert dense.reached == "4.40x (20.0 tokens/s)" and dense.met and dense.against == "dense bfloat16 4.5 tokens/s"
     assert peer.reached == "0.75x (20.0 tokens/s)" and not peer.met
     assert parts.reached == "linears 20 ms, head 10 ms, the rest 20 ms"
-
-
-def test_a_build_without_the_program_is_refused(tmp_path):
-    (tmp_path / "llama-bench").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match="--llama-cpp: expected a folder with the program llama-bench, got .*; build its target"
-    ):
-        program_of(tmp_path)
