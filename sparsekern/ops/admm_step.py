@@ -36,6 +36,9 @@ def admm_step_(
         dual = z - D                                # scaled by the penalty, as all duals here
         offset = D - dual - weight                  # the next B's target, relative to weight
 
+    Distances with a weight for each feature need no other op: `weight`, `offset` and `dual` are scaled by its square root, and `D` is
+    scaled back. `ALPS` does so by the diagonal of the Gram matrix.
+
     For a penalty `rho` the least-squares step is therefore `offset = rho * offset @ (H + rho I)^-1`. Of equal `|z|` the one with the
     lower (row-major) index is kept.
 

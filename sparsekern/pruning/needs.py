@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ class Run:
         is_streamed: True if the blocks of the model are read one at a time.
         leaves: the number of parts that statistics are summed in.
         predicts: True if the model predicts next tokens.
+        has_experts: True if the model is a mixture of experts, whether they are pruned or not.
     """
 
     method: Method
@@ -30,6 +31,7 @@ class Run:
     is_streamed: bool = False
     leaves: int = 1
     predicts: bool = True
+    has_experts: bool = False
 
 
 class Need(NamedTuple):
@@ -91,7 +93,8 @@ SETTINGS = {
     "allocation": Setting(UNIFORM, ALLOCATIONS, (SHARES, PREDICTS, ONE_PART, IN_MEMORY)),
     "values": Setting(None, (INT4,), (ONE_PART,)),
 }
-OPTIONAL = ("allocation", "distill")  # what a quality does without where a run cannot give what it needs
+NO_EXPERTS = Need(lambda run: not run.has_experts, "for a mixture, most of whose experts a few tokens do not reach")
+OPTIONAL = {"allocation": (NO_EXPERTS,), "distill": ()}  # what a quality can do without, and what it needs there besides
 PAIR_OF_BLOCKS = (ONE_PART, IN_MEMORY)  # what two blocks that are tuned together need
 
 
@@ -110,7 +113,7 @@ def check_settings(given: Mapping[str, object], run: Run) -> None:
         _check_kind(name, setting, given[name])
     for name, setting in SETTINGS.items():
         value = given[name]
-        if value != setting.neutral and (otherwise := _unmet(setting, run)):
+        if value != setting.neutral and (otherwise := _unmet(setting.needs, run)):
             shown = repr(value) if isinstance(value, str) else type(value).__name__
             raise ValueError(f"{name}: expected {setting.neutral!r} {otherwise}, got {shown}")
     tune = given["tune"]
@@ -128,19 +131,20 @@ def without_unmet(chosen: Preset, given: Preset, run: Run) -> tuple[Preset, list
         run: the run.
     """
     reasons = []
-    for name in OPTIONAL:
+    for name, more in OPTIONAL.items():
         setting = SETTINGS[name]
         asked = getattr(given, name) != setting.neutral
-        if getattr(chosen, name) != setting.neutral and not asked and (otherwise := _unmet(setting, run)):
+        otherwise = _unmet((*setting.needs, *more), run)
+        if getattr(chosen, name) != setting.neutral and not asked and otherwise:
             neutral: Any = setting.neutral
             chosen = replace(chosen, **{name: neutral})
             reasons.append(f"{name} {otherwise}")
     return chosen, reasons
 
 
-def _unmet(setting: Setting, run: Run) -> str:
-    """Return what the run is in place of what a setting needs; an empty text if it gives all of it."""
-    found = next((need.otherwise for need in setting.needs if not need.met(run)), "")
+def _unmet(needs: Iterable[Need], run: Run) -> str:
+    """Return what the run is in place of what is needed; an empty text if it gives all of it."""
+    found = next((need.otherwise for need in needs if not need.met(run)), "")
     return found.format(method=type(run.method).__name__, leaves=run.leaves)
 
 

@@ -25,8 +25,10 @@ from ..methods import (
     with_values,
 )
 from ..methods.allocation import UNIFORM
+from ..models.expert_layouts import find_experts
 from ..models.fingerprint import model_fingerprint
 from ..models.limits import predicts_next_tokens
+from ..models.listed_experts import find_listed
 from ..models.memory import room_beside
 from ..models.streaming import stream_of
 from ..pattern import parse_pattern
@@ -233,6 +235,7 @@ def prune(
         is_streamed=stream_of(model) is not None,
         leaves=leaves,
         predicts=predicts_next_tokens(model),
+        has_experts=bool(find_experts(model) or find_listed(model)),
     )
     if quality is not None:
         chosen, left_out = without_unmet(chosen, given, run)

