@@ -6,6 +6,7 @@ which tests/native/test_decode_machine_code.py counts. Reads of shared memory th
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,14 @@ class Device:
 
 
 H200 = Device(bytes_a_second=0.9 * 4.8e12, multiprocessors=132, cycles_a_second=1.83e9, issued=0.8, latency=0.7e-6)
+A100 = Device(bytes_a_second=0.9 * 2.039e12, multiprocessors=108, cycles_a_second=1.41e9, issued=0.8, latency=0.7e-6)
+RTX_4090 = Device(bytes_a_second=0.9 * 1.008e12, multiprocessors=128, cycles_a_second=2.52e9, issued=0.8, latency=0.7e-6)
+DEVICES = {"H200": H200, "A100, 80 GB": A100, "RTX 4090": RTX_4090}
 UNIT, STEP = 300 / 64, 241 / 128  # instructions for each weight of bitmask rows: of the loop over units, and of a step around it
-STORED = 229 / 64  # instructions for each stored value of 2:4 rows
+STORED = 231 / 64  # instructions for each stored value of 2:4 rows
+ONE_STORED = 311 / 32  # likewise of 1:4 rows
 FOUR_BITS = 414 / 64  # likewise of values of 4 bits, of a step with its copies; 70 / 16 of a block by itself
-TRITON = {"bitmask": 10.6, "2:4": 17.7 / 2}  # instructions of a thread for each weight, zeros included
+TRITON = {"bitmask": 10.6, "2:4": 17.7 / 2, "1:4": 17.7 / 4}  # instructions of a thread for each weight, zeros included
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,25 @@ def two_of_four(rows: int, columns: int, device: Device = H200) -> Estimate:
     return _estimate(packed, weights / 2 * STORED, 2 * packed / 128, device.latency, device)
 
 
+def one_of_four(rows: int, columns: int, device: Device = H200) -> Estimate:
+    weights = rows * columns
+    packed = weights * 9 / 16
+    # Of 1024 stored values: 16 reads of slots and 4 of codes, 32 matrices of x, and the copies, of 2304 bytes and of x.
+    waves = weights / 4 / 1024 * (20 + 32 + 2304 / 128 + 4)
+    return _estimate(packed, weights / 4 * ONE_STORED, waves, device.latency, device)
+
+
+def streams(rows: int, columns: int, sparsity: float, device: Device = H200) -> Estimate:
+    """Return the estimate of a layout that is not written: lanes have slots of their own, each in one bank, and begin where a table says.
+
+    A warp has 16 rows and 1024 columns, so that a lane has 256 of two rows. All 32 lanes have as many slots as the longest of the 64 rows.
+    """
+    weights, density = rows * columns, 1 - sparsity
+    stored = 2 * weights * longest(256, density, 64) / 256
+    waves = weights / 1024 * 36 + stored / 128
+    return _estimate(stored + weights / 8, weights * (UNIT + 0.5), waves, device.latency, device)
+
+
 def four_bits(rows: int, columns: int, device: Device = H200) -> Estimate:
     """Return the estimate of 2:4 rows with values of 4 bits. A kernel before it rounds the token: two latencies."""
     weights = rows * columns
@@ -93,6 +117,7 @@ def _estimate(packed: float, instructions: float, waves: float, latency: float, 
     return Estimate(packed / device.bytes_a_second, instructions / LANES / 4 / cycles / device.issued, waves / cycles, latency)
 
 
+@functools.cache
 def conflicts(density: float, trials: int = 1000) -> float:
     """Return the cycles that a warp's read takes if each lane reads with probability `density` from a random bank."""
     draw, total = random.Random(0), 0
@@ -105,6 +130,14 @@ def conflicts(density: float, trials: int = 1000) -> float:
     return total / trials
 
 
+@functools.cache
+def longest(columns: int, density: float, rows: int, trials: int = 25) -> float:
+    """Return the mean of the most non-zeros that a row has, of `rows` with random non-zeros."""
+    draw = random.Random(0)
+    counts = [[sum(draw.random() < density for _ in range(columns)) for _ in range(rows)] for _ in range(trials)]
+    return sum(map(max, counts)) / trials
+
+
 def page() -> str:
     """Return docs/decoding.md."""
     lines = [HEAD]
@@ -115,7 +148,15 @@ def page() -> str:
         for sparsity in SPARSITIES:
             lines.append(_row(shape, f"bitmask, {sparsity:.0%}", bitmask(rows, columns, sparsity), whole))
         lines.append(_row(shape, "2:4", two_of_four(rows, columns), whole))
+        lines.append(_row(shape, "1:4", one_of_four(rows, columns), whole))
         lines.append(_row(shape, "2:4, 4 bits", four_bits(rows, columns), whole))
+    lines.append(OTHER_DEVICES)
+    rows, columns = SHAPES[1]
+    for name, device in DEVICES.items():
+        whole = dense(rows, columns, device)
+        for sparsity in SPARSITIES:
+            lines.append(_row(name, f"bitmask, {sparsity:.0%}", bitmask(rows, columns, sparsity, device), whole))
+            lines.append(_row(name, f"streams, {sparsity:.0%}", streams(rows, columns, sparsity, device), whole))
     return "\n".join(lines) + "\n" + TAIL
 
 
@@ -139,10 +180,20 @@ multiprocessors at 1.83 GHz, from 989 TFLOP/s in bfloat16; 80 % of the issue slo
 bitmask, whose bits say where the values are. Weights are bfloat16. Times are in microseconds; the last but one column is dense / packed.
 
 The machine code for sm_90 has {UNIT:.1f} instructions for each weight of a bitmask, zeros included, and {STEP:.1f} around that; the Triton kernel
-has {TRITON["bitmask"]:.1f}. Of 2:4 it has {STORED:.1f} for each stored value, and the Triton kernel {2 * TRITON["2:4"]:.1f}. With values of 4 bits
+has {TRITON["bitmask"]:.1f}. Of 2:4 it has {STORED:.1f} for each stored value, of 1:4 {ONE_STORED:.1f}, and the Triton kernel {2 * TRITON["2:4"]:.1f}. With values of 4 bits
 it has {FOUR_BITS:.1f}; a short kernel before it rounds the token to 8 bits.
 
 | weight | format | memory | issue | shared memory | total | against dense | bound by |
+|---|---|---|---|---|---|---|---|"""
+
+OTHER_DEVICES = """
+## What bounds a bitmask on other devices
+
+11008 x 4096. An A100 has 2.039 TB/s, 108 multiprocessors and 1.41 GHz, an RTX 4090 1.008 TB/s, 128 and 2.52 GHz, by NVIDIA's data sheets.
+*Streams* are a layout that is not written: each lane has slots of its own, 32 lanes side by side, so that no two reads meet in a bank and no
+bits are counted. All lanes are filled up to the longest.
+
+| device | format | memory | issue | shared memory | total | against dense | bound by |
 |---|---|---|---|---|---|---|---|"""
 
 TAIL = """
@@ -150,6 +201,9 @@ TAIL = """
   bank, the read takes another cycle.
 * At 50 % that is 9 instructions for each stored value. Below 4 no kernel gets with this layout: reading a value, moving on, clearing what
   has no value and joining two halves are 3 instructions for each weight, 6 for each value at 50 %.
+* The H200 has so many bytes a second that reads of shared memory bound a bitmask. On an A100 they are about level with its bytes, and on
+  an RTX 4090 its bytes are four times as long. Streams have some 15 % more bytes, so that they would be slower there. They would
+  be a second layout for one kind of GPU, made at load.
 * 2:4 weights have no such reads: the sparse tensor cores take values and positions as they are stored.
 * Up to 8 tokens take the same instructions. For 9 to 16 the columns of `x` are read again by every tile of 16 rows, as many bytes
   from the second-level cache as a dense weight has.

@@ -97,8 +97,9 @@ struct DecodeBitmask {
 void bitmask_linear(const Decode& call, const DecodeBitmask& weight, cudaStream_t stream);
 int64_t bitmask_linear_workspace(const Decode& call);
 
-// 2:4 rows of 16-bit values (common/packed_rows.h); `columns` is a multiple of 128. `values` and `codes` are 16-byte aligned.
-void nm_linear(const Decode& call, const void* values, const uint32_t* codes, cudaStream_t stream);
+// Rows of 16-bit values that keep `kept`, 2 or 1, of every four (common/packed_rows.h); `columns` is a multiple of 128, or of 256 for 1:4.
+// `values` and `codes` are 16-byte aligned.
+void nm_linear(const Decode& call, const void* values, const uint32_t* codes, int kept, cudaStream_t stream);
 int64_t nm_linear_workspace(const Decode& call);
 
 // 2:4 rows with values of 4 bits (common/nm_q4.h); `columns` is a multiple of 64. `blocks` is 16-byte aligned.

@@ -1,4 +1,4 @@
-"""`nm_linear` on a CUDA device: the C++ kernel for few tokens and 2:4, the Triton kernel for the others, a dense product for many."""
+"""`nm_linear` on a CUDA device: the C++ kernel for few tokens and 2:4 or 1:4, Triton's for other patterns, a dense product for many."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .decode import as_tokens, raw, supports_tokens
 from .devices import Support, can_place_columns
 from .implementation import Implementation
 
-STEP_COLUMNS = 128  # of the C++ kernel, which takes whole steps
+PART_COLUMNS = {2: 128, 1: 256}  # of the C++ kernel, which takes whole parts of 64 values, by the values kept of four
 
 
 def _cuda(
     x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     y = raw("nm_linear")(
-        as_tokens(x, STEP_COLUMNS), values.contiguous(), codes.contiguous(), None if bias is None else bias.contiguous()
+        as_tokens(x, PART_COLUMNS[n]), values.contiguous(), codes.contiguous(), n, None if bias is None else bias.contiguous()
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(values))
 
@@ -33,10 +33,10 @@ def _triton(
 
 
 def _supports_few(x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, n: int, m: int, *args, **kwargs) -> Support:
-    if (n, m) != (2, 4):
-        return Support(False, f"the pattern is {n}:{m}, not 2:4")
-    if x.shape[-1] % STEP_COLUMNS:
-        return Support(False, f"x has {x.shape[-1]} input features, not a multiple of {STEP_COLUMNS}")
+    if m != 4 or n not in PART_COLUMNS:
+        return Support(False, f"the pattern is {n}:{m}, not 2:4 or 1:4")
+    if x.shape[-1] % PART_COLUMNS[n]:
+        return Support(False, f"x has {x.shape[-1]} input features, not a multiple of {PART_COLUMNS[n]}")
     return supports_tokens("nm_linear", x)
 
 

@@ -87,6 +87,7 @@ def _samples(generator: torch.Generator):
         (7, 80, 3, 8, torch.bfloat16, (40,)),
         (18, 330, 1, 3, torch.float16, (3,)),
         (20, 384, 2, 4, torch.bfloat16, (9,)),
+        (20, 256, 1, 4, torch.bfloat16, (2,)),
     ):
         packed = tuple(pack_nm_rows(sparse_weight(rows, columns, n, m, dtype, generator), n, m).values())
         x = torch.randn(*tokens, columns, generator=generator).to(dtype)

@@ -42,10 +42,13 @@ def test_every_implementation_supports_a_sample_of_its_op(op, generator):
         (0, 256, torch.bfloat16, (2, 4), "or none"),
         (1, 256, torch.float32, (2, 4), "x is float32, not of 16 bits"),
         (1, 192, torch.float16, (2, 4), "x has 192 input features, not a multiple of 128"),
-        (1, 256, torch.float16, (1, 4), "the pattern is 1:4, not 2:4"),
+        (1, 256, torch.float16, (1, 4), ""),
+        (1, 384, torch.float16, (1, 4), "x has 384 input features, not a multiple of 256"),
+        (1, 256, torch.float16, (3, 4), "the pattern is 3:4, not 2:4 or 1:4"),
+        (1, 256, torch.float16, (1, 8), "the pattern is 1:8, not 2:4 or 1:4"),
     ],
 )
-def test_what_2_4_supports(tokens, columns, dtype, pattern, reason):
+def test_which_n_m_weights_the_kernel_takes(tokens, columns, dtype, pattern, reason):
     packed = pack_nm_rows(torch.zeros(4, columns, dtype=dtype), *pattern).values()
     found = support_of("nm_linear", torch.zeros(tokens, columns, dtype=dtype), *packed, *pattern)
     assert found.ok == (not reason) and reason in found.reason

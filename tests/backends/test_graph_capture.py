@@ -18,7 +18,7 @@ from sparsekern.backends.devices import YES, Support
 from sparsekern.ops import OPS
 from sparsekern.runtime import formats
 
-LAYERS = {"bitmask": "bitmask_linear", "2:4": "nm_linear", "2:8": "nm_linear", "2:4-q4": "nm_q4_linear", "1:4-q4": "nm_q4_linear"}
+LAYERS = {"bitmask": "bitmask_linear", "1:4": "nm_linear", "2:8": "nm_linear", "2:4-q4": "nm_q4_linear", "1:4-q4": "nm_q4_linear"}
 CALLS = {"bitmask_linear": "BITMASK_LINEAR", "nm_linear": "NM_LINEAR", "nm_q4_linear": "Q4_LINEAR"}
 
 

@@ -61,11 +61,11 @@ def test_equals_the_dense_product(isa, poisoned, generator, n, m, dtype):
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
 def test_whole_steps_of_columns(isa, poisoned, generator, tokens, dtype):
     """What the kernel of CUDA devices takes: a single step, several for each warp, and rows that few blocks share."""
-    for rows, groups in ((19, 32), (5, 32 * 9), (33, 64)):
-        weight = nm_weight(rows, groups, 2, 4, dtype, generator)
+    for rows, groups, n in ((19, 32, 2), (5, 32 * 9, 2), (33, 64, 2), (19, 64, 1), (5, 64 * 5, 1)):
+        weight = nm_weight(rows, groups, n, 4, dtype, generator)
         x = torch.randn(tokens, groups * 4, generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator).to(dtype)
-        assert_close_to_exact(nm_linear(x, *pack_nm_rows(weight, 2, 4).values(), 2, 4, bias), x, weight, bias)
+        assert_close_to_exact(nm_linear(x, *pack_nm_rows(weight, n, 4).values(), n, 4, bias), x, weight, bias)
 
 
 def test_sizes_of_zero_and_leading_dimensions(isa, generator):
