@@ -24,7 +24,7 @@ LAYERS = [
     {"backends"},
     {"triton_kernels", "_C", "_C_cuda"},
     {"layouts", "pattern", "_activations", "_checks", "_files"},
-    {"_warnings", "_version"},
+    {"_warnings", "_version", "_counts"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 BEHIND_TRANSFORMERS = "runtime/hf_quantizer.py"  # classes of its; imported, inside functions only, once it is

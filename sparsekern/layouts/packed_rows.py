@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import torch
 
+from .._counts import groups_over
+
 WORD = 64  # columns of a word of bits
 TILE_ROWS = 16
 SLACK = 64  # slots
@@ -172,9 +174,9 @@ def _in_slots(values: torch.Tensor, to: bool) -> torch.Tensor:
 
 def check_fits(weight: torch.Tensor, n: int, m: int) -> None:
     """Raise `ValueError` if a group of M columns has more than N non-zeros, naming the first one."""
-    rows, columns = weight.shape
-    counts = (weight.reshape(rows, columns // m, m) != 0).sum(-1)
-    if counts.numel() and int(counts.max()) > n:
+    if groups_over(weight, n, m):
+        rows, columns = weight.shape
+        counts = (weight.reshape(rows, columns // m, m) != 0).sum(-1)
         row, group = (int(i) for i in (counts > n).nonzero()[0])
         raise ValueError(
             f"weight: expected at most {n} non-zeros in every {m} inputs, got {int(counts[row, group])} in row {row}, "

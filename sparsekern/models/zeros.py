@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .._counts import nonzeros
 from .linears import is_unread
 from .streaming import in_memory, stream_of
 
@@ -32,5 +33,5 @@ def count_stored(model: nn.Module) -> tuple[int, int]:
 
 def zeros_of(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
     """Return the number of zeros and of all values of some tensors."""
-    counts = [(tensor.numel() - int(torch.count_nonzero(tensor)), tensor.numel()) for tensor in tensors]
+    counts = [(tensor.numel() - int(nonzeros(tensor)), tensor.numel()) for tensor in tensors]
     return sum(zeros for zeros, _ in counts), sum(total for _, total in counts)

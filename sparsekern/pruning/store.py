@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .._counts import groups_over, nonzeros
 from .._files import disk_errors, remove_temporary, replace_atomically
 from ..models import Linear
 from ..pattern import NM, Unstructured, parse_pattern, pruned_count
@@ -210,7 +211,7 @@ def check_pruned(
         raise ValueError(f"{where} holds reports of other linears than its weights")
     check_finite_tensors(where, weights)
     for name, weight in weights.items():
-        layer, zeros = reports[name], int((weight == 0).sum())
+        layer, zeros = reports[name], weight.numel() - int(nonzeros(weight))
         pattern = STAYED_DENSE if dense_allowed and layer.pattern == STAYED_DENSE else str(patterns[name])
         if (layer.pattern, tuple(layer.shape)) != (pattern, tuple(weight.shape)):
             found = f"{layer.pattern} of {tuple(layer.shape)}"
@@ -226,8 +227,7 @@ def _fits(weight: torch.Tensor, zeros: int, pattern: str) -> bool:
     except ValueError:  # whole rows and columns, of which only the number is known
         return True
     if isinstance(parsed, NM):
-        groups = (weight != 0).reshape(weight.shape[0], -1, parsed.m)
-        return bool((groups.sum(-1) <= parsed.n).all())
+        return not groups_over(weight, parsed.n, parsed.m)
     return has_zeros_of(parsed, weight.shape, zeros)
 
 
@@ -247,7 +247,7 @@ def has_zeros_of(pattern: object, shape: Sequence[int], zeros: int) -> bool:
 def check_finite_tensors(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise `ValueError`, whose message begins with `where`, if a tensor holds NaN or Inf."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{where}: {name} holds NaN or Inf")
 
 

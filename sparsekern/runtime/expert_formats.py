@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .._checks import HALF_OR_FLOAT, check_tensor
+from .._counts import nonzeros_of_rows
 from ..layouts import packed_rows as rows_layout
 from ..layouts.packed_experts import bitmask_rows_of, check_bitmask_experts, check_ends, join_bitmask_experts
 from ..ops import OPS
@@ -58,7 +59,7 @@ class BitmaskExperts(ExpertsFormat, Bitmask):
         check_tensor("weight", weight, ndim=3, dtypes=HALF_OR_FLOAT)
         slots = rows_layout.SLACK
         for own in weight:
-            slots += int(rows_layout.slot_counts((own != 0).sum(1).sort().values, weight.dtype).sum())
+            slots += int(rows_layout.slot_counts(nonzeros_of_rows(own).sort().values, weight.dtype).sum())
         specs = self.specs(tuple(weight.shape), weight.dtype, slots * rows_layout.lanes(weight.dtype))
         return sum(spec.nbytes for spec in specs.values())
 

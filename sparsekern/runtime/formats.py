@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .._checks import HALF_OR_FLOAT, check_tensor
+from .._counts import nonzeros_of_rows
 from ..layouts import packed_rows as rows_layout
 from ..layouts.nm_q4 import COLUMNS, PATTERNS, Q4Layout, check_q4
 from ..layouts.q4_grid import grid_scales, is_on_grid
@@ -191,7 +192,7 @@ class Bitmask(Format):
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
         check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
-        counts = (weight != 0).sum(1).sort().values
+        counts = nonzeros_of_rows(weight).sort().values
         slots = int(rows_layout.slot_counts(counts, weight.dtype).sum()) + rows_layout.SLACK
         specs = self.specs((weight.shape[0], weight.shape[1]), weight.dtype, slots * rows_layout.lanes(weight.dtype))
         return sum(spec.nbytes for spec in specs.values())

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from .._counts import most_in_group, nonzeros
 from ..models.globs import Globs
 from ..models.streaming import refuse_streamed, stream_of
 from ..models.zeros import count_stored
@@ -191,7 +192,7 @@ def _fitting(weight: torch.Tensor) -> Iterator[str]:
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
     for m in (4, 8, 16):
         if weight.shape[-1] % m == 0 and weight.numel():
-            n = max(1, max(int((own.reshape(own.shape[0], -1, m) != 0).sum(-1).max()) for own in matrices))
+            n = max(1, max(int(most_in_group(own, m)) for own in matrices))
             if n < m:
                 yield f"{n}:{m}"
     yield "bitmask"
@@ -201,7 +202,7 @@ def _share_of_zeros(found: Iterable[Packable]) -> float:
     zeros = total = 0
     for known in found:
         weight = known.dense
-        zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+        zeros, total = zeros + weight.numel() - int(nonzeros(weight)), total + weight.numel()
     return zeros / max(1, total)
 
 

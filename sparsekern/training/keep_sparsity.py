@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .._counts import nonzeros
 from ..models import Linear, find_linears
 from ..models.globs import Globs, as_globs, check_matches, matches
 from ..models.streaming import refuse_streamed
@@ -216,7 +217,7 @@ def _pruned(model: nn.Module, linears: list[Linear]) -> list[Linear]:
     found = []
     for linear in linears:
         if owners[id(linear.parameter)] <= set(linear.holders):
-            kept = int(torch.count_nonzero(linear.weight))
+            kept = int(nonzeros(linear.weight))
             if 0 < kept < linear.weight.numel():
                 found.append(linear)
     return found

@@ -174,7 +174,6 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         for linear in linears if stream_of(self.context.model) else ():
             check_finite(linear)
         result = self.solve_block(index, linears)
-        self.solver.say_lost_zeros(linears, result.weights)
         tuner = self.tuner if index < len(self.plan.blocks.modules) else None
         with nullcontext(result) if tuner is None else tuner.tuned(index, linears, result) as result:
             if self.dense is not None and index != self.last:
@@ -213,7 +212,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             self._solve_together(run, shared, result)
         if shared is not None and self.memory is not None:
             result.totals |= shared.totals()
-        self.solver.say_lost(linears, *result.lost)
+        self.solver.say_lost_zeros(linears, result)
         return BlockResult(result.weights, [result.layers[linear.name] for linear in linears], result.totals)
 
     def _solve_in_stages(self, index: int, linears: Sequence[Linear]) -> BlockResult:
@@ -230,7 +229,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 gathers = self.method.needs is not None or self.plan.measure_error
                 shared, routed = self._gather(index, last) if gathers else (None, None)
                 self._solve_alone(last, shared, routed, result)
-        self.solver.say_lost(linears, *result.lost)
+        self.solver.say_lost_zeros(linears, result)
         return BlockResult(result.weights, [result.layers[linear.name] for linear in linears], result.totals)
 
     def _start_run(self, index: int) -> FeedForwardRun | None:

@@ -12,6 +12,7 @@ from statistics import fmean
 
 import torch
 
+from ..._counts import lost_zeros
 from ..._warnings import warnings_about
 from ...methods import Gram, Solution, Team
 from ...ranks import World, leaf_sizes
@@ -19,7 +20,7 @@ from ...ranks.sums import add_over_ranks, packed_lower, unpack_lower
 from ..seeds import seeded
 from .dealing import TOGETHER, Dealt, Place, SharedWork, TeamWork, deal, tiles_of
 from .messages import messages, pass_on, split_rows
-from .solving import Job, RowFigures, Solved, Solver, check_solution, lost_zeros, named, stacks_of
+from .solving import Job, RowFigures, Solved, Solver, check_solution, named, stacks_of
 
 Taken = tuple[float, int, int]  # by a piece: seconds, and its zeros where they are counted
 FEW = 64  # counts are sent as a message, more of them as a tensor

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
+from ..._counts import groups_over, lost_zeros, nonzeros
 from ..._warnings import warnings_about
 from ...methods import Gram, LinearMethod, Magnitude, Solution
 from ...methods.correction import Correction
@@ -148,7 +149,7 @@ class Solver:
             known = isinstance(self.plan.patterns[linear.name], (NM, Unstructured))
             with self.clock.phase("solve"):
                 if self.plan.rules.unseen == DENSE or not known:
-                    zeros = int((linear.weight == 0).sum())
+                    zeros = linear.weight.numel() - int(nonzeros(linear.weight))
                     layer = LayerReport(linear.name, STAYED_DENSE, linear.shape, zeros, None, 0.0)
                     result.take(linear, linear.weight.clone(), layer)
                 else:
@@ -168,13 +169,11 @@ class Solver:
             done = "stay dense" if self.plan.rules.unseen == DENSE else "are pruned by magnitude"
             self.notices.once("unseen", f"no calibration token reached {shortened(self._unseen)}, which {done}")
 
-    def say_lost_zeros(self, linears: Sequence[Linear], weights: Mapping[str, torch.Tensor]) -> None:
-        """Warn once if weights that were zero before pruning are not zero afterwards. The model is still unchanged."""
-        counts = torch.stack([lost_zeros(linear.weight, weights[linear.name]) for linear in linears])
-        self.say_lost(linears, *counts.sum(0).tolist())
-
-    def say_lost(self, linears: Sequence[Linear], count: int, before: int) -> None:
-        """Warn once if `count` weights of some linears are not zero any more, of `before` that were."""
+    def say_lost_zeros(self, linears: Sequence[Linear], result: Solved) -> None:
+        """Warn once if weights that were zero before pruning are not zero in `result`. Only what was solved in place is in the model."""
+        count, before = result.lost
+        if not result.in_place:
+            count, before = torch.stack([lost_zeros(own.weight, result.weights[own.name]) for own in linears]).sum(0).tolist()
         if count:
             self.notices.once(
                 "lost zeros",
@@ -247,14 +246,16 @@ class Solver:
 
     def _judged(self, linear: Linear, weight: torch.Tensor, figures: RowFigures | None) -> tuple[int, float | None]:
         pattern = self.plan.patterns[linear.name]
-        found = [(weight == 0).sum().double(), _groups_over(weight, pattern).double(), *(own.sum() for own in figures or ())]
-        zeros, over, *sums = torch.stack(found).tolist()
-        if over or not has_zeros_of(pattern, weight.shape, int(zeros)):
-            raise ValueError(f"expected a solution pruned to {pattern}, got {int(zeros):,} zeros of {weight.numel():,} weights")
+        over = groups_over(weight, pattern.n, pattern.m) if isinstance(pattern, NM) else weight.new_zeros(())
+        found = [nonzeros(weight).double(), over.double(), *(own.sum() for own in figures or ())]
+        kept, over_many, *sums = torch.stack(found).tolist()
+        zeros = weight.numel() - int(kept)
+        if over_many or not has_zeros_of(pattern, weight.shape, zeros):
+            raise ValueError(f"expected a solution pruned to {pattern}, got {zeros:,} zeros of {weight.numel():,} weights")
         if not sums:
-            return int(zeros), None
+            return zeros, None
         error, energy = sums
-        return int(zeros), error / energy if energy else 0.0
+        return zeros, error / energy if energy else 0.0
 
     def _solve_alike(
         self, jobs: Sequence[Job], method: LinearMethod, solve_many: Callable[..., list[Solution]], result: Solved
@@ -334,12 +335,6 @@ def _same(pattern: Pattern) -> object:
     return pattern if isinstance(pattern, (NM, Unstructured)) else id(pattern)
 
 
-def lost_zeros(before: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return how many entries are zero in `before` and not in `weight`, and how many are zero in `before`, `[2]` int64."""
-    zero = before == 0
-    return torch.stack([(zero & (weight != 0)).sum(), zero.sum()])
-
-
 @contextmanager
 def named(name: str) -> Iterator[None]:
     """Put the name of a linear in front of the message of a `ValueError` within."""
@@ -369,10 +364,3 @@ def check_solution(method: LinearMethod, solution: object, weight: torch.Tensor)
     if row_error is not None and getattr(row_error, "shape", None) != (rows,):
         got = list(row_error.shape) if isinstance(row_error, torch.Tensor) else type(row_error).__name__
         raise ValueError(f"{kind}.solve: expected a row_error of shape [{rows}], got {got}")
-
-
-def _groups_over(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Return how many groups of an N:M pattern hold more than N non-zeros, as a tensor on the weight's device."""
-    if not isinstance(pattern, NM):
-        return weight.new_zeros(())
-    return ((weight != 0).reshape(len(weight), -1, pattern.m).sum(-1) > pattern.n).sum()

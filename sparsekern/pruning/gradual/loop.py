@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..._counts import nonzeros
 from ...methods import Gradual
 from ...models import Linear
 from ...pattern import Pattern
@@ -156,7 +157,7 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
         return steps[:wanted]
 
     def _layer_report(self, linear: Linear) -> LayerReport:
-        zeros = linear.weight.numel() - int(torch.count_nonzero(linear.weight))
+        zeros = linear.weight.numel() - int(nonzeros(linear.weight))
         return LayerReport(linear.name, str(self.plan.patterns[linear.name]), linear.shape, zeros, None, 0.0)
 
 
