@@ -44,12 +44,16 @@ def compiled_for(architecture: triton_build.Architecture) -> Iterator[int]:
     """Yield the numbers of the configurations to compile.
 
     Blackwell differs from Hopper in its tensor cores. A kernel without them has as many registers on either, so one of its configurations is
-    enough for Blackwell.
+    enough for Blackwell. Kinds of 16 bits are loaded, converted and multiplied by the same number of instructions, so that one of them is
+    enough but for Hopper.
     """
-    seen = set()
+    seen: set[object] = set()
     for number, case in enumerate(shipped(architecture)):
+        known = case.kernel, str(case._replace(kernel=None)).replace("fp16", "bf16")
+        if architecture.capability != (9, 0) and known in seen:
+            continue
         if case.tensor_cores or architecture.capability < (10, 0) or case.kernel not in seen:
-            seen.add(case.kernel)
+            seen |= {case.kernel, known}
             yield number
 
 
