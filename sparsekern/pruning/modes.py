@@ -23,15 +23,10 @@ def plain_modes(model: nn.Module) -> Iterator[nn.Module]:
         `model`, or the module that `torch.compile` wrapped in it; both have the same parameters.
 
     Raises:
-        ValueError: a tracer, fake tensors or a `torch.func` transform is active; weights were made in inference mode or have no
-            values; `torch.compile` has wrapped a part of the model.
+        ValueError: see `check_modes`.
     """
-    _refuse_tracers()
+    check_modes(model)
     model = getattr(model, "_orig_mod", model)
-    _check_weights(model)
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod"):
-            raise ValueError(f"model: {name} is wrapped by torch.compile; prune the model before its parts are compiled")
     devices = {"cpu"} | {parameter.device.type for parameter in model.parameters()}
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -46,6 +41,21 @@ def plain_modes(model: nn.Module) -> Iterator[nn.Module]:
             torch.set_default_dtype(torch.float32)
         stack.enter_context(_eager(model))
         yield model
+
+
+def check_modes(model: nn.Module) -> None:
+    """Raise unless a model can be changed here.
+
+    Raises:
+        ValueError: a tracer, fake tensors or a `torch.func` transform is active; weights were made in inference mode or have no
+            values; `torch.compile` has wrapped a part of the model.
+    """
+    _refuse_tracers()
+    model = getattr(model, "_orig_mod", model)
+    _check_weights(model)
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(f"model: {name} is wrapped by torch.compile; prune the model before its parts are compiled")
 
 
 def _refuse_tracers() -> None:

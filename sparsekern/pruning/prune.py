@@ -45,7 +45,7 @@ from .experts.loop import ExpertLoop
 from .gradual.loop import GradualLoop
 from .memory import planned_memory
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
-from .modes import plain_modes
+from .modes import check_modes, plain_modes
 from .needs import Run, check_settings, without_unmet
 from .plan import Choice, PatternLike, Request
 from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, say_idle
@@ -235,9 +235,10 @@ def prune(
         is_streamed=stream_of(model) is not None,
         leaves=leaves,
         predicts=predicts_next_tokens(model),
-        has_experts=bool(find_experts(model) or find_listed(model)),
     )
     if quality is not None:
+        check_modes(model)  # what follows looks at weights
+        run = replace(run, has_experts=bool(find_experts(model) or find_listed(model)))
         chosen, left_out = without_unmet(chosen, given, run)
         if left_out and world.leads:
             warn(f"quality: {quality!r} leaves out {', and '.join(left_out)}", stacklevel=3)

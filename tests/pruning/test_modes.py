@@ -197,11 +197,12 @@ def test_weights_made_in_inference_mode_are_refused():
         pruned(model=model)
 
 
-def test_weights_without_values_are_refused():
+@pytest.mark.parametrize("quality", [None, "best"])
+def test_weights_without_values_are_refused(quality):
     with torch.device("meta"):
         model = llama()
     with pytest.raises(ValueError, match="model: all its weights are on the meta device; load them before pruning"):
-        pruned(model=model)
+        sparsekern.prune(model, None, 0.5, METHODS["sparsegpt"], quality=quality, progress=False)
 
 
 def test_transforms_and_fake_tensors_are_refused():
