@@ -5,7 +5,8 @@
 # make bench   run the benchmarks                  ARGS as above, or '--only ops' (bench/README.md)
 # make gpu     check and measure this machine's GPU  ARGS='--only tests' (bench/README.md); builds in place with PYTHON, whose
 #              torch must have CUDA, and installs nothing
-# make test-triton  the tests that compile Triton kernels, under another Triton (TRITON) in a virtual environment of its own
+# make test-triton  the tests that compile Triton kernels, with every configuration for every architecture, under another Triton (TRITON)
+#              in a virtual environment of its own
 # make lint    the formatters and the linter, at the versions that pyproject.toml pins; the same as .pre-commit-config.yaml
 # make types   mypy, over the package
 # make docs    build the documentation into docs/_build, warnings being errors
@@ -56,7 +57,7 @@ test-tasks: $(INSTALLED) $(VENV)/.tasks
 # Without native code: Triton needs none, and the tests compile only.
 test-triton:
 	$(MAKE) $(VENV)-triton/.triton-$(call digest,$(TRITON)) VENV=$(VENV)-triton SPARSEKERN_BUILD=0
-	$(VENV)-triton/bin/python -m pytest -n 0 tests/native/test_triton_compiled.py $(ARGS)
+	SPARSEKERN_EVERY_CONFIGURATION=1 $(VENV)-triton/bin/python -m pytest -n 0 tests/native/test_triton_compiled.py $(ARGS)
 
 $(VENV)/.triton-$(call digest,$(TRITON)): $(INSTALLED)
 	$(PIP) install --quiet --no-deps '$(TRITON)'

@@ -3,6 +3,7 @@ architecture has, and the tensor-core instructions that are meant."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from sparsekern.triton_kernels._common import CompileCase  # noqa: E402
 from . import triton_build  # noqa: E402
 from .triton_build import ARCHITECTURES, build, faults, faults_of_ones, shipped  # noqa: E402
 
+EVERY = "SPARSEKERN_EVERY_CONFIGURATION"  # 1: those for Ampere and Blackwell too
 ON_EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 
 
@@ -40,16 +42,15 @@ def processes(cache):
         yield pool
 
 
-def compiled_for(architecture: triton_build.Architecture) -> Iterator[int]:
-    """Yield the numbers of the configurations to compile.
+def compiled_for(architecture: triton_build.Architecture, every: bool = os.environ.get(EVERY) == "1") -> Iterator[int]:
+    """Yield the numbers of the configurations to compile: all for Hopper, one of each kernel and kind of product for other architectures.
 
-    Blackwell differs from Hopper in its tensor cores. A kernel without them has as many registers on either, so one of its configurations is
-    enough for Blackwell. Kinds of 16 bits are loaded, converted and multiplied by the same number of instructions, so that one of them is
-    enough but for Hopper.
+    `make test-triton` compiles those for Ampere and Blackwell as well (`every`). Blackwell differs from Hopper in its tensor cores: a kernel
+    without them has as many registers on either. Kinds of 16 bits are loaded, converted and multiplied by the same number of instructions.
     """
     seen: set[object] = set()
     for number, case in enumerate(shipped(architecture)):
-        known = case.kernel, str(case._replace(kernel=None)).replace("fp16", "bf16")
+        known = case.kernel, str(case._replace(kernel=None)).replace("fp16", "bf16") if every else case.tensor_cores
         if architecture.capability != (9, 0) and known in seen:
             continue
         if case.tensor_cores or architecture.capability < (10, 0) or case.kernel not in seen:
