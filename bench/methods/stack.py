@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,38 @@ from .. import quality, smollm2
 from . import Unavailable, shown, store, stored
 
 NAME = "stack"
-PATTERNS: dict[str, tuple[str | float, float]] = {"50 %": (0.5, 19.2), "2:4": ("2:4", 21.5), "70 %": (0.7, 26.5)}  # with its goal
-SAMPLES = 128
-DISTILL = sparsekern.Distill(steps=215, samples=448, learning_rate=1.2e-4, batch_tokens=1024)
+RATE, BATCH = 1.2e-4, 1024  # of the distillation, which takes each token once
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a pattern is pruned.
+
+    Attributes:
+        pattern: as `prune` takes it.
+        goal: the perplexity that was set as a goal.
+        samples: that the solver is given, of 512 tokens.
+        steps: of the distillation, of 1,024 tokens.
+        allocation: as `prune` takes it.
+    """
+
+    pattern: str | float
+    goal: float
+    samples: int = 128
+    steps: int = 215
+    allocation: str = "uniform"
+
+    @property
+    def distill(self) -> sparsekern.Distill:
+        """The distillation. Some more samples than it trains on are held out."""
+        return sparsekern.Distill(steps=self.steps, samples=2 * self.steps + 18, learning_rate=RATE, batch_tokens=BATCH)
+
+
+PATTERNS = {
+    "50 %": Course(0.5, 19.2, samples=32, steps=170, allocation="fisher"),
+    "2:4": Course("2:4", 21.5),
+    "70 %": Course(0.7, 26.5, samples=32, steps=170, allocation="fisher"),
+}
 OTHER = "builtin:python-docs"
 COLUMNS = {
     "perplexity": ".2f",
@@ -54,16 +84,18 @@ def measured(name: str, wikitext: Path, out: Path | None, quick: bool) -> dict[s
     model, tokenizer = smollm2.dense_model(), smollm2.tokenizer()
     found: dict[str, object] = {}
     if name != "dense":
-        distill = sparsekern.Distill(steps=1, batch_tokens=512) if quick else DISTILL
-        text = {"tokenizer": tokenizer, "samples": 2 if quick else SAMPLES, "length": smollm2.LENGTH}
+        course = PATTERNS[name]
+        distill = sparsekern.Distill(steps=1, batch_tokens=512) if quick else course.distill
+        text = {"tokenizer": tokenizer, "samples": 2 if quick else course.samples, "length": smollm2.LENGTH}
         resume = {} if out is None else {"out": out, "resume": (out / "checkpoint").is_dir()}
         start = time.process_time()
         report = sparsekern.prune(
             model,
             "alps",
-            PATTERNS[name][0],
+            course.pattern,
             wikitext / "valid.txt",
             correction="dense",
+            allocation=course.allocation,
             distill=distill,
             progress=False,
             **text,
@@ -92,23 +124,24 @@ def section(figures: dict[str, object]) -> str:
     lines = [
         "## The whole stack, an hour of two cores",
         "",
-        f'SmolLM2-135M-Instruct (float32): `ALPS()` with `correction="dense"` on {SAMPLES} x {smollm2.LENGTH} tokens of WikiText-2 `valid`,',
-        f"then `Distill(steps={DISTILL.steps}, samples={DISTILL.samples}, learning_rate={DISTILL.learning_rate:g}, batch_tokens={DISTILL.batch_tokens})` on the same text, seed 0.",
+        'SmolLM2-135M-Instruct (float32): `ALPS()` with `correction="dense"` on windows of 512 tokens of WikiText-2 `valid`, then',
+        f"`Distill(learning_rate={RATE:g}, batch_tokens={BATCH})` on the same text, each token once, seed 0; 8 of its windows are held out.",
         f"Perplexity of the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test`, and of as many held-out ones of `{OTHER}`, a text that nothing was fitted to.",
         "Divergence from the dense model's predictions, and how often the top token is the same, on the tokens of `test`.",
         "The last two divergences are on held-out tokens of `valid`, before and after the distillation.",
         "At 2:4 the solver and the distillation ran in two processes, on a busy machine, with the solver's weights stored between them.",
         "",
-        f"| pattern | goal | {' | '.join(COLUMNS)} |",
-        f"|---|---|{'---|' * len(COLUMNS)}",
+        f"| pattern | shares of zeros | windows | steps | goal | {' | '.join(COLUMNS)} |",
+        f"|---|---|---|---|---|{'---|' * len(COLUMNS)}",
     ]
     for name in ["dense", *PATTERNS]:
-        goal = "" if name == "dense" else f"{PATTERNS[name][1]}"
+        course = PATTERNS.get(name)
+        settings = ("", "", "", "") if course is None else (course.allocation, course.samples, course.steps, course.goal)
         cells = [
             "" if name == "dense" and column not in ("perplexity", "other text") else cell(name, column, text)
             for column, text in COLUMNS.items()
         ]
-        lines.append(f"| {name} | {goal} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join([*map(str, settings), *cells])} |")
     return "\n".join(lines) + "\n"
 
 
