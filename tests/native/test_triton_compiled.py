@@ -45,13 +45,15 @@ def processes(cache):
 def compiled_for(architecture: triton_build.Architecture, every: bool = os.environ.get(EVERY) == "1") -> Iterator[int]:
     """Yield the numbers of the configurations to compile: all for Hopper, one of each kernel and kind of product for other architectures.
 
-    `make test-triton` compiles those for Ampere and Blackwell as well (`every`). Blackwell differs from Hopper in its tensor cores: a kernel
-    without them has as many registers on either. Kinds of 16 bits are loaded, converted and multiplied by the same number of instructions.
+    Kinds of 16 bits are loaded, converted and multiplied by the same number of instructions, so that one of them is enough. Blackwell differs
+    from Hopper in its tensor cores: a kernel without them has as many registers on either. `make test-triton` compiles both kinds for Hopper,
+    and all configurations for Ampere and Blackwell (`every`).
     """
+    hopper = architecture.capability == (9, 0)
     seen: set[object] = set()
     for number, case in enumerate(shipped(architecture)):
-        known = case.kernel, str(case._replace(kernel=None)).replace("fp16", "bf16") if every else case.tensor_cores
-        if architecture.capability != (9, 0) and known in seen:
+        known = case.kernel, str(case._replace(kernel=None)).replace("fp16", "bf16") if every or hopper else case.tensor_cores
+        if known in seen and not (every and hopper):
             continue
         if case.tensor_cores or architecture.capability < (10, 0) or case.kernel not in seen:
             seen |= {case.kernel, known}
