@@ -79,6 +79,10 @@ def perplexed(
     return sparsekern.perplexity(model, ids, length)
 
 
+def compared(rank: int, folder: str, dense: str, ids: torch.Tensor, length: int, stream: bool):
+    return sparsekern.fidelity(sparsekern.load(folder, stream=stream), sparsekern.load(dense), ids, length)
+
+
 def busy(rank: int, victim: int, error: BaseException, looks: bool):
     """One rank fails while the others work, which never end by themselves."""
     world = World.current()

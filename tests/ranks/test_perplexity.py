@@ -1,4 +1,4 @@
-"""The same perplexity to the last bit, however many processes share the windows."""
+"""The same perplexity and fidelity to the last bit, however many processes share the windows."""
 
 from __future__ import annotations
 
@@ -23,6 +23,20 @@ def test_the_figure_does_not_depend_on_the_number_of_processes(ranks, folder, ge
     expected = sparsekern.perplexity(sparsekern.load(folder), ids, 16)
     for size in (2, 4):
         assert ranks.run(size, CASE, folder, ids, 16, stream) == [expected] * size
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
+def test_fidelity_does_not_depend_on_the_number_of_processes(ranks, folder, tmp_path, generator, stream):
+    ids = torch.randint(320, (7 * 16,), generator=generator)
+    dense = sparsekern.load(folder)
+    model = sparsekern.load(folder)
+    sparsekern.prune(model, "magnitude", "2:4", progress=False)
+    model.save_pretrained(tmp_path / "pruned")
+    expected = sparsekern.fidelity(model, dense, ids, 16)
+    assert expected.divergence > 0
+    for size in (2, 4):
+        found = ranks.run(size, "tests.ranks.cases:compared", str(tmp_path / "pruned"), folder, ids, 16, stream)
+        assert found == [expected] * size
 
 
 def test_the_window_that_is_not_finite_is_named_on_all_ranks(ranks, folder):

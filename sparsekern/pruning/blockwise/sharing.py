@@ -36,7 +36,8 @@ class _Linear:
         in_tiles: True if the method solves tiles of a piece in steps that share counts.
         weight: the new weight, filled in piece by piece. It is that of the model where results are written in place.
         figures: the errors and energies of the rows, `[2, out_features]` float64.
-        work: what the solution takes beside the factor, in multiply-adds, of which a rank that solves some tiles does `fixed`.
+        factor: what the factor takes that it shares with others, in multiply-adds.
+        work: what the solution takes beside it, in multiply-adds, of which a rank that solves some tiles does `fixed`.
         together: True if all ranks solve it together.
         seconds: what the solution took, on all ranks together.
         lost: the zeros that were lost and those that were there before, see `Solved.lost`, where results are written in place.
@@ -47,6 +48,7 @@ class _Linear:
     in_tiles: bool
     weight: torch.Tensor
     figures: torch.Tensor
+    factor: float
     work: TeamWork
     together: bool = False
     seconds: float = 0.0
@@ -179,27 +181,24 @@ class SharedSolve:
             pieces = [tiles if in_tiles else [slice(0, rows)]]
         figures = torch.zeros(2, rows, dtype=torch.float64, device=weight.device)
         new = weight if self._in_place else torch.empty_like(weight, memory_format=torch.contiguous_format)
-        work = method.work(*job.linear.shape)
-        own = work.own
-        if isinstance(job.inputs, Gram):
-            own += rows * job.linear.shape[1] ** 2 / 2  # the energies of the dense rows
-        return _Linear(job, pieces, in_tiles, new, figures, TeamWork(work.fixed, own, len(tiles)))
+        features = job.linear.shape[1]
+        work = method.work(rows, features)
+        factor, own = work.shared, work.own
+        if isinstance(job.inputs, Gram):  # the error is measured by a factor that the method may not need
+            factor, own = factor or features**3 / 6, own + rows * features**2 / 2
+        return _Linear(job, pieces, in_tiles, new, figures, factor, TeamWork(work.fixed, own, len(tiles)))
 
     def _work(self, linears: Sequence[_Linear]) -> tuple[SharedWork, dict[int, TeamWork]]:
         """Return the work on linears with the same statistic, and that on the pieces that can be divided, by their numbers."""
-        factor, costs = 0.0, list[float]()
+        costs: list[float] = []
         teams: dict[int, TeamWork] = {}
         for linear in linears:
-            rows, features = linear.job.linear.shape
-            # The error is measured by a factor that the method may not need.
-            factor = self._solver.method.work(rows, features).shared or (
-                features**3 / 6 if isinstance(linear.job.inputs, Gram) else 0.0
-            )
+            rows = linear.job.linear.shape[0]
             if linear.in_tiles:
                 teams[len(costs)] = linear.work
             shares = [sum(tile.stop - tile.start for tile in piece) / rows for piece in linear.pieces]
             costs += [linear.work.fixed + linear.work.divided * share for share in shares]
-        return SharedWork(factor, tuple(costs)), teams
+        return SharedWork(linears[0].factor, tuple(costs)), teams
 
     def _placed(self, index: int) -> Iterator[_Piece]:
         """Yield the pieces of a set with their places, in the same order on all ranks."""
