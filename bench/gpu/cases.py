@@ -15,7 +15,7 @@ from ..inputs import CHECKED, assert_close, n_of_m
 from ..problem import Call, Case, NotHere, Place, Problem
 from .device import seconds_of
 
-PIECES, TRITON = "from TF32 pieces", "in Triton"
+PIECES, TRITON = "from bfloat16 pieces", "in Triton"
 DENSE, BEST_PLAN, ADDMM = "dense cuBLAS", "best cuSPARSELt plan", "addmm in float32"
 TOKEN_MULTIPLE = 8  # of cuSPARSELt's dense operands of two bytes
 
