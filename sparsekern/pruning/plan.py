@@ -60,6 +60,7 @@ class Request:
         allocation: see `prune`.
         distill: see `prune`.
         leaves: the number of parts that statistics are summed in.
+        optional: of `tune` and `distill` those that are left out where the model cannot have them.
     """
 
     pattern: Pattern | None = None
@@ -79,6 +80,7 @@ class Request:
     allocation: str = UNIFORM
     distill: Distill | None = None
     leaves: int = 1
+    optional: frozenset[str] = frozenset()
 
     @property
     def default_pattern(self) -> Pattern:
@@ -104,6 +106,7 @@ class Plan:
         tune: how each block is tuned behind the method; None does not.
         allocation: how the patterns were shared out among the linears, see `prune`.
         distill: how the whole model is trained at the end; None does not.
+        left_out: what of the request the model cannot have, and why.
     """
 
     blocks: Blocks
@@ -119,6 +122,7 @@ class Plan:
     tune: BlockTuning | None = None
     allocation: str = UNIFORM
     distill: Distill | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[tuple[Linear, ...], ...]:

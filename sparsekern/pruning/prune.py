@@ -236,12 +236,12 @@ def prune(
         leaves=leaves,
         predicts=predicts_next_tokens(model),
     )
+    left_out: list[str] = []
     if quality is not None:
         check_modes(model)  # what follows looks at weights
         run = replace(run, has_experts=bool(find_experts(model) or find_listed(model)))
         chosen, left_out = without_unmet(chosen, given, run)
-        if left_out and world.leads:
-            warn(f"quality: {quality!r} leaves out {', and '.join(left_out)}", stacklevel=3)
+        request = replace(request, optional=frozenset(name for name in ("tune", "distill") if getattr(given, name) is None))
     check_settings({**vars(chosen), "values": values}, run)
     distill = chosen.distill
     request = replace(request, leaves=leaves, allocation=chosen.allocation, distill=distill)
@@ -255,6 +255,10 @@ def prune(
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         plan, batches = loop.make_plan(model, method, request)
+        if quality is not None:  # its methods prune linear by linear
+            left_out, distill = [*left_out, *plan.left_out], plan.distill
+        if left_out and world.leads:
+            warn(f"quality: {quality!r} leaves out {', and '.join(left_out)}", stacklevel=3)
         place = None if out is None else checked_path(out, "out")  # of all ranks, of which only the first holds the folder
         memory = planned_memory(model, plan, method, batches or [], max_memory, place, leaves // world.size, ranks=world.size)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}

@@ -19,6 +19,7 @@ from sparsekern.pruning.tuning import block as tuning
 from sparsekern.pruning.windows import with_held_out
 from sparsekern.ranks import World
 from tests.models.families import COMMON, tiny_ids, tiny_model
+from tests.models.zoo import ZOO
 
 from .stack_models import calls, toy
 from .unfinished import QUIET, Interrupted, interrupted_run, run
@@ -323,6 +324,17 @@ def test_refusals(arguments, error, message):
     with pytest.raises(error, match=message):
         prune(model, **arguments)
     assert same(model, tiny_model("llama"))
+
+
+@pytest.mark.filterwarnings("ignore:.*stays? dense:sparsekern.SparsekernWarning")
+def test_padding_counts_for_nothing_where_blocks_pass_several_streams():
+    family, found = ZOO["deepseek_v4"], []
+    for calibration in (family.calibration(), family.samples()):  # padded, and one by one
+        report = sparsekern.prune(
+            family.model(), "magnitude", "2:4", calibration, tune=BlockTuning(passes=1, batch_tokens=10**6), **QUIET
+        )
+        found.append([[row["before"], row["after"]] for row in report.tuning])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
 
 
 def test_a_single_sample_leaves_none_to_judge_on():

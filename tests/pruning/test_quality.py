@@ -12,11 +12,12 @@ from sparsekern.pattern import NM, Unstructured
 from sparsekern.pruning.quality import PRESETS, Preset, with_quality
 from tests import tiny
 from tests.models.families import tiny_ids, tiny_model
+from tests.models.zoo import ZOO
 
 from .unfinished import QUIET
 
 TRAINED = sparsekern.Distill(steps=1, batch_tokens=32)
-pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for:sparsekern.SparsekernWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(calibration tokens for|never active):sparsekern.SparsekernWarning")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,49 @@ def test_an_encoder_is_pruned_without_the_training_of_predictions():
     with pytest.warns(sparsekern.SparsekernWarning, match=said):
         report = sparsekern.prune(tf.BertModel(config).eval(), calibration=tiny_ids(), quality="best", **QUIET)
     assert report.tuning and report.sparsity == 0.5
+
+
+NOT_A_CHAIN = "tune for a model whose blocks take more than the output of the one before"
+NO_TOKENS = "distill for a model that predicts no next tokens"
+
+
+@pytest.mark.parametrize(
+    ("family", "trained", "left_out"),
+    [
+        ("t5", {}, f"{NO_TOKENS}, and {NOT_A_CHAIN}"),
+        ("swin", {}, f"{NO_TOKENS}, and {NOT_A_CHAIN}"),
+        ("wav2vec2", {"tune"}, NO_TOKENS),
+        ("xlm", {}, f"{NOT_A_CHAIN}, and {NO_TOKENS}: in XLMWithLMHeadModel the logits of a token change with those behind it"),
+        ("mpt", {"distill"}, NOT_A_CHAIN),
+    ],
+)
+def test_a_family_that_training_cannot_follow_is_pruned_without_it(family, trained, left_out, monkeypatch):
+    preset = replace(PRESETS["best"], method="magnitude", correction="none", tune=sparsekern.BlockTuning(passes=1), distill=TRAINED)
+    monkeypatch.setitem(PRESETS, "best", preset)
+    model, calibration = ZOO[family].model(), ZOO[family].calibration()
+    with pytest.warns(sparsekern.SparsekernWarning, match=f"^quality: 'best' leaves out {left_out}$"):
+        report = sparsekern.prune(model, calibration=calibration, quality="best", **ZOO[family].options, **QUIET)
+    assert report.sparsity == 0.5
+    assert {"tune", "distill"} & report.settings.keys() == set(trained)
+    assert (len(report.tuning) > 0, len(report.distillation) > 0) == ("tune" in trained, "distill" in trained)
+
+
+def test_a_training_that_is_asked_for_is_refused():
+    for family, options, message in (
+        (
+            "t5",
+            {"tune": sparsekern.BlockTuning()},
+            "tune: expected a model whose blocks take nothing but the output of the one before",
+        ),
+        (
+            "xlm",
+            {"distill": TRAINED},
+            "model: Distill trains causal language models, but in XLMWithLMHeadModel the logits of a token",
+        ),
+    ):
+        model, calibration = ZOO[family].model(), ZOO[family].calibration()
+        with pytest.raises(ValueError, match=message):
+            sparsekern.prune(model, calibration=calibration, quality="best", **options, **QUIET)
 
 
 def test_the_command_line_takes_the_name(tmp_path, capsys):

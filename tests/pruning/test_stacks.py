@@ -204,13 +204,16 @@ def test_continual_runs_prune_both_sides(bart):
     [
         (
             lambda model: sparsekern.prune(model, "gradual", 0.5, pair()["input_ids"], **QUIET),
-            "Gradual trains causal language models",
+            "Gradual trains causal language models, but BartForConditionalGeneration is an encoder with a decoder",
         ),
-        (lambda model: sparsekern.perplexity(model, pair()["input_ids"], 8), "expected a causal language model"),
+        (
+            lambda model: sparsekern.perplexity(model, pair()["input_ids"], 8),
+            "expected a causal language model.*got BartForConditionalGeneration",
+        ),
     ],
 )
 def test_what_needs_a_decoder_alone_refuses_by_name(bart, call, message):
-    with pytest.raises((ValueError, TypeError), match=f"model: .*{message}|{message}.*got BartForConditionalGeneration"):
+    with pytest.raises((ValueError, TypeError), match=f"model: .*{message}|{message}"):
         call(bart)
 
 

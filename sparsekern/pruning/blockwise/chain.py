@@ -83,9 +83,9 @@ class Chain:
         """Return the hidden states of a batch in front of the current block."""
         return self._shelf.get(batch)
 
-    def rows(self, batch: int) -> int:
-        """Return the number of rows of the hidden states of a batch, which are not read."""
-        return self._shelf.shape(batch)[:-1].numel()
+    def shape(self, batch: int) -> torch.Size:
+        """Return the shape of the hidden states of a batch, which are not read."""
+        return self._shelf.shape(batch)
 
     def run(self, batch: int, index: int) -> torch.Tensor:
         """Return the output of block `index` for a batch."""

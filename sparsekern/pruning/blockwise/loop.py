@@ -43,7 +43,7 @@ from .shares import LeafSums, Share
 from .sharing import solve_shared
 from .solving import Job, Solved, Solver, jobs_of
 from .statistics import SharedStatistics
-from .tuned import BlockTuner, check_trained, restore_others
+from .tuned import BlockTuner, restore_others, with_trainings
 from .written import restored, write, written_meanwhile
 
 
@@ -94,7 +94,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             batches = with_held_out(batches, request.seed)
         with prepared(model, request.seed), lent_blocks(model):
             plan = observed(model, plan, batches)
-            check_trained(model, plan, batches)
+            plan = with_trainings(model, plan, batches, request.optional)
             if request.allocation != UNIFORM:
                 plan = with_allocation(model, plan, batches, request.seed)
             if isinstance(method, BlockMethod):

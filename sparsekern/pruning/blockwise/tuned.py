@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from ..run import BlockResult, RunContext
 from ..seeds import derived_seed
 from ..tuning.block import Samples, trained_of, tune_block
 from ..tuning.together import Together
-from ..tuning.trainable import check_trainable
+from ..tuning.trainable import check_trainable, why_not_causal
 from .activations import Activations
 from .course import Course
 from .dense_stream import DenseStream
@@ -56,7 +56,6 @@ class BlockTuner:
         """
         self._context, self._settings, self._share = context, settings, share
         self._activations, self._course, self._dense = activations, course, dense
-        self._counts: dict[tuple[str | None, int], int] = {}  # by mask and batch
 
     @contextmanager
     def tuned(self, index: int, linears: Sequence[Linear], result: BlockResult) -> Iterator[BlockResult]:
@@ -144,19 +143,23 @@ class BlockTuner:
         return Samples(
             run=run,
             target=dense.hidden,
-            tokens=partial(_tokens, activations, mask),
+            real=partial(self._real, mask),
             count=partial(self._count, mask),
             fitted=self._by_leaf(index, held_out=False),
             held_out=self._by_leaf(index, held_out=True),
             together=Together(self._context.world, self._context.leaves),
         )
 
+    def _real(self, mask: str | None, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Return which rows of hidden states are of real tokens; None if all are."""
+        return self._activations.batches[number].flatten(hidden, mask)[1]
+
     def _count(self, mask: str | None, number: int) -> int:
-        """Return the number of real tokens of a batch. It is counted once for each mask, since reading a count waits for a GPU."""
-        if (mask, number) not in self._counts:
-            tokens = _tokens(self._activations, mask, number)
-            self._counts[mask, number] = self._activations.chain.rows(number) if tokens is None else int(tokens.sum())
-        return self._counts[mask, number]
+        """Return the number of rows of a batch that are of real tokens. Its hidden states are not read."""
+        shape = self._activations.chain.shape(number)
+        if self._real(mask, number, torch.empty(shape, device="meta")) is None:
+            return shape[:-1].numel()
+        return self._activations.batches[number].used(shape[:-1].numel(), mask)
 
     def _by_leaf(self, index: int, *, held_out: bool) -> list[list[int]]:
         """Return the batches that run block `index`, either those held out or the others, for each leaf of this rank."""
@@ -177,33 +180,40 @@ def partner_of(plan: Plan, index: int) -> int | None:
     return None if before is None or not plan.parts[before] else before
 
 
-def _tokens(activations: Activations, mask: str | None, number: int) -> torch.Tensor | None:
-    return activations.batches[number].mask(mask)
-
-
 def _copy(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.copy_(values[name])
 
 
-def check_trained(model: nn.Module, plan: Plan, batches: list[Batch]) -> None:
-    """Raise unless the model can be trained as a plan says.
+def with_trainings(model: nn.Module, plan: Plan, batches: list[Batch], optional: Collection[str] = ()) -> Plan:
+    """Return the plan, once it is known that the model can be trained as it says. `optional` trainings that it cannot have are left out.
 
     Args:
         model: the model.
         plan: what follows the method.
         batches: the calibration data.
+        optional: the trainings, by name, that are left out where the model cannot have them, in place of an error.
 
     Raises:
         ValueError: blocks are tuned that take more than the output of the one before, or a model is distilled that predicts no next
             tokens.
     """
-    if plan.distill is not None:
-        check_trainable(model, batches, "Distill")
+    left_out = []
     if plan.tune is not None and (plan.course is None or not plan.course.chain):
-        raise ValueError(
-            f"tune: expected a model whose blocks take nothing but the output of the one before, got {type(model).__name__}"
-        )
+        if "tune" not in optional:
+            raise ValueError(
+                f"tune: expected a model whose blocks take nothing but the output of the one before, got {type(model).__name__}"
+            )
+        plan = replace(plan, tune=None)
+        left_out.append("tune for a model whose blocks take more than the output of the one before")
+    if plan.distill is not None:
+        why = why_not_causal(model, batches) if "distill" in optional else None
+        if why is None:
+            check_trainable(model, batches, "Distill")
+        else:
+            plan = replace(plan, distill=None)
+            left_out.append(f"distill for a model that predicts no next tokens: {why}")
+    return replace(plan, left_out=tuple(left_out))
 
 
 def other_parameters(plan: Plan, index: int, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:

@@ -26,8 +26,8 @@ class Samples:
     Attributes:
         run: returns the block's output for a batch, from the pruned model's hidden states.
         target: returns the dense model's output for a batch.
-        tokens: returns the mask of the real tokens of a batch, or None where there is no padding.
-        count: returns the number of real tokens of a batch.
+        real: returns which rows of the hidden states of a batch are of real tokens, or None where all are.
+        count: returns the number of rows of a batch that are of real tokens.
         fitted: the batches to tune on, by leaf.
         held_out: the batches to judge on, by leaf.
         together: the processes that tune the block, each with the batches of its own leaves.
@@ -35,7 +35,7 @@ class Samples:
 
     run: Callable[[int], torch.Tensor]
     target: Callable[[int], torch.Tensor]
-    tokens: Callable[[int], torch.Tensor | None]
+    real: Callable[[int, torch.Tensor], torch.Tensor | None]
     count: Callable[[int], int]
     fitted: Sequence[Sequence[int]]
     held_out: Sequence[Sequence[int]]
@@ -216,12 +216,12 @@ def _error_of(samples: Samples, batches: Iterable[int]) -> list[torch.Tensor]:
 
 
 def _errors(samples: Samples, number: int, output: torch.Tensor) -> torch.Tensor:
-    """Return the error of each real token of a batch."""
-    target, mask = samples.target(number), samples.tokens(number)
-    width = target.shape[-1]
+    """Return the error of each row of a batch that is of a real token."""
+    target = samples.target(number)
+    mask, width = samples.real(number, target), target.shape[-1]
     output, target = output.float().reshape(-1, width), target.float().reshape(-1, width)
     errors = (output - target).square().sum(1) / target.square().sum(1).clamp_min(SMALLEST)
-    return errors if mask is None else errors[mask.reshape(-1)]
+    return errors if mask is None else errors[mask]
 
 
 def _write(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import nn
 
+from ..._checks import on_one_line
 from ..batches import Batch
 
 PROBE_TOKENS = 8
@@ -26,29 +29,47 @@ def check_trainable(model: nn.Module, batches: list[Batch], trainer: str = "Grad
         raise ValueError(f"model: {trainer} trains it, but none of its parameters requires a gradient (requires_grad_())")
     if found := not_finite(model):
         raise ValueError(f"model: expected finite weights to train, got {found}")
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if decodes or any(batch.main != "input_ids" for batch in batches):
-        found = (
-            type(model).__name__ if decodes else f"batches of {next(batch.main for batch in batches if batch.main != 'input_ids')}"
-        )
-        raise ValueError(f"model: {trainer} trains causal language models on token ids, got {found}")
-    batch = next(filter(predicted_tokens, batches), None)
-    if batch is None:
+    if why := why_not_causal(model, batches):
+        raise ValueError(f"model: {trainer} trains causal language models, but {why}")
+    if _to_predict(batches) is None:
         raise ValueError(
             f"calibration: {trainer} predicts tokens from those before, so it needs samples of at least two tokens, got none"
         )
+
+
+def why_not_causal(model: nn.Module, batches: Sequence[Batch]) -> str | None:
+    """Return why a model does not predict each token from those before it; None if it does, or if there is no token to predict.
+
+    Args:
+        model: the model.
+        batches: the calibration data.
+    """
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return f"{name} is an encoder with a decoder"
+    other_input = next((batch.main for batch in batches if batch.main != "input_ids"), None)
+    if other_input is not None:
+        return f"{name} takes {other_input}"
+    batch = _to_predict(batches)
+    if batch is None:
+        return None
     ids = batch.inputs["input_ids"][:1, :PROBE_TOKENS]
     other = ids.clone()
     other[:, -1] = (ids[:, -1] == 0).to(ids.dtype)  # token 1 instead of 0, 0 instead of any other
-    logits, changed = (getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other))
+    try:
+        logits, changed = (getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other))
+    except (TypeError, ValueError) as error:
+        return f"{name} takes more than token ids: {on_one_line(error)}"
     if logits is None or changed is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
-        raise ValueError(
-            f"model: {trainer} trains causal language models, but {type(model).__name__} returns no logits for each token"
-        )
+        return f"{name} returns no logits for each token"
     if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"model: {trainer} trains causal language models, but in {type(model).__name__} the logits of a token change with those behind it"
-        )
+        return f"in {name} the logits of a token change with those behind it"
+    return None
+
+
+def _to_predict(batches: Iterable[Batch]) -> Batch | None:
+    """Return the first batch that holds tokens to predict."""
+    return next(filter(predicted_tokens, batches), None)
 
 
 def not_finite(model: nn.Module) -> str | None:
