@@ -149,12 +149,13 @@ def kinds_of(op: str) -> set[str]:
     return {implementation.name for name in known for implementation in backends.implementations(name)}
 
 
-def kernel_names(backend: str) -> list[str]:
-    """Return parts of the names of our kernels, so that torch's own are left out."""
+def kernel_filters(backend: str) -> list[str]:
+    """Return what compute-sanitizer calls our kernels, so that torch's own are left out: a part of C++ names, the whole of Triton's."""
     if backend == "cuda":
-        return ["sparsekern"]
+        return ["kns=sparsekern"]
     sources = (ROOT / "sparsekern" / "triton_kernels").glob("*.py")
-    return sorted({name for path in sources for name in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+)", path.read_text())})
+    names = {name for path in sources for name in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+)", path.read_text())}
+    return [f"kne={name}" for name in sorted(names)]
 
 
 def sanitizers(budget: Budget, log: Path) -> list[Row]:
@@ -165,11 +166,10 @@ def sanitizers(budget: Budget, log: Path) -> list[Row]:
     for tool, implementations in SANITIZERS.items():
         for implementation in implementations:
             name = f"{tool} on small cases ({implementation})"
-            names = kernel_names(implementation)
-            if not names or implementation == "triton" and importlib.util.find_spec("triton") is None:
+            if implementation == "triton" and importlib.util.find_spec("triton") is None:
                 continue
             if budget.allows(name, 20):
-                rows.append(_sanitize(name, tool_path, tool, implementation, names, budget.share(SECONDS_A_SANITIZER), log))
+                rows.append(_sanitize(name, tool_path, tool, implementation, budget.share(SECONDS_A_SANITIZER), log))
     return rows
 
 
@@ -178,9 +178,9 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or next((str(path) for path in beside if path.is_file()), None)
 
 
-def _sanitize(name: str, tool_path: str, tool: str, implementation: str, names: list[str], seconds: float, log: Path) -> Row:
+def _sanitize(name: str, tool_path: str, tool: str, implementation: str, seconds: float, log: Path) -> Row:
     options = ["--tool", tool, "--error-exitcode", ERRORS_FOUND, "--report-api-errors", "no", "--print-limit", 20]
-    filters = [part for known in names for part in ("--kernel-name", f"kns={known}")]
+    filters = [part for known in kernel_filters(implementation) for part in ("--kernel-name", known)]
     before = log.stat().st_size if log.is_file() else 0
     command = [tool_path, *options, *filters, sys.executable, "-m", "bench.gpu.samples", implementation]
     code = run(command, log, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})

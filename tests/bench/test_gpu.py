@@ -263,8 +263,6 @@ def test_every_part_that_is_checked_exists():
         assert (ROOT / path).exists()
     for name in ("samples", "worker"):
         assert (ROOT / "bench" / "gpu" / f"{name}.py").is_file()
-    assert checks.kernel_names("cuda") == ["sparsekern"]
-    assert {"product", "multiply", "split_relu"} <= set(checks.kernel_names("triton"))
 
 
 def test_goals():
