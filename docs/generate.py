@@ -54,8 +54,8 @@ def ops_page() -> str:
         "# Ops",
         "Ordinary torch ops in the namespace `sparsekern`: each has a schema, a PyTorch reference that runs on any device, and a fake for "
         "`torch.compile`. Native CPU kernels (scalar, AVX2, AVX-512) take over where they are built; CUDA C++ and Triton kernels do on NVIDIA "
-        "GPUs of compute capability 8.0 and later. `sparsekern info` prints which implementation runs and why another does not; "
-        '`with sparsekern.backends.use(obs_sweep="triton"):` asks for one.',
+        "GPUs of compute capability 8.0 and later, where they have not been run yet. `sparsekern info` prints which implementation runs and "
+        'why another does not; `with sparsekern.backends.use(obs_sweep="triton"):` asks for one.',
         "Tokens are rows: `x` is `[tokens, features]`. Weights are `[out_features, in_features]`. **N:M keeps N of every M.**",
         table(("op", "does", "CPU kernel", "CUDA"), rows),
     ]

@@ -17,7 +17,7 @@ def cross_gram_(
     """Add `alpha * x^T y` to `cross`, in place.
 
     16-bit inputs are multiplied exactly and accumulated in float32. With outputs for `x` and inputs for `y` the result is the `cross` of
-    `gram_solve`. Products too large for float32 are not an error: they leave Inf in `cross`.
+    `gram_solve`. Products too large for float32 are not an error: they leave Inf in `cross`, or on a GPU NaN.
 
     On a CPU this is PyTorch's own float32 product, a few thousand tokens at a time, so that 16-bit inputs are never converted as a whole.
 

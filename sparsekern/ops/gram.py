@@ -15,7 +15,7 @@ def gram_(gram: torch.Tensor, x: torch.Tensor, *, row_mask: torch.Tensor | None 
 
     Only the lower triangle, with the diagonal, is computed and valid afterwards; `gram_symmetrize_` mirrors it once at the end. 16-bit
     inputs are multiplied exactly and accumulated in float32, without scaling before the product. Products too large for float32 are no
-    error: they leave Inf in `gram`, which `reverse_cholesky` refuses.
+    error: they leave Inf in `gram`, or on a GPU NaN. `reverse_cholesky` refuses both.
 
     Args:
         gram: `[features, features]` float32, updated in place.

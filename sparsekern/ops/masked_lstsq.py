@@ -37,8 +37,8 @@ def masked_lstsq(
     exactly, by a Cholesky factorisation each. Features that were never active (a zero on the diagonal of `gram`) get zero weights. If `H`
     does not determine the weights, the result is the solution that conjugate gradients reach from `start`.
 
-    On a GPU an iteration is one kernel and one product in full float32, even if torch allows TF32. With `solver="cholesky"` torch's
-    operators factor the rows one after the other.
+    On a GPU an iteration is one kernel and one product with the error of float32, even if torch allows TF32. With `solver="cholesky"`
+    torch's operators factor the rows one after the other.
 
     Args:
         weight: `[out_features, in_features]` float32, bfloat16 or float16: the dense weights. Computed in float32.

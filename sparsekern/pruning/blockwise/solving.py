@@ -308,7 +308,7 @@ def jobs_of(shared: SharedStatistics) -> tuple[list[Job], list[Linear]]:
 def stacks_of(solver: Solver, jobs: Sequence[Job]) -> list[list[Job]]:
     """Return linears in stacks to solve as one weight each: those with one Gram matrix, if their rows are solved alone.
 
-    On a GPU a sweep of few rows waits for launches more than for arithmetic. On a CPU each linear is a stack by itself.
+    By count, a sweep of few rows on a GPU waits for launches more than for arithmetic. On a CPU each linear is a stack by itself.
     """
     found: list[list[Job]] = []
     open_stacks: dict[tuple[object, ...], list[Job]] = {}
