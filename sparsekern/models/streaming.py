@@ -44,14 +44,14 @@ def refuse_streamed(model: nn.Module, why: str) -> None:
 
 
 @contextmanager
-def in_memory(model: nn.Module, index: int) -> Iterator[None]:
-    """Keep block `index` of a streamed model in memory within, and read the next block ahead. Other models are left alone."""
+def in_memory(model: nn.Module, index: int, ahead: int = 1) -> Iterator[None]:
+    """Keep block `index` of a streamed model in memory within, and read block `index + ahead` ahead. Other models are left alone."""
     stream = stream_of(model)
     if stream is None or index >= len(stream.blocks):
         yield
         return
     with stream.held(model, index):
-        stream.read_ahead(index + 1)
+        stream.read_ahead(index + ahead)
         yield
 
 
@@ -139,8 +139,8 @@ class Stream(StoredBlocks):
             self._wait = None
 
     def read_ahead(self, index: int) -> None:
-        """Begin to read block `index` in another thread, unless it is held or blocks are lent."""
-        if index < len(self.blocks) and index not in self._ahead and not self._holders[index] and self.lent is None:
+        """Begin to read block `index`, if there is one, in another thread, unless it is held or blocks are lent."""
+        if 0 <= index < len(self.blocks) and index not in self._ahead and not self._holders[index] and self.lent is None:
             self._ahead[index] = self.later(lambda: self._load(self.names[index]))
 
     def later(self, call: Callable[[], T]) -> Future[T]:

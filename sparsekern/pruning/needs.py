@@ -90,11 +90,15 @@ SETTINGS = {
     "correction": Setting(NONE, CORRECTIONS, (ONE_LINEAR, INPUTS_ALONE)),
     "tune": Setting(None, BlockTuning, (MASKS,)),
     "distill": Setting(None, Distill, (MASKS, FIRST, PREDICTS, IN_MEMORY)),
-    "allocation": Setting(UNIFORM, ALLOCATIONS, (SHARES, PREDICTS, ONE_PART, IN_MEMORY)),
+    "allocation": Setting(UNIFORM, ALLOCATIONS, (SHARES, PREDICTS)),
     "values": Setting(None, (INT4,), (ONE_PART,)),
 }
 NO_EXPERTS = Need(lambda run: not run.has_experts, "for a mixture, most of whose experts a few tokens do not reach")
-OPTIONAL = {"allocation": (NO_EXPERTS,), "distill": ()}  # what a quality can do without, and what it needs there besides
+OPTIONAL = {
+    "allocation": (NO_EXPERTS,),
+    "tune": (),
+    "distill": (),
+}  # what a quality can do without, and what it needs there besides
 PAIR_OF_BLOCKS = (ONE_PART, IN_MEMORY)  # what two blocks that are tuned together need
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,7 +61,9 @@ class Request:
         allocation: see `prune`.
         distill: see `prune`.
         leaves: the number of parts that statistics are summed in.
-        optional: of `tune` and `distill` those that are left out where the model cannot have them.
+        optional: of `tune`, `distill` and `allocation` those that are left out where the model cannot have them.
+        max_memory: see `prune`.
+        folder: the folder `out`, for what does not stay in memory; None is the one for temporary files.
     """
 
     pattern: Pattern | None = None
@@ -81,6 +84,8 @@ class Request:
     distill: Distill | None = None
     leaves: int = 1
     optional: frozenset[str] = frozenset()
+    max_memory: int | str | None = None
+    folder: Path | None = None
 
     @property
     def default_pattern(self) -> Pattern:

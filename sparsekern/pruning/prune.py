@@ -46,7 +46,7 @@ from .gradual.loop import GradualLoop
 from .memory import planned_memory
 from .mixtures import EQUAL, MAGNITUDE, ExpertRules
 from .modes import check_modes, plain_modes
-from .needs import Run, check_settings, without_unmet
+from .needs import OPTIONAL, Run, check_settings, without_unmet
 from .plan import Choice, PatternLike, Request
 from .processes import Traffic, check_same_run, checked_leaves, on_all_ranks, say_idle
 from .quality import Preset, with_quality
@@ -151,7 +151,7 @@ def prune(
         allocation: how zeros are shared out among the linears of the blocks whose pattern is a share. `"uniform"` gives each the share
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
-            backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT.
+            backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT. A streamed model is read three times more.
         quality: a name for method, correction, allocation, tune and distill. `"fast"` is SparseGPT. `"good"` is ALPS with the
             correction `"dense"`. `"best"` is the same with `BlockTuning()` and `Distill()`, and with the allocation `"fisher"` where
             the pattern is a share. It leaves out the last two where the run cannot do them, with a warning that says why. A config
@@ -241,7 +241,8 @@ def prune(
         check_modes(model)  # what follows looks at weights
         run = replace(run, has_experts=bool(find_experts(model) or find_listed(model)))
         chosen, left_out = without_unmet(chosen, given, run)
-        request = replace(request, optional=frozenset(name for name in ("tune", "distill") if getattr(given, name) is None))
+        asked = {name for name in OPTIONAL if getattr(given, name) != getattr(Preset(), name)}
+        request = replace(request, optional=frozenset(OPTIONAL.keys() - asked))
     check_settings({**vars(chosen), "values": values}, run)
     distill = chosen.distill
     request = replace(request, leaves=leaves, allocation=chosen.allocation, distill=distill)
@@ -254,12 +255,12 @@ def prune(
         )
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
-        plan, batches = loop.make_plan(model, method, request)
+        place = None if out is None else checked_path(out, "out")  # of all ranks, of which only the first holds the folder
+        plan, batches = loop.make_plan(model, method, replace(request, max_memory=max_memory, folder=place))
         if quality is not None:  # its methods prune linear by linear
             left_out, distill = [*left_out, *plan.left_out], plan.distill
         if left_out and world.leads:
             warn(f"quality: {quality!r} leaves out {', and '.join(left_out)}", stacklevel=3)
-        place = None if out is None else checked_path(out, "out")  # of all ranks, of which only the first holds the folder
         memory = planned_memory(model, plan, method, batches or [], max_memory, place, leaves // world.size, ranks=world.size)
         settings: dict[str, Any] = {"method": method.settings(), "seed": seed, **plan.settings}
         settings["calibration"] = batches and fingerprint(batches)

@@ -8,11 +8,18 @@ from torch import nn
 
 import sparsekern
 from sparsekern.models import find_linears
-from sparsekern.pruning import allocation
+from sparsekern.models.streaming import Stream, stream_of
+from sparsekern.pruning import allocation, gradient_squares
 from sparsekern.pruning.batches import as_batches
+from sparsekern.pruning.blockwise.shelf import Shelf
+from sparsekern.pruning.quality import PRESETS, Preset
 from tests.models.families import tiny_ids, tiny_model
 from tests.models.test_experts import tiny_mixture
+from tests.models.test_streaming import folder_of
+from tests.models.zoo import ZOO
 
+from .test_max_memory import least
+from .test_streamed import equal, tensors_of
 from .unfinished import QUIET, Interrupted, interrupted_run, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(calibration tokens for|router gates):sparsekern.SparsekernWarning")
@@ -29,7 +36,7 @@ def test_squares_are_those_of_the_gradients_at_labels_that_the_model_draws(monke
 
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "multinomial", least_likely)
-        found = allocation.gradient_squares(model, linears, as_batches(ids, 2, ids.device, None), 0)[linears[0].name]
+        found = gradient_squares.gradient_squares(model, linears, as_batches(ids, 2, ids.device, None), 0)[linears[0].name]
     expected = torch.zeros(32, dtype=torch.float64)
     for sample, probabilities in zip(ids, drawn, strict=True):
         outputs = []
@@ -49,7 +56,7 @@ def test_gradients_leave_the_model_as_it_was():
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     linears = find_linears(model.model.layers[0], "model.layers.0")
     with torch.no_grad():
-        allocation.gradient_squares(model, linears, as_batches(ids, 2, ids.device, None), 0)
+        gradient_squares.gradient_squares(model, linears, as_batches(ids, 2, ids.device, None), 0)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -93,10 +100,10 @@ def test_padding_has_no_gradient():
     model = tiny_model("llama")
     linears = find_linears(model.model.layers[0], "model.layers.0")
     with torch.no_grad():
-        padded = allocation.gradient_squares(
+        padded = gradient_squares.gradient_squares(
             model, linears, as_batches([{"input_ids": ids, "attention_mask": mask}], 2, ids.device, None), 0
         )
-        plain = allocation.gradient_squares(model, linears, as_batches(ids[:, :12], 2, ids.device, None), 0)
+        plain = gradient_squares.gradient_squares(model, linears, as_batches(ids[:, :12], 2, ids.device, None), 0)
     for name, value in plain.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-3, atol=0)
 
@@ -109,6 +116,72 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     model, report = run(tmp_path / "out", resume=True, **options)
     assert report.resumed_blocks == 1
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_streamed_model_gets_the_shares_of_one_in_memory(kind, tmp_path, monkeypatch):
+    """Bit for bit, and with no more than two blocks in memory: the one at hand and the next to be read, forward or backward."""
+    folder, squares, held = folder_of(kind, tmp_path / "model"), [], []
+
+    def kept(*arguments, **options):
+        squares.append(gradient_squares.gradient_squares(*arguments, **options))
+        return squares[-1]
+
+    def counted(self, model, index, own=Stream._read):
+        own(self, model, index)
+        held.append(len(self._ahead) + sum(not next(model.get_submodule(name).parameters()).is_meta for name in self.blocks))
+
+    monkeypatch.setattr(allocation, "gradient_squares", kept)
+    monkeypatch.setattr(Stream, "_read", counted)
+    ids, mask = tiny_ids(6, 20), torch.ones(6, 20, dtype=torch.int64)
+    mask[1, 13:] = 0
+    batches = [{"input_ids": ids[part], "attention_mask": mask[part]} for part in (slice(3), slice(3, 6))]
+    models = [sparsekern.load(folder, device="cpu", stream=stream) for stream in (False, True)]
+    for model in models:
+        sparsekern.prune(model, "wanda", 0.5, batches, allocation="fisher", out=tmp_path / f"{id(model)}", **QUIET)
+    whole, streamed = squares
+    assert len(whole) > 10 and all(torch.equal(value, streamed[name]) for name, value in whole.items())
+    assert all(parameter.requires_grad for parameter in models[1].parameters())
+    assert equal(*(tensors_of(tmp_path / f"{id(model)}") for model in models))
+    assert max(held) <= 2
+
+
+def test_the_inputs_of_blocks_that_exceed_the_memory_are_on_disk(tmp_path, monkeypatch):
+    folder, written = folder_of("llama_tied", tmp_path / "model"), []
+
+    def counted(self, key, tensor, own=Shelf._write):
+        written.append(key)
+        own(self, key, tensor)
+
+    monkeypatch.setattr(Shelf, "_write", counted)
+
+    def run(out, limit):
+        model = sparsekern.load(folder, device="cpu", stream=True)
+        options = {"allocation": "fisher", "out": tmp_path / out, "batch_size": 4, "max_memory": limit}
+        return sparsekern.prune(model, "wanda", 0.5, tiny_ids(16, 48), **options, **QUIET)
+
+    run("whole", None)
+    limit, message = least(lambda limit: run("never", limit))
+    limit, message = least(lambda _: run("never", limit))  # enough for the model, not for the rest
+    assert "the gradients of a block" in message and "the logits of a sample" in message and not written
+    run("limited", limit)
+    assert len({key for key in written if isinstance(key, tuple)}) > 16  # block and sample, of 48
+    assert equal(tensors_of(tmp_path / "limited"), tensors_of(tmp_path / "whole"))
+
+
+def test_a_streamed_model_whose_blocks_form_no_chain_is_refused_or_goes_without(tmp_path, monkeypatch):
+    ZOO["mpt"].model().save_pretrained(tmp_path / "model")
+    model, why = sparsekern.load(tmp_path / "model", device="cpu", stream=True), "for a streamed model whose blocks take more than"
+    options = {"calibration": tiny_ids(4, 12), "pattern": 0.5, "out": tmp_path / "out", **QUIET}
+    with pytest.raises(ValueError, match=f"allocation: expected 'uniform' {why}"):
+        sparsekern.prune(model, "magnitude", allocation="fisher", **options)
+    assert stream_of(model) is not None and not (tmp_path / "out").exists()
+    monkeypatch.setitem(PRESETS, "best", Preset("magnitude", allocation="fisher"))
+    with pytest.warns(
+        sparsekern.SparsekernWarning, match=f"^quality: 'best' leaves out allocation {why} the output of the one before$"
+    ):
+        report = sparsekern.prune(model, quality="best", **options)
+    assert report.sparsity == 0.5 and "allocation" not in report.settings
 
 
 class NoLogits(nn.Module):
@@ -148,7 +221,6 @@ class NoLogits(nn.Module):
             "allocation: expected 'uniform' for Structured, which does not prune each",
         ),
         (lambda: tiny_model("llama"), "gradual", 0.5, {}, "allocation: expected 'uniform' for Gradual"),
-        (lambda: tiny_model("llama"), "wanda", 0.5, {"leaves": 2}, "allocation: expected 'uniform' for sums in 2 parts"),
         (lambda: tiny_mixture("mixtral"), "wanda", 0.5, {}, "allocation: expected 'uniform' for a mixture"),
         (NoLogits, "wanda", 0.5, {}, "allocation: expected a model that returns the logits of each token, got NoLogits"),
     ],

@@ -28,8 +28,6 @@ REFUSED = [
     ("allocation", Run(Structured()), "for Structured, which does not prune each linear to a share"),
     ("allocation", Run(Gradual()), "for Gradual, which does not prune each linear to a share"),
     ("allocation", Run(ALPS(), predicts=False), NO_TOKENS),
-    ("allocation", Run(ALPS(), leaves=4), PARTS),
-    ("allocation", Run(ALPS(), is_streamed=True), STREAMED),
     ("values", Run(Wanda(), leaves=4), PARTS),
 ]
 
@@ -49,7 +47,7 @@ def test_every_need_is_tested():
 
 @pytest.mark.parametrize("run", [Run(Wanda(), is_streamed=True), Run(ALPS(), leaves=4), Run(Wanda(), is_second=True)])
 def test_what_works_block_by_block_needs_neither_memory_nor_a_single_process(run):
-    check_settings({**ALONE, "correction": "dense", "tune": BlockTuning()}, run)
+    check_settings({**ALONE, "correction": "dense", "tune": BlockTuning(), "allocation": "fisher"}, run)
 
 
 def test_several_processes_distill():
@@ -60,8 +58,7 @@ def test_a_quality_goes_without_what_the_run_cannot_give():
     best = PRESETS["best"]
     assert without_unmet(best, Preset(), Run(ALPS())) == (best, [])
     found, reasons = without_unmet(best, Preset(), Run(ALPS(), is_streamed=True))
-    assert found == replace(best, allocation="uniform", distill=None)
-    assert reasons == [f"allocation {STREAMED}", f"distill {STREAMED}"]
+    assert found == replace(best, distill=None) and reasons == [f"distill {STREAMED}"]
     found, reasons = without_unmet(best, Preset(), Run(ALPS(), has_experts=True))
     assert found == replace(best, allocation="uniform") and reasons[0].startswith("allocation for a mixture, most of whose experts")
     asked = Preset(distill=Distill())

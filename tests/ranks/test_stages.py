@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ TUNE = BlockTuning(passes=2, batch_tokens=24, learning_rate=1e-3)
 DISTILL = Distill(steps=3, batch_tokens=90, learning_rate=1e-3)
 CORRECTED, TUNED = {"correction": "dense"}, {"tune": TUNE}
 BOTH = CORRECTED | TUNED
+ALLOCATED = {"pattern": 0.5, "allocation": "fisher"}
 
 
 def figures(report: dict) -> tuple[list, list]:
@@ -36,10 +39,12 @@ def figures(report: dict) -> tuple[list, list]:
         ("magnitude", CORRECTED),
         ("wanda", TUNED),
         ("sparsegpt", BOTH),
+        ("wanda", ALLOCATED),
     ],
 )
 def test_the_result_has_the_same_bits_for_every_number_of_ranks(ranks, method, options):
     expected, alone = pruned(0, method, **options)
+    assert (len({layer["zeros"] / math.prod(layer["shape"]) for layer in alone["layers"]}) > 1) == ("allocation" in options)
     for size in (2, 4):
         for digest, report in succeeded(ranks.run(size, f"{RUNS}:with_options", method, options)):
             assert digest == expected and figures(report) == figures(alone)
@@ -80,7 +85,7 @@ def test_a_killed_run_is_resumed_by_another_number_of_ranks(ranks, tmp_path):
 
 
 def test_a_streamed_model_gives_the_same_files_also_after_a_kill(ranks, tmp_path):
-    options = BOTH | {"source": save_folder(tmp_path / "model", num_hidden_layers=2)}
+    options = BOTH | ALLOCATED | {"source": save_folder(tmp_path / "model", num_hidden_layers=2)}
     pruned(0, "wanda", tmp_path / "whole", **options)
     killed(0, 1, "wanda", tmp_path / "out", **options)
     succeeded(ranks.run(2, f"{RUNS}:with_options", "wanda", options | {"out": tmp_path / "out", "resume": True}))

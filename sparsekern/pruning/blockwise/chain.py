@@ -66,7 +66,7 @@ class Chain:
             calls: list[BlockCall] = []
             ran: list[int] = []
             try:
-                (hidden,) = self._run_around_blocks(batch, calls=calls, ran=ran)
+                (hidden,), _ = self._run_around_blocks(batch, calls=calls, ran=ran)
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -111,12 +111,11 @@ class Chain:
         """Replace the hidden states of a batch by the output of block `index`."""
         self.put(batch, self.run(batch, index))
 
-    def finish(self, batch: int) -> None:
-        """Call the model with a last block that returns the hidden states."""
+    def finish(self, batch: int, hidden: torch.Tensor | None = None) -> object:
+        """Return what the model returns with a last block that returns `hidden`, or the batch's hidden states where that is None."""
         if self._blocks:
-            self._run_around_blocks(self._batches[batch], final=self._shelf.get(batch))
-        else:
-            forward(self._model, self._batches[batch].inputs)
+            return self._run_around_blocks(self._batches[batch], final=self._shelf.get(batch) if hidden is None else hidden)[1]
+        return forward(self._model, self._batches[batch].inputs)
 
     def _run_around_blocks(
         self,
@@ -125,11 +124,11 @@ class Chain:
         calls: list[BlockCall] | None = None,
         ran: list[int] | None = None,
         final: torch.Tensor | None = None,
-    ) -> list[torch.Tensor]:
+    ) -> tuple[list[torch.Tensor], object]:
         """Call the model with blocks that return their input. The last one returns `final`, or ends the call if that is None.
 
         Returns:
-            The input of the first block, if there is a block.
+            The input of the first block, if there is a block; and what the model returned, if it was not ended.
         """
         first: list[torch.Tensor] = []
         last = len(self._blocks) - 1
@@ -153,9 +152,8 @@ class Chain:
         with replaced_forwards({block: stand_in(index) for index, block in self._blocks.items()}):
             if final is None:
                 stopped(lambda: forward(self._model, batch.inputs))
-            else:
-                forward(self._model, batch.inputs)
-        return first
+                return first, None
+            return first, forward(self._model, batch.inputs)
 
 
 def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -92,13 +92,15 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         batches = batches_for(model, method, request.calibration, request.batch_size, most_tokens)
         if request.correction == DENSE or trainings:
             batches = with_held_out(batches, request.seed)
-        with prepared(model, request.seed), lent_blocks(model):
-            plan = observed(model, plan, batches)
-            plan = with_trainings(model, plan, batches, request.optional)
+        with prepared(model, request.seed):
+            with lent_blocks(model):
+                plan = observed(model, plan, batches)
+                plan = with_trainings(model, plan, batches, request.optional)
             if request.allocation != UNIFORM:
-                plan = with_allocation(model, plan, batches, request.seed)
+                plan = with_allocation(model, plan, batches, request)
             if isinstance(method, BlockMethod):
-                plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
+                with lent_blocks(model):
+                    plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
         return plan, batches
 
     @property
