@@ -1,8 +1,9 @@
 """`obs_sweep` in Triton: the work inside one block of columns. The loop over blocks is in `sparsekern.backends.obs_sweep`.
 
 Floor of the whole sweep: `rows * columns^2` operations in the products between blocks, which are not computed here. Inside a block each
-column waits for the previous one, so latency bounds this kernel. A column takes 100 to 130 cycles: about 45 instructions and two shuffles
-for a given mask, 80 where groups are chosen. 4096 columns take 0.3 ms. Each weight is read and written once, 0.02 ms for 4096 x 4096.
+column waits for the previous one, so latency bounds this kernel. In the machine code for sm_90 a column has 51 instructions and four
+shuffles for a given mask, 140 of float32 and 229 of 16 bits where 2:4 is chosen: at an instruction a cycle 0.1, 0.3 and 0.5 ms for 4096
+columns. Each weight is read and written once, 0.02 ms for 4096 x 4096.
 
 A program owns 16 rows and takes a block in sub-blocks of `WIDTH` columns, whose current weights it holds in registers:
     now = weight + (pending + sum over earlier columns of the block of delta V) V_ss^-1.
@@ -10,8 +11,8 @@ With `diag(V_ss) V_ss^-1 = I + R`, R strictly upper triangular, pruning column j
 column j and all columns to its left unchanged. A column therefore costs one masked sum, which reads it, and one multiply-add per element.
 * The explicit inverse of a whole block would be inaccurate; that of a 32-column triangle is as accurate as substitution. Between
   sub-blocks, as between blocks, V itself is multiplied: three TF32 passes on the tensor cores, with the accuracy of float32.
-* A warp owns whole rows, four lanes each, so that no warp waits for another inside the loop over columns. The loop is unrolled. The
-  compiler then knows which of a lane's registers can hold a column, and the masked sum reads two registers instead of all.
+* On compute capability 9 a warp owns whole rows, four lanes each, so that no warp waits for another inside the loop over columns. The loop
+  is unrolled. The compiler then knows which of a lane's registers can hold a column, and the masked sum reads two registers instead of all.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ CHUNK = 32  # earlier columns of the block multiplied at a time
 SCAN = 4096  # values read by a program of `find_not_finite`: 32 or 64 bytes in flight per thread
 COMPILED = (
     (2, 4),
+    (2, 3),
     (4, 8),
-    (3, 5),
     (16, 32),
     (5, 64),
 )
@@ -54,15 +55,18 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config(columns: int, m: int, capability: tuple[int, int]) -> Config:
-    """Return the shape of a program for blocks of `columns` columns in groups of `m` (0: none).
+def config(columns: int, m: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    """Return the shape of a program for blocks of `columns` columns in groups of `m` (0: none), and weights of `dtype`.
 
-    Groups of more than 32 columns need the registers of more warps. With groups of 5 to 8, ptxas spills a few registers in two cases:
-    on compute capability 9 and later if two warps share the rows, and on 8 if one warp has them all.
+    The shapes are those with which ptxas spills nothing, under Triton 3.6 and 3.7. One warp owns all rows where it can: on compute
+    capability 8, and with groups of 7 in float32, it has too few registers, and two warps wait for each other at each column. Parts of 16
+    columns tell the compiler where a column is, if groups divide them, but those of 16-bit weights in groups of 2 to 4 must be shorter.
     """
     size = 16 if columns <= 16 else 32 if m <= 32 else 64
-    part = max(1, 16 // m) * m if m else 16
-    one_warp = 5 <= m <= 8 and capability >= (9, 0)
+    group = m or 1
+    short = 16 % group or 2 <= m <= 4 and dtype != torch.float32
+    part = max(1, (8 if short else 16) // group) * group
+    one_warp = capability >= (9, 0) and m != 7
     return Config(part, size // part * part, size, 8 if size == 64 else 1 if one_warp else 2)
 
 
@@ -297,7 +301,7 @@ class TritonKernels:
 
     def _prepare(self, m: int) -> Triangles:
         blocks, factor = self._state.blocks, self._state.factor
-        tiles = config(blocks[0].last, m, device_of(factor).capability)
+        tiles = config(blocks[0].last, m, self._state.weight.dtype, device_of(factor).capability)
         parts = triton.cdiv(blocks[0].last, tiles.width)
         batch, all_parts = factor.shape[:-2], len(blocks) * parts
         triangles = factor.new_empty((*batch, all_parts, tiles.size + 1, tiles.size))
@@ -330,9 +334,11 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     """Yield the shipped configurations for devices of `capability`."""
     for score, n, m in ((True, 0, 0), (False, 0, 0), *((False, n, m) for n, m in COMPILED)):
         yield _case("bf16", score, n, m, capability)
-    for dtype in ("fp32", "fp16"):  # they differ only in loads and stores
-        yield _case(dtype, False, 2, 4, capability)
-    for tiles in sorted({config(128, m, capability)._replace(num_warps=4) for m in (0, *(m for _, m in COMPILED))}):
+    for dtype, n, m in (("fp32", 2, 4), ("fp32", 3, 5), ("fp16", 2, 4)):
+        yield _case(dtype, False, n, m, capability)
+    for tiles in sorted(
+        {config(128, m, torch.float32, capability)._replace(part=0, num_warps=4) for m in (0, *(m for _, m in COMPILED))}
+    ):
         constants = {"WIDTH": tiles.width, "SIZE": tiles.size}
         numbers = dict.fromkeys(("columns", "border", "block", "last"), "i32:16") | {"parts": "i32"}
         yield CompileCase(
@@ -343,7 +349,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
 
 
 def _case(dtype: str, score: bool, n: int, m: int, capability: tuple[int, int]) -> CompileCase:
-    tiles = config(128, m, capability)
+    tiles = config(128, m, torch.float32 if dtype == "fp32" else torch.bfloat16, capability)
     pointers = {
         "weight": dtype, "factor": "fp32", "triangle": "fp32", "delta": "fp32", "row_error": "fp32",
         **({"scores": "fp32"} if score else {"mask": "u8", "new_weight": dtype}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -24,7 +23,7 @@ from sparsekern.triton_kernels._common import CompileCase  # noqa: E402
 from . import triton_build  # noqa: E402
 from .triton_build import ARCHITECTURES, build, faults, faults_of_ones, shipped  # noqa: E402
 
-EVERY = "SPARSEKERN_EVERY_CONFIGURATION"  # 1: those for Ampere and Blackwell too
+EVERY = os.environ.get("SPARSEKERN_EVERY_CONFIGURATION") == "1"  # as `make test-triton` sets it
 ON_EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 
 
@@ -42,28 +41,34 @@ def processes(cache):
         yield pool
 
 
-def compiled_for(architecture: triton_build.Architecture, every: bool = os.environ.get(EVERY) == "1") -> Iterator[int]:
-    """Yield the numbers of the configurations to compile: all for Hopper, one of each kernel and kind of product for other architectures.
+def kind_of_product(case: CompileCase) -> object:
+    return case.kernel, case.tensor_cores
 
-    Kinds of 16 bits are loaded, converted and multiplied by the same number of instructions, so that one of them is enough. Blackwell differs
-    from Hopper in its tensor cores: a kernel without them has as many registers on either. `make test-triton` compiles both kinds for Hopper,
-    and all configurations for Ampere and Blackwell (`every`).
-    """
-    hopper = architecture.capability == (9, 0)
-    seen: set[object] = set()
-    for number, case in enumerate(shipped(architecture)):
-        known = case.kernel, str(case._replace(kernel=None)).replace("fp16", "bf16") if every or hopper else case.tensor_cores
-        if known in seen and not (every and hopper):
-            continue
-        if case.tensor_cores or architecture.capability < (10, 0) or case.kernel not in seen:
-            seen |= {case.kernel, known}
-            yield number
+
+def all_but_the_kind_of_16_bits(case: CompileCase) -> object:
+    """They are loaded, converted and multiplied by the same number of instructions."""
+    return case.kernel, str(case._replace(kernel=None)).replace("fp16", "bf16")
+
+
+# Of configurations that have this in common one is compiled, unless all are wanted. Hopper's registers stand for those of the others.
+ALIKE = {"sm_80": kind_of_product, "sm_90": all_but_the_kind_of_16_bits, "sm_100": kind_of_product}
+
+
+def compiled_for(architecture: triton_build.Architecture) -> list[int]:
+    """Return the numbers of the configurations to compile."""
+    cases = list(shipped(architecture))
+    if EVERY:
+        return list(range(len(cases)))
+    first: dict[object, int] = {}
+    for number, case in enumerate(cases):
+        first.setdefault(ALIKE[architecture.name](case), number)
+    return list(first.values())
 
 
 @pytest.mark.slow
 @ON_EVERY_ARCHITECTURE
 def test_every_shipped_configuration(architecture, processes):
-    numbers = list(compiled_for(architecture))
+    numbers = compiled_for(architecture)
     assert numbers
     found = processes.map(triton_build.faults_of_number, numbers, [architecture] * len(numbers), chunksize=4)
     assert not [fault for faults in found for fault in faults]

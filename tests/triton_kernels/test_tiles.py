@@ -127,11 +127,12 @@ def test_units_of_a_step(head_size, tile):
 @pytest.mark.parametrize("columns", [1, 16, 17, 64, 128])
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_sub_blocks_of_a_sweep_hold_whole_groups_and_as_many_as_fit(columns, m, capability):
-    tiles = obs_sweep.config(max(columns, m), m, capability)
-    assert tiles.width <= tiles.size and tiles.size & (tiles.size - 1) == 0
-    assert tiles.width % tiles.part == 0 and tiles.width + tiles.part > tiles.size
-    assert tiles.part % (m or 1) == 0 and tiles.width > 0
-    assert tiles.num_warps in (1, 2, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        tiles = obs_sweep.config(max(columns, m), m, dtype, capability)
+        assert tiles.width <= tiles.size and tiles.size & (tiles.size - 1) == 0
+        assert tiles.width % tiles.part == 0 and tiles.width + tiles.part > tiles.size
+        assert tiles.part % (m or 1) == 0 and tiles.width > 0
+        assert tiles.num_warps in (1, 2, 8)
 
 
 def test_a_matrix_is_copied_only_where_its_rows_are_not_aligned():
