@@ -53,7 +53,17 @@ def lacks_avx512() -> bool:
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).iterdir() if p.suffix in suffixes)
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).iterdir() if p.name.endswith(suffixes))
+
+
+def kernels(folder: str, *suffixes: str) -> list[str]:
+    """The sources of a folder, its wrappers as one: each of them spends seconds on torch's headers and none on itself."""
+    wrappers, unit = sources(folder, "_op.cpp"), ROOT / "build" / f"{folder}_ops.cpp"
+    text = "".join(f'#include "{Path(source).relative_to("csrc").as_posix()}"\n' for source in wrappers)
+    if not unit.exists() or unit.read_text() != text:  # or else its date stays, and with it what was compiled
+        unit.parent.mkdir(exist_ok=True)
+        unit.write_text(text)
+    return [*(source for source in sources(folder, *suffixes) if source not in wrappers), str(unit.relative_to(ROOT))]
 
 
 def missing_compiler() -> str | None:
@@ -80,7 +90,7 @@ def extensions() -> tuple[list, dict]:
     testing = ["csrc/testing/planted_fault.cpp", "csrc/testing/last_resort.cpp"] if os.environ.get("DEBUG") == "asan" else []
     native = CppExtension(
         "sparsekern._C",
-        [*sources("cpu", ".cpp"), *testing],
+        [*kernels("cpu", ".cpp"), *testing],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": [*flags, *ABI_FLAGS]},
         extra_link_args=link_flags,
@@ -117,7 +127,7 @@ def cuda_extension(required: bool, flags: list[str]) -> list:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     extension = cpp_extension.CUDAExtension(
         "sparsekern._C_cuda",
-        sources("cuda", ".cpp", ".cu"),
+        kernels("cuda", ".cpp", ".cu"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={
             "cxx": [*flags, *ABI_FLAGS, "-DUSE_CUDA"],

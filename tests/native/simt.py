@@ -37,7 +37,7 @@ def build_library(library: Path = BUILD / "simt" / "_C_simt.so", instead: Mappin
 
     Args:
         library: the file to make.
-        instead: source files to take in place of those of the same name in csrc/cuda, compiled beside themselves.
+        instead: kernels to take in place of those of the same name in csrc/cuda, compiled beside themselves.
 
     Raises:
         RuntimeError: with the compiler's words, if something does not compile.
@@ -45,12 +45,16 @@ def build_library(library: Path = BUILD / "simt" / "_C_simt.so", instead: Mappin
     objects = BUILD / "simt"
     objects.mkdir(parents=True, exist_ok=True)
     cuda = CSRC / "cuda"
-    sources = [instead.get(source.name, source) for source in sorted([*cuda.glob("*.cu"), *cuda.glob("*_op.cpp")])]
-    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), Path(__file__)]
+    wrappers = objects / "ops.cpp"  # in one unit, as setup.py compiles them
+    text = "".join(f'#include "cuda/{source.name}"\n' for source in sorted(cuda.glob("*_op.cpp")))
+    if not wrappers.exists() or wrappers.read_text() != text:
+        wrappers.write_text(text)
+    sources = [wrappers, *(instead.get(source.name, source) for source in sorted(cuda.glob("*.cu")))]
+    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *cuda.glob("*_op.cpp"), Path(__file__)]
     newest = max(header.stat().st_mtime for header in headers)
 
     def compile_one(source: Path) -> Path:
-        target = (objects if source.parent == cuda else source.parent) / f"{source.name}-{torch.__version__}.o"
+        target = (source.parent if source in instead.values() else objects) / f"{source.name}-{torch.__version__}.o"
         if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):
             _run(*compiler(), *FLAGS, *INCLUDE, "-c", "-x", "c++", source, "-o", target)
         return target
