@@ -277,6 +277,11 @@ def test_the_real_model(tmp_path, monkeypatch):
     assert report["results"]["sparsity"] == pytest.approx(0.5, abs=1e-6)  # a kept weight may be zero too
     dense, pruned = report["results"]["measured"]["perplexity, dense"], report["results"]["measured"]["perplexity, pruned"]
     assert 18.5 < dense < 20 and dense < pruned < 1.35 * dense
+    # What was read from a GGUF file is a plain model of its values, whose tokenizer knows the special tokens.
+    assert "gguf" not in (tmp_path / "out" / "config.json").read_text()
+    model, words = sparsekern.load(tmp_path / "out", device="cpu"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32 and sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert words("The capital of France is")["input_ids"] == [504, 3575, 282, 4649, 314] and words.eos_token == "<|im_end|>"
 
 
 def test_a_model_without_a_tokenizer_is_pruned_by_a_method_without_data(tmp_path, capsys):

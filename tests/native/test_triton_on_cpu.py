@@ -15,14 +15,13 @@ pytestmark = pytest.mark.slow
 
 
 SWEEP = "tests/ops/test_obs_sweep.py"  # as long as all others together, so it runs beside them
-AS_FOR_C = "tests/ops/test_torch_op.py"  # versions, gradients and autocast are the dispatcher's, whatever kernel runs below it
-PARTS = ((SWEEP,), ("tests/ops", "tests/triton_kernels", f"--ignore={SWEEP}", f"--ignore={AS_FOR_C}"))
+PARTS = ((SWEEP,), ("tests/ops", "tests/triton_kernels", f"--ignore={SWEEP}"))
 
 
 def test_op_tests_pass_on_the_triton_kernels(tmp_path):
     package = sanitizers.copy_package(tmp_path)
-    # torch's threads have no part in these kernels.
-    options = ("--kernels=triton", "-k", f"{sanitizers.NOT_AGAIN} and not threads")
+    # torch's threads and instruction sets have no part in these kernels, and gradients are other ops.
+    options = ("--kernels=triton", "-k", f"{sanitizers.NOT_AGAIN} and not threads and not isa_that and not gradients")
 
     def run(tests: tuple[str, ...]) -> subprocess.CompletedProcess:
         return sanitizers.run_op_tests(package, *options, tests=tests, TRITON_INTERPRET="1", LD_PRELOAD="")
