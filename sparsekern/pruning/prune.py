@@ -168,7 +168,8 @@ def prune(
 
     Raises:
         TypeError: bad arguments. They are refused before any work is done.
-        MemoryError: what `distill` keeps of the dense model does not fit, before any work is done.
+        MemoryError: the state of `distill` does not fit, before any work is done; or what it keeps of the dense model, before anything
+            is pruned.
         ValueError: bad arguments, or a model that cannot be pruned in this way, before any work is done. Also NaN or Inf in an
             activation, which the message locates by linear and calibration sample. Then the current block is unchanged, and the
             earlier ones are pruned (and on disk with `out`). Training (`Gradual`) whose loss or weights do not stay finite leaves

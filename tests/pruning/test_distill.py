@@ -223,12 +223,35 @@ def test_the_state_of_training_is_counted(dtype, on_grid, a_weight):
     assert checks.training_bytes(model, on_grid, leaves=4) == (a_weight + 2 * 4) * trained
 
 
-def test_a_teacher_that_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(checks, "free_bytes", lambda device: 1000)
-    with pytest.raises(
-        MemoryError, match=r"distill: expected 0.0 GB for what is kept of the dense model .* 0.0 GB that are free on cpu"
-    ):
-        prune()
+@pytest.mark.parametrize(
+    ("family", "beside", "what"),
+    [
+        ("llama", -1, "the state of training"),
+        ("llama", 0, "the dense model's hidden states and the state of training"),
+        ("gemma2", 0, "a copy of the dense model and the state of training"),
+    ],
+)
+def test_what_does_not_fit_is_refused(monkeypatch, family, beside, what):
+    """Where all memory is the host's. Logits that are bounded need a copy."""
+    model = tiny_model(family)
+    free = checks.training_bytes(model, False) + beside
+    monkeypatch.setattr(checks, "free_bytes", lambda device: free)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MemoryError, match=f"distill: expected 0.0 GB for {what}, got 0.0 GB that are free on cpu"):
+        prune(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_hidden_states_are_no_load_on_a_gpu(monkeypatch):
+    """They lie in the memory of the host, and the state of training on the GPU."""
+    asked = []
+    monkeypatch.setattr(checks, "free_bytes", lambda device: asked.append(str(device)) or 100)
+    checks.check_states(torch.device("cuda", 1), 100, 10**9)
+    with pytest.raises(MemoryError, match="for the dense model's hidden states, got 0.0 GB that are free on cpu"):
+        checks.check_states(torch.device("cuda", 1), 101, 10**9)
+    assert asked == ["cpu", "cpu"]
+    with pytest.raises(MemoryError, match="hidden states and the state of training"):
+        checks.check_states(torch.device("cpu"), 100, 1)
 
 
 def test_a_model_that_predicts_no_tokens_is_refused():

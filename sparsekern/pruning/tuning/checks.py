@@ -1,4 +1,4 @@
-"""Checks whether what follows a method fits into memory, in front of all work."""
+"""Checks whether what follows a method fits into memory, in front of what it needs the memory for."""
 
 from __future__ import annotations
 
@@ -7,26 +7,52 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .reader import copied_bytes, frozen_parameters
+from .reader import frozen_parameters
 
 STATES = 4 + 2 * 4 + 1  # bytes a trained weight, beside its value from before: gradient, two moments and mask
 FLOAT32 = 4  # bytes of the master of a 16-bit weight, and of that of a weight of 4 bits
+CPU = torch.device("cpu")
 
 
 def check_room(model: nn.Module, *, on_grid: bool = False, leaves: int = 1) -> None:
-    """Raise `MemoryError` unless what distillation keeps of a dense model and the state of training fit beside the model.
+    """Raise `MemoryError` unless the state of training fits beside the model.
 
     Args:
         model: the model, still dense.
         on_grid: True if its linears will have values of 4 bits.
         leaves: the parts that this process sums gradients in.
     """
-    device = next(model.parameters()).device
-    free, needed = free_bytes(device), copied_bytes(model) + training_bytes(model, on_grid, leaves)
+    _check_free(next(model.parameters()).device, training_bytes(model, on_grid, leaves), "the state of training")
+
+
+def check_copy(model: nn.Module, copied: int, training: int) -> None:
+    """Raise `MemoryError` unless a copy of the dense model fits beside the model, and the state of training beside both.
+
+    Args:
+        model: the model.
+        copied: the bytes of the copy.
+        training: those of the state of training.
+    """
+    _check_free(next(model.parameters()).device, copied + training, "a copy of the dense model and the state of training")
+
+
+def check_states(device: torch.device, kept: int, training: int) -> None:
+    """Raise `MemoryError` unless hidden states of the dense model fit into the memory of the host, with what else it is to hold.
+
+    Args:
+        device: that of the model, which holds the state of training.
+        kept: the bytes of the hidden states that stay in memory.
+        training: those of the state of training.
+    """
+    beside = training if device.type == CPU.type else 0
+    _check_free(CPU, kept + beside, "the dense model's hidden states" + (" and the state of training" if beside else ""))
+
+
+def _check_free(device: torch.device, needed: int, what: str) -> None:
+    free = free_bytes(device)
     if free is not None and needed > free:
         raise MemoryError(
-            f"distill: expected {needed / 1e9:,.1f} GB for what is kept of the dense model and the state of training, got "
-            f"{free / 1e9:,.1f} GB that are free on {device}"
+            f"distill: expected {needed / 1e9:,.1f} GB for {what}, got {free / 1e9:,.1f} GB that are free on {device}"
         )
 
 

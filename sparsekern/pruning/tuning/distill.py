@@ -32,6 +32,7 @@ from ..run import Blocks, RunContext
 from ..seeds import derived_seed
 from ..session import batches_for
 from ..windows import with_held_out
+from .checks import training_bytes
 from .masters import float32_masters, only_these_require_gradients
 from .reader import Reader, frozen_parameters
 from .teacher import Teacher
@@ -68,6 +69,7 @@ class Distillation:
             batches: the samples to train on, of which some are held out.
 
         Raises:
+            MemoryError: what the teacher keeps does not fit.
             OSError: the disk refuses the teacher's hidden states.
         """
         self._context, self._settings, self._progress = context, settings, context.progress
@@ -80,7 +82,9 @@ class Distillation:
         used = {*chain.from_iterable(self._held_out), *chain.from_iterable(steps)}
         pruned = [linear.parameter for linear in context.plan.linears]
         with context.clock.phase("distill"):
-            self._teacher = Teacher(context.model, batches, used, pruned, context.memory.folder)
+            on_grid, leaves = isinstance(context.method, FourBits), context.leaves // context.world.size
+            training = training_bytes(context.model, on_grid, leaves)
+            self._teacher = Teacher(context.model, batches, used, pruned, context.memory.folder, training)
         self._checkpoint = checkpoint
         self.curve: list[dict[str, float]] = []
 

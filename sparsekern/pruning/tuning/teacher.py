@@ -10,6 +10,7 @@ from torch import nn
 
 from ..batches import Batch
 from ..blockwise.shelf import Shelf
+from .checks import check_copy, check_states
 from .reader import Reader, copied_bytes, dense_copy
 
 
@@ -30,6 +31,7 @@ class Teacher:
         used: Iterable[int],
         pruned: Iterable[nn.Parameter],
         folder: Path | None = None,
+        training: int = 0,
     ) -> None:
         """Read what training needs of a model that is still dense.
 
@@ -39,21 +41,28 @@ class Teacher:
             used: the numbers of the batches that are read.
             pruned: the parameters that will change, besides those that no training changes.
             folder: where the file is made, once it is needed; None is the folder for temporary files.
+            training: bytes that the state of training will take on the model's device.
 
         Raises:
+            MemoryError: the copy or the hidden states do not fit, with that state.
             OSError: the disk refuses the file.
         """
         self._batches = batches
         self._states: Shelf | None = None
         reader = Reader(model, batches[0])
+        limit = copied_bytes(model)
         if reader.head is None:
+            check_copy(model, limit, training)
             self._reader = Reader(dense_copy(model, pruned), batches[0])
             self.head = None
             return
         head = reader.head.detach()
         self.head = head.clone() if any(reader.head is parameter for parameter in pruned) else head
-        self._states = Shelf(copied_bytes(model), folder)
-        for number in sorted(set(used)):
+        used = sorted(set(used))
+        tokens = sum(batches[number].tokens for number in used)
+        check_states(head.device, min(limit, tokens * head.shape[1] * head.itemsize), training)
+        self._states = Shelf(limit, folder)
+        for number in used:
             self._states.put(number, reader.read(batches[number]))
 
     def read(self, number: int) -> torch.Tensor:
