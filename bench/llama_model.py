@@ -90,6 +90,12 @@ def packed_model(dense: nn.Module) -> nn.Module:
     return model
 
 
+def with_head(packed: nn.Module) -> nn.Module:
+    """Return a packed model whose head and embeddings have 8 bits. It shares everything else with the given one."""
+    shared = {id(tensor): tensor for tensor in (*packed.parameters(), *packed.buffers())}
+    return sparsekern.pack(copy.deepcopy(packed, shared), head="int8")
+
+
 def write_gguf(packed: nn.Module, build: Path, file: Path) -> None:
     """Write the packed model for llama.cpp: its linears in Q4_0 without loss, the embeddings as `llama-quantize` stores them, in Q6_K.
 

@@ -7,7 +7,8 @@ from torch.nn.functional import linear
 
 import sparsekern
 from baselines.dense_gemv import dense_gemv
-from sparsekern.runtime.formats import Bitmask, Format
+from sparsekern.runtime.formats import Bitmask
+from sparsekern.runtime.packed_format import Format
 
 from ..inputs import short
 from ..problem import Case, NotHere, Place, Problem

@@ -94,6 +94,17 @@ void nm_q4_pack(
 // Writes the dense weight and its scales; throws unless the blocks are what packing makes.
 void nm_q4_unpack(const NmQ4Rows& packed, int64_t columns, float* weight, void* scales, const Executor& executor);
 
+// A weight of 8-bit values, [rows, columns], and the factor of each row.
+struct Int8Rows {
+  const int8_t* values;
+  const float* scales;
+  int64_t rows;
+};
+void int8_linear(
+    const void* x, DType dtype, int64_t tokens, int64_t columns, const Int8Rows& packed,
+    const void* bias,  // null: none
+    void* y, const Executor& executor);
+
 // The experts of each token, [tokens, choices]. Packed weights of experts are stored one after another: those of the first one are given,
 // with its rows; values of a bitmask are shared.
 struct ExpertChoice {

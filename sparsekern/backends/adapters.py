@@ -22,7 +22,7 @@ PLAIN_CUDA = (
     "semi_structured_unpack",
     "topk_mask",
 )
-PLAIN_TRITON = ("gated_split", "plain_split")
+PLAIN_TRITON = ("gated_split", "int8_linear", "plain_split")
 
 
 class CudaKernel:

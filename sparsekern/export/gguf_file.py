@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from .._files import replace_atomically
+from .._warnings import warn
 from ..methods import check_choice
 from ..models.streaming import refuse_streamed
 from .architectures import Architecture, add_parameters, architecture_of
-from .gguf_tensors import OF_DTYPE, TYPES, Stored, tensors_of, type_of
+from .gguf_tensors import OF_DTYPE, TYPES, Stored, rounded_rows, tensors_of, type_of
 from .vocabulary import Vocabulary, add_vocabulary, vocabulary_of
 
 SUFFIX = ".gguf"
@@ -37,7 +38,8 @@ def export_gguf(
 
     A linear whose values have 4 bits (`prune(values="int4")`) is stored as Q4_0 without loss: the numbers of a packed folder such as
     `2:4-q4`, with the zeros written out. So llama.cpp can run exactly the weights that `2:4-q4` stores. A dense float32 model has the same
-    numbers; one in a half dtype had rounded them. Norms and biases are float32.
+    numbers; one in a half dtype had rounded them. A head that `pack(head="int8")` made is stored as Q8_0, without loss but for rows whose
+    scale float16 does not hold; a warning counts them. Norms and biases are float32.
 
     The families are LLaMA (also SmolLM2, TinyLlama), Mistral, Qwen2 and Qwen3. A tensor is in memory at a time, besides the model.
 
@@ -74,6 +76,8 @@ def export_gguf(
     config: Any = model.config
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, config.vocab_size)
     tensors = tensors_of(model, architecture, type)
+    if rows := rounded_rows(tensors):
+        warn(f"{rows} rows of 8-bit values are rounded again, since float16 does not hold their scales", stacklevel=2)
     _check_space(file, tensors)
     replace_atomically(file, lambda temporary: _write(temporary, file.stem, config, architecture, vocabulary, tensors))
     return file

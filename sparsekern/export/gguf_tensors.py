@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from ..layouts.q4_0 import BLOCK_COLUMNS, q4_0_rows
 from ..layouts.q4_grid import telling_scales
+from ..layouts.q8_0 import check_scales, held_by_float16, q8_0_rows
 from ..models.linears import is_conv1d
 from ..ops import nm_q4_unpack
 from ..runtime import SparseLinear
-from ..runtime.formats import NMQ4Packed
+from ..runtime.formats import Int8, NMQ4Packed
+from ..runtime.int8_embedding import Int8Embedding
 from ..runtime.packed_weight import PackedWeight
 from .architectures import Architecture, interleaved, rotary_divisors
 
@@ -27,7 +29,7 @@ TYPES = (AUTO, "f32", "f16", "bf16", Q8_0, Q4_0)
 OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 OUTSIDE = ("token_embd.weight", "output.weight")  # the embedding and the head
 
-Source = torch.Tensor | SparseLinear
+Source = torch.Tensor | SparseLinear | Int8Embedding
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Stored:
         Raises:
             ValueError: a weight is too large for float16.
         """
+        if (eight := _eight_bits(self.source)) is not None and self.kind == Q8_0:
+            values, row_scales = eight if self.order is None else (eight[0][self.order], eight[1][self.order])
+            return q8_0_rows(values.cpu(), row_scales.cpu()).numpy()
         grid = _grid(self.source) if self.kind == Q4_0 else None
         weight, scales = grid if grid is not None else (_dense(self.source), None)
         if self.order is not None:
@@ -129,14 +134,16 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Source]]:
     """Yield name, shape and place of each weight; of shared ones the first, and of packed ones the name that they have when dense."""
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
+        if isinstance(module, PackedWeight) and not module.owns_tensors:
+            continue  # the embeddings hold them
+        if isinstance(module, (SparseLinear, Int8Embedding)):
             yield f"{name}.weight", module.shape, module
         elif isinstance(getattr(module, "weight", None), SparseSemiStructuredTensor):
             raise ValueError(f"model: expected dense or packed weights, got a {type(module.weight).__name__} in {name}")
         elif isinstance(module, PackedWeight) or is_conv1d(module):
             raise ValueError(f"model: expected plain linears, got {name}, a {type(module).__name__}")
         for own_name, parameter in module.named_parameters(recurse=False):
-            inside = isinstance(module, SparseLinear) and own_name != "bias"
+            inside = isinstance(module, PackedWeight) and own_name != "bias"
             if not inside and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield f"{name}.{own_name}", tuple(parameter.shape), parameter.detach()
@@ -147,6 +154,8 @@ def _kind(name: str, shape: tuple[int, ...], source: Source, type: str) -> str:
     if len(shape) != 2:
         return "f32"
     whole = shape[1] % BLOCK_COLUMNS == 0
+    if whole and _eight_bits(source) is not None:
+        return Q8_0
     if whole and _has_4_bits(source):
         return Q4_0
     if type == AUTO or (type in (Q4_0, Q8_0) and not whole):
@@ -155,7 +164,31 @@ def _kind(name: str, shape: tuple[int, ...], source: Source, type: str) -> str:
 
 
 def _dense(source: Source) -> torch.Tensor:
-    return source.dense_weight() if isinstance(source, SparseLinear) else source
+    return source if isinstance(source, torch.Tensor) else source.dense_weight()
+
+
+def _eight_bits(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return values and scales of a weight of 8 bits; None for another."""
+    if isinstance(source, torch.Tensor) or not isinstance(source.layout, Int8):
+        return None
+    return source.tensors["values"], source.tensors["scales"]
+
+
+def rounded_rows(tensors: Sequence[Stored]) -> int:
+    """Return the number of rows of 8-bit values that the file does not hold as they are, since their scales are no numbers of float16.
+
+    Raises:
+        ValueError: a scale is beyond float16.
+    """
+    rows = 0
+    for tensor in tensors:
+        if tensor.kind == Q8_0 and (found := _eight_bits(tensor.source)) is not None:
+            try:
+                check_scales(found[1])
+            except ValueError as error:
+                raise ValueError(f"model: {tensor.name}: {error}") from error
+            rows += int((~held_by_float16(found[1])).sum())
+    return rows
 
 
 def _has_4_bits(source: Source) -> bool:

@@ -16,6 +16,7 @@ from .gram_inverse import gram_inverse
 from .gram_solve import gram_solve
 from .gram_symmetrize import gram_symmetrize_
 from .head_neuron_scores import head_neuron_scores
+from .int8_linear import int8_linear
 from .linear_kl import linear_kl
 from .masked_adamw import masked_adamw_
 from .masked_lstsq import masked_lstsq
@@ -58,6 +59,7 @@ __all__ = [
     "gram_solve",
     "gram_symmetrize_",
     "head_neuron_scores",
+    "int8_linear",
     "linear_kl",
     "masked_adamw_",
     "masked_lstsq",

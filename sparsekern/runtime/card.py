@@ -13,6 +13,8 @@ from .._version import __version__
 from ..models.source import source_of
 from ..models.units import recorded_units
 from .card_data import add_evaluations, front_matter
+from .formats import INT8
+from .packed_weight import PackedWeight
 
 CAUSAL = "AutoModelForCausalLM"
 DENSE = """The zeros are stored like any other weight, so every loader takes this folder:
@@ -36,6 +38,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 
 `model.dequantize()` turns it into an ordinary dense model.
 """
+
+EIGHT_BITS = "The head is rounded to 8 bits, with a scale for each row. Embeddings that are tied to it share its values.\n"
 
 CUT = """Attention heads and neurons were removed. `sparsekern_units` in `config.json` lists the remaining ones of each layer. sparsekern
 builds a plain transformers module with these sizes:
@@ -103,6 +107,8 @@ def model_card(
         f"# {type(model).__name__}, pruned with sparsekern\n",
         _how_to_load(cut, packed).replace(CAUSAL, loader),
     ]
+    if packed and any(isinstance(module, PackedWeight) and module.format == INT8 for module in model.modules()):
+        parts.append(EIGHT_BITS)
     source = source_of(model)
     if source is not None and source.tensors:
         first = _cell(source.tensors[0])

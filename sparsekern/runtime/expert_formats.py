@@ -15,7 +15,8 @@ from ..layouts.packed_experts import bitmask_rows_of, check_bitmask_experts, che
 from ..ops import OPS
 from ..ops.bitmask_pack import bitmask_pack
 from ..ops.nm_pack import nm_pack
-from .formats import BITMASK_UNPACK, NM_UNPACK, Bitmask, Format, NMPacked, NMQ4Packed, Shape, Spec, Tensors, format_of
+from .formats import BITMASK_UNPACK, NM_UNPACK, Bitmask, NMPacked, format_of
+from .packed_format import Format, Shape, Spec, Tensors
 
 BITMASK_EXPERTS, NM_EXPERTS = OPS["bitmask_experts_linear"].call, OPS["nm_experts_linear"].call
 
@@ -117,7 +118,7 @@ def experts_format_of(name: str) -> ExpertsFormat:
         ValueError: no format has this name.
     """
     found = format_of(name)
-    if isinstance(found, NMQ4Packed):
+    if not found.typed:
         raise ValueError(f"format: expected 'bitmask' or 'N:M' for experts, got {name!r}")
     return NMExperts(found.n, found.m) if isinstance(found, NMPacked) else BitmaskExperts()
 

@@ -1,13 +1,7 @@
-"""Formats of packed weights: pack a weight into a few named tensors, check them, and multiply by them.
-
-Safetensors files hold these tensors unchanged, named after the arguments of the format's op. `config.json` holds the name of the
-format, the shape and dtype of the weight, and for a bitmask `stored`. These determine the sizes of all tensors (`specs`).
-"""
+"""The formats of packed weights: bitmask, N:M, N:M with 4-bit values, and 8-bit values without zeros."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +9,7 @@ import torch
 from .._checks import HALF_OR_FLOAT, check_tensor
 from .._counts import nonzeros_of_rows
 from ..layouts import packed_rows as rows_layout
+from ..layouts.int8_rows import check_int8, quantize_rows, restore_rows
 from ..layouts.nm_q4 import COLUMNS, PATTERNS, Q4Layout, check_q4
 from ..layouts.q4_grid import grid_scales, is_on_grid
 from ..ops import OPS
@@ -24,153 +19,14 @@ from ..ops.nm_pack import nm_pack
 from ..ops.nm_q4_linear import check_q4_pattern
 from ..ops.nm_q4_pack import nm_q4_pack
 from ..pattern import NM, parse_pattern
+from .packed_format import Format, Shape, Spec, Tensors, check_shape
 
 BITMASK_LINEAR, BITMASK_UNPACK = OPS["bitmask_linear"].call, OPS["bitmask_unpack"].overload
 NM_LINEAR, NM_UNPACK = OPS["nm_linear"].call, OPS["nm_unpack"].overload
 Q4_LINEAR, Q4_UNPACK = OPS["nm_q4_linear"].call, OPS["nm_q4_unpack"].overload
+INT8_LINEAR = OPS["int8_linear"].call
 Q4 = "-q4"  # ends the names of formats of 4-bit values
-
-Tensors = Mapping[str, torch.Tensor]
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The shape and dtype of one packed tensor.
-
-    Attributes:
-        shape: shape of the tensor.
-        dtype: dtype of the tensor.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-class Format(ABC):
-    """A packed format. In all methods, `shape` is that of the weight, `(out_features, in_features)` here, and `dtype` its dtype.
-
-    Attributes:
-        tensor_names: names of the packed tensors, which are arguments of the format's op.
-    """
-
-    tensor_names: tuple[str, ...]
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name of the format, such as `"2:4"`."""
-
-    @abstractmethod
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pack a weight into contiguous tensors on its device. `-0.0` counts as zero.
-
-        Raises:
-            TypeError: the weight has a dtype that cannot be packed.
-            ValueError: the weight is not a matrix, or does not fit the format.
-        """
-
-    @abstractmethod
-    def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """Return the dense weight of packed tensors.
-
-        Raises:
-            ValueError: `check` refuses the tensors.
-        """
-
-    def linear(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute `x W^T + b` from tensors that passed `check`.
-
-        It calls the op of this format without the checks of its wrapper.
-
-        Raises:
-            TypeError: `x` and the weight differ in dtype.
-            ValueError: `x` and the weight differ in input features.
-        """
-        self.check_input(x, tensors, shape)
-        return self._multiply(x, tensors, shape, bias)
-
-    def check_input(self, x: torch.Tensor, tensors: Tensors, shape: Shape) -> None:
-        """Raise `TypeError` or `ValueError` unless `x` has the weight's dtype and input features."""
-        self._check_input_dtype(x, tensors)
-        if x.dim() == 0 or x.shape[-1] != shape[1]:
-            raise ValueError(f"x: expected {shape[1]} input features, got {x.shape[-1] if x.dim() else 'a scalar'}")
-
-    def _check_input_dtype(self, x: torch.Tensor, tensors: Tensors) -> None:
-        if x.dtype != tensors["values"].dtype:
-            raise TypeError(f"x: expected {tensors['values'].dtype}, the dtype of the packed values, got {x.dtype}")
-
-    @abstractmethod
-    def packed_bytes(self, weight: torch.Tensor) -> int:
-        """Return the bytes of the packed weight without packing it.
-
-        Raises:
-            TypeError: as in `pack`.
-            ValueError: as in `pack`.
-        """
-
-    def stored_values(self, tensors: Tensors, shape: Shape) -> int:
-        """Return the number of stored values: the non-zeros and the padding of the format."""
-        return tensors["values"].numel()
-
-    def stored(self, tensors: Tensors) -> int | None:
-        """Return the number of stored values if `specs` needs it beside shape and dtype, else None."""
-        return None
-
-    @abstractmethod
-    def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
-        """Return the shape and dtype of each packed tensor."""
-
-    def empty(
-        self, shape: Shape, dtype: torch.dtype, stored: int | None = None, device: torch.device | str | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return uninitialised tensors of the right sizes to load into."""
-        return {
-            name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            for name, spec in self.specs(shape, dtype, stored).items()
-        }
-
-    def check(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
-        """Raise `ValueError`, naming the tensor and its fault, unless these are a packed weight of that shape and dtype.
-
-        Everything that a kernel relies on is checked. Tensors from a file, which may be damaged or hostile, need this once.
-        """
-        self.check_names(tensors)
-        self.check_shape(shape)
-        self._check_sizes(tensors, shape, dtype)
-        device = tensors[self.tensor_names[0]].device
-        for name in self.tensor_names:
-            if not tensors[name].is_contiguous() or tensors[name].device != device:
-                raise ValueError(f"{name}: expected a contiguous tensor on {device}, got one on {tensors[name].device}")
-        self._check_contents(tensors, shape)
-
-    def check_shape(self, shape: Shape) -> Shape:
-        """Return `shape` as a tuple; raise `ValueError` unless it is one of the weights that this format packs."""
-        return check_shape(shape)
-
-    def check_names(self, tensors: Tensors) -> None:
-        """Raise `ValueError` unless the names are exactly those of the format."""
-        if set(tensors) != set(self.tensor_names):
-            raise ValueError(f"tensors: expected {', '.join(self.tensor_names)}, got {', '.join(sorted(tensors)) or 'none'}")
-
-    @abstractmethod
-    def _multiply(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return `x W^T + b` from tensors that passed `check`."""
-
-    def _check_sizes(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> None:
-        for name, spec in self.specs(shape, dtype, self.stored(tensors)).items():
-            tensor = tensors[name]
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise ValueError(f"{name}: expected {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-
-    @abstractmethod
-    def _check_contents(self, tensors: Tensors, shape: Shape) -> None:
-        """Raise `ValueError` unless the tensors hold what packing makes."""
+INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -285,6 +141,7 @@ class NMQ4Packed(Format):
     n: int
     m: int
     tensor_names = ("blocks",)
+    typed = False
 
     def __post_init__(self) -> None:
         check_q4_pattern(self.n, self.m)
@@ -306,10 +163,6 @@ class NMQ4Packed(Format):
     def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         weight: torch.Tensor = Q4_UNPACK(tensors["blocks"], self.n, self.m, shape[0], shape[1])[0]
         return weight.to(dtype)
-
-    def _check_input_dtype(self, x: torch.Tensor, tensors: Tensors) -> None:
-        if x.dtype not in HALF_OR_FLOAT:
-            raise TypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
 
     def packed_bytes(self, weight: torch.Tensor) -> int:
         self._check_weight(weight)
@@ -341,28 +194,53 @@ class NMQ4Packed(Format):
         check_q4(tensors["blocks"], self.n, self.m, shape[0], shape[1])
 
 
-def check_shape(shape: Shape) -> tuple[int, int]:
-    """Return `shape` as a tuple; raise `ValueError` unless it is two whole numbers of at least 0."""
-    whole = isinstance(shape, (tuple, list)) and all(
-        isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape
-    )
-    if not whole or len(shape) != 2:
-        raise ValueError(f"shape: expected (out_features, in_features), got {shape!r}")
-    rows, columns = shape
-    return rows, columns
+@dataclass(frozen=True)
+class Int8(Format):
+    """The format of 8-bit values and a scale for each row, without zeros left out: `layouts.int8_rows`.
+
+    Packing rounds. The weight has no dtype of its own: its layer has one.
+    """
+
+    name = INT8
+    tensor_names = ("values", "scales")
+    typed = False
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
+        values, scales = quantize_rows(weight.detach())
+        return {"values": values, "scales": scales}
+
+    def unpack(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return restore_rows(tensors["values"], tensors["scales"], dtype)
+
+    def _multiply(self, x: torch.Tensor, tensors: Tensors, shape: Shape, bias: torch.Tensor | None) -> torch.Tensor:
+        return INT8_LINEAR(x, tensors["values"], tensors["scales"], bias)
+
+    def packed_bytes(self, weight: torch.Tensor) -> int:
+        check_tensor("weight", weight, ndim=2, dtypes=HALF_OR_FLOAT)
+        return sum(spec.nbytes for spec in self.specs((weight.shape[0], weight.shape[1]), weight.dtype).values())
+
+    def specs(self, shape: Shape, dtype: torch.dtype, stored: int | None = None) -> dict[str, Spec]:
+        rows, columns = check_shape(shape)
+        return {"values": Spec((rows, columns), torch.int8), "scales": Spec((rows,), torch.float32)}
+
+    def _check_contents(self, tensors: Tensors, shape: Shape) -> None:
+        check_int8(tensors["values"], tensors["scales"])
 
 
 def format_of(name: str) -> Format:
-    """Return the format of a name: `"bitmask"`, `"N:M"` with M of at most 16, or `"N:M-q4"` for 2:4, 1:4 and 4:16.
+    """Return the format of a name: `"bitmask"`, `"N:M"` with M of at most 16, `"N:M-q4"` for 2:4, 1:4 and 4:16, or `"int8"`.
 
     Raises:
         ValueError: no format has this name.
     """
     if name == Bitmask.name:
         return Bitmask()
+    if name == INT8:
+        return Int8()
     plain = name.removesuffix(Q4) if isinstance(name, str) else ""
     if ":" not in plain or not isinstance(pattern := parse_pattern(plain), NM):
-        raise ValueError(f"format: expected 'bitmask', 'N:M' or 'N:M{Q4}', got {name!r}")
+        raise ValueError(f"format: expected 'bitmask', 'N:M', 'N:M{Q4}' or 'int8', got {name!r}")
     return NMPacked(pattern.n, pattern.m) if plain == name else NMQ4Packed(pattern.n, pattern.m)
 
 

@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from .expert_formats import layout_of
-from .formats import Q4, Shape, Spec, check_shape
+from .formats import INT8, Q4
+from .int8_embedding import Int8Embedding
+from .packed_format import Shape, Spec, check_shape
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import SparseExperts
 from .sparse_linear import SparseLinear
 
 METHOD = "sparsekern"  # quantization_config.quant_method
-VERSION = 2  # the newest of the layouts and of these entries; 1 has no 4-bit values
+VERSION = 3  # the newest of the layouts and of these entries; 1 has no 4-bit values, 2 no 8-bit ones
 
 DTYPE_OF_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-MARKS = ("bitmask", "codes")  # every packed layer has one of these tensors beside its values, or blocks of bytes
+MARKS = ("bitmask", "codes", "scales")  # every packed layer has one of these tensors beside its values, or blocks of bytes
 NAME_IN_HEADER = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -27,6 +29,7 @@ NAME_IN_HEADER = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
 }
 
@@ -92,6 +95,10 @@ class PackedLayer:
         tensors = self._tensors_on_meta()
         return SparseLinear(self.format, check_shape(self.shape), tensors, bias, conv1d=conv1d, dtype=self.dtype)
 
+    def empty_embedding(self, dense: nn.Embedding) -> Int8Embedding:
+        """Return embeddings on the meta device to load into, in the place of dense ones."""
+        return Int8Embedding(check_shape(self.shape), self._tensors_on_meta(), padding_idx=dense.padding_idx, dtype=self.dtype)
+
     def empty_experts(self, stored: torch.Size, *, transposed: bool) -> SparseExperts:
         """Return the weights of experts on the meta device to load into; see `SparseExperts` for the arguments."""
         count, rows, columns = self.shape
@@ -104,7 +111,8 @@ class PackedLayer:
 
 def describe(model: nn.Module) -> dict[str, dict[str, object]]:
     """Return `quantization_config.layers` of a packed model."""
-    return {name: PackedLayer.of(layer).to_dict() for name, layer in model.named_modules() if isinstance(layer, PackedWeight)}
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedWeight) and layer.owns_tensors]
+    return {name: PackedLayer.of(layer).to_dict() for name, layer in layers}
 
 
 def check_entries(version: object, unknown: Iterable[str] = ()) -> None:
@@ -124,7 +132,8 @@ def parse_layers(layers: object) -> dict[str, PackedLayer]:
 
 def version_of(layers: Mapping[str, Mapping[str, object]] | None) -> int:
     """Return the version of folders with these entries: the oldest that has their formats."""
-    return VERSION if any(str(entry["format"]).endswith(Q4) for entry in (layers or {}).values()) else 1
+    formats = [str(entry["format"]) for entry in (layers or {}).values()]
+    return 3 if INT8 in formats else 2 if any(name.endswith(Q4) for name in formats) else 1
 
 
 def names_of(layer: str, prefix: str) -> tuple[str, str, str]:

@@ -16,7 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..models.linears import is_conv1d, is_plain_linear, is_unread
 from ..models.streaming import stream_of
 from ..models.units import check_units, cut_to_size, is_sized, recorded_units
+from .formats import INT8
 from .hf_config import METHOD, PackedLayer, check_entries, check_headers, describe, names_of, parse_layers, version_of
+from .int8_head import tie
 from .packable import Packable, PackableExperts, find_packables
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import PREFIX, SparseExperts, pack_experts
@@ -237,6 +239,9 @@ def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
             raise ValueError(f"{where}: {type(model).__name__} has no such layer")
         return  # another class of the family, without this layer
     parent, child, linear = found
+    if type(linear) is nn.Embedding and layer.format == INT8:
+        _make_place_of_embedding(model, name, layer, (parent, child))
+        return
     if not is_plain_linear(linear):
         raise ValueError(f"{where}: expected the name of a linear layer, got that of a {type(linear).__name__}")
     conv1d = is_conv1d(linear)
@@ -248,6 +253,30 @@ def _make_place(model: PreTrainedModel, name: str, layer: PackedLayer) -> None:
         expected = list(shape[::-1] if conv1d else shape)
         raise ValueError(f"{where}.shape: expected that of the model's layer, {expected}, got {list(layer.shape)}")
     parent._modules[child] = layer.empty(linear.bias, conv1d=conv1d)
+
+
+def _make_place_of_embedding(model: PreTrainedModel, name: str, layer: PackedLayer, place: tuple[nn.Module, str]) -> None:
+    """Replace embeddings by empty packed ones, and the head that is tied to them by one that reads theirs.
+
+    Raises:
+        ValueError: the embeddings have another shape, or more than a linear is tied to them.
+    """
+    where = f"config.json: quantization_config.layers[{name!r}]"
+    dense = cast("nn.Embedding", place[0]._modules[place[1]])
+    if layer.shape != tuple(dense.weight.shape):
+        raise ValueError(
+            f"{where}.shape: expected that of the model's embeddings, {list(dense.weight.shape)}, got {list(layer.shape)}"
+        )
+    packed = layer.empty_embedding(dense)
+    own_names = {f"{own}.weight" for own in names_of(name, model.base_model_prefix)}
+    tied = [other for other, source in model.all_tied_weights_keys.items() if source in own_names]
+    heads = [other.removesuffix(".weight") for other in tied]
+    for head in heads:
+        if type(model.get_submodule(head)) is not nn.Linear:
+            raise ValueError(f"{where}: expected a linear to be tied to it, got {head}")
+    place[0]._modules[place[1]] = packed
+    for head in heads:
+        tie(model, head, packed, [place])
 
 
 def _make_place_of_experts(model: PreTrainedModel, name: str, layer: PackedLayer, known: Mapping[str, Packable]) -> None:

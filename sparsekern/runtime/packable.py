@@ -14,6 +14,7 @@ from ..models.experts import Experts
 from ..models.globs import Globs, as_globs, check_matches, matches
 from ..models.linears import is_conv1d, is_plain_linear, is_unread, linear_weight
 from ..models.scaled_weights import check_undivided
+from .formats import INT8
 from .joined_weights import joined_in_files
 from .packed_weight import DTYPES, PackedWeight
 from .sparse_experts import FORWARDS, PREFIX, PackedExperts, SparseExperts, matrices_of, pack_experts, unpack_experts
@@ -250,6 +251,11 @@ def why_not_parameter(weight: torch.Tensor, owners: Mapping[int, int]) -> str | 
     return "the weight is shared with another module" if owners[id(weight)] > 1 else None
 
 
+def _has_8_bits(known: Packable) -> bool:
+    """Return whether this is a head in 8 bits, which a format for other weights leaves as it is."""
+    return known.packed is not None and known.packed.format == INT8
+
+
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear, dense or packed."""
     return isinstance(module, (nn.Linear, SparseLinear)) or is_conv1d(module)
@@ -266,7 +272,7 @@ def find_packables(model: nn.Module, *, only_packed: bool = False) -> dict[str, 
     found: list[Packable] = []
     for parent_name, parent in model.named_modules():
         for child, module in parent._modules.items():
-            if module is not None and is_linear(module):
+            if module is not None and is_linear(module) and getattr(module, "owns_tensors", True):
                 name = f"{parent_name}.{child}" if parent_name else child
                 if id(module) not in places:
                     found.append(places.setdefault(id(module), PackableLinear(name, [])))
@@ -313,7 +319,7 @@ def chosen_packables(model: nn.Module, include: Globs, exclude: Globs) -> dict[s
     why_not = {name: known.why_not(owners) for name, known in found.items()}
     linears = [name for name, known in found.items() if isinstance(known, PackableLinear)]
     why_not |= dict.fromkeys(joined_in_files(model, linears), "transformers joins it with other weights in files")
-    packable = {name: known for name, known in found.items() if why_not[name] is None}
+    packable = {name: known for name, known in found.items() if why_not[name] is None and not _has_8_bits(known)}
     if not packable:
         raise ValueError(_nothing_to_pack(model, Counter(reason for reason in why_not.values() if reason is not None)))
     aliases = {name: dict.fromkeys((name, *known.matrices)) for name, known in packable.items()}

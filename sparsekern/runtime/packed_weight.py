@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from .expert_formats import layout_of
-from .formats import Format, Shape
+from .packed_format import Format, Shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Self = TypeVar("Self", bound="PackedWeight")
@@ -18,15 +18,18 @@ Self = TypeVar("Self", bound="PackedWeight")
 class PackedWeight(nn.Module):
     """A weight in a packed format.
 
-    The packed tensors are named, so they are in `state_dict()` and move with `.to(device)`. Tensors of floating point are frozen
-    parameters, the others buffers. `.to(dtype)` takes float32, bfloat16 and float16.
+    The packed tensors are named, so they are in `state_dict()` and move with `.to(device)`. Values are frozen parameters, from which
+    transformers takes the device of a model; other tensors are buffers. `.to(dtype)` takes float32, bfloat16 and float16.
 
     Attributes:
         format: name of the packed format, such as `"bitmask"`.
         shape: shape of the dense weight.
         layout: the format.
         trainable: whether the dense weight took gradients, as the unpacked one then does.
+        owns_tensors: whether this module holds its packed tensors; if not, another one does and is saved with them.
     """
+
+    owns_tensors: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -52,13 +55,17 @@ class PackedWeight(nn.Module):
         self.format, self.trainable = format, trainable
         self.shape = self.layout.check_shape(shape)
         self._names = tuple(tensors)
-        self._values = next((name for name, tensor in tensors.items() if tensor.is_floating_point()), None)
+        self._values = next((name for name, tensor in tensors.items() if self._is_typed(tensor)), None)
         self._dtype = dtype
         for name, tensor in tensors.items():
-            if tensor.is_floating_point():
+            if self._is_typed(tensor) or tensor.dtype == torch.int8:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
+
+    def _is_typed(self, tensor: torch.Tensor) -> bool:
+        """Return whether a packed tensor has the weight's dtype."""
+        return self.layout.typed and tensor.is_floating_point()
 
     def dense_weight(self) -> torch.Tensor:
         """Unpack the weight."""
@@ -127,7 +134,11 @@ class PackedWeight(nn.Module):
         self._check_move(before, after)
         self._before_move()
         if self._values is None:
+            kept = {name: tensor for name in self._names if (tensor := self._buffers.get(name)) is not None}
             super()._apply(fn, recurse)
+            for name, tensor in kept.items():  # such as scales, which have a dtype of their own
+                if (moved := self.get_buffer(name)).dtype != tensor.dtype:
+                    self._buffers[name] = tensor.to(moved.device)
             self._dtype = after
         elif after.itemsize == before.itemsize:
             super()._apply(fn, recurse)

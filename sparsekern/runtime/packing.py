@@ -16,14 +16,17 @@ from ..models.globs import Globs
 from ..models.streaming import refuse_streamed, stream_of
 from ..models.zeros import count_stored
 from .expert_formats import layout_of
-from .formats import format_of, q4_names
+from .formats import INT8, format_of, q4_names
+from .int8_head import check_head, check_ties, find_head, untie
 from .packable import Packable, check_no_hooks, check_not_offloaded, chosen_packables, find_packables
 from .packed_weight import PackedWeight
 
 PACKED = "packed"  # the smallest fitting format of each weight
 
 
-def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclude: Globs = None) -> nn.Module:
+def pack(
+    model: nn.Module, format: str = PACKED, *, include: Globs = None, exclude: Globs = None, head: str | None = None
+) -> nn.Module:
     """Replace each linear that gets smaller by a `SparseLinear`, in place, and the weights of fused experts likewise.
 
     A parameter that holds a matrix of all experts of a layer is packed as a whole. The module of experts stays, and multiplies by the
@@ -31,6 +34,9 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
 
     Three kinds of linears are left dense: those that share their weight with another module, such as an `lm_head` tied to the
     embeddings; those of other dtypes than float32, bfloat16 and float16; and unknown subclasses of `nn.Linear`.
+
+    `head="int8"` rounds the head to 8 bits with a scale for each row, and reads half of its bytes for each token. Embeddings that are tied
+    to it read the same tensor, so that it is stored once. Everything else of packing leaves each number as it is.
 
     `.to(dtype)` converts a packed model to float32, bfloat16 or float16. transformers refuses `.half()` and `.float()`, since it treats
     a packed model as quantised. A packed layer refuses other dtypes, after the modules before it were converted: call `unpack` first.
@@ -44,6 +50,7 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
             `"4:16-q4"`, whose products round their input to 8 bits.
         include: names or globs of linears to pack, such as `"*.mlp.*"`. None is all linears.
         exclude: names or globs of linears to leave unchanged.
+        head: `"int8"` rounds the head of the model to 8 bits, and embeddings that are tied to it. None leaves it as it is.
 
     Returns:
         `model`.
@@ -51,7 +58,8 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
     Raises:
         TypeError: `model` is not a module.
         ValueError: the format is unknown, a glob matches nothing, a layer has hooks that would be lost, the model is offloaded or
-            quantised by another program, or no linear can be packed or gets smaller.
+            quantised by another program, or no linear can be packed or gets smaller. With `head`: there is no head, or it is tied to
+            more than plain embeddings.
 
     Example:
         >>> report = sparsekern.prune(model, "magnitude", "2:4", progress=False)
@@ -59,20 +67,32 @@ def pack(model: nn.Module, format: str = PACKED, *, include: Globs = None, exclu
         >>> packed.model.layers[0].mlp.up_proj.format
         '2:4'
     """
-    return _pack(model, format, include, exclude, keep_hooks=True)
+    return _pack(model, format, include, exclude, head, keep_hooks=True)
 
 
-def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs = None, *, keep_hooks: bool) -> nn.Module:
+def _pack(
+    model: nn.Module,
+    format: str,
+    include: Globs = None,
+    exclude: Globs = None,
+    head: str | None = None,
+    *,
+    keep_hooks: bool,
+) -> nn.Module:
     check_module(model)
     refuse_streamed(model, "whose weights are in its folder")
     check_packed_format(format)
+    check_head(head)
     transformers_side = _transformers_side(model)
     if transformers_side:
         transformers_side.check_unmarked(model)
+    own_head = None if head is None else find_head(model)
     found = chosen_packables(model, include, exclude)
+    if own_head is not None:
+        found.pop(own_head.name, None)
     todo = {name: known for name, known in found.items() if not known.is_packed_as(format)}
     chosen = {name: smallest(known.dense, format) for name, known in todo.items()}
-    if len(todo) == len(found) and not any(chosen.values()):
+    if head is None and len(todo) == len(found) and not any(chosen.values()):
         raise ValueError(
             f"model: none of its {len(found)} linear layers gets smaller with format={format!r}; "
             f"{_share_of_zeros(found.values()):.1%} of their weights are zero"
@@ -81,6 +101,10 @@ def _pack(model: nn.Module, format: str, include: Globs = None, exclude: Globs =
     if keep_hooks:
         for name in changed:
             check_no_hooks(todo[name], "packing")
+        if own_head is not None:
+            own_head.check_no_hooks()
+    if own_head is not None:  # first, since it alone may be refused for its values
+        own_head.put(model)
     for name, best in changed.items():
         todo[name].put(best)
     if transformers_side:
@@ -117,16 +141,19 @@ def _unpack(model: nn.Module, *, keep_hooks: bool) -> nn.Module:
         check_not_offloaded(known)
         if keep_hooks:
             check_no_hooks(known, "unpacking")
+    if keep_hooks:
+        check_ties(model)
     for known in found.values():
         known.put(None)
+    untie(model)
     if transformers_side := _transformers_side(model):
         transformers_side.unmark(model)
     return model
 
 
-def packed_copy(model: nn.Module, format: str = PACKED) -> nn.Module:
+def packed_copy(model: nn.Module, format: str = PACKED, *, head: str | None = None) -> nn.Module:
     """Return a packed copy of `model` that shares all unchanged tensors. Packed layers lose their hooks."""
-    return _pack(_sharing_copy(model), format, keep_hooks=False)
+    return _pack(_sharing_copy(model), format, head=head, keep_hooks=False)
 
 
 def unpacked_copy(model: nn.Module) -> nn.Module:
@@ -138,9 +165,13 @@ def check_packed_format(format: str) -> None:
     """Raise `ValueError` unless `format` is a packed format."""
     if format != PACKED:
         try:
-            format_of(format)
+            found = format_of(format)
         except (TypeError, ValueError) as error:
             raise ValueError(f"format: expected 'packed', 'bitmask', 'N:M' or 'N:M-q4', got {format!r}") from error
+        if found.name == INT8:
+            raise ValueError(
+                f"format: expected 'packed', 'bitmask', 'N:M' or 'N:M-q4', got {format!r}, which is for the head: head='int8'"
+            )
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -163,9 +194,12 @@ def count_zeros(model: nn.Module) -> tuple[int, int]:
     """Return the number of zeros and of all weights of a model, packed ones included."""
     zeros, total = count_stored(model)  # of a packed weight its stored values
     for layer in model.modules():
-        if isinstance(layer, PackedWeight):
-            left_out = torch.Size(layer.shape).numel() - layer.stored_values
-            total, zeros = total + left_out, zeros + left_out
+        if isinstance(layer, PackedWeight) and layer.owns_tensors:
+            size, known = torch.Size(layer.shape).numel(), layer.stored_values
+            zeros, total = zeros + size - known, total + size - known
+            values_are_counted = any(isinstance(tensor, nn.Parameter) for tensor in layer.tensors.values())
+            if not values_are_counted and layer.device.type != "meta":
+                zeros, total = zeros + known - layer.layout.nonzeros(layer.tensors, layer.shape), total + known
     return zeros, total
 
 

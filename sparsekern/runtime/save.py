@@ -22,10 +22,10 @@ from .card import model_card
 from .card_data import CARD
 from .carry import carried_bytes, carry_files, carry_tensors, warn_of_what_stays_behind
 from .config_file import correct_config
-from .formats import format_of
 from .hub import check_push, push
+from .int8_head import check_head
 from .output import OutputFolder, check_model_folder, check_not_a_model
-from .packing import PACKED, is_packed, packed_copy, unpacked_copy, weight_bytes
+from .packing import PACKED, check_packed_format, is_packed, packed_copy, unpacked_copy, weight_bytes
 from .streamed import merged, packed_layers, write_parts
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
+    head: str | None = None,
 ) -> Path:
     """Save a pruned model so that plain `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
@@ -61,6 +62,8 @@ def save(
         overwrite: replace the model in `path`: its weights, configs, card and reports. Other files stay.
         push_to_hub: `"user/name"`, a repository of the Hugging Face hub to push the saved files to, in one commit. It is made if it
             is missing. The token of the hub is asked for before anything is written.
+        head: `"int8"` rounds the head to 8 bits in a packed format, and embeddings that are tied to it, as `pack` does. None leaves it as
+            it is.
 
     Returns:
         `path` with links resolved.
@@ -69,7 +72,8 @@ def save(
         TypeError: `model` or `tokenizer` has no `save_pretrained`, or `push_to_hub` is not a text.
         ValueError: the format is unknown, no linear gets smaller by packing, transformers refuses to save the model or the tokenizer,
             the model has adapters, a streamed model is read from `path`, the folder that it was loaded from is gone, another call is
-            saving to the folder, or `push_to_hub` is no repository that the hub's token may write to.
+            saving to the folder, or `push_to_hub` is no repository that the hub's token may write to. With `head`: the format is
+            `"dense"`, the model is streamed, or `pack` refuses it.
         FileExistsError: `path` is a file or a folder with other content; with `overwrite`, a folder without a model.
         OSError: no space is left, or the folder cannot be written to. Nothing is left behind then. Or the hub cannot be reached, or
             refuses the push; the folder is complete then, and the message says how to push it.
@@ -84,12 +88,13 @@ def save(
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     check_no_adapter(model)
     check_format(format)
+    _check_head(model, head, format)
     if push_to_hub is not None:
         check_push(push_to_hub)
     warn_of_what_stays_behind(model)
     with OutputFolder.held(path, "path", check_model_folder if overwrite else check_not_a_model) as folder:
         _check_not_source(model, folder.path)
-        model = in_format(model, format)
+        model = in_format(model, format, head)
         check_space(model, folder.path, argument="path", extra=carried_bytes(model))
         with folder.staged(replace=overwrite) as staging:
             write_model(model, staging, tokenizer, format)
@@ -98,6 +103,15 @@ def save(
     if push_to_hub is not None:
         push(folder.path, push_to_hub, files)
     return folder.path
+
+
+def _check_head(model: torch.nn.Module, head: str | None, format: str) -> None:
+    """Raise `ValueError` if a head is asked for that the folder cannot have."""
+    check_head(head)
+    if head is not None and format == DENSE:
+        raise ValueError(f"head: expected None for format={DENSE!r}, got {head!r}; format={PACKED!r} takes it")
+    if head is not None and stream_of(model) is not None:
+        raise ValueError(f"head: expected None for a streamed model, got {head!r}; load it without stream=True")
 
 
 def _check_not_source(model: torch.nn.Module, folder: Path) -> None:
@@ -261,21 +275,21 @@ def _refusals(argument: str) -> Iterator[None]:
         raise ValueError(f"{argument}: expected one that transformers can save; it says: {on_one_line(error)}") from error
 
 
-def in_format(model: torch.nn.Module, format: str) -> torch.nn.Module:
+def in_format(model: torch.nn.Module, format: str, head: str | None = None) -> torch.nn.Module:
     """Return the model in the format to save: itself, or a copy that shares the unchanged tensors; a streamed one as it is."""
     if stream_of(model) is not None:
         return model
     if format == DENSE:
         return unpacked_copy(model) if is_packed(model) else model
-    return packed_copy(model, format)
+    return packed_copy(model, format, head=head)
 
 
 def check_format(format: str) -> None:
     """Raise `ValueError` unless a model can be saved in `format`."""
     if format not in (DENSE, PACKED):
         try:
-            format_of(format)
-        except (TypeError, ValueError) as error:
+            check_packed_format(format)
+        except ValueError as error:
             raise ValueError(f"format: expected 'dense', 'packed', 'bitmask' or 'N:M', got {format!r}") from error
 
 

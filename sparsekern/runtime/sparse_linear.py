@@ -12,8 +12,9 @@ from ..backends.table import Support
 from ..models.linears import is_conv1d, linear_weight
 from ..ops import cusparselt_linear
 from .cusparselt import FEWEST_TOKENS, State, compress, supports_on
-from .formats import check_shape, format_of
+from .formats import format_of
 from .lazy_weight import LazyWeight
+from .packed_format import check_shape
 from .packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class SparseLinear(PackedWeight):
 
         Args:
             linear: the dense layer, which is not changed.
-            format: `"bitmask"`, `"N:M"` with M of at most 16, or for values of 4 bits `"2:4-q4"`, `"1:4-q4"` or `"4:16-q4"`.
+            format: `"bitmask"`, `"N:M"` with M of at most 16, or for values of 4 bits `"2:4-q4"`, `"1:4-q4"` or `"4:16-q4"`. `"int8"`
+                rounds the weight, and leaves no zeros out.
 
         Raises:
             TypeError: `linear` is another module, or its dtype cannot be packed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ..runtime.formats import INT8
 from ..runtime.hf_config import VERSION, PackedLayer, check_entries, parse_layers
 
 TESTED = ("0.32",)  # the minor versions that the tests ran with
@@ -35,7 +36,7 @@ def layers_of(entries: dict[str, Any]) -> dict[str, PackedLayer]:
     """Return the packed layers by name that `quantization_config` of a model describes; none of a dense model.
 
     Raises:
-        ValueError: another version of the layouts, an entry that cannot be read safely, or packed experts.
+        ValueError: another version of the layouts, an entry that cannot be read safely, packed experts, or a head in 8 bits.
     """
     check_entries(entries.get("version", VERSION), entries.keys() - {"quant_method", "version", "layers"})
     layers = parse_layers(entries.get("layers", {}))
@@ -44,5 +45,10 @@ def layers_of(entries: dict[str, Any]) -> dict[str, PackedLayer]:
             raise ValueError(
                 f"{CONTEXT}: expected packed linears, got packed experts ({name}), which sparsekern does not serve; "
                 "save the model with format='dense'"
+            )
+        if layer.format == INT8:
+            raise ValueError(
+                f"{CONTEXT}: expected packed linears, got 8-bit values of a head ({name}), which sparsekern does not serve; "
+                "pack the model without head='int8'"
             )
     return layers

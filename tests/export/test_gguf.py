@@ -244,3 +244,33 @@ def test_the_command(tmp_path, capsys):
     assert "exists; pass overwrite=True" in capsys.readouterr().err
     assert main(["export", folder, "--gguf", str(path), "--no-tokenizer", "--overwrite"]) == 0
     assert number(path, "tokenizer.ggml.model") == "none"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_8_bits_is_stored_without_loss(tied, tmp_path):
+    model = sparsekern.pack(tiny.llama(**SHAPE, tie_word_embeddings=tied), head="int8")
+    path = sparsekern.export_gguf(model, tmp_path / "a.gguf", type="f32")
+    name = "token_embd.weight" if tied else "output.weight"
+    assert {own for own, kind in types(path).items() if kind == "Q8_0"} == {name} and ("output.weight" in types(path)) != tied
+    assert torch.equal(stored(path, name), model.lm_head.dense_weight())
+
+
+@torch.no_grad()
+def test_rows_whose_scale_float16_lacks_are_rounded_again_and_counted(tmp_path):
+    model = sparsekern.pack(tiny.llama(**SHAPE), head="int8")
+    scales = model.lm_head.scales
+    scales[3], scales[5], scales[7] = 3.3e-7, 1e-9, 0.0
+    with pytest.warns(UserWarning, match="^2 rows of 8-bit values are rounded again, since float16 does not hold their scales$"):
+        path = sparsekern.export_gguf(model, tmp_path / "a.gguf")
+    error = (stored(path, "output.weight") - model.lm_head.dense_weight()).abs().amax(1)
+    assert 0 < error[3] <= 128 * 2.0**-25 and 0 < error[5] <= 127e-9 and error[7] == 0 and error[8:].max() == 0
+    scales[3] = 1e5
+    with pytest.raises(ValueError, match="^model: output.weight: scales: expected at most 65,504, got 1e.05 in row 3$"):
+        sparsekern.export_gguf(model, tmp_path / "b.gguf")
+
+
+def stored(path, name: str) -> torch.Tensor:
+    """A tensor of a file in float32, as the package gguf reads it."""
+    (tensor,) = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name]
+    return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from sparsekern import ops
+from sparsekern.layouts.int8_rows import quantize_rows
 from sparsekern.layouts.nm_q4 import nearest_multiple
 from sparsekern.layouts.packed_experts import join_bitmask_experts
 from sparsekern.ops._registry import Sample, sample
@@ -83,6 +84,10 @@ def nm_q4_linear(generator: torch.Generator) -> Sample:
     return sample(randn(generator, 24, 1024, dtype=torch.bfloat16), nm_q4_blocks(generator, 96, 1024), 2, 4, 96)
 
 
+def int8_linear(generator: torch.Generator) -> Sample:
+    return sample(randn(generator, 40, 1024, dtype=torch.bfloat16), *quantize_rows(randn(generator, 96, 1024)))
+
+
 def q4_scales(generator: torch.Generator) -> Sample:
     return sample(randn(generator, 24, 1024), torch.rand(1024, generator=generator))
 
@@ -128,6 +133,7 @@ LARGE: dict[str, Callable[[torch.Generator], Sample]] = {
     "gram_inverse": lambda g: sample(gram_matrix(g, 200)),
     "gram_solve": lambda g: sample(gram_matrix(g, 200), randn(g, 100, 200)),
     "gram_symmetrize_": lambda g: sample(randn(g, 600, 600)),
+    "int8_linear": int8_linear,
     "linear_kl": linear_kl,
     "masked_adamw_": masked_adamw,
     "masked_lstsq": masked_lstsq,

@@ -199,5 +199,5 @@ def test_formats_have_names():
     for name in ("2:32", "4:4"):
         with pytest.raises(ValueError, match="n, m: expected n < m <= 16|pattern: expected N:M with 1 <= N < M"):
             format_of(name)
-    with pytest.raises(ValueError, match="format: expected 'bitmask', 'N:M' or 'N:M-q4', got 'int4'"):
+    with pytest.raises(ValueError, match="format: expected 'bitmask', 'N:M', 'N:M-q4' or 'int8', got 'int4'"):
         format_of("int4")

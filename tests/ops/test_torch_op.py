@@ -17,7 +17,7 @@ from sparsekern.ops._registry import OPS
 
 from .calls import EVERY_OP, EVERY_WRITING_OP, EVERYWHERE, first_sample, floats, named, tensors_of, written
 
-PRODUCTS = {"bitmask_experts_linear", "bitmask_linear", "nm_experts_linear", "nm_linear", "nm_q4_linear"}
+PRODUCTS = {"bitmask_experts_linear", "bitmask_linear", "int8_linear", "nm_experts_linear", "nm_linear", "nm_q4_linear"}
 # The op as torch dispatches it, and the call that does the work of its autograd kernels itself.
 EITHER_WAY = pytest.mark.parametrize("way", ["overload", "call"])
 
@@ -27,7 +27,7 @@ EITHER_WAY = pytest.mark.parametrize("way", ["overload", "call"])
 def test_a_result_that_requires_a_gradient_gives_it_or_raises(op, way):
     given = named(op, first_sample(op))
     for name, value in floats(given).items():
-        if name not in written(op, given) and not (op.name in PRODUCTS and name == "values"):
+        if name not in written(op, given) and not (op.name in PRODUCTS and name in ("values", "scales")):
             value.requires_grad_(True)
     results = [result for result in tensors_of(getattr(op, way)(**given)) if result.requires_grad]
     assert all(result.is_floating_point() for result in results)
@@ -44,7 +44,7 @@ def test_a_result_that_requires_a_gradient_gives_it_or_raises(op, way):
 def test_gradients_change_no_result(op):
     given, plain = named(op, first_sample(op)), named(op, first_sample(op))
     for name, value in floats(given).items():
-        if name not in written(op, given) and not (op.name in PRODUCTS and name == "values"):
+        if name not in written(op, given) and not (op.name in PRODUCTS and name in ("values", "scales")):
             value.requires_grad_(True)
     results = zip(tensors_of(op.overload(**given)), tensors_of(op.overload(**plain)), strict=True)
     for got, want in (*results, *((given[name], plain[name]) for name in written(op, given))):

@@ -78,7 +78,7 @@ WHERE = rf"config.json: quantization_config.layers\['{UP}'\]"
 @pytest.mark.parametrize(
     "change, message",
     [
-        (_entry("format", "csr"), f"{WHERE}: format: expected 'bitmask', 'N:M' or 'N:M-q4', got 'csr'"),
+        (_entry("format", "csr"), f"{WHERE}: format: expected 'bitmask', 'N:M', 'N:M-q4' or 'int8', got 'csr'"),
         (_entry("format", None), f"{WHERE}: format: expected"),
         (_entry("format", "9:64"), f"{WHERE}: "),
         (_entry("shape", [96, -64]), f"{WHERE}: shape: expected"),
@@ -92,10 +92,10 @@ WHERE = rf"config.json: quantization_config.layers\['{UP}'\]"
         (_entry("stored", 1 << 70), f"{WHERE}: stored|model.safetensors: {UP}.values: expected"),
         (_entry("stored", 64), f"model.safetensors: {UP}.values: expected BF16"),
         (_entry("more", 1), f"{WHERE}: expected format, shape, dtype and, of a bitmask, stored; got"),
-        (lambda config: config.update(version=3), "config.json: quantization_config.version: this sparsekern reads 1 to 2, got 3"),
+        (lambda config: config.update(version=4), "config.json: quantization_config.version: this sparsekern reads 1 to 3, got 4"),
         (
             lambda config: config.update(version=True),
-            "config.json: quantization_config.version: this sparsekern reads 1 to 2, got True",
+            "config.json: quantization_config.version: this sparsekern reads 1 to 3, got True",
         ),
         (lambda config: config["layers"].pop(UP), f"model.safetensors: {UP}.bitmask: belongs to a packed layer, .* no '{UP}'"),
         (

@@ -165,7 +165,7 @@ def test_compile_without_a_break_in_the_graph():
         (nn.Embedding(4, 4), "bitmask", TypeError, "linear: expected an nn.Linear or a Conv1D, got Embedding"),
         (nn.Linear(8, 8), "2:4", ValueError, "weight: expected at most 2 non-zeros in every 4 inputs"),
         (nn.Linear(8, 8, dtype=torch.float64), "bitmask", TypeError, "weight: expected .*float64"),
-        (nn.Linear(8, 8), "csr", ValueError, "format: expected 'bitmask', 'N:M' or 'N:M-q4', got 'csr'"),
+        (nn.Linear(8, 8), "csr", ValueError, "format: expected 'bitmask', 'N:M', 'N:M-q4' or 'int8', got 'csr'"),
     ],
 )
 def test_bad_input(linear, format, kind, message):
