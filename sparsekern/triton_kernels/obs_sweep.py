@@ -60,12 +60,13 @@ def config(columns: int, m: int, dtype: torch.dtype, capability: tuple[int, int]
 
     The shapes are those with which ptxas spills nothing, under Triton 3.6 and 3.7. One warp owns all rows where it can: on compute
     capability 8, and with groups of 7 in float32, it has too few registers, and two warps wait for each other at each column. Parts of 16
-    columns tell the compiler where a column is, if groups divide them, but those of 16-bit weights in groups of 2 to 4 must be shorter.
+    columns tell the compiler where a column is, if groups divide them, but those of 16-bit weights in groups of 2 to 4, or on compute
+    capability 10 with a given mask, must be shorter.
     """
     size = 16 if columns <= 16 else 32 if m <= 32 else 64
     group = m or 1
-    short = 16 % group or 2 <= m <= 4 and dtype != torch.float32
-    part = max(1, (8 if short else 16) // group) * group
+    narrow = dtype != torch.float32 and (2 <= m <= 4 or m == 0 and capability >= (10, 0))
+    part = max(1, (8 if narrow or 16 % group else 16) // group) * group
     one_warp = capability >= (9, 0) and m != 7
     return Config(part, size // part * part, size, 8 if size == 64 else 1 if one_warp else 2)
 
