@@ -19,15 +19,16 @@ from . import Unavailable, shown, store, stored
 NAME = "stages"
 PATTERNS: dict[str, str | float] = {"2:4": "2:4", "50 %": 0.5, "70 %": 0.7}
 METHODS = {"SparseGPT": sparsekern.SparseGPT, "ALPS": sparsekern.ALPS}
+TUNE = sparsekern.BlockTuning(batch_tokens=2048)
 DISTILL = sparsekern.Distill(steps=45, batch_tokens=1024)  # some three passes over the samples
 STAGES: dict[str, dict[str, Any]] = {
     "alone": {},
     "corrected": {"correction": "dense"},
-    "tuned": {"tune": sparsekern.BlockTuning()},
+    "tuned": {"tune": TUNE},
     "distilled": {"distill": DISTILL},
-    "corrected, tuned": {"correction": "dense", "tune": sparsekern.BlockTuning()},
+    "corrected, tuned": {"correction": "dense", "tune": TUNE},
     "corrected, distilled": {"correction": "dense", "distill": DISTILL},
-    "all": {"correction": "dense", "tune": sparsekern.BlockTuning(), "distill": DISTILL},
+    "all": {"correction": "dense", "tune": TUNE, "distill": DISTILL},
 }
 CASES = [f"{method} {pattern}, {stages}" for pattern in PATTERNS for method in METHODS for stages in STAGES]
 
@@ -77,7 +78,7 @@ def section(figures: dict[str, object]) -> str:
         "",
         f"SmolLM2-135M-Instruct (float32); calibration {smollm2.SAMPLES} x {smollm2.LENGTH} tokens of WikiText-2 `valid`, seed 0; perplexity of",
         f'the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test` (dense {quality.TARGETS["dense"][2]}). Corrected is `correction="dense"`,',
-        f"tuned `tune=BlockTuning()`, distilled `distill=Distill(steps={DISTILL.steps}, batch_tokens={DISTILL.batch_tokens})`, all other settings the defaults.",
+        f"tuned `tune=BlockTuning(batch_tokens={TUNE.batch_tokens})`, distilled `distill=Distill(steps={DISTILL.steps}, batch_tokens={DISTILL.batch_tokens})`, all other settings the defaults.",
         "In parentheses the minutes of `prune`.",
         "",
         *_table(cell),

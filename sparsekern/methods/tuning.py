@@ -49,7 +49,7 @@ class BlockTuning(Training):
 
     learning_rate: float = number(5e-4, above=0, help="highest learning rate of AdamW")
     passes: int = whole(4, at_least=1, help="passes over the samples that are not held out")
-    batch_tokens: int = whole(2048, at_least=1, help="minimum of tokens in an optimizer step; whole batches are accumulated")
+    batch_tokens: int = whole(512, at_least=1, help="minimum of tokens in an optimizer step; whole batches are accumulated")
     beta1: float = number(0.9, at_least=0, below=1, help="decay of AdamW's first moment")
     beta2: float = number(0.95, at_least=0, below=1, help="decay of AdamW's second moment")
     weight_decay: float = number(0.0, at_least=0, help="weight decay of AdamW, on matrices only")
