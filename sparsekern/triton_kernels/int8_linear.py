@@ -88,9 +88,9 @@ def _constants(used: Config) -> dict[str, int]:
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
-    """Yield the configurations of the kernel, the same for every device."""
+    """Yield the configurations of the kernel, the same for every device; all multiply by `mma.sync`, as batches of tiles do."""
     numbers = dict.fromkeys(("columns", "rows", "x_stride"), "i32:16") | {"tokens": "i32"}
     for dtype, used in ((torch.bfloat16, FEW), (torch.float32, FEW), (torch.bfloat16, MANY)):
         own = f"*{DTYPES[dtype]}:16"
         pointers = {"x": own, "values": "*i8:16", "scales": "*fp32:16", "bias": own, "y": own}
-        yield CompileCase(multiply, {**pointers, **numbers}, _constants(used), used.warps, 2, tensor_cores=True)
+        yield CompileCase(multiply, {**pointers, **numbers}, _constants(used), used.warps, 2)
