@@ -62,7 +62,8 @@ def kernels(folder: str, *suffixes: str) -> list[str]:
     text = "".join(f'#include "{Path(source).relative_to("csrc").as_posix()}"\n' for source in wrappers)
     if not unit.exists() or unit.read_text() != text:  # or else its date stays, and with it what was compiled
         unit.parent.mkdir(exist_ok=True)
-        unit.write_text(text)
+        (draft := unit.with_suffix(f".{os.getpid()}")).write_text(text)
+        draft.replace(unit)  # whole, should another build read it
     return [*(source for source in sources(folder, *suffixes) if source not in wrappers), str(unit.relative_to(ROOT))]
 
 
@@ -101,6 +102,8 @@ def extensions() -> tuple[list, dict]:
     built = [native]
     if cuda != "0" and os.environ.get("DEBUG") != "asan":
         built += cuda_extension(required=cuda == "1", flags=flags)
+    for extension in built:  # a build without ninja compares the dates of these with that of the library
+        extension.depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
     return built, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}
 
 
@@ -142,8 +145,4 @@ def cuda_extension(required: bool, flags: list[str]) -> list:
 
 
 ext_modules, cmdclass = extensions()
-setup(
-    ext_modules=ext_modules,
-    cmdclass=cmdclass,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
-)
+setup(ext_modules=ext_modules, cmdclass=cmdclass, options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {})

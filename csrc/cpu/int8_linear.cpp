@@ -1,7 +1,7 @@
 // int8_linear: x W^T + b from a weight of 8-bit values with a scale for each row, and from x as it is.
 //
 // Floor for one token: the bytes of the weight, half of the time to read 16-bit weights. 32 weights take 12 instructions: for each
-// 8, a load that extends them, a conversion, and a multiply-add that loads x. A Zen 3 at 3.2 GHz converts 8 G weights a second so, and
+// 8, a load that extends them, a conversion, and a multiply-add that loads x. A Zen 3 at 3.2 GHz converts 8 G weights per second this way, and
 // a core's share of the memory delivers less. Two rows far apart are read together, since two streams give a core more of the memory
 // than one. Rounding x to 8 bits, as nm_q4_linear does, would save instructions that nothing waits for.
 //

@@ -1,8 +1,8 @@
 """Products of float32 matrices with the error of float32, for implementations whose loop runs on the host.
 
 cuBLAS computes float32 products without tensor cores, on an H200 at some 50 TFLOP/s, and products of bfloat16 at 790. Three bfloat16 make
-a float32. A large product is therefore six of such pieces, without those three that are smaller than what float32 rounds. That is
-independent of whether the user allows TF32, which is a setting of the whole process. Tensor cores cut off what float32 rounds, which
+a float32. A large product is therefore the sum of six products of such pieces. The three smallest are left out: they are below what float32
+rounds. That is independent of whether the user allows TF32, which is a setting of the whole process. Tensor cores cut off what float32 rounds, which
 biases long sums, so that the largest of the six is added in chains. By count, [4096, 4096] by itself takes 1.0 ms of tensor cores and
 0.3 ms to add ten sums, instead of 2.7 ms; nothing of this has been measured.
 """

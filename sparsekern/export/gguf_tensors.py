@@ -135,8 +135,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Source]]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight) and not module.owns_tensors:
-            continue  # the embeddings hold them
-        if isinstance(module, (SparseLinear, Int8Embedding)):
+            pass  # the embeddings hold its weight
+        elif isinstance(module, (SparseLinear, Int8Embedding)):
             yield f"{name}.weight", module.shape, module
         elif isinstance(getattr(module, "weight", None), SparseSemiStructuredTensor):
             raise ValueError(f"model: expected dense or packed weights, got a {type(module.weight).__name__} in {name}")

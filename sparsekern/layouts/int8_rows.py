@@ -10,6 +10,7 @@ import torch
 
 MOST = 127
 LEAST_HALF = 2.0**-14  # below it, float16 has fewer digits
+MOST_HALF = torch.finfo(torch.float16).max
 ROWS_AT_ONCE = 1024  # bounds the memory of float32 copies
 
 
@@ -38,7 +39,8 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             raise ValueError(f"weight: expected finite values, got {float(largest[row - first])} in row {row}")
         scale = largest / MOST
         half = scale.half().float()
-        scale = torch.where((half >= LEAST_HALF) & half.isfinite(), half, scale)
+        fits = (half * MOST <= MOST_HALF) | (largest > MOST_HALF)  # what float16 held it can hold again
+        scale = torch.where((half >= LEAST_HALF) & half.isfinite() & fits, half, scale)
         scales[rows] = scale
         divisor = torch.where(scale > 0, scale, 1.0)
         values[rows] = (own / divisor[:, None]).round_().clamp_(-MOST, MOST).to(torch.int8)

@@ -28,7 +28,7 @@ def check_scales(scales: torch.Tensor) -> None:
 def q8_0_rows(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return rows of 8-bit values in Q8_0.
 
-    A row whose scale is no number of float16 is rounded to multiples of the nearest one.
+    A row whose scale is not representable in float16 is rounded to multiples of the nearest one.
 
     Args:
         values: `[rows, columns]` int8; columns divisible by 32.

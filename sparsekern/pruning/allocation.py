@@ -6,7 +6,7 @@ the inputs in the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,6 +37,29 @@ LEVELS = 5  # of each curve
 GRADIENTS = 3  # times the inputs and outputs of a block's matrices, of a sample that runs with gradients
 
 
+def allocatable(model: nn.Module, plan: Plan, optional: Collection[str] = ()) -> Plan:
+    """Return the plan whose shares of zeros `with_allocation` is to decide. An allocation in `optional` is left out where it cannot be.
+
+    Raises:
+        ValueError: no linear of a block has a share of zeros for pattern; experts; or a streamed model whose blocks take more than the
+            output of the one before.
+    """
+    assert plan.course is not None
+    if plan.has_experts:
+        raise ValueError(
+            f"allocation: expected {UNIFORM!r} for a mixture, most of whose experts a few tokens do not reach, got {FISHER!r}"
+        )
+    if not _chosen(plan):
+        shown = ", ".join(sorted(set(map(str, plan.patterns.values()))))
+        raise ValueError(f"allocation: expected {UNIFORM!r} for pattern {shown}, which is no share of zeros, got {FISHER!r}")
+    if stream_of(model) is not None and not plan.course.chain:
+        why = "for a streamed model whose blocks take more than the output of the one before"
+        if "allocation" in optional:
+            return replace(plan, left_out=(*plan.left_out, f"allocation {why}"))
+        raise ValueError(f"allocation: expected {UNIFORM!r} {why} (load it without stream=True), got {FISHER!r}")
+    return replace(plan, allocation=FISHER)
+
+
 def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], request: Request) -> Plan:
     """Return the plan with a share of zeros of its own for each linear whose pattern is a share. The sum of all zeros stays.
 
@@ -44,32 +67,16 @@ def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], requ
 
     Args:
         model: the dense model, ready to run.
-        plan: the linears, their patterns, and the course of the forwards.
+        plan: the linears, their patterns, and the course of the forwards, as `allocatable` returns it.
         batches: the calibration data.
         request: `seed` draws the labels, `leaves` is the number of parts of each sum, and `max_memory` and `folder` are for what is kept of
             a streamed model.
 
     Raises:
-        ValueError: no linear of a block has a share of zeros for pattern; experts; a model without logits; or a streamed one whose
-            blocks take more than the output of the one before.
+        ValueError: a model without logits; or `max_memory` is too low.
     """
     assert plan.course is not None
-    if plan.has_experts:
-        raise ValueError(
-            f"allocation: expected {UNIFORM!r} for a mixture, most of whose experts a few tokens do not reach, got {FISHER!r}"
-        )
-    chosen = [
-        linear for linears in plan.block_linears for linear in linears if isinstance(plan.patterns[linear.name], Unstructured)
-    ]
-    if not chosen:
-        shown = ", ".join(sorted(set(map(str, plan.patterns.values()))))
-        raise ValueError(f"allocation: expected {UNIFORM!r} for pattern {shown}, which is no share of zeros, got {FISHER!r}")
-    streamed = stream_of(model) is not None
-    if streamed and not plan.course.chain:
-        why = "for a streamed model whose blocks take more than the output of the one before"
-        if "allocation" in request.optional:
-            return replace(plan, left_out=(*plan.left_out, f"allocation {why}"))
-        raise ValueError(f"allocation: expected {UNIFORM!r} {why} (load it without stream=True), got {FISHER!r}")
+    chosen, streamed = _chosen(plan), stream_of(model) is not None
     world = World.current()
     backward, curves_memory = _memories(model, plan, batches, request, world)
     squares = gradient_squares(
@@ -89,7 +96,12 @@ def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], requ
     shares: dict[str, Pattern] = {
         name: share_with_zeros(count, curves[name].weights) for name, count in zip(names, zeros, strict=True)
     }
-    return replace(plan, patterns=plan.patterns | shares, allocation=FISHER)
+    return replace(plan, patterns=plan.patterns | shares)
+
+
+def _chosen(plan: Plan) -> list[Linear]:
+    """Return the linears of blocks whose pattern is a share of zeros."""
+    return [linear for linears in plan.block_linears for linear in linears if isinstance(plan.patterns[linear.name], Unstructured)]
 
 
 def _memories(model: nn.Module, plan: Plan, batches: Sequence[Batch], request: Request, world: World) -> tuple[Memory, Memory]:

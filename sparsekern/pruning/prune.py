@@ -154,7 +154,7 @@ def prune(
             backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT. A streamed model is read three times more.
         quality: a name for method, correction, allocation, tune and distill. `"fast"` is SparseGPT. `"good"` is ALPS with the
             correction `"dense"`. `"best"` is the same with `BlockTuning()` and `Distill()`, and with the allocation `"fisher"` where
-            the pattern is a share. It leaves out the last two where the run cannot do them, with a warning that says why. A config
+            the pattern is a share. It leaves out, with a warning, whichever of allocation, tune and distill the run or the model does not allow. A config
             of its method, of tune or of distill is taken besides.
         distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. The
             dense model's hidden states in front of the head are then kept; a copy of it only where the head is not the end.
@@ -257,7 +257,8 @@ def prune(
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         place = None if out is None else checked_path(out, "out")  # of all ranks, of which only the first holds the folder
-        plan, batches = loop.make_plan(model, method, replace(request, max_memory=max_memory, folder=place))
+        request = replace(request, max_memory=max_memory, folder=place)
+        plan, batches = loop.make_plan(model, method, request)
         if quality is not None:  # its methods prune linear by linear
             left_out, distill = [*left_out, *plan.left_out], plan.distill
         if left_out and world.leads:
@@ -280,6 +281,8 @@ def prune(
             {**settings, "out": out and str(out), "resume": resume, "format": format, "max_memory": max_memory},
             environment(model),
         )
+        plan = loop.finished_plan(model, plan, batches, request)
+        settings |= {"patterns": plan.settings["patterns"]} if "patterns" in settings else {}
         if folder is not None:
             own = folder.checkpoint(model, settings, environment(model), resume=resume)
         checkpoint: Checkpoint | SharedBlocks | None = own

@@ -179,6 +179,11 @@ class Loop(ABC, Generic[PlanT, MethodT, ReportT, BlocksT]):
         """
 
     @classmethod
+    def finished_plan(cls, model: nn.Module, plan: PlanT, batches: list[Batch] | None, request: Request) -> PlanT:
+        """Return the plan with the decisions that take work. All processes call this, once it is known that they were called alike."""
+        return plan
+
+    @classmethod
     def described(cls, request: Request) -> dict[str, object]:
         """Return the entries of the report's settings that describe the request, besides the plan's settings."""
         return {"pattern": str(request.default_pattern)}

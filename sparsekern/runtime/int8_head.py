@@ -143,8 +143,20 @@ def untie(model: Any) -> None:
             linear.weight = dense.weight
             linear.register_parameter("bias", head.bias)
             _put(_places(model, head), linear.train(head.training))
-            getattr(model, "all_tied_weights_keys", {})[f"{names[head]}.weight"] = f"{names[packed]}.weight"
-    vars(model).pop(TIES, None)  # of the class again
+            target, source = f"{names[head]}.weight", f"{names[packed]}.weight"
+            getattr(model, "all_tied_weights_keys", {})[target] = source
+            _declare(model, target, source)
+
+
+def _declare(model: Any, target: str, source: str) -> None:
+    """Let the model's own ties, if it has some besides those of its class, hold this one again."""
+    declared = vars(model).get(TIES)
+    if not isinstance(declared, dict):
+        return
+    if (whole := {**declared, target: source}) == getattr(type(model), TIES, None):
+        delattr(model, TIES)
+    else:
+        setattr(model, TIES, whole)
 
 
 def _check_no_hooks(name: str, module: nn.Module, change: str) -> None:

@@ -161,17 +161,17 @@ def unpacked_copy(model: nn.Module) -> nn.Module:
     return _unpack(_sharing_copy(model), keep_hooks=False)
 
 
-def check_packed_format(format: str) -> None:
-    """Raise `ValueError` unless `format` is a packed format."""
-    if format != PACKED:
-        try:
-            found = format_of(format)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"format: expected 'packed', 'bitmask', 'N:M' or 'N:M-q4', got {format!r}") from error
-        if found.name == INT8:
-            raise ValueError(
-                f"format: expected 'packed', 'bitmask', 'N:M' or 'N:M-q4', got {format!r}, which is for the head: head='int8'"
-            )
+def check_packed_format(format: str, besides: tuple[str, ...] = ()) -> None:
+    """Raise `ValueError` unless `format` is a packed format, or one of `besides`."""
+    if format in (PACKED, *besides):
+        return
+    expected = f"format: expected {', '.join(map(repr, (*besides, PACKED)))}, 'bitmask', 'N:M' or 'N:M-q4', got {format!r}"
+    try:
+        found = format_of(format)
+    except (TypeError, ValueError) as error:
+        raise ValueError(expected) from error
+    if found.name == INT8:
+        raise ValueError(f"{expected}, which is for the head: head='int8'")
 
 
 def is_packed(model: nn.Module) -> bool:

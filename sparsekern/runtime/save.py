@@ -286,11 +286,7 @@ def in_format(model: torch.nn.Module, format: str, head: str | None = None) -> t
 
 def check_format(format: str) -> None:
     """Raise `ValueError` unless a model can be saved in `format`."""
-    if format not in (DENSE, PACKED):
-        try:
-            check_packed_format(format)
-        except ValueError as error:
-            raise ValueError(f"format: expected 'dense', 'packed', 'bitmask' or 'N:M', got {format!r}") from error
+    check_packed_format(format, besides=(DENSE,))
 
 
 def check_space(model: torch.nn.Module, path: str | os.PathLike, *, argument: str = "out", extra: int = 0) -> None:

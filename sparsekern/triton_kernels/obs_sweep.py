@@ -11,7 +11,7 @@ With `diag(V_ss) V_ss^-1 = I + R`, R strictly upper triangular, pruning column j
 column j and all columns to its left unchanged. A column therefore costs one masked sum, which reads it, and one multiply-add per element.
 * The explicit inverse of a whole block would be inaccurate; that of a 32-column triangle is as accurate as substitution. Between
   sub-blocks, as between blocks, V itself is multiplied: three TF32 passes on the tensor cores, with the accuracy of float32.
-* On compute capability 9 a warp owns whole rows, four lanes each, so that no warp waits for another inside the loop over columns. The loop
+* From compute capability 9 on a warp owns whole rows, unless groups are of 7 or more than 32, four lanes each, so that no warp waits for another inside the loop over columns. The loop
   is unrolled. The compiler then knows which of a lane's registers can hold a column, and the masked sum reads two registers instead of all.
 """
 
@@ -32,7 +32,9 @@ CHUNK = 32  # earlier columns of the block multiplied at a time
 SCAN = 4096  # values read by a program of `find_not_finite`: 32 or 64 bytes in flight per thread
 COMPILED = (
     (2, 4),
+    (1, 2),
     (2, 3),
+    (3, 7),
     (4, 8),
     (16, 32),
     (5, 64),
@@ -58,8 +60,9 @@ class Config(NamedTuple):
 def config(columns: int, m: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
     """Return the shape of a program for blocks of `columns` columns in groups of `m` (0: none), and weights of `dtype`.
 
-    The shapes are those with which ptxas spills nothing, under Triton 3.6 and 3.7. One warp owns all rows where it can: on compute
-    capability 8, and with groups of 7 in float32, it has too few registers, and two warps wait for each other at each column. Parts of 16
+    The shapes that are shipped are those with which ptxas spills nothing, under Triton 3.6 and 3.7. One warp owns all rows where it can: on
+    compute capability 8, and with groups of 7, it has too few registers, and two warps wait for each other at each column. Eight warps share
+    groups of more than 32. Parts of 16
     columns tell the compiler where a column is, if groups divide them, but those of 16-bit weights in groups of 2 to 4, or on compute
     capability 10 with a given mask, must be shorter.
     """

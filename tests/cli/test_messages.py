@@ -89,7 +89,7 @@ from tests.cli.conftest import exit_code
         (["--method", "gradual", "--set", "criterion.scope=world"], "Magnitude.scope: expected one of 'matrix', 'row', 'global'"),
         (["--set", "damping=-1"], "SparseGPT.damping: expected a number of at least 0, got -1.0"),
         (["--set", "scope=world"], "SparseGPT.scope: expected one of 'block', 'row', 'matrix', got 'world'"),
-        (["--format", "onnx"], "--format: expected 'dense', 'packed', 'bitmask' or 'N:M', got 'onnx'"),
+        (["--format", "onnx"], "--format: expected 'dense', 'packed', 'bitmask', 'N:M' or 'N:M-q4', got 'onnx'"),
         (["--dtype", "int4"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int4'"),
         (["--device", "quantum"], "--device: expected auto, cpu or cuda[:N], got 'quantum'"),
         (["--device", "cuda:99"], "--device: expected a device that is available, got 'cuda:99': torch "),

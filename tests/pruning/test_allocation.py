@@ -11,6 +11,7 @@ from sparsekern.models import find_linears
 from sparsekern.models.streaming import Stream, stream_of
 from sparsekern.pruning import allocation, gradient_squares
 from sparsekern.pruning.batches import as_batches
+from sparsekern.pruning.blockwise import loop
 from sparsekern.pruning.blockwise.shelf import Shelf
 from sparsekern.pruning.quality import PRESETS, Preset
 from tests.models.families import tiny_ids, tiny_model
@@ -162,7 +163,9 @@ def test_the_inputs_of_blocks_that_exceed_the_memory_are_on_disk(tmp_path, monke
 
     run("whole", None)
     limit, message = least(lambda limit: run("never", limit))
-    limit, message = least(lambda _: run("never", limit))  # enough for the model, not for the rest
+    limit, message = least(lambda _: run("never", limit))  # enough for the model, not for the run
+    assert "the gradients of a block" not in message
+    limit, message = least(lambda _: run("never", limit))  # enough for the run, not for its gradients
     assert "the gradients of a block" in message and "the logits of a sample" in message and not written
     run("limited", limit)
     assert len({key for key in written if isinstance(key, tuple)}) > 16  # block and sample, of 48
@@ -231,3 +234,21 @@ def test_what_cannot_be_allocated_is_refused(make, method, pattern, options, mes
     with pytest.raises(ValueError, match=message):
         sparsekern.prune(model, method, pattern, tiny_ids(), **{"allocation": "fisher", **options}, **QUIET)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_what_a_run_refuses_or_leaves_out_is_said_in_front_of_the_work(tmp_path, monkeypatch):
+    def worked(*args):
+        raise Interrupted
+
+    monkeypatch.setattr(loop, "with_allocation", worked)
+    monkeypatch.setitem(PRESETS, "best", Preset("wanda", allocation="fisher", distill=sparsekern.Distill(steps=1)))
+    model = sparsekern.load(folder_of("llama", tmp_path / "model"), device="cpu", stream=True)
+    options = {"quality": "best", "pattern": 0.5, "calibration": tiny_ids(8, 12), "out": tmp_path / "out", **QUIET}
+    with (
+        pytest.raises(Interrupted),
+        pytest.warns(sparsekern.SparsekernWarning, match="'best' leaves out distill for a streamed model"),
+    ):
+        sparsekern.prune(model, **options)
+    enough_for_the_model, _ = least(lambda limit: sparsekern.prune(model, **options, max_memory=limit))
+    with pytest.warns(sparsekern.SparsekernWarning):
+        least(lambda _: sparsekern.prune(model, **options, max_memory=enough_for_the_model))

@@ -12,7 +12,7 @@ from sparsekern.pruning.quality import PRESETS, Preset
 ALONE = {name: setting.neutral for name, setting in SETTINGS.items()}
 VALUES = {"correction": "dense", "tune": BlockTuning(), "distill": Distill(), "allocation": "fisher", "values": "int4"}
 SHOWN = {"correction": "'dense'", "tune": "BlockTuning", "distill": "Distill", "allocation": "'fisher'", "values": "'int4'"}
-STREAMED = "for a streamed model, whose gradients need all blocks in memory (load it without stream=True)"
+STREAMED = "for a streamed model, each step of which would read every block twice (load it without stream=True)"
 NO_TOKENS = "for a model that predicts no next tokens"
 PARTS = "for sums in 4 parts (several processes, or leaves; run one)"
 REFUSED = [

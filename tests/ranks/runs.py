@@ -186,6 +186,8 @@ def failing(rank: int, kind: str, out, victim: int):
             model.model.norm.weight.data[0] = 3.0
         if kind == "pattern" and rank == victim:
             arguments["pattern"] = "1:4"
+        if kind == "shares":
+            arguments |= {"pattern": 0.5, "allocation": "fisher", "include": "*.mlp.*" if rank == victim else None}
         if kind == "resume" and rank == victim:
             arguments["resume"] = True
         if kind == "argument" and rank == victim:

@@ -83,6 +83,11 @@ def test_a_run_is_not_resumed_with_other_leaves(tmp_path):
         ("data", "ValueError", "calibration: expected the same on all ranks, got another on rank 3 than on rank 0"),
         ("model", "ValueError", "model: expected the same on all ranks, got another on rank 3 than on rank 0"),
         ("pattern", "ValueError", "patterns: expected the same on all ranks, got another on rank 3 than on rank 0"),
+        (
+            "shares",
+            "ValueError",
+            "patterns: expected the same on all ranks, got another on rank 3 than on rank 0",
+        ),  # in front of its sums
         ("version", "ValueError", "torch: expected the same on all ranks, got another on rank 3 than on rank 0"),
         ("argument", "ValueError", "rank 3: pattern:"),
     ],

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import sparsekern
-from sparsekern.layouts.int8_rows import quantize_rows
+from sparsekern.export.gguf_tensors import _weights
+from sparsekern.layouts.int8_rows import quantize_rows, restore_rows
 from sparsekern.runtime import SparseLinear, count_zeros, weight_bytes
 from sparsekern.runtime.int8_embedding import Int8Embedding, TiedHead
 from sparsekern.serving.served import layers_of
@@ -57,7 +58,8 @@ def test_the_head_is_rounded_and_nothing_else(tied):
         assert torch.equal(model.model.embed_tokens(ids).double(), expected[ids])
         assert model.lm_head.tensors["values"] is model.model.embed_tokens.values
     else:
-        assert model.model.embed_tokens.weight is not None and type(model.model.embed_tokens) is torch.nn.Embedding
+        assert type(model.model.embed_tokens) is torch.nn.Embedding
+        assert torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
     dense = sparsekern.unpack(model)
     assert torch.equal(dense.lm_head.weight.double(), expected)
     assert (dense.lm_head.weight is dense.model.embed_tokens.weight) == tied
@@ -257,6 +259,8 @@ def test_what_has_no_head_of_8_bits_is_refused_before_any_change(tmp_path):
             sparsekern.pack(model, head=head)
     with pytest.raises(ValueError, match="^format: expected .* got 'int8', which is for the head: head='int8'$"):
         sparsekern.pack(model, "int8")
+    with pytest.raises(ValueError, match="^format: expected 'dense', .* got 'int8', which is for the head: head='int8'$"):
+        sparsekern.save(model, tmp_path / "out", "int8")
     with pytest.raises(ValueError, match="^head: expected None for format='dense', got 'int8'; format='packed' takes it$"):
         sparsekern.save(model, tmp_path / "out", head="int8")
     assert not sparsekern.runtime.is_packed(model) and not (tmp_path / "out").exists()
@@ -270,6 +274,41 @@ def test_unpacking_keeps_hooks_by_refusal():
     ):
         sparsekern.unpack(model)
     assert isinstance(model.lm_head, TiedHead) and isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
+
+
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_ties_that_a_model_declares_itself_are_kept(head):
+    model = llama()
+    model._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight", "a": "b"}
+    dense = sparsekern.unpack(sparsekern.pack(model, head=head))
+    assert vars(dense)["_tied_weights_keys"] == {"lm_head.weight": "model.embed_tokens.weight", "a": "b"}
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_a_tied_head_with_a_bias(tmp_path):
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+    model = BertForMaskedLM(BertConfig(**sizes)).eval()
+    torch.nn.init.normal_(model.cls.predictions.decoder.bias)
+    sparsekern.prune(model, "magnitude", "2:4", progress=False)
+    ids, plain = packed.ids(), copy.deepcopy(model)
+    plain.get_input_embeddings().weight.copy_(rounded(plain.get_input_embeddings().weight))
+    expected = sparsekern.pack(plain)(input_ids=ids).logits
+    held = sparsekern.pack(model, head="int8")
+    assert isinstance(held.cls.predictions.decoder, TiedHead)
+    torch.testing.assert_close(held(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    sparsekern.save(held, tmp_path / "packed", "packed")
+    assert torch.equal(sparsekern.load(tmp_path / "packed")(input_ids=ids).logits, held(input_ids=ids).logits)
+    names = {name for name, _, _ in _weights(held)}
+    assert "cls.predictions.bias" in names and "cls.predictions.decoder.weight" not in names
+
+
+def test_values_at_the_end_of_float16_stay_finite():
+    weight = torch.tensor([[65504.0, 1.0], [-65504.0, 65000.0]], dtype=torch.float16)
+    values, scales = quantize_rows(weight)
+    restored = restore_rows(values, scales, torch.float16)
+    assert restored.isfinite().all() and values[0, 0] == 127
+    torch.testing.assert_close(restored.float(), weight.float(), rtol=0, atol=258)  # half a step
 
 
 def test_a_server_refuses_it_by_name(folder):

@@ -274,7 +274,7 @@ def test_paths_that_are_none(path, error, message):
 
 @pytest.mark.parametrize("format", ["onnx", "9:99", "", None])
 def test_unknown_formats(tmp_path, format):
-    with pytest.raises(ValueError, match=f"format: expected 'dense', 'packed', 'bitmask' or 'N:M', got {format!r}"):
+    with pytest.raises(ValueError, match=f"format: expected 'dense', 'packed', 'bitmask', 'N:M' or 'N:M-q4', got {format!r}"):
         sparsekern.save(tiny.llama(), tmp_path / "out", format=format)
 
 

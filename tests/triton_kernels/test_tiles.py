@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,9 +127,8 @@ def test_units_of_a_step(head_size, tile):
 
 @pytest.mark.parametrize("m", [0, *range(2, 65)])
 @pytest.mark.parametrize("columns", [1, 16, 17, 64, 128])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_sub_blocks_of_a_sweep_hold_whole_groups_and_as_many_as_fit(columns, m, capability):
-    for dtype in (torch.float32, torch.bfloat16):
+def test_sub_blocks_of_a_sweep_hold_whole_groups_and_as_many_as_fit(columns, m):
+    for dtype, capability in itertools.product((torch.float32, torch.bfloat16), ((8, 0), (9, 0), (10, 0))):
         tiles = obs_sweep.config(max(columns, m), m, dtype, capability)
         assert tiles.width <= tiles.size and tiles.size & (tiles.size - 1) == 0
         assert tiles.width % tiles.part == 0 and tiles.width + tiles.part > tiles.size

@@ -21,7 +21,7 @@ from ...methods.allocation import UNIFORM
 from ...models import Linear
 from ...models.streaming import in_memory, lent_blocks, stream_of
 from ...reports import LayerReport, Report
-from ..allocation import with_allocation
+from ..allocation import allocatable, with_allocation
 from ..batches import BY_POSITION, TOKENS, Batch
 from ..corrections import DENSE, NONE
 from ..plan import Plan, Request, check_finite, plan_linears
@@ -92,16 +92,21 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
         batches = batches_for(model, method, request.calibration, request.batch_size, most_tokens)
         if request.correction == DENSE or trainings:
             batches = with_held_out(batches, request.seed)
-        with prepared(model, request.seed):
-            with lent_blocks(model):
-                plan = observed(model, plan, batches)
-                plan = with_trainings(model, plan, batches, request.optional)
+        with prepared(model, request.seed), lent_blocks(model):
+            plan = observed(model, plan, batches)
+            plan = with_trainings(model, plan, batches, request.optional)
             if request.allocation != UNIFORM:
-                plan = with_allocation(model, plan, batches, request)
+                plan = allocatable(model, plan, request.optional)
             if isinstance(method, BlockMethod):
-                with lent_blocks(model):
-                    plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
+                plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
         return plan, batches
+
+    @classmethod
+    def finished_plan(cls, model: nn.Module, plan: Plan, batches: list[Batch] | None, request: Request) -> Plan:
+        if plan.allocation == UNIFORM:
+            return plan
+        with prepared(model, request.seed):
+            return with_allocation(model, plan, batches or [], request)
 
     @property
     def course(self) -> Course:

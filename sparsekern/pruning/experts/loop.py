@@ -193,6 +193,7 @@ class ExpertLoop(Loop[ExpertPlan, ExpertMethod, ExpertReport, Checkpoint | Share
         """Prune the smaller model by the method that follows, and return its report."""
         context, request = self.context, self.plan.request
         plan, batches = BlockLoop.make_plan(context.model, then, request)
+        plan = BlockLoop.finished_plan(context.model, plan, batches, request)
         settings = {**BlockLoop.described(request), "method": then.settings(), "seed": context.seed, **plan.settings}
         tokens, checkpoint = sum(batch.tokens for batch in batches or ()), self._checkpoint_of_then()
         report = Report(

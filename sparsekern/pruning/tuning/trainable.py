@@ -59,7 +59,7 @@ def why_not_causal(model: nn.Module, batches: Sequence[Batch]) -> str | None:
     try:
         logits, changed = (getattr(model(input_ids=tokens), "logits", None) for tokens in (ids, other))
     except (TypeError, ValueError) as error:
-        return f"{name} takes more than token ids: {on_one_line(error)}"
+        return f"the forward of {name} refuses token ids alone: {on_one_line(error)}"
     if logits is None or changed is None or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         return f"{name} returns no logits for each token"
     if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-4):
