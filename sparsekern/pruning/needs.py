@@ -83,7 +83,7 @@ FIRST = Need(
 ONE_PART = Need(lambda run: run.leaves == 1, "for sums in {leaves} parts (several processes, or leaves; run one)")
 IN_MEMORY = Need(
     lambda run: not run.is_streamed,
-    "for a streamed model, each step of which would read every block twice (load it without stream=True)",
+    "for a streamed model, whose blocks are not in memory together (load it without stream=True)",
 )
 PREDICTS = Need(lambda run: run.predicts, "for a model that predicts no next tokens")
 

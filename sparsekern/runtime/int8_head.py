@@ -77,7 +77,8 @@ def find_head(model: nn.Module) -> Head | None:
     """Return the head of a model; None if it has 8 bits already.
 
     Raises:
-        ValueError: the model has no head, one that does more than multiply, or one that shares its weight with more than embeddings.
+        ValueError: the model has no head, one that does more than multiply, or one that shares its bias, or its weight
+            with more than embeddings.
     """
     get = getattr(model, "get_output_embeddings", None)
     linear = get() if get is not None else None
@@ -97,6 +98,11 @@ def find_head(model: nn.Module) -> Head | None:
     if weight.dtype not in DTYPES:
         found = str(weight.dtype).removeprefix("torch.")
         raise ValueError(f"{ARGUMENT}: expected float32, bfloat16 or float16, got {found} ({name})")
+    for own, module in model.named_modules():
+        if linear.bias is not None and module is not linear and _shares(module, linear.bias):
+            raise ValueError(
+                f"{ARGUMENT}: expected a bias that is not shared, got that of {name}, which {own or 'the model'} shares"
+            )
     others = [(own, module) for own, module in model.named_modules() if module is not linear and _shares(module, weight)]
     if not others:
         return Head(name, linear, places, None, "", [])

@@ -12,7 +12,7 @@ from sparsekern.pruning.quality import PRESETS, Preset
 ALONE = {name: setting.neutral for name, setting in SETTINGS.items()}
 VALUES = {"correction": "dense", "tune": BlockTuning(), "distill": Distill(), "allocation": "fisher", "values": "int4"}
 SHOWN = {"correction": "'dense'", "tune": "BlockTuning", "distill": "Distill", "allocation": "'fisher'", "values": "'int4'"}
-STREAMED = "for a streamed model, each step of which would read every block twice (load it without stream=True)"
+STREAMED = "for a streamed model, whose blocks are not in memory together (load it without stream=True)"
 NO_TOKENS = "for a model that predicts no next tokens"
 PARTS = "for sums in 4 parts (several processes, or leaves; run one)"
 REFUSED = [
@@ -85,7 +85,7 @@ def test_other_values_are_refused(name, value, error, message):
 
 @pytest.mark.parametrize(
     ("run", "reason"),
-    [(Run(Wanda(), leaves=2), "for sums in 2 parts"), (Run(Wanda(), is_streamed=True), "for a streamed model, whose gradients")],
+    [(Run(Wanda(), leaves=2), "for sums in 2 parts"), (Run(Wanda(), is_streamed=True), "for a streamed model, whose blocks")],
 )
 def test_two_blocks_are_tuned_together_in_one_part_in_memory(run, reason):
     check_settings({**ALONE, "tune": BlockTuning()}, run)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PhiConfig, PhiForCausalLM
 
 import sparsekern
 from sparsekern.export.gguf_tensors import _weights
@@ -285,22 +285,33 @@ def test_ties_that_a_model_declares_itself_are_kept(head):
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
 
 
+SIZES = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+
+
 @torch.no_grad()
 def test_a_tied_head_with_a_bias(tmp_path):
-    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
-    model = BertForMaskedLM(BertConfig(**sizes)).eval()
-    torch.nn.init.normal_(model.cls.predictions.decoder.bias)
+    model = PhiForCausalLM(PhiConfig(**SIZES, tie_word_embeddings=True)).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
     sparsekern.prune(model, "magnitude", "2:4", progress=False)
     ids, plain = packed.ids(), copy.deepcopy(model)
-    plain.get_input_embeddings().weight.copy_(rounded(plain.get_input_embeddings().weight))
+    plain.lm_head.weight.copy_(rounded(plain.lm_head.weight))
     expected = sparsekern.pack(plain)(input_ids=ids).logits
     held = sparsekern.pack(model, head="int8")
-    assert isinstance(held.cls.predictions.decoder, TiedHead)
+    assert isinstance(held.lm_head, TiedHead)
     torch.testing.assert_close(held(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     sparsekern.save(held, tmp_path / "packed", "packed")
     assert torch.equal(sparsekern.load(tmp_path / "packed")(input_ids=ids).logits, held(input_ids=ids).logits)
     names = {name for name, _, _ in _weights(held)}
-    assert "cls.predictions.bias" in names and "cls.predictions.decoder.weight" not in names
+    assert "lm_head.bias" in names and "lm_head.weight" not in names
+
+
+def test_a_head_whose_bias_is_shared_is_refused():
+    model = BertForMaskedLM(BertConfig(**SIZES))
+    sparsekern.prune(model, "magnitude", "2:4", progress=False)
+    message = "^head: expected a bias that is not shared, got that of cls.predictions.decoder, which cls.predictions shares$"
+    with pytest.raises(ValueError, match=message):
+        sparsekern.pack(model, head="int8")
+    assert not sparsekern.runtime.is_packed(model)
 
 
 def test_values_at_the_end_of_float16_stay_finite():
