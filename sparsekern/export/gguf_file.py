@@ -38,7 +38,7 @@ def export_gguf(
 
     A linear whose values have 4 bits (`prune(values="int4")`) is stored as Q4_0 without loss: the numbers of a packed folder such as
     `2:4-q4`, with the zeros written out. So llama.cpp can run exactly the weights that `2:4-q4` stores. A dense float32 model has the same
-    numbers; one in a half dtype had rounded them. A head that `pack(head="int8")` made is stored as Q8_0, without loss but for rows whose
+    numbers; one in a half dtype had rounded them. A head that `pack(head="int8")` made is stored as Q8_0, without loss, except rows whose
     scale float16 does not hold; a warning counts them. Norms and biases are float32.
 
     The families are LLaMA (also SmolLM2, TinyLlama), Mistral, Qwen2 and Qwen3. A tensor is in memory at a time, besides the model.

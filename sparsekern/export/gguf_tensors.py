@@ -116,7 +116,7 @@ def tensors_of(model: nn.Module, architecture: Architecture, type: str) -> list[
     names = get_tensor_name_map(number, config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if architecture.interleaves else {}
     found = []
-    for own_name, shape, source in _weights(model):
+    for own_name, shape, source in named_weights(model):
         name = names.get_name(own_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(
@@ -130,7 +130,7 @@ def tensors_of(model: nn.Module, architecture: Architecture, type: str) -> list[
     return found
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Source]]:
+def named_weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Source]]:
     """Yield name, shape and place of each weight; of shared ones the first, and of packed ones the name that they have when dense."""
     seen: set[int] = set()
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ from torch import nn
 from ..models.linears import is_plain_linear
 from .formats import INT8
 from .int8_embedding import Int8Embedding, TiedHead
-from .packable import HOOKS, Places
+from .packable import Places, is_hooked
 from .packed_weight import DTYPES
 from .sparse_linear import SparseLinear
 
@@ -166,7 +166,7 @@ def _declare(model: Any, target: str, source: str) -> None:
 
 
 def _check_no_hooks(name: str, module: nn.Module, change: str) -> None:
-    if any(getattr(module, hooks) for hooks in HOOKS) or "forward" in vars(module):
+    if is_hooked(module):
         raise ValueError(f"{name}: expected no hooks, since {change} would lose them; remove them first")
 
 

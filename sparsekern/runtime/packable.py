@@ -174,7 +174,7 @@ class PackableLinear(Packable):
         return why_not_parameter(weight, owners)
 
     def has_hooks(self) -> bool:
-        return any(getattr(self.module, hooks) for hooks in HOOKS) or "forward" in vars(self.module)
+        return is_hooked(self.module)
 
 
 class PackableExperts(Packable):
@@ -348,6 +348,11 @@ def _nothing_to_pack(model: nn.Module, reasons: Mapping[str, int]) -> str:
         return f"model: expected linear layers, got a {type(model).__name__} without any{hint}"
     counted = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
     return f"model: none of its {sum(reasons.values())} linear layers can be packed ({counted})"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a module has hooks, or a forward of its own, which a module in its place would not have."""
+    return any(getattr(module, hooks) for hooks in HOOKS) or "forward" in vars(module)
 
 
 def check_no_hooks(known: Packable, change: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PhiConfig, PhiForCausalLM
 
 import sparsekern
-from sparsekern.export.gguf_tensors import _weights
+from sparsekern.export.gguf_tensors import named_weights
 from sparsekern.layouts.int8_rows import quantize_rows, restore_rows
 from sparsekern.runtime import SparseLinear, count_zeros, weight_bytes
 from sparsekern.runtime.int8_embedding import Int8Embedding, TiedHead
@@ -301,7 +301,7 @@ def test_a_tied_head_with_a_bias(tmp_path):
     torch.testing.assert_close(held(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     sparsekern.save(held, tmp_path / "packed", "packed")
     assert torch.equal(sparsekern.load(tmp_path / "packed")(input_ids=ids).logits, held(input_ids=ids).logits)
-    names = {name for name, _, _ in _weights(held)}
+    names = {name for name, _, _ in named_weights(held)}
     assert "lm_head.bias" in names and "lm_head.weight" not in names
 
 
