@@ -6,9 +6,10 @@ the inputs in the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..methods import Gram, SparseGPT
 from ..methods.allocation import FISHER, UNIFORM, Curve, allocated_zeros
+from ..methods.statistics import InputStatistic
 from ..models import Linear
 from ..models.limits import vocabulary
 from ..models.memory import forward_bytes, room_beside, score_bytes
@@ -24,8 +26,10 @@ from ..pattern import Pattern, Unstructured, pruned_count, share_with_zeros
 from ..ranks import World, deal
 from .batches import Batch
 from .blockwise.activations import Activations
+from .blockwise.dealt_experts import DealtExperts
+from .blockwise.experts import ExpertStatistics, expert_bytes, is_expert
+from .blockwise.gathering import Gathering
 from .blockwise.shares import LeafSums, Share
-from .blockwise.shelf import Shelf
 from .blockwise.statistics import SharedStatistics
 from .corrections import NONE
 from .gradient_squares import LENGTH, backward_bytes, gradient_squares
@@ -34,6 +38,7 @@ from .plan import Plan, Request
 
 REACH = 0.15  # that a share may differ from the one asked for
 LEVELS = 5  # of each curve
+Group = tuple[list[Linear], InputStatistic]  # linears with the same inputs, and the statistic of these
 GRADIENTS = 3  # times the inputs and outputs of a block's matrices, of a sample that runs with gradients
 
 
@@ -41,14 +46,10 @@ def allocatable(model: nn.Module, plan: Plan, optional: Collection[str] = ()) ->
     """Return the plan whose shares of zeros `with_allocation` is to decide. An allocation in `optional` is left out where it cannot be.
 
     Raises:
-        ValueError: no linear of a block has a share of zeros for pattern; experts; or a streamed model whose blocks take more than the
-            output of the one before.
+        ValueError: no linear of a block has a share of zeros for pattern; or a streamed model whose blocks take more than the output of
+            the one before.
     """
     assert plan.course is not None
-    if plan.has_experts:
-        raise ValueError(
-            f"allocation: expected {UNIFORM!r} for a mixture, most of whose experts a few tokens do not reach, got {FISHER!r}"
-        )
     if not _chosen(plan):
         shown = ", ".join(sorted(set(map(str, plan.patterns.values()))))
         raise ValueError(f"allocation: expected {UNIFORM!r} for pattern {shown}, which is no share of zeros, got {FISHER!r}")
@@ -62,6 +63,8 @@ def allocatable(model: nn.Module, plan: Plan, optional: Collection[str] = ()) ->
 
 def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], request: Request) -> Plan:
     """Return the plan with a share of zeros of its own for each linear whose pattern is a share. The sum of all zeros stays.
+
+    Experts that no calibration token reaches, and linears whose outputs have no gradient, keep the share of their pattern.
 
     Several processes share the work, and all of them call this.
 
@@ -84,14 +87,18 @@ def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], requ
         chosen,
         batches,
         request.seed,
+        listed=plan.listed,
         world=world,
         leaves=request.leaves,
         streamed=(plan.course, backward.shelf(model)) if streamed else None,
     )
-    share = Share(world, batches, request.leaves)
-    curves = cost_curves(model, plan, chosen, share, squares, curves_memory.shelf(model))
-    names = [linear.name for linear in chosen]
-    budget = sum(pruned_count(curves[linear.name].weights, plan.patterns[linear.name].sparsity) for linear in chosen)
+    squares = with_means(plan, squares)
+    reached = [linear for linear in chosen if linear.name in squares]
+    if not reached:
+        return plan
+    curves = cost_curves(model, plan, reached, batches, squares, world=world, leaves=request.leaves, memory=curves_memory)
+    names = [linear.name for linear in reached if linear.name in curves]
+    budget = sum(pruned_count(curves[name].weights, plan.patterns[name].sparsity) for name in names)
     zeros = allocated_zeros([curves[name] for name in names], budget)
     shares: dict[str, Pattern] = {
         name: share_with_zeros(count, curves[name].weights) for name, count in zip(names, zeros, strict=True)
@@ -123,57 +130,98 @@ def _memories(model: nn.Module, plan: Plan, batches: Sequence[Batch], request: R
     return backward, planned_memory(model, alone, SparseGPT(), batches, limit, folder, leaves, ranks=world.size)
 
 
+def with_means(plan: Plan, squares: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the squares with those of experts that the tokens of `gradient_squares` did not reach: the mean of their layer's others."""
+    found = dict(squares)
+    for linears in plan.block_linears:
+        alike: dict[object, list[str]] = {}
+        for linear in linears:
+            if linear.name in plan.listed or is_expert(linear):
+                alike.setdefault((linear.name.rpartition(".")[2], linear.shape), []).append(linear.name)
+        for names in alike.values():
+            known = [squares[name] for name in names if name in squares]
+            if known and len(known) < len(names):
+                found |= dict.fromkeys(set(names).difference(squares), torch.stack(known).mean(0))
+    return found
+
+
 def cost_curves(
     model: nn.Module,
     plan: Plan,
     linears: Sequence[Linear],
-    share: Share,
+    batches: Sequence[Batch],
     squares: Mapping[str, torch.Tensor],
-    shelf: Shelf | None = None,
+    *,
+    world: World,
+    leaves: int = 1,
+    memory: Memory | None = None,
 ) -> dict[str, Curve]:
-    """Return the cost of each linear at several shares of zeros, by name. All processes call this.
+    """Return the cost of each linear at several shares of zeros, by name; none of one that no token reaches. All processes call this.
 
     Args:
         model: the model, ready to run.
         plan: the patterns, and the course of the forwards.
         linears: the linears of its blocks to measure.
-        share: the calibration data of this process.
+        batches: the calibration data.
         squares: the mean squares of the gradient, by name.
-        shelf: holds the hidden states; None keeps them in memory.
+        world: the processes, which share the batches.
+        leaves: the number of parts of each sum.
+        memory: the limits of the hidden states and of the statistics of experts; None is no limit.
     """
-    course, world = plan.course, share.world
+    course, memory = plan.course, memory or Memory()
     assert course is not None
     curves: dict[str, Curve] = {}
     chosen = {linear.name for linear in linears}
     of_block = {index: [linear for linear in plan.block_linears[index] if linear.name in chosen] for index in course.order}
     last = [index for index in course.order if of_block[index]][-1]
-    activations = Activations(model, share.batches, course, shelf)
+    share = Share(world, batches, leaves)
+    activations = Activations(model, share.batches, course, memory.shelf(model))
     for index in course.order:
-        own = of_block[index]
-        masks = {linear.name: course.masks(linear.name, index) for linear in own}
-        order = [name for name in course.calls(index) if name in masks]
         with in_memory(model, index, ahead=int(index != last)):
-            if own:
-                summed = LeafSums(partial(SharedStatistics, own, Gram, masks=masks), share)
-                for batch, inputs, _ in activations.inputs_of(index, own, order):
-                    world.check()
-                    summed.of(batch).add(batch, inputs)
-                curves |= _curves(world, summed.result(), plan.patterns, squares)
+            if own := of_block[index]:
+                groups = _groups(Gathering(plan, index, own), activations, share, batches, leaves, memory)
+                curves |= _curves(world, groups, plan.patterns, squares)
             if index == last:
                 break
             activations.advance(index, world.check)
     return curves
 
 
+def _groups(
+    gathering: Gathering, activations: Activations, share: Share, batches: Sequence[Batch], leaves: int, memory: Memory
+) -> Iterator[Group]:
+    """Yield the sets of linears with the same inputs that are dealt to this process, and their statistics. All processes call this."""
+    world, masks = share.world, gathering.masks
+    summed = LeafSums(partial(SharedStatistics, gathering.plain, Gram, masks=gathering.recorded_masks), share)
+    routed = ExpertStatistics(gathering.matrices, Gram, False, masks=masks, shelf=activations.shelf)
+    for batch, inputs, calls in gathering.inputs(activations):
+        world.check()
+        summed.of(batch).add(batch, inputs)
+        routed.add(batch, calls)
+    groups = summed.result().groups
+    costs = [_multiply_adds(members) for members, _ in groups]
+    yield from (groups[number] for number in deal(costs, world.size)[world.rank])
+    del groups
+    if not gathering.experts:
+        return
+    most = expert_bytes(gathering.experts[0].device, memory.experts)
+    if leaves == 1:
+        experts = routed.groups(most)
+    else:
+        dealt = DealtExperts(routed, world, batches, most)
+        experts = map(dealt.statistics, zip_longest(*dealt.packs(leaves)))
+    for some in experts:
+        while some:  # the statistics of one are gone before the next are made
+            yield from some.pop(0).groups
+
+
 def _curves(
-    world: World, shared: SharedStatistics, patterns: Mapping[str, Pattern], squares: Mapping[str, torch.Tensor]
+    world: World, groups: Iterable[Group], patterns: Mapping[str, Pattern], squares: Mapping[str, torch.Tensor]
 ) -> dict[str, Curve]:
-    """Return the curves of the linears of a block. Each process makes those of some sets of linears with the same inputs."""
-    costs = [_multiply_adds(members) for members, _ in shared.groups]
+    """Return the curves of all linears of a block, each of which is in a group of one process."""
     solver, found = SparseGPT(), []
-    for number in deal(costs, world.size)[world.rank]:
-        members, gram = shared.groups[number]
-        for linear in members:
+    for members, gram in groups:
+        for linear in members if gram.tokens else ():
             world.check()
             curve = _curve(solver, linear, gram, patterns[linear.name], squares[linear.name])
             found.append([linear.name, curve.weights, list(curve.zeros), list(curve.costs)])

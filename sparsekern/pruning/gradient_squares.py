@@ -3,14 +3,18 @@
 The loss is that of labels which the model itself draws, so its square is the curvature of the KL divergence from the dense model. It
 takes one forward and one backward pass over a few thousand tokens.
 
+The outputs of fused experts are inside one module. They are computed again from what it was called with, and the gradient behind it is
+taken back to them.
+
 A streamed model is read twice, forward and backward. The inputs of all blocks are kept between, and each block runs again with gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +22,14 @@ from torch import nn
 from torch.nn import functional
 
 from ..models import Linear
+from ..models.experts import DOWN, GATE, UP, Experts, ExpertsCall
 from ..models.streaming import in_memory
 from ..ranks import World
 from ..ranks.sums import total_of_leaves
 from .batches import Batch
 from .blockwise.chain import Chain
 from .blockwise.course import Course
+from .blockwise.experts import experts_in, is_expert, parted
 from .blockwise.shares import Share
 from .blockwise.shelf import Shelf
 from .seeds import derived_seed
@@ -31,7 +37,9 @@ from .seeds import derived_seed
 TOKENS = 4096  # that the loss is taken of
 LENGTH = 512  # of them in one forward and backward pass, whose logits are all in memory
 LOGIT = 20  # bytes of each logit in such a pass: it, its gradient, both in float32, and their softmax
-Squares = dict[str, torch.Tensor]  # by linear, sums of squares of the gradient at its outputs
+Squares = dict[
+    str, torch.Tensor
+]  # by linear, sums of squares of the gradient at its outputs, and behind them the number of rows that have one
 
 
 def gradient_squares(
@@ -40,11 +48,14 @@ def gradient_squares(
     batches: Sequence[Batch],
     seed: int,
     *,
+    listed: Collection[str] = (),
     world: World | None = None,
     leaves: int = 1,
     streamed: tuple[Course, Shelf] | None = None,
-) -> Squares:
+) -> dict[str, torch.Tensor]:
     """Return for each linear the mean square of the loss's gradient at its outputs, `[out_features]` float64, by name.
+
+    That of an expert's linear is the mean over the tokens that are routed to it. Where there are none, it is left out.
 
     Several processes each run the samples of their own leaves, and the sums are added in the tree of all leaves. All of them call this.
 
@@ -53,6 +64,7 @@ def gradient_squares(
         linears: the linears.
         batches: the calibration data, of which the first tokens are taken.
         seed: draws the labels.
+        listed: the names of linears of experts that are modules of their own.
         world: the processes; None is this one.
         leaves: the number of parts of each sum.
         streamed: how forwards of a streamed model run, and what keeps the inputs of its blocks; None of a model in memory.
@@ -68,7 +80,8 @@ def gradient_squares(
     else:
         found = _of_one_block_after_another(model, linears, share, seed, *streamed)
     tokens = sum(sample.tokens for sample in samples)
-    return {name: total / tokens for name, total in found.items()}
+    experts = {linear.name for linear in linears if is_expert(linear)}.union(listed)
+    return {name: total[:-1] / (rows if name in experts else tokens) for name, total in found.items() if (rows := float(total[-1]))}
 
 
 def backward_bytes(vocabulary: int) -> int:
@@ -192,7 +205,7 @@ def _total(share: Share, leaves: Iterator[Squares]) -> Squares:
 
 
 def _zeros(linears: Sequence[Linear], device: torch.device) -> Squares:
-    return {linear.name: torch.zeros(linear.shape[0], dtype=torch.float64, device=device) for linear in linears}
+    return {linear.name: torch.zeros(linear.shape[0] + 1, dtype=torch.float64, device=device) for linear in linears}
 
 
 def _gradient(hidden: torch.Tensor) -> torch.Tensor:
@@ -201,27 +214,79 @@ def _gradient(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _squaring(linears: Sequence[Linear], sums: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _squaring(linears: Sequence[Linear], sums: Squares) -> Iterator[None]:
     """Add the squares of the gradient at the outputs of `linears` to `sums` within, summed over tokens."""
+    plain, matrices = parted(linears)
+    experts, behind = experts_in(matrices), _GradientsBehind()
     with ExitStack() as stack:
-        for linear in linears:
+        for linear in plain:
             for module in linear.modules:
-                stack.callback(module.register_forward_hook(_hook(sums[linear.name])).remove)
+                stack.callback(module.register_forward_hook(_hook(partial(_add, sums[linear.name]))).remove)
+        for found in experts:
+            stack.callback(found.module.register_forward_hook(behind.hook(found), with_kwargs=True).remove)
         yield
+    for found, call, gradient in behind.calls:
+        _add_of_experts(found, call, gradient, sums)
 
 
-def _hook(total: torch.Tensor) -> Callable[..., object]:
-    """Return a forward hook that adds the squares of the gradient at an output, summed over tokens, to `total`."""
+def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Add the squares of a gradient `[..., features]`, and behind them the number of its rows that are not zero, as those of padding are."""
+    squares = gradient.flatten(0, -2).double().square()
+    total[:-1] += squares.sum(0)
+    total[-1] += squares.any(1).sum()
 
-    def add(gradient: torch.Tensor) -> None:
-        total.add_(gradient.flatten(0, -2).double().square().sum(0))
+
+def _hook(visit: Callable[[torch.Tensor], None]) -> Callable[..., torch.Tensor]:
+    """Return a forward hook that calls `visit` with the gradient at an output."""
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_().clone()  # the model may change it in place
-        output.register_hook(add)
+        output.register_hook(visit)
         return output
 
     return hook
+
+
+class _GradientsBehind:
+    """The calls of fused experts.
+
+    Attributes:
+        calls: the experts, the arguments of each call, and the gradient at what it returned, `[rows, hidden]`.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Experts, ExpertsCall, torch.Tensor]] = []
+
+    def hook(self, experts: Experts) -> Callable[..., torch.Tensor]:
+        """Return a forward hook that records the calls."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+            call = experts.call(args, kwargs)
+            call = replace(call, hidden=call.hidden.detach(), weights=call.weights.detach())
+
+            def visit(gradient: torch.Tensor) -> None:
+                self.calls.append((experts, call, gradient.reshape(call.hidden.shape)))
+
+            return _hook(visit)(module, args, output)
+
+        return hook
+
+
+def _add_of_experts(experts: Experts, call: ExpertsCall, gradient: torch.Tensor, sums: Squares) -> None:
+    """Add the squares of the gradient at the outputs of each expert's matrices, for the gradient behind a call of all."""
+    for expert, (rows, weights) in enumerate(call.by_expert(experts.count)):
+        names = {part: experts.linear_name(expert, part) for part in experts.parts}
+        if not len(rows) or not any(name in sums for name in names.values()):
+            continue
+        with torch.enable_grad():
+            x = call.hidden[rows]
+            outputs = {part: experts.linear(expert, part)(x).detach().requires_grad_() for part in experts.parts if part != DOWN}
+            outputs[DOWN] = experts.linear(expert, DOWN)(experts.gated(outputs.get(GATE), outputs[UP]))
+            output = experts.finished(outputs[DOWN]) * weights[:, None]
+        gradients = torch.autograd.grad(output, list(outputs.values()), gradient[rows].to(output.dtype))
+        for part, found in zip(outputs, gradients, strict=True):
+            if names[part] in sums:
+                _add(sums[names[part]], found)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ class Run:
         is_streamed: True if the blocks of the model are read one at a time.
         leaves: the number of parts that statistics are summed in.
         predicts: True if the model predicts next tokens.
-        has_experts: True if the model is a mixture of experts, whether they are pruned or not.
     """
 
     method: Method
@@ -31,7 +30,6 @@ class Run:
     is_streamed: bool = False
     leaves: int = 1
     predicts: bool = True
-    has_experts: bool = False
 
 
 class Need(NamedTuple):
@@ -94,12 +92,7 @@ SETTINGS = {
     "allocation": Setting(UNIFORM, ALLOCATIONS, (SHARES, PREDICTS)),
     "values": Setting(None, (INT4,), (ONE_PART,)),
 }
-NO_EXPERTS = Need(lambda run: not run.has_experts, "for a mixture, most of whose experts a few tokens do not reach")
-OPTIONAL = {
-    "allocation": (NO_EXPERTS,),
-    "tune": (),
-    "distill": (),
-}  # what a quality can do without, and what it needs there besides
+OPTIONAL = ("allocation", "tune", "distill")  # what a quality can do without
 PAIR_OF_BLOCKS = (ONE_PART, IN_MEMORY)  # what two blocks that are tuned together need
 
 
@@ -136,10 +129,10 @@ def without_unmet(chosen: Preset, given: Preset, run: Run) -> tuple[Preset, list
         run: the run.
     """
     reasons = []
-    for name, more in OPTIONAL.items():
+    for name in OPTIONAL:
         setting = SETTINGS[name]
         asked = getattr(given, name) != setting.neutral
-        otherwise = _unmet((*setting.needs, *more), run)
+        otherwise = _unmet(setting.needs, run)
         if getattr(chosen, name) != setting.neutral and not asked and otherwise:
             neutral: Any = setting.neutral
             chosen = replace(chosen, **{name: neutral})

@@ -25,10 +25,8 @@ from ..methods import (
     with_values,
 )
 from ..methods.allocation import UNIFORM
-from ..models.expert_layouts import find_experts
 from ..models.fingerprint import model_fingerprint
 from ..models.limits import predicts_next_tokens
-from ..models.listed_experts import find_listed
 from ..models.memory import room_beside
 from ..models.streaming import stream_of
 from ..pattern import parse_pattern
@@ -152,6 +150,7 @@ def prune(
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
             backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT. A streamed model is read three times more.
+            Of an expert, errors and gradients are those of the tokens that are routed to it.
         quality: a name for method, correction, allocation, tune and distill. `"fast"` is SparseGPT. `"good"` is ALPS with the
             correction `"dense"`. `"best"` is the same with `BlockTuning()` and `Distill()`, and with the allocation `"fisher"` where
             the pattern is a share. It leaves out, with a warning, whichever of allocation, tune and distill the run or the model does not allow. A config
@@ -240,10 +239,9 @@ def prune(
     left_out: list[str] = []
     if quality is not None:
         check_modes(model)  # what follows looks at weights
-        run = replace(run, has_experts=bool(find_experts(model) or find_listed(model)))
         chosen, left_out = without_unmet(chosen, given, run)
         asked = {name for name in OPTIONAL if getattr(given, name) != getattr(Preset(), name)}
-        request = replace(request, optional=frozenset(OPTIONAL.keys() - asked))
+        request = replace(request, optional=frozenset(OPTIONAL).difference(asked))
     check_settings({**vars(chosen), "values": values}, run)
     distill = chosen.distill
     request = replace(request, leaves=leaves, allocation=chosen.allocation, distill=distill)

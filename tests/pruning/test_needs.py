@@ -59,8 +59,6 @@ def test_a_quality_goes_without_what_the_run_cannot_give():
     assert without_unmet(best, Preset(), Run(ALPS())) == (best, [])
     found, reasons = without_unmet(best, Preset(), Run(ALPS(), is_streamed=True))
     assert found == replace(best, distill=None) and reasons == [f"distill {STREAMED}"]
-    found, reasons = without_unmet(best, Preset(), Run(ALPS(), has_experts=True))
-    assert found == replace(best, allocation="uniform") and reasons[0].startswith("allocation for a mixture, most of whose experts")
     asked = Preset(distill=Distill())
     assert without_unmet(best, asked, Run(ALPS(), predicts=False)) == (
         replace(best, allocation="uniform"),

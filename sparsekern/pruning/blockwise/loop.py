@@ -33,11 +33,11 @@ from .activations import Activations
 from .course import Course
 from .dealt_experts import DealtExperts
 from .dense_stream import DenseStream
-from .experts import ExpertStatistics, expert_bytes, experts_in, parted
+from .experts import ExpertStatistics, expert_bytes, parted
 from .feed_forward import FeedForwardRun, networks_of
 from .finished import blocks_on_disk, finished_blocks
+from .gathering import Gathering
 from .observation import observed
-from .routed_rows import owners_of
 from .sequential import SequentialBlock
 from .shares import LeafSums, Share
 from .sharing import solve_shared
@@ -334,28 +334,17 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
                 linear, found.weight, LayerReport(linear.name, pattern, linear.shape, zeros, relative_error, seconds, *whole)
             )
 
-    def _owners(self, index: int, linears: Sequence[Linear]) -> dict[str, nn.Module]:
-        """Return the modules that call experts with linears of their own, by the names of these linears."""
-        names = [linear.name for linear in linears if linear.name in self.plan.listed]
-        blocks = self.plan.blocks
-        return owners_of([(blocks.block_name(index), blocks.modules[index])], names) if names else {}
-
     def _gather(
         self, index: int, linears: Sequence[Linear], run: FeedForwardRun | None = None
     ) -> tuple[SharedStatistics, ExpertStatistics | None]:
-        plain, matrices = parted(linears)
-        experts, kind = experts_in(matrices), (self.method.needs, self.plan.measure_error)
-        masks = {name: self.course.masks(name, index) for name in [linear.name for linear in plain] + [e.name for e in experts]}
-        of_lists = {name: (owner, masks[name][0]) for name, owner in self._owners(index, plain).items()}
-        unpadded = masks | dict.fromkeys(of_lists, [None])
-        summed = LeafSums(lambda: SharedStatistics(plain, *kind, unpadded), self.share)
+        gathering, kind = Gathering(self.plan, index, linears), (self.method.needs, self.plan.measure_error)
+        summed = LeafSums(lambda: SharedStatistics(gathering.plain, *kind, gathering.recorded_masks), self.share)
         shelf, by_routing = self.activations.shelf, self.plan.by_routing
-        routed = ExpertStatistics(matrices, *kind, routing_weights=by_routing, masks=masks, shelf=shelf) if matrices else None
-        order = [name for name in self.course.calls(index) if name in masks]
-        if index < len(self.plan.blocks.modules):
-            batches = self.activations.inputs_of(index, plain, order, experts, of_lists)
-        else:
-            batches = self.activations.inputs_outside(plain, order, experts)
+        routed: ExpertStatistics | None = None
+        if gathering.matrices:
+            masks = gathering.masks
+            routed = ExpertStatistics(gathering.matrices, *kind, routing_weights=by_routing, masks=masks, shelf=shelf)
+        batches = gathering.inputs(self.activations)
         while True:
             self.context.world.check()
             with self.context.clock.phase("forward"):
