@@ -246,8 +246,6 @@ def prune(
     distill = chosen.distill
     request = replace(request, leaves=leaves, allocation=chosen.allocation, distill=distill)
     options |= {"trains": distill is not None, "tunes": 0 if chosen.tune is None else chosen.tune.blocks}
-    if distill is not None:
-        check_room(model, on_grid=values is not None, leaves=leaves // world.size)
     if distill is not None and distill.samples is not None and not isinstance(request.calibration, CalibrationText):
         raise ValueError(
             f"Distill.samples: expected None unless calibration is a text, got {distill.samples} for {type(calibration).__name__}"
@@ -259,6 +257,8 @@ def prune(
         plan, batches = loop.make_plan(model, method, request)
         if quality is not None:  # its methods prune linear by linear
             left_out, distill = [*left_out, *plan.left_out], plan.distill
+        if distill is not None:
+            check_room(model, on_grid=values is not None, leaves=leaves // world.size)
         if left_out and world.leads:
             warn(f"quality: {quality!r} leaves out {', and '.join(left_out)}", stacklevel=3)
         memory = planned_memory(model, plan, method, batches or [], max_memory, place, leaves // world.size, ranks=world.size)

@@ -132,6 +132,16 @@ def test_zeros_are_shared_out_among_experts(make, monkeypatch):
     assert 1 < len(set(values)) < len(values)  # some are the mean of those that have gradients
 
 
+def test_shares_behind_the_removal_of_experts_are_those_of_the_smaller_model():
+    models, fisher = [tiny_mixture("qwen3_moe") for _ in range(2)], {"allocation": "fisher", **QUIET}
+    sparsekern.prune(models[0], sparsekern.ExpertPruning(), 0.5, tiny_ids(), then="wanda", **fisher)
+    sparsekern.prune(models[1], sparsekern.ExpertPruning(), calibration=tiny_ids(), **QUIET)
+    sparsekern.prune(models[1], "wanda", 0.5, tiny_ids(), **fisher)
+    states = [model.state_dict() for model in models]
+    assert states[0]["model.layers.0.mlp.experts.down_proj"].shape[0] == 3
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_experts_that_no_token_reaches_keep_their_share():
     ids = tiny_ids(1, 2)
     model = tiny_mixture("qwen3_moe")
