@@ -1,4 +1,4 @@
-"""Entry point of `sparsekern prune | eval | bench | export | info`. Exit codes: 0 success, 1 failure, 2 wrong usage."""
+"""Entry point of `sparsekern prune | eval | pack | bench | export | info`. Exit codes: 0 success, 1 failure, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .._info import info
 from .._warnings import SparsekernWarning
 from ..ranks import World
-from . import bench, continual, evaluate, export, prune
+from . import bench, continual, evaluate, export, pack, prune
 from .common import DEFAULT_TEXT
 from .parser import make_parser
 from .ranks import HeardWarnings, joined, rank, ranks
@@ -77,7 +77,7 @@ def _prepared(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.name == "prune":
         arguments.calibration = arguments.calibration or [DEFAULT_TEXT]
         return _kind_of_prune(arguments).prepare(arguments)
-    return {"eval": evaluate, "bench": bench, "export": export}[arguments.name].prepare(arguments)
+    return {"eval": evaluate, "pack": pack, "bench": bench, "export": export}[arguments.name].prepare(arguments)
 
 
 def _kind_of_prune(arguments: argparse.Namespace) -> ModuleType:

@@ -15,6 +15,7 @@ from ..pruning.continual.prune import STRATEGIES
 from ..pruning.corrections import CORRECTIONS, NONE
 from ..pruning.mixtures import EQUAL, MAGNITUDE, UNSEEN, WEIGHTINGS
 from ..pruning.quality import DEFAULT_METHOD, PRESETS
+from ..runtime.int8_head import HEADS
 from . import types
 from .settings import method_help
 
@@ -50,8 +51,9 @@ def make_parser() -> Parser:
     """Return the parser of the whole command line. It stores the command as `name`."""
     parser = Parser(prog="sparsekern", description="Prune pretrained transformers, fast.")
     parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | bench | export | info")
-    for options in (_add_prune(commands), _add_eval(commands), _add_bench(commands), _add_export(commands), _add_info(commands)):
+    commands = parser.add_subparsers(dest="name", required=True, metavar="prune | eval | pack | bench | export | info")
+    for add in (_add_prune, _add_eval, _add_pack, _add_bench, _add_export, _add_info):
+        options = add(commands)
         options.add_argument("--debug", action="store_true", help="show the traceback of an error")
         options.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # who reads it knows
     return parser
@@ -177,11 +179,29 @@ def _add_eval(commands) -> argparse._ArgumentGroup:
     return options
 
 
-def _add_bench(commands) -> argparse._ArgumentGroup:
-    options = _add_command(commands, "bench", "compare a packed model with the dense one", model=True)
+def _add_pack(commands) -> argparse._ArgumentGroup:
+    options = _add_command(commands, "pack", "save a pruned model in a packed format", model=True, usage="--out DIR")
+    options.add_argument("--out", required=True, type=types.path, metavar="DIR", help="new or empty folder for the packed model")
+    _add_format_to_pack(options)
+    options.add_argument(
+        "--head", type=types.one_of(HEADS), metavar="NAME", help="int8: round the head to 8 bits, and embeddings tied to it"
+    )
+    options.add_argument("--push-to-hub", metavar="REPO", help="push the finished folder to user/name on the hub")
+    options.add_argument("--overwrite", action="store_true", help="replace a model")
+    _add_loading(options)
+    options.add_argument("--stream", action="store_true", help="read the blocks one at a time, to save memory")
+    return options
+
+
+def _add_format_to_pack(options) -> None:
     options.add_argument(
         "--format", default="packed", type=types.format_to_pack, help="packed (default; each linear's smallest), bitmask, N:M"
     )
+
+
+def _add_bench(commands) -> argparse._ArgumentGroup:
+    options = _add_command(commands, "bench", "compare a packed model with the dense one", model=True)
+    _add_format_to_pack(options)
     options.add_argument("--prompt-length", type=types.count, default=128, metavar="N", help="tokens of the prompt (128)")
     options.add_argument("--tokens", type=types.count, default=32, metavar="N", help="tokens to generate, one at a time (32)")
     options.add_argument("--rounds", type=types.count, default=3, metavar="N", help="rounds of timing; medians are shown (3)")

@@ -67,6 +67,29 @@ def test_prune_from_pretrained_eval(model, text, tmp_path):
     assert f"perplexity {report['results']['measured']['perplexity, pruned']:.4f}  (3 x 64 tokens of {text})" in done.stdout
 
 
+def test_a_pruned_folder_is_packed(prune, tmp_path, capsys):
+    assert prune("--pattern", "2:4") == 0
+    pruned, packed = str(tmp_path / "out"), tmp_path / "packed"
+    capsys.readouterr()
+    assert main(["pack", pruned, "--out", str(packed), "--head", "int8"]) == 0
+    said = capsys.readouterr().out
+    size = packed.joinpath("model.safetensors").stat().st_size
+    dense = sparsekern.load(pruned)
+    whole = sum(parameter.nbytes for parameter in dense.parameters()) + sum(buffer.nbytes for buffer in dense.buffers())
+    assert said.startswith(f"{size / 1e6:,.1f} MB of weights, {size / whole:.3f} of ") and f"from_pretrained({str(packed)!r})" in said
+    model = sparsekern.load(packed)
+    assert model.model.layers[0].mlp.up_proj.format == "2:4" and model.lm_head.format == "int8"
+    assert (packed / "tokenizer.json").is_file()
+    assert main(["pack", pruned, "--out", str(packed), "--format", "bitmask"]) == 2
+    assert "name a new or empty one" in capsys.readouterr().err
+    assert main(["pack", pruned, "--out", str(packed), "--format", "bitmask", "--overwrite", "--stream"]) == 0
+    assert sparsekern.load(packed).model.layers[0].mlp.up_proj.format == "bitmask"
+    assert main(["pack", pruned, "--out", str(tmp_path / "other"), "--head", "int8", "--stream"]) == 2
+    assert "--head: expected none with --stream" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pack", pruned, "--out", str(tmp_path / "other"), "--format", "dense"])
+
+
 def test_patterns_includes_and_method_settings(prune, tmp_path):
     chosen = ["--include", "*.mlp.*", "--include", "*.q_proj", "--exclude", "*.layers.2.*"]
     patterns = ["--pattern-for", "*.q_proj=1:4", "--pattern-for", "*.gate_proj=dense"]
