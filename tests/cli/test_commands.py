@@ -76,7 +76,9 @@ def test_a_pruned_folder_is_packed(prune, tmp_path, capsys):
     size = packed.joinpath("model.safetensors").stat().st_size
     dense = sparsekern.load(pruned)
     whole = sum(parameter.nbytes for parameter in dense.parameters()) + sum(buffer.nbytes for buffer in dense.buffers())
-    assert said.startswith(f"{size / 1e6:,.1f} MB of weights, {size / whole:.3f} of ") and f"from_pretrained({str(packed)!r})" in said
+    assert (
+        said.startswith(f"{size / 1e6:,.1f} MB of weights, {size / whole:.3f} of ") and f"from_pretrained({str(packed)!r})" in said
+    )
     model = sparsekern.load(packed)
     assert model.model.layers[0].mlp.up_proj.format == "2:4" and model.lm_head.format == "int8"
     assert (packed / "tokenizer.json").is_file()

@@ -25,6 +25,7 @@ from tests.models.test_streaming import folder_of
 from tests.models.zoo import ZOO
 
 from .expert_oracle import hidden_of
+from .live_tensors import LiveTensors
 from .test_listed_experts import listed
 from .test_max_memory import least
 from .test_streamed import equal, tensors_of
@@ -277,6 +278,34 @@ def test_the_inputs_of_blocks_that_exceed_the_memory_are_on_disk(tmp_path, monke
     run("limited", limit)
     assert len({key for key in written if isinstance(key, tuple)}) > 16  # block and sample, of 48
     assert equal(tensors_of(tmp_path / "limited"), tensors_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3_moe"])
+def test_the_tensors_of_the_gradients_fit_into_what_is_counted(kind, tmp_path, monkeypatch):
+    """By the token, since blocks that are read are counted elsewhere. No more is counted than four times as much."""
+    needs, most, count, own = [], [], allocation.room_beside, gradient_squares._of_one_block_after_another
+
+    def told(model, limit, found=None):
+        needs.append(sum(found.values()))
+        count(model, limit, found)
+        return 0  # so that hidden states go to the disk
+
+    def watched(*arguments):
+        with LiveTensors() as live:
+            squares = own(*arguments)
+        most.append(live.most)
+        return squares
+
+    monkeypatch.setattr(allocation, "room_beside", told)
+    monkeypatch.setattr(gradient_squares, "_of_one_block_after_another", watched)
+    for length in (16, 48):
+        for module in (allocation, gradient_squares):
+            monkeypatch.setattr(module, "LENGTH", length)
+        model = sparsekern.load(folder_of(kind, tmp_path / f"model {length}"), device="cpu", stream=True)
+        options = {"allocation": "fisher", "max_memory": "8GB", "batch_size": 1, "out": tmp_path / f"out {length}"}
+        sparsekern.prune(model, "wanda", 0.5, tiny_ids(4, length), **options, **QUIET)
+    taken, counted = most[1] - most[0], needs[1] - needs[0]
+    assert taken < counted < 4 * taken
 
 
 def test_a_streamed_model_whose_blocks_form_no_chain_is_refused_or_goes_without(tmp_path, monkeypatch):
