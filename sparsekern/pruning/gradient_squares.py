@@ -37,9 +37,8 @@ from .seeds import derived_seed
 TOKENS = 4096  # that the loss is taken of
 LENGTH = 512  # of them in one forward and backward pass, whose logits are all in memory
 LOGIT = 20  # bytes of each logit in such a pass: it, its gradient, both in float32, and their softmax
-Squares = dict[
-    str, torch.Tensor
-]  # by linear, sums of squares of the gradient at its outputs, and behind them the number of rows that have one
+Squares = dict[str, torch.Tensor]  # by linear, sums of squares of the gradient at its outputs, behind them the number of its rows
+ExpertsRun = tuple[Experts, ExpertsCall, torch.Tensor]  # a call, and the gradient at what it returned, `[rows, hidden]`
 
 
 def gradient_squares(
@@ -217,16 +216,16 @@ def _gradient(hidden: torch.Tensor) -> torch.Tensor:
 def _squaring(linears: Sequence[Linear], sums: Squares) -> Iterator[None]:
     """Add the squares of the gradient at the outputs of `linears` to `sums` within, summed over tokens."""
     plain, matrices = parted(linears)
-    experts, behind = experts_in(matrices), _GradientsBehind()
+    calls: list[ExpertsRun] = []
     with ExitStack() as stack:
         for linear in plain:
             for module in linear.modules:
                 stack.callback(module.register_forward_hook(_hook(partial(_add, sums[linear.name]))).remove)
-        for found in experts:
-            stack.callback(found.module.register_forward_hook(behind.hook(found), with_kwargs=True).remove)
+        for experts in experts_in(matrices):
+            stack.callback(experts.module.register_forward_hook(_recording(experts, calls), with_kwargs=True).remove)
         yield
-    for found, call, gradient in behind.calls:
-        _add_of_experts(found, call, gradient, sums)
+    for experts, call, gradient in calls:
+        _add_of_experts(experts, call, gradient, sums)
 
 
 def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -247,29 +246,19 @@ def _hook(visit: Callable[[torch.Tensor], None]) -> Callable[..., torch.Tensor]:
     return hook
 
 
-class _GradientsBehind:
-    """The calls of fused experts.
+def _recording(experts: Experts, calls: list[ExpertsRun]) -> Callable[..., torch.Tensor]:
+    """Return a forward hook that adds the calls of fused experts to `calls`, as the gradient behind each is known."""
 
-    Attributes:
-        calls: the experts, the arguments of each call, and the gradient at what it returned, `[rows, hidden]`.
-    """
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        call = experts.call(args, kwargs)
+        call = replace(call, hidden=call.hidden.detach(), weights=call.weights.detach())
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[Experts, ExpertsCall, torch.Tensor]] = []
+        def visit(gradient: torch.Tensor) -> None:
+            calls.append((experts, call, gradient.reshape(call.hidden.shape)))
 
-    def hook(self, experts: Experts) -> Callable[..., torch.Tensor]:
-        """Return a forward hook that records the calls."""
+        return _hook(visit)(module, args, output)
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-            call = experts.call(args, kwargs)
-            call = replace(call, hidden=call.hidden.detach(), weights=call.weights.detach())
-
-            def visit(gradient: torch.Tensor) -> None:
-                self.calls.append((experts, call, gradient.reshape(call.hidden.shape)))
-
-            return _hook(visit)(module, args, output)
-
-        return hook
+    return hook
 
 
 def _add_of_experts(experts: Experts, call: ExpertsCall, gradient: torch.Tensor, sums: Squares) -> None:
