@@ -58,11 +58,11 @@ class Course:
 
 PATTERNS = {
     "50 %": Course(0.5, 19.2),
-    "60 %": Course(0.6, 21.5),
+    "60 %": Course(0.6, 21.5, samples=64, steps=150),
     "70 %": Course(0.7, 26.5, samples=32, steps=170, tuned=False),
     "80 %": Course(0.8, 45.0, rate=2e-4),
     "2:4": Course("2:4", 21.5, steps=215, allocation="uniform", tuned=False),
-    "1:4": Course("1:4", 60.0, rate=2e-4, allocation="uniform"),
+    "1:4": Course("1:4", 60.0, samples=96, steps=150, rate=2e-4, allocation="uniform"),
 }
 OTHER = "builtin:python-docs"
 COLUMNS = {

@@ -150,7 +150,7 @@ def _add_calibration(group) -> None:
     )
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
     _add_choice(group, "--weighting", WEIGHTINGS, EQUAL, "weight of an expert's tokens: equal or routing")
-    _add_choice(group, "--allocation", ALLOCATIONS, UNIFORM, "of zeros to linears: uniform or fisher (least cost)")
+    _add_choice(group, "--allocation", ALLOCATIONS, UNIFORM, "of zeros: uniform, fisher (least cost), mixed (N:M)")
     _add_choice(group, "--correction", CORRECTIONS, NONE, "of errors made before: none, sequential or dense")
     group.add_argument(
         "--values", type=types.one_of((INT4,)), metavar="NAME", help="int4: round what 2:4, 1:4 or 4:16 keeps to 4 bits"

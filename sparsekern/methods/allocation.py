@@ -1,4 +1,4 @@
-"""Shares of zeros by linear, for a number of zeros that holds exactly: where one more zero costs least, there it goes.
+"""Shares of zeros by linear, or the N of N:M, for a number of zeros that holds exactly: where one more zero costs least, there it goes.
 
 The cost of a linear is what its error adds to the KL divergence from the dense model, to second order: the squared error of each output
 times the mean square of the loss's gradient there (the diagonal of the Fisher information).
@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-UNIFORM, FISHER = "uniform", "fisher"
-ALLOCATIONS = (UNIFORM, FISHER)
+import torch
+
+UNIFORM, FISHER, MIXED = "uniform", "fisher", "mixed"  # the last also mixes the N of N:M
+ALLOCATIONS = (UNIFORM, FISHER, MIXED)
+CELLS = 1 << 25  # of the table that `allocated_levels` keeps
 POINTS = 64  # of each curve, between its levels
 TINY = 1e-30  # of a cost, whose logarithm is taken
 
@@ -66,6 +69,47 @@ def allocated_zeros(curves: Sequence[Curve], budget: int) -> list[int]:
         taken = min(step.zeros, left)
         found[step.linear] += taken
         left -= taken
+    return found
+
+
+def allocated_levels(curves: Sequence[Curve], asked: Sequence[int]) -> list[int]:
+    """Return for each linear one of the numbers of zeros of its curve, so that they sum to those asked for and cost the least.
+
+    Linear by linear, a table holds the least cost of every difference between the zeros so far and those asked for. Where it would have
+    more than `CELLS` cells, large differences are left out.
+
+    Args:
+        curves: the cost of each linear, at the only numbers of zeros that it can have.
+        asked: for each linear one of these numbers.
+    """
+    steps = [[zeros - start for zeros in curve.zeros] for curve, start in zip(curves, asked, strict=True)]
+    unit = math.gcd(*(step for own in steps for step in own)) or 1
+    steps = [[step // unit for step in own] for own in steps]
+    largest = max(abs(step) for own in steps for step in own)
+    reach = min(sum(max(own) for own in steps), max(largest, CELLS // (2 * len(steps))))
+    least = torch.full((2 * reach + 1,), math.inf, dtype=torch.float64, device="cpu")
+    least[reach] = 0.0
+    choices: list[torch.Tensor] = []
+    for own, curve in zip(steps, curves, strict=True):
+        costs = torch.stack([_shifted(least, step) + cost for step, cost in zip(own, curve.costs, strict=True)])
+        least, chosen = costs.min(0)
+        choices.append(chosen.to(torch.uint8))
+    found, place = [], reach
+    for own, curve, chosen in zip(reversed(steps), reversed(curves), reversed(choices), strict=True):
+        level = int(chosen[place])
+        found.append(curve.zeros[level])
+        place -= own[level]
+    return found[::-1]
+
+
+def _shifted(values: torch.Tensor, step: int) -> torch.Tensor:
+    """Return values `[n]` moved by `step` places, with Inf where none was."""
+    found = torch.full_like(values, math.inf)
+    left = max(len(values) - abs(step), 0)
+    if step < 0:
+        found[:left] = values[len(values) - left :]
+    else:
+        found[len(values) - left :] = values[:left]
     return found
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from ..methods import Gram, SparseGPT
-from ..methods.allocation import FISHER, UNIFORM, Curve, allocated_zeros
+from ..methods.allocation import MIXED, UNIFORM, Curve, allocated_levels, allocated_zeros
 from ..methods.statistics import InputStatistic
 from ..models import Linear
 from ..models.limits import vocabulary
 from ..models.memory import forward_bytes, room_beside, score_bytes
 from ..models.streaming import in_memory, stream_of
-from ..pattern import Pattern, Unstructured, pruned_count, share_with_zeros
+from ..pattern import NM, Pattern, Unstructured, pruned_count, share_with_zeros
 from ..ranks import World, deal
 from .batches import Batch
 from .blockwise.activations import Activations
@@ -36,33 +36,39 @@ from .gradient_squares import LENGTH, backward_bytes, gradient_squares
 from .memory import Memory, planned_memory
 from .plan import Plan, Request
 
-REACH = 0.15  # that a share may differ from the one asked for
+REACH = 0.15  # that a share may differ from the one asked for; an N may differ by 1 in any case
 LEVELS = 5  # of each curve
 Group = tuple[list[Linear], InputStatistic]  # linears with the same inputs, and the statistic of these
 GRADIENTS = 3  # times the inputs and outputs of a block's matrices, of a sample that runs with gradients
 
 
-def allocatable(model: nn.Module, plan: Plan, optional: Collection[str] = ()) -> Plan:
+def allocatable(model: nn.Module, plan: Plan, allocation: str, optional: Collection[str] = ()) -> Plan:
     """Return the plan whose shares of zeros `with_allocation` is to decide. An allocation in `optional` is left out where it cannot be.
 
     Raises:
-        ValueError: no linear of a block has a share of zeros for pattern; or a streamed model whose blocks take more than the output of
-            the one before.
+        ValueError: no linear of a block has a pattern that the allocation decides; or a streamed model whose blocks take more than the
+            output of the one before.
     """
     assert plan.course is not None
-    if not _chosen(plan):
+    allocated = replace(plan, allocation=allocation)
+    if not _chosen(allocated):
         shown = ", ".join(sorted(set(map(str, plan.patterns.values()))))
-        raise ValueError(f"allocation: expected {UNIFORM!r} for pattern {shown}, which is no share of zeros, got {FISHER!r}")
+        raise ValueError(
+            f"allocation: expected {UNIFORM!r} for pattern {shown}, which is no share of zeros, or {MIXED!r}, which gives each linear "
+            f"an N of its own, got {allocation!r}"
+        )
     if stream_of(model) is not None and not plan.course.chain:
         why = "for a streamed model whose blocks take more than the output of the one before"
         if "allocation" in optional:
             return replace(plan, left_out=(*plan.left_out, f"allocation {why}"))
-        raise ValueError(f"allocation: expected {UNIFORM!r} {why} (load it without stream=True), got {FISHER!r}")
-    return replace(plan, allocation=FISHER)
+        raise ValueError(f"allocation: expected {UNIFORM!r} {why} (load it without stream=True), got {allocation!r}")
+    return allocated
 
 
 def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], request: Request) -> Plan:
     """Return the plan with a share of zeros of its own for each linear whose pattern is a share. The sum of all zeros stays.
+
+    The allocation `MIXED` also gives each linear with a pattern N:M an N of its own. Then the zeros of all linears of one M stay.
 
     Experts that no calibration token reaches, and linears whose outputs have no gradient, keep the share of their pattern.
 
@@ -98,17 +104,38 @@ def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], requ
         return plan
     curves = cost_curves(model, plan, reached, batches, squares, world=world, leaves=request.leaves, memory=curves_memory)
     names = [linear.name for linear in reached if linear.name in curves]
-    budget = sum(pruned_count(curves[name].weights, plan.patterns[name].sparsity) for name in names)
-    zeros = allocated_zeros([curves[name] for name in names], budget)
-    shares: dict[str, Pattern] = {
-        name: share_with_zeros(count, curves[name].weights) for name, count in zip(names, zeros, strict=True)
-    }
-    return replace(plan, patterns=plan.patterns | shares)
+    return replace(plan, patterns=plan.patterns | allocated_patterns({name: plan.patterns[name] for name in names}, curves))
+
+
+def allocated_patterns(patterns: Mapping[str, Pattern], curves: Mapping[str, Curve]) -> dict[str, Pattern]:
+    """Return the patterns of least cost with the zeros of `patterns`: all shares together, and all N:M of one M.
+
+    Args:
+        patterns: the pattern that is asked for, by the name of each linear.
+        curves: the cost of each linear.
+    """
+    found: dict[str, Pattern] = {}
+    kinds: dict[int | None, list[str]] = {}
+    for name, pattern in patterns.items():
+        kinds.setdefault(pattern.m if isinstance(pattern, NM) else None, []).append(name)
+    for m, names in kinds.items():
+        own = [curves[name] for name in names]
+        asked = [_zeros(patterns[name], curve.weights) for name, curve in zip(names, own, strict=True)]
+        zeros = allocated_zeros(own, sum(asked)) if m is None else allocated_levels(own, asked)
+        for name, curve, count in zip(names, own, zeros, strict=True):
+            found[name] = share_with_zeros(count, curve.weights) if m is None else NM(m - count * m // curve.weights, m)
+    return found
+
+
+def _zeros(pattern: Pattern, weights: int) -> int:
+    """Return how many of some weights are zero by a pattern."""
+    return weights // pattern.m * (pattern.m - pattern.n) if isinstance(pattern, NM) else pruned_count(weights, pattern.sparsity)
 
 
 def _chosen(plan: Plan) -> list[Linear]:
-    """Return the linears of blocks whose pattern is a share of zeros."""
-    return [linear for linears in plan.block_linears for linear in linears if isinstance(plan.patterns[linear.name], Unstructured)]
+    """Return the linears of blocks whose patterns the allocation decides."""
+    kinds = (Unstructured, NM) if plan.allocation == MIXED else Unstructured
+    return [linear for linears in plan.block_linears for linear in linears if isinstance(plan.patterns[linear.name], kinds)]
 
 
 def _memories(model: nn.Module, plan: Plan, batches: Sequence[Batch], request: Request, world: World) -> tuple[Memory, Memory]:
@@ -235,13 +262,20 @@ def _multiply_adds(linears: Sequence[Linear]) -> float:
 
 
 def _curve(solver: SparseGPT, linear: Linear, gram: Any, pattern: Pattern, squares: torch.Tensor) -> Curve:
-    count = linear.weight.numel()
-    lowest, highest = max(pattern.sparsity - REACH, 0.0), min(pattern.sparsity + REACH, (1 + pattern.sparsity) / 2)
-    shares = sorted({pattern.sparsity, *(lowest + (highest - lowest) * place / (LEVELS - 1) for place in range(LEVELS))})
     zeros, costs = [], []
-    for share in shares:
-        zeros.append(pruned_count(count, share))
-        found = solver.solve(linear.weight, gram, Unstructured(share)).row_error
+    for level in _levels(pattern):
+        zeros.append(_zeros(level, linear.weight.numel()))
+        found = solver.solve(linear.weight, gram, level).row_error
         assert found is not None
         costs.append(float((found * squares).sum()))
-    return Curve(count, zeros, costs)
+    return Curve(linear.weight.numel(), zeros, costs)
+
+
+def _levels(pattern: Pattern) -> list[Pattern]:
+    """Return the patterns around one whose costs are measured, by rising zeros."""
+    if isinstance(pattern, NM):
+        steps = max(1, int(REACH * pattern.m))
+        return [NM(n, pattern.m) for n in range(pattern.n + steps, pattern.n - steps - 1, -1) if 0 < n < pattern.m]
+    lowest, highest = max(pattern.sparsity - REACH, 0.0), min(pattern.sparsity + REACH, (1 + pattern.sparsity) / 2)
+    shares = {lowest + (highest - lowest) * place / (LEVELS - 1) for place in range(LEVELS)}
+    return [Unstructured(share) for share in sorted({pattern.sparsity, *shares})]

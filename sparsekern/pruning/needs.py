@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..methods import INT4, BlockMethod, BlockTuning, Distill, LinearMethod, Method, check_choice
-from ..methods.allocation import ALLOCATIONS, UNIFORM
+from ..methods.allocation import ALLOCATIONS, MIXED, UNIFORM
 from ..methods.statistics import Importance
 from .corrections import CORRECTIONS, NONE
 from .quality import Preset
@@ -114,6 +114,10 @@ def check_settings(given: Mapping[str, object], run: Run) -> None:
         if value != setting.neutral and (otherwise := _unmet(setting.needs, run)):
             shown = repr(value) if isinstance(value, str) else type(value).__name__
             raise ValueError(f"{name}: expected {setting.neutral!r} {otherwise}, got {shown}")
+    if given["allocation"] == MIXED and given["values"] is not None:
+        raise ValueError(
+            f"values: expected None for allocation={MIXED!r}, which chooses patterns that 4 bits have no format for, got {given['values']!r}"
+        )
     tune = given["tune"]
     for need in PAIR_OF_BLOCKS if isinstance(tune, BlockTuning) and tune.blocks == 2 else ():
         if not need.met(run):

@@ -150,7 +150,8 @@ def prune(
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
             backward pass over 4,096 tokens, and about five times as long as a run of SparseGPT. A streamed model is read three times more.
-            Of an expert, errors and gradients are those of the tokens that are routed to it.
+            Of an expert, errors and gradients are those of the tokens that are routed to it. `"mixed"` is the same, and also gives
+            each linear with a pattern N:M an N of its own, such as 3, 4 or 5 for 4:8; the zeros of all linears of one M stay.
         quality: a name for method, correction, allocation, tune and distill. `"fast"` is SparseGPT. `"good"` is ALPS with the
             correction `"dense"`. `"best"` is the same with `BlockTuning()` and `Distill()`, and with the allocation `"fisher"` where
             the pattern is a share. It leaves out, with a warning, whichever of allocation, tune and distill the run or the model does not allow. A config

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..methods import BlockTuning, Distill, Method, resolve_method
-from ..methods.allocation import FISHER, UNIFORM
+from ..methods.allocation import FISHER, MIXED, UNIFORM
 from ..pattern import Pattern, Unstructured
 from .corrections import DENSE, NONE
 
@@ -51,7 +51,9 @@ def with_quality(quality: str | None, pattern: Pattern | None, method: str | Met
     if quality not in PRESETS:
         raise ValueError(f"quality: expected one of {', '.join(map(repr, PRESETS))} or None, got {quality!r}")
     found = PRESETS[quality]
-    if not isinstance(pattern, Unstructured):
+    if found.allocation == FISHER and given.allocation == MIXED:
+        found = replace(found, allocation=MIXED)
+    elif not isinstance(pattern, Unstructured):
         found = replace(found, allocation=UNIFORM)
     own = {"correction": given.correction, "allocation": given.allocation}
     other = [name for name, value in own.items() if value not in (getattr(Preset(), name), getattr(found, name))]

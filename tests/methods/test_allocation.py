@@ -4,8 +4,10 @@ import itertools
 import math
 
 import pytest
+import torch
 
-from sparsekern.methods.allocation import Curve, allocated_zeros
+from sparsekern.methods import allocation
+from sparsekern.methods.allocation import Curve, allocated_levels, allocated_zeros
 
 
 def exponential(weights: int, scale: float, growth: float) -> Curve:
@@ -54,3 +56,35 @@ def test_a_budget_that_no_division_meets_is_refused():
     for budget in (699, 1301):
         with pytest.raises(ValueError, match=f"budget: expected from 700 to 1,300 zeros, got {budget:,}"):
             allocated_zeros([exponential(1000, 1.0, 5.0)] * 2, budget)
+
+
+def test_no_other_choice_of_levels_costs_less():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(20):
+        curves, asked = [], []
+        for weights in (8, 24, 24, 40, 64)[: 2 + case % 4]:
+            levels = [weights // 8 * pruned for pruned in (3, 4, 5, 6)[: 3 + case % 2]]
+            curves.append(Curve(weights, levels, torch.rand(len(levels), generator=generator).cumsum(0).tolist()))
+            asked.append(levels[1])
+        found = allocated_levels(curves, asked)
+        costs = {
+            choice: sum(curve.costs[curve.zeros.index(zeros)] for curve, zeros in zip(curves, choice, strict=True))
+            for choice in itertools.product(*(curve.zeros for curve in curves))
+            if sum(choice) == sum(asked)
+        }
+        assert costs[tuple(found)] == pytest.approx(min(costs.values()), rel=1e-12)
+
+
+def test_a_bounded_table_of_levels_still_holds_the_budget(monkeypatch):
+    monkeypatch.setattr(allocation, "CELLS", 100)
+    dear = [10.0 ** (size % 3) for size in range(40)]
+    curves = [
+        Curve(8 * size, [3 * size, 4 * size, 5 * size], [dear[size], 2 * dear[size], 3 * dear[size]]) for size in range(1, 40)
+    ]
+    asked = [curve.zeros[1] for curve in curves]
+    found = allocated_levels(curves, asked)
+    assert sum(found) == sum(asked) and found != asked
+
+
+def test_one_level_each_is_the_only_choice():
+    assert allocated_levels([Curve(8, [4], [1.0]), Curve(24, [12], [0.0])], [4, 12]) == [4, 12]

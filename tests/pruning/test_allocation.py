@@ -202,6 +202,50 @@ def test_patterns_by_glob_keep_what_is_no_share_and_their_own_reach():
             assert 0.74 <= layer.sparsity <= 0.951
 
 
+@pytest.mark.parametrize("make", [partial(tiny_model, "llama"), partial(tiny_mixture, "mixtral"), listed])
+def test_mixed_patterns_keep_the_zeros_and_the_dear_linears(make):
+    model = make()
+    model.model.layers[1].self_attn.o_proj.weight.data.mul_(30)  # whose error now matters most
+    report = sparsekern.prune(model, "wanda", "4:8", tiny_ids(16, 12), allocation="mixed", **QUIET)
+    patterns = {layer.name: layer.pattern for layer in report.layers}
+    assert set(patterns.values()) == {"3:8", "4:8", "5:8"} and patterns["model.layers.1.self_attn.o_proj"] == "5:8"
+    for layer in report.layers:
+        assert layer.zeros * 8 == layer.shape[0] * layer.shape[1] * (8 - int(layer.pattern[0]))
+    assert sum(layer.zeros * 2 - layer.shape[0] * layer.shape[1] for layer in report.layers) == 0
+    assert report.settings["allocation"] == "mixed" and report.settings["patterns"] == patterns
+
+
+def test_each_kind_of_pattern_keeps_its_own_zeros():
+    model, patterns = tiny_model("llama"), {"*.mlp.gate_proj": "8:16", "*.mlp.*": "2:4", "*.o_proj": 0.7}
+    report = sparsekern.prune(
+        model, sparsekern.SparseGPT(scope="matrix"), 0.5, tiny_ids(), patterns=patterns, allocation="mixed", **QUIET
+    )
+    kinds = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.pattern.partition(":")[2] or "share", []).append(layer)
+    assert kinds.keys() == {"16", "4", "share"}
+    for m in ("16", "4"):
+        assert sum(layer.zeros for layer in kinds[m]) * 2 == sum(layer.shape[0] * layer.shape[1] for layer in kinds[m])
+    assert 1 < len(found := {layer.pattern for layer in kinds["16"]}) and found <= {f"{n}:16" for n in range(6, 11)}
+    size = {layer.name: layer.shape[0] * layer.shape[1] for layer in kinds["share"]}
+    asked = sum(int(count * (0.7 if "o_proj" in name else 0.5)) for name, count in size.items())
+    assert sum(layer.zeros for layer in kinds["share"]) == asked
+
+
+def test_mixed_patterns_are_saved_packed_and_resumed(tmp_path, monkeypatch):
+    options = {"allocation": "mixed", "method": "wanda", "patterns": {"*": "4:8"}, "format": "packed"}
+    expected, report = run(tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        interrupted_run(tmp_path / "out", monkeypatch, **options)
+    model, _ = run(tmp_path / "out", resume=True, **options)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    loaded = sparsekern.load(tmp_path / "out")
+    formats = {layer.name: loaded.get_submodule(layer.name).format for layer in report.layers}
+    assert all(formats[layer.name] in (layer.pattern, "bitmask") for layer in report.layers) and len(set(formats.values())) > 2
+    unpacked = sparsekern.unpack(loaded).state_dict()
+    assert all(torch.equal(value, unpacked[name]) for name, value in expected.state_dict().items())
+
+
 def test_padding_has_no_gradient():
     ids = tiny_ids(2, 16)
     mask = torch.ones_like(ids)
@@ -343,14 +387,21 @@ class NoLogits(nn.Module):
             "wanda",
             0.5,
             {"allocation": "best"},
-            "allocation: expected one of 'uniform', 'fisher', got 'best'",
+            "allocation: expected one of 'uniform', 'fisher', 'mixed', got 'best'",
         ),
         (
             lambda: tiny_model("llama"),
             "wanda",
             "2:4",
             {},
-            "allocation: expected 'uniform' for pattern 2:4, which is no share of zeros",
+            "allocation: expected 'uniform' for pattern 2:4, which is no share of zeros, or 'mixed', which gives each linear an N of its own",
+        ),
+        (
+            lambda: tiny_model("llama"),
+            "sparsegpt",
+            "2:4",
+            {"allocation": "mixed", "values": "int4"},
+            "values: expected None for allocation='mixed', which chooses patterns that 4 bits have no format for, got 'int4'",
         ),
         (
             lambda: tiny_model("llama"),

@@ -70,7 +70,7 @@ def test_a_quality_goes_without_what_the_run_cannot_give():
     ("name", "value", "error", "message"),
     [
         ("correction", "late", ValueError, "correction: expected one of 'none', 'sequential', 'dense', got 'late'"),
-        ("allocation", "best", ValueError, "allocation: expected one of 'uniform', 'fisher', got 'best'"),
+        ("allocation", "best", ValueError, "allocation: expected one of 'uniform', 'fisher', 'mixed', got 'best'"),
         ("values", "int3", ValueError, "values: expected one of None, 'int4', got 'int3'"),
         ("tune", True, TypeError, r"tune: expected a config such as BlockTuning\(\), or None, got True"),
         ("distill", BlockTuning(), TypeError, r"distill: expected a config such as Distill\(\), or None, got BlockTuning"),

@@ -96,7 +96,7 @@ class BlockLoop(Loop[Plan, LinearMethod, Report, Blocks]):
             plan = observed(model, plan, batches)
             plan = with_trainings(model, plan, batches, request.optional)
             if request.allocation != UNIFORM:
-                plan = allocatable(model, plan, request.optional)
+                plan = allocatable(model, plan, request.allocation, request.optional)
             if isinstance(method, BlockMethod):
                 plan = replace(plan, networks=tuple(networks_of(model, plan, batches[0], method)))
         return plan, batches
