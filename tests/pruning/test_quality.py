@@ -51,6 +51,7 @@ def test_a_name_gives_the_bits_of_its_settings(quality, settings, monkeypatch):
 def test_zeros_are_allocated_only_where_the_pattern_is_a_share():
     for pattern, allocation in ((None, "uniform"), (NM(2, 4), "uniform"), (Unstructured(0.5), "fisher")):
         assert with_quality("best", pattern, None, Preset()).allocation == allocation
+        assert with_quality("best", pattern, None, Preset(allocation="mixed")).allocation == "mixed"  # where it is asked for
     assert set(PRESETS) == {"fast", "good", "best"}
 
 
