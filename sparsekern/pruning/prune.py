@@ -154,8 +154,8 @@ def prune(
             each linear with a pattern N:M an N of its own, such as 3, 4 or 5 for 4:8; the zeros of all linears of one M stay.
         quality: a name for method, correction, allocation, tune and distill. `"fast"` is SparseGPT. `"good"` is ALPS with the
             correction `"dense"`. `"best"` is the same with `BlockTuning()` and `Distill()`, and with the allocation `"fisher"` where
-            the pattern is a share. It leaves out, with a warning, whichever of allocation, tune and distill the run or the model does not allow. A config
-            of its method, of tune or of distill is taken besides.
+            the pattern is a share. It leaves out, with a warning, whichever of allocation, tune and distill the run or the model does
+            not allow. A config of its method, of tune or of distill is taken besides, and the allocation `"mixed"`.
         distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. The
             dense model's hidden states in front of the head are then kept; a copy of it only where the head is not the end.
         values: `"int4"` rounds what the method keeps to 4 bits, for the formats `"2:4-q4"`, `"1:4-q4"` and `"4:16-q4"`: to -8 to 7 times
