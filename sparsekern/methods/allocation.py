@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +16,8 @@ import torch
 
 UNIFORM, FISHER, MIXED = "uniform", "fisher", "mixed"  # the last also mixes the N of N:M
 ALLOCATIONS = (UNIFORM, FISHER, MIXED)
-CELLS = 1 << 25  # of the table that `allocated_levels` keeps
+CELLS, WIDEST = 1 << 25, 1 << 20  # of the table that `allocated_levels` keeps: in all, and by a linear to each side
+NEAR = 8  # times the largest step, what that table reaches in any case
 POINTS = 64  # of each curve, between its levels
 TINY = 1e-30  # of a cost, whose logarithm is taken
 
@@ -64,7 +65,7 @@ def allocated_zeros(curves: Sequence[Curve], budget: int) -> list[int]:
     if not sum(found) <= budget <= most:
         raise ValueError(f"budget: expected from {sum(found):,} to {most:,} zeros, got {budget:,}")
     left = budget - sum(found)
-    steps = [step for number, curve in enumerate(curves) for step in _steps(number, curve)]
+    steps = [step for number, curve in enumerate(curves) for step in _steps(number, _points(curve))]
     for step in sorted(steps, key=lambda step: (step.slope, step.linear, step.place)):
         taken = min(step.zeros, left)
         found[step.linear] += taken
@@ -75,18 +76,44 @@ def allocated_zeros(curves: Sequence[Curve], budget: int) -> list[int]:
 def allocated_levels(curves: Sequence[Curve], asked: Sequence[int]) -> list[int]:
     """Return for each linear one of the numbers of zeros of its curve, so that they sum to those asked for and cost the least.
 
-    Linear by linear, a table holds the least cost of every difference between the zeros so far and those asked for. Where it would have
-    more than `CELLS` cells, large differences are left out.
+    The convex hulls of the curves give a choice that is short of the sum by less than one step. From there a table holds, linear by
+    linear, the least cost of every difference between that choice and another. Where it would have more than `CELLS` cells, large
+    differences are left out.
 
     Args:
         curves: the cost of each linear, at the only numbers of zeros that it can have.
         asked: for each linear one of these numbers.
     """
-    steps = [[zeros - start for zeros in curve.zeros] for curve, start in zip(curves, asked, strict=True)]
-    unit = math.gcd(*(step for own in steps for step in own)) or 1
+    budget = sum(asked)
+    found = _best_near(_near(curves, budget), curves, budget)
+    if found is None:  # no choice near by has the sum; those asked for have it
+        found = _best_near(asked, curves, budget)
+    assert found is not None
+    return found
+
+
+def _near(curves: Sequence[Curve], budget: int) -> list[int]:
+    """Return levels of little cost whose sum is at most the budget."""
+    found = [curve.zeros[0] for curve in curves]
+    left = budget - sum(found)
+    steps = [step for number, curve in enumerate(curves) for step in _steps(number, zip(curve.zeros, curve.costs, strict=True))]
+    for step in sorted(steps, key=lambda step: (step.slope, step.linear, step.place)):
+        if found[step.linear] == step.place and step.zeros <= left:
+            found[step.linear] += step.zeros
+            left -= step.zeros
+    return found
+
+
+def _best_near(starts: Sequence[int], curves: Sequence[Curve], budget: int) -> list[int] | None:
+    """Return the levels of least cost with the sum `budget`, as far as the table reaches from some levels; None where there are none."""
+    steps = [[zeros - start for zeros in curve.zeros] for curve, start in zip(curves, starts, strict=True)]
+    missing = budget - sum(starts)
+    unit = math.gcd(missing, *(step for own in steps for step in own)) or 1
     steps = [[step // unit for step in own] for own in steps]
-    largest = max(abs(step) for own in steps for step in own)
-    reach = min(sum(max(own) for own in steps), max(largest, CELLS // (2 * len(steps))))
+    sizes = [max(map(abs, own)) for own in steps]
+    reach = min(sum(sizes), max(NEAR * max(sizes), min(CELLS // (2 * len(steps)), WIDEST)))
+    if abs(missing) // unit > reach:
+        return None
     least = torch.full((2 * reach + 1,), math.inf, dtype=torch.float64, device="cpu")
     least[reach] = 0.0
     choices: list[torch.Tensor] = []
@@ -94,7 +121,9 @@ def allocated_levels(curves: Sequence[Curve], asked: Sequence[int]) -> list[int]
         costs = torch.stack([_shifted(least, step) + cost for step, cost in zip(own, curve.costs, strict=True)])
         least, chosen = costs.min(0)
         choices.append(chosen.to(torch.uint8))
-    found, place = [], reach
+    found, place = [], reach + missing // unit
+    if math.isinf(float(least[place])):
+        return None
     for own, curve, chosen in zip(reversed(steps), reversed(curves), reversed(choices), strict=True):
         level = int(chosen[place])
         found.append(curve.zeros[level])
@@ -113,10 +142,15 @@ def _shifted(values: torch.Tensor, step: int) -> torch.Tensor:
     return found
 
 
-def _steps(number: int, curve: Curve) -> list[_Step]:
+def _points(curve: Curve) -> list[tuple[int, float]]:
+    """Return numbers of zeros between the ends of a curve, and the cost of each."""
     first, last = curve.zeros[0], curve.zeros[-1]
     zeros = sorted({first + round((last - first) * place / (POINTS - 1)) for place in range(POINTS)})
-    points = [(count, _cost(curve, count)) for count in zeros]
+    return [(count, _cost(curve, count)) for count in zeros]
+
+
+def _steps(number: int, points: Iterable[tuple[int, float]]) -> list[_Step]:
+    """Return the steps between the corners of the convex hull below some points."""
     corners: list[tuple[int, float]] = []
     for point in points:
         while len(corners) > 1 and _slope(corners[-1], point) <= _slope(corners[-2], corners[-1]):

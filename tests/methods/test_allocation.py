@@ -75,15 +75,30 @@ def test_no_other_choice_of_levels_costs_less():
         assert costs[tuple(found)] == pytest.approx(min(costs.values()), rel=1e-12)
 
 
-def test_a_bounded_table_of_levels_still_holds_the_budget(monkeypatch):
-    monkeypatch.setattr(allocation, "CELLS", 100)
-    dear = [10.0 ** (size % 3) for size in range(40)]
+def test_a_narrow_table_of_levels_costs_little_more(monkeypatch):
+    """Dear linears come first, so that the zeros so far are far below those asked for, of which the choice near by takes care."""
+    sizes = [1 + number * 7 % 13 for number in range(300)]
+    dear = [10.0 - number / 30 for number in range(300)]
     curves = [
-        Curve(8 * size, [3 * size, 4 * size, 5 * size], [dear[size], 2 * dear[size], 3 * dear[size]]) for size in range(1, 40)
+        Curve(8 * size, [3 * size, 4 * size, 5 * size], [size * cost * factor for factor in (1.0, 1.7, 3.1)])
+        for size, cost in zip(sizes, dear, strict=True)
     ]
     asked = [curve.zeros[1] for curve in curves]
-    found = allocated_levels(curves, asked)
-    assert sum(found) == sum(asked) and found != asked
+
+    def cost(found):
+        assert sum(found) == sum(asked)
+        return sum(curve.costs[curve.zeros.index(zeros)] for curve, zeros in zip(curves, found, strict=True))
+
+    best = cost(allocated_levels(curves, asked))
+    monkeypatch.setattr(allocation, "CELLS", 0)
+    assert best <= cost(allocated_levels(curves, asked)) < best * (1 + 1e-4) < 0.97 * cost(asked)
+
+
+def test_levels_that_no_near_choice_completes_are_searched_from_those_asked_for(monkeypatch):
+    curves = [Curve(80, [30, 40, 50], [0.0, 1.0, 9.0]), Curve(56, [21, 28, 35], [0.0, 1.0, 9.0])]
+    monkeypatch.setattr(allocation, "CELLS", 0)
+    assert allocated_levels(curves, [40, 28]) == [40, 28]  # 10 and 7 make no other sum of 68
+    assert allocated_levels(curves, [50, 21]) == [50, 21]
 
 
 def test_one_level_each_is_the_only_choice():
