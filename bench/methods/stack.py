@@ -139,7 +139,7 @@ def section(figures: dict[str, object]) -> str:
         "## The whole stack, an hour of two cores",
         "",
         'SmolLM2-135M-Instruct (float32): `ALPS()` with `correction="dense"` on windows of 512 tokens of WikiText-2 `valid`, `BlockTuning()` on',
-        f"them where it says so, then `Distill(batch_tokens={BATCH})` on other windows of the same text, each once, seed 0; 8 are held out.",
+        f"them where it says so, then `Distill(batch_tokens={BATCH})` on windows of the same text drawn apart, each once, seed 0; 8 are held out.",
         f"Perplexity of the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test`, and of as many held-out ones of `{OTHER}`, a text that nothing was fitted to.",
         "Divergence from the dense model's predictions, and how often the top token is the same, on the tokens of `test`.",
         "That shares of zeros go by the loss was decided after SparseGPT had been compared both ways on `test` at 70 %.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from ..runtime.output import check_model_folder, check_output_folder
 from ..runtime.packing import weight_bytes
@@ -22,7 +23,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         OSError: the output folder cannot be written to.
     """
     if arguments.head is not None and arguments.stream:
-        raise ValueError("--head: expected none with --stream, since the head of a streamed model is packed as it is")
+        raise ValueError("--head: expected none with --stream, which cannot round the head; leave --stream out")
+    if Path(arguments.model).resolve() == Path(arguments.out).resolve():
+        raise ValueError(f"--out: expected another folder than MODEL, got {str(arguments.out)!r}")
     check = check_model_folder if arguments.overwrite else check_output_folder
     check(arguments.out, "--out")
     check_push_option(arguments)

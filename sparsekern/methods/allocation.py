@@ -17,7 +17,7 @@ import torch
 UNIFORM, FISHER, MIXED = "uniform", "fisher", "mixed"  # the last also mixes the N of N:M
 ALLOCATIONS = (UNIFORM, FISHER, MIXED)
 CELLS, WIDEST = 1 << 25, 1 << 20  # of the table that `allocated_levels` keeps: in all, and by a linear to each side
-NEAR = 8  # times the largest step, what that table reaches in any case
+NEAR = 2  # times the largest step, what that table reaches in any case
 POINTS = 64  # of each curve, between its levels
 TINY = 1e-30  # of a cost, whose logarithm is taken
 
@@ -77,14 +77,19 @@ def allocated_levels(curves: Sequence[Curve], asked: Sequence[int]) -> list[int]
     """Return for each linear one of the numbers of zeros of its curve, so that they sum to those asked for and cost the least.
 
     The convex hulls of the curves give a choice that is short of the sum by less than one step. From there a table holds, linear by
-    linear, the least cost of every difference between that choice and another. Where it would have more than `CELLS` cells, large
-    differences are left out.
+    linear, the least cost of every difference between that choice and another. Where it would have more than `CELLS` cells, differences
+    of more than `NEAR` times the largest step are left out.
 
     Args:
         curves: the cost of each linear, at the only numbers of zeros that it can have.
         asked: for each linear one of these numbers.
+
+    Raises:
+        ValueError: a cost is NaN or Inf.
     """
     budget = sum(asked)
+    if bad := [cost for curve in curves for cost in curve.costs if not math.isfinite(cost)]:
+        raise ValueError(f"curves: expected finite costs, got {bad[0]}")
     found = _best_near(_near(curves, budget), curves, budget)
     if found is None:  # no choice near by has the sum; those asked for have it
         found = _best_near(asked, curves, budget)
@@ -112,8 +117,6 @@ def _best_near(starts: Sequence[int], curves: Sequence[Curve], budget: int) -> l
     steps = [[step // unit for step in own] for own in steps]
     sizes = [max(map(abs, own)) for own in steps]
     reach = min(sum(sizes), max(NEAR * max(sizes), min(CELLS // (2 * len(steps)), WIDEST)))
-    if abs(missing) // unit > reach:
-        return None
     least = torch.full((2 * reach + 1,), math.inf, dtype=torch.float64, device="cpu")
     least[reach] = 0.0
     choices: list[torch.Tensor] = []

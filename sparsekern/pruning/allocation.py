@@ -51,11 +51,17 @@ def allocatable(model: nn.Module, plan: Plan, allocation: str, optional: Collect
     """
     assert plan.course is not None
     allocated = replace(plan, allocation=allocation)
-    if not _chosen(allocated):
-        shown = ", ".join(sorted(set(map(str, plan.patterns.values()))))
+    if not any(plan.block_linears):
+        raise ValueError(f"allocation: expected {UNIFORM!r} where no linear of a block is pruned, got {allocation!r}")
+    shown = ", ".join(sorted(set(map(str, plan.patterns.values()))))
+    if not (chosen := _chosen(allocated)):
         raise ValueError(
             f"allocation: expected {UNIFORM!r} for pattern {shown}, which is no share of zeros, or {MIXED!r}, which gives each linear "
             f"an N of its own, got {allocation!r}"
+        )
+    if not _movable({plan.patterns[linear.name] for linear in chosen}):
+        raise ValueError(
+            f"allocation: expected {UNIFORM!r} for pattern {shown}, to which no N on its other side exists, got {allocation!r}"
         )
     if stream_of(model) is not None and not plan.course.chain:
         why = "for a streamed model whose blocks take more than the output of the one before"
@@ -82,7 +88,7 @@ def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], requ
             a streamed model.
 
     Raises:
-        ValueError: a model without logits; or `max_memory` is too low.
+        ValueError: a model without logits, a gradient that is NaN or Inf, or `max_memory` is too low.
     """
     assert plan.course is not None
     chosen, streamed = _chosen(plan), stream_of(model) is not None
@@ -98,6 +104,11 @@ def with_allocation(model: nn.Module, plan: Plan, batches: Sequence[Batch], requ
         leaves=request.leaves,
         streamed=(plan.course, backward.shelf(model)) if streamed else None,
     )
+    for name, found in squares.items():
+        if not torch.isfinite(found).all():
+            raise ValueError(
+                f"allocation: expected finite gradients, got NaN or Inf at the outputs of {name}; run the model in float32 or bfloat16"
+            )
     squares = with_means(plan, squares)
     reached = [linear for linear in chosen if linear.name in squares]
     if not reached:
@@ -125,6 +136,16 @@ def allocated_patterns(patterns: Mapping[str, Pattern], curves: Mapping[str, Cur
         for name, curve, count in zip(names, own, zeros, strict=True):
             found[name] = share_with_zeros(count, curve.weights) if m is None else NM(m - count * m // curve.weights, m)
     return found
+
+
+def _movable(patterns: Collection[Pattern]) -> bool:
+    """Return whether some of these patterns can have more zeros while others have fewer."""
+    kinds: dict[int, set[NM]] = {}
+    for pattern in patterns:
+        if not isinstance(pattern, NM):
+            return True
+        kinds.setdefault(pattern.m, set()).add(pattern)
+    return any(len(kind) > 1 or 1 < next(iter(kind)).n < m - 1 for m, kind in kinds.items())
 
 
 def _zeros(pattern: Pattern, weights: int) -> int:
@@ -274,8 +295,10 @@ def _curve(solver: SparseGPT, linear: Linear, gram: Any, pattern: Pattern, squar
 def _levels(pattern: Pattern) -> list[Pattern]:
     """Return the patterns around one whose costs are measured, by rising zeros."""
     if isinstance(pattern, NM):
-        steps = max(1, int(REACH * pattern.m))
-        return [NM(n, pattern.m) for n in range(pattern.n + steps, pattern.n - steps - 1, -1) if 0 < n < pattern.m]
+        reach = max(1, int(REACH * pattern.m))
+        half = min(reach, LEVELS // 2)
+        steps = {round(reach * place / half) for place in range(-half, half + 1)}
+        return [NM(pattern.n - step, pattern.m) for step in sorted(steps) if 0 < pattern.n - step < pattern.m]
     lowest, highest = max(pattern.sparsity - REACH, 0.0), min(pattern.sparsity + REACH, (1 + pattern.sparsity) / 2)
     shares = {lowest + (highest - lowest) * place / (LEVELS - 1) for place in range(LEVELS)}
     return [Unstructured(share) for share in sorted({pattern.sparsity, *shares})]

@@ -54,7 +54,8 @@ def gradient_squares(
 ) -> dict[str, torch.Tensor]:
     """Return for each linear the mean square of the loss's gradient at its outputs, `[out_features]` float64, by name.
 
-    That of an expert's linear is the mean over the tokens that are routed to it. Where there are none, it is left out.
+    That of an expert's linear is the mean over the tokens that are routed to it and have a gradient there. Where there are none, it is
+    left out.
 
     Several processes each run the samples of their own leaves, and the sums are added in the tree of all leaves. All of them call this.
 

@@ -88,6 +88,8 @@ def test_a_pruned_folder_is_packed(prune, tmp_path, capsys):
     assert sparsekern.load(packed).model.layers[0].mlp.up_proj.format == "bitmask"
     assert main(["pack", pruned, "--out", str(tmp_path / "other"), "--head", "int8", "--stream"]) == 2
     assert "--head: expected none with --stream" in capsys.readouterr().err
+    assert main(["pack", pruned, "--out", pruned, "--overwrite"]) == 2
+    assert "--out: expected another folder than MODEL" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["pack", pruned, "--out", str(tmp_path / "other"), "--format", "dense"])
 

@@ -103,3 +103,9 @@ def test_levels_that_no_near_choice_completes_are_searched_from_those_asked_for(
 
 def test_one_level_each_is_the_only_choice():
     assert allocated_levels([Curve(8, [4], [1.0]), Curve(24, [12], [0.0])], [4, 12]) == [4, 12]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_costs_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ValueError, match=f"curves: expected finite costs, got {bad}"):
+        allocated_levels([Curve(8, [3, 4, 5], [0.0, 1.0, bad]), Curve(8, [3, 4, 5], [0.0, 1.0, 2.0])], [4, 4])

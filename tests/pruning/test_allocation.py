@@ -215,6 +215,15 @@ def test_mixed_patterns_keep_the_zeros_and_the_dear_linears(make):
     assert report.settings["allocation"] == "mixed" and report.settings["patterns"] == patterns
 
 
+@pytest.mark.parametrize("allocation", ["fisher", "mixed"])
+def test_gradients_that_overflow_are_refused(allocation):
+    model = tiny_model("llama").half()
+    model.model.embed_tokens.weight.data.mul_(1e-3)
+    model.model.norm.weight.data.mul_(1000)
+    with pytest.raises(ValueError, match="allocation: expected finite gradients, got NaN or Inf at the outputs of model.layers"):
+        sparsekern.prune(model, "wanda", 0.5 if allocation == "fisher" else "4:8", tiny_ids(), allocation=allocation, **QUIET)
+
+
 def test_each_kind_of_pattern_keeps_its_own_zeros():
     model, patterns = tiny_model("llama"), {"*.mlp.gate_proj": "8:16", "*.mlp.*": "2:4", "*.o_proj": 0.7}
     report = sparsekern.prune(
@@ -411,6 +420,27 @@ class NoLogits(nn.Module):
             "allocation: expected 'uniform' for Structured, which does not prune each",
         ),
         (lambda: tiny_model("llama"), "gradual", 0.5, {}, "allocation: expected 'uniform' for Gradual"),
+        (
+            lambda: tiny_model("llama"),
+            "wanda",
+            "1:4",
+            {"allocation": "mixed"},
+            "allocation: expected 'uniform' for pattern 1:4, to which no N on its other side exists, got 'mixed'",
+        ),
+        (
+            lambda: tiny_model("llama"),
+            "wanda",
+            "2:4",
+            {"allocation": "mixed", "include": ["lm_head"]},
+            "allocation: expected 'uniform' where no linear of a block is pruned, got 'mixed'",
+        ),
+        (
+            lambda: tiny_model("llama"),
+            "wanda",
+            "2:4",
+            {"allocation": "mixed", "format": "2:4"},
+            "format: expected 'packed', 'bitmask' or 'dense' for allocation='mixed', got '2:4'",
+        ),
         (NoLogits, "wanda", 0.5, {}, "allocation: expected a model that returns the logits of each token, got NoLogits"),
     ],
 )

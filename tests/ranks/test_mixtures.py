@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
         ("wanda", {"pattern": 0.5, "weighting": "routing"}, False, (4,)),
         (SparseGPT(scope="matrix"), {"pattern": 0.5}, True, (2,)),
         ("wanda", {"pattern": 0.5, "allocation": "fisher"}, False, (2, 4)),
+        ("wanda", {"pattern": "4:8", "allocation": "mixed"}, False, (2,)),
     ],
     ids=str,
 )
