@@ -27,7 +27,7 @@ BLOCKS = {"dbrx": "transformer.blocks"}
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "dbrx", "deepseek_v3")
 
 
-TIES = 2e-3  # share of the zeros that may be elsewhere: rounding decides between weights that cost the same but for its last bits
+TIES = 2e-3  # share of the zeros that may be elsewhere: rounding decides between weights whose costs differ in the last bits alone
 
 
 def assert_same(model, expected) -> None:
