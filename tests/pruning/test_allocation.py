@@ -282,7 +282,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3_moe"])
 def test_a_streamed_model_gets_the_shares_of_one_in_memory(kind, tmp_path, monkeypatch):
-    """The bits are equal, and at most two blocks are in memory: the one at hand and the one to be read next, forward or backward."""
+    """The bits are equal, and at most two blocks are in memory: the one that runs and the one that is read next, forward or backward."""
     folder, squares, held = folder_of(kind, tmp_path / "model"), [], []
 
     def kept(*arguments, **options):

@@ -31,13 +31,16 @@ TIES = 2e-3  # share of the zeros that may be elsewhere: rounding decides betwee
 
 
 def assert_same(model, expected) -> None:
+    """Up to the first tie, values are compared one by one. What is behind it has other inputs, and is compared as a whole."""
+    is_behind_a_tie = False
     for (name, found), wanted in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         tied = (found == 0) != (wanted == 0)
         assert tied.float().mean() <= TIES, name
-        same = (
-            ~tied if tied.dim() < 2 else ~(tied.any(-1, keepdim=True) | tied.any(-2, keepdim=True))
-        )  # outputs are rows or columns
-        assert (found - wanted)[same].norm() <= 5e-3 * wanted.norm(), name
+        if is_behind_a_tie := is_behind_a_tie or bool(tied.any()):
+            same = ~tied if tied.dim() < 2 else ~(tied.any(-1, keepdim=True) | tied.any(-2, keepdim=True))  # outputs are rows or columns
+            assert (found - wanted)[same].norm() <= 5e-3 * wanted.norm(), name
+        else:
+            torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
