@@ -37,7 +37,9 @@ def assert_same(model, expected) -> None:
         tied = (found == 0) != (wanted == 0)
         assert tied.float().mean() <= TIES, name
         if is_behind_a_tie := is_behind_a_tie or bool(tied.any()):
-            same = ~tied if tied.dim() < 2 else ~(tied.any(-1, keepdim=True) | tied.any(-2, keepdim=True))  # outputs are rows or columns
+            same = (
+                ~tied if tied.dim() < 2 else ~(tied.any(-1, keepdim=True) | tied.any(-2, keepdim=True))
+            )  # outputs are rows or columns
             assert (found - wanted)[same].norm() <= 5e-3 * wanted.norm(), name
         else:
             torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-4, msg=lambda text, n=name: f"{n}: {text}")
