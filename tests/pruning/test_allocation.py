@@ -184,8 +184,11 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3_moe"])
-def test_a_streamed_model_gets_the_shares_of_one_in_memory(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "pattern", "asked"),
+    [("gpt2", 0.5, "fisher"), ("llama", 0.5, "fisher"), ("qwen3_moe", 0.5, "fisher"), ("llama", "4:8", "mixed")],
+)
+def test_a_streamed_model_gets_the_shares_of_one_in_memory(kind, pattern, asked, tmp_path, monkeypatch):
     """The bits are equal, and at most two blocks are in memory: the one that runs and the one that is read next, forward or backward."""
     folder, squares, held = folder_of(kind, tmp_path / "model"), [], []
 
@@ -204,7 +207,7 @@ def test_a_streamed_model_gets_the_shares_of_one_in_memory(kind, tmp_path, monke
     batches = [{"input_ids": ids[part], "attention_mask": mask[part]} for part in (slice(3), slice(3, 6))]
     models = [sparsekern.load(folder, device="cpu", stream=stream) for stream in (False, True)]
     for model in models:
-        sparsekern.prune(model, "wanda", 0.5, batches, allocation="fisher", out=tmp_path / f"{id(model)}", **QUIET)
+        sparsekern.prune(model, "wanda", pattern, batches, allocation=asked, out=tmp_path / f"{id(model)}", **QUIET)
     whole, streamed = squares
     assert len(whole) > 10 and all(torch.equal(value, streamed[name]) for name, value in whole.items())
     assert all(parameter.requires_grad for parameter in models[1].parameters())
