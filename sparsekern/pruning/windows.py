@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,8 @@ from .batches import Batch
 from .seeds import derived_seed
 
 ONE_OF = 8  # samples, of which one is held out
+RUN = 32  # tokens that only windows which overlap have in common
+FACTOR = 6364136223846793005  # of a hash of runs, in wrapping arithmetic
 
 
 def with_held_out(batches: Sequence[Batch], seed: int) -> list[Batch]:
@@ -43,3 +45,25 @@ def with_held_out(batches: Sequence[Batch], seed: int) -> list[Batch]:
         if not any(batch.tokens for batch in found if batch.held_out == chosen):
             raise ValueError(f"calibration: expected tokens that are no padding, got none in {kind}")
     return found
+
+
+def overlapping(batches: Sequence[Batch], chosen: Collection[int]) -> set[int]:
+    """Return the numbers of other batches that share a run of `RUN` tokens with the `chosen` ones.
+
+    Windows do so if they overlap, because their text is short, or if the text repeats itself. Padding is no part of a run.
+    """
+    own = torch.cat([_runs(batches[number]) for number in chosen])
+    others = (number for number in range(len(batches)) if number not in chosen)
+    return {number for number in others if torch.isin(_runs(batches[number]), own).any()}
+
+
+def _runs(batch: Batch) -> torch.Tensor:
+    """Return hashes of all runs of `RUN` real tokens, `[runs]` int64."""
+    ids, mask = batch.inputs[batch.main], batch.mask()
+    if ids.is_floating_point() or ids.dim() != 2 or ids.shape[1] < RUN:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    runs = ids.cpu().long().unfold(1, RUN, 1)
+    found = torch.zeros(runs.shape[:2], dtype=torch.int64, device="cpu")
+    for place in range(RUN):
+        found = (found + runs[..., place]) * FACTOR
+    return found.flatten() if mask is None else found[mask.cpu().unfold(1, RUN, 1).all(-1)]

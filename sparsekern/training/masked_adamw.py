@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,18 +67,17 @@ class MaskedAdamW:
             That norm, in front of clipping; NaN where a gradient is not finite. Then nothing is changed.
         """
         held = [of for of in self.trained if of.parameter.grad is not None]
-        norm = self._norm(held)
+        norm = _masked_norm(held)
         if not norm < float("inf"):
             return float("nan")
         self.steps += 1
         scale = 1.0 if clip is None or norm <= clip else clip / norm
         with torch.no_grad():
             for of in held:
-                assert of.parameter.grad is not None
                 weight = self._masters.get(of.name, of.parameter)
                 ops.masked_adamw_(
                     weight,
-                    of.parameter.grad,
+                    _gradient(of),
                     *(self._moments[f"{moment}/{of.name}"] for moment in MOMENTS),
                     step=self.steps,
                     lr=lr,
@@ -118,15 +118,29 @@ class MaskedAdamW:
                 of.grid.scales = moments[f"{SCALES}/{of.name}"].to(of.parameter.device)
         self.steps = steps
 
-    @staticmethod
-    def _norm(held: Iterable[Trained]) -> float:
-        squares = []
-        for of in held:
-            assert of.parameter.grad is not None
-            if of.mask is not None:
-                of.parameter.grad.masked_fill_(~of.mask, 0)
-            squares.append(torch.linalg.vector_norm(of.parameter.grad, dtype=torch.float32))
-        return float(torch.linalg.vector_norm(torch.stack(squares))) if squares else 0.0
+
+def _masked_norm(held: Sequence[Trained]) -> float:
+    """Set the gradients of pruned weights to zero, and return the norm of what is left."""
+    for of in held:
+        if of.mask is not None:
+            _gradient(of).mul_(of.mask)  # eight times as fast as `masked_fill_` on a CPU, but NaN and Inf stay
+    norm = _norm(held)
+    if math.isfinite(norm):
+        return norm
+    for of in held:
+        if of.mask is not None:
+            _gradient(of).masked_fill_(~of.mask, 0)
+    return _norm(held)
+
+
+def _norm(held: Iterable[Trained]) -> float:
+    squares = [torch.linalg.vector_norm(_gradient(of), dtype=torch.float32) for of in held]
+    return float(torch.linalg.vector_norm(torch.stack(squares))) if squares else 0.0
+
+
+def _gradient(of: Trained) -> torch.Tensor:
+    assert of.parameter.grad is not None
+    return of.parameter.grad
 
 
 def kept_weights(linears: Iterable[Linear]) -> dict[nn.Parameter, torch.Tensor]:

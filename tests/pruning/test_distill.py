@@ -80,6 +80,18 @@ def test_held_out_samples_beyond_those_that_judge_are_trained_on(monkeypatch):
     assert judged == [number for number, batch in enumerate(batches) if batch.held_out][:2] and len(fitted) == 22
 
 
+def test_what_overlaps_with_samples_that_judge_is_not_trained_on(monkeypatch):
+    text = tiny_ids(1, 8 * 40 + 40)[0]
+    windows = torch.stack([text[begin : begin + 48] for begin in range(0, 8 * 40, 8)])  # each shares 40 tokens with the next
+    batches = with_held_out(batches_for(tiny_model("llama"), Wanda(), windows, 1), 0)
+    monkeypatch.setattr(distill, "JUDGED", 48)
+    fitted, (judge,) = distill.divided(batches)
+    assert fitted == [number for number in range(40) if abs(number - judge) > 2]
+    with pytest.warns(SparsekernWarning, match="so short that every window overlaps with one that is held out"):
+        fitted, _ = distill.divided(with_held_out(batches_for(tiny_model("llama"), Wanda(), windows[:3], 1), 0))
+    assert len(fitted) == 2
+
+
 @pytest.mark.parametrize("room", [None, 0], ids=["memory", "file"])
 def test_the_teacher_is_read_once_and_not_copied(monkeypatch, room):
     """Each batch that is used runs through the dense model once, however often its divergence is taken."""

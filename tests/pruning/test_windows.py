@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsekern.pruning.batches import as_batches
-from sparsekern.pruning.windows import with_held_out
+from sparsekern.pruning.windows import RUN, overlapping, with_held_out
 
 IDS = torch.arange(20 * 3).reshape(20, 3)
 
@@ -51,3 +51,20 @@ def test_samples_that_are_all_padding_are_refused(held_out):
     kind = "the 2 samples that are held out" if held_out else "those that are not held out"
     with pytest.raises(ValueError, match=f"calibration: expected tokens that are no padding, got none in {kind}"):
         with_held_out(batches_of(4, [{"input_ids": IDS, "attention_mask": mask}]), 0)
+
+
+@pytest.mark.parametrize(("step", "near"), [(40, set()), (41 - RUN, set()), (40 - RUN, {2, 4}), ((40 - RUN) // 2, {1, 2, 4, 5})])
+def test_windows_that_overlap_with_chosen_ones_are_found(generator, step, near):
+    text = torch.randint(1000, (400,), generator=generator)
+    windows = text.unfold(0, 40, step)[:7]  # each shares `40 - step` tokens with the next
+    assert overlapping(batches_of(1, windows), [3]) == near
+    assert overlapping(batches_of(3, windows), [1]) == ({0, 2} if near else set())  # windows 3, 4 and 5
+
+
+def test_padding_and_short_windows_share_nothing(generator):
+    ids, mask = torch.randint(1000, (2, 60), generator=generator), torch.ones(2, 60, dtype=torch.long)
+    ids[:, 20:], mask[:, 20:] = 7, 0
+    padded = [{"input_ids": row, "attention_mask": of} for row, of in zip(ids.split(1), mask.split(1), strict=True)]
+    assert not overlapping(batches_of(1, padded), [0])
+    assert overlapping(batches_of(1, ids), [0]) == {1}
+    assert not overlapping(batches_of(1, IDS[:1].repeat(3, 1)), [0])

@@ -13,7 +13,7 @@ from ...methods import BlockTuning
 from ...models import Linear
 from ...training.grid import grids_of
 from ...training.masked_adamw import MaskedAdamW, Trained, kept_weights
-from .masters import float32_masters, only_these_require_gradients
+from .masters import bfloat16_products, float32_masters, only_these_require_gradients
 from .together import Together, gradients_of
 
 SMALLEST = 1e-12  # squared length of a dense hidden state, which divides
@@ -109,11 +109,12 @@ def tune_block(block: nn.Module, trained: Sequence[Trained], samples: Samples, s
     with float32_masters(parameters) as autocast, only_these_require_gradients(block, parameters):
         optimizer = MaskedAdamW(trained, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
         steps = _steps(samples, settings, seed)
+        training = bfloat16_products(parameters) if settings.mixed_precision else autocast
         total, waited = sum(map(len, steps)), 0
         for of_pass in steps:
             for step in of_pass:
                 lr = settings.learning_rate * (1 - taken / total)
-                loss = _take(samples, step, optimizer, lr, settings.clip, autocast)
+                loss = _take(samples, step, optimizer, lr, settings.clip, training)
                 if not loss < float("inf"):
                     failure = f"the loss of step {taken + 1} is {loss}"
                     break

@@ -31,9 +31,9 @@ from ..plan import Plan, Request
 from ..run import Blocks, RunContext
 from ..seeds import derived_seed
 from ..session import batches_for
-from ..windows import with_held_out
+from ..windows import overlapping, with_held_out
 from .checks import training_bytes
-from .masters import float32_masters, only_these_require_gradients
+from .masters import bfloat16_products, float32_masters, only_these_require_gradients
 from .reader import Reader, frozen_parameters
 from .teacher import Teacher
 from .together import Together, gradients_of
@@ -135,6 +135,7 @@ class Distillation:
         self._progress.steps_done(state.steps_done)
         every = max(1, math.ceil(settings.steps / MARKS))
         steps = self._steps()
+        training = bfloat16_products([of.parameter for of in optimizer.trained]) if settings.mixed_precision else autocast
         for step in range(settings.steps):
             leaves = next(steps)
             if step < state.steps_done:
@@ -142,7 +143,7 @@ class Distillation:
             lr = settings.learning_rate * _share(step, settings.steps, settings.warmup)
             if step % every == 0:
                 self._evaluate(step, lr, autocast)
-            loss = self._step(optimizer, leaves, lr, autocast)
+            loss = self._step(optimizer, leaves, lr, training)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"Distill.learning_rate: expected a finite loss, got {loss} in step {step + 1} of {settings.steps}; lower it"
@@ -266,13 +267,25 @@ def batches_to_train_on(
 
 
 def divided(batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
-    """Return the numbers of the batches to train on, and to judge on: the first held-out ones of `JUDGED` tokens together."""
+    """Return the numbers of the batches to train on, and to judge on: the first held-out ones of `JUDGED` tokens together.
+
+    What overlaps with those that judge is neither, unless nothing else is left.
+    """
     fitted: list[int] = []
     judged: list[int] = []
     for number, batch in enumerate(batches):
         judges = batch.held_out and sum(batches[of].tokens for of in judged) < JUDGED
         (judged if judges else fitted).append(number)
-    return fitted, judged
+    seen = overlapping(batches, judged)
+    apart = [number for number in fitted if number not in seen]
+    if not apart:
+        warnings.warn(
+            "distillation: the text is so short that every window overlaps with one that is held out, so their divergence is not that "
+            "of unseen text; use more text, or fewer or shorter samples",
+            SparsekernWarning,
+            stacklevel=4,
+        )
+    return apart or fitted, judged
 
 
 def _by_leaf(numbers: Sequence[int], leaves: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,14 +17,18 @@ def float32_masters(parameters: Iterable[nn.Parameter]) -> Iterator[torch.autoca
     """
     parameters = list(parameters)
     halves = {parameter: parameter.data for parameter in parameters if parameter.dtype in (torch.bfloat16, torch.float16)}
-    device = parameters[0].device.type
     for parameter in halves:
         parameter.data = parameter.data.float()
     try:
-        yield torch.autocast(device, torch.bfloat16, enabled=bool(halves))
+        yield bfloat16_products(parameters, enabled=bool(halves))
     finally:
         for parameter, half in halves.items():
             parameter.data = half.copy_(parameter.data)
+
+
+def bfloat16_products(parameters: Sequence[nn.Parameter], *, enabled: bool = True) -> torch.autocast:
+    """Return the autocast for the device of `parameters`, under which matrices are multiplied in bfloat16."""
+    return torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager
