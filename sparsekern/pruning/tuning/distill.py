@@ -75,7 +75,7 @@ class Distillation:
         self._context, self._settings, self._progress = context, settings, context.progress
         self._batches, self._model = batches, context.model
         self._together = Together(context.world, context.leaves)
-        fitted, held_out = divided(batches)
+        fitted, held_out = divided(batches, warns=context.world.leads)
         self._fitted, judged = (_by_leaf(numbers, context.leaves) for numbers in (fitted, held_out))
         self._held_out, self._judged_tokens = self._together.own_of(judged), self._tokens(held_out)
         steps = (chain.from_iterable(self._together.own_of(step)) for step in islice(self._steps(), settings.steps))
@@ -266,10 +266,10 @@ def batches_to_train_on(
     return with_held_out(found, request.seed)
 
 
-def divided(batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
+def divided(batches: Sequence[Batch], *, warns: bool = True) -> tuple[list[int], list[int]]:
     """Return the numbers of the batches to train on, and to judge on: the first held-out ones of `JUDGED` tokens together.
 
-    What overlaps with those that judge is neither, unless nothing else is left.
+    What overlaps with those that judge is neither. Where that is more than half, it is trained on; `warns` says so.
     """
     fitted: list[int] = []
     judged: list[int] = []
@@ -278,14 +278,16 @@ def divided(batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
         (judged if judges else fitted).append(number)
     seen = overlapping(batches, judged)
     apart = [number for number in fitted if number not in seen]
-    if not apart:
+    if 2 * len(apart) >= len(fitted):
+        return apart, judged
+    if warns:
         warnings.warn(
-            "distillation: the text is so short that every window overlaps with one that is held out, so their divergence is not that "
-            "of unseen text; use more text, or fewer or shorter samples",
+            "distillation: the text is so short that most windows overlap with those that are held out, so the divergence of these is not "
+            "that of unseen text; use more text, or fewer or shorter samples",
             SparsekernWarning,
             stacklevel=4,
         )
-    return apart or fitted, judged
+    return fitted, judged
 
 
 def _by_leaf(numbers: Sequence[int], leaves: int) -> list[list[int]]:
