@@ -19,8 +19,8 @@ from . import Unavailable, shown, store, stored
 NAME = "stages"
 PATTERNS: dict[str, str | float] = {"2:4": "2:4", "50 %": 0.5, "70 %": 0.7}
 METHODS = {"SparseGPT": sparsekern.SparseGPT, "ALPS": sparsekern.ALPS}
-TUNE = sparsekern.BlockTuning(batch_tokens=2048)
-DISTILL = sparsekern.Distill(steps=45, batch_tokens=1024)  # some three passes over the samples
+TUNE = sparsekern.BlockTuning(batch_tokens=2048, mixed_precision=True)
+DISTILL = sparsekern.Distill(steps=45, batch_tokens=1024, mixed_precision=True)  # some three passes over the samples
 STAGES: dict[str, dict[str, Any]] = {
     "alone": {},
     "corrected": {"correction": "dense"},
@@ -78,8 +78,8 @@ def section(figures: dict[str, object]) -> str:
         "",
         f"SmolLM2-135M-Instruct (float32); calibration {smollm2.SAMPLES} x {smollm2.LENGTH} tokens of WikiText-2 `valid`, seed 0; perplexity of",
         f'the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test` (dense {quality.TARGETS["dense"][2]}). Corrected is `correction="dense"`,',
-        f"tuned `tune=BlockTuning(batch_tokens={TUNE.batch_tokens})`, distilled `distill=Distill(steps={DISTILL.steps}, batch_tokens={DISTILL.batch_tokens})`, all other settings the defaults.",
-        "In parentheses the minutes of `prune`.",
+        f"tuned `tune=BlockTuning(batch_tokens={TUNE.batch_tokens})`, distilled `distill=Distill(steps={DISTILL.steps}, batch_tokens={DISTILL.batch_tokens})`,",
+        "both with `mixed_precision=True`, all other settings the defaults. In parentheses the minutes of `prune` on one thread.",
         "",
         *_table(cell),
     ]
