@@ -40,6 +40,7 @@ def workplace(tmp_path, monkeypatch):
 def shortened(program: str) -> str:
     program = (
         program.replace("path/or/hub-id", "model")
+        .replace("path/to/model", "model")
         .replace("path/to/encoder", "encoder")
         .replace("path/to/mixture", "mixture")
         .replace('"builtin:python-docs"', '"text.txt"')

@@ -79,7 +79,8 @@ def section(figures: dict[str, object]) -> str:
         f"SmolLM2-135M-Instruct (float32); calibration {smollm2.SAMPLES} x {smollm2.LENGTH} tokens of WikiText-2 `valid`, seed 0; perplexity of",
         f'the first {smollm2.WINDOWS} x {smollm2.WINDOW} tokens of `test` (dense {quality.TARGETS["dense"][2]}). Corrected is `correction="dense"`,',
         f"tuned `tune=BlockTuning(batch_tokens={TUNE.batch_tokens})`, distilled `distill=Distill(steps={DISTILL.steps}, batch_tokens={DISTILL.batch_tokens})`,",
-        "both with `mixed_precision=True`, all other settings the defaults. In parentheses the minutes of `prune` on one thread.",
+        "both with `mixed_precision=True`, all other settings the defaults. In parentheses the minutes of `prune` on one thread of a Zen 5,",
+        "the other core being busy.",
         "",
         *_table(cell),
     ]

@@ -103,7 +103,14 @@ def _add_choice_of_weights(group) -> None:
         metavar="NAME",
         help="fast (sparsegpt), good (alps, dense), best (trained)",
     )
-    group.add_argument("--set", action="append", default=[], type=types.setting, metavar="NAME=VALUE", help="setting of the method")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=types.setting,
+        metavar="NAME=VALUE",
+        help="setting of the method, or tune.NAME, distill.NAME",
+    )
     group.add_argument("--help-method", action=_MethodHelp, type=methods, metavar="NAME", help="list a method's settings and exit")
     group.add_argument("--remove", type=types.share, metavar="SHARE", help="share to remove (experts 0.25, kprune 0.5)")
     group.add_argument(
@@ -146,12 +153,12 @@ def _add_calibration(group) -> None:
         "--leaves",
         type=types.count,
         metavar="N",
-        help="parts that sums are made of (1; under torchrun 8)",
+        help="parts that sums are added in (1; 8 for several processes)",
     )
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
     _add_choice(group, "--weighting", WEIGHTINGS, EQUAL, "weight of an expert's tokens: equal or routing")
-    _add_choice(group, "--allocation", ALLOCATIONS, UNIFORM, "of zeros: uniform, fisher (least cost), mixed (N:M)")
-    _add_choice(group, "--correction", CORRECTIONS, NONE, "of errors made before: none, sequential or dense")
+    _add_choice(group, "--allocation", ALLOCATIONS, UNIFORM, "share of zeros by linear: uniform, fisher, mixed (N:M)")
+    _add_choice(group, "--correction", CORRECTIONS, NONE, "for errors of earlier linears: none, sequential, dense")
     group.add_argument(
         "--values", type=types.one_of((INT4,)), metavar="NAME", help="int4: round what 2:4, 1:4 or 4:16 keeps to 4 bits"
     )
@@ -216,7 +223,7 @@ def _add_export(commands) -> argparse._ArgumentGroup:
     options = _add_command(commands, "export", "write a model for llama.cpp", model=True, usage="--gguf FILE")
     options.add_argument("--gguf", required=True, type=types.path, metavar="FILE", help="the file, which ends in .gguf")
     _add_choice(
-        options, "--type", TYPES, AUTO, "of matrices without 4-bit values: auto (as they are), f32, f16, bf16, q8_0 or q4_0"
+        options, "--type", TYPES, AUTO, "type of matrices without 4-bit values: auto (unchanged), f32, f16, bf16, q8_0 or q4_0"
     )
     options.add_argument("--no-tokenizer", action="store_true", help="write no vocabulary: such a file runs on token ids only")
     options.add_argument("--overwrite", action="store_true", help="replace a file")

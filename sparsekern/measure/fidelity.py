@@ -93,6 +93,9 @@ def fidelity(
         progress: show a progress bar.
         max_memory: the most memory that two streamed models may take, in bytes or as `"8GB"`.
 
+    Returns:
+        A `Fidelity`: the divergence, the share of equal top tokens, and both perplexities.
+
     Raises:
         TypeError: `ids` is neither an integer tensor nor a text, or a model is not a causal language model.
         ValueError: as in `sparsekern.perplexity`, or the models have other vocabularies.

@@ -62,14 +62,16 @@ def load(
         device: of the weights: `"auto"` (cuda where there is one), or a device of torch or its name.
         trust_remote_code: run model code that the source contains. Off by default.
         stream: leave the blocks in the folder. Each is read when a forward comes to it and released afterwards, so the model needs the
-            memory of its embeddings and two blocks. `prune` takes such a model with `out=`.
+            memory of its embeddings and two blocks. `prune` takes such a model with `out=`. `source` is then a local folder with
+            safetensors files.
 
     Returns:
         A transformers model in evaluation mode.
 
     Raises:
         ValueError: a folder or file without a model, or with a damaged one; weights that are missing or of another shape, which
-            transformers would fill with random numbers; an adapter; an unknown dtype or device. Weights are read from safetensors or
+            transformers would fill with random numbers; an adapter; an unknown dtype or device; with `stream`, another source or a
+            checkpoint that another program quantised. Weights are read from safetensors or
             GGUF: nothing is unpickled.
         TypeError: `source` is not a name or path.
         FileNotFoundError: no such file or folder.

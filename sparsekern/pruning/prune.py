@@ -145,7 +145,7 @@ def prune(
             then held out, to choose how far to correct each linear. It takes about three times the forwards, and `"sequential"`
             twice. Experts of a mixture keep their own weights as targets.
         tune: settings of the tuning of each block behind the method, such as `BlockTuning(passes=2)`. None tunes nothing. The dense
-            model's hidden states are then kept beside those of the pruned one, and `batch_size` bounds an optimizer step from below.
+            model's hidden states are then kept beside those of the pruned one, and a step takes at least one batch, so that a large `batch_size` makes steps long.
         allocation: how zeros are shared out among the linears of the blocks whose pattern is a share. `"uniform"` gives each the share
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
@@ -156,7 +156,8 @@ def prune(
         quality: a name for method, correction, allocation, tune and distill. `"fast"` is SparseGPT. `"good"` is ALPS with the
             correction `"dense"`. `"best"` is the same with `BlockTuning()` and `Distill()`, and with the allocation `"fisher"` where
             the pattern is a share. It leaves out, with a warning, whichever of allocation, tune and distill the run or the model does
-            not allow. A config of its method, of tune or of distill is taken besides, and the allocation `"mixed"`.
+            not allow. A config of the method that it names, `tune`, `distill` and the allocation `"mixed"` may be given besides, and
+            replace what it would choose.
         distill: settings of the training of the whole model once it is pruned, such as `Distill(steps=100)`. None trains nothing. The
             dense model's hidden states in front of the head are then kept; a copy of it only where the head is not the end.
         values: `"int4"` rounds what the method keeps to 4 bits, for the formats `"2:4-q4"`, `"1:4-q4"` and `"4:16-q4"`: to -8 to 7 times

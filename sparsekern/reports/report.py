@@ -108,8 +108,8 @@ class Report(BaseReport):
     Attributes:
         layers: one entry for each pruned linear, in the order of the model.
         seconds: seconds of each phase: `capture` (embeddings, masks and the probe), `forward` (all passes through the blocks),
-            `statistics`, `correct` (targets of linears), `solve`, `tune`, `distill`, `write` (checkpoints and the final model) and
-            `total`.
+            `statistics`, `correct` (targets of linears), `solve`, `exchange` (between processes), `tune`, `distill`, `train` (`Gradual`),
+            `write` (checkpoints and the final model) and `total`, which also holds the time of `allocation`.
         model_parameters: number of all weights of the model, pruned linears among them; 0 where it is not known.
         calibration_tokens: number of calibration tokens, without padding.
         resumed_blocks: number of blocks taken from a checkpoint. Their layers' seconds are those of the run that solved them.
