@@ -153,7 +153,7 @@ def _add_calibration(group) -> None:
         "--leaves",
         type=types.count,
         metavar="N",
-        help="parts that sums are added in (1; 8 for several processes)",
+        help="parts of sums (1; 8 for several processes)",
     )
     group.add_argument("--batch-size", type=types.count, metavar="N", help="windows at once: a matter of speed and memory")
     _add_choice(group, "--weighting", WEIGHTINGS, EQUAL, "weight of an expert's tokens: equal or routing")
