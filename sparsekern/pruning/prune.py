@@ -145,7 +145,8 @@ def prune(
             then held out, to choose how far to correct each linear. It takes about three times the forwards, and `"sequential"`
             twice. Experts of a mixture keep their own weights as targets.
         tune: settings of the tuning of each block behind the method, such as `BlockTuning(passes=2)`. None tunes nothing. The dense
-            model's hidden states are then kept beside those of the pruned one, and a step takes at least one batch, so that a large `batch_size` makes steps long.
+            model's hidden states are then kept beside those of the pruned one. A step takes at least one batch, so that a large
+            `batch_size` makes steps long.
         allocation: how zeros are shared out among the linears of the blocks whose pattern is a share. `"uniform"` gives each the share
             that is asked for, `"fisher"` each its own, at most 0.15 from that, where the zeros cost least; their number stays the
             same. The cost is the squared error of each output times the mean square of the loss's gradient there. It takes one
