@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..models.limits import check_count, window_length
-from .own_samples import own_windows
+from .own_samples import continued, own_windows
 from .sentences import SENTENCES, sentence_batches
 from .sources import check_source, is_own, read_documents
 
@@ -27,6 +27,7 @@ SEPARATOR = "\n\n"
 CHARACTERS_PER_TOKEN = 16  # documents with this many characters for each wanted token are read, the others are not
 PROBE = 64  # characters of text that are tokenized to find the special tokens in front of it
 WINDOWS = 128
+GIVEN_PART = 8  # a window that goes on with a text has one of so many tokens from it
 Source = str | os.PathLike
 
 
@@ -46,6 +47,7 @@ class CalibrationText:
         length: tokens in a window, or the most tokens of a sentence. None is 2048, or the model's positions if they are fewer.
         seed: seed of the choice of windows or sentences.
         sentences: read sentences for an encoder instead of windows of running text.
+        progress: show a progress bar while the model writes.
     """
 
     source: Source
@@ -54,6 +56,7 @@ class CalibrationText:
     length: int | None = None
     seed: int = 0
     sentences: bool = False
+    progress: bool = field(default=False, compare=False)
     _found: dict[int, torch.Tensor | list[dict[str, torch.Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )  # by length
@@ -82,10 +85,31 @@ class CalibrationText:
         if is_own(self.source):
             if self.sentences:
                 raise ValueError(f"calibration: expected a text for {type(model).__name__}, which writes none, got {self.source!r}")
-            return own_windows(model, str(self.source), samples=self.samples, length=length, seed=self.seed)
+            return own_windows(model, str(self.source), samples=self.samples, length=length, seed=self.seed, progress=self.progress)
         if length not in self._found:
             self._found[length] = self._read(length)
         return self._found[length]
+
+    def continued(self, model: nn.Module, samples: int) -> torch.Tensor:
+        """Return windows of which the first part is of the text, and the rest what `model`, still dense, writes behind it.
+
+        Args:
+            model: the model.
+            samples: number of windows.
+
+        Returns:
+            `[samples, length]` int64.
+
+        Raises:
+            ValueError: as by `read`; also the model predicts no next tokens, or a window is too short for a part of it.
+        """
+        length = window_length(model, self.length)
+        given = length // GIVEN_PART
+        if not given:
+            raise ValueError(f"length: expected at least {GIVEN_PART} tokens for windows that go on with a text, got {length}")
+        passages = replace(self, samples=samples, length=given).read(model)
+        assert isinstance(passages, torch.Tensor)
+        return continued(model, passages, length=length, seed=self.seed, progress=self.progress)
 
     def _read(self, length: int) -> torch.Tensor | list[dict[str, torch.Tensor]]:
         if self.sentences:
@@ -103,6 +127,7 @@ def as_calibration(
     length: int | None = None,
     seed: int = 0,
     sentences: bool = False,
+    progress: bool = False,
 ) -> Any:
     """Return a `CalibrationText` for the name of a text, and other calibration data unchanged.
 
@@ -113,13 +138,14 @@ def as_calibration(
         length: as in `CalibrationText`; only for a text.
         seed: as in `CalibrationText`.
         sentences: as in `CalibrationText`.
+        progress: as in `CalibrationText`.
 
     Raises:
         TypeError: `tokenizer` is not a tokenizer, or `samples` or `length` is not a whole number.
         ValueError: a text comes without `tokenizer`, or `samples` or `length` is below 1 or given without a text.
     """
     if is_source(calibration):
-        return CalibrationText(calibration, tokenizer, samples, length, seed, sentences)
+        return CalibrationText(calibration, tokenizer, samples, length, seed, sentences, progress)
     for name, value in (("samples", samples), ("length", length)):
         if value is not None:
             raise ValueError(f"{name}: expected None unless calibration is a text, got {value!r}")

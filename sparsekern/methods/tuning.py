@@ -72,6 +72,9 @@ class Distill(Training):
     Pruned weights stay zero. Embeddings and the head are frozen, and experts that are not pruned. AdamW's learning rate rises linearly
     over the `warmup` share of the steps, and falls along half a cosine to zero.
 
+    Where the text is short, `own_samples` adds windows that the dense model writes itself by the seed: the first eighth of each is a
+    passage of the text. They are kept in a cache (`SPARSEKERN_CACHE`).
+
     Of every eight samples one is held out, of about 4,096 tokens together. Their divergence is reported as the training goes on. If it
     has not fallen at the end, the weights from before are kept. With `out` in `prune`, a killed run resumes to the same bits.
 
@@ -87,6 +90,9 @@ class Distill(Training):
 
     steps: int = whole(200, at_least=1, help="optimizer steps")
     samples: int | None = whole(None, at_least=2, help="windows of the calibration text to train on; None: those of the method")
+    own_samples: int | None = whole(
+        None, at_least=1, help="windows besides that the dense model writes itself, each behind a passage of the text; None: none"
+    )
     learning_rate: float = number(1.2e-4, above=0, help="highest learning rate of AdamW")
     warmup: float = number(0.05, at_least=0, below=1, help="share of the steps in which the learning rate rises")
     batch_tokens: int = whole(2048, at_least=1, help="minimum of tokens in an optimizer step; whole batches are accumulated")

@@ -210,6 +210,7 @@ def prune(
             length=length,
             seed=seed,
             sentences=isinstance(method, RemovalMethod),
+            progress=progress,
         ),
         include=include,
         exclude=exclude,
@@ -252,10 +253,12 @@ def prune(
     distill = chosen.distill
     request = replace(request, leaves=leaves, allocation=chosen.allocation, distill=distill)
     options |= {"trains": distill is not None, "tunes": 0 if chosen.tune is None else chosen.tune.blocks}
-    if distill is not None and distill.samples is not None and not isinstance(request.calibration, CalibrationText):
-        raise ValueError(
-            f"Distill.samples: expected None unless calibration is a text, got {distill.samples} for {type(calibration).__name__}"
-        )
+    if distill is not None and not isinstance(request.calibration, CalibrationText):
+        for name in ("samples", "own_samples"):
+            if (count := getattr(distill, name)) is not None:
+                raise ValueError(
+                    f"Distill.{name}: expected None unless calibration is a text, got {count} for {type(calibration).__name__}"
+                )
     with plain_modes(model) as model, RunFolder.opened(out if world.leads else None, model, **options) as folder:
         loop = loop_of(method)
         place = None if out is None else checked_path(out, "out")  # of all ranks, of which only the first holds the folder
@@ -273,7 +276,7 @@ def prune(
         trained_on: list[Batch] = []
         if distill is not None:
             trained_on = batches_to_train_on(model, cast(LinearMethod, request.then or method), request, distill, batches or [])
-            settings["distill"] |= {"calibration": fingerprint(trained_on)} if distill.samples else {}
+            settings["distill"] |= {"calibration": fingerprint(trained_on)} if distill.samples or distill.own_samples else {}
         if batches and leaves > 1:
             settings["leaves"] = leaves
             say_idle(world, batches)

@@ -5,9 +5,10 @@ import torch
 
 import sparsekern
 from sparsekern.data import CalibrationText, own_samples, perplexity, read_documents
-from sparsekern.data.own_samples import own_windows
+from sparsekern.data.own_samples import continued, own_windows
 from sparsekern.data.sources import check_source, own_tokens
 from tests import encoders, tiny
+from tests.models.families import tiny_ids
 
 LENGTH = 12
 
@@ -51,6 +52,43 @@ def test_the_seed_and_the_model_change_the_windows(cache):
     assert not torch.equal(written(seed=1), first) and not torch.equal(written(hidden_size=16), first)
     assert len(list(cache.iterdir())) == 3
     assert torch.equal(written(samples=32), first[:32])  # the first batch of them
+
+
+def test_a_model_goes_on_with_passages(cache, monkeypatch):
+    """Where it is sure of the next token, it writes that one, computed without a cache of keys and values; no special token is drawn."""
+    model, passages = tiny.llama(eos_token_id=7, bos_token_id=5), tiny_ids(40, 3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    ids = continued(model, passages, length=LENGTH, seed=0)
+    assert ids.shape == (40, LENGTH) and torch.equal(ids[:, :3], passages)
+    assert not torch.isin(ids[:, 3:], torch.tensor([5, 7])).any()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    logits[..., [5, 7]] = -torch.inf
+    chosen = logits[:, 2:-1].gather(2, ids[:, 3:, None])
+    assert (logits[:, 2:-1].amax(2, keepdim=True) - chosen).max() < 20  # others are hundreds below
+    assert not torch.equal(continued(model, passages.flip(0), length=LENGTH, seed=0), ids)
+    monkeypatch.setattr(own_samples, "_written", None)  # a second writing would call it
+    assert torch.equal(continued(model, passages, length=LENGTH, seed=0), ids)
+
+
+def test_passages_are_read_alike_where_the_model_returns_all_logits(monkeypatch):
+    model, passages = tiny.llama(), tiny_ids(4, 3)
+    whole = [*own_samples._written(model, passages, LENGTH, 0, False)]
+    forward = type(model).forward
+
+    def without_choice(self, input_ids=None, past_key_values=None, use_cache=None):
+        return forward(self, input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    monkeypatch.setattr(type(model), "forward", without_choice)
+    monkeypatch.setattr(model, "forward", without_choice.__get__(model), raising=False)
+    assert torch.equal(torch.cat(whole), torch.cat([*own_samples._written(model, passages, LENGTH, 0, False)]))
+
+
+def test_writing_shows_a_bar_where_it_is_asked_for(capsys):
+    for progress in (False, True):
+        own_windows(tiny.llama(), f"self:{480 + progress * LENGTH}", samples=None, length=LENGTH, seed=0, progress=progress)
+        assert ("writing" in capsys.readouterr().err) == progress
 
 
 def test_prune_calibrates_on_them():

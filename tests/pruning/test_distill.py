@@ -10,6 +10,7 @@ import transformers as tf
 import sparsekern
 from sparsekern import Distill, SparsekernWarning, Wanda
 from sparsekern.data import calibration_ids
+from sparsekern.data.own_samples import continued
 from sparsekern.pruning.blockwise import loop
 from sparsekern.pruning.gradual import training_state
 from sparsekern.pruning.session import batches_for
@@ -146,6 +147,27 @@ def test_it_trains_on_more_windows_of_the_text_than_the_method_has(tmp_path, mon
     assert sorted(found.tolist()) == sorted(wanted.tolist()) and sum(len(b.inputs["input_ids"]) for b in seen if b.held_out) == 2
 
 
+def test_it_trains_on_windows_that_the_dense_model_writes(tmp_path, monkeypatch):
+    """Each begins with a passage of the text. The dense model writes them, in front of pruning."""
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(tiny.TEXT, encoding="utf-8")
+    tokenizer, seen = tiny.tokenizer(), []
+    monkeypatch.setattr(distill, "divided", lambda batches, own=distill.divided, **how: seen.extend(batches) or own(batches, **how))
+    text = {"calibration": tmp_path / "text.txt", "tokenizer": tokenizer, "samples": 4, "length": 16}
+    settings = Distill(steps=2, batch_tokens=32, samples=6, own_samples=10)
+    sparsekern.prune(tiny.llama(len(tokenizer)), "wanda", "2:4", distill=settings, **text, **QUIET)
+    found = torch.cat([batch.inputs["input_ids"] for batch in seen]).tolist()
+    of_text = calibration_ids(tmp_path / "text.txt", tokenizer, samples=6, length=16).tolist()
+    passages = calibration_ids(tmp_path / "text.txt", tokenizer, samples=10, length=2)
+    written = continued(tiny.llama(len(tokenizer)), passages, length=16, seed=0).tolist()
+    assert sorted(found) == sorted(of_text + written)
+    seen.clear()
+    sparsekern.prune(tiny.llama(len(tokenizer)), "wanda", "2:4", distill=Distill(steps=2, own_samples=10), **text, **QUIET)
+    assert sum(len(batch.inputs["input_ids"]) for batch in seen) == 4 + 10
+    with pytest.raises(ValueError, match="length: expected at least 8 tokens for windows that go on with a text, got 7"):
+        sparsekern.prune(tiny.llama(len(tokenizer)), "wanda", "2:4", distill=settings, **text | {"length": 7}, **QUIET)
+
+
 def test_a_method_without_data_takes_no_hidden_states_for_the_training(monkeypatch):
     monkeypatch.delattr(loop.Activations, "advance")
     _, report = prune(method="magnitude")
@@ -213,6 +235,11 @@ def test_half_precision_is_trained_in_float32():
             {"settings": Distill(samples=8)},
             ValueError,
             "Distill.samples: expected None unless calibration is a text, got 8 for Tensor",
+        ),
+        (
+            {"settings": Distill(own_samples=8)},
+            ValueError,
+            "Distill.own_samples: expected None unless calibration is a text, got 8 for Tensor",
         ),
     ],
 )

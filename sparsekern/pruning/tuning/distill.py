@@ -9,13 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, islice
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..._warnings import SparsekernWarning
-from ...data import CalibrationText
 from ...methods import Distill, FourBits, LinearMethod
 from ...models import Linear
 from ...ranks import leaf_sizes
@@ -258,10 +257,14 @@ def trained_of(model: nn.Module, linears: Sequence[Linear], *, on_grid: bool = F
 def batches_to_train_on(
     model: nn.Module, method: LinearMethod, request: Request, settings: Distill, batches: list[Batch]
 ) -> list[Batch]:
-    """Return what `Distill.samples` asks for: windows of the calibration text, or the batches that the method has."""
-    if settings.samples is None:
+    """Return what `Distill` asks for: windows of the calibration text and such as the model writes, or the batches that the method has."""
+    if settings.samples is None and settings.own_samples is None:
         return batches
-    text = replace(cast("CalibrationText", request.calibration), samples=settings.samples)
+    text: Any = request.calibration
+    if settings.samples is not None:
+        text = replace(text, samples=settings.samples)
+    if settings.own_samples is not None:
+        text = torch.cat([text.read(model), text.continued(model, settings.own_samples)])
     found = batches_for(model, method, text, request.batch_size, max(1, settings.batch_tokens // request.leaves))
     return with_held_out(found, request.seed)
 
