@@ -202,11 +202,15 @@ class GradualMethod(Method):
 
     Attributes:
         LOOP_READS: what the loop reads of a method beside `trains` and `allocate`; fields and methods of `Gradual`.
+        mixed_precision: whether a float32 model is trained with bfloat16 products.
     """
 
     LOOP_READS: ClassVar[tuple[str, ...]] = (
         "steps", "chooser", "pattern_after", "epochs", "train_steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip",
+        "mixed_precision",
     )  # fmt: skip
+
+    mixed_precision: bool = False
 
     @property
     @abstractmethod
