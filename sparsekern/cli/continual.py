@@ -68,6 +68,7 @@ def _prune(arguments: argparse.Namespace, method: Method, texts: dict[str, str])
         source: HeldOutText(text, model, tokenizer, length=None, windows=arguments.windows) for source, text in texts.items()
     }
     options = {"tokenizer": tokenizer, "samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
+    options["progress"] = World.current().leads
     calibrations = {source: as_calibration(source, **options).read(model) for source in arguments.calibration}
     amount = describe_calibration(next(iter(calibrations.values())))
     report = prune_continually(

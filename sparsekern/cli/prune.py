@@ -160,7 +160,7 @@ def _calibration(
     if not _takes_text(arguments, method):
         return None, ""
     options = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
-    text = as_calibration(source, tokenizer=tokenizer, sentences=sentences, progress=True, **options)
+    text = as_calibration(source, tokenizer=tokenizer, sentences=sentences, progress=World.current().leads, **options)
     return text, describe_calibration(text.read(model))
 
 

@@ -108,7 +108,7 @@ def moefy(
             f"experts: expected experts of a multiple of {multiple} neurons, as grouped products need, got {neurons // experts}"
         )
     samples = SAMPLES if samples is None and is_source(calibration) else samples
-    source = as_calibration(calibration, tokenizer=tokenizer, samples=samples, length=length, seed=seed)
+    source = as_calibration(calibration, tokenizer=tokenizer, samples=samples, length=length, seed=seed, progress=progress)
     from tqdm import tqdm
 
     with plain_modes(model) as model:

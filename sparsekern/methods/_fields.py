@@ -138,6 +138,11 @@ def flag(default: bool, *, help: str) -> Any:
     return _declare(Setting(default, help, "True or False", store, {"true": True, "false": False}.__getitem__))
 
 
+def mixed_precision() -> Any:
+    """Declare the field of what trains a model that asks for bfloat16 products."""
+    return flag(False, help="multiply in bfloat16 and keep weights and moments in float32, as 16-bit models always do")
+
+
 def method(default: str, *, expected: str, help: str) -> Any:
     """Declare a field that holds a method, by name or as a config. Its class checks which methods it takes."""
     return _declare(Setting(default, help, expected, lambda value: value, str, is_method=True))

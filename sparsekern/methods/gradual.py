@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..pattern import NM, Pattern, Unstructured
-from ._fields import check_choice, choice, flag, method, number, settings_of, whole
+from ._fields import check_choice, choice, method, mixed_precision, number, settings_of, whole
 from .base import GradualMethod, LinearMethod, PlannedBlock
 from .magnitude import Magnitude
 from .random import Random
@@ -63,9 +63,7 @@ class Gradual(GradualMethod):
     warmup: float = number(0.1, at_least=0, at_most=1, help="share of a step's optimizer steps in which the learning rate rises")
     weight_decay: float = number(0.0, at_least=0, help="weight decay of AdamW, on matrices only")
     clip: float = number(1.0, above=0, help="largest norm of the gradient")
-    mixed_precision: bool = flag(
-        False, help="multiply in bfloat16 and keep weights and moments in float32, as 16-bit models always do"
-    )
+    mixed_precision: bool = mixed_precision()
 
     def __post_init__(self) -> None:
         super().__post_init__()

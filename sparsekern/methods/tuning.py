@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from ._fields import Settings, flag, number, settings_of, whole
+from ._fields import Settings, mixed_precision, number, settings_of, whole
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class BlockTuning(Training):
     beta2: float = number(0.95, at_least=0, below=1, help="decay of AdamW's second moment")
     weight_decay: float = number(0.0, at_least=0, help="weight decay of AdamW, on matrices only")
     clip: float = number(1.0, above=0, help="largest norm of the gradient")
-    mixed_precision: bool = flag(
-        False, help="multiply in bfloat16 and keep weights and moments in float32, as 16-bit models always do"
-    )
+    mixed_precision: bool = mixed_precision()
     patience: int = whole(2, at_least=1, help="passes without a smaller held-out error after which a block is done")
     blocks: int = whole(1, at_least=1, at_most=2, help="blocks tuned together; 2 is for models below 0.5 B parameters")
 
@@ -101,6 +99,4 @@ class Distill(Training):
     beta2: float = number(0.95, at_least=0, below=1, help="decay of AdamW's second moment")
     weight_decay: float = number(0.0, at_least=0, help="weight decay of AdamW, on matrices only")
     clip: float = number(1.0, above=0, help="largest norm of the gradient")
-    mixed_precision: bool = flag(
-        False, help="multiply in bfloat16 and keep weights and moments in float32, as 16-bit models always do"
-    )
+    mixed_precision: bool = mixed_precision()

@@ -71,8 +71,7 @@ def load(
     Raises:
         ValueError: a folder or file without a model, or with a damaged one; weights that are missing or of another shape, which
             transformers would fill with random numbers; an adapter; an unknown dtype or device; with `stream`, another source or a
-            checkpoint that another program quantised. Weights are read from safetensors or
-            GGUF: nothing is unpickled.
+            checkpoint that another program quantised. Weights are read from safetensors or GGUF: nothing is unpickled.
         TypeError: `source` is not a name or path.
         FileNotFoundError: no such file or folder.
         ImportError: a package is missing that the source needs; the message says how to install it.

@@ -210,7 +210,7 @@ def prune(
             length=length,
             seed=seed,
             sentences=isinstance(method, RemovalMethod),
-            progress=progress,
+            progress=progress and World.current().leads,
         ),
         include=include,
         exclude=exclude,

@@ -1,6 +1,7 @@
 """`distill=Distill()`: the whole model is trained towards the dense one on its masks; runs resume to the same bits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +199,19 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, steps):
     resumed, again = run(tmp_path / "out", resume=True, **arguments)
     assert again.resumed_blocks == 3 and same(whole, resumed) and again.distillation == report.distillation
     assert sparsekern.Report.from_json(tmp_path / "out" / "report.json").distillation == again.distillation
+
+
+def test_a_killed_run_on_text_that_the_model_writes_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "cache"))
+    settings = replace(FAST, own_samples=8, mixed_precision=True)
+    arguments = {"method": "wanda", "ids": "self:384", "length": 16, "samples": 24, "distill": settings}
+    whole, report = run(tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        stopped_after(4, patch)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out", **arguments)
+    resumed, again = run(tmp_path / "out", resume=True, **arguments)
+    assert again.resumed_blocks == 3 and same(whole, resumed) and again.distillation == report.distillation
 
 
 def test_a_loss_that_is_not_finite_names_the_step(monkeypatch):

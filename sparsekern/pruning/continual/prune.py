@@ -152,7 +152,9 @@ def prune_continually(
         plan = _with_rules(make_plan(model, pattern, patterns, include, exclude), method, ExpertRules(weighting, unseen))
         if method.needs is not None and strategy == "accumulate" and parted(plan.linears)[1]:
             refuse_ranks("model", "sums of statistics of fused experts are kept by one process")
-        datasets = _datasets(model, method, _texts_told(calibrations, tokenizer, samples, length, seed), batch_size)
+        datasets = _datasets(
+            model, method, _texts_told(calibrations, tokenizer, samples, length, seed, progress and world.leads), batch_size
+        )
         plan = _observed(model, plan, method, datasets, seed)
         if length is not None and not evaluate and not any(map(is_source, calibrations.values())):
             raise ValueError(f"length: expected None unless calibrations or evaluate holds something to cut, got {length!r}")
@@ -255,7 +257,7 @@ def _adds_up(method: Method) -> bool:
 
 
 def _texts_told(
-    calibrations: Mapping[str, Calibration], tokenizer: Any, samples: int | None, length: int | None, seed: int
+    calibrations: Mapping[str, Calibration], tokenizer: Any, samples: int | None, length: int | None, seed: int, progress: bool
 ) -> dict[str, Calibration]:
     """Check all names. Return the calibration data with each source of a text replaced by an unread text."""
     if not isinstance(calibrations, Mapping):
@@ -268,7 +270,7 @@ def _texts_told(
     texts = [name for name, calibration in calibrations.items() if is_source(calibration)]
     if samples is not None and not texts:
         raise ValueError(f"samples: expected None unless calibrations holds a text, got {samples!r}")
-    options = {"tokenizer": tokenizer, "samples": samples, "length": length, "seed": seed}
+    options = {"tokenizer": tokenizer, "samples": samples, "length": length, "seed": seed, "progress": progress}
     return {**calibrations, **{name: as_calibration(calibrations[name], **options) for name in texts}}
 
 

@@ -21,7 +21,7 @@ from ..plan import Plan, Request, plan_linears, planned_blocks
 from ..run import Loop, RunContext
 from ..seeds import derived_seed, seeded, torch_seeded
 from ..session import batches_for, prepared
-from ..tuning.masters import bfloat16_products, float32_masters
+from ..tuning.masters import float32_masters
 from ..tuning.trainable import check_trainable, not_finite, predicted_tokens, target_mask
 from .interrupt import interrupt_deferred
 from .training_state import TrainingState
@@ -52,9 +52,8 @@ class GradualLoop(Loop[Plan, Gradual, Report, Checkpoint]):
         clock = self.context.clock
         if self.method.trains:
             self.bar.count_steps(sum(len(self._batches_of_steps(step)) for step in range(1, self.method.steps + 1)))
-        with float32_masters(self.model.parameters()) as autocast, interrupt_deferred() as interrupted:
-            if self.method.mixed_precision:
-                autocast = bfloat16_products(list(self.model.parameters()))
+        masters = float32_masters(self.model.parameters(), mixed_precision=self.method.mixed_precision)
+        with masters as (autocast, _), interrupt_deferred() as interrupted:
             done, masks = self.state.load()
             self.context.report.training = self.state.curve
             self.bar.steps_done(len(self.state.curve))

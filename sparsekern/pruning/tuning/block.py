@@ -13,7 +13,7 @@ from ...methods import BlockTuning
 from ...models import Linear
 from ...training.grid import grids_of
 from ...training.masked_adamw import MaskedAdamW, Trained, kept_weights
-from .masters import bfloat16_products, float32_masters, only_these_require_gradients
+from .masters import float32_masters, only_these_require_gradients
 from .together import Together, gradients_of
 
 SMALLEST = 1e-12  # squared length of a dense hidden state, which divides
@@ -106,10 +106,10 @@ def tune_block(block: nn.Module, trained: Sequence[Trained], samples: Samples, s
     first = [parameter.detach().clone() for parameter in parameters]
     before = _error(samples)
     kept, after, failure, taken = first, before, "", 0
-    with float32_masters(parameters) as autocast, only_these_require_gradients(block, parameters):
+    masters = float32_masters(parameters, mixed_precision=settings.mixed_precision)
+    with masters as (training, judging), only_these_require_gradients(block, parameters):
         optimizer = MaskedAdamW(trained, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
         steps = _steps(samples, settings, seed)
-        training = bfloat16_products(parameters) if settings.mixed_precision else autocast
         total, waited = sum(map(len, steps)), 0
         for of_pass in steps:
             for step in of_pass:
@@ -121,7 +121,7 @@ def tune_block(block: nn.Module, trained: Sequence[Trained], samples: Samples, s
                 taken += 1
             if failure:
                 break
-            with autocast:
+            with judging:
                 error = _error(samples)
             if error < after:
                 kept, after, waited = [parameter.detach().clone() for parameter in parameters], error, 0

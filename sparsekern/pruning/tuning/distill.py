@@ -32,7 +32,7 @@ from ..seeds import derived_seed
 from ..session import batches_for
 from ..windows import overlapping, with_held_out
 from .checks import training_bytes
-from .masters import bfloat16_products, float32_masters, only_these_require_gradients
+from .masters import float32_masters, only_these_require_gradients
 from .reader import Reader, frozen_parameters
 from .teacher import Teacher
 from .together import Together, gradients_of
@@ -104,12 +104,12 @@ class Distillation:
         try:
             with (
                 self._context.clock.phase("distill"),
-                float32_masters(parameters) as autocast,
+                float32_masters(parameters, mixed_precision=settings.mixed_precision) as (training, judging),
                 only_these_require_gradients(self._model, parameters),
                 interrupt_deferred() as interrupted,
             ):
                 optimizer = MaskedAdamW(trained, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
-                self._train(optimizer, autocast, interrupted)
+                self._train(optimizer, training, judging, interrupted)
             self._evaluate(settings.steps, 0.0, nullcontext())
             finished = self.curve[-1]["kl"] < self.curve[0]["kl"]
             if not finished and self._context.world.leads:
@@ -125,7 +125,9 @@ class Distillation:
                 for parameter, value in zip(parameters, first, strict=True):
                     parameter.data.copy_(value)
 
-    def _train(self, optimizer: MaskedAdamW, autocast: torch.autocast, interrupted: Callable[[], bool]) -> None:
+    def _train(
+        self, optimizer: MaskedAdamW, training: torch.autocast, judging: torch.autocast, interrupted: Callable[[], bool]
+    ) -> None:
         settings, state = self._settings, self._state
         state.load()
         state.restore_masked(optimizer)
@@ -134,14 +136,13 @@ class Distillation:
         self._progress.steps_done(state.steps_done)
         every = max(1, math.ceil(settings.steps / MARKS))
         steps = self._steps()
-        training = bfloat16_products([of.parameter for of in optimizer.trained]) if settings.mixed_precision else autocast
         for step in range(settings.steps):
             leaves = next(steps)
             if step < state.steps_done:
                 continue
             lr = settings.learning_rate * _share(step, settings.steps, settings.warmup)
             if step % every == 0:
-                self._evaluate(step, lr, autocast)
+                self._evaluate(step, lr, judging)
             loss = self._step(optimizer, leaves, lr, training)
             if not math.isfinite(loss):
                 raise ValueError(

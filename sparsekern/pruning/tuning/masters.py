@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 
 @contextmanager
-def float32_masters(parameters: Iterable[nn.Parameter]) -> Iterator[torch.autocast]:
+def float32_masters(
+    parameters: Iterable[nn.Parameter], *, mixed_precision: bool = False
+) -> Iterator[tuple[torch.autocast, torch.autocast]]:
     """Make 16-bit parameters float32 within. Afterwards their own memory holds them, rounded.
 
-    Yield an autocast that lets them compute in bfloat16.
+    Yield the autocasts to train in and to judge in. Both let 16-bit parameters compute in bfloat16. With `mixed_precision` the first
+    lets float32 ones do so.
     """
     parameters = list(parameters)
     halves = {parameter: parameter.data for parameter in parameters if parameter.dtype in (torch.bfloat16, torch.float16)}
     for parameter in halves:
         parameter.data = parameter.data.float()
     try:
-        yield bfloat16_products(parameters, enabled=bool(halves))
+        autocast = partial(torch.autocast, parameters[0].device.type, torch.bfloat16)
+        yield autocast(enabled=mixed_precision or bool(halves)), autocast(enabled=bool(halves))
     finally:
         for parameter, half in halves.items():
             parameter.data = half.copy_(parameter.data)
-
-
-def bfloat16_products(parameters: Sequence[nn.Parameter], *, enabled: bool = True) -> torch.autocast:
-    """Return the autocast for the device of `parameters`, under which matrices are multiplied in bfloat16."""
-    return torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager
